@@ -1,0 +1,97 @@
+"""Names that export, plugin and runtime share, so that the side that builds and the side that runs cannot drift apart.
+
+Standard library only: this module is imported where there is no torch and no onnx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+DOMAIN = "sessa"
+DOMAIN_VERSION = 1
+FEEDBACK_OP = "SessaFeedbackAttention"
+CAUSAL_OP = "SessaCausalAttention"
+PLUGIN_VERSION = "1"
+PLUGIN_NAMESPACE = ""
+ATTR_SCALE = "scale"
+ATTR_STORAGE = "storage"
+
+FEEDBACK_INPUTS = ("q", "k", "gamma", "f", "past_k", "past_s", "past_length")
+FEEDBACK_OUTPUTS = ("s",)
+CAUSAL_INPUTS = ("q", "k", "v", "past_k", "past_v", "past_length")
+CAUSAL_OUTPUTS = ("o",)
+
+INPUT_IDS = "input_ids"  # (B,T) int64
+PAST_LENGTH = "past_length"  # (B,) int32
+NEW_LENGTH = "new_length"  # (B,) int32, 0..T
+LOGITS = "logits"  # (B,V) float32, or (B,T,V) on request
+CACHE_FIELDS = ("k_f", "v_f", "k_b", "s")
+DIM_BATCH, DIM_TOKENS, DIM_PAST = "B", "T", "P"
+
+BUNDLE_SCHEMA = 1
+MANIFEST_FILE = "manifest.json"
+MODEL_FILE = "model.onnx"
+MODEL_DATA_FILE = "model.onnx.data"
+TOKENIZER_FILE = "tokenizer.json"
+PARITY_FILE = "parity.json"
+ENGINES_DIR = "engines"
+
+DEFAULT_OPSET = 17
+OPSETS = tuple(range(17, 24))
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One storage type: its name on the command line, in numpy, in torch and in ONNX, and its size in bytes."""
+
+    name: str
+    numpy: str
+    torch: str
+    onnx: int
+    itemsize: int
+    eps: float
+
+
+# onnx is TensorProto.DataType; bfloat16's numpy name needs ml_dtypes and is never used by the runtime on a CPU.
+PRECISIONS = {
+    "fp32": Precision("fp32", "float32", "float32", 1, 4, 2.0**-23),
+    "fp16": Precision("fp16", "float16", "float16", 10, 2, 2.0**-10),
+    "bf16": Precision("bf16", "bfloat16", "bfloat16", 16, 2, 2.0**-7),
+    "fp64": Precision("fp64", "float64", "float64", 11, 8, 2.0**-52),
+}
+EXPORT_PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+def past_name(layer: int, field: str) -> str:
+    """Graph input that holds `field` of layer `layer`'s cache: (B,P,Hkv,d) for k_f and v_f, (B,P,D) for k_b and s."""
+    return f"past.{layer}.{field}"
+
+
+def new_name(layer: int, field: str) -> str:
+    """Graph output with the T new rows of `field` in layer `layer`, zeros from new_length[b] on."""
+    return f"new.{layer}.{field}"
+
+
+def cache_entries(n_layers: int) -> Iterator[tuple[int, str]]:
+    """(layer, field) in the order in which the graph lists its past inputs and new outputs."""
+    for layer in range(n_layers):
+        for field in CACHE_FIELDS:
+            yield layer, field
+
+
+def graph_inputs(n_layers: int) -> list[str]:
+    """Names of the graph's inputs, in order."""
+    return [INPUT_IDS, PAST_LENGTH, NEW_LENGTH, *(past_name(i, f) for i, f in cache_entries(n_layers))]
+
+
+def graph_outputs(n_layers: int) -> list[str]:
+    """Names of the graph's outputs, in order."""
+    return [LOGITS, *(new_name(i, f) for i, f in cache_entries(n_layers))]
+
+
+def cache_row_shape(field: str, d_model: int, n_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """Shape of one cached row: (Hkv,d) for the forward branch's k_f and v_f, (D,) for the feedback branch's k_b and s."""
+    if field not in CACHE_FIELDS:
+        raise ValueError(f"cache field {field!r} is not one of {CACHE_FIELDS}")
+    return (n_kv_heads, head_dim) if field in ("k_f", "v_f") else (d_model,)
