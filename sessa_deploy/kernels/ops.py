@@ -1,0 +1,234 @@
+"""The two ops as torch.library operators: one contract for prefill, decode, chunked prefill and ragged batches.
+
+`torch.ops.sessa.feedback_attention` and `torch.ops.sessa.causal_attention` are what the exported graph holds. The functions of the same names
+here fill in an empty past and, when a gradient is wanted, call the training twin that also keeps the log-sum-exp for the backward.
+A non-finite new row makes itself and at most the later rows of its own sequence non-finite; earlier rows and other sequences stay as they are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sessa_deploy.kernels import cpu
+
+STORAGE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MAX_TRITON_WIDTH = 4096
+
+
+def _require(ok: bool, what: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"sessa: {what}, got {got}")
+
+
+def _check_past(like: Tensor, row: tuple[int, ...], past_length: Tensor, **past: Tensor) -> None:
+    batch, capacity = like.shape[0], next(iter(past.values())).shape[1]
+    for name, x in past.items():
+        _require(tuple(x.shape) == (batch, capacity, *row), f"{name} must have shape {(batch, 'P', *row)}", tuple(x.shape))
+        _require(x.dtype == like.dtype, f"{name} must have the storage dtype {like.dtype}", x.dtype)
+    _require(tuple(past_length.shape) == (batch,), f"past_length must have shape ({batch},)", tuple(past_length.shape))
+    _require(past_length.dtype in (torch.int32, torch.int64), "past_length must be int32", past_length.dtype)
+
+
+def _check_feedback(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor) -> None:
+    _require(q.dim() == 3, "q must be (B,T,D)", tuple(q.shape))
+    _require(q.dtype in STORAGE, "q must be float64, float32, float16 or bfloat16", q.dtype)
+    for name, x in (("k", k), ("f", f)):
+        _require(x.shape == q.shape and x.dtype == q.dtype, f"{name} must match q {tuple(q.shape)} {q.dtype}", f"{tuple(x.shape)} {x.dtype}")
+    _require(gamma.shape == q.shape[:2], f"gamma must have shape {tuple(q.shape[:2])}", tuple(gamma.shape))
+    allowed = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
+    _require(gamma.dtype in allowed, "gamma must be float32, whatever the storage dtype (float64 is accepted beside float64 storage)", gamma.dtype)
+    _check_past(q, (q.shape[2],), past_length, past_k=past_k, past_s=past_s)
+
+
+def _check_causal(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor) -> None:
+    _require(q.dim() == 4 and k.dim() == 4, "q must be (B,T,Hq,d) and k (B,T,Hkv,d)", f"{tuple(q.shape)}, {tuple(k.shape)}")
+    _require(q.dtype in STORAGE and k.dtype == q.dtype and v.dtype == q.dtype, "q, k and v must share a storage dtype", (q.dtype, k.dtype, v.dtype))
+    _require(v.shape == k.shape, "v must have k's shape", tuple(v.shape))
+    fits = k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3] and q.shape[2] % k.shape[2] == 0
+    _require(fits, "k must be (B,T,Hkv,d) with Hq a multiple of Hkv", f"q {tuple(q.shape)}, k {tuple(k.shape)}")
+    _check_past(k, tuple(k.shape[2:]), past_length, past_k=past_k, past_v=past_v)
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def uses_triton(q: Tensor) -> bool:
+    """Whether feedback attention on q (B,T,D) runs the Triton kernels: CUDA, at most 32 bits, D a multiple of 16 up to 4096."""
+    return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] % 16 == 0 and q.shape[-1] <= MAX_TRITON_WIDTH and _has_triton()
+
+
+def _forward(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    _check_feedback(q, k, gamma, f, past_k, past_s, past_length)
+    if q.numel() == 0:
+        return torch.empty_like(f), gamma.new_empty(gamma.shape)
+    if not uses_triton(q):
+        return cpu.feedback_forward(q, k, gamma, f, past_k, past_s, past_length)
+    if q.shape[1] == 1 and not need_lse:
+        from sessa_deploy.kernels import feedback_step
+
+        return feedback_step.step(q, k, gamma, f, past_k, past_s, past_length), None
+    from sessa_deploy.kernels import feedback_fwd
+
+    return feedback_fwd.forward(q, k, gamma, f, past_k, past_s, past_length, need_lse)
+
+
+@torch.library.custom_op("sessa::feedback_attention", mutates_args=())
+def _feedback_attention(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor) -> Tensor:
+    return _forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=False)[0]
+
+
+@torch.library.custom_op("sessa::feedback_attention_fwd", mutates_args=())
+def _feedback_attention_fwd(
+    q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor
+) -> tuple[Tensor, Tensor]:
+    s, lse = _forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=True)
+    if lse is None:
+        raise RuntimeError("sessa: the forward kernel returned no log-sum-exp")
+    return s, lse
+
+
+@torch.library.custom_op("sessa::feedback_attention_bwd", mutates_args=())
+def _feedback_attention_bwd(
+    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ds = ds.contiguous()
+    if q.numel() == 0:
+        return q.clone(), k.clone(), gamma.clone(), f.clone(), torch.zeros_like(past_k), torch.zeros_like(past_s)
+    if uses_triton(q):
+        from sessa_deploy.kernels import feedback_bwd
+
+        return feedback_bwd.backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length)
+    return cpu.feedback_backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length)
+
+
+@_feedback_attention.register_fake
+def _(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@_feedback_attention_fwd.register_fake
+def _(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=cpu.work_dtype(q.dtype))
+
+
+@_feedback_attention_bwd.register_fake
+def _(
+    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    new = [x.new_empty(x.shape) for x in (q, k, gamma, f, past_k, past_s)]
+    return new[0], new[1], new[2], new[3], new[4], new[5]
+
+
+def _save_feedback(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, gamma, f, past_k, past_s, past_length = inputs
+    if isinstance(output, tuple):
+        s, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(q, k, gamma, f, past_k, past_s, past_length, s, lse)
+    else:
+        ctx.save_for_backward(q, k, gamma, f, past_k, past_s, past_length, output)
+
+
+def _feedback_grad(ctx, ds: Tensor, dlse: Tensor | None = None):  # type: ignore[no-untyped-def]
+    q, k, gamma, f, past_k, past_s, past_length, s, *rest = ctx.saved_tensors
+    lse = rest[0] if rest else torch.ops.sessa.feedback_attention_fwd(q, k, gamma, f, past_k, past_s, past_length)[1]
+    return *torch.ops.sessa.feedback_attention_bwd(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length), None
+
+
+_feedback_attention.register_autograd(_feedback_grad, setup_context=_save_feedback)
+_feedback_attention_fwd.register_autograd(_feedback_grad, setup_context=_save_feedback)
+
+
+@torch.library.custom_op("sessa::causal_attention", mutates_args=())
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor) -> Tensor:
+    _check_causal(q, k, v, past_k, past_v, past_length)
+    return cpu.causal_forward(q, k, v, past_k, past_v, past_length) if q.numel() else torch.empty_like(q)
+
+
+@torch.library.custom_op("sessa::causal_attention_bwd", mutates_args=())
+def _causal_attention_bwd(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if q.numel() == 0:
+        return q.clone(), k.clone(), v.clone(), torch.zeros_like(past_k), torch.zeros_like(past_v)
+    return cpu.causal_backward(do, q, k, v, past_k, past_v, past_length)
+
+
+@_causal_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@_causal_attention_bwd.register_fake
+def _(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    new = [x.new_empty(x.shape) for x in (q, k, v, past_k, past_v)]
+    return new[0], new[1], new[2], new[3], new[4]
+
+
+def _save_causal(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _causal_grad(ctx, do: Tensor):  # type: ignore[no-untyped-def]
+    return *torch.ops.sessa.causal_attention_bwd(do, *ctx.saved_tensors), None
+
+
+_causal_attention.register_autograd(_causal_grad, setup_context=_save_causal)
+
+
+def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def feedback_attention(
+    q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor | None = None, past_s: Tensor | None = None, past_length: Tensor | None = None
+) -> Tensor:
+    """s_t = f_t + gamma_t * sum_j alpha[t,j] s_j over past rows j < past_length[b] and new rows j < t (arXiv 2604.18580, section 3).
+
+    q, k, f: (B,T,D) in a storage dtype (float64, float32, float16, bfloat16). gamma: (B,T) float32. past_k, past_s: (B,P,D) in the storage
+    dtype, whose rows from past_length[b] on may hold any bits; past_length: (B,) int32. Without a past: prefill. alpha is the softmax with
+    scale D^-0.5, zero for a row with no predecessor. Returns s (B,T,D) in the storage dtype; differentiable in everything but past_length.
+    Under autocast the storage dtype is autocast's. Raises ValueError on shapes or dtypes outside this contract.
+    """
+    if past_k is None or past_s is None or past_length is None:
+        _require(past_k is None and past_s is None and past_length is None, "past_k, past_s and past_length go together", "only some of them")
+        past_k, past_s = (q.new_empty(q.shape[0], 0, q.shape[-1]) for _ in range(2))
+        past_length = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
+    q, k, f, past_k, past_s = _cast_for_autocast(q, k, f, past_k, past_s)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, gamma, f, past_k, past_s)):
+        return torch.ops.sessa.feedback_attention_fwd(q, k, gamma, f, past_k, past_s, past_length)[0]
+    return torch.ops.sessa.feedback_attention(q, k, gamma, f, past_k, past_s, past_length)
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None = None, past_v: Tensor | None = None, past_length: Tensor | None = None
+) -> Tensor:
+    """Causal softmax attention with a cache: new row t sees past rows j < past_length[b] and new rows j <= t, scale d^-0.5.
+
+    q: (B,T,Hq,d). k, v: (B,T,Hkv,d), Hq a multiple of Hkv; q and k already rotated. past_k, past_v: (B,P,Hkv,d), whose rows from
+    past_length[b] on may hold any bits; past_length: (B,) int32. Returns o (B,T,Hq,d) in the storage dtype. Differentiable.
+    Training without a past goes through PyTorch's scaled_dot_product_attention. Raises ValueError on shapes or dtypes outside this contract.
+    """
+    q, k, v = _cast_for_autocast(q, k, v)
+    if past_k is None or past_v is None or past_length is None:
+        _require(past_k is None and past_v is None and past_length is None, "past_k, past_v and past_length go together", "only some of them")
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            heads = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+        past_k, past_v = (k.new_empty(k.shape[0], 0, *k.shape[2:]) for _ in range(2))
+        past_length = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
+    past_k, past_v = _cast_for_autocast(past_k, past_v)
+    return torch.ops.sessa.causal_attention(q, k, v, past_k, past_v, past_length)
