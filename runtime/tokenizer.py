@@ -1,0 +1,170 @@
+"""Text <-> token ids, and a decoder that streams text without ever breaking a character."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sessa_deploy.contract import TOKENIZER_FILE
+from sessa_deploy.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+BYTE_VALUES = 256
+_REPLACEMENT = "\ufffd"
+# Tokens the general decoder holds back while its text ends in U+FFFD; a UTF-8 character has at most 4 bytes.
+_MAX_HELD = 8
+
+
+@lru_cache(maxsize=1)
+def byte_alphabet() -> dict[int, str]:
+    """byte -> the printable character that stands for it in byte-level tokenizers (the alphabet GPT-2 introduced)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {byte: chr(byte) for byte in printable}
+    for byte in range(BYTE_VALUES):
+        if byte not in alphabet:
+            alphabet[byte] = chr(BYTE_VALUES + len(alphabet) - len(printable))
+    return alphabet
+
+
+def byte_level_tokenizer() -> str:
+    """The default tokenizer as tokenizers JSON: token id = byte value for 0..255, and 256 = <|endoftext|>; 257 tokens.
+
+    `Tokenizer.from_json` here, or `tokenizers.Tokenizer.from_str`, reads it.
+    """
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
+    library = Library(models.BPE(vocab={char: byte for byte, char in sorted(byte_alphabet().items())}, merges=[]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    text: str = library.to_str()
+    return text
+
+
+class Tokenizer:
+    """A tokenizers JSON file, opened.
+
+    path: the file, or a folder that holds tokenizer.json. Raises UserError if it is absent or not a tokenizers JSON.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        if path.is_dir():
+            path = path / TOKENIZER_FILE
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError("no tokenizer", got=f"{path} ({error})", allowed="a tokenizers JSON file",
+                            fix=f"put a {TOKENIZER_FILE} into the checkpoint and run: sessa-deploy export") from None
+        self._open(text, str(path))
+
+    @classmethod
+    def from_json(cls, text: str, source: str = TOKENIZER_FILE) -> Tokenizer:
+        """Build from the JSON's text. Raises UserError if it is not a tokenizers JSON."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._open(text, source)
+        return tokenizer
+
+    def _open(self, text: str, source: str) -> None:
+        from tokenizers import Tokenizer as Library
+
+        try:
+            self._library: Any = Library.from_str(text)
+            data = json.loads(text)
+        except Exception as error:  # the library raises bare Exception on any malformed file
+            raise UserError(f"{source} is not a tokenizers JSON", got=str(error), fix="save it with tokenizers' Tokenizer.save") from None
+        self._text = text
+        added = {int(entry["id"]): bool(entry.get("special")) for entry in data.get("added_tokens") or []}
+        self._special = frozenset(i for i, special in added.items() if special)
+        self._added = frozenset(added)
+        self._byte_level = (data.get("decoder") or {}).get("type") == "ByteLevel"
+        self._bytes_of = {char: byte for byte, char in byte_alphabet().items()} if self._byte_level else {}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, special ones included."""
+        return int(self._library.get_vocab_size(with_added_tokens=True))
+
+    def to_json(self) -> str:
+        """The tokenizers JSON it was made from."""
+        return self._text
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token by its text (`<|endoftext|>`), or None."""
+        found = self._library.token_to_id(token)
+        return None if found is None else int(found)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; special tokens written out in it are recognised. Raises UserError on text that UTF-8 cannot carry."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError("the text is not valid Unicode", got=str(error), fix="pass UTF-8 text") from None
+        return [int(i) for i in self._library.encode(text).ids]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._library.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        return text
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """Bytes a token stands for in a byte-level tokenizer (empty for a special token); None for another kind of tokenizer."""
+        if not self._byte_level:
+            return None
+        if token in self._special:
+            return b""
+        piece = self._library.id_to_token(int(token))
+        if piece is None:
+            return b""
+        if token in self._added or any(char not in self._bytes_of for char in piece):
+            return str(piece).encode("utf-8")
+        return bytes(self._bytes_of[char] for char in piece)
+
+    def stream(self, context: Sequence[int] = ()) -> StreamDecoder:
+        """A decoder for tokens as they are generated; `context` is what precedes them (it decides about a leading space)."""
+        return StreamDecoder(self, context)
+
+
+class StreamDecoder:
+    """Turns ids into text as they come: `push` returns what is certain by now, `flush` the rest.
+
+    The pieces joined are the decoded text. A character whose bytes arrive in several tokens comes out whole, and U+FFFD only
+    once no further byte can mend it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # The general path decodes a window whose first part was already handed out, since the text of a token may depend on its neighbours.
+        self._shown: list[int] = [int(i) for i in context][-_MAX_HELD:]
+        self._held: list[int] = []
+
+    def push(self, token: int) -> str:
+        """Text that token `token` completes; may be empty."""
+        raw = self._tokenizer.token_bytes(token)
+        if raw is not None:
+            return self._utf8.decode(raw)
+        self._held.append(int(token))
+        text = self._pending()
+        if not text or (text.endswith(_REPLACEMENT) and len(self._held) < _MAX_HELD):
+            return ""
+        self._shown, self._held = self._held, []
+        return text
+
+    def flush(self) -> str:
+        """What is still held back, incomplete bytes as U+FFFD. The decoder is empty afterwards."""
+        text = self._utf8.decode(b"", True)
+        self._utf8.reset()
+        if self._held:
+            text += self._pending()
+            self._shown, self._held = self._held, []
+        return text
+
+    def _pending(self) -> str:
+        before = self._tokenizer.decode(self._shown)
+        return self._tokenizer.decode([*self._shown, *self._held])[len(before):]
