@@ -24,7 +24,21 @@ _LAZY = {
     "feedback_attention": "sessa_deploy.kernels.ops",
     "causal_attention": "sessa_deploy.kernels.ops",
 }
-__all__ = ["__version__", *_LAZY]
+__all__ = [
+    "ParityError",
+    "SessaCache",
+    "SessaConfig",
+    "SessaError",
+    "SessaLM",
+    "SessaLayer",
+    "SessaMixer",
+    "UserError",
+    "__version__",
+    "causal_attention",
+    "feedback_attention",
+    "load_checkpoint",
+    "save_checkpoint",
+]
 
 if TYPE_CHECKING:
     from sessa_deploy.checkpoint import load_checkpoint, save_checkpoint

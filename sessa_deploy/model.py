@@ -137,10 +137,10 @@ class SessaMixer(nn.Module):
         v_f = self.v_proj(a).view(batch, tokens, self.n_kv_heads, self.head_dim)
         if rope is not None:
             q, k_f = rotate(q, *rope), rotate(k_f, *rope)
-        old = past if past is not None else Rows(*[None] * 4)  # type: ignore[list-item]
-        f = self.out_proj(causal_attention(q, k_f, v_f, old.k_f, old.v_f, past_length).reshape(batch, tokens, width))
+        old_k_f, old_v_f, old_k_b, old_s = past if past is not None else (None,) * 4
+        f = self.out_proj(causal_attention(q, k_f, v_f, old_k_f, old_v_f, past_length).reshape(batch, tokens, width))
         q_b, k_b = self.proj_fb(a).split(width, dim=-1)
-        s = feedback_attention(q_b, k_b, self.gain(a), f, old.k_b, old.s, past_length)
+        s = feedback_attention(q_b, k_b, self.gain(a), f, old_k_b, old_s, past_length)
         return Rows(k_f, v_f, k_b, s)
 
     def forward(self, a: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class SessaLM(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(
+        self.layers: Sequence[SessaLayer] = nn.ModuleList(  # type: ignore[assignment]
             SessaLayer(config.d_model, config.n_heads, config.n_kv_heads, config.gamma_max, config.use_forward_rope, config.layer_norm_eps)
             for _ in range(config.n_layers)
         )

@@ -60,9 +60,12 @@ def _weights(scores: Tensor, live: Tensor | None, past: int, start: int, strict:
     row = torch.arange(start, start + rows, device=scores.device)[:, None]
     column = torch.arange(start, columns, device=scores.device)
     scores[..., past + start :].masked_fill_(column >= row if strict else column > row, -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    scores -= torch.where(lse == -torch.inf, 0.0, lse)[..., None]
-    return scores.exp_(), lse
+    # Subtracting the log-sum-exp instead of the maximum would cost eps * |score|: relative error that large logits amplify.
+    peak = scores.amax(-1, keepdim=True)
+    scores -= torch.where(peak == -torch.inf, 0.0, peak)
+    total = scores.exp_().sum(-1, keepdim=True)
+    scores /= torch.where(total == 0, 1.0, total)
+    return scores, (peak + torch.log(total)).squeeze(-1)
 
 
 def feedback_forward(
@@ -106,7 +109,7 @@ def feedback_backward(
     u = (I - B)^-T ds is df; with r[t,j] = u_t . s_j: dgamma_t = sum_j alpha r, and the score's gradient is gamma alpha (r - dgamma_t).
     Rows from a sequence's first non-finite one on get gradient 0 and contribute none.
     """
-    batch, tokens, width = q.shape
+    tokens, width = q.shape[1:]
     work, scale = work_dtype(q.dtype), width**-0.5
     first_bad = first_bad_row(q, k, gamma, f, s)
     keep = None if first_bad is None else torch.arange(tokens, device=q.device) < first_bad[:, None]
@@ -143,7 +146,7 @@ def feedback_backward(
 
 def causal_forward(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor, block: int = BLOCK) -> Tensor:
     """o (B,T,Hq,d) in q's dtype. Shapes and meaning as in `ops.causal_attention`."""
-    batch, tokens, heads, width = q.shape
+    tokens, heads, width = q.shape[1:]
     kv_heads = k.shape[2]
     first_bad = first_bad_row(k, v)
     keep = None if first_bad is None else torch.arange(tokens, device=q.device) < first_bad[:, None]
@@ -172,7 +175,7 @@ def causal_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor, block: int = BLOCK
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv, dpast_k, dpast_v) of `causal_forward`, recomputing the weights block by block."""
-    tokens, heads, width = q.shape[1:]
+    tokens, width = q.shape[1], q.shape[3]
     kv_heads = k.shape[2]
     first_bad = first_bad_row(q, k, v)
     keep = None if first_bad is None else torch.arange(tokens, device=q.device) < first_bad[:, None]

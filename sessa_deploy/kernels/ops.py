@@ -64,7 +64,9 @@ def uses_triton(q: Tensor) -> bool:
     return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] % 16 == 0 and q.shape[-1] <= MAX_TRITON_WIDTH and _has_triton()
 
 
-def _forward(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+def _forward(
+    q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     _check_feedback(q, k, gamma, f, past_k, past_s, past_length)
     if q.numel() == 0:
         return torch.empty_like(f), gamma.new_empty(gamma.shape)
@@ -226,8 +228,9 @@ def causal_attention(
     if past_k is None or past_v is None or past_length is None:
         _require(past_k is None and past_v is None and past_length is None, "past_k, past_v and past_length go together", "only some of them")
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            heads = (x.transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+            grouped = q.shape[2] != k.shape[2]
+            o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=grouped)
+            return o.transpose(1, 2)
         past_k, past_v = (k.new_empty(k.shape[0], 0, *k.shape[2:]) for _ in range(2))
         past_length = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
     past_k, past_v = _cast_for_autocast(past_k, past_v)

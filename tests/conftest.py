@@ -1,0 +1,37 @@
+"""Shared fixtures: golden files, and the skip rule of the gpu marker."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("layer_*.safetensors"))
+
+
+def _has_gpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if any(item.get_closest_marker("gpu") for item in items) and not _has_gpu():
+        skip = pytest.mark.skip(reason="no CUDA GPU on this machine")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=GOLDEN, ids=lambda path: path.stem)
+def golden(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config, tensors) of one file of numbers from the official implementation."""
+    from safetensors import safe_open
+
+    with safe_open(str(request.param), "pt") as handle:
+        return json.loads(handle.metadata()["config"]), {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
