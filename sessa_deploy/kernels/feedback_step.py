@@ -1,0 +1,134 @@
+"""Decode step of feedback attention: one new token against a fixed-capacity past, read once and in place.
+
+s = f + gamma * sum_j softmax_j(q . k_j * D^-1/2) s_j over the past rows j < past_length[b]; with an empty past, s = f exactly.
+`feedback_step_partial` gives each split of the past to one program, which keeps a running maximum, a running sum and an unnormalised
+sum of s rows, all float32; `feedback_step_combine` adds the splits in a fixed order. Splits interleave tiles of rows, so that a
+short context in a large cache still spreads over every program, and their number follows from the capacity and the tile alone:
+a sequence's bits do not depend on the batch around it. Rows from past_length[b] on are never read.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sessa_deploy.kernels import launch
+
+LOG2E = 1.4426950408889634
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@triton.jit(do_not_specialize=launch.do_not_specialize("feedback_step_partial"))
+def feedback_step_partial(
+    q, past_k, past_s, past_length, part, stat,
+    stride_kb: tl.int64, stride_kr, stride_sb: tl.int64, stride_sr, capacity, width, scale,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid (splits, B). part (B,splits,D) and stat (B,splits,2) = (maximum in log2 units, sum); scale = D^-1/2 * log2(e)."""
+    i_split = tl.program_id(0)
+    i_b = tl.program_id(1).to(tl.int64)
+    splits = tl.num_programs(0)
+    length = tl.minimum(tl.load(past_length + i_b), capacity)
+    o_d = tl.arange(0, BLOCK_D)
+    o_r = tl.arange(0, BLOCK_R)
+    m_d = o_d < width
+    b_q = tl.load(q + i_b * width + o_d, mask=m_d, other=0.0).to(tl.float32)
+    p_k = past_k + i_b * stride_kb
+    p_s = past_s + i_b * stride_sb
+    b_max = float("-inf")
+    b_sum = 0.0
+    b_acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for start in tl.range(i_split * BLOCK_R, length, splits * BLOCK_R, num_stages=STAGES):
+        o_row = start + o_r
+        m_row = o_row < length
+        mask = m_row[:, None] & m_d[None, :]
+        b_k = tl.load(p_k + o_row.to(tl.int64)[:, None] * stride_kr + o_d[None, :], mask=mask, other=0.0)
+        b_s = tl.load(p_s + o_row.to(tl.int64)[:, None] * stride_sr + o_d[None, :], mask=mask, other=0.0)
+        b_x = tl.where(m_row, tl.sum(b_k.to(tl.float32) * b_q[None, :], 1) * scale, float("-inf"))  # (BLOCK_R,)
+        b_new = tl.maximum(b_max, tl.max(b_x, 0))
+        b_p = tl.exp2(b_x - b_new)
+        b_fade = tl.exp2(b_max - b_new)
+        b_sum = b_sum * b_fade + tl.sum(b_p, 0)
+        b_acc = b_acc * b_fade + tl.sum(b_s.to(tl.float32) * b_p[:, None], 0)
+        b_max = b_new
+    if i_split * BLOCK_R < length:  # a split without rows writes nothing, and the combination does not read it
+        o_part = i_b * splits + i_split
+        tl.store(part + o_part * width + o_d, b_acc, mask=m_d)
+        tl.store(stat + o_part * 2, b_max)
+        tl.store(stat + o_part * 2 + 1, b_sum)
+
+
+@triton.jit(do_not_specialize=launch.do_not_specialize("feedback_step_combine"))
+def feedback_step_combine(
+    part, stat, past_length, gamma, f, out, capacity, splits, rows, width,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Grid (ceil(D / BLOCK_D), B): s = f + gamma * (sum of the splits); BLOCK_S covers every split, rows is the partial kernel's tile."""
+    i_d = tl.program_id(0)
+    i_b = tl.program_id(1).to(tl.int64)
+    length = tl.minimum(tl.load(past_length + i_b), capacity)
+    used = tl.minimum(splits, tl.cdiv(length, rows))
+    o_s = tl.arange(0, BLOCK_S)
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_s = o_s < used
+    m_d = o_d < width
+    o_part = i_b * splits + o_s
+    b_part = tl.load(part + o_part[:, None] * width + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
+    b_max = tl.load(stat + o_part * 2, mask=m_s, other=float("-inf"))
+    b_sum = tl.load(stat + o_part * 2 + 1, mask=m_s, other=0.0)
+    b_w = tl.where(m_s, tl.exp2(b_max - tl.max(b_max, 0)), 0.0)
+    b_acc = tl.sum(b_part * b_w[:, None], 0) / tl.sum(b_w * b_sum, 0)
+    b_f = tl.load(f + i_b * width + o_d, mask=m_d, other=0.0)
+    b_s = b_f.to(tl.float32) + tl.load(gamma + i_b) * b_acc
+    tl.store(out + i_b * width + o_d, tl.where(length > 0, b_s.to(b_f.dtype), b_f), mask=m_d)
+
+
+@lru_cache(maxsize=64)
+def _arch(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90  # Triton's interpreter: any pinned tiles will do
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """x (B,P,D) with unit stride along D, and strides the kernels' alignment promise covers; a copy only where it must be."""
+    aligned = x.stride(0) % launch.ALIGNMENT == 0 and x.stride(1) % launch.ALIGNMENT == 0 and x.data_ptr() % launch.ALIGNMENT == 0
+    return x if x.numel() == 0 or (x.stride(2) == 1 and aligned) else x.contiguous()
+
+
+def step(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor) -> Tensor:
+    """One decode step of feedback attention (arXiv 2604.18580, section 3) on a GPU.
+
+    q, k, f: (B,1,D) float32, float16 or bfloat16, D a multiple of 16 up to 4096; k, the new token's own key, is not read (a token does not
+    attend to itself). gamma: (B,1) float32. past_k, past_s: (B,P,D) in the storage dtype, P >= 0; views with any batch and row stride that is
+    a multiple of 16 are read in place. past_length: (B,) int32. Returns s (B,1,D). Raises ValueError on T != 1 or an unsupported D or dtype.
+    """
+    batch, tokens, width = q.shape
+    if tokens != 1 or width % launch.ALIGNMENT or q.dtype not in DTYPE_NAMES:
+        raise ValueError(f"sessa: the step kernel takes T = 1, D a multiple of {launch.ALIGNMENT} and 16 or 32 bit floats, got {tuple(q.shape)} {q.dtype}")
+    capacity = past_k.shape[1]
+    if batch == 0 or capacity == 0:
+        return f.clone()
+    arch, dtype = _arch(q.device), DTYPE_NAMES[q.dtype]
+    variant = launch.width_variant("feedback_step_partial", width)
+    partial = launch.options("feedback_step_partial", arch, dtype, variant)
+    combine = launch.options("feedback_step_combine", arch, dtype, "128")
+    splits = launch.step_splits(capacity, partial["BLOCK_R"])
+    q, f, gamma, past_length = q.contiguous(), f.contiguous(), gamma.contiguous(), past_length.to(torch.int32).contiguous()
+    past_k, past_s = _rows_contiguous(past_k), _rows_contiguous(past_s)
+    part = torch.empty(batch, splits, width, dtype=torch.float32, device=q.device)
+    stat = torch.empty(batch, splits, 2, dtype=torch.float32, device=q.device)
+    out = torch.empty_like(f)
+    feedback_step_partial[(splits, batch)](
+        q, past_k, past_s, past_length, part, stat,
+        past_k.stride(0), past_k.stride(1), past_s.stride(0), past_s.stride(1), capacity, width, width**-0.5 * LOG2E, **partial,
+    )  # fmt: skip
+    feedback_step_combine[(triton.cdiv(width, combine["BLOCK_D"]), batch)](
+        part, stat, past_length, gamma, f, out, capacity, splits, partial["BLOCK_R"], width, **combine,
+    )  # fmt: skip
+    return out
