@@ -124,7 +124,7 @@ def test_exactly_full_cache_works_and_one_more_token_is_refused() -> None:
     model.prefill(ids[:, :7], caches)
     model.decode_step(ids[:, 7:], caches)
     before = caches[0].s.clone()
-    with pytest.raises(UserError, match="8 cached and 1 new tokens.*at most 8"):
+    with pytest.raises(UserError, match=r"8 cached and 1 new tokens.*at most 8"):
         model.decode_step(ids[:, :1], caches)
     assert torch.equal(caches[0].s, before)
     model.decode_step(ids[:, :1], caches, torch.zeros(2, dtype=torch.int32))  # finished sequences may stand in a full cache

@@ -1,0 +1,131 @@
+"""A whole Sessa layer beside the official layer on a GPU: forward and training step, time and peak memory.
+
+    python benchmarks/bench_layer.py [--dtype bf16]
+
+The peer is the official package `sessa` where it is importable (its repository on PYTHONPATH); otherwise the official algorithm
+in eager PyTorch with the same parameters, and the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import machine, write
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from sessa_deploy import SessaLayer
+
+SHAPES = ((8, 2048, 768, 12), (1, 8192, 1024, 8))  # B, T, D, heads
+
+
+class EagerLayer(nn.Module):
+    """The official algorithm around our layer's parameters: T x T scores, masked softmax, one float32 triangular solve."""
+
+    def __init__(self, layer: SessaLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, mixer = self.layer, self.layer.mixer
+        batch, tokens, width = x.shape
+        a, g = layer.W_in(layer.ln(x)).chunk(2, -1)
+        a = F.gelu(a)
+        q, k, v = (proj(a).view(batch, tokens, -1, mixer.head_dim) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        theta = torch.arange(tokens, device=x.device)[:, None] * 10000.0 ** (-torch.arange(0, mixer.head_dim, 2, device=x.device) / mixer.head_dim)
+        cos, sin = theta.cos()[None, :, None].to(x.dtype), theta.sin()[None, :, None].to(x.dtype)
+
+        def turn(z: Tensor) -> Tensor:
+            even, odd = z[..., 0::2], z[..., 1::2]
+            return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+        future = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
+        scores = torch.einsum("bthd,bshd->bhts", turn(q), turn(k)) * mixer.head_dim**-0.5
+        f = torch.einsum("bhts,bshd->bthd", torch.softmax(scores.masked_fill(future, -torch.inf), -1), v).reshape(batch, tokens, width)
+        f = mixer.out_proj(f)
+        q_b, k_b = mixer.proj_fb(a).chunk(2, -1)
+        mask = torch.ones_like(future).triu(0)
+        alpha = torch.softmax((torch.einsum("btd,bsd->bts", q_b, k_b) * width**-0.5).masked_fill(mask, -1e30), -1).masked_fill(mask, 0.0)
+        gamma = mixer.gamma_max * torch.tanh(mixer.gamma_bias + F.linear(a, mixer.gamma_ctx.weight.to(a.dtype)))
+        s = torch.linalg.solve_triangular(-(gamma * alpha).float(), f.float(), upper=False, unitriangular=True).to(x.dtype)
+        return x + layer.W_out(s * g)
+
+
+def peer(layer: SessaLayer, heads: int) -> tuple[str, nn.Module]:
+    """(name, module) of what we compare with, holding the same weights as `layer`."""
+    dtype = layer.W_in.weight.dtype
+    if importlib.util.find_spec("sessa") is None:
+        return "official algorithm, eager", EagerLayer(layer)
+    from sessa import SessaLayer as Official  # type: ignore[import-not-found]
+
+    official = Official(D=layer.mixer.d_model, n_heads=heads)
+    official.load_state_dict(layer.state_dict(), strict=False)
+    return "official layer", official.to("cuda", dtype)
+
+
+def measure(call: Callable[[], object], repeats: int = 20) -> tuple[float, float]:
+    """(median ms by CUDA events, peak GiB above what was allocated before)."""
+    for _ in range(5):
+        call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return sorted(times)[repeats // 2], (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[parser.parse_args().dtype]
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA GPU; none was found")
+    rows: list[dict[str, Any]] = []
+    table = Table(title=f"one layer, {dtype}, {machine()['gpu']}, torch {torch.__version__}")
+    for column in ("(B,T,D)", "what", "peer", "peer ms", "ours ms", "times faster", "peer GiB", "ours GiB"):
+        table.add_column(column, justify="right")
+    for batch, tokens, width, heads in SHAPES:
+        torch.manual_seed(0)
+        ours = SessaLayer(width, heads).to("cuda", dtype)
+        ours.mixer.gamma_bias.data = ours.mixer.gamma_bias.data.float()
+        ours.mixer.gamma_ctx.float()
+        name, theirs = peer(ours, heads)
+        x = torch.randn(batch, tokens, width, device="cuda", dtype=dtype)
+        with torch.no_grad():
+            distance = float((ours(x).float() - theirs(x).float()).norm() / theirs(x).float().norm())
+        grad = torch.randn_like(x)
+
+        def forward(layer: nn.Module, x: Tensor = x) -> None:
+            with torch.no_grad():
+                layer(x)
+
+        def train(layer: nn.Module, x: Tensor = x, grad: Tensor = grad) -> None:
+            layer.zero_grad(set_to_none=True)
+            layer(x.detach().requires_grad_()).backward(grad)
+
+        for what, step in (("forward", forward), ("forward+backward", train)):
+            theirs_ms, theirs_gib = measure(lambda s=step, m=theirs: s(m))
+            ours_ms, ours_gib = measure(lambda s=step, m=ours: s(m))
+            rows.append({"shape": (batch, tokens, width), "what": what, "peer": name, "peer_ms": theirs_ms, "ours_ms": ours_ms,
+                         "speedup": theirs_ms / ours_ms, "peer_gib": theirs_gib, "ours_gib": ours_gib, "relative_distance": distance})
+            table.add_row(str((batch, tokens, width)), what, name, f"{theirs_ms:.2f}", f"{ours_ms:.2f}", f"{theirs_ms / ours_ms:.1f}",
+                          f"{theirs_gib:.2f}", f"{ours_gib:.2f}")
+    Console(width=140).print(table)
+    print(write("layer", rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What the benchmarks share: timing, peak memory in a child process, where results go, and how a plot looks."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def median_ms(call: Callable[[], object], repeats: int = 9, warmup: int = 2) -> float:
+    """Median wall time of one call in milliseconds."""
+    for _ in range(warmup):
+        call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def _status_kib(field: str) -> int:
+    # Not getrusage: its maximum survives exec, so a child would start at its parent's peak.
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+
+
+def _peak(call: Callable[..., object], args: tuple[Any, ...], warm: tuple[Any, ...], queue: Any) -> None:
+    call(*warm)  # what a library loads at its first call is not the algorithm's
+    before = _status_kib("VmRSS")
+    call(*args)
+    queue.put(_status_kib("VmHWM") - before)
+
+
+def peak_growth_mib(call: Callable[..., object], args: tuple[Any, ...], warm: tuple[Any, ...]) -> float:
+    """Growth of the peak resident memory during call(*args), in a fresh process after call(*warm) on something small, in MiB."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_peak, args=(call, args, warm, queue))
+    process.start()
+    kib = queue.get()
+    process.join()
+    return kib / 1024
+
+
+def machine() -> dict[str, Any]:
+    """What a figure must be read with: processor, threads, versions."""
+    import torch
+
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def write(name: str, rows: Any) -> Path:
+    """Write results/<name>.json with the machine beside the rows."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def line_plot(name: str, series: dict[str, tuple[list[float], list[float]]], xlabel: str, ylabel: str, title: str) -> Path:
+    """results/<name>.png: one log-log line a series."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for label, (x, y) in series.items():
+        axes.plot(x, y, marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.set_xscale("log", base=2)
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend(frameon=False)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
