@@ -41,7 +41,8 @@ class Kernel:
     """A @triton.jit function: where it lives, its run-time parameters in order, then its constexpr names.
 
     variants: the keys of its pinned tiles, one binary for each (an int stands for a width or tile edge). lowered: whether the plugin needs it.
-    dtypes: the storage dtypes it is compiled for; a kernel that sees no storage type has ("fp32",).
+    dtypes: the storage dtypes it is compiled for; a kernel that sees no storage type has ("fp32",). scalar_loads: how many global loads
+    narrower than 16 bytes its PTX may hold (a length, a gain, a statistic); lowering refuses more.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Kernel:
     variants: tuple[str, ...]
     lowered: bool = True
     dtypes: tuple[str, ...] = DTYPES
+    scalar_loads: int = 0
 
     def __post_init__(self) -> None:
         for p in self.params:
@@ -71,7 +73,7 @@ KERNELS: dict[str, Kernel] = {
             "sessa_deploy.kernels.feedback_step",
             (
                 *pointers("q", "past_k", "past_s"),
-                *pointers("past_length", type="*i32"),
+                Param("past_length", "*i32"),
                 *pointers("part", "stat", type="*fp32"),
                 Param("stride_kb", "i64", True),
                 Param("stride_kr", "i32", True),
@@ -83,14 +85,15 @@ KERNELS: dict[str, Kernel] = {
             ),
             ("BLOCK_R", "BLOCK_D", "STAGES"),
             ("256", "512", "1024", "2048", "4096"),
+            scalar_loads=2,
         ),
         Kernel(
             "feedback_step_combine",
             "sessa_deploy.kernels.feedback_step",
             (
                 *pointers("part", "stat", type="*fp32"),
-                *pointers("past_length", type="*i32"),
-                *pointers("gamma", type="*fp32"),
+                Param("past_length", "*i32"),
+                Param("gamma", "*fp32"),
                 *pointers("f", "out"),
                 Param("capacity", "i32"),
                 Param("splits", "i32"),
@@ -99,6 +102,7 @@ KERNELS: dict[str, Kernel] = {
             ),
             ("BLOCK_S", "BLOCK_D"),
             ("128",),
+            scalar_loads=8,
         ),
     )
 }
@@ -112,8 +116,8 @@ def kernel(name: str) -> Kernel:
 
 
 def do_not_specialize(name: str) -> list[str]:
-    """Parameters whose values must not select a binary: every integer and float that carries no promise."""
-    return [p.name for p in kernel(name).params if not p.type.startswith("*") and not p.divisible]
+    """Parameters whose values must not select a binary: all that carry no promise, pointers included."""
+    return [p.name for p in kernel(name).params if not p.divisible]
 
 
 def signature(name: str, dtype: str) -> dict[str, str]:

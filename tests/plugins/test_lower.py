@@ -1,0 +1,140 @@
+"""Lowering: every kernel compiles for 90 and another architecture without a GPU, its metadata is whole, and bad binaries are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sessa_deploy.kernels import launch
+from sessa_deploy.plugins import lower
+
+pytest.importorskip("triton")
+
+
+def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sessa_deploy.plugins.lower", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, **env})
+
+
+@pytest.fixture(scope="module")
+def lowered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """(folder, cubins.json, standard output) of one run for sm_90 and sm_86; an interpreter asked for by other tests must not matter."""
+    out = tmp_path_factory.mktemp("cubins")
+    done = run("--arch", "90,86", "--out", str(out), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, json.loads((out / lower.MANIFEST).read_text()), done.stdout
+
+
+@pytest.mark.slow
+def test_every_unit_is_made_and_described(lowered: tuple[Path, dict[str, Any], str]) -> None:
+    out, manifest, stdout = lowered
+    cubins = manifest["cubins"]
+    assert manifest["schema"] == lower.SCHEMA
+    assert {(c["kernel"], c["arch"], c["dtype"], c["variant"]) for c in cubins} == {(u.kernel, u.arch, u.dtype, u.variant) for u in lower.units([90, 86])}
+    assert {p.name for p in out.glob("*.cubin")} == {c["file"] for c in cubins}
+    for c in cubins:
+        described = launch.kernel(c["kernel"])
+        assert [p["name"] for p in c["params"]] == [p.name for p in described.params] + ["global_scratch", "profile_scratch"]
+        assert c["shared"] <= launch.SHARED_LIMIT[c["arch"]] and c["problems"] == [] and c["registers"] > 0 and c["vector_loads"] > 0
+        binary = (out / c["file"]).read_bytes()
+        assert binary[:4] == b"\x7fELF" and len(binary) == c["size"]
+        assert str(Path(launch.__file__).parent).encode() not in binary  # no path of this machine
+    assert sum(c["size"] for c in cubins) * len(launch.ARCHS) / 2 < 40 * 2**20
+    assert (out / lower.TABLE).read_text().count("SESSA_CUBIN(") == len(cubins)
+    assert "sm_86" in stdout and "untuned" in stdout
+
+
+@pytest.mark.slow
+def test_lowering_again_gives_the_same_bytes(lowered: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+    manifest = lowered[1]
+    (tmp_path / "stale.cubin").write_bytes(b"old")
+    assert run("--arch", "90", "--out", str(tmp_path), "--kernel", "feedback_step_combine").returncode == 0
+    again = json.loads((tmp_path / lower.MANIFEST).read_text())["cubins"]
+    before = {c["file"]: c["sha256"] for c in manifest["cubins"]}
+    assert again and all(before[c["file"]] == c["sha256"] for c in again)
+    assert not (tmp_path / "stale.cubin").exists()
+
+
+def cubin(**change: Any) -> lower.Cubin:
+    good: dict[str, Any] = {
+        "kernel": "feedback_step_partial", "arch": 86, "dtype": "bf16", "variant": "1024", "file": "x.cubin", "sha256": "", "size": 1, "entry": "e",
+        "params": [{}] * 15, "tiles": {}, "num_warps": 4, "num_stages": 1, "shared": 1000, "registers": 100, "spill_bytes": 0, "global_scratch": 0,
+        "vector_loads": 9, "scalar_loads": 1, "tuned": True,
+    }  # fmt: skip
+    return lower.Cubin(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"shared": 101377}, "shared memory"), ({"spill_bytes": 8}, "spills 8 bytes"), ({"scalar_loads": 3}, "narrower than 16 bytes"),
+     ({"vector_loads": 0}, "no 16-byte load"), ({"params": [{}] * 14}, "declares 15 parameters"), ({"global_scratch": 64}, "global scratch")],
+)  # fmt: skip
+def test_problems_are_named(change: dict[str, Any], says: str) -> None:
+    assert lower.problems(cubin(), 15, 0, 2) == []
+    found = lower.problems(cubin(**change), 15, 0, 2)
+    assert len(found) == 1 and says in found[0]
+
+
+def test_ptx_is_read_right() -> None:
+    ptx = """
+    ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    @%p1 ld.global.L1::evict_first.v2.b64 { %rd2, %rd3 }, [ %rd1 + 0 ];
+    cp.async.cg.shared.global [ %r5 + 0 ], [ %rd4 + 0 ], 0x10, %r6;
+    cp.async.ca.shared.global [ %r5 + 0 ], [ %rd4 + 0 ], 0x4, %r6;
+    ld.global.b16 { %rs1 }, [ %rd1 + 0 ];
+    ld.shared.b32 %r7, [%r8];
+    ld.param.b64 %rd1, [kernel_param_0];
+    """
+    assert lower.count_loads(ptx) == (3, 2)
+    log = "ptxas info : 0 bytes stack frame, 16 bytes spill stores, 16 bytes spill loads\nptxas info : Used 117 registers, used 1 barriers"
+    assert lower.ptxas_report(log) == (117, 16)
+    with pytest.raises(ValueError, match="register count"):
+        lower.ptxas_report("")
+
+
+def test_bad_arch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lower.main(["--arch", "75", "--out", str(tmp_path)]) == 2
+    assert "got 75; allowed: some of 80," in capsys.readouterr().err
+
+
+def test_the_table_pins_every_unit() -> None:
+    for unit in lower.units(launch.ARCHS):
+        tiles = launch.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant)
+        assert tuple(tiles) == launch.kernel(unit.kernel).constexprs
+    assert launch.options("feedback_step_partial", 121, "bf16", "1024") == launch.options("feedback_step_partial", 120, "bf16", "1024")
+    with pytest.raises(KeyError, match="pins no tiles"):
+        launch.options("feedback_step_partial", 75, "bf16", "1024")
+
+
+JIT = """
+import hashlib, sys, torch
+from sessa_deploy.kernels import {module} as m
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for width in (768, 4096):
+        q, k, f = (torch.randn(2, 1, width, device="cuda", dtype=dtype) for _ in range(3))
+        past = torch.randn(2, 300, width, device="cuda", dtype=dtype)
+        m.step(q, k, torch.rand(2, 1, device="cuda"), f, past, past, torch.tensor([300, 7], device="cuda", dtype=torch.int32))
+for name in ("feedback_step_partial", "feedback_step_combine"):
+    for kernel in getattr(m, name).device_caches[0][0].values():
+        print(name, hashlib.sha256(kernel.asm["cubin"]).hexdigest())
+"""
+
+
+@pytest.mark.gpu
+def test_what_the_jit_launches_is_the_lowered_cubin(tmp_path: Path) -> None:
+    """Byte for byte, both without line information (which holds the source's path)."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    cubins = {(c.kernel, c.sha256) for c in lower.lower([major * 10 + minor], tmp_path)}
+    env = {**os.environ, "TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": str(tmp_path / "jit")}
+    done = subprocess.run([sys.executable, "-c", JIT.format(module="feedback_step")], capture_output=True, text=True, env=env, timeout=250)
+    assert done.returncode == 0, done.stderr
+    launched = {(line.split()[0], line.split()[1]) for line in done.stdout.splitlines()}
+    assert len(launched) >= 9 and launched <= cubins
