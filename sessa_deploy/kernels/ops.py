@@ -8,16 +8,19 @@ A non-finite new row makes itself and at most the later rows of its own sequence
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sessa_deploy.kernels import cpu
 
 STORAGE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAX_TRITON_WIDTH = 4096
+_TRAINING_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _require(ok: bool, what: str, got: object) -> None:
@@ -151,7 +154,19 @@ _feedback_attention_fwd.register_autograd(_feedback_grad, setup_context=_save_fe
 @torch.library.custom_op("sessa::causal_attention", mutates_args=())
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor) -> Tensor:
     _check_causal(q, k, v, past_k, past_v, past_length)
-    return cpu.causal_forward(q, k, v, past_k, past_v, past_length) if q.numel() else torch.empty_like(q)
+    if q.numel() == 0:
+        return torch.empty_like(q)
+    if q.is_cuda and past_k.shape[1] == 0:
+        return _causal_sdpa(q, k, v)
+    return cpu.causal_forward(q, k, v, past_k, past_v, past_length)
+
+
+def _causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # Bad rows are selected away without asking the device: a fused kernel multiplies masked rows by zero, and 0 * NaN is NaN.
+    bad = ~(torch.isfinite(k) & torch.isfinite(v)).all(-1).all(-1)  # (B,T)
+    k, v = (torch.where(bad[..., None, None], 0.0, x) for x in (k, v))
+    o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
+    return torch.where(bad.cummax(-1).values[..., None, None], torch.nan, o.transpose(1, 2)).contiguous()
 
 
 @torch.library.custom_op("sessa::causal_attention_bwd", mutates_args=())
@@ -228,8 +243,11 @@ def causal_attention(
     if past_k is None or past_v is None or past_length is None:
         _require(past_k is None and past_v is None and past_length is None, "past_k, past_v and past_length go together", "only some of them")
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            grouped = q.shape[2] != k.shape[2]
-            o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=grouped)
+            # cuDNN's kernels are the fastest on Hopper; they plan once a shape, which suits training. Where one does not apply the next is taken.
+            fastest = q.is_cuda and not torch.compiler.is_compiling()
+            with sdpa_kernel(_TRAINING_BACKENDS, set_priority=True) if fastest else nullcontext():
+                grouped = q.shape[2] != k.shape[2]
+                o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=grouped)
             return o.transpose(1, 2)
         past_k, past_v = (k.new_empty(k.shape[0], 0, *k.shape[2:]) for _ in range(2))
         past_length = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
