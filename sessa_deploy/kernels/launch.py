@@ -195,3 +195,22 @@ STEP_MAX_SPLITS = 128
 def step_splits(capacity: int, rows: int) -> int:
     """Splits of a past of `capacity` rows, in tiles of `rows`; split i reads tiles i, i + splits, i + 2 * splits, ..."""
     return max(1, min(STEP_MAX_SPLITS, -(-capacity // rows)))
+
+
+def pin(name: str, arch: int, dtypes: list[str], variant: str, entry: dict[str, Any], tuned: bool = True) -> None:
+    """Rewrite launch_table.json so that (arch, dtypes, variant) of a kernel has these tiles, warps and stages; other entries stay."""
+    table = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
+    kept = []
+    for row in table["kernels"].setdefault(name, []):
+        if row["variant"] == variant and arch in row["arch"] and set(dtypes) & set(row["dtype"]):
+            others = [a for a in row["arch"] if a != arch]
+            rest = [d for d in row["dtype"] if d not in dtypes]
+            kept += [{**row, "arch": others}] if others else []
+            kept += [{**row, "arch": [arch], "dtype": rest}] if rest else []
+        else:
+            kept.append(row)
+    kept.append({"arch": [arch], "dtype": dtypes, "variant": variant, **entry, "tuned": tuned})
+    table["kernels"][name] = sorted(kept, key=lambda r: (int(r["variant"]), r["dtype"], r["arch"]))
+    body = ",\n".join(f' {json.dumps(k)}: [\n' + ",\n".join(f"  {json.dumps(r)}" for r in rows) + "\n ]" for k, rows in table["kernels"].items())
+    TABLE_FILE.write_text(f'{{"kernels": {{\n{body}\n}}}}\n', encoding="utf-8")
+    _table.cache_clear()

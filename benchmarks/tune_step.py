@@ -1,0 +1,152 @@
+"""Measure tiles of the decode step kernel on this GPU, beside its copy bandwidth, and pin the best ones.
+
+    python benchmarks/tune_step.py [--write] [--quick] [--json FILE]
+
+Times are CUDA-graph replays over rotating caches larger than L2, medians. GB/s counts the valid rows of k_b and s, once.
+The score of a tile is the geometric mean of its shares of copy bandwidth over the shapes; --write puts the winner into launch_table.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sessa_deploy.kernels import feedback_step, launch
+
+# (B, capacity, context of each sequence)
+SHAPES: list[tuple[int, int, list[int]]] = [(32, 8192, [4096]), (1, 8192, [4096]), (1, 32768, [32768]), (32, 8192, [128] * 31 + [4096]), (8, 2048, [1500])]
+STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def replay_ms(launches: list[Callable[[], None]], repeats: int = 15) -> float:
+    """Median milliseconds of one launch, from replays of a graph that holds all of them."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for fn in launches:
+            fn()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for fn in launches:
+            fn()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / len(launches))
+    return statistics.median(times[2:])
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a device-to-device copy of 2 GiB, bytes read plus bytes written."""
+    x = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+    y = torch.empty_like(x)
+    return 2 * x.numel() / replay_ms([lambda: y.copy_(x)] * 4) / 1e6
+
+
+class Case:
+    """Inputs of one shape, in enough copies that a replay does not live in L2."""
+
+    def __init__(self, batch: int, capacity: int, lengths: list[int], width: int, dtype: torch.dtype) -> None:
+        self.batch, self.capacity, self.width = batch, capacity, width
+        lengths = lengths * (batch // len(lengths))
+        self.bytes = 2 * sum(lengths) * width * dtype.itemsize
+        copies = max(1, min(12, math.ceil(400e6 / self.bytes)))
+        self.length = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+        self.past = [torch.randn(2, batch, capacity, width, device="cuda", dtype=dtype) for _ in range(copies)]
+        self.q, self.f = torch.randn(2, batch, 1, width, device="cuda", dtype=dtype)
+        self.gamma = torch.rand(batch, 1, device="cuda")
+        self.out = torch.empty_like(self.f)
+
+    def launches(self, partial: dict[str, Any], combine: dict[str, Any], splits_max: int) -> list[Callable[[], None]]:
+        splits = max(1, min(splits_max, -(-self.capacity // partial["BLOCK_R"])))
+        part = torch.empty(self.batch, splits, self.width, device="cuda")
+        stat = torch.empty(self.batch, splits, 2, device="cuda")
+        scale = self.width**-0.5 * feedback_step.LOG2E
+
+        def one(past: torch.Tensor) -> None:
+            k, s = past[0], past[1]
+            strides = (k.stride(0), k.stride(1), s.stride(0), s.stride(1))
+            feedback_step.feedback_step_partial[(splits, self.batch)](
+                self.q, k, s, self.length, part, stat, *strides, self.capacity, self.width, scale, **partial
+            )
+            if combine:
+                feedback_step.feedback_step_combine[(-(-self.width // combine["BLOCK_D"]), self.batch)](
+                    part, stat, self.length, self.gamma, self.f, self.out, self.capacity, splits, partial["BLOCK_R"], self.width, **combine
+                )
+
+        return [lambda past=past: one(past) for past in self.past]  # type: ignore[misc]
+
+
+def candidates(variant: str, dtype: str, quick: bool) -> list[dict[str, Any]]:
+    """Tiles worth trying for a width variant: 8 to 32 KiB of each operand, 1 to 4 stages, 4 or 8 warps."""
+    width, size = int(variant), 4 if dtype == "fp32" else 2
+    found = []
+    for kib, stages, warps in itertools.product((8, 16, 32), (1, 2, 3, 4), (2, 4, 8)):
+        rows = kib * 1024 // (width * size)
+        if rows < 1 or (quick and (kib, stages, warps) not in QUICK):
+            continue
+        if 2 * kib * 1024 * max(stages - 1, 0) <= 110 * 1024 and 16 <= kib * 1024 // (warps * 32) <= 256:
+            found.append({"BLOCK_R": rows, "BLOCK_D": width, "STAGES": stages, "num_warps": warps, "num_stages": 1})
+    return found
+
+
+QUICK = {(16, 1, 4), (16, 2, 4), (16, 3, 4), (16, 4, 4), (8, 3, 4), (8, 4, 4), (8, 4, 2), (32, 2, 4), (32, 2, 8), (16, 3, 8), (32, 3, 8)}
+COMBINES = [{"BLOCK_S": 128, "BLOCK_D": d, "num_warps": w, "num_stages": 1} for d, w in ((32, 4), (32, 8), (64, 4), (64, 8), (16, 4))]
+
+
+def score(case_times: list[tuple[Case, float]], copy: float) -> float:
+    return math.exp(statistics.mean(math.log(c.bytes / ms / 1e6 / copy) for c, ms in case_times))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--write", action="store_true", help="pin the winners for this architecture")
+    parser.add_argument("--quick", action="store_true", help="fewer tiles")
+    parser.add_argument("--dtype", default="bf16,fp32", help="storage types to tune; fp16 takes bf16's tiles")
+    parser.add_argument("--width", default="1024,4096,256")
+    parser.add_argument("--json", type=Path, default=None)
+    args = parser.parse_args()
+    major, minor = torch.cuda.get_device_capability()
+    copy = copy_bandwidth()
+    print(f"copy bandwidth {copy:.0f} GB/s on {torch.cuda.get_device_name()}", flush=True)
+    results = []
+    for dtype, variant in itertools.product(args.dtype.split(","), args.width.split(",")):
+        cases = [Case(b, p, n, int(variant), STORAGE[dtype]) for b, p, n in (SHAPES if int(variant) <= 1024 and dtype != "fp32" else SHAPES[:2])]
+        if int(variant) == 1024 and dtype == "bf16":
+            tiles = launch.options("feedback_step_partial", major * 10 + minor, dtype, variant)
+            for combine in COMBINES:
+                cost = [replay_ms(c.launches(tiles, combine, 128)) - replay_ms(c.launches(tiles, {}, 128)) for c in cases]
+                print(f"combine {combine}: " + " ".join(f"{1e3 * x:.2f}" for x in cost) + " us", flush=True)
+        combine = launch.options("feedback_step_combine", major * 10 + minor, dtype, "128")
+        for tiles, splits in itertools.product(candidates(variant, dtype, args.quick), (64, 128)):
+            times = [(c, replay_ms(c.launches(tiles, combine, splits))) for c in cases]
+            share = score(times, copy)
+            results.append({"dtype": dtype, "variant": variant, "splits": splits, "tiles": tiles, "share": share, "ms": [ms for _, ms in times],
+                            "shares": [c.bytes / ms / 1e6 / copy for c, ms in times]})  # fmt: skip
+        del cases
+        mine = sorted((r for r in results if r["dtype"] == dtype and r["variant"] == variant), key=lambda r: -r["share"])
+        for r in mine[:6] + mine[-1:]:
+            t = r["tiles"]
+            print(f"{dtype} {variant} R={t['BLOCK_R']} stages={t['STAGES']} warps={t['num_warps']} splits={r['splits']}: share {r['share']:.3f} | "
+                  + " ".join(f"{s:.3f}" for s in r["shares"]) + " | us " + " ".join(f"{1e3 * m:.1f}" for m in r["ms"]), flush=True)  # fmt: skip
+        if args.write:
+            best = next(r for r in mine if r["splits"] == launch.STEP_MAX_SPLITS)
+            launch.pin("feedback_step_partial", major * 10 + minor, ["fp16", "bf16"] if dtype == "bf16" else [dtype], variant, best["tiles"])
+    if args.json:
+        args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "copy_gbs": copy, "shapes": SHAPES, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
