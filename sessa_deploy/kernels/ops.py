@@ -8,6 +8,7 @@ A non-finite new row makes itself and at most the later rows of its own sequence
 from __future__ import annotations
 
 import importlib.util
+import os
 from contextlib import nullcontext
 from functools import lru_cache
 
@@ -63,7 +64,12 @@ def _has_triton() -> bool:
 
 
 def uses_triton(q: Tensor) -> bool:
-    """Whether feedback attention on q (B,T,D) runs the Triton kernels: CUDA, at most 32 bits, D a multiple of 16 up to 4096."""
+    """Whether feedback attention on q (B,T,D) runs the Triton kernels: CUDA, at most 32 bits, D a multiple of 16 up to 4096.
+
+    SESSA_TRITON=0 in the environment turns them off: the blocked PyTorch path then runs on the GPU, slower, to compare with.
+    """
+    if os.environ.get("SESSA_TRITON") == "0":
+        return False
     return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] % 16 == 0 and q.shape[-1] <= MAX_TRITON_WIDTH and _has_triton()
 
 
@@ -166,7 +172,7 @@ def _causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     bad = ~(torch.isfinite(k) & torch.isfinite(v)).all(-1).all(-1)  # (B,T)
     k, v = (torch.where(bad[..., None, None], 0.0, x) for x in (k, v))
     o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
-    return torch.where(bad.cummax(-1).values[..., None, None], torch.nan, o.transpose(1, 2)).contiguous()
+    return torch.where(bad.cumsum(-1)[..., None, None] > 0, torch.nan, o.transpose(1, 2)).contiguous()
 
 
 @torch.library.custom_op("sessa::causal_attention_bwd", mutates_args=())
