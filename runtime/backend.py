@@ -1,0 +1,104 @@
+"""What a session asks of whatever runs the graph: one step over ragged rows, with the caches owned by the backend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sessa_deploy.config import SessaConfig
+from sessa_deploy.errors import SessaError, UserError
+
+IntArray = NDArray[np.integer]
+
+
+class Backend(ABC):
+    """B sequences ("rows") of at most `capacity` cached tokens each.
+
+    length: (B,) int32, tokens cached of each row. bytes_moved: bytes of cache rows that were copied since the start, appending included.
+    A subclass runs the graph in `_forward` and appends; lengths, checks and resets are here, so that no backend differs in them.
+    """
+
+    name = "none"
+
+    def __init__(self, config: SessaConfig, batch: int = 1, capacity: int | None = None) -> None:
+        capacity = config.max_context if capacity is None else capacity
+        for what, value in (("max_batch", batch), ("capacity", capacity)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{what} is out of range", got=repr(value), allowed="an integer >= 1")
+        self.config, self.batch, self.capacity = config, batch, capacity
+        self.length: NDArray[np.int32] = np.zeros(batch, dtype=np.int32)
+        self.bytes_moved = 0
+
+    def step(self, input_ids: IntArray, new_length: IntArray) -> NDArray[np.float32]:
+        """Feed the first new_length[b] of input_ids[b] (B,T) to each row; logits (B,V) float32 after its last new token.
+
+        new_length: (B,) in 0..T; a row with 0 stands still and its logits are unspecified. Raises UserError, with nothing changed, when a
+        row has no room left, an id is outside the vocabulary or a shape is wrong.
+        """
+        ids, new = self._checked(input_ids, new_length)
+        logits = self._forward(ids, new)
+        self.length += new
+        return logits
+
+    def step_greedy(self, input_ids: IntArray, new_length: IntArray) -> NDArray[np.int64]:
+        """Like `step`, returning the most likely token (B,) alone; a backend on a device may find it there. Raises SessaError on NaN or Inf logits."""
+        logits = self.step(input_ids, new_length)
+        if not np.isfinite(logits[np.asarray(new_length) > 0].max(axis=-1)).all():
+            raise SessaError("the model produced logits that are not finite; fix: run sessa-deploy validate on the bundle")
+        return np.argmax(logits, axis=-1)
+
+    def reset(self, rows: Iterable[int] | None = None) -> None:
+        """Forget the tokens of `rows`, of every row by default."""
+        for row in range(self.batch) if rows is None else rows:
+            self.length[row] = 0
+
+    def rewind(self, row: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a row. Raises UserError if it holds fewer."""
+        if not 0 <= length <= int(self.length[row]):
+            raise UserError("a sequence cannot be rewound to there", got=length, allowed=f"0..{int(self.length[row])}")
+        self.length[row] = length
+
+    def room(self, row: int) -> int:
+        """Tokens that still fit into a row."""
+        return self.capacity - int(self.length[row])
+
+    @abstractmethod
+    def _forward(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Run ids (B,T) whose first new[b] count, with max(new) == T >= 1, append the new rows at `length`; logits (B,V)."""
+
+    @abstractmethod
+    def cached(self, row: int) -> dict[str, NDArray[np.generic]]:
+        """Copies of a row's cache by graph name (`past.{i}.k_f`): (length, Hkv, d) for k_f and v_f, (length, D) for k_b and s."""
+
+    @abstractmethod
+    def poison(self) -> None:
+        """Fill every cache row at or beyond its sequence's length with NaN. What comes out must not change: tests and `validate` rely on it."""
+
+    def close(self) -> None:
+        """Let go of what the backend holds."""
+        return
+
+    def _checked(self, input_ids: IntArray, new_length: IntArray) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        ids, new = np.asarray(input_ids), np.asarray(new_length)
+        if ids.ndim != 2 or len(ids) != self.batch or ids.dtype.kind not in "iu":
+            raise UserError("input_ids has the wrong shape", got=f"{ids.shape} {ids.dtype}", allowed=f"({self.batch},T) integers")
+        if new.shape != (self.batch,) or new.dtype.kind not in "iu" or new.min() < 0 or new.max() > ids.shape[1]:
+            raise UserError("new_length is wrong", got=new.tolist(), allowed=f"{self.batch} integers in 0..{ids.shape[1]}")
+        tokens = int(new.max())
+        if tokens == 0:
+            raise UserError("a step without a new token", got=f"new_length {new.tolist()}", allowed="at least one token")
+        wanted = self.length.astype(np.int64) + new
+        if wanted.max() > self.capacity:
+            row = int(wanted.argmax())
+            raise UserError("the context is full", got=f"{int(self.length[row])} cached and {int(new[row])} new tokens in sequence {row}",
+                            allowed=f"a capacity of {self.capacity} tokens", fix="raise the capacity (--capacity) or shorten the prompt")
+        counts = np.arange(tokens) < new[:, None]
+        ids = np.where(counts, ids[:, :tokens], 0).astype(np.int64)
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)][0]
+            raise UserError("a token id is outside the vocabulary", got=int(wrong), allowed=f"0..{self.config.vocab_size - 1}",
+                            fix="encode the prompt with the bundle's tokenizer")
+        return ids, new.astype(np.int32)

@@ -1,0 +1,52 @@
+"""Which engine runs a bundle: names of the backends, and the choice that "auto" makes. Each engine library is imported when it is used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from sessa_deploy.contract import ENGINES_DIR
+from sessa_deploy.errors import UserError
+from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.bundle import Bundle
+
+BACKENDS = ("auto", "ort", "ort-cuda", "trt")
+
+
+def open_backend(bundle: Bundle, name: str = "auto", batch: int = 1, capacity: int | None = None, threads: int | None = None) -> Backend:
+    """Open a bundle on a backend. Raises UserError naming what is missing and the command that installs it."""
+    if name not in BACKENDS:
+        raise UserError("no such backend", got=repr(name), allowed=", ".join(BACKENDS))
+    if name == "auto":
+        name = choose(bundle)
+    if name == "trt":
+        return _trt().TrtBackend(bundle, batch=batch, capacity=capacity)  # type: ignore[no-any-return]
+    from sessa_deploy.runtime.ort import OrtBackend
+
+    return OrtBackend(bundle, batch=batch, capacity=capacity, provider="cuda" if name == "ort-cuda" else "cpu", threads=threads)
+
+
+def choose(bundle: Bundle) -> str:
+    """What "auto" means here: TensorRT if the bundle has engines and TensorRT is installed, ONNX Runtime on a GPU if it can use one, else on the CPU."""
+    has_engine = any(n.startswith(f"{ENGINES_DIR}/") for n in bundle.names())
+    if has_engine and _installed("sessa_deploy.runtime.trt") and _installed("tensorrt"):
+        return "trt"
+    from sessa_deploy.runtime.ort import cuda_is_usable
+
+    return "ort-cuda" if cuda_is_usable() else "ort"
+
+
+def _trt() -> Any:
+    if not _installed("sessa_deploy.runtime.trt"):
+        raise UserError("this version has no TensorRT backend", got="backend trt", allowed="auto, ort, ort-cuda", fix="use --backend ort")
+    if not _installed("tensorrt"):
+        raise UserError("TensorRT is not installed", got="backend trt", fix="pip install tensorrt, or use --backend ort")
+    return importlib.import_module("sessa_deploy.runtime.trt")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

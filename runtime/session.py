@@ -1,0 +1,274 @@
+"""Prompts in, tokens out: chunked prefill, ragged batches, streaming, and conversations that continue on the cache they have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sessa_deploy.contract import TOKENIZER_FILE
+from sessa_deploy.errors import UserError
+from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.bundle import Bundle
+from sessa_deploy.runtime.engines import open_backend
+from sessa_deploy.runtime.sampling import Sampler, SamplingParams
+from sessa_deploy.runtime.stopping import StopText
+from sessa_deploy.runtime.tokenizer import StreamDecoder, Tokenizer
+
+DEFAULT_CHUNK = 512
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One generated token of sequence `row`: the text it completes (may be empty) and, with the last one, why generation ended.
+
+    finish: None while it goes on; "stop" (a stop token or string), "length" (max_new_tokens), "context" (the capacity is full).
+    """
+
+    row: int
+    token: int
+    text: str
+    finish: str | None = None
+
+
+@dataclass
+class Generation:
+    """What one sequence got: its new tokens (a stop token included), their text without the stop, and why it ended (see Chunk)."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: str | None = None
+
+
+@dataclass
+class _Slot:
+    """tokens: all of the conversation so far. The last `pending` of them are not in the cache yet."""
+
+    tokens: list[int] = field(default_factory=list)
+    pending: int = 0
+
+
+class Session:
+    """A bundle, opened for generation on `max_batch` sequences of at most `capacity` tokens (default: the model's max_context).
+
+    backend: "auto", "ort", "ort-cuda", "trt", or a Backend that is already open. chunk: tokens a prefill step takes at most.
+    threads: of the CPU backend; None takes all. Sequence b keeps its conversation: each call appends to it until `reset`.
+    Raises UserError on bad input; a call that raises it has changed nothing.
+    """
+
+    def __init__(self, bundle: Bundle | str | Path, backend: str | Backend = "auto", max_batch: int = 1, capacity: int | None = None,
+                 chunk: int = DEFAULT_CHUNK, threads: int | None = None) -> None:
+        if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+            raise UserError("chunk is out of range", got=repr(chunk), allowed="an integer >= 1")
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        self.config, self.chunk = self.bundle.config, chunk
+        self._tokenizer = Tokenizer(self.bundle.file(TOKENIZER_FILE)) if TOKENIZER_FILE in self.bundle else None
+        self.backend = backend if isinstance(backend, Backend) else open_backend(self.bundle, backend, max_batch, capacity, threads)
+        self.max_batch, self.capacity = self.backend.batch, self.backend.capacity
+        self._slots = [_Slot() for _ in range(self.max_batch)]
+        self._turn = 0  # counts uses, so that a stream that was overtaken notices
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the engine and the caches."""
+        self.backend.close()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer. Raises UserError if it has none."""
+        if self._tokenizer is None:
+            raise UserError(f"the bundle has no {TOKENIZER_FILE}", got=str(self.bundle.path), allowed="prompts as token ids",
+                            fix=f"put a {TOKENIZER_FILE} into the checkpoint and run: sessa-deploy export")
+        return self._tokenizer
+
+    def tokens(self, row: int = 0) -> list[int]:
+        """All tokens of a sequence's conversation, prompts and answers."""
+        return list(self._slots[row].tokens)
+
+    def reset(self, rows: Iterable[int] | None = None) -> None:
+        """Begin anew in `rows`, in every sequence by default."""
+        self._turn += 1
+        for row in range(self.max_batch) if rows is None else rows:
+            self._slots[row] = _Slot()
+            self.backend.reset([row])
+
+    def encode(self, prompt: Prompt, row: int = 0) -> list[int]:
+        """Token ids of a prompt; the model's first token (bos_token_id, if any) is put before text that begins a conversation."""
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        ids, first = self.tokenizer.encode(prompt), self.config.bos_token_id
+        return [first, *ids] if first is not None and not self._slots[row].tokens and ids[:1] != [first] else ids
+
+    def prefill(self, prompts: Sequence[Prompt | None]) -> NDArray[np.float32]:
+        """Append prompts[b] to sequence b (None: leave it alone), in chunks; logits (len(prompts), V) after each one's last token.
+
+        Rows of sequences left alone are zero. Raises UserError if a prompt is empty or does not fit.
+        """
+        feeds = self._encode_all(prompts, new_tokens=1)
+        self._turn += 1
+        return self._feed(feeds)
+
+    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
+        """Append one token to each sequence (None: it stands still); logits (len(tokens), V)."""
+        return self.prefill([None if token is None else [token] for token in tokens])
+
+    def generate(self, prompts: str | Sequence[Prompt], max_new_tokens: int | None = None, sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+                 stop_tokens: Iterable[int] | None = None, stop: Sequence[str] = ()) -> list[Generation]:
+        """Like `stream`, collected: one Generation a prompt."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        results = [Generation() for _ in prompts]
+        for chunk in self.stream(prompts, max_new_tokens, sampling, stop_tokens, stop):
+            result = results[chunk.row]
+            result.tokens.append(chunk.token)
+            result.text += chunk.text
+            result.finish = chunk.finish
+        return results
+
+    def stream(self, prompts: str | Sequence[Prompt], max_new_tokens: int | None = None, sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+               stop_tokens: Iterable[int] | None = None, stop: Sequence[str] = ()) -> Iterator[Chunk]:
+        """Generate behind prompts[b] in sequence b, yielding each token as it is drawn.
+
+        max_new_tokens: for each sequence; None goes on until a stop or until the capacity is full. sampling: one for all or one a prompt;
+        None is greedy. stop_tokens: ids that end a sequence; None takes the model's eos_token_id. stop: strings that end it, not shown.
+        The iterator may be dropped at any time; the conversation then holds the tokens drawn so far.
+        Raises UserError, before anything is computed, on bad input and when a prompt and max_new_tokens together exceed the capacity.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if max_new_tokens is not None and (isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1):
+            raise UserError("max_new_tokens is out of range", got=repr(max_new_tokens), allowed="an integer >= 1")
+        params = [sampling or SamplingParams()] * len(prompts) if sampling is None or isinstance(sampling, SamplingParams) else list(sampling)
+        if len(params) != len(prompts):
+            raise UserError("sampling has the wrong length", got=len(params), allowed=f"one, or one for each of {len(prompts)} prompts")
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+            raise UserError("stop is wrong", got=repr(stop), allowed="a list of non-empty strings")
+        if stop:
+            _ = self.tokenizer
+        eos = self.config.eos_token_id
+        ends = frozenset(int(t) for t in stop_tokens) if stop_tokens is not None else frozenset(() if eos is None else (eos,))
+        feeds = self._encode_all(prompts, new_tokens=max_new_tokens or 1)
+        self._turn += 1
+        return self._stream(self._turn, feeds, max_new_tokens, params, ends, stop)
+
+    def _stream(self, turn: int, feeds: list[list[int] | None], limit: int | None, params: list[SamplingParams], ends: frozenset[int],
+                stop: Sequence[str]) -> Iterator[Chunk]:
+        self._check_turn(turn)
+        logits = self._feed(feeds)
+        rows = [_Row(self, row, params[row], ends, stop, limit) for row in range(len(feeds))]
+        greedy = all(p.plain_greedy for p in params)
+        picked = [row.sampler.next_token(logits[row.index]) for row in rows]
+        while True:
+            chunks = [row.take(token) for row, token in zip(rows, picked, strict=True)]
+            rows = [row for row, chunk in zip(rows, chunks, strict=True) if chunk.finish is None]
+            yield from chunks
+            if not rows:
+                return
+            self._check_turn(turn)
+            ids, new = np.zeros((self.max_batch, 1), np.int64), np.zeros(self.max_batch, np.int32)
+            for row in rows:
+                ids[row.index, 0], new[row.index] = row.slot.tokens[-1], 1
+            if greedy:
+                found = self.backend.step_greedy(ids, new)
+                picked = [int(found[row.index]) for row in rows]
+            else:
+                logits = self.backend.step(ids, new)
+                picked = [row.sampler.next_token(logits[row.index]) for row in rows]
+            for row in rows:
+                row.slot.pending = 0
+
+    def _check_turn(self, turn: int) -> None:
+        if turn != self._turn:
+            raise UserError("the session was used for something else while this stream was open", fix="finish or drop a stream before the next call")
+
+    def _encode_all(self, prompts: Sequence[Prompt | None], new_tokens: int) -> list[list[int] | None]:
+        """Token ids to append to each sequence, checked against the batch, the vocabulary and the capacity."""
+        if not 1 <= len(prompts) <= self.max_batch:
+            raise UserError("the number of prompts does not fit the session", got=len(prompts), allowed=f"1..{self.max_batch} (max_batch)")
+        feeds: list[list[int] | None] = []
+        for row, prompt in enumerate(prompts):
+            if prompt is None:
+                feeds.append(None)
+                continue
+            if not isinstance(prompt, str) and not isinstance(prompt, (Sequence, np.ndarray)):
+                raise UserError(f"prompt {row} is neither text nor token ids", got=type(prompt).__name__, allowed="a string or a list of integers")
+            slot, ids = self._slots[row], self.encode(prompt, row)
+            if not ids and not slot.pending:
+                raise UserError(f"prompt {row} is empty", allowed="at least one token", fix="pass some text")
+            wrong = [token for token in ids if not 0 <= token < self.config.vocab_size]
+            if wrong:
+                raise UserError("a token id is outside the vocabulary", got=wrong[0], allowed=f"0..{self.config.vocab_size - 1}",
+                                fix="encode the prompt with the bundle's tokenizer")
+            before = len(slot.tokens)
+            if before + len(ids) + new_tokens - 1 > self.capacity:  # the last token drawn needs no row in the cache
+                held = f" behind {before} tokens of conversation" if before else ""
+                wanted = f" and {new_tokens} new tokens" if new_tokens > 1 else ""
+                raise UserError("the context is full", got=f"a prompt of {len(ids)} tokens{held}{wanted}", allowed=f"a capacity of {self.capacity} tokens",
+                                fix=f"raise the capacity (--capacity {before + len(ids) + new_tokens}), ask for fewer tokens or shorten the prompt")
+            feeds.append(ids)
+        return feeds
+
+    def _feed(self, feeds: list[list[int] | None]) -> NDArray[np.float32]:
+        """Run what is pending and then feeds[b] through sequence b, chunk by chunk; logits (len(feeds), V) after each one's last token."""
+        whole = []
+        for slot, feed in zip(self._slots, feeds, strict=False):
+            late = slot.tokens[len(slot.tokens) - slot.pending :] if feed is not None else []
+            whole.append([*late, *(feed or [])])
+        logits = np.zeros((len(feeds), self.config.vocab_size), np.float32)
+        for start in range(0, max((len(w) for w in whole), default=0), self.chunk):
+            parts = [w[start : start + self.chunk] for w in whole]
+            new = np.zeros(self.max_batch, np.int32)
+            ids = np.zeros((self.max_batch, max(len(p) for p in parts)), np.int64)
+            for b, part in enumerate(parts):
+                new[b] = len(part)
+                ids[b, : len(part)] = part
+            result = self.backend.step(ids, new)
+            for b, part in enumerate(parts):
+                if not part:
+                    continue
+                slot, known = self._slots[b], min(len(part), self._slots[b].pending)
+                slot.pending -= known
+                slot.tokens += part[known:]
+                logits[b] = result[b]  # a prompt that ended in an earlier chunk keeps the logits of that one
+        return logits
+
+
+class _Row:
+    """One sequence while it generates."""
+
+    def __init__(self, session: Session, index: int, params: SamplingParams, ends: frozenset[int], stop: Sequence[str], limit: int | None) -> None:
+        self.index, self.slot = index, session._slots[index]
+        self.sampler = Sampler(params, session.config.vocab_size, seen=self.slot.tokens)
+        self._decoder: StreamDecoder | None = session._tokenizer.stream(self.slot.tokens) if session._tokenizer else None
+        self._text, self._ends, self._limit, self._count = StopText(stop), ends, limit, 0
+        self._capacity = session.capacity
+
+    def take(self, token: int) -> Chunk:
+        """Record a drawn token and say what it means."""
+        self.slot.tokens.append(token)
+        self.slot.pending += 1
+        self._count += 1
+        finish = None
+        if token in self._ends:
+            finish = "stop"
+        elif self._limit is not None and self._count >= self._limit:
+            finish = "length"
+        elif len(self.slot.tokens) > self._capacity:
+            finish = "context"
+        if self._decoder is None:
+            return Chunk(self.index, token, "", finish)
+        text, found = self._text.push(self._decoder.push(token) if token not in self._ends else "")
+        if not found and finish is not None:
+            more, found = self._text.push(self._decoder.flush())
+            text += more
+            if not found:
+                text += self._text.flush()
+        return Chunk(self.index, token, text, "stop" if found else finish)
