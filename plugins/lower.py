@@ -132,7 +132,7 @@ def compile_unit(unit: Unit, out: Path) -> Cubin:
     binary, meta, description = kernel.asm["cubin"], kernel.metadata, launch.kernel(unit.kernel)
     path = out / f"{unit.stem}.cubin"
     path.write_bytes(binary)
-    params = [{"name": p.name, "type": p.type.replace("storage", unit.dtype), "divisible": launch.ALIGNMENT if p.divisible else 1} for p in description.params]
+    params = [{"name": p.name, "type": launch.resolve(p.type, unit.dtype), "divisible": launch.ALIGNMENT if p.divisible else 1} for p in description.params]
     params += [{"name": n, "type": t, "divisible": 1} for n, t in HIDDEN]
     declared = len(re.findall(r"^\s*\.param\b", kernel.asm["ptx"].split(".visible .entry", 1)[1].split(")", 1)[0], re.MULTILINE))
     pinned = launch.pinned(unit.kernel, unit.arch, unit.dtype, unit.variant)

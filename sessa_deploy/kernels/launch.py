@@ -65,6 +65,24 @@ def pointers(*names: str, type: str = "*storage") -> tuple[Param, ...]:
     return tuple(Param(n, type, True) for n in names)
 
 
+def integers(*names: str) -> tuple[Param, ...]:
+    """32-bit integers that select no binary."""
+    return tuple(Param(n, "i32") for n in names)
+
+
+# Types that follow the storage dtype: "work" of routing tiles and of s between blocks, "half_pair" of a block inverse's two halves.
+DERIVED = {
+    "fp32": {"storage": "fp32", "work": "fp32", "half_pair": "fp32"},
+    "fp16": {"storage": "fp16", "work": "fp16", "half_pair": "bf16"},
+    "bf16": {"storage": "bf16", "work": "fp16", "half_pair": "bf16"},
+}
+
+
+def resolve(type: str, dtype: str) -> str:
+    """Triton's name of a parameter type for a storage dtype, e.g. "*work" and "bf16" -> "*fp16"."""
+    return "*" + DERIVED[dtype].get(type[1:], type[1:]) if type.startswith("*") else type
+
+
 KERNELS: dict[str, Kernel] = {
     k.name: k
     for k in (
@@ -83,7 +101,7 @@ KERNELS: dict[str, Kernel] = {
                 Param("width", "i32", True),
                 Param("scale", "fp32"),
             ),
-            ("BLOCK_R", "BLOCK_D", "STAGES"),
+            ("BLOCK_C", "BLOCK_R", "BLOCK_L", "STAGES"),
             ("256", "512", "1024", "2048", "4096"),
             scalar_loads=2,
         ),
@@ -104,6 +122,82 @@ KERNELS: dict[str, Kernel] = {
             ("128",),
             scalar_loads=8,
         ),
+        Kernel(
+            "feedback_pack",
+            "sessa_deploy.kernels.feedback_fwd",
+            (
+                *pointers("past_s"),
+                Param("past_length", "*i32"),
+                *pointers("w", "w_low", type="*work"),
+                Param("scales", "*fp32"),
+                Param("P", "i32"),
+                Param("D", "i32", True),
+                Param("C", "i32", True),
+            ),
+            ("BT", "BN", "SPLIT"),
+            ("fwd",),
+            scalar_loads=2,
+        ),
+        Kernel(
+            "feedback_scores",
+            "sessa_deploy.kernels.feedback_tiles",
+            (
+                *pointers("q", "k", "past_k"),
+                Param("past_length", "*i32"),
+                Param("lse", "*fp32"),
+                Param("bad", "*i32"),
+                *pointers("e", type="*work"),
+                *pointers("peak", "total", type="*fp32"),
+                Param("sync", "*i32"),
+                *integers("T", "P"),
+                *(Param(n, "i32", True) for n in ("D", "C", "R")),
+                *integers("NP", "NT", "row0", "n_sync"),
+                Param("scale", "fp32"),
+            ),
+            ("BM", "BT", "BK", "GROUP", "BACKWARD"),
+            ("fwd", "bwd"),
+            scalar_loads=8,
+        ),
+        Kernel(
+            "feedback_combine",
+            "sessa_deploy.kernels.feedback_tiles",
+            (
+                *pointers("e", type="*work"),
+                *pointers("peak", "total", type="*fp32"),
+                Param("gamma", "*fp32"),
+                Param("past_length", "*i32"),
+                *pointers("row_peak", "gain", type="*fp32"),
+                Param("lse", "*fp32"),
+                *pointers("x", type="*fp32"),
+                *pointers("inverse", "inverse_low", type="*half_pair"),
+                *integers("T"),
+                *(Param(n, "i32", True) for n in ("C", "R")),
+                *integers("NP", "NT", "row0"),
+            ),
+            ("BT", "CHUNK", "BACKWARD", "SPLIT", "PRECISION"),
+            ("fwd", "bwd"),
+            scalar_loads=64,
+        ),
+        Kernel(
+            "feedback_solve",
+            "sessa_deploy.kernels.feedback_fwd",
+            (
+                *pointers("e", type="*work"),
+                *pointers("peak", "row_peak", "gain", type="*fp32"),
+                *pointers("inverse", "inverse_low", type="*half_pair"),
+                *pointers("f", "s"),
+                *pointers("w", "w_low", type="*work"),
+                Param("scales", "*fp32"),
+                Param("past_length", "*i32"),
+                Param("sync", "*i32"),
+                *integers("T"),
+                *(Param(n, "i32", True) for n in ("D", "C", "R")),
+                *integers("NP", "NT", "row0", "B", "panel", "panels", "near"),
+            ),
+            ("BT", "BN", "STAGES", "SPLIT"),
+            ("fwd",),
+            scalar_loads=64,
+        ),
     )
 }
 
@@ -123,7 +217,7 @@ def do_not_specialize(name: str) -> list[str]:
 def signature(name: str, dtype: str) -> dict[str, str]:
     """Triton's types of the parameters in order, constexprs last, for storage dtype "fp32", "fp16" or "bf16"."""
     k = kernel(name)
-    types = {p.name: p.type.replace("storage", dtype) for p in k.params}
+    types = {p.name: resolve(p.type, dtype) for p in k.params}
     return {**types, **dict.fromkeys(k.constexprs, "constexpr")}
 
 

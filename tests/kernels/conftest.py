@@ -23,6 +23,33 @@ def _use_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
+    _give_bfloat16(interpreter)
+
+
+def _give_bfloat16(interpreter: Any) -> None:
+    """Triton 3.6's interpreter keeps bfloat16 as bits: it cuts where a GPU rounds to nearest, and multiplies the bits as integers."""
+    import numpy as np
+    import triton.language as tl
+
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def widen(x: Any) -> Any:
+        return (x.astype(np.uint32) << 16).view(np.float32)
+
+    def convert_float(x: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source == tl.float32 and target == tl.bfloat16:
+            bits = np.ascontiguousarray(x).view(np.uint32)
+            rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+            return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+        return widen(x.view(np.uint16)).view(np.uint32) if source == tl.bfloat16 and target == tl.float32 else convert(x, source, target, rounding)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
+        if a.dtype == tl.bfloat16:
+            a, b = (interpreter.TensorHandle(widen(x.data), tl.float32) for x in (a, b))
+        return dot(self, a, b, d, precision, imprecise)
+
+    interpreter._convert_float = convert_float
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 _use_interpreter()
