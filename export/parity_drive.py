@@ -1,0 +1,111 @@
+"""Drive a case through a graph or a session and collect canonical tensors. numpy only, so it runs where an engine runs.
+
+Two modes, so that both halves of deployment are proven: "graph" calls the stateless function with caches that this module owns,
+"session" calls an implementation that owns its caches and appends to them itself.
+Canonical tensors of a case: logits (N,V) float32 or float64, token (N,) int64 and layer.{i}.{field} (R, row...), see parity_cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from sessa_deploy.config import SessaConfig
+from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, cache_entries, cache_row_shape, new_name, past_name
+from sessa_deploy.export.parity_cases import POISON, Case
+
+Tensors = dict[str, np.ndarray]
+GraphStep = Callable[[Tensors], Tensors]
+"""Feeds by graph input name -> outputs by graph output name, as numpy arrays (bfloat16 as float32)."""
+
+
+class SessionRunner(Protocol):
+    """An implementation that owns its caches: a runtime backend, or the torch model with SessaCache."""
+
+    def begin(self, batch: int, capacity: int, poison: bool) -> None:
+        """Empty caches for `batch` sequences of `capacity` tokens; with poison their rows hold NaN before anything is written."""
+
+    def step(self, input_ids: np.ndarray, new_length: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Feed input_ids (B,T), of which new_length (B,) count; returns logits (B,V) and the greedy ids (B,) if it picks them itself."""
+
+    def rows(self, sequence: int) -> dict[str, np.ndarray]:
+        """The cached rows of one sequence by graph name past.{i}.{field}, at least as many as it has tokens; empty if they cannot be read."""
+
+
+@dataclass
+class Engine:
+    """An engine as parity drives it: the stateless graph, the session that owns its caches, or both; and the versions it ran with."""
+
+    graph: GraphStep | None
+    session: SessionRunner | None
+    versions: dict[str, str]
+
+
+def layer_name(layer: int, field: str) -> str:
+    """Name of a canonical per-layer tensor."""
+    return f"layer.{layer}.{field}"
+
+
+def poison_rows(store: np.ndarray) -> None:
+    """Overwrite a cache (B,P,...) with NaN and infinities, row by row."""
+    for i in range(store.shape[1]):
+        store[:, i] = POISON[i % len(POISON)]
+
+
+def drive_graph(step: GraphStep, case: Case, config: SessaConfig, storage: np.dtype) -> tuple[Tensors, int]:
+    """Run a case through the stateless graph. Returns (canonical tensors, count of nonzero elements in rows that must be zero).
+
+    storage: numpy dtype of the past handed in.
+    """
+    entries = list(cache_entries(config.n_layers))
+    batch, total = case.batch, int(case.lengths.max())
+    room = max(total, case.capacity or 0)
+    caches: Tensors = {}
+    for i, field in entries:
+        store = np.zeros((batch, room, *cache_row_shape(field, config.d_model, config.kv_heads, config.head_dim)), dtype=storage)
+        if case.poison:
+            poison_rows(store)
+        caches[past_name(i, field)] = store
+    length = np.zeros(batch, dtype=np.int32)
+    pieces: dict[str, list[list[np.ndarray]]] = {layer_name(i, f): [[] for _ in range(batch)] for i, f in entries}
+    logits, dirty = [], 0
+    for item in case.steps:
+        extent = int(length.max()) if case.capacity is None else case.capacity
+        feeds = {INPUT_IDS: item.input_ids, PAST_LENGTH: length.copy(), NEW_LENGTH: item.new_length}
+        feeds.update({name: np.ascontiguousarray(store[:, :extent]) for name, store in caches.items()})
+        out = step(feeds)
+        for b in range(batch):
+            count = int(item.new_length[b])
+            if count:
+                logits.append(np.asarray(out[LOGITS][b]))
+            for i, field in entries:
+                new = out[new_name(i, field)]
+                caches[past_name(i, field)][b, length[b] : length[b] + count] = new[b, :count]
+                pieces[layer_name(i, field)][b].append(np.array(new[b, :count]))
+                dirty += int(np.count_nonzero(new[b, count:]))  # NaN counts as nonzero
+        length += item.new_length
+    tensors = {name: np.concatenate([part for sequence in parts for part in sequence]) for name, parts in pieces.items()}
+    tensors[LOGITS] = np.stack(logits)
+    tensors["token"] = np.argmax(tensors[LOGITS], axis=-1)
+    return tensors, dirty
+
+
+def drive_session(runner: SessionRunner, case: Case, config: SessaConfig) -> Tensors:
+    """Run a case through an implementation that owns its caches; per-layer tensors are read back from them, where they can be read."""
+    batch, lengths = case.batch, case.lengths
+    runner.begin(batch, max(int(lengths.max()), case.capacity or 0), case.poison)
+    logits, tokens = [], []
+    for item in case.steps:
+        out, chosen = runner.step(item.input_ids, item.new_length)
+        for b in np.flatnonzero(item.new_length):
+            logits.append(np.array(out[b]))
+            tokens.append(int(np.argmax(out[b])) if chosen is None else int(chosen[b]))
+    tensors: Tensors = {LOGITS: np.stack(logits), "token": np.array(tokens, dtype=np.int64)}
+    cached = [runner.rows(b) for b in range(batch)]
+    for i, field in cache_entries(config.n_layers):
+        if past_name(i, field) in cached[0]:
+            tensors[layer_name(i, field)] = np.concatenate([np.asarray(rows[past_name(i, field)][:n]) for rows, n in zip(cached, lengths, strict=True)])
+    return tensors

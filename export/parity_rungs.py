@@ -1,0 +1,195 @@
+"""A rung of parity as a process: `python -m sessa_deploy.export.parity_rungs --rung ort --bundle BUNDLE --folder DIR`.
+
+It reads the cases in DIR and writes DIR/<rung>/<mode>.<case>.npz and, last, DIR/<rung>/header.json. Torch rungs need --checkpoint; an engine's rung
+imports numpy and that engine only, so it runs on a machine or under an interpreter without torch.
+Progress goes to stdout as JSON lines; a user's error goes to stderr as one line, exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sessa_deploy.contract import MODEL_FILE, PRECISIONS
+from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.export.parity_cases import Case, load_cases, save_cases
+from sessa_deploy.export.parity_drive import Engine, GraphStep, SessionRunner, Tensors, drive_graph, drive_session
+from sessa_deploy.runtime.bundle import Bundle
+
+ORACLE, PLAIN, TORCH = "float64", "plain", "torch"
+TORCH_RUNGS = (ORACLE, PLAIN, TORCH)
+ENGINE_RUNGS = ("ort", "ort-cuda", "trt")
+MODES = ("graph", "session")
+HEADER_FILE = "header.json"
+HEADER_SCHEMA = 1
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class RungJob:
+    """What one rung computes: cases in `folder`, the bundle, the checkpoint for torch rungs, and threads for the arithmetic."""
+
+    rung: str
+    folder: Path
+    bundle: Path
+    checkpoint: Path | None = None
+    threads: int = 1
+
+
+def run_rung(job: RungJob, report: Report | None = None, engine: Engine | None = None) -> dict[str, Any]:
+    """Compute one rung and write it; returns its header. engine: use this one instead of opening job.rung's.
+
+    Raises UserError on a rung that is not known, lacks its checkpoint or cannot run the bundle's precision here.
+    """
+    begun = time.perf_counter()
+    bundle, cases = Bundle.open(job.bundle), load_cases(job.folder)
+    out = job.folder / job.rung
+    out.mkdir(parents=True, exist_ok=True)
+    (out / HEADER_FILE).unlink(missing_ok=True)
+    header: dict[str, Any] = {
+        "schema": HEADER_SCHEMA, "rung": job.rung, "precision": bundle.precision, "model_sha256": bundle.sha256(MODEL_FILE),
+        "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+    if engine is None and job.rung in TORCH_RUNGS:
+        header |= _run_torch(job, bundle, report or _silent)
+    else:
+        engine = engine or open_engine(job.rung, bundle, job.threads)
+        header |= {"cases": cases.digest(), "versions": engine.versions, "headroom": None}
+        header |= _run_modes(out, bundle, cases.cases, engine.graph, engine.session, report or _silent)
+    header["seconds"] = round(time.perf_counter() - begun, 3)
+    part = out / (HEADER_FILE + ".part")
+    part.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+    part.replace(out / HEADER_FILE)
+    return header
+
+
+def _silent(done: int, of: int) -> None:
+    """No progress wanted."""
+
+
+def _run_modes(
+    out: Path, bundle: Bundle, cases: tuple[Case, ...], graph: GraphStep | None, session: SessionRunner | None, report: Report
+) -> dict[str, Any]:
+    """Drive every case in every mode there is; returns the header's entries about it."""
+    modes = [mode for mode, runner in zip(MODES, (graph, session), strict=True) if runner is not None]
+    storage, dirty, done = np.dtype("float32" if bundle.precision == "bf16" else PRECISIONS[bundle.precision].numpy), {}, 0
+    for case in cases:
+        if graph is not None:
+            tensors, stained = drive_graph(graph, case, bundle.config, storage)
+            if stained:
+                dirty[case.name] = stained
+            _save(out / f"graph.{case.name}.npz", tensors)
+            report(done := done + 1, len(cases) * len(modes))
+        if session is not None:
+            _save(out / f"session.{case.name}.npz", drive_session(session, case, bundle.config))
+            report(done := done + 1, len(cases) * len(modes))
+    return {"modes": modes, "nonzero_padding": dirty}
+
+
+def _save(path: Path, tensors: Tensors) -> None:
+    part = path.with_suffix(".part")
+    with part.open("wb") as handle:
+        np.savez(handle, **tensors)  # type: ignore[arg-type]
+    part.replace(path)
+
+
+def _run_torch(job: RungJob, bundle: Bundle, report: Report) -> dict[str, Any]:
+    """One of the torch rungs. The oracle first chooses the generated tokens, unless they are chosen."""
+    if job.checkpoint is None:
+        raise UserError(f"the rung {job.rung} needs the checkpoint", got="none", fix="give --checkpoint CHECKPOINT")
+    import torch
+
+    from sessa_deploy.checkpoint import load_checkpoint
+    from sessa_deploy.export import parity_torch as rungs
+    from sessa_deploy.kernels import reference
+
+    torch.set_num_threads(job.threads)
+    torch.set_float32_matmul_precision("highest")
+    out, versions = job.folder / job.rung, {"torch": str(torch.__version__), "numpy": np.__version__}
+    model = load_checkpoint(job.checkpoint, dtype="fp64" if job.rung == ORACLE else bundle.precision)
+    cases = load_cases(job.folder)
+    if job.rung == ORACLE and cases.chosen_by != "oracle":
+        cases = rungs.choose_tokens(model, cases)
+        save_cases(cases, job.folder)
+    with rungs.record_headroom(model) as headroom:
+        if job.rung == ORACLE:
+            for i, case in enumerate(cases.cases):
+                _save(out / f"graph.{case.name}.npz", rungs.oracle(model, case))
+                report(i + 1, len(cases.cases))
+            found: dict[str, Any] = {"modes": ["graph"], "nonzero_padding": {}}
+        elif job.rung == PLAIN:
+            with rungs.replaced_ops(reference.plain, reference.plain_causal):
+                found = _run_modes(out, bundle, cases.cases, rungs.TorchGraph(model), None, report)
+        else:
+            found = _run_modes(out, bundle, cases.cases, rungs.TorchGraph(model), rungs.TorchSession(model), report)
+    return {"cases": cases.digest(), "versions": versions, "headroom": headroom, **found}
+
+
+def check_engine(rung: str, bundle: Bundle) -> None:
+    """Raise UserError where an engine cannot run this bundle's precision at all."""
+    if rung not in ENGINE_RUNGS:
+        raise UserError("no such backend", got=rung, allowed=", ".join(("auto", *ENGINE_RUNGS)))
+    if rung == "ort" and bundle.precision == "bf16":
+        raise UserError("ONNX Runtime on a CPU does not run bf16", got=str(bundle.path), allowed="fp32 and fp16 on a CPU; bf16 on a GPU",
+                        fix="export again with --precision fp32")
+
+
+def open_engine(rung: str, bundle: Bundle, threads: int) -> Engine:
+    """The engine behind a rung's name. Raises UserError if it is not known or cannot be used here."""
+    check_engine(rung, bundle)
+    from sessa_deploy.export.parity_engines import OPENERS
+
+    return OPENERS[rung](bundle, threads)
+
+
+def read_header(folder: Path, rung: str) -> dict[str, Any]:
+    """The header of a rung in `folder`. Raises UserError if it is absent or not one."""
+    path = folder / rung / HEADER_FILE
+    try:
+        header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a rung's header", got=error, fix="run that rung again: a killed one leaves none") from None
+    if not isinstance(header, dict) or header.get("schema") != HEADER_SCHEMA:
+        raise UserError(f"{path} has another schema", got=header.get("schema") if isinstance(header, dict) else header, allowed=HEADER_SCHEMA)
+    return header
+
+
+def read_tensors(folder: Path, rung: str, mode: str, case: str) -> Tensors:
+    """The canonical tensors that a rung wrote for a case. Raises UserError if they are absent or damaged."""
+    path = folder / rung / f"{mode}.{case}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not readable", got=error, fix="run that rung again") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of a rung's process."""
+    parser = argparse.ArgumentParser(prog="python -m sessa_deploy.export.parity_rungs", description=__doc__)
+    parser.add_argument("--rung", required=True, choices=(*TORCH_RUNGS, *ENGINE_RUNGS))
+    parser.add_argument("--folder", required=True, type=Path)
+    parser.add_argument("--bundle", required=True, type=Path)
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(arguments)
+    try:
+        run_rung(RungJob(**vars(args)), lambda done, of: print(json.dumps({"done": done, "of": of}), flush=True))
+    except SessaError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
