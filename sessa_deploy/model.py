@@ -251,11 +251,11 @@ class SessaLM(nn.Module):
         if precision not in PRECISIONS:
             raise UserError("no such precision", got=precision, allowed=", ".join(PRECISIONS))
         storage = getattr(torch, PRECISIONS[precision].torch)
+        gains = [(layer.mixer.gamma_bias.data, layer.mixer.gamma_ctx.weight.data) for layer in self.layers]
         self.to(storage)
-        if storage != torch.float64:
-            for layer in self.layers:
-                layer.mixer.gamma_bias.data = layer.mixer.gamma_bias.data.float()
-                layer.mixer.gamma_ctx.float()
+        if storage != torch.float64:  # from the values before the cast: a rounded gamma_bias would stay rounded
+            for layer, (bias, weight) in zip(self.layers, gains, strict=True):
+                layer.mixer.gamma_bias.data, layer.mixer.gamma_ctx.weight.data = bias.float(), weight.float()
         return self
 
     def graph(
