@@ -62,7 +62,7 @@ class Cubin:
     size: int
     entry: str
     params: list[dict[str, Any]]
-    tiles: dict[str, int]
+    tiles: dict[str, int | str]
     num_warps: int
     num_stages: int
     shared: int
@@ -77,8 +77,8 @@ class Cubin:
 
 def units(archs: Sequence[int], kernels: Sequence[str] | None = None) -> list[Unit]:
     """Every binary the plugin needs on these architectures, or those of the named kernels."""
-    chosen = [k for k in launch.KERNELS.values() if (k.lowered if kernels is None else k.name in kernels)]
-    return [Unit(k.name, arch, dtype, v) for k in chosen for arch in archs for dtype in k.dtypes for v in k.variants]
+    chosen = [k for k in launch.KERNELS.values() if k.lowered and (kernels is None or k.name in kernels)]
+    return [Unit(k.name, arch, dtype, v) for k in chosen for arch in archs for dtype in k.dtypes for v in k.variants if v != "bwd"]
 
 
 def count_loads(ptx: str) -> tuple[int, int]:
@@ -201,8 +201,8 @@ def _rows(cubins: Sequence[Cubin]) -> Iterator[str]:
     """SESSA_CUBIN(index, file, kernel, arch, dtype, variant, entry, warps, shared, params, tiles...) for the C++ preprocessor."""
     yield "// Written by sessa_deploy.plugins.lower: the binaries beside this file. Tiles are name, value pairs.\n"
     for i, c in enumerate(cubins):
-        tiles = ", ".join(f'{{"{k}", {v}}}' for k, v in c.tiles.items())
-        what = f'"{c.file}", "{c.kernel}", {c.arch}, "{c.dtype}", {c.variant}, "{c.entry}"'
+        tiles = ", ".join(f'{{"{k}", {int(v)}}}' for k, v in c.tiles.items() if isinstance(v, int))
+        what = f'"{c.file}", "{c.kernel}", {c.arch}, "{c.dtype}", "{c.variant}", "{c.entry}"'
         yield f"SESSA_CUBIN({i}, {what}, {c.num_warps}, {c.shared}, {len(c.params)}, {tiles})\n"
 
 

@@ -26,40 +26,49 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf
 def feedback_step_partial(
     q, past_k, past_s, past_length, part, stat,
     stride_kb: tl.int64, stride_kr, stride_sb: tl.int64, stride_sr, capacity, width, scale,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (splits, B). part (B,splits,D) and stat (B,splits,2) = (maximum in log2 units, sum); scale = D^-1/2 * log2(e)."""
-    i_split = tl.program_id(0)
-    i_b = tl.program_id(1).to(tl.int64)
-    splits = tl.num_programs(0)
+    """Grid (B, splits). part (B,splits,D) and stat (B,splits,2) = (maximum in log2 units, sum); scale = D^-1/2 * log2(e).
+
+    A tile is (BLOCK_R, BLOCK_C, BLOCK_L): rows, chunks of D, lanes. Triton lays warps along the rows then: a warp owns whole rows, with their own
+    maximum, sum and accumulator, and nothing crosses warps until the rows are added at the end.
+    """
+    i_split = tl.program_id(1)
+    i_b = tl.program_id(0).to(tl.int64)
+    splits = tl.num_programs(1)
     length = tl.minimum(tl.load(past_length + i_b), capacity)
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, BLOCK_C)[:, None] * BLOCK_L + tl.arange(0, BLOCK_L)[None, :]
     o_r = tl.arange(0, BLOCK_R)
     m_d = o_d < width
     b_q = tl.load(q + i_b * width + o_d, mask=m_d, other=0.0).to(tl.float32)
-    p_k = past_k + i_b * stride_kb
-    p_s = past_s + i_b * stride_sb
-    b_max = float("-inf")
-    b_sum = 0.0
-    b_acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    p_k = past_k + i_b * stride_kb + o_d[None, :, :]
+    p_s = past_s + i_b * stride_sb + o_d[None, :, :]
+    b_max = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_R], dtype=tl.float32)
+    b_acc = tl.zeros([BLOCK_R, BLOCK_C, BLOCK_L], dtype=tl.float32)
     for start in tl.range(i_split * BLOCK_R, length, splits * BLOCK_R, num_stages=STAGES):
         o_row = start + o_r
         m_row = o_row < length
-        mask = m_row[:, None] & m_d[None, :]
-        b_k = tl.load(p_k + o_row.to(tl.int64)[:, None] * stride_kr + o_d[None, :], mask=mask, other=0.0)
-        b_s = tl.load(p_s + o_row.to(tl.int64)[:, None] * stride_sr + o_d[None, :], mask=mask, other=0.0)
-        b_x = tl.where(m_row, tl.sum(b_k.to(tl.float32) * b_q[None, :], 1) * scale, float("-inf"))  # (BLOCK_R,)
-        b_new = tl.maximum(b_max, tl.max(b_x, 0))
-        b_p = tl.exp2(b_x - b_new)
-        b_fade = tl.exp2(b_max - b_new)
-        b_sum = b_sum * b_fade + tl.sum(b_p, 0)
-        b_acc = b_acc * b_fade + tl.sum(b_s.to(tl.float32) * b_p[:, None], 0)
+        mask = m_row[:, None, None] & m_d[None, :, :]
+        o_row = o_row.to(tl.int64)[:, None, None]
+        b_k = tl.load(p_k + o_row * stride_kr, mask=mask, other=0.0)
+        b_s = tl.load(p_s + o_row * stride_sr, mask=mask, other=0.0)
+        b_x = tl.sum(tl.sum(b_k.to(tl.float32) * b_q[None, :, :], 1), 1)  # (BLOCK_R,)
+        b_x = tl.where(m_row, b_x * scale, float("-inf"))
+        b_new = tl.maximum(b_max, b_x)
+        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # a row slot that has seen no row yet
+        b_p = tl.exp2(b_x - b_base)
+        b_fade = tl.exp2(b_max - b_base)
+        b_sum = b_sum * b_fade + b_p
+        b_acc = b_acc * b_fade[:, None, None] + b_s.to(tl.float32) * b_p[:, None, None]
         b_max = b_new
     if i_split * BLOCK_R < length:  # a split without rows writes nothing, and the combination does not read it
+        b_top = tl.max(b_max, 0)
+        b_w = tl.where(b_max == float("-inf"), 0.0, tl.exp2(b_max - b_top))
         o_part = i_b * splits + i_split
-        tl.store(part + o_part * width + o_d, b_acc, mask=m_d)
-        tl.store(stat + o_part * 2, b_max)
-        tl.store(stat + o_part * 2 + 1, b_sum)
+        tl.store(part + o_part * width + o_d, tl.sum(b_acc * b_w[:, None, None], 0), mask=m_d)
+        tl.store(stat + o_part * 2, b_top)
+        tl.store(stat + o_part * 2 + 1, tl.sum(b_sum * b_w, 0))
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_step_combine"))
@@ -67,9 +76,9 @@ def feedback_step_combine(
     part, stat, past_length, gamma, f, out, capacity, splits, rows, width,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(D / BLOCK_D), B): s = f + gamma * (sum of the splits); BLOCK_S covers every split, rows is the partial kernel's tile."""
-    i_d = tl.program_id(0)
-    i_b = tl.program_id(1).to(tl.int64)
+    """Grid (B, ceil(D / BLOCK_D)): s = f + gamma * (sum of the splits); BLOCK_S covers every split, rows is the partial kernel's tile."""
+    i_d = tl.program_id(1)
+    i_b = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.load(past_length + i_b), capacity)
     used = tl.minimum(splits, tl.cdiv(length, rows))
     o_s = tl.arange(0, BLOCK_S)
@@ -124,11 +133,11 @@ def step(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s:
     part = torch.empty(batch, splits, width, dtype=torch.float32, device=q.device)
     stat = torch.empty(batch, splits, 2, dtype=torch.float32, device=q.device)
     out = torch.empty_like(f)
-    feedback_step_partial[(splits, batch)](
+    feedback_step_partial[(batch, splits)](
         q, past_k, past_s, past_length, part, stat,
         past_k.stride(0), past_k.stride(1), past_s.stride(0), past_s.stride(1), capacity, width, width**-0.5 * LOG2E, **partial,
     )  # fmt: skip
-    feedback_step_combine[(triton.cdiv(width, combine["BLOCK_D"]), batch)](
+    feedback_step_combine[(batch, triton.cdiv(width, combine["BLOCK_D"]))](
         part, stat, past_length, gamma, f, out, capacity, splits, partial["BLOCK_R"], width, **combine,
     )  # fmt: skip
     return out

@@ -26,7 +26,8 @@ NOT_TILES = ("arch", "dtype", "variant", "tuned", "num_warps", "num_stages", "ma
 
 @dataclass(frozen=True)
 class Param:
-    """One run-time parameter. type: "*storage" (the storage dtype), "*fp32", "*i32", ..., or a scalar "i32", "i64", "fp32".
+    """One run-time parameter. type: a pointer "*fp32", "*i32", ... or a scalar "i32", "i64", "fp32"; "*storage" points to the storage dtype, and
+    DERIVED names the others that follow it.
 
     divisible: promised to be a multiple of 16 (a pointer in bytes, an integer as it is). Integers without the promise are not specialised.
     """
@@ -40,7 +41,8 @@ class Param:
 class Kernel:
     """A @triton.jit function: where it lives, its run-time parameters in order, then its constexpr names.
 
-    variants: the keys of its pinned tiles, one binary for each (an int stands for a width or tile edge). lowered: whether the plugin needs it.
+    variants: the keys of its pinned tiles, one binary for each (a number stands for a width, "bwd" for the backward).
+    lowered: whether the plugin runs it; it never runs a "bwd" variant.
     dtypes: the storage dtypes it is compiled for; a kernel that sees no storage type has ("fp32",). scalar_loads: how many global loads
     narrower than 16 bytes its PTX may hold (a length, a gain, a statistic); lowering refuses more.
     """
@@ -101,7 +103,7 @@ KERNELS: dict[str, Kernel] = {
                 Param("width", "i32", True),
                 Param("scale", "fp32"),
             ),
-            ("BLOCK_C", "BLOCK_R", "BLOCK_L", "STAGES"),
+            ("BLOCK_R", "BLOCK_C", "BLOCK_L", "STAGES"),
             ("256", "512", "1024", "2048", "4096"),
             scalar_loads=2,
         ),
@@ -304,7 +306,7 @@ def pin(name: str, arch: int, dtypes: list[str], variant: str, entry: dict[str, 
         else:
             kept.append(row)
     kept.append({"arch": [arch], "dtype": dtypes, "variant": variant, **entry, "tuned": tuned})
-    table["kernels"][name] = sorted(kept, key=lambda r: (int(r["variant"]), r["dtype"], r["arch"]))
+    table["kernels"][name] = sorted(kept, key=lambda r: (len(r["variant"]), r["variant"], r["dtype"], r["arch"]))
     body = ",\n".join(f' {json.dumps(k)}: [\n' + ",\n".join(f"  {json.dumps(r)}" for r in rows) + "\n ]" for k, rows in table["kernels"].items())
     TABLE_FILE.write_text(f'{{"kernels": {{\n{body}\n}}}}\n', encoding="utf-8")
     _table.cache_clear()
