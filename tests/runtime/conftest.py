@@ -1,0 +1,50 @@
+"""Real bundles, exported once from a tiny random model whose oracle is numpy_model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy_model import NumpyModel, random_weights
+
+from sessa_deploy.config import SessaConfig
+from sessa_deploy.runtime.bundle import Bundle, BundleWriter
+from sessa_deploy.runtime.tokenizer import byte_level_tokenizer
+
+TINY = SessaConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=257, max_context=64)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> NumpyModel:
+    """The oracle of the tiny model."""
+    return NumpyModel(TINY, random_weights(TINY, 1))
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory, tiny: NumpyModel) -> Callable[[str], Bundle]:
+    """precision -> the tiny model's bundle in that precision, exported when first asked for."""
+    torch = pytest.importorskip("torch")
+    from sessa_deploy.export.to_onnx import export_onnx
+    from sessa_deploy.model import SessaLM
+
+    root, made = tmp_path_factory.mktemp("tiny"), {}
+
+    def get(precision: str = "fp32") -> Bundle:
+        if precision not in made:
+            model = SessaLM(TINY)
+            model.load_state_dict({name: torch.tensor(np.asarray(value, np.float32)) for name, value in tiny.w.items()})
+            with BundleWriter(Path(root, precision)) as writer:
+                export_onnx(model, writer.folder / "model.onnx", precision)
+                (writer.folder / "tokenizer.json").write_text(byte_level_tokenizer(), encoding="utf-8")
+                made[precision] = writer.commit(TINY, precision, {"torch": torch.__version__})
+        return made[precision]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(bundles: Callable[[str], Bundle]) -> Bundle:
+    """The tiny model's fp32 bundle."""
+    return bundles("fp32")

@@ -1,0 +1,239 @@
+"""The ONNX Runtime backend on real graphs against the numpy oracle; the code for a GPU's caches is rehearsed on host memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from sessa_deploy.errors import UserError
+from sessa_deploy.runtime.bundle import Bundle, write_bundle
+from sessa_deploy.runtime.device_cache import DeviceCache
+from sessa_deploy.runtime.ort import OrtBackend
+from sessa_deploy.runtime.sampling import SamplingParams
+from sessa_deploy.runtime.session import Session
+
+PROMPTS = [[1, 2, 3], [7], list(range(40, 53)), [200, 100]]
+
+
+def rehearsed(bundle: Bundle, batch: int, capacity: int | None = None) -> OrtBackend:
+    """A backend whose caches are bound as on a GPU, in host memory."""
+    backend = OrtBackend(bundle, batch, capacity)
+    backend._host = None
+    backend._device = DeviceCache(bundle.config, batch, backend.capacity, bundle.precision, backend.session, "cpu")
+    return backend
+
+
+@pytest.fixture(params=["views", "bound"])
+def open_session(request, tiny_bundle):
+    def get(batch: int = 1, capacity: int | None = None, chunk: int = 5) -> Session:
+        backend = OrtBackend(tiny_bundle, batch, capacity) if request.param == "views" else rehearsed(tiny_bundle, batch, capacity)
+        return Session(tiny_bundle, backend, chunk=chunk)
+
+    return get
+
+
+def close(found, expected) -> None:
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_chunked_ragged_prefill_over_poison(open_session, tiny, chunk):
+    s = open_session(4, chunk=chunk)
+    s.backend.poison()
+    logits = s.prefill(PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        close(logits[row], tiny.logits(prompt)[-1])
+    s.backend.poison()
+    logits = s.decode([9, None, 8, None])
+    close(logits[0], tiny.logits([*PROMPTS[0], 9])[-1])
+    close(logits[2], tiny.logits([*PROMPTS[2], 8])[-1])
+    assert s.backend.length.tolist() == [4, 1, 14, 2]
+
+
+def test_caches_hold_what_the_oracle_says(open_session, tiny):
+    s = open_session(2, chunk=4)
+    s.prefill([PROMPTS[2], PROMPTS[3]])
+    for row in (0, 1):
+        cache = tiny.empty()
+        for token in s.tokens(row):
+            tiny.token(token, cache)
+        found = s.backend.cached(row)
+        assert len(found) == 8
+        for i, rows in enumerate(cache):
+            for name, values in rows.items():
+                close(found[f"past.{i}.{name}"], np.array(values))
+
+
+def test_generate_on_a_batch_equals_single_runs_and_the_oracle(open_session, tiny):
+    results = open_session(4).generate(PROMPTS, 20)
+    one = open_session()
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        one.reset()
+        one.backend.poison()
+        assert result.tokens == tiny.greedy(prompt, 20) == one.generate([prompt], 20)[0].tokens
+
+
+def test_a_sampled_batch_equals_single_runs(open_session):
+    params = [SamplingParams(temperature=1.2, top_k=40, seed=s) for s in range(4)]
+    results = open_session(4).generate(PROMPTS, 12, params)
+    for prompt, p, result in zip(PROMPTS, params, results, strict=True):
+        assert open_session().generate([prompt], 12, p)[0].tokens == result.tokens
+
+
+def test_finished_sequence_beside_running_ones_stands_still(open_session, tiny):
+    expected = [tiny.greedy(p, 20) for p in PROMPTS]
+    end = expected[1][2]
+    s = open_session(4)
+    results = s.generate(PROMPTS, 20, stop_tokens=[end])
+    for result, tokens in zip(results, expected, strict=True):
+        assert result.tokens == tokens[: tokens.index(end) + 1 if end in tokens else 20]
+    assert s.backend.length[1] == len(PROMPTS[1]) + len(results[1].tokens) - 1
+
+
+def test_capacity_exactly_full_and_one_free_row_beside_a_long_prompt(open_session, tiny):
+    s = open_session(2, capacity=30, chunk=4)
+    s.prefill([list(range(29)), [5]])
+    long = list(range(60, 89))
+    s.backend.poison()
+    logits = s.prefill([[77], long])
+    close(logits, [tiny.logits([*range(29), 77])[-1], tiny.logits([5, *long])[-1]])
+    assert s.backend.length.tolist() == [30, 30]
+    with pytest.raises(UserError, match="full"):
+        s.decode([1, 1])
+    s = open_session(capacity=13)
+    assert s.generate([PROMPTS[2]], 1)[0].tokens == tiny.greedy(PROMPTS[2], 1) and s.backend.room(0) == 0
+
+
+def test_a_conversation_and_a_reset_row(open_session, tiny):
+    s = open_session(2)
+    first = s.generate(PROMPTS[:2], 5)
+    s.reset([1])
+    again = s.generate([[9], PROMPTS[3]], 5)
+    assert again[0].tokens == tiny.greedy([*PROMPTS[0], *first[0].tokens, 9], 5) and again[1].tokens == tiny.greedy(PROMPTS[3], 5)
+    s.backend.rewind(0, 3)
+    close(s.backend.step(np.array([[4], [0]]), np.array([1, 0]))[0], tiny.logits([*PROMPTS[0], 4])[-1])
+
+
+def test_each_decode_step_moves_the_new_rows_and_nothing_else(open_session):
+    row_bytes = 2 * (2 * 2 * 4 + 2 * 16) * 4  # two layers; k_f, v_f (2 heads of 4), k_b, s (16); float32
+    s = open_session(1, capacity=400)
+    s.prefill([[1] * 300])
+    assert s.backend.bytes_moved == 300 * row_bytes
+    for _ in range(20):
+        before = s.backend.bytes_moved
+        s.decode([5])
+        assert s.backend.bytes_moved - before == row_bytes
+
+
+def test_a_batch_moves_old_rows_only_into_a_new_bucket(tiny_bundle):
+    row_bytes = 2 * (2 * 2 * 4 + 2 * 16) * 4
+    s = Session(tiny_bundle, OrtBackend(tiny_bundle, 3, 400))
+    s.prefill([[1] * 100] * 3)
+    moved = []
+    for _ in range(60):
+        before = s.backend.bytes_moved
+        s.decode([5, 6, 7])
+        moved.append((s.backend.bytes_moved - before) // row_bytes)
+    assert moved.count(3) == 59 and max(moved) == 3 + 2 * 128, "100 rows lie 128 apart, then 192; the first sequence never moves"
+
+
+def test_no_copy_of_the_past_is_made_in_python(tiny_bundle):
+    """Python's and numpy's own account of memory, which knows nothing of our counter: a step's peak does not grow with the context."""
+    s, peaks = Session(tiny_bundle, OrtBackend(tiny_bundle, 1, 4096)), []
+    for prompt in ([3] * 64, [3] * 3500):
+        s.prefill([prompt])
+        s.decode([1])
+        gc.collect()
+        tracemalloc.start()
+        s.decode([1])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    cache = 3500 * 2 * (2 * 2 * 4 + 2 * 16) * 4
+    assert peaks[1] < peaks[0] + 4096 < cache / 20
+
+
+def test_fp16_runs_on_a_cpu_and_bf16_is_refused_there(bundles, tiny):
+    s = Session(bundles("fp16"), "ort", max_batch=2)
+    np.testing.assert_allclose(s.prefill(PROMPTS[:2]), [tiny.logits(p)[-1] for p in PROMPTS[:2]], atol=0.05)
+    assert s.backend.cached(0)["past.0.s"].dtype == np.float16
+    bf16 = write_bundle(bundles("fp16").path.parent / "bf16", {"model.onnx": b"never read"}, bundles("fp16").config, "bf16", {})
+    for backend in ("ort", "auto"):
+        with pytest.raises(UserError, match="--precision fp32"):
+            Session(bf16, backend)
+
+
+@pytest.mark.parametrize("kind", ["garbage", "another model", "cuda", "threads"])
+def test_what_cannot_run_is_refused_in_one_line(tiny_bundle, tmp_path, kind):
+    bundle, more = tiny_bundle, {"backend": "ort"}
+    if kind == "garbage":
+        bundle = write_bundle(tmp_path / "b", {"model.onnx": b"no graph"}, bundle.config, "fp32", {})
+    elif kind == "another model":
+        data = {**bundle.config.to_dict(), "n_layers": 3}
+        bundle = write_bundle(tmp_path / "b", {"model.onnx": bundle.model}, type(bundle.config).from_dict(data), "fp32", {})
+    elif kind == "cuda":
+        import onnxruntime
+
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            pytest.skip("this ONNX Runtime has CUDA")
+        more = {"backend": "ort-cuda"}
+    else:
+        more["threads"] = 0
+    with pytest.raises(UserError) as caught:
+        Session(bundle, **more)
+    assert "\n" not in str(caught.value)
+
+
+BLOCKED = """
+import importlib.abc, json, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+"""
+
+
+def run_blocked(code: str, *blocked: str) -> str:
+    done = subprocess.run([sys.executable, "-c", BLOCKED.format(blocked=blocked) + code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_module_imports_with_nothing_optional_installed():
+    code = """
+import importlib, pkgutil, sessa_deploy.runtime
+names = [m.name for m in pkgutil.iter_modules(sessa_deploy.runtime.__path__)]
+for name in names:
+    importlib.import_module("sessa_deploy.runtime." + name)
+print(len(names))
+"""
+    assert int(run_blocked(code, "torch", "triton", "onnx", "onnxruntime", "onnxscript", "safetensors", "tensorrt", "ml_dtypes")) >= 12
+
+
+def test_generates_where_there_is_no_torch_and_no_onnx(tiny_bundle, tiny):
+    code = f"""
+from sessa_deploy.runtime.session import Session
+print(json.dumps(Session({str(tiny_bundle.path)!r}).generate([[1, 2, 3]], 5)[0].tokens))
+assert not {{"torch", "triton", "onnx"}} & set(sys.modules)
+"""
+    assert json.loads(run_blocked(code, "torch", "triton", "onnx", "onnxscript")) == tiny.greedy([1, 2, 3], 5)
+
+
+def test_without_onnxruntime_the_command_is_named(tiny_bundle):
+    code = f"""
+from sessa_deploy.errors import UserError
+from sessa_deploy.runtime.session import Session
+for backend in ("ort", "auto"):
+    try:
+        Session({str(tiny_bundle.path)!r}, backend)
+    except UserError as error:
+        print(error)
+"""
+    lines = run_blocked(code, "onnxruntime").splitlines()
+    assert len(lines) == 2 and all("pip install onnxruntime" in line for line in lines)
