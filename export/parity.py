@@ -24,11 +24,13 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.export.parity_cases import LENGTHS, Case, Cases, build_cases, load_cases, save_cases
 from sessa_deploy.export.parity_drive import Tensors, layer_name
 from sessa_deploy.export.parity_engines import resolve_backends
-from sessa_deploy.export.parity_metrics import check_tokens, compare, position_errors
+from sessa_deploy.export.parity_metrics import TokenCheck, check_tokens, compare, position_errors
 from sessa_deploy.export.parity_process import Launch, ProcessLaunch, Progress, RungError, launch_all, silent
 from sessa_deploy.export.parity_rungs import ENGINE_RUNGS, HEADER_FILE, ORACLE, PLAIN, TORCH, RungJob, read_header, read_tensors
 from sessa_deploy.export.parity_verdict import Failure, Report, first_divergence
 from sessa_deploy.runtime.bundle import Bundle, add_files
+
+WIDE = 512  # from this width on, matrix products gain from more than one thread
 
 
 def validate(
@@ -63,7 +65,7 @@ def validate(
         weights = check_weights(opened.model, checkpoint, opened.precision, opened.config)
 
         def job(rung: str) -> RungJob:
-            threads = max(1, (os.cpu_count() or 1) // (1 if rung == ORACLE else workers))
+            threads = max(1, (os.cpu_count() or 1) // (1 if rung == ORACLE else workers)) if opened.config.d_model >= WIDE else 1
             return RungJob(rung, folder, opened.path.absolute(), None if rung in ENGINE_RUNGS else Path(checkpoint).absolute(), threads)
 
         launch_all([job(ORACLE)], launch, 1, progress)
@@ -130,10 +132,12 @@ def _judge(bundle: Bundle, cases: Cases, sources: dict[str, Path], headers: dict
         if case.name in plotted:
             positions[case.name] = {PLAIN: _positions(oracle, plain, config.n_layers)}
         for rung, mode in pairs:
+            if case.name not in headers[rung]["modes"][mode]:
+                continue
             own = read_tensors(sources[rung], rung, mode, case.name)
             judged[rung, mode] += _compare_case(oracle, plain, own, case, rows, logit_rows, bundle, rung, mode)
-            tokens[rung, mode].append((case.name, logit_rows, oracle[LOGITS], own[LOGITS], own["token"]))
-            if case.name in plotted and mode == headers[rung]["modes"][0]:
+            tokens[rung, mode].append((case.name, logit_rows, oracle[LOGITS], own.get(LOGITS), own["token"]))
+            if case.name in plotted and mode == next(iter(headers[rung]["modes"])):
                 positions[case.name][rung] = _positions(oracle, own, config.n_layers)
     names = {rung: {k: v for k, v in header.items() if k in ("modes", "versions", "platform", "seconds")} for rung, header in headers.items()}
     listing = {case.name: {"kind": case.kind, "batch": case.batch, "steps": len(case.steps), "lengths": case.lengths.tolist(), "capacity": case.capacity,
@@ -142,7 +146,15 @@ def _judge(bundle: Bundle, cases: Cases, sources: dict[str, Path], headers: dict
                    "python": platform.python_version(), "bundle": bundle.path.name, **{f"bundle {k}": v for k, v in bundle.versions.items()}}
     headroom = {rung: headers[rung]["headroom"] for rung in (ORACLE, TORCH) if headers.get(rung, {}).get("headroom")}
     return Report(bundle.precision, config, environment, names, listing, [c for pair in pairs for c in judged[pair]],
-                  [check_tokens(*pair, tokens[pair]) for pair in pairs], headroom, positions, {})
+                  _check_tokens(pairs, tokens), headroom, positions, {})
+
+
+def _check_tokens(pairs: Sequence[tuple[str, str]], parts: dict[tuple[str, str], list[Any]]) -> list[TokenCheck]:
+    """Tokens of every rung and mode; a mode without logits is held to the errors of its rung's session."""
+    checks: dict[tuple[str, str], TokenCheck] = {}
+    for rung, mode in pairs:
+        checks[rung, mode] = check_tokens(rung, mode, parts[rung, mode], checks[rung, "session"].logit_error if mode == "greedy" else None)
+    return list(checks.values())
 
 
 def _compare_case(
@@ -156,7 +168,8 @@ def _compare_case(
                 if name not in own:
                     raise UserError(f"the rung {rung} wrote no {name} for case {case.name}", fix="run that rung again")
                 out.append(compare(oracle[name], plain[name], own[name], rows, bundle.precision, rung, mode, case.name, layer, field))
-    out.append(compare(oracle[LOGITS], plain[LOGITS], own[LOGITS], logit_rows[:, 1:], bundle.precision, rung, mode, case.name, None, LOGITS))
+    if LOGITS in own or mode != "greedy":
+        out.append(compare(oracle[LOGITS], plain[LOGITS], own[LOGITS], logit_rows[:, 1:], bundle.precision, rung, mode, case.name, None, LOGITS))
     return out
 
 

@@ -1,8 +1,8 @@
 """Drive a case through a graph or a session and collect canonical tensors. numpy only, so it runs where an engine runs.
 
-Two modes, so that both halves of deployment are proven: "graph" calls the stateless function with caches that this module owns,
-"session" calls an implementation that owns its caches and appends to them itself.
-Canonical tensors of a case: logits (N,V) float32 or float64, token (N,) int64 and layer.{i}.{field} (R, row...), see parity_cases.
+Modes, so that each half of deployment is proven: "graph" calls the stateless function with caches that this module owns, "session" calls
+an implementation that owns its caches and appends to them itself, "greedy" lets that implementation pick the tokens too.
+Canonical tensors of a case: logits (N,V) float32 or float64 (not in mode greedy), token (N,) int64 and layer.{i}.{field} (R, row...), see parity_cases.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class SessionRunner(Protocol):
     def begin(self, batch: int, capacity: int, poison: bool) -> None:
         """Empty caches for `batch` sequences of `capacity` tokens; with poison their rows hold NaN before anything is written."""
 
-    def step(self, input_ids: np.ndarray, new_length: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Feed input_ids (B,T), of which new_length (B,) count; returns logits (B,V) and the greedy ids (B,) if it picks them itself."""
+    def step(self, input_ids: np.ndarray, new_length: np.ndarray) -> np.ndarray:
+        """Feed input_ids (B,T), of which new_length (B,) count; returns logits (B,V)."""
 
     def rows(self, sequence: int) -> dict[str, np.ndarray]:
         """The cached rows of one sequence by graph name past.{i}.{field}, at least as many as it has tokens; empty if they cannot be read."""
@@ -80,7 +80,8 @@ def drive_graph(step: GraphStep, case: Case, config: SessaConfig, storage: np.dt
         for b in range(batch):
             count = int(item.new_length[b])
             if count:
-                logits.append(np.asarray(out[LOGITS][b]))
+                row = np.asarray(out[LOGITS][b])
+                logits.append(row[count - 1] if row.ndim == 2 else row)  # a graph exported with all logits
             for i, field in entries:
                 new = out[new_name(i, field)]
                 caches[past_name(i, field)][b, length[b] : length[b] + count] = new[b, :count]
@@ -93,17 +94,25 @@ def drive_graph(step: GraphStep, case: Case, config: SessaConfig, storage: np.dt
     return tensors, dirty
 
 
-def drive_session(runner: SessionRunner, case: Case, config: SessaConfig) -> Tensors:
-    """Run a case through an implementation that owns its caches; per-layer tensors are read back from them, where they can be read."""
+def drive_session(runner: SessionRunner, case: Case, config: SessaConfig, greedy: bool = False) -> Tensors:
+    """Run a case through an implementation that owns its caches; per-layer tensors are read back from them, where they can be read.
+
+    greedy: take each token from the runner's own `step_greedy` (a device may pick it); then there are no logits.
+    """
     batch, lengths = case.batch, case.lengths
     runner.begin(batch, max(int(lengths.max()), case.capacity or 0), case.poison)
-    logits, tokens = [], []
+    found, tokens = [], []
     for item in case.steps:
-        out, chosen = runner.step(item.input_ids, item.new_length)
-        for b in np.flatnonzero(item.new_length):
-            logits.append(np.array(out[b]))
-            tokens.append(int(np.argmax(out[b])) if chosen is None else int(chosen[b]))
-    tensors: Tensors = {LOGITS: np.stack(logits), "token": np.array(tokens, dtype=np.int64)}
+        live = np.flatnonzero(item.new_length)
+        if greedy:
+            tokens += [int(x) for x in runner.step_greedy(item.input_ids, item.new_length)[live]]  # type: ignore[attr-defined]
+            continue
+        logits = runner.step(item.input_ids, item.new_length)
+        found += [np.array(logits[b]) for b in live]
+        tokens += [int(np.argmax(logits[b])) for b in live]
+    tensors: Tensors = {"token": np.array(tokens, dtype=np.int64)}
+    if not greedy:
+        tensors[LOGITS] = np.stack(found)
     cached = [runner.rows(b) for b in range(batch)]
     for i, field in cache_entries(config.n_layers):
         if past_name(i, field) in cached[0]:

@@ -1,43 +1,118 @@
-"""The engines that parity can drive, by name. Each opener imports its engine only when it is called; none imports torch."""
+"""The engines that parity can drive, by name. Each opener imports its engine only when it is called; none imports torch.
+
+A new backend becomes a rung by its name in ENGINE_RUNGS (parity_rungs), here and in runtime.engines.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import metadata
 
 import numpy as np
 
-from sessa_deploy.contract import graph_inputs, graph_outputs
-from sessa_deploy.errors import UserError
-from sessa_deploy.export.parity_drive import Engine, Tensors
+from sessa_deploy.contract import graph_outputs
+from sessa_deploy.export.parity_drive import Engine, GraphStep, Tensors
 from sessa_deploy.export.parity_rungs import check_engine
+from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
 
+_ROOM = 264  # smallest capacity opened, so that most cases share one backend
 
-def open_ort(bundle: Bundle, threads: int) -> Engine:
-    """ONNX Runtime on a CPU: the graph itself, and the runtime's backend with its own caches."""
-    import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(bundle.model), options, providers=["CPUExecutionProvider"])
-    names = graph_outputs(bundle.config.n_layers)
-    inputs = {x.name: x for x in session.get_inputs()}
-    if set(inputs) != set(graph_inputs(bundle.config.n_layers)) or [x.name for x in session.get_outputs()] != names:
-        raise UserError("model.onnx has other inputs or outputs than its configuration says", got=", ".join(inputs), fix="export the checkpoint again")
+class BackendSession:
+    """A runtime backend as a SessionRunner (see parity_drive). open_backend: (batch, capacity) -> Backend."""
+
+    def __init__(self, open_backend: Callable[[int, int], Backend]) -> None:
+        self._open = open_backend
+        self._backend: Backend | None = None
+        self._poison = False
+
+    @property
+    def backend(self) -> Backend:
+        """The backend in use; RuntimeError before `begin`."""
+        if self._backend is None:
+            raise RuntimeError("begin comes first")
+        return self._backend
+
+    def begin(self, batch: int, capacity: int, poison: bool) -> None:
+        if self._backend is None or self._backend.batch != batch or self._backend.capacity < capacity:
+            if self._backend is not None:
+                self._backend.close()
+            self._backend = self._open(batch, max(capacity, _ROOM))
+        self._backend.reset()
+        self._poison = poison
+
+    def step(self, input_ids: np.ndarray, new_length: np.ndarray) -> np.ndarray:
+        if self._poison:
+            self.backend.poison()
+        return np.asarray(self.backend.step(input_ids, new_length))
+
+    def step_greedy(self, input_ids: np.ndarray, new_length: np.ndarray) -> np.ndarray:
+        if self._poison:
+            self.backend.poison()
+        return np.asarray(self.backend.step_greedy(input_ids, new_length))
+
+    def rows(self, sequence: int) -> dict[str, np.ndarray]:
+        return {name: np.asarray(x) for name, x in self.backend.cached(sequence).items()}
+
+
+def _session(bundle: Bundle, name: str, threads: int) -> BackendSession:
+    from sessa_deploy.runtime.engines import open_backend
+
+    return BackendSession(lambda batch, capacity: open_backend(bundle, name, batch, capacity, threads))
+
+
+def _ort_graph(bundle: Bundle, provider: str, threads: int) -> GraphStep:
+    from sessa_deploy.runtime.ort import open_session
+
+    session, names = open_session(bundle, provider, threads), graph_outputs(bundle.config.n_layers)
 
     def step(feeds: Tensors) -> Tensors:
         return dict(zip(names, session.run(names, feeds), strict=True))
 
-    return Engine(step, None, {"onnxruntime": onnxruntime.__version__, "numpy": np.__version__})
+    return step
 
 
-OPENERS: dict[str, Callable[[Bundle, int], Engine]] = {"ort": open_ort}
+def open_ort(bundle: Bundle, threads: int) -> Engine:
+    """ONNX Runtime on a CPU: the graph itself, and the runtime's backend with its own caches."""
+    return Engine(_ort_graph(bundle, "cpu", threads), _session(bundle, "ort", threads), _versions("onnxruntime"))
+
+
+def open_ort_cuda(bundle: Bundle, threads: int) -> Engine:
+    """ONNX Runtime on a GPU; numpy has no bfloat16 to feed the graph with, so bf16 is driven through the backend only."""
+    graph = None if bundle.precision == "bf16" else _ort_graph(bundle, "cuda", threads)
+    return Engine(graph, _session(bundle, "ort-cuda", threads), _versions("onnxruntime-gpu", "onnxruntime"))
+
+
+def open_trt(bundle: Bundle, threads: int) -> Engine:
+    """TensorRT, through the backend only: its engines are built for caches of fixed capacity."""
+    return Engine(None, _session(bundle, "trt", threads), _versions("tensorrt"))
+
+
+OPENERS: dict[str, Callable[[Bundle, int], Engine]] = {"ort": open_ort, "ort-cuda": open_ort_cuda, "trt": open_trt}
+
+
+def _versions(*distributions: str) -> dict[str, str]:
+    found = {"numpy": np.__version__}
+    for name in distributions:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def resolve_backends(wanted: Sequence[str], bundle: Bundle) -> list[str]:
-    """The engines' rungs for a list of backend names; "auto" is ONNX Runtime on the CPU. Raises UserError on a name or precision that does not fit."""
-    names = list(dict.fromkeys("ort" if name == "auto" else name for name in wanted))
-    for name in names:
+    """The engines' rungs for a list of backend names; "auto" is what the runtime would choose here.
+
+    Raises UserError on a name or a precision that does not fit.
+    """
+    names = []
+    for name in wanted:
+        if name == "auto":
+            from sessa_deploy.runtime.engines import choose
+
+            name = choose(bundle)
         check_engine(name, bundle)
-    return names
+        names.append(name)
+    return list(dict.fromkeys(names))

@@ -187,13 +187,17 @@ class TokenCheck:
         return {key: plain_number(value) for key, value in dataclasses.asdict(self).items()}
 
 
-def check_tokens(rung: str, mode: str, parts: list[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> TokenCheck:
+def check_tokens(
+    rung: str, mode: str, parts: list[tuple[str, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]], logit_error: float | None = None
+) -> TokenCheck:
     """Compare greedy tokens, teacher-forced, over cases given as (name, logit_rows (N,3), float64 logits, rung's logits, rung's tokens).
 
-    A token may differ where the float64 gap between the best two logits is under 10 times the rung's largest logit error; the step is listed.
+    A token may differ where the float64 gap between the best two logits is under 10 times the rung's largest logit error (logit_error
+    where it has no logits); the step is listed.
     """
-    errors = [float(np.abs(x - reference).max()) for _, _, reference, x, _ in parts if np.isfinite(x).all() and x.shape == reference.shape]
-    worst = max(errors, default=math.inf)
+    errors = [float(np.abs(x - reference).max()) for _, _, reference, x, _ in parts
+              if x is not None and x.shape == reference.shape and np.isfinite(x).all()]
+    worst = max(errors, default=math.inf) if logit_error is None else logit_error
     steps = agree = 0
     ties: list[dict[str, Any]] = []
     wrong: list[dict[str, Any]] = []

@@ -28,7 +28,7 @@ from sessa_deploy.runtime.bundle import Bundle
 ORACLE, PLAIN, TORCH = "float64", "plain", "torch"
 TORCH_RUNGS = (ORACLE, PLAIN, TORCH)
 ENGINE_RUNGS = ("ort", "ort-cuda", "trt")
-MODES = ("graph", "session")
+GREEDY_KINDS = ("decode", "ragged", "greedy")
 HEADER_FILE = "header.json"
 HEADER_SCHEMA = 1
 
@@ -80,20 +80,21 @@ def _silent(done: int, of: int) -> None:
 def _run_modes(
     out: Path, bundle: Bundle, cases: tuple[Case, ...], graph: GraphStep | None, session: SessionRunner | None, report: Report
 ) -> dict[str, Any]:
-    """Drive every case in every mode there is; returns the header's entries about it."""
-    modes = [mode for mode, runner in zip(MODES, (graph, session), strict=True) if runner is not None]
+    """Drive the cases in every mode there is; returns the header's entries about it."""
+    modes = {"graph": cases if graph is not None else (), "session": cases if session is not None else (),
+             "greedy": tuple(c for c in cases if c.kind in GREEDY_KINDS) if hasattr(session, "step_greedy") else ()}
     storage, dirty, done = np.dtype("float32" if bundle.precision == "bf16" else PRECISIONS[bundle.precision].numpy), {}, 0
-    for case in cases:
-        if graph is not None:
-            tensors, stained = drive_graph(graph, case, bundle.config, storage)
-            if stained:
-                dirty[case.name] = stained
-            _save(out / f"graph.{case.name}.npz", tensors)
-            report(done := done + 1, len(cases) * len(modes))
-        if session is not None:
-            _save(out / f"session.{case.name}.npz", drive_session(session, case, bundle.config))
-            report(done := done + 1, len(cases) * len(modes))
-    return {"modes": modes, "nonzero_padding": dirty}
+    for mode, own in modes.items():
+        for case in own:
+            if graph is not None and mode == "graph":
+                tensors, stained = drive_graph(graph, case, bundle.config, storage)
+                if stained:
+                    dirty[case.name] = stained
+            elif session is not None:
+                tensors = drive_session(session, case, bundle.config, greedy=mode == "greedy")
+            _save(out / f"{mode}.{case.name}.npz", tensors)
+            report(done := done + 1, sum(map(len, modes.values())))
+    return {"modes": {mode: [case.name for case in own] for mode, own in modes.items() if own}, "nonzero_padding": dirty}
 
 
 def _save(path: Path, tensors: Tensors) -> None:
@@ -126,7 +127,7 @@ def _run_torch(job: RungJob, bundle: Bundle, report: Report) -> dict[str, Any]:
             for i, case in enumerate(cases.cases):
                 _save(out / f"graph.{case.name}.npz", rungs.oracle(model, case))
                 report(i + 1, len(cases.cases))
-            found: dict[str, Any] = {"modes": ["graph"], "nonzero_padding": {}}
+            found: dict[str, Any] = {"modes": {"graph": [case.name for case in cases.cases]}, "nonzero_padding": {}}
         elif job.rung == PLAIN:
             with rungs.replaced_ops(reference.plain, reference.plain_causal):
                 found = _run_modes(out, bundle, cases.cases, rungs.TorchGraph(model), None, report)
@@ -140,8 +141,8 @@ def check_engine(rung: str, bundle: Bundle) -> None:
     if rung not in ENGINE_RUNGS:
         raise UserError("no such backend", got=rung, allowed=", ".join(("auto", *ENGINE_RUNGS)))
     if rung == "ort" and bundle.precision == "bf16":
-        raise UserError("ONNX Runtime on a CPU does not run bf16", got=str(bundle.path), allowed="fp32 and fp16 on a CPU; bf16 on a GPU",
-                        fix="export again with --precision fp32")
+        raise UserError("a bf16 bundle cannot be validated on a CPU", got=bundle.path.name, allowed="fp32 or fp16 on a CPU; bf16 with ort-cuda or trt",
+                        fix="sessa-deploy export CHECKPOINT --out BUNDLE --precision fp32")
 
 
 def open_engine(rung: str, bundle: Bundle, threads: int) -> Engine:

@@ -156,8 +156,8 @@ class TorchSession:
                 getattr(cache, field).copy_(torch.from_numpy(store))
 
     @torch.no_grad()
-    def step(self, input_ids: np.ndarray, new_length: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        return to_numpy(self.model.prefill(torch.from_numpy(input_ids), self.caches, torch.from_numpy(new_length))), None
+    def step(self, input_ids: np.ndarray, new_length: np.ndarray) -> np.ndarray:
+        return to_numpy(self.model.prefill(torch.from_numpy(input_ids), self.caches, torch.from_numpy(new_length)))
 
     def rows(self, sequence: int) -> dict[str, np.ndarray]:
         return {past_name(i, f): to_numpy(getattr(self.caches[i], f)[sequence]) for i, f in cache_entries(self.model.config.n_layers)}

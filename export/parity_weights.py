@@ -21,6 +21,7 @@ from sessa_deploy.checkpoint_save import cast
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import PRECISIONS
 from sessa_deploy.errors import UserError
+from sessa_deploy.export.passes import TRANSPOSED
 
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
 
@@ -51,7 +52,7 @@ def check_weights(model: Path, checkpoint: str | Path, precision: str, config: S
     missing = []
     for name, tensor in state.items():
         x = _array(cast(name, tensor, storage))
-        if _digest(x) not in named.get(name, seen):
+        if _digest(x) not in named.get(name, named.get(name + TRANSPOSED, seen)):
             missing.append((name, _closest(model, name, x, names)))
     return WeightCheck(len(state), tuple(missing))
 
