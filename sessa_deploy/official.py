@@ -1,0 +1,138 @@
+"""State dicts as others write them: read without running code, their names mapped to this model's.
+
+Recognised: a whole model or a stack of layers under any one prefix (`layers.0.`, `blocks.3.`, `model.layers.0.`), a bare layer (`ln.weight`, ...),
+the wrappers `module.` and `_orig_mod.` at any depth, and `state_dict` / `model` around the dict itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sessa_deploy.errors import UserError
+from sessa_deploy.safetensors_check import shorten
+
+LAYER_TENSORS = (
+    "ln.weight", "ln.bias", "W_in.weight", "W_in.bias", "mixer.q_proj.weight", "mixer.q_proj.bias", "mixer.k_proj.weight", "mixer.k_proj.bias",
+    "mixer.v_proj.weight", "mixer.v_proj.bias", "mixer.proj_fb.weight", "mixer.proj_fb.bias", "mixer.out_proj.weight", "mixer.gamma_bias",
+    "mixer.gamma_ctx.weight", "W_out.weight", "W_out.bias",
+)
+ROPE_BUFFER = "mixer.rope_inv_freq"
+IGNORED_BUFFERS = (ROPE_BUFFER, "mixer.causal_mask_f_full", "mixer.causal_mask_fb_full")
+MODEL_TENSORS = ("embedding.weight", "norm.weight", "norm.bias", "lm_head.weight")
+_ALIASES = {
+    "embedding": ("embedding", "embeddings", "embed", "emb", "embed_tokens", "tok_embeddings", "tok_emb", "token_embedding", "token_emb", "wte"),
+    "norm": ("norm", "final_norm", "norm_f", "ln_f", "ln_out", "ln_final", "final_ln", "out_norm", "norm_out", "final_layernorm", "final_layer_norm"),
+    "lm_head": ("lm_head", "head", "output", "output_head", "unembed", "unembedding"),
+}
+_MODEL_NAME = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_NOISE = ("module", "_orig_mod")
+_LAYER = re.compile(r"^(?:(?P<prefix>.+)\.)?(?P<name>" + "|".join(re.escape(n) for n in (*LAYER_TENSORS, *IGNORED_BUFFERS)) + ")$")
+_MODEL = re.compile(r"^(?:.+\.)?(?P<module>\w+)\.(?P<kind>weight|bias)$")
+_INDEX = re.compile(r"^(?P<stack>.*?)\.?(?P<index>\d+)(?P<inner>(?:\.[A-Za-z_]\w*)*)$")
+MIN_TORCH = (2, 10)
+
+
+def torch_version(text: str | None = None) -> tuple[int, int]:
+    """(major, minor) of a torch version string, by default of the one installed."""
+    found = re.match(r"(\d+)\.(\d+)", text or torch.__version__)
+    return (int(found.group(1)), int(found.group(2))) if found else (0, 0)
+
+
+def load_pickle(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .pt / .pth state dict by their raw names; nothing in the file is executed.
+
+    Raises UserError if torch is older than 2.10 (earlier weights_only readers had holes), if the file is damaged or carries code, or if what it
+    holds is not a state dict of dense tensors.
+    """
+    path = Path(path)
+    if torch_version() < MIN_TORCH:
+        raise UserError("this torch is too old to read a .pt file safely", got=torch.__version__, allowed="torch >= 2.10",
+                        fix="pip install -U torch, or convert the file to safetensors")
+    if not path.is_file():
+        raise UserError("no such checkpoint", got=path, allowed="an existing .pt or .pth file")
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile pickle may raise anything; every one of them is a refusal
+        raise _refusal(path, error) from None
+    for _ in range(len(_WRAPPERS)):
+        inner = next((data[key] for key in _WRAPPERS if isinstance(data, Mapping) and isinstance(data.get(key), Mapping)), None)
+        if inner is None:
+            break
+        data = inner
+    if not isinstance(data, Mapping) or not data:
+        raise UserError(f"{path} holds no state dict", got=type(data).__name__, allowed="a dict of tensors, or one under 'state_dict' or 'model'")
+    odd = [repr(k) for k, v in data.items() if not isinstance(k, str) or not isinstance(v, Tensor) or v.layout != torch.strided or v.is_quantized]
+    if odd:
+        raise UserError(f"{path} holds entries that are not dense tensors", got=shorten(odd), allowed="a state dict: names to tensors",
+                        fix="torch.save(model.state_dict(), path)")
+    return dict(data)
+
+
+def _refusal(path: Path, error: Exception) -> UserError:
+    text = " ".join(str(error).split())
+    code = re.search(r"GLOBAL ([\w.]+)|Trying to (?:load|call) ([\w.]+)|instantiate ([\w.]+)|TorchScript", text)
+    if code:
+        name = next((g for g in code.groups() if g), "a TorchScript archive")
+        return UserError(f"{path} carries code or objects other than tensors, nothing was executed", got=name, allowed="a pickle of plain tensors",
+                         fix="save model.state_dict() as safetensors or with torch.save")
+    return UserError(f"{path} cannot be read as a state dict", got=f"{type(error).__name__}: {text[:160]}", allowed="a file written by torch.save",
+                     fix="copy or download the file again")
+
+
+def map_names(state: Mapping[str, Any], source: str | Path) -> tuple[dict[str, str], dict[str, str]]:
+    """(canonical name -> raw name, ignored rope buffers' `layers.{i}` -> raw name) of a state dict.
+
+    Raises UserError listing names that belong to no Sessa model, two names for one tensor, or more than one stack of layers.
+    """
+    plain = {".".join(part for part in raw.split(".") if part not in _NOISE): raw for raw in state}
+    if len(plain) != len(state):
+        raise UserError(f"{source} holds the same tensor under two names", got=shorten(sorted(set(state) - set(plain.values()))))
+    found: list[tuple[str, str]] = []
+    stacks: dict[str, str] = {}
+    bare: list[tuple[str, str, str]] = []
+    unknown: list[str] = []
+    rope: dict[str, str] = {}
+    for name, raw in plain.items():
+        layer = _LAYER.match(name)
+        index = _INDEX.match(layer["prefix"]) if layer and layer["prefix"] else None
+        if layer and index:
+            stacks.setdefault(f"{index['stack']}.*{index['inner']}", raw)
+            if layer["name"] in IGNORED_BUFFERS:
+                if layer["name"] == ROPE_BUFFER:
+                    rope[f"layers.{int(index['index'])}"] = raw
+            else:
+                found.append((f"layers.{int(index['index'])}.{layer['name']}", raw))
+        elif layer:
+            bare.append((layer["prefix"] or "", layer["name"], raw))
+        elif (model := _MODEL.match(name)) and model["module"] in _MODEL_NAME:
+            found.append((f"{_MODEL_NAME[model['module']]}.{model['kind']}", raw))
+        else:
+            unknown.append(raw)
+    if len(stacks) > 1:
+        raise UserError(f"{source} holds more than one stack of layers", got=shorten(sorted(stacks.values())), allowed="one prefix for all layers")
+    for prefix, name, raw in bare:
+        if stacks and name in ("ln.weight", "ln.bias"):  # beside a stack, a lone `ln` is the final norm
+            found.append((name.replace("ln.", "norm."), raw))
+        elif stacks:
+            unknown.append(raw)
+        elif prefix != bare[0][0]:
+            raise UserError(f"{source} holds more than one bare layer", got=f"{bare[0][2]}, {raw}", allowed="numbered layers, layers.0. and on")
+        elif name not in IGNORED_BUFFERS:
+            found.append((f"layers.0.{name}", raw))
+        elif name == ROPE_BUFFER:
+            rope["layers.0"] = raw
+    if unknown:
+        raise UserError(f"{source} holds unexpected tensors", got=shorten(sorted(unknown)), allowed="those of Sessa layers, embedding, norm and lm_head")
+    names: dict[str, str] = {}
+    for name, raw in found:
+        if name in names:
+            raise UserError(f"{source} holds {name} twice", got=f"{names[name]}, {raw}")
+        names[name] = raw
+    return names, rope
