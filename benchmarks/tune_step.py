@@ -49,10 +49,18 @@ def replay_ms(launches: list[Callable[[], None]], repeats: int = 15) -> float:
 
 
 def copy_bandwidth() -> float:
-    """GB/s of a device-to-device copy of 2 GiB, bytes read plus bytes written."""
-    x = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+    """GB/s of a device-to-device copy of 2 GiB, bytes read plus bytes written, outside any graph."""
+    x = torch.empty(2**29, device="cuda").normal_()
     y = torch.empty_like(x)
-    return 2 * x.numel() / replay_ms([lambda: y.copy_(x)] * 4) / 1e6
+    times = []
+    for _ in range(12):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        y.copy_(x)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return 2 * x.numel() * x.itemsize / statistics.median(times[2:]) / 1e6
 
 
 class Case:
@@ -78,11 +86,11 @@ class Case:
         def one(past: torch.Tensor) -> None:
             k, s = past[0], past[1]
             strides = (k.stride(0), k.stride(1), s.stride(0), s.stride(1))
-            feedback_step.feedback_step_partial[(splits, self.batch)](
+            feedback_step.feedback_step_partial[(self.batch, splits)](
                 self.q, k, s, self.length, part, stat, *strides, self.capacity, self.width, scale, **partial
             )
             if combine:
-                feedback_step.feedback_step_combine[(-(-self.width // combine["BLOCK_D"]), self.batch)](
+                feedback_step.feedback_step_combine[(self.batch, -(-self.width // combine["BLOCK_D"]))](
                     part, stat, self.length, self.gamma, self.f, self.out, self.capacity, splits, partial["BLOCK_R"], self.width, **combine
                 )
 
@@ -90,20 +98,21 @@ class Case:
 
 
 def candidates(variant: str, dtype: str, quick: bool) -> list[dict[str, Any]]:
-    """Tiles worth trying for a width variant: 8 to 32 KiB of each operand, 1 to 4 stages, 4 or 8 warps."""
+    """Tiles worth trying for a width: a lane block of 16-byte loads for 1, 2 or 4 warps, 1 to 4 rows a warp at 1024, 2 to 5 stages, 96 KiB at most."""
     width, size = int(variant), 4 if dtype == "fp32" else 2
     found = []
-    for kib, stages, warps in itertools.product((8, 16, 32), (1, 2, 3, 4), (2, 4, 8)):
-        rows = kib * 1024 // (width * size)
-        if rows < 1 or (quick and (kib, stages, warps) not in QUICK):
+    for across, down, rows, stages in itertools.product((1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8), (2, 3, 4, 5)):
+        lanes, warps, tile = across * 512 // size, across * down, down * rows * width * size
+        chunks = width // lanes
+        if not 1 <= chunks <= 8 or chunks * rows > 8 or not 2 <= warps <= 8 or not 4096 <= tile <= 32768 or 2 * (stages - 1) * tile > 98304:
             continue
-        if 2 * kib * 1024 * max(stages - 1, 0) <= 110 * 1024 and 16 <= kib * 1024 // (warps * 32) <= 256:
-            found.append({"BLOCK_R": rows, "BLOCK_D": width, "STAGES": stages, "num_warps": warps, "num_stages": 1})
+        if quick and (stages > 4 or tile < 8192 or 2 * (stages - 1) * tile < 32768 or (across > 1 and chunks < 4)):
+            continue
+        found.append({"BLOCK_R": down * rows, "BLOCK_C": chunks, "BLOCK_L": lanes, "STAGES": stages, "num_warps": warps, "num_stages": 1})
     return found
 
 
-QUICK = {(16, 1, 4), (16, 2, 4), (16, 3, 4), (16, 4, 4), (8, 3, 4), (8, 4, 4), (8, 4, 2), (32, 2, 4), (32, 2, 8), (16, 3, 8), (32, 3, 8)}
-COMBINES = [{"BLOCK_S": 128, "BLOCK_D": d, "num_warps": w, "num_stages": 1} for d, w in ((32, 4), (32, 8), (64, 4), (64, 8), (16, 4))]
+COMBINES = [{"BLOCK_S": 128, "BLOCK_D": d, "num_warps": w, "num_stages": 1} for d, w in ((32, 4), (16, 4), (16, 2), (8, 4), (8, 2))]
 
 
 def score(case_times: list[tuple[Case, float]], copy: float) -> float:
@@ -139,8 +148,9 @@ def main() -> None:
         mine = sorted((r for r in results if r["dtype"] == dtype and r["variant"] == variant), key=lambda r: -r["share"])
         for r in mine[:6] + mine[-1:]:
             t = r["tiles"]
-            print(f"{dtype} {variant} R={t['BLOCK_R']} stages={t['STAGES']} warps={t['num_warps']} splits={r['splits']}: share {r['share']:.3f} | "
-                  + " ".join(f"{s:.3f}" for s in r["shares"]) + " | us " + " ".join(f"{1e3 * m:.1f}" for m in r["ms"]), flush=True)  # fmt: skip
+            tile = f"R={t['BLOCK_R']} C={t['BLOCK_C']} L={t['BLOCK_L']} stages={t['STAGES']} warps={t['num_warps']} splits={r['splits']}"
+            shares, micros = (" ".join(texts) for texts in ((f"{x:.3f}" for x in r["shares"]), (f"{1e3 * m:.1f}" for m in r["ms"])))
+            print(f"{dtype} {variant} {tile}: share {r['share']:.3f} | {shares} | us {micros}", flush=True)
         if args.write:
             best = next(r for r in mine if r["splits"] == launch.STEP_MAX_SPLITS)
             launch.pin("feedback_step_partial", major * 10 + minor, ["fp16", "bf16"] if dtype == "bf16" else [dtype], variant, best["tiles"])
