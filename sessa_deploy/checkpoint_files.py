@@ -68,12 +68,12 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     if absent:
         raise UserError(f"{folder} lacks shards", got=f"no {shorten(absent)}", fix="copy or download them again")
     headers = {shard: set(read_header(folder / shard).tensors) for shard in sorted(wanted)}
+    homes = {name: shard for shard, names in headers.items() for name in names}
+    for name, shard in weight_map.items():
+        if homes.get(name, shard) != shard:
+            raise UserError(f"{name} is in the wrong shard", got=homes[name], allowed=f"{shard}, as {index.name} says")
     for shard, names in headers.items():
         lost, extra = sorted(wanted[shard] - names), sorted(names - wanted[shard])
-        for name in lost:
-            elsewhere = next((other for other, held in headers.items() if name in held), None)
-            if elsewhere:
-                raise UserError(f"{name} is in the wrong shard", got=elsewhere, allowed=f"{shard}, as {index.name} says")
         if lost:
             raise UserError(f"{folder / shard} lacks tensors that {index.name} places there", got=shorten(lost))
         if extra:

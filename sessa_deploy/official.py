@@ -6,6 +6,8 @@ the wrappers `module.` and `_orig_mod.` at any depth, and `state_dict` / `model`
 
 from __future__ import annotations
 
+import contextlib
+import pickletools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +39,7 @@ _LAYER = re.compile(r"^(?:(?P<prefix>.+)\.)?(?P<name>" + "|".join(re.escape(n) f
 _MODEL = re.compile(r"^(?:.+\.)?(?P<module>\w+)\.(?P<kind>weight|bias)$")
 _INDEX = re.compile(r"^(?P<stack>.*?)\.?(?P<index>\d+)(?P<inner>(?:\.[A-Za-z_]\w*)*)$")
 MIN_TORCH = (2, 10)
+_GLOBALS_WITHIN = 1 << 20  # bytes of a refused pickle that are searched for the name to blame
 
 
 def torch_version(text: str | None = None) -> tuple[int, int]:
@@ -76,14 +79,29 @@ def load_pickle(path: str | Path) -> dict[str, Tensor]:
 
 
 def _refusal(path: Path, error: Exception) -> UserError:
-    text = " ".join(str(error).split())
-    code = re.search(r"GLOBAL ([\w.]+)|Trying to (?:load|call) ([\w.]+)|instantiate ([\w.]+)|TorchScript", text)
-    if code:
-        name = next((g for g in code.groups() if g), "a TorchScript archive")
-        return UserError(f"{path} carries code or objects other than tensors, nothing was executed", got=name, allowed="a pickle of plain tensors",
+    text = " ".join(str(error).split()).split("WeightsUnpickler error: ")[-1].split("Trying to load ")[-1].split(" Check the documentation")[0]
+    found = re.search(r"GLOBAL ([\w.]+)|(TorchScript)", text)
+    names = [found.group(1) or "a TorchScript archive"] if found else _globals(path)
+    if names:
+        return UserError(f"{path} carries code or objects other than tensors, nothing was executed", got=shorten(names), allowed="a pickle of plain tensors",
                          fix="save model.state_dict() as safetensors or with torch.save")
     return UserError(f"{path} cannot be read as a state dict", got=f"{type(error).__name__}: {text[:160]}", allowed="a file written by torch.save",
                      fix="copy or download the file again")
+
+
+def _globals(path: Path) -> list[str]:
+    """Names that a bare pickle would import, read off its instructions without following any."""
+    names: list[str] = []
+    words: list[str] = []
+    with open(path, "rb") as file, contextlib.suppress(ValueError, IndexError, KeyError, UnicodeDecodeError):  # it ends where the pickle is damaged
+        for instruction, value, _ in pickletools.genops(file.read(_GLOBALS_WITHIN)):
+            if instruction.name in ("GLOBAL", "INST"):
+                names.append(str(value).replace(" ", "."))
+            elif instruction.name == "STACK_GLOBAL":
+                names.append(".".join(words[-2:]))
+            elif isinstance(value, str):
+                words.append(value)
+    return list(dict.fromkeys(names))
 
 
 def map_names(state: Mapping[str, Any], source: str | Path) -> tuple[dict[str, str], dict[str, str]]:

@@ -225,7 +225,7 @@ class Run:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu", "options": dataclasses.asdict(self.options),
         }
         write_report(self.folder, report)
-        write_plot(self.folder, self.rows, self.corpus.train_bytes / len(self.corpus.train), self.corpus.xz_bits_per_byte)
+        write_plot(self.folder, self.rows, self.corpus.train_bytes / len(self.corpus.train), self.corpus.xz_bits_per_byte, bits)
         return report
 
 

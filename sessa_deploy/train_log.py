@@ -62,8 +62,8 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     write_whole(folder / REPORT_FILE, (json.dumps(report, indent=2) + "\n").encode())
 
 
-def write_plot(folder: Path, rows: Sequence[Row], bytes_per_token: float, xz_bits_per_byte: float | None) -> None:
-    """loss.png: training and held-out bits per byte against the step, xz -9 as a line."""
+def write_plot(folder: Path, rows: Sequence[Row], bytes_per_token: float, xz_bits_per_byte: float | None, final: float) -> None:
+    """loss.png: training and held-out bits per byte against the step, what was stored at the end as a star, xz -9 as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -79,11 +79,13 @@ def write_plot(folder: Path, rows: Sequence[Row], bytes_per_token: float, xz_bit
     axes.plot(steps, smooth, color="tab:blue", label="training")
     held = [(r.step, r.held_out) for r in rows if r.held_out is not None]
     if held:
-        axes.plot([s for s, _ in held], [h for _, h in held], "o-", color="tab:orange", markersize=3, label=f"held out, last {held[-1][1]:.3f}")
+        axes.plot([s for s, _ in held], [h for _, h in held], "o-", color="tab:orange", markersize=3, label="held out, windows side by side")
+    if steps:
+        axes.plot(steps[-1:], [final], "*", color="tab:red", markersize=10, label=f"held out, stored, half-overlapping windows: {final:.3f}")
     if xz_bits_per_byte is not None:
-        axes.axhline(xz_bits_per_byte, color="tab:gray", linestyle="--", label=f"xz -9 on the held-out files, {xz_bits_per_byte:.3f}")
+        axes.axhline(xz_bits_per_byte, color="tab:gray", linestyle="--", label=f"xz -9 on the held-out files: {xz_bits_per_byte:.3f}")
     # The first steps' drop would flatten all that follows.
-    low = min([*smooth, *(h for _, h in held if h is not None), xz_bits_per_byte or float("inf")], default=0.0)
+    low = min([*smooth, *(h for _, h in held if h is not None), xz_bits_per_byte or float("inf"), final], default=0.0)
     axes.set_ylim(max(0.0, low - 0.2), min(max(bits, default=8.0), low + 3.0) + 0.2)
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
