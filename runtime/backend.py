@@ -96,9 +96,9 @@ class Backend(ABC):
             raise UserError("the context is full", got=f"{int(self.length[row])} cached and {int(new[row])} new tokens in sequence {row}",
                             allowed=f"a capacity of {self.capacity} tokens", fix="raise the capacity (--capacity) or shorten the prompt")
         counts = np.arange(tokens) < new[:, None]
-        ids = np.where(counts, ids[:, :tokens], 0).astype(np.int64)
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)][0]
+        fed: NDArray[np.int64] = np.where(counts, ids[:, :tokens], 0).astype(np.int64)
+        if fed.min() < 0 or fed.max() >= self.config.vocab_size:
+            wrong = fed[(fed < 0) | (fed >= self.config.vocab_size)][0]
             raise UserError("a token id is outside the vocabulary", got=int(wrong), allowed=f"0..{self.config.vocab_size - 1}",
                             fix="encode the prompt with the bundle's tokenizer")
-        return ids, new.astype(np.int32)
+        return fed, new.astype(np.int32)

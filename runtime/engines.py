@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 from sessa_deploy.contract import ENGINES_DIR
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
+from sessa_deploy.runtime.environment import importable
 
 BACKENDS = ("auto", "ort", "ort-cuda", "trt")
 
@@ -30,7 +30,7 @@ def open_backend(bundle: Bundle, name: str = "auto", batch: int = 1, capacity: i
 def choose(bundle: Bundle) -> str:
     """What "auto" means here: TensorRT if the bundle has engines and TensorRT is installed, ONNX Runtime on a GPU if it can use one, else on the CPU."""
     has_engine = any(n.startswith(f"{ENGINES_DIR}/") for n in bundle.names())
-    if has_engine and _installed("sessa_deploy.runtime.trt") and _installed("tensorrt"):
+    if has_engine and importable("sessa_deploy.runtime.trt") and importable("tensorrt"):
         return "trt"
     from sessa_deploy.runtime.ort import cuda_is_usable
 
@@ -38,15 +38,8 @@ def choose(bundle: Bundle) -> str:
 
 
 def _trt() -> Any:
-    if not _installed("sessa_deploy.runtime.trt"):
+    if not importable("sessa_deploy.runtime.trt"):
         raise UserError("this version has no TensorRT backend", got="backend trt", allowed="auto, ort, ort-cuda", fix="use --backend ort")
-    if not _installed("tensorrt"):
+    if not importable("tensorrt"):
         raise UserError("TensorRT is not installed", got="backend trt", fix="pip install tensorrt, or use --backend ort")
     return importlib.import_module("sessa_deploy.runtime.trt")
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False

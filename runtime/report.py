@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # Below this many bytes hashing takes under about half a second and a bar would only flicker.
 _WORTH_A_BAR = 512 << 20
+# Below this many prompt tokens prefill is over before a bar could be read.
+_LONG_PROMPT = 4096
 
 
 @contextlib.contextmanager
@@ -16,10 +19,39 @@ def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     if total < _WORTH_A_BAR or not sys.stderr.isatty():
         yield lambda count: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                  console=Console(stderr=True), transient=True) as bars:
+    with _bars(DownloadColumn(), TransferSpeedColumn()) as bars:
         task = bars.add_task(label, total=total)
         yield lambda count: bars.advance(task, count)
+
+
+@contextlib.contextmanager
+def count_progress(label: str, least: float = _LONG_PROMPT) -> Iterator[Callable[[float, float], None]]:
+    """Yields a function to call with (done, total); it draws a bar on stderr while done < total, unless total < `least` or stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.progress import TimeRemainingColumn
+
+    with contextlib.ExitStack() as stack:
+        shown: list[Any] = []
+
+        def update(done: float, total: float) -> None:
+            if not shown and least <= total and done < total:
+                bars = stack.enter_context(_bars(TimeRemainingColumn()))
+                shown.extend((bars, bars.add_task(label, total=total)))
+            if shown:
+                shown[0].update(shown[1], completed=done, total=total)
+                if done >= total:
+                    stack.close()
+                    shown.clear()
+
+        yield update
+
+
+def _bars(*columns: Any) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    return Progress(TextColumn("{task.description}"), BarColumn(), *columns, console=Console(stderr=True), transient=True)

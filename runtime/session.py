@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -57,16 +57,17 @@ class Session:
     """A bundle, opened for generation on `max_batch` sequences of at most `capacity` tokens (default: the model's max_context).
 
     backend: "auto", "ort", "ort-cuda", "trt", or a Backend that is already open. chunk: tokens a prefill step takes at most.
-    threads: of the CPU backend; None takes all. Sequence b keeps its conversation: each call appends to it until `reset`.
+    threads: of the CPU backend; None takes all. progress: hears (tokens done, tokens in all) of the longest prompt after each prefill step.
+    Sequence b keeps its conversation: each call appends to it until `reset`.
     Raises UserError on bad input; a call that raises it has changed nothing.
     """
 
     def __init__(self, bundle: Bundle | str | Path, backend: str | Backend = "auto", max_batch: int = 1, capacity: int | None = None,
-                 chunk: int = DEFAULT_CHUNK, threads: int | None = None) -> None:
+                 chunk: int = DEFAULT_CHUNK, threads: int | None = None, progress: Callable[[int, int], None] | None = None) -> None:
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise UserError("chunk is out of range", got=repr(chunk), allowed="an integer >= 1")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        self.config, self.chunk = self.bundle.config, chunk
+        self.config, self.chunk, self._progress = self.bundle.config, chunk, progress
         self._tokenizer = Tokenizer(self.bundle.file(TOKENIZER_FILE)) if TOKENIZER_FILE in self.bundle else None
         self.backend = backend if isinstance(backend, Backend) else open_backend(self.bundle, backend, max_batch, capacity, threads)
         self.max_batch, self.capacity = self.backend.batch, self.backend.capacity
@@ -223,7 +224,8 @@ class Session:
             late = slot.tokens[len(slot.tokens) - slot.pending :] if feed is not None else []
             whole.append([*late, *(feed or [])])
         logits = np.zeros((len(feeds), self.config.vocab_size), np.float32)
-        for start in range(0, max((len(w) for w in whole), default=0), self.chunk):
+        longest = max((len(w) for w in whole), default=0)
+        for start in range(0, longest, self.chunk):
             parts = [w[start : start + self.chunk] for w in whole]
             new = np.zeros(self.max_batch, np.int32)
             ids = np.zeros((self.max_batch, max(len(p) for p in parts)), np.int64)
@@ -238,6 +240,8 @@ class Session:
                 slot.pending -= known
                 slot.tokens += part[known:]
                 logits[b] = result[b]  # a prompt that ended in an earlier chunk keeps the logits of that one
+            if self._progress is not None:
+                self._progress(min(start + self.chunk, longest), longest)
         return logits
 
 

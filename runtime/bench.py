@@ -1,0 +1,134 @@
+"""Latency of a session: time to the first token, and between tokens, on the host's clock with append and sampling inside."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sessa_deploy.contract import MODEL_DATA_FILE, MODEL_FILE, PRECISIONS, cache_entries, cache_row_shape
+from sessa_deploy.errors import UserError
+from sessa_deploy.runtime import environment
+from sessa_deploy.runtime.session import Session
+
+BENCH_SCHEMA = 1
+_QUANTILES = (50, 95, 99)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure. prompt_tokens: context at which decoding starts; window: tokens decoded before it is rewound to there.
+
+    Decoding goes on for at least `seconds` and `steps`, but for no more than max_seconds; warmup seconds come before and do not count.
+    bandwidth: bytes a second of the memory that holds weights and caches, if the share of the floor is wanted. seed: of the random prompt.
+    """
+
+    prompt_tokens: int = 128
+    window: int = 128
+    steps: int = 1000
+    seconds: float = 3.0
+    max_seconds: float = 60.0
+    warmup: float = 0.2
+    prefills: int = 5
+    bandwidth: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "window", "steps", "prefills"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is out of range", got=getattr(self, name), allowed="an integer >= 1")
+        for name in ("seconds", "max_seconds", "warmup"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is out of range", got=getattr(self, name), allowed="seconds >= 0")
+        if self.bandwidth is not None and not self.bandwidth > 0:
+            raise UserError("bandwidth is out of range", got=self.bandwidth, allowed="more than 0")
+
+
+def measure(session: Session, options: BenchOptions, progress: Callable[[float, float], None] | None = None) -> dict[str, Any]:
+    """Measure an open session on all of its sequences; the result is plain data, ready for JSON. The session is reset.
+
+    Raises UserError if prompt and window do not fit the capacity.
+    """
+    if options.prompt_tokens + options.window > session.capacity:
+        raise UserError("the context is full", got=f"a prompt of {options.prompt_tokens} tokens and a window of {options.window}",
+                        allowed=f"a capacity of {session.capacity} tokens", fix="raise --capacity or lower --prompt-tokens")
+    random = np.random.default_rng(options.seed)
+    prompts = random.integers(0, session.config.vocab_size, (session.max_batch, options.prompt_tokens)).tolist()
+    first = _prefills(session, prompts, options)
+    times = _decode(session, options, progress or (lambda done, total: None))
+    total, context = float(times.sum()), options.prompt_tokens + (options.window - 1) / 2
+    weights = sum(session.bundle.manifest["files"][n]["size"] for n in (MODEL_FILE, MODEL_DATA_FILE) if n in session.bundle)
+    traffic = weights + session.max_batch * context * row_bytes(session)
+    result: dict[str, Any] = {
+        "schema_version": BENCH_SCHEMA, "kind": "sessa-deploy bench", "backend": session.backend.name,
+        "bundle": {"model_sha256": session.bundle.sha256(MODEL_FILE), "precision": session.bundle.precision, "config": session.config.to_dict()},
+        "settings": {**asdict(options), "batch": session.max_batch, "capacity": session.capacity, "chunk": session.chunk},
+        "ttft_ms": _summary(first), "inter_token_ms": _summary(times), "tokens_per_second": session.max_batch * len(times) / total,
+        "prefill_tokens_per_second": session.max_batch * options.prompt_tokens / float(np.median(first)),
+        # the floor reads every weight once and every valid cache row once a step
+        "bytes_per_step": traffic, "achieved_bytes_per_second": traffic / float(np.median(times)),
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "environment": environment.describe(),
+    }
+    if options.bandwidth is not None:
+        result["floor_ms"] = 1e3 * traffic / options.bandwidth
+        result["share_of_floor"] = result["floor_ms"] / result["inter_token_ms"]["p50"]
+    used = getattr(session.backend, "device_bytes", None)
+    if used is not None:
+        result["peak_device_bytes"] = int(used())
+    return result
+
+
+def row_bytes(session: Session) -> int:
+    """Bytes of one token's rows in the caches of all layers."""
+    c = session.config
+    numbers = sum(int(np.prod(cache_row_shape(f, c.d_model, c.kv_heads, c.head_dim))) for _, f in cache_entries(c.n_layers))
+    return numbers * PRECISIONS[session.bundle.precision].itemsize
+
+
+def _prefills(session: Session, prompts: list[list[int]], options: BenchOptions) -> NDArray[np.float64]:
+    """Seconds from a prompt to its first token; the first of them warms up and does not count. Leaves the prompts in the caches."""
+    times = []
+    for _ in range(options.prefills + 1):
+        session.reset()
+        start = time.perf_counter()
+        np.argmax(session.prefill(prompts), axis=-1)
+        times.append(time.perf_counter() - start)
+    return np.array(times[1:])
+
+
+def _decode(session: Session, options: BenchOptions, progress: Callable[[float, float], None]) -> NDArray[np.float64]:
+    """Seconds of each step, from the ids of the last token to those of the next."""
+    backend, batch = session.backend, session.max_batch
+    ids, new = np.zeros((batch, 1), np.int64), np.ones(batch, np.int32)
+    times: list[float] = []
+    begin = time.perf_counter()
+    warm = begin + options.warmup
+    while True:
+        if int(backend.length[0]) >= options.prompt_tokens + options.window:
+            for row in range(batch):
+                backend.rewind(row, options.prompt_tokens)
+        start = time.perf_counter()
+        ids[:, 0] = backend.step_greedy(ids, new)
+        end = time.perf_counter()
+        if start < warm:
+            continue
+        times.append(end - start)
+        spent = end - warm
+        share = min(spent / options.seconds if options.seconds else 1.0, len(times) / options.steps)
+        share = max(share, spent / options.max_seconds if options.max_seconds else 1.0)
+        progress(min(share, 1.0), 1.0)
+        if share >= 1.0:
+            break
+    session.reset()
+    return np.array(times)
+
+
+def _summary(seconds: NDArray[np.float64]) -> dict[str, float]:
+    ms = 1e3 * seconds
+    return {**{f"p{q}": float(np.percentile(ms, q)) for q in _QUANTILES}, "mean": float(ms.mean()), "min": float(ms.min()), "max": float(ms.max()),
+            "count": len(ms)}

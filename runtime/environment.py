@@ -1,0 +1,109 @@
+"""What this machine and this Python have: processor, GPUs, packages, ONNX Runtime's providers. Standard library only; nothing optional is imported here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sessa_deploy.runtime import driver
+
+_PROBE_SECONDS = 60.0
+# distribution names under which one library is installed
+ALIASES = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-lean", "tensorrt-lean-cu12", "tensorrt-lean-cu13"),
+    "triton": ("triton", "pytorch-triton"),
+}
+
+
+def importable(module: str) -> bool:
+    """Whether Python would find a module, without importing it (its parent packages are)."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def package_version(name: str) -> str | None:
+    """Installed version of a library, under whichever distribution name it came, or None."""
+    for alias in ALIASES.get(name, (name,)):
+        try:
+            found = metadata.version(alias)
+        except metadata.PackageNotFoundError:
+            continue
+        return found if alias == name else f"{found} ({alias})"
+    return None
+
+
+def processor() -> dict[str, Any]:
+    """Model name, the cores this process may use, and memory in bytes."""
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    except OSError:
+        model = model or "unknown"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"model": model, "cores": len(os.sched_getaffinity(0)), "memory": memory}
+
+
+def gpus() -> list[dict[str, Any]]:
+    """The GPUs the driver shows, with NVIDIA's driver version and clocks (MHz) where nvidia-smi tells them."""
+    told = _nvidia_smi()
+    return [{"index": d.index, "name": d.name, "arch": d.arch, "memory": d.memory, **told.get(d.index, {})} for d in driver.devices()]
+
+
+def providers() -> tuple[list[str], str | None]:
+    """(providers of the installed ONNX Runtime, None), or ([], why it cannot be imported). Asked in a process of its own: a broken library may crash."""
+    found, error = probe("import json, onnxruntime; print(json.dumps(onnxruntime.get_available_providers()))")
+    return (list(found), None) if error is None else ([], error)
+
+
+def probe(code: str) -> tuple[Any, str | None]:
+    """(the JSON that `code` prints last, None), or (None, the last line of its error), from a fresh interpreter."""
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, str(error)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        return None, lines[-1] if lines else f"it ended with {done.returncode}"
+    try:
+        return json.loads(done.stdout.strip().splitlines()[-1]), None
+    except (ValueError, IndexError):
+        return None, "it printed no answer"
+
+
+def describe() -> dict[str, Any]:
+    """What a measurement should carry with it: versions, processor, GPUs."""
+    names = ("sessa-deploy", "numpy", "onnxruntime", "tensorrt")
+    return {"python": platform.python_version(), "platform": platform.platform(), "cpu": processor(), "gpus": gpus(),
+            "cuda_driver": driver.driver_version(), "packages": {n: package_version(n) for n in names}}
+
+
+def _nvidia_smi() -> dict[int, dict[str, str]]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {}
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem")
+    try:
+        done = subprocess.run([tool, f"--query-gpu=index,{','.join(fields)}", "--format=csv,noheader,nounits"], capture_output=True, text=True,
+                              timeout=_PROBE_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    told = {}
+    for line in done.stdout.splitlines():
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) == len(fields) + 1 and parts[0].isdigit():
+            told[int(parts[0])] = dict(zip(fields, parts[1:], strict=True))
+    return told

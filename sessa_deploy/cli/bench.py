@@ -1,0 +1,77 @@
+"""`sessa-deploy bench`: first-token and inter-token latency of a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+_BACKENDS = ["auto", "ort", "ort-cuda", "trt"]
+
+
+@click.command("bench")
+@click.argument("bundle", type=click.Path())
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the figures to this file; - for standard output.")
+@click.option("--backend", type=click.Choice(_BACKENDS), default="auto", show_default=True, help="What runs the graph.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Sequences decoded together.")
+@click.option("--prompt-tokens", type=int, default=128, show_default=True, help="Context at which decoding starts.")
+@click.option("--window", type=int, default=128, show_default=True, help="Tokens decoded before the context is rewound to there.")
+@click.option("--steps", type=int, default=1000, show_default=True, help="Decode at least this many steps,")
+@click.option("--seconds", type=float, default=3.0, show_default=True, help="and for at least this long,")
+@click.option("--max-seconds", type=float, default=60.0, show_default=True, help="but for no longer than this.")
+@click.option("--capacity", type=int, help="Tokens a cache holds; default: the model's max_context, or what prompt and window need.")
+@click.option("--threads", type=int, help="CPU threads; default: all.")
+@click.option("--bandwidth", type=float, help="Memory bandwidth in GB/s, to show the share of the floor that it sets.")
+def command(
+    bundle: str, json_file: str | None, backend: str, batch: int, prompt_tokens: int, window: int, steps: int, seconds: float, max_seconds: float,
+    capacity: int | None, threads: int | None, bandwidth: float | None,
+) -> None:
+    """Measure BUNDLE: time to the first token, time between tokens (p50, p95, p99), tokens a second, and what memory they took."""
+    import json
+
+    from sessa_deploy.errors import UserError
+    from sessa_deploy.runtime.bench import BenchOptions, measure
+    from sessa_deploy.runtime.bundle import Bundle
+    from sessa_deploy.runtime.report import count_progress
+    from sessa_deploy.runtime.session import Session
+
+    options = BenchOptions(prompt_tokens, window, steps, seconds, max_seconds, bandwidth=None if bandwidth is None else bandwidth * 1e9)
+    opened = Bundle.open(bundle)
+    capacity = max(opened.config.max_context, prompt_tokens + window) if capacity is None else capacity
+    with Session(opened, backend, max_batch=batch, capacity=capacity, threads=threads) as session, count_progress("decoding", 0) as progress:
+        result = measure(session, options, progress)
+    result["settings"]["threads"] = threads
+    text = json.dumps(result, indent=2) + "\n"
+    if json_file == "-":
+        click.echo(text, nl=False)
+        return
+    _show(result)
+    if json_file is not None:
+        try:
+            Path(json_file).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError("the figures cannot be written", got=f"{json_file} ({error.strerror})", fix="choose another --json") from None
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    settings, first, between = result["settings"], result["ttft_ms"], result["inter_token_ms"]
+    table = Table(title=f"{result['backend']}, {result['bundle']['precision']}, batch {settings['batch']}, context {settings['prompt_tokens']} to "
+                        f"{settings['prompt_tokens'] + settings['window']} of {settings['capacity']}")
+    for name, justify in (("what", "left"), ("p50", "right"), ("p95", "right"), ("p99", "right"), ("n", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name, row in (("first token, ms", first), ("between tokens, ms", between)):
+        table.add_row(name, *(f"{row[q]:.3f}" for q in ("p50", "p95", "p99")), str(row["count"]))
+    console = Console()
+    console.print(table)
+    line = f"{result['tokens_per_second']:.1f} tokens/s decoded, {result['prefill_tokens_per_second']:.0f} tokens/s of prompt, "
+    line += f"{result['achieved_bytes_per_second'] / 1e9:.2f} GB/s of weights and valid cache rows"
+    if "share_of_floor" in result:
+        line += f", {100 * result['share_of_floor']:.0f}% of the bandwidth floor ({result['floor_ms']:.3f} ms)"
+    memory = f"peak memory {result['peak_host_bytes'] / 2**20:.0f} MiB"
+    if "peak_device_bytes" in result:
+        memory += f", on the device {result['peak_device_bytes'] / 2**20:.0f} MiB"
+    console.print(f"{line}; {memory}", highlight=False)
