@@ -42,7 +42,7 @@ def validate(
 
     backends: engines to run as rungs ("ort", ..., or "auto": those that run here). dump: keep cases and tensors in this folder. elsewhere: judge the rungs
     found in this folder, which other machines wrote, instead of running engines here. lengths, seed: of the cases. launch, workers: how rungs are
-    started and how many side by side. record: write parity.json into the bundle. Raises UserError on bad input; disagreement is in the report.
+    started and how many side by side. Raises UserError on bad input, ParityError on a checkpoint of another shape; disagreement is in the report.
     """
     from sessa_deploy.export.parity_weights import check_weights  # torch and onnx, which dump_engines does without
 
@@ -77,9 +77,12 @@ def validate(
     report.weights = {"tensors": weights.tensors, "missing": dict(weights.missing)}
     report.failure = _first_failure(report, headers, died)
     report.seconds = time.perf_counter() - begun
-    if record:
-        add_files(opened, {PARITY_FILE: (json.dumps(report.to_dict(details=False), indent=1) + "\n").encode()})
     return report
+
+
+def record(bundle: str | Path, report: Report) -> Bundle:
+    """Write a report's verdict and worst cases into the bundle as parity.json. Raises UserError or OSError if the bundle cannot be written."""
+    return add_files(bundle, {PARITY_FILE: (json.dumps(report.to_dict(details=False), indent=1) + "\n").encode()})
 
 
 def dump_engines(
@@ -139,12 +142,13 @@ def _judge(bundle: Bundle, cases: Cases, sources: dict[str, Path], headers: dict
             tokens[rung, mode].append((case.name, logit_rows, oracle[LOGITS], own.get(LOGITS), own["token"]))
             if case.name in plotted and mode == next(iter(headers[rung]["modes"])):
                 positions[case.name][rung] = _positions(oracle, own, config.n_layers)
+    headers = {rung: headers[rung] for rung in (ORACLE, PLAIN, *rungs)}
     names = {rung: {k: v for k, v in header.items() if k in ("modes", "versions", "platform", "seconds")} for rung, header in headers.items()}
     listing = {case.name: {"kind": case.kind, "batch": case.batch, "steps": len(case.steps), "lengths": case.lengths.tolist(), "capacity": case.capacity,
                            "poison": case.poison} for case in cases.cases}
     environment = {"sessa-deploy": __version__, "platform": platform.platform(terse=True), "processor": f"{platform.machine()}, {os.cpu_count()} cores",
                    "python": platform.python_version(), "bundle": bundle.path.name, **{f"bundle {k}": v for k, v in bundle.versions.items()}}
-    headroom = {rung: headers[rung]["headroom"] for rung in (ORACLE, TORCH) if headers.get(rung, {}).get("headroom")}
+    headroom = {rung: headers[rung]["headroom"] for rung in (ORACLE, TORCH) if rung in headers and headers[rung].get("headroom")}
     return Report(bundle.precision, config, environment, names, listing, [c for pair in pairs for c in judged[pair]],
                   _check_tokens(pairs, tokens), headroom, positions, {})
 

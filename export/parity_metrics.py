@@ -131,7 +131,7 @@ def compare(
     reference: np.ndarray, plain: np.ndarray, x: np.ndarray, rows: np.ndarray, precision: str, rung: str, mode: str, case: str, layer: int | None, field: str
 ) -> Comparison:
     """Judge x (R,...) by the rule. reference: float64; plain: the yardstick; rows (R,2): sequence and position of each row."""
-    base = {"rung": rung, "mode": mode, "case": case, "layer": layer, "field": field, "rows": len(reference)}
+    base: dict[str, Any] = {"rung": rung, "mode": mode, "case": case, "layer": layer, "field": field, "rows": len(reference)}
     if x.shape != reference.shape:
         nan = math.nan
         return Comparison(**base, verdict=FAIL, reason=f"shape {x.shape} where {reference.shape} is due", ref_max=nan, max_error=nan, plain_max=nan,

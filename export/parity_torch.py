@@ -76,7 +76,7 @@ def record_headroom(model: SessaLM) -> Iterator[Headroom]:
         watch("s", next(i for i, layer in enumerate(model.layers) if layer.mixer is mixer), rows.s)
         return rows
 
-    model_module.SessaMixer.step = step  # type: ignore[method-assign]
+    model_module.SessaMixer.step = step  # type: ignore[method-assign, assignment]
     try:
         yield found
     finally:

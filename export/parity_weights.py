@@ -20,7 +20,7 @@ from sessa_deploy.checkpoint import read_state
 from sessa_deploy.checkpoint_save import cast
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import PRECISIONS
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import ParityError
 from sessa_deploy.export.passes import TRANSPOSED
 
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
@@ -37,34 +37,35 @@ class WeightCheck:
 def check_weights(model: Path, checkpoint: str | Path, precision: str, config: SessaConfig) -> WeightCheck:
     """Look for every tensor of the checkpoint, cast to `precision`, among the float constants of an ONNX file.
 
-    A tensor matches the constant of its own name, or any where there is none, by its bytes or its transpose's. Raises UserError like
-    checkpoint.read_state, or if the checkpoint's shape is not the bundle's.
+    A tensor must equal the constant of its own name (transposed, where the name says so); without one, any of equal or transposed bytes will do.
+    Raises UserError like checkpoint.read_state, ParityError if the checkpoint's shape is not the bundle's.
     """
     own, state = read_state(checkpoint, None)
     require_same_shape(config, own, checkpoint)
     storage = getattr(torch, PRECISIONS[precision].torch)
     seen: set[bytes] = set()
     names: dict[str, tuple[int, ...]] = {}
-    named: dict[str, set[bytes]] = {}
+    named: dict[str, bytes] = {}
     for name, x in _constants(model):
-        names[name], named[name] = x.shape, {_digest(form) for form in _forms(x)}
-        seen |= named[name]
+        names[name], named[name] = x.shape, _digest(x)
+        seen |= {_digest(form) for form in _forms(x)}
     missing = []
     for name, tensor in state.items():
         x = _array(cast(name, tensor, storage))
-        if _digest(x) not in named.get(name, named.get(name + TRANSPOSED, seen)):
+        own = named.get(name), named.get(name + TRANSPOSED)
+        held = own[0] == _digest(x) if own[0] else own[1] == _digest(x.T) if own[1] else _digest(x) in seen
+        if not held:
             missing.append((name, _closest(model, name, x, names)))
     return WeightCheck(len(state), tuple(missing))
 
 
 def require_same_shape(bundle: SessaConfig, checkpoint: SessaConfig, path: str | Path) -> None:
-    """Raise UserError unless two configurations fix the same arithmetic."""
+    """Raise ParityError unless two configurations fix the same arithmetic."""
     free = {"max_context", "bos_token_id", "eos_token_id", "pad_token_id"}
     mine, theirs = bundle.to_dict(), checkpoint.to_dict()
     differ = [f"{key} {theirs[key]} (the bundle: {mine[key]})" for key in mine if key not in free and mine[key] != theirs[key]]
     if differ:
-        raise UserError(f"{path} is a checkpoint of another shape", got=", ".join(differ), allowed="the checkpoint this bundle was exported from",
-                        fix="name that checkpoint, or export this one")
+        raise ParityError(f"configuration: {Path(path).name} is not the checkpoint of this bundle: it has {', '.join(differ)}")
 
 
 def _constants(model: Path) -> Iterator[tuple[str, np.ndarray]]:
