@@ -241,8 +241,9 @@ def start(options: TrainOptions, **shape: Any) -> Run:
     tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else Tokenizer.from_json(byte_level_tokenizer())
     corpus = load_corpus(options.data, tokenizer, options.held_out, options.extensions)
     config = SessaConfig(vocab_size=tokenizer.vocab_size, max_context=options.context, bos_token_id=corpus.separator, eos_token_id=corpus.separator, **shape)
+    run = Run(options, config, tokenizer, corpus)
     out.mkdir(parents=True, exist_ok=True)
-    return Run(options, config, tokenizer, corpus)
+    return run
 
 
 def resume(out: str | Path, **changes: Any) -> Run:

@@ -1,0 +1,123 @@
+"""`sessa-deploy inspect`: show what a checkpoint, an ONNX file or a bundle holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+
+@click.command("inspect")
+@click.argument("path", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--all", "show_all", is_flag=True, help="List every tensor and node; otherwise the first of them.")
+@click.option("--no-verify", is_flag=True, help="Skip loading the checkpoint, or checking the bundle's checksums.")
+def command(path: str, as_json: bool, show_all: bool, no_verify: bool) -> None:
+    """Show what PATH holds: a checkpoint (folder, .safetensors, .pt), an .onnx file or a bundle.
+
+    Exits with 2 when a checkpoint would not load or a bundle does not match its manifest.
+    """
+    from sessa_deploy.describe import describe
+    from sessa_deploy.errors import UserError
+
+    found = describe(path, verify=not no_verify)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        _show(found, show_all)
+    if found["verified"] is False:
+        raise UserError(found["problem"])
+
+
+def _show(found: dict[str, Any], show_all: bool) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    {"checkpoint": _checkpoint, "onnx": _onnx, "bundle": _bundle}[found["kind"]](console, found, None if show_all else 24)
+    good = "complete" if found["kind"] == "onnx" else "verified"
+    verdict = {True: f"[green]{good}[/]", False: "[red]FAILED[/]", None: "not verified"}[found["verified"]]
+    console.print(f"{verdict}{': ' if found.get('problem') else ''}", end="")
+    console.print(found.get("problem") or "", markup=False, highlight=False, soft_wrap=True)
+
+
+def _facts(console: Any, title: str, facts: dict[str, object]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    console.print(table)
+
+
+def _rows(console: Any, title: str, columns: tuple[str, ...], rows: Sequence[tuple[object, ...]], limit: int | None) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows[:limit]:
+        table.add_row(*(escape(str(x)) for x in row))
+    if limit is not None and len(rows) > limit:
+        table.add_row(f"and {len(rows) - limit} more", *[""] * (len(columns) - 1), style="dim")
+    console.print(table)
+
+
+def _config(config: dict[str, Any] | None) -> dict[str, object]:
+    hidden = ("model_type", "architectures")
+    return {"config": "none"} if not isinstance(config, dict) else {k: v for k, v in config.items() if k not in hidden and v is not None}
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "missing"
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in values.items()) or "none"
+
+
+def _checkpoint(console: Any, found: dict[str, Any], limit: int | None) -> None:
+    _facts(console, f"checkpoint {found['path']}", {
+        "parameters": f"{found['parameters']:,} ({_pairs(found['parts'])})", "tensors by dtype": _pairs(found["dtypes"]),
+        "size": f"{_size(found['bytes'])} in {', '.join(found['files'])}", "tokenizer": "tokenizer.json" if found["tokenizer"] else "none",
+        **_config(found["config"]),
+    })
+    rows = [(t["name"], t["dtype"], tuple(t["shape"]), _size(t["bytes"]), t["file"]) for t in found["tensors"]]
+    _rows(console, "tensors", ("name", "dtype", "shape", "size", "file"), rows, limit)
+
+
+def _onnx(console: Any, found: dict[str, Any], limit: int | None) -> None:
+    _facts(console, f"ONNX {found['path']}", {
+        "opsets": _pairs(found["opsets"]), "IR version": found["ir_version"], "producer": found["producer"] or "unknown", "nodes": f"{found['nodes']:,}",
+        "initializers": f"{found['initializers']:,} ({_pairs(found['parameters'])})", "size": _size(found["bytes"]),
+        "external data": ", ".join(f"{k} {_size(v)}" for k, v in found["external_data"].items()) or "none", "ops": _pairs(found["ops"]),
+    })
+    for title in ("inputs", "outputs"):
+        _rows(console, title, ("name", "dtype", "dims"), [(v["name"], v["dtype"], ", ".join(map(str, v["dims"])) or "scalar") for v in found[title]], limit)
+    if found["functions"]:
+        rows = [(f"{f['domain']}::{f['name']}", f["nodes"], ", ".join(f["inputs"]), _pairs(f["opsets"])) for f in found["functions"]]
+        _rows(console, "functions", ("name", "nodes", "inputs", "opsets"), rows, None)
+    if found["custom_nodes"]:
+        nodes = [(n["op"], n["name"], ", ".join(f"{k}={v:.6g}" for k, v in n["attributes"].items())) for n in found["custom_nodes"]]
+        _rows(console, "nodes outside the standard domains", ("op", "name", "attributes"), nodes, limit)
+
+
+def _bundle(console: Any, found: dict[str, Any], limit: int | None) -> None:
+    versions = found["versions"] if isinstance(found["versions"], dict) else {}
+    _facts(console, f"bundle {found['path']}", {
+        "precision": found["precision"], "opset": found["opset"], "schema": found["schema_version"], "size": _size(found["bytes"]),
+        "engines": ", ".join(found["engines"]) or "none", "versions": _pairs(versions), **_config(found["config"]),
+    })
+    rows = [(name, _size(e.get("size")), str(e.get("sha256"))[:16]) for name, e in found["files"].items()]
+    _rows(console, "files", ("name", "size", "sha256"), rows, limit)

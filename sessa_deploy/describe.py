@@ -1,0 +1,169 @@
+"""What a checkpoint, an ONNX file or a bundle holds, as plain values for a table or JSON. Reads headers first; torch and onnx only where needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sessa_deploy.config import CONFIG_FILE, SessaConfig
+from sessa_deploy.contract import MANIFEST_FILE, TOKENIZER_FILE
+from sessa_deploy.errors import UserError
+from sessa_deploy.safetensors_check import read_header
+
+_STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
+
+
+def describe(path: str | Path, verify: bool = True) -> dict[str, Any]:
+    """A description of `path` with `kind` "checkpoint", "onnx" or "bundle".
+
+    verify: also load a checkpoint strictly, or check every checksum of a bundle. What fails is `problem`, one line, beside `verified` False.
+    Raises UserError when `path` is none of the three or cannot be read at all.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError("nothing to inspect", got=path, allowed="a checkpoint, an ONNX file or a bundle")
+    if path.is_dir():
+        return describe_bundle(path, verify) if (path / MANIFEST_FILE).exists() else describe_checkpoint(path, verify)
+    if path.name == MANIFEST_FILE:
+        return describe_bundle(path.parent, verify)
+    if path.suffix == ".onnx":
+        return describe_onnx(path)
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
+        return describe_checkpoint(path, verify)
+    raise UserError(f"{path} is nothing to inspect", got=f"a file ending in {path.suffix or 'nothing'}",
+                    allowed="a checkpoint (folder, .safetensors, .pt, .pth), an .onnx file or a bundle folder")
+
+
+def describe_checkpoint(path: Path, verify: bool = True) -> dict[str, Any]:
+    """config, tensors [{name, dtype, shape, bytes, file}], parameters by part, dtypes, bytes, tokenizer, verified / problem."""
+    files = _weight_files(path)
+    tensors: list[dict[str, Any]] = []
+    for file in files:
+        if file.suffix == ".safetensors":
+            header = read_header(file)
+            tensors += [{"name": n, "dtype": i.dtype, "shape": list(i.shape), "bytes": i.end - i.begin, "file": file.name} for n, i in header.tensors.items()]
+        else:
+            from sessa_deploy.official import load_pickle
+
+            tensors += [{"name": n, "dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape), "bytes": x.numel() * x.element_size(),
+                         "file": file.name} for n, x in load_pickle(file).items()]
+    tensors.sort(key=lambda t: [(int(w), "") if w.isdigit() else (-1, w) for w in t["name"].split(".")])
+    folder = path if path.is_dir() else path.parent
+    out: dict[str, Any] = {
+        "kind": "checkpoint", "path": str(path), "files": {f.name: f.stat().st_size for f in files}, "bytes": sum(f.stat().st_size for f in files),
+        "config": None, "parameters": sum(math.prod(t["shape"]) for t in tensors), "parts": _parts(tensors),
+        "dtypes": dict(Counter(t["dtype"] for t in tensors)), "tokenizer": (folder / TOKENIZER_FILE).is_file(), "tensors": tensors,
+    }
+    config = folder / CONFIG_FILE
+    if config.is_file():
+        try:
+            out["config"] = SessaConfig.load(config).to_dict()
+        except UserError as error:
+            return out | {"verified": False, "problem": str(error)}
+    return out | (_verify_checkpoint(path, out["config"] is not None) if verify else {"verified": None})
+
+
+def _verify_checkpoint(path: Path, has_config: bool) -> dict[str, Any]:
+    if importlib.util.find_spec("torch") is None:
+        return {"verified": None, "problem": "not verified: torch is not installed"}
+    from sessa_deploy.checkpoint import read_state
+
+    try:
+        read_state(path)
+    except UserError as error:
+        # Layers alone, or weights without a configuration, are what they are: not verified, and no fault of the file.
+        layers_only = error.what.endswith("holds layers and no language model")
+        return {"verified": None if layers_only or not has_config else False, "problem": str(error)}
+    return {"verified": True, "problem": None}
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    files = sorted(x for x in path.glob("*.safetensors") if x.is_file())
+    files = files or sorted(x for x in path.iterdir() if x.suffix in (".pt", ".pth", ".bin"))
+    if not files:
+        raise UserError(f"{path} is neither a checkpoint nor a bundle", got=", ".join(sorted(x.name for x in path.iterdir())[:8]) or "an empty folder",
+                        allowed=f"a folder with model.safetensors, or with {MANIFEST_FILE}")
+    return files
+
+
+def _parts(tensors: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Parameters of the embedding, the layers together, and so on, by the first word of the names that is no number."""
+    parts: Counter[str] = Counter()
+    for tensor in tensors:
+        words = [w for w in tensor["name"].split(".") if w not in ("module", "_orig_mod", "model")]
+        parts[words[0] if words else tensor["name"]] += math.prod(tensor["shape"])
+    return dict(parts)
+
+
+def describe_onnx(path: Path) -> dict[str, Any]:
+    """opsets, functions, inputs and outputs with dims, nodes outside the standard domains, op counts, initializers, sizes with external data.
+
+    Raises UserError if the onnx package is absent or the file is no ONNX model.
+    """
+    try:
+        import onnx
+    except ImportError:
+        raise UserError("reading an ONNX file needs the onnx package", got="it is not installed", fix="pip install 'sessa-deploy[export]'") from None
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no ONNX model", got=str(error)[:120], fix="export it again") from None
+    if not model.graph.node and not model.opset_import:
+        raise UserError(f"{path} is no ONNX model", got="no graph", fix="export it again")
+    external = sorted({e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"})
+    sizes = {name: (path.parent / name).stat().st_size if (path.parent / name).is_file() else None for name in external}
+    missing = [name for name, size in sizes.items() if size is None]
+    kinds: Counter[str] = Counter()
+    for tensor in model.graph.initializer:
+        kinds[onnx.TensorProto.DataType.Name(tensor.data_type)] += math.prod(tensor.dims)
+    return {
+        "kind": "onnx", "path": str(path), "ir_version": model.ir_version, "producer": f"{model.producer_name} {model.producer_version}".strip(),
+        "opsets": {o.domain or "ai.onnx": o.version for o in model.opset_import},
+        "functions": [{"domain": f.domain, "name": f.name, "nodes": len(f.node), "inputs": list(f.input), "outputs": list(f.output),
+                       "opsets": {o.domain or "ai.onnx": o.version for o in f.opset_import}} for f in model.functions],
+        "inputs": [_value(onnx, v) for v in model.graph.input], "outputs": [_value(onnx, v) for v in model.graph.output],
+        "custom_nodes": [{"op": f"{n.domain}::{n.op_type}", "name": n.name, "attributes": {a.name: onnx.helper.get_attribute_value(a) for a in n.attribute
+                          if a.type in (onnx.AttributeProto.FLOAT, onnx.AttributeProto.INT)}} for n in model.graph.node if n.domain not in _STANDARD_DOMAINS],
+        "ops": dict(Counter(n.op_type for n in model.graph.node).most_common()), "nodes": len(model.graph.node),
+        "initializers": len(model.graph.initializer), "parameters": dict(kinds), "bytes": path.stat().st_size, "external_data": sizes,
+        "verified": not missing, "problem": f"external data is missing: {', '.join(missing)}" if missing else None,
+    }
+
+
+def _value(onnx: Any, value: Any) -> dict[str, Any]:
+    kind = value.type.tensor_type
+    dims = [d.dim_param or d.dim_value for d in kind.shape.dim]
+    return {"name": value.name, "dtype": onnx.TensorProto.DataType.Name(kind.elem_type), "dims": dims}
+
+
+def describe_bundle(path: Path, verify: bool = True) -> dict[str, Any]:
+    """config, precision, opset, versions, files with size and checksum, engines, and whether everything matches the manifest."""
+    from sessa_deploy.runtime.bundle import Bundle
+
+    out: dict[str, Any] = {"kind": "bundle", "path": str(path)}
+    try:
+        manifest = Bundle.open(path, verify=verify).manifest
+        out |= {"verified": True if verify else None, "problem": None}
+    except UserError as error:
+        out |= {"verified": False, "problem": str(error)}
+        try:
+            manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+            raise error from None
+        if not isinstance(manifest, dict):
+            raise error from None
+    files = manifest.get("files")
+    files = {n: e for n, e in files.items() if isinstance(e, dict)} if isinstance(files, dict) else {}
+    sizes = [e["size"] for e in files.values() if isinstance(e.get("size"), int)]
+    keys = ("schema_version", "precision", "opset", "versions", "config")
+    engines = sorted({n.split("/")[1] for n in files if n.startswith("engines/") and n.count("/") > 1})
+    return out | {k: manifest.get(k) for k in keys} | {"files": files, "bytes": sum(sizes), "engines": engines}
