@@ -96,6 +96,9 @@ def read_state(path: str | Path, config: SessaConfig | None = None) -> tuple[Ses
             raise UserError(f"no model configuration for {path}", got=f"no {beside} (the tensors say {facts})",
                             allowed="a config.json in the checkpoint's folder", fix="write one beside the weights, or give the configuration")
         config = SessaConfig.load(beside)
+    layers = _shape_facts(names, raw)["n_layers"]
+    if config.n_layers > layers + 1000:  # before a list of everything that is missing is made
+        raise UserError(f"{path} does not fit its configuration", got=f"n_layers is {config.n_layers} and the tensors say {layers}")
     return config, _checked(path, config, expected_shapes(config), names, raw, rope)
 
 

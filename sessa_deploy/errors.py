@@ -26,7 +26,8 @@ class UserError(SessaError):
             text += f"; allowed: {allowed}"
         if fix is not None:
             text += f"; fix: {fix}"
-        super().__init__(" ".join(text.split()))
+        # One line, and names out of a hostile file can neither steer a terminal nor fail to encode.
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split())))
 
 
 class ParityError(SessaError):

@@ -146,6 +146,10 @@ def map_names(state: Mapping[str, Any], source: str | Path) -> tuple[dict[str, s
             found.append((f"layers.0.{name}", raw))
         elif name == ROPE_BUFFER:
             rope["layers.0"] = raw
+    numbers = {int(name.split(".")[1]) for name, _ in found if name.startswith("layers.")}
+    gaps = [i for i in range(len(numbers)) if i not in numbers]
+    if gaps:
+        raise UserError(f"{source} lacks layers", got=f"no layer {shorten(gaps)} before layer {max(numbers)}", allowed="layers numbered from 0")
     if unknown:
         raise UserError(f"{source} holds unexpected tensors", got=shorten(sorted(unknown)), allowed="those of Sessa layers, embedding, norm and lm_head")
     names: dict[str, str] = {}

@@ -115,6 +115,8 @@ def read_header(path: str | Path) -> Header:
 
 
 def _tensor(path: Path, name: str, entry: object) -> TensorInfo:
+    if not name.isprintable() or not name:
+        raise _broken(path, "a tensor's name is not printable", ascii(name))
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _broken(path, f"tensor {name} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

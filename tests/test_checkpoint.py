@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,7 @@ def test_unknown_names_and_long_lists(folder: Path) -> None:
 @pytest.mark.parametrize(("field", "value", "words"), [
     ("d_model", 32, ("d_model is 32 and the tensors say 16",)),
     ("n_layers", 3, ("n_layers is 3 and the tensors say 2", "missing layers.2.ln.weight")),
+    ("n_layers", 10**12, ("n_layers is 1000000000000",)),
     ("vocab_size", 22, ("vocab_size is 22 and the tensors say 21",)),
     ("n_kv_heads", 4, ("kv_width is 16 and the tensors say 8",)),
     ("n_heads", 3, ("d_model is not divisible by n_heads",)),
@@ -193,6 +195,14 @@ def test_configuration_that_does_not_fit(folder: Path, field: str, value: Any, w
     config[field] = value
     (folder / "config.json").write_text(json.dumps(config))
     refused(folder, *words)
+
+
+def test_names_of_a_hostile_configuration_stay_on_one_harmless_line(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "a\nb\x1b[2J\ud800": 1}))
+    text = refused(folder, "unknown keys")
+    assert text.isprintable()
+    text.encode("utf-8")
 
 
 def test_one_head_has_no_out_proj(folder: Path) -> None:
@@ -243,6 +253,7 @@ def entry(begin: int, end: int, shape: list[int] | None = None, dtype: str = "F3
     ({"a": entry(8, 0, [2])}, b"\0" * 8, "impossible data_offsets"),
     ({"a": entry(0, 8, dtype="F31")}, b"\0" * 8, "unknown dtype"),
     ({"a": {"dtype": "F32"}}, b"", "not described"),
+    ({"a\x1b[2J": entry(0, 8)}, b"\0" * 8, "not printable"),
     ({"__metadata__": {"a": 1}}, b"", "__metadata__"),
     (b'{"a": 1, "a": 2}', b"", "twice"),
     (b"[]", b"", "not a JSON object"),
@@ -314,3 +325,26 @@ def test_layers_only_needs_load_layers(tmp_path: Path, model: SessaLM) -> None:
         load_layers(tmp_path / "layers.safetensors", n_heads=1)
     CONFIG.save(tmp_path)
     assert len(load_layers(tmp_path / "layers.safetensors")) == 2
+
+
+def test_gaps_between_layers(folder: Path) -> None:
+    def change(state: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in state if n.startswith("layers.1.")]:
+            state[name.replace("layers.1.", "layers.987654321987.")] = state.pop(name)
+
+    refused(rewrite(folder, change), "lacks layers", "no layer 1 before layer 987654321987")
+
+
+def test_random_damage_is_refused_or_harmless(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.choice([1, 2, 5])):
+            data[rng.randrange(8 + struct.unpack("<Q", whole[:8])[0])] = rng.choice(b'0123456789,:"{}[]-aT\xff')
+        path.write_bytes(data)
+        try:
+            same(load_checkpoint(folder), model_of())
+        except UserError as error:
+            assert str(error).isprintable()
