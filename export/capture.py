@@ -6,6 +6,7 @@ Nothing here touches a weight's bytes, so tracing a model of any size costs the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -46,6 +47,13 @@ def capture(config: SessaConfig, precision: str, all_logits: bool = False) -> tu
     Inputs and outputs are named as contract.py says; behind them the inputs list the weights, of which the graph holds no values.
     Each op of the contract is one node of domain `sessa`.
     """
+    content, weights = _captured(config, precision, all_logits)
+    return onnx.GraphProto.FromString(content), list(weights)
+
+
+@functools.lru_cache(maxsize=16)
+def _captured(config: SessaConfig, precision: str, all_logits: bool) -> tuple[bytes, tuple[str, ...]]:
+    """The same as bytes; kept, because tracing takes seconds and the graph some kilobytes a layer."""
     with _quiet():
         program = torch.onnx.export(
             _trace(config, precision, all_logits), dynamo=True, opset_version=EXPORTER_OPSET, optimize=False, verbose=False,
@@ -61,14 +69,14 @@ def capture(config: SessaConfig, precision: str, all_logits: bool = False) -> tu
             model.graph.inputs.append(value)
         onnxscript.optimizer.optimize(model)
         graph = onnx_ir.serde.serialize_model(model).graph
-    return graph, weights
+    return graph.SerializeToString(), tuple(weights)
 
 
 def _trace(config: SessaConfig, precision: str, all_logits: bool) -> torch.export.ExportedProgram:
     """torch.export of a model whose parameters are fake tensors of the right shapes and dtypes."""
     with torch.device("meta"):
         model = SessaLM(config).to_precision(precision).eval()
-    dynamic = torch.export.Dim.DYNAMIC
+    batch, tokens, rows = (torch.export.Dim(name) for name in (contract.DIM_BATCH, contract.DIM_TOKENS, contract.DIM_PAST))
     with FakeTensorMode():
         fake: dict[int, nn.Parameter] = {}  # a tied weight stays one parameter
         for module in model.modules():
@@ -83,7 +91,7 @@ def _trace(config: SessaConfig, precision: str, all_logits: bool) -> torch.expor
         ]
         ids = torch.zeros(_BATCH, _TOKENS, dtype=torch.int64)
         past_length, new_length = torch.zeros(_BATCH, dtype=torch.int32), torch.zeros(_BATCH, dtype=torch.int32)
-        shapes = ({0: dynamic, 1: dynamic}, {0: dynamic}, {0: dynamic}, [{0: dynamic, 1: dynamic} for _ in past])
+        shapes = ({0: batch, 1: tokens}, {0: batch}, {0: batch}, [{0: batch, 1: rows} for _ in past])
         with torch.no_grad():
             return torch.export.export(_Graph(model, all_logits).eval(), (ids, past_length, new_length, past), dynamic_shapes=shapes, strict=False)
 
