@@ -37,16 +37,41 @@ def feedback_pack(past_s, past_length, w, w_low, scales, P, D, C, BT: tl.constex
         store_split(b_x, tl.max(tl.max(tl.abs(b_x), axis=1), axis=0), w, w_low, scales, p_tile, p_scale, m_n, SPLIT)
 
 
+@triton.jit
+def wait_for(p_done, tiles):
+    """Spin until the counter reaches `tiles`; returns what it reads."""
+    ready = tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
+    while ready < tiles:
+        ready = tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
+    return ready
+
+
+@triton.jit
+def near_product(b_near, b_low, w, w_low, p_tile, m_n, FULL: tl.constexpr, SPLIT: tl.constexpr):
+    """near @ s of one block, both as pairs: two products, with FULL also near's low half."""
+    b_w = tl.load(w + p_tile, mask=m_n, other=0.0, cache_modifier=".cg")
+    if SPLIT:
+        b_l = tl.load(w_low + p_tile, mask=m_n, other=0.0, cache_modifier=".cg")
+        acc = tl.dot(b_near, b_l)
+        if FULL:
+            acc = tl.dot(b_low, b_w, acc)
+        acc = tl.dot(b_near, b_w, acc)
+    else:
+        acc = tl.dot(b_near, b_w, input_precision="ieee")
+    return acc
+
+
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_solve"))
 def feedback_solve(
-    e, peak, row_peak, gain, inverse, inverse_low, f, s, w, w_low, scales, past_length, sync, T, D, C, R, NP, NT, row0, B, panel, panels, near,
-    BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+    e, peak, row_peak, gain, inverse, inverse_low, near, near_low, near_scale, f, s, w, w_low, scales, past_length, sync,
+    T, D, C, R, NP, NT, row0, B, panel, panels,
+    BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """One program per (block of BT rows, sequence, BN columns of D): s = inverse (f + sum_j r_j (e_j @ s_j)), r_j = gain exp(peak_j - row_peak).
+    """One program per (block of BT rows, sequence, BN columns of D): s = inverse (f + sum_far r_j (e_j @ s_j)) + near[1] s_{i-2} + near[0] s_{i-1}.
 
-    A ticket hands the tiles out in the order of their dependencies, so a waiting program always waits for one that runs. sync: a ticket per
-    panel, then for each (sequence, columns) the number of row blocks that are done. Tiles are summed in ascending order, whoever is ready.
-    s reaches later blocks as a scaled float16 pair; the low halves are used by the `near` nearest blocks only.
+    r_j = gain exp(peak_j - row_peak). A ticket hands the tiles out in the order of their dependencies, so a waiting program always waits for one
+    that runs. sync: a ticket per panel, then for each (sequence, columns) the number of row blocks that are done. Tiles are summed in ascending
+    order, whoever is ready. s reaches later blocks as a scaled float16 pair; far blocks use its high half alone unless FULL.
     """
     tiles_n = tl.cdiv(D, BN)
     ticket = tl.atomic_add(sync + panel, 1, sem="relaxed", scope="gpu")
@@ -56,14 +81,12 @@ def feedback_solve(
     block = row0 // BT + i_r
     p_done = sync + panels + i_b * tiles_n + i_n
     past_tiles = tl.cdiv(tl.load(past_length + i_b), BT)
-    count = past_tiles + block
-    far = past_tiles + tl.maximum(block - near, 0)
+    far = past_tiles + tl.maximum(block - 2, 0)
 
     o_r, o_k, o_n = tl.arange(0, BT), tl.arange(0, BT), i_n * BN + tl.arange(0, BN)
     m_n = (o_n < D)[None, :]
     p_e = e + (i_b * R + i_r * BT) * C + o_r[:, None] * C + o_k[None, :]
-    p_w = w + i_b * C * D + o_k[:, None] * D + o_n[None, :]
-    p_l = w_low + i_b * C * D + o_k[:, None] * D + o_n[None, :]
+    p_w = i_b * C * D + o_k[:, None] * D + o_n[None, :]
     p_peak = peak + i_b * NT * R + i_r * BT + o_r
     p_scale = scales + i_b * NT * tiles_n + i_n
     p_row = i_b * R + i_r * BT + o_r
@@ -73,33 +96,19 @@ def feedback_solve(
     acc = tl.zeros([BT, BN], dtype=tl.float32)
     i = 0
     while i < far:
-        ready = past_tiles + tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
-        while ready <= i:
-            ready = past_tiles + tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
-        stop = tl.minimum(ready, far)
+        stop = past_tiles
+        if i >= past_tiles:
+            stop = tl.minimum(past_tiles + wait_for(p_done, i - past_tiles + 1), far)
         for j in tl.range(i, stop, num_stages=STAGES):
             i_t = tl.where(j < past_tiles, j, j - past_tiles + NP)
             b_e = tl.load(p_e + i_t * BT)
-            b_w = tl.load(p_w + i_t.to(tl.int64) * BT * D, mask=m_n, other=0.0, cache_modifier=".cg")
+            b_w = tl.load(w + p_w + i_t.to(tl.int64) * BT * D, mask=m_n, other=0.0, cache_modifier=".cg")
             b_r = b_gain * tl.exp(tl.load(p_peak + i_t.to(tl.int64) * R) - b_top)
             if SPLIT:
                 b_r = b_r * tl.load(p_scale + i_t * tiles_n)
-            acc += tl.dot(b_e, b_w, input_precision="ieee") * b_r[:, None]
-        i = stop
-    while i < count:
-        ready = past_tiles + tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
-        while ready <= i:
-            ready = past_tiles + tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
-        stop = tl.minimum(ready, count)
-        for j in tl.range(i, stop, num_stages=1):
-            i_t = tl.where(j < past_tiles, j, j - past_tiles + NP)
-            b_e = tl.load(p_e + i_t * BT)
-            b_w = tl.load(p_w + i_t.to(tl.int64) * BT * D, mask=m_n, other=0.0, cache_modifier=".cg")
-            b_r = b_gain * tl.exp(tl.load(p_peak + i_t.to(tl.int64) * R) - b_top)
             b_y = tl.dot(b_e, b_w, input_precision="ieee")
-            if SPLIT:
-                b_r = b_r * tl.load(p_scale + i_t * tiles_n)
-                b_l = tl.load(p_l + i_t.to(tl.int64) * BT * D, mask=m_n, other=0.0, cache_modifier=".cg")
+            if FULL:
+                b_l = tl.load(w_low + p_w + i_t.to(tl.int64) * BT * D, mask=m_n, other=0.0, cache_modifier=".cg")
                 b_y = tl.dot(b_e, b_l, b_y)
             acc += b_y * b_r[:, None]
         i = stop
@@ -107,21 +116,37 @@ def feedback_solve(
     start = row0 + i_r * BT
     m_f = (start + o_r < T)[:, None] & m_n
     p_f = (i_b * T + start) * D + o_r[:, None] * D + o_n[None, :]
+    p_i = (i_b * R + i_r * BT) * BT + o_r[:, None] * BT + o_k[None, :]
     b_x = acc + tl.load(f + p_f, mask=m_f, other=0.0).to(tl.float32)
     m_ok = finite(b_x) & finite(b_gain)[:, None]
-    p_i = (i_b * R + i_r * BT) * BT + o_r[:, None] * BT + o_k[None, :]
-    b_inv = tl.load(inverse + p_i)
-    b_low = tl.load(inverse_low + p_i)
-    b_s = apply_inverse(b_inv, b_low, tl.where(m_ok, b_x, 0.0), SPLIT)
-    amax = tl.max(tl.max(tl.where(m_ok, tl.abs(b_s), float("inf")), axis=1), axis=0)
-    if amax == float("inf"):  # rare: poison each column from its first bad row on, leave the rows before it as they are
+    b_s = apply_inverse(tl.load(inverse + p_i), tl.load(inverse_low + p_i), tl.where(m_ok, b_x, 0.0), SPLIT)
+    if tl.max(tl.max(tl.where(m_ok, 0, 1), axis=1), axis=0) > 0:  # rare: poison each column from its first bad row on, not the rows before it
         b_first = tl.min(tl.where(m_ok, BT, o_r[:, None]), axis=0)
         b_s = tl.where(o_r[:, None] >= b_first[None, :], float("nan"), b_s)
-    tl.store(s + p_f, b_s.to(s.dtype.element_ty), mask=m_f)
+    if block > 1:
+        i_t = NP + block - 2
+        b_near = tl.load(near + p_i + B * R * BT)
+        b_low = tl.load(near_low + p_i + B * R * BT)
+        b_r = tl.load(near_scale + p_row + B * R)
+        wait_for(p_done, block - 1)
+        if SPLIT:
+            b_r = b_r * tl.load(p_scale + i_t * tiles_n)
+        b_s += near_product(b_near, b_low, w, w_low, p_w + i_t.to(tl.int64) * BT * D, m_n, FULL, SPLIT) * b_r[:, None]
+    if block > 0:
+        i_t = NP + block - 1
+        b_near = tl.load(near + p_i)
+        b_low = tl.load(near_low + p_i)
+        b_r = tl.load(near_scale + p_row)
+        wait_for(p_done, block)
+        if SPLIT:
+            b_r = b_r * tl.load(p_scale + i_t * tiles_n)
+        b_s += near_product(b_near, b_low, w, w_low, p_w + i_t.to(tl.int64) * BT * D, m_n, FULL, SPLIT) * b_r[:, None]
+    amax = tl.max(tl.max(tl.abs(b_s), axis=1), axis=0)
     p_tile = (i_b * C + (NP + block) * BT) * D + o_r[:, None] * D + o_n[None, :]
     store_split(b_s, amax, w, w_low, scales, p_tile, (i_b * NT + NP + block) * tiles_n + i_n, m_n, SPLIT)
     tl.debug_barrier()
     tl.atomic_xchg(p_done, block + 1, sem="release", scope="gpu")
+    tl.store(s + p_f, b_s.to(s.dtype.element_ty), mask=m_f)
 
 
 @dataclass(frozen=True)
@@ -213,12 +238,12 @@ def forward(
     row_stats = empty(2, batch, rows)
     x = empty(batch, rows, tile)
     inverse = empty(2, batch, rows, tile, dtype=torch.bfloat16) if split else x[None].expand(2, -1, -1, -1)
+    near = empty(4, batch, rows, tile, dtype=work)
+    near_scale = empty(2, batch, rows)
     w = empty(2, batch, columns, width, dtype=work) if split else empty(1, batch, columns, width).expand(2, -1, -1, -1)
     scales = empty(batch, tiles, tiles_n)
     n_sync = panels + batch * tiles_n
     sync = empty(n_sync, dtype=torch.int32)
-    # float16's own rounding is what the pair must stay below, so every block takes the low halves; bfloat16 is 8 times coarser.
-    near = tiles if q.dtype == torch.float16 else 1
 
     if past_tiles:
         feedback_pack[(past_tiles, tiles_n, batch)](past_s, past_length, w[0], w[1], scales, shape.past, width, columns, **opt["feedback_pack"])
@@ -232,11 +257,11 @@ def forward(
             past_tiles, tiles, row0, 0 if panel else n_sync, 1 / math.sqrt(width), **scores,
         )  # fmt: skip
         feedback_combine[(blocks, batch)](
-            e, stats[0], stats[1], gamma, past_length, row_stats[0], row_stats[1], lse, x, inverse[0], inverse[1], tokens, columns, rows,
-            past_tiles, tiles, row0, **combine,
+            e, stats[0], stats[1], gamma, past_length, row_stats[0], row_stats[1], lse, x, inverse[0], inverse[1],
+            near, near[2:], near_scale, tokens, columns, rows, past_tiles, tiles, row0, batch, blocks, **combine,
         )  # fmt: skip
         feedback_solve[(blocks * batch * tiles_n,)](
-            e, stats[0], row_stats[0], row_stats[1], inverse[0], inverse[1], f, s, w[0], w[1], scales, past_length, sync, tokens, width, columns,
-            rows, past_tiles, tiles, row0, batch, panel, panels, near, **solve,
+            e, stats[0], row_stats[0], row_stats[1], inverse[0], inverse[1], near, near[2:], near_scale, f, s, w[0], w[1], scales,
+            past_length, sync, tokens, width, columns, rows, past_tiles, tiles, row0, batch, panel, panels, **solve,
         )  # fmt: skip
     return s, lse if need_lse else None

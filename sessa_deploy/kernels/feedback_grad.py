@@ -110,12 +110,12 @@ def feedback_grad_scores(
 
 
 @triton.jit
-def grad_q_part(acc, p_g, p_k, p_c, first, last, limit, D, m_n, BT: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr):
-    """acc + grad @ k over column tiles first .. last of one side, rows of k from `limit` on read as zeros."""
-    o_t = tl.arange(0, BT)
-    for i in tl.range(first, last, num_stages=STAGES):
+def grad_q_part(acc, p_g, p_k, p_c, last, limit, D, m_n, BT: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr):
+    """acc + grad @ k over `last` column tiles of one side, rows of k from `limit` on read as zeros."""
+    o_t, step = tl.arange(0, BT), D.to(tl.int64) * BT
+    for i in tl.range(0, last, num_stages=STAGES):
         b_g = tl.load(p_g + i * BT)
-        b_k = tl.load(p_k + i.to(tl.int64) * BT * D, mask=(i * BT + o_t < limit)[:, None] & m_n, other=0.0)
+        b_k = tl.load(p_k + i * step, mask=(i * BT + o_t < limit)[:, None] & m_n, other=0.0)
         if SCALED:
             acc += tl.dot(b_g, b_k) * tl.load(p_c + i)
         else:
@@ -141,8 +141,8 @@ def feedback_grad_q(
     p_c = grad_scales + (i_b * (R // BT) + i_r) * NT
     acc = tl.zeros([BT, BN], dtype=tl.float32)
     offset = o_t[:, None] * D + o_n[None, :]
-    acc = grad_q_part(acc, p_g, past_k + i_b * P * D + offset, p_c, 0, tl.cdiv(length, BT) * per, length, D, m_n, BK, SCALED, STAGES)
-    acc = grad_q_part(acc, p_g + NP * BT, k + i_b * T * D + offset, p_c + NP, 0, (block + 1) * per, end, D, m_n, BK, SCALED, STAGES)
+    acc = grad_q_part(acc, p_g, past_k + i_b * P * D + offset, p_c, tl.cdiv(length, BT) * per, length, D, m_n, BK, SCALED, STAGES)
+    acc = grad_q_part(acc, p_g + NP * BT, k + i_b * T * D + offset, p_c + NP, (block + 1) * per, end, D, m_n, BK, SCALED, STAGES)
     row = row0 + i_r * BT
     m_q = (row + o_r < T)[:, None] & m_n
     tl.store(dq + (i_b * T + row) * D + o_r[:, None] * D + o_n[None, :], (acc * scale).to(dq.dtype.element_ty), mask=m_q)
@@ -171,10 +171,11 @@ def feedback_grad_k(
     p_g = grad + i_b * R * C + i_t * BT + o_k[:, None] * C + o_t[None, :]
     p_q = q + (i_b * T + row0) * D + o_k[:, None] * D + o_n[None, :]
     p_c = grad_scales + i_b * (R // BT) * NT + i_t
+    step_g, step_q = C.to(tl.int64) * BK, D.to(tl.int64) * BK
     acc = tl.zeros([BT, BN], dtype=tl.float32)
     for i in tl.range(first, last, num_stages=STAGES):
-        b_g = tl.load(p_g + i.to(tl.int64) * BK * C)
-        b_q = tl.load(p_q + i.to(tl.int64) * BK * D, mask=(row0 + i * BK + o_k < end)[:, None] & m_n, other=0.0)
+        b_g = tl.load(p_g + i * step_g)
+        b_q = tl.load(p_q + i * step_q, mask=(row0 + i * BK + o_k < end)[:, None] & m_n, other=0.0)
         if SCALED:
             acc += tl.dot(tl.trans(b_g), b_q) * tl.load(p_c + i // per * NT)
         else:

@@ -115,11 +115,14 @@ def feedback_scores(
 
 
 @triton.jit
-def merge_inverse(p_x, i_0, H: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """Fill the block below the diagonal of a 2H-wide inverse: x21 = x22 (b21 x11); p_x holds b below the diagonal blocks already inverted."""
-    o_h = tl.arange(0, H)
-    p_11 = p_x + (i_0 + o_h)[:, None] * BT + (i_0 + o_h)[None, :]
-    b_11, b_21, b_22 = tl.load(p_11), tl.load(p_11 + H * BT), tl.load(p_11 + H * BT + H)
+def merge_inverse(p_x, H: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """Double the width of the inverted diagonal blocks of p_x (BT,BT) from H to 2H, all pairs at once: x21 = x22 (b21 x11), b21 in place."""
+    o_h, o_n = tl.arange(0, H), tl.arange(0, BT // (2 * H))
+    if BT == 2 * H:
+        p_11 = p_x + o_h[:, None] * BT + o_h[None, :]
+    else:
+        p_11 = p_x + o_n[:, None, None] * (2 * H * (BT + 1)) + o_h[None, :, None] * BT + o_h[None, None, :]
+    b_11, b_21, b_22 = tl.load(p_11), tl.load(p_11 + H * BT), tl.load(p_11 + H * (BT + 1))
     b_y = tl.dot(b_21, b_11, input_precision=PRECISION)
     b_y = tl.dot(b_22, b_y, input_precision=PRECISION)
     tl.debug_barrier()
@@ -127,22 +130,50 @@ def merge_inverse(p_x, i_0, H: tl.constexpr, BT: tl.constexpr, PRECISION: tl.con
     tl.debug_barrier()
 
 
+@triton.jit
+def pair_dot(b_a, b_b, SPLIT: tl.constexpr):
+    """b_a @ b_b for float32 operands: bfloat16 pairs in three products (16 bits, float32's range), or float32 products."""
+    if SPLIT:
+        b_ah, b_bh = b_a.to(tl.bfloat16), b_b.to(tl.bfloat16)
+        b_al, b_bl = (b_a - b_ah.to(tl.float32)).to(tl.bfloat16), (b_b - b_bh.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(b_ah, b_bl)
+        acc = tl.dot(b_al, b_bh, acc)
+        acc = tl.dot(b_ah, b_bh, acc)
+    else:
+        acc = tl.dot(b_a, b_b, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def store_near(b_m, near, near_low, near_scale, p_tile, p_vector, AXIS: tl.constexpr, SPLIT: tl.constexpr):
+    """Store b_m, each row (AXIS 1) or column (AXIS 0) over its largest magnitude, as a float16 pair, and those magnitudes."""
+    b_c = tl.max(tl.abs(b_m), axis=AXIS)
+    b_c = tl.where(finite(b_c) & (b_c > 0.0), b_c, 1.0)
+    b_m = b_m / (b_c[:, None] if AXIS == 1 else b_c[None, :])
+    b_high = b_m.to(near.dtype.element_ty)
+    tl.store(near + p_tile, b_high)
+    if SPLIT:
+        tl.store(near_low + p_tile, (b_m - b_high.to(tl.float32)).to(near.dtype.element_ty))
+    tl.store(near_scale + p_vector, b_c)
+
+
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_combine"))
 def feedback_combine(
-    e, peak, total, gamma, past_length, row_peak, gain, lse, x, inverse, inverse_low, T, C, R, NP, NT, row0,
+    e, peak, total, gamma, past_length, row_peak, gain, lse, x, inverse, inverse_low, near, near_low, near_scale, T, C, R, NP, NT, row0, B, blocks,
     BT: tl.constexpr, CHUNK: tl.constexpr, BACKWARD: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of BT rows: row maximum, gain = gamma / row sum (NaN marks a bad row), lse, and (I - B_ii)^-1.
+    """One program per block of BT rows: gain = gamma / row sum, (I - B_ii)^-1, and that inverse times the two nearest routing tiles.
 
-    The inverse is formed in float32 in the scratch x (B,R,BT): SUB-wide blocks by forward substitution, then merged pairwise. With SPLIT it is
-    stored as a bfloat16 pair (inverse + inverse_low), else in float32. Bad rows of B_ii count as zero rows: the solve poisons them.
+    Forward: row maximum and lse too; gain is NaN for a bad row; near[d] = inverse_i B_{i,i-1-d}. Backward: row_peak receives 1 / row sum and
+    near[d] = e_{i+1+d,i} inverse_i. The inverse is formed in float32 in the scratch x (B,R,BT): SUB-wide blocks, then merged pairwise, and
+    with SPLIT stored as a bfloat16 pair. Bad rows of B_ii count as zero rows: the solve poisons them.
     """
-    i_r, i_b = tl.program_id(0), tl.program_id(1)
-    own = NP + row0 // BT + i_r
+    i_r, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block = row0 // BT + i_r
     o_r = tl.arange(0, BT)
     past_tiles = tl.cdiv(tl.load(past_length + i_b), BT)
-    count = past_tiles + row0 // BT + i_r + 1
-    p_stat = i_b.to(tl.int64) * NT * R + i_r * BT + o_r
+    count = past_tiles + block + 1
+    p_stat = i_b * NT * R + i_r * BT + o_r
     b_peak = tl.full([BT], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BT], dtype=tl.float32)
     for i_c in range(0, count, CHUNK):
@@ -159,33 +190,36 @@ def feedback_combine(
             b_sum = b_sum * tl.exp(b_peak - b_base) + tl.sum(b_l * tl.exp(b_p - b_base[None, :]), axis=0)
             b_peak = b_new
     row = row0 + i_r * BT + o_r
-    b_gamma = tl.load(gamma + i_b.to(tl.int64) * T + row, mask=row < T, other=0.0)
-    b_gain = tl.where(b_sum > 0, b_gamma / b_sum, tl.where(b_sum == 0, 0.0 * b_gamma, float("nan")))
-    b_gain = tl.where(finite(b_gain), b_gain, float("nan"))
+    b_gamma = tl.load(gamma + i_b * T + row, mask=row < T, other=0.0)
     b_base = tl.where(b_peak == float("-inf"), 0.0, b_peak)
-    p_row = i_b.to(tl.int64) * R + i_r * BT + o_r
-    tl.store(gain + p_row, b_gain)
+    p_row = i_b * R + i_r * BT + o_r
+    b_gain = tl.where(b_sum > 0, b_gamma / b_sum, tl.where(b_sum == 0, 0.0 * b_gamma, float("nan")))
     b_scale = tl.where(finite(b_gain), b_gain, 0.0)
-    if not BACKWARD:
+    if BACKWARD:
+        tl.store(gain + p_row, b_scale)
+        tl.store(row_peak + p_row, tl.where(b_sum > 0, 1.0 / b_sum, 0.0))
+    else:
+        tl.store(gain + p_row, tl.where(finite(b_gain), b_gain, float("nan")))
         tl.store(row_peak + p_row, b_base)
-        tl.store(lse + i_b.to(tl.int64) * T + row, tl.where(b_sum == 0, float("-inf"), b_peak + tl.log(b_sum)), mask=row < T)
-        b_own = tl.load(peak + p_stat + own.to(tl.int64) * R)
-        b_scale = b_scale * tl.exp(b_own - b_base)
-    m_bad = ~finite(b_gain)
-    p_e = e + (i_b.to(tl.int64) * R + i_r * BT) * C + own * BT
-    b_b = tl.load(p_e + o_r[:, None] * C + o_r[None, :]).to(tl.float32)
-    b_b = tl.where((o_r[None, :] < o_r[:, None]) & (~m_bad)[:, None], b_b * b_scale[:, None], 0.0)
-    p_x = x + (i_b.to(tl.int64) * R + i_r * BT) * BT
-    tl.store(p_x + o_r[:, None] * BT + o_r[None, :], b_b)
+        tl.store(lse + i_b * T + row, tl.where(b_sum == 0, float("-inf"), b_peak + tl.log(b_sum)), mask=row < T)
+
+    m_ok = finite(b_gain)[:, None]
+    p_e = e + (i_b * R + i_r * BT) * C + (NP + block) * BT + o_r[:, None] * C + o_r[None, :]
+    b_own = b_scale
+    if not BACKWARD:
+        b_own = b_scale * tl.exp(tl.load(peak + p_stat + (NP + block).to(tl.int64) * R) - b_base)
+    b_b = tl.where((o_r[None, :] < o_r[:, None]) & m_ok, tl.load(p_e).to(tl.float32) * b_own[:, None], 0.0)
+    p_x = x + (i_b * R + i_r * BT) * BT
+    p_full = p_x + o_r[:, None] * BT + o_r[None, :]
+    tl.store(p_full, b_b)
     tl.debug_barrier()
-    # SUB-wide diagonal blocks, all at once: row i of the inverse is e_i + sum_j b[i,j] x[j,:].
     N: tl.constexpr = BT // SUB
     o_n, o_s = tl.arange(0, N), tl.arange(0, SUB)
     p_s = p_x + o_n[:, None, None] * (SUB * BT + SUB) + o_s[None, :, None] * BT + o_s[None, None, :]
     b_s = tl.load(p_s)
     b_x = (o_s[None, :, None] == o_s[None, None, :]) & (o_n[:, None, None] >= 0)
     b_x = tl.where(b_x, 1.0, 0.0)
-    for i_s in range(1, SUB):
+    for i_s in range(1, SUB):  # row i of the inverse is e_i + sum_j b[i,j] x[j,:], in every diagonal block at once
         m_s = (o_s == i_s)[None, :, None]
         b_row = tl.sum(tl.where(m_s, b_s, 0.0), axis=1)
         b_row = tl.sum(b_row[:, :, None] * b_x, axis=1)
@@ -194,20 +228,28 @@ def feedback_combine(
     tl.store(p_s, b_x)
     tl.debug_barrier()
     if BT >= 32:
-        for i_0 in range(0, BT, 32):
-            merge_inverse(p_x, i_0, 16, BT, PRECISION)
+        merge_inverse(p_x, 16, BT, "ieee")
     if BT >= 64:
-        for i_0 in range(0, BT, 64):
-            merge_inverse(p_x, i_0, 32, BT, PRECISION)
+        merge_inverse(p_x, 32, BT, PRECISION)
     if BT >= 128:
-        merge_inverse(p_x, 0, 64, BT, PRECISION)
-    b_x = tl.load(p_x + o_r[:, None] * BT + o_r[None, :])
-    b_x = tl.where(o_r[None, :] <= o_r[:, None], b_x, 0.0)
-    p_i = (i_b.to(tl.int64) * R + i_r * BT) * BT + o_r[:, None] * BT + o_r[None, :]
+        merge_inverse(p_x, 64, BT, PRECISION)
+    b_x = tl.where(o_r[None, :] <= o_r[:, None], tl.load(p_full), 0.0)
+    p_i = (i_b * R + i_r * BT) * BT + o_r[:, None] * BT + o_r[None, :]
     b_high = b_x.to(inverse.dtype.element_ty)
     tl.store(inverse + p_i, b_high)
     if SPLIT:
         tl.store(inverse_low + p_i, (b_x - b_high.to(tl.float32)).to(inverse.dtype.element_ty))
+    for d in tl.static_range(2):
+        p_n = p_i + d * B * R * BT
+        p_v = p_row + d * B * R
+        if BACKWARD:
+            if i_r + 1 + d < blocks:
+                b_e = tl.load(p_e + (1 + d) * BT * C).to(tl.float32)
+                store_near(pair_dot(b_e, b_x, SPLIT), near, near_low, near_scale, p_n, p_v, 0, SPLIT)
+        elif block > d:
+            b_own = b_scale * tl.exp(tl.load(peak + p_stat + (NP + block - 1 - d).to(tl.int64) * R) - b_base)
+            b_b = tl.where(m_ok, tl.load(p_e - (1 + d) * BT).to(tl.float32) * b_own[:, None], 0.0)
+            store_near(pair_dot(b_x, b_b, SPLIT), near, near_low, near_scale, p_n, p_v, 1, SPLIT)
 
 
 @triton.jit

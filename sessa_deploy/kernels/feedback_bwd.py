@@ -1,0 +1,208 @@
+"""Backward of feedback attention: routing tiles again, the transposed solve as a dataflow kernel, then the gradients. See README.md.
+
+Row panels go from the last to the first; what a panel adds to rows of earlier panels is carried in float32, each tile by one program.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sessa_deploy.kernels import launch
+from sessa_deploy.kernels.feedback_fwd import PANEL_BYTES, near_product, pinned, plan, wait_for
+from sessa_deploy.kernels.feedback_grad import (
+    feedback_first_bad,
+    feedback_grad_k,
+    feedback_grad_products,
+    feedback_grad_q,
+    feedback_grad_scores,
+)
+from sessa_deploy.kernels.feedback_tiles import apply_inverse, feedback_combine, feedback_scores, grouped_size, store_split
+
+
+@triton.jit(do_not_specialize=launch.do_not_specialize("feedback_solve_transposed"))
+def feedback_solve_transposed(
+    e, gain, inverse, inverse_low, near, near_low, near_scale, ds, u, w, w_low, scales, carry, dpast_s, past_length, bad, sync,
+    T, P, D, C, R, NP, row0, blocks, B, panel, panels, add,
+    BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """u_i = inverse_i^T (ds_i + sum_far e_li^T w_l) + near[1]_i^T w_{i+2} + near[0]_i^T w_{i+1} with w = gain u, one program per tile.
+
+    Tickets hand out the panel's row blocks from the last on, then the columns before the panel and the past's: there the sum of e_li^T w_l goes
+    to carry (B,C,D) float32, or to dpast_s once the first panel is done. add: carry holds what later panels left. See `feedback_solve`.
+    """
+    tiles_n = tl.cdiv(D, BN)
+    ticket = tl.atomic_add(sync + panel, 1, sem="relaxed", scope="gpu")
+    i_n = ticket % tiles_n
+    i_b = ((ticket // tiles_n) % B).to(tl.int64)
+    rank = ticket // (tiles_n * B)
+    inside = rank < blocks
+    i_r = blocks - 1 - rank
+    # column tile: the panel's own blocks downwards, then everything before them downwards
+    i_t = NP + row0 // BT + i_r
+    p_done = sync + panels + (panel * B + i_b) * tiles_n + i_n
+    live = (i_t >= NP) | (i_t < tl.cdiv(tl.load(past_length + i_b), BT))
+    far = tl.where(inside, tl.maximum(rank - 2, 0), tl.where(live, blocks, 0))
+
+    o_r, o_k, o_n = tl.arange(0, BT), tl.arange(0, BT), i_n * BN + tl.arange(0, BN)
+    m_n = (o_n < D)[None, :]
+    p_e = e + i_b * R * C + i_t * BT + o_k[:, None] * C + o_r[None, :]
+    p_w = i_b * R * D + o_k[:, None] * D + o_n[None, :]
+    p_scale = scales + i_b * (R // BT) * tiles_n + i_n
+
+    acc = tl.zeros([BT, BN], dtype=tl.float32)
+    i = 0
+    while i < far:
+        stop = tl.minimum(wait_for(p_done, i + 1), far)
+        for j in tl.range(i, stop, num_stages=STAGES):
+            i_l = (blocks - 1 - j).to(tl.int64)
+            b_e = tl.load(p_e + i_l * BT * C)
+            b_w = tl.load(w + p_w + i_l * BT * D, mask=m_n, other=0.0, cache_modifier=".cg")
+            b_y = tl.dot(tl.trans(b_e), b_w, input_precision="ieee")
+            if FULL:
+                b_l = tl.load(w_low + p_w + i_l * BT * D, mask=m_n, other=0.0, cache_modifier=".cg")
+                b_y = tl.dot(tl.trans(b_e), b_l, b_y)
+            if SPLIT:
+                b_y = b_y * tl.load(p_scale + i_l * tiles_n)
+            acc += b_y
+        i = stop
+
+    p_carry = carry + (i_b * C + i_t * BT) * D + o_r[:, None] * D + o_n[None, :]
+    if add != 0:
+        acc += tl.load(p_carry, mask=m_n, other=0.0)
+    if inside:
+        start = row0 + i_r * BT
+        m_f = (start + o_r < T)[:, None] & m_n
+        p_f = (i_b * T + start) * D + o_r[:, None] * D + o_n[None, :]
+        m_ok = (start + o_r < T - tl.load(bad + i_b))[:, None] & m_n
+        b_x = acc + tl.load(ds + p_f, mask=m_ok, other=0.0).to(tl.float32)
+        p_row = i_b * R + i_r * BT + o_r
+        p_i = (i_b * R + i_r * BT) * BT + o_k[:, None] * BT + o_r[None, :]
+        b_gain = tl.load(gain + p_row)
+        b_u = apply_inverse(tl.trans(tl.load(inverse + p_i)), tl.trans(tl.load(inverse_low + p_i)), b_x, SPLIT)
+        if rank > 1:
+            b_near = tl.load(near + p_i + B * R * BT)
+            b_low = tl.load(near_low + p_i + B * R * BT)
+            b_r = tl.load(near_scale + p_row + B * R)
+            wait_for(p_done, rank - 1)
+            if SPLIT:
+                b_r = b_r * tl.load(p_scale + (i_r + 2) * tiles_n)
+            p_tile = p_w + (i_r + 2).to(tl.int64) * BT * D
+            b_u += near_product(tl.trans(b_near), tl.trans(b_low), w, w_low, p_tile, m_n, FULL, SPLIT) * b_r[:, None]
+        if rank > 0:
+            b_near = tl.load(near + p_i)
+            b_low = tl.load(near_low + p_i)
+            b_r = tl.load(near_scale + p_row)
+            wait_for(p_done, rank)
+            if SPLIT:
+                b_r = b_r * tl.load(p_scale + (i_r + 1) * tiles_n)
+            p_tile = p_w + (i_r + 1).to(tl.int64) * BT * D
+            b_u += near_product(tl.trans(b_near), tl.trans(b_low), w, w_low, p_tile, m_n, FULL, SPLIT) * b_r[:, None]
+        b_w = b_u * b_gain[:, None]
+        amax = tl.max(tl.max(tl.abs(b_w), axis=1), axis=0)
+        p_tile = p_w + i_r.to(tl.int64) * BT * D
+        store_split(b_w, amax, w, w_low, scales, p_tile, (i_b * (R // BT) + i_r) * tiles_n + i_n, m_n, SPLIT)
+        tl.debug_barrier()
+        tl.atomic_xchg(p_done, rank + 1, sem="release", scope="gpu")
+        tl.store(u + p_f, b_u.to(u.dtype.element_ty), mask=m_f)
+    elif (i_t < NP) & (row0 == 0):
+        row = i_t * BT
+        p_out = dpast_s + (i_b * P + row) * D + o_r[:, None] * D + o_n[None, :]
+        tl.store(p_out, acc.to(dpast_s.dtype.element_ty), mask=(row + o_r < P)[:, None] & m_n)
+    else:
+        tl.store(p_carry, acc, mask=m_n)
+
+
+BACKWARD = (
+    "feedback_first_bad", "feedback_scores", "feedback_combine", "feedback_solve_transposed",
+    "feedback_grad_products", "feedback_grad_scores", "feedback_grad_q", "feedback_grad_k",
+)  # fmt: skip
+
+
+def backward(
+    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor,
+    options: dict[str, dict[str, Any]] | None = None, panel_bytes: int = PANEL_BYTES,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dgamma, df, dpast_k, dpast_s) of the forward that gave s (B,T,D) and lse (B,T). Shapes and dtypes as the inputs'.
+
+    Rows from a sequence's first one with NaN or Inf in q, k or s on get gradient 0 and contribute none. options: as in the forward.
+    """
+    ds, q, k, gamma, s, past_k, past_s = (x.contiguous() for x in (ds, q, k, gamma, s, past_k, past_s))
+    batch, tokens, width = q.shape
+    opt = options or pinned(BACKWARD, q.device, q.dtype, "bwd")
+    split, scaled = q.dtype != torch.float32, q.dtype == torch.float16
+    scores, solve, products, by_score, by_q, by_k = (opt[n] for n in (BACKWARD[1], *BACKWARD[3:]))
+    tile = solve["BT"]
+    work = torch.float16 if split else torch.float32
+    shape = plan(batch, tokens, past_k.shape[1], width, tile, max(scores["BM"], products["BM"]), 2 * work.itemsize, panel_bytes)
+    past_tiles, tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
+    tiles_n = -(-width // solve["BN"])
+    if past_length.dtype != torch.int32:
+        past_length = past_length.to(torch.int32)
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=q.device)
+
+    dq, dk, df = torch.empty_like(q), torch.empty_like(k), torch.empty_like(q)
+    dgamma, dpast_k, dpast_s = torch.empty_like(gamma), torch.empty_like(past_k), torch.empty_like(past_s)
+    e = empty(batch, rows, columns, dtype=work)
+    r = empty(batch, rows, columns, dtype=work)
+    grad = r.view(q.dtype)  # the scores' gradient takes r's place
+    sums = empty(2, batch, tiles, rows)
+    row_stats = empty(2, batch, rows)
+    x = empty(batch, rows, tile)
+    inverse = empty(2, batch, rows, tile, dtype=torch.bfloat16) if split else x[None].expand(2, -1, -1, -1)
+    near = empty(4, batch, rows, tile, dtype=work)
+    near_scale = empty(2, batch, rows)
+    w = empty(2 if split else 1, batch, rows, width, dtype=work)
+    scales = empty(batch * (rows // tile) * tiles_n)
+    r_scales = empty(2, batch, rows // tile, tiles)
+    carry = empty(2, batch, columns, width) if panels > 1 else empty(2, 1)
+    sync = torch.zeros(batch + panels + panels * batch * tiles_n, dtype=torch.int32, device=q.device)
+    bad, ticket = sync[:batch], sync[batch:]
+    old_k, old_s = (past_k, past_s) if past_tiles else (k, s)
+    scale = 1 / math.sqrt(width)
+
+    first_bad = opt["feedback_first_bad"]
+    feedback_first_bad[(-(-tokens // first_bad["BT"]), batch)](q, k, s, bad, tokens, width, **first_bad)
+    for panel in range(panels):
+        row0 = (panels - 1 - panel) * rows
+        blocks = -(-min(rows, tokens - row0) // tile)
+        before = past_tiles + row0 // tile
+        add = int(panel > 0)
+
+        def grid(o: dict[str, Any], here: int = blocks * tile, before: int = before) -> tuple[int, int]:
+            return grouped_size(-(-here // o["BM"]), before, o["BM"], tile, o["GROUP"]), batch
+
+        feedback_scores[grid(scores)](
+            q, k, old_k, past_length, lse, bad, e, sums[0], sums[1], ticket, tokens, shape.past, width, columns, rows, past_tiles, tiles, row0, 0,
+            scale, **scores,
+        )  # fmt: skip
+        feedback_combine[(blocks, batch)](
+            e, sums[0], sums[1], gamma, past_length, row_stats[0], row_stats[1], lse, x, inverse[0], inverse[1], near, near[2:], near_scale,
+            tokens, columns, rows, past_tiles, tiles, row0, batch, blocks, **opt["feedback_combine"],
+        )  # fmt: skip
+        feedback_solve_transposed[((blocks + before) * batch * tiles_n,)](
+            e, row_stats[1], inverse[0], inverse[1], near, near[2:], near_scale, ds, df, w[0], w[-1], scales, carry[0], dpast_s, past_length, bad,
+            ticket, tokens, shape.past, width, columns, rows, past_tiles, row0, blocks, batch, panel, panels, add, **solve,
+        )  # fmt: skip
+        feedback_grad_products[grid(products)](
+            df, s, old_s, past_length, bad, e, r, r_scales[0], sums[0], tokens, shape.past, width, columns, rows, past_tiles, tiles, row0, **products
+        )
+        feedback_grad_scores[(blocks, -(-(before + blocks) // by_score["TILES"]), batch)](
+            e, r, r_scales[0], sums[0], row_stats[1], row_stats[0], grad, r_scales[1], dgamma, past_length, bad, tokens, columns, rows, past_tiles,
+            tiles, row0, **by_score,
+        )  # fmt: skip
+        feedback_grad_q[(-(-width // by_q["BN"]), blocks, batch)](
+            grad, r_scales[1], k, old_k, past_length, bad, dq, tokens, shape.past, width, columns, rows, past_tiles, tiles, row0, scale, **by_q
+        )
+        feedback_grad_k[(-(-width // by_k["BN"]), before + blocks, batch)](
+            grad, r_scales[1], q, past_length, bad, carry[1], dk, dpast_k, tokens, shape.past, width, columns, rows, past_tiles, tiles, row0, blocks,
+            add, scale, **by_k,
+        )  # fmt: skip
+    return dq, dk, dgamma, df, dpast_k, dpast_s
