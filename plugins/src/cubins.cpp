@@ -1,0 +1,110 @@
+#include "cubins.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <set>
+
+// cubins_data.S, written by CMake, holds the bytes of binary i between sessa_cubin_<i> and sessa_cubin_<i>_end.
+extern "C"
+{
+#define SESSA_CUBIN(index, ...)                                                                                        \
+    extern unsigned char const sessa_cubin_##index[];                                                                  \
+    extern unsigned char const sessa_cubin_##index##_end[];
+#include "cubins.inc"
+#undef SESSA_CUBIN
+}
+
+namespace sessa
+{
+namespace
+{
+
+#define SESSA_CUBIN(index, file, kernel, arch, dtype, variant, entry, warps, shared, params, ...)                      \
+    Cubin{kernel, arch, dtype, variant, entry, warps, shared, params, {{__VA_ARGS__}}, sessa_cubin_##index,            \
+        static_cast<size_t>(sessa_cubin_##index##_end - sessa_cubin_##index)},
+Cubin const kCubins[] = {
+#include "cubins.inc"
+};
+#undef SESSA_CUBIN
+
+bool runsOn(int32_t compiled, int32_t device) noexcept
+{
+    return compiled / 10 == device / 10 && compiled <= device;
+}
+
+} // namespace
+
+int32_t Cubin::tile(char const* name) const noexcept
+{
+    for (auto const& t : tiles)
+    {
+        if (t.name != nullptr && std::strcmp(t.name, name) == 0)
+        {
+            return t.value;
+        }
+    }
+    return -1;
+}
+
+Cubin const* findCubin(char const* kernel, int32_t arch, char const* dtype, char const* variant) noexcept
+{
+    Cubin const* best = nullptr;
+    for (auto const& c : kCubins)
+    {
+        bool const same = std::strcmp(c.kernel, kernel) == 0 && std::strcmp(c.dtype, dtype) == 0 && std::strcmp(c.variant, variant) == 0;
+        if (same && runsOn(c.arch, arch) && (best == nullptr || c.arch > best->arch))
+        {
+            best = &c;
+        }
+    }
+    return best;
+}
+
+Cubin const* findCubinForWidth(char const* kernel, int32_t arch, char const* dtype, int32_t width) noexcept
+{
+    char const* best = nullptr;
+    for (auto const& c : kCubins)
+    {
+        bool const fits = std::strcmp(c.kernel, kernel) == 0 && std::atoi(c.variant) >= width;
+        if (fits && (best == nullptr || std::atoi(c.variant) < std::atoi(best)))
+        {
+            best = c.variant;
+        }
+    }
+    return best == nullptr ? nullptr : findCubin(kernel, arch, dtype, best);
+}
+
+std::string architectures()
+{
+    std::set<int32_t> seen;
+    std::string text;
+    for (auto const& c : kCubins)
+    {
+        if (seen.insert(c.arch).second)
+        {
+            text += (text.empty() ? "" : ", ") + std::to_string(c.arch);
+        }
+    }
+    return text;
+}
+
+int32_t architectureAt(size_t index) noexcept
+{
+    int32_t last = 0;
+    for (size_t i = 0; i <= index; ++i)
+    {
+        int32_t next = 0;
+        for (auto const& c : kCubins)
+        {
+            next = c.arch > last && (next == 0 || c.arch < next) ? c.arch : next;
+        }
+        if (next == 0)
+        {
+            return 0;
+        }
+        last = next;
+    }
+    return last;
+}
+
+} // namespace sessa

@@ -1,0 +1,214 @@
+#include "driver.h"
+
+#include <dlfcn.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+namespace sessa
+{
+namespace
+{
+
+// What is used of cuda.h; the driver's ABI has kept these since CUDA 4.
+using Result = int;
+using Context = void*;
+using Module = void*;
+using Function = void*;
+constexpr int kComputeMajor = 75;
+constexpr int kComputeMinor = 76;
+constexpr int kMaxDynamicShared = 8;
+constexpr int kStaticShared = 48 * 1024;
+
+struct Driver
+{
+    Result (*ctxGetCurrent)(Context*){};
+    Result (*ctxGetDevice)(int*){};
+    Result (*deviceGetAttribute)(int*, int, int){};
+    Result (*moduleLoadData)(Module*, void const*){};
+    Result (*moduleGetFunction)(Function*, Module, char const*){};
+    Result (*funcSetAttribute)(Function, int, int){};
+    Result (*launchKernel)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream_st*, void**, void**){};
+    Result (*getErrorName)(Result, char const**){};
+    std::string missing; // why the driver cannot be used, empty if it can
+};
+
+template <typename F>
+void bind(void* library, char const* name, F& target, std::string& missing)
+{
+    target = reinterpret_cast<F>(dlsym(library, name));
+    if (target == nullptr)
+    {
+        missing = std::string("libcuda.so.1 has no ") + name;
+    }
+}
+
+Driver const& driver()
+{
+    static Driver const instance = [] {
+        Driver d;
+        void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+        if (library == nullptr)
+        {
+            d.missing = "libcuda.so.1 cannot be opened: install the NVIDIA driver";
+            return d;
+        }
+        bind(library, "cuCtxGetCurrent", d.ctxGetCurrent, d.missing);
+        bind(library, "cuCtxGetDevice", d.ctxGetDevice, d.missing);
+        bind(library, "cuDeviceGetAttribute", d.deviceGetAttribute, d.missing);
+        bind(library, "cuModuleLoadData", d.moduleLoadData, d.missing);
+        bind(library, "cuModuleGetFunction", d.moduleGetFunction, d.missing);
+        bind(library, "cuFuncSetAttribute", d.funcSetAttribute, d.missing);
+        bind(library, "cuLaunchKernel", d.launchKernel, d.missing);
+        bind(library, "cuGetErrorName", d.getErrorName, d.missing);
+        return d;
+    }();
+    return instance;
+}
+
+bool failed(Result result, char const* what, std::string& error)
+{
+    if (result == 0)
+    {
+        return false;
+    }
+    char const* name = nullptr;
+    driver().getErrorName(result, &name);
+    error = std::string(what) + " failed: " + (name == nullptr ? "unknown error" : name) + " (" + std::to_string(result) + ")";
+    return true;
+}
+
+// Kernels by (context, binary). They stay until the context goes: an engine that is rebuilt finds them again.
+struct Loaded
+{
+    std::mutex mutex;
+    std::map<std::pair<Context, Cubin const*>, Function> functions;
+};
+
+Loaded& loaded()
+{
+    static Loaded* const instance = new Loaded; // never destroyed: the driver may be gone by then
+    return *instance;
+}
+
+bool getContext(Context& context, std::string& error)
+{
+    if (!driver().missing.empty())
+    {
+        error = driver().missing;
+        return false;
+    }
+    if (failed(driver().ctxGetCurrent(&context), "cuCtxGetCurrent", error))
+    {
+        return false;
+    }
+    if (context == nullptr)
+    {
+        error = "no CUDA context is current in this thread";
+        return false;
+    }
+    return true;
+}
+
+bool getFunction(Cubin const& cubin, Function& function, std::string& error)
+{
+    Context context{};
+    if (!getContext(context, error))
+    {
+        return false;
+    }
+    std::lock_guard<std::mutex> const lock(loaded().mutex);
+    auto const found = loaded().functions.find({context, &cubin});
+    if (found != loaded().functions.end())
+    {
+        function = found->second;
+        return true;
+    }
+    Module module{};
+    std::string const name = std::string(cubin.kernel) + " for sm_" + std::to_string(cubin.arch);
+    if (failed(driver().moduleLoadData(&module, cubin.data), ("loading " + name).c_str(), error)
+        || failed(driver().moduleGetFunction(&function, module, cubin.entry), ("finding " + name).c_str(), error))
+    {
+        return false;
+    }
+    bool const large = cubin.shared > kStaticShared;
+    if (large && failed(driver().funcSetAttribute(function, kMaxDynamicShared, cubin.shared), ("reserving shared memory of " + name).c_str(), error))
+    {
+        return false;
+    }
+    loaded().functions[{context, &cubin}] = function;
+    return true;
+}
+
+} // namespace
+
+int32_t currentArch(std::string& error) noexcept
+try
+{
+    Context context{};
+    int device = 0;
+    int major = 0;
+    int minor = 0;
+    if (!getContext(context, error) || failed(driver().ctxGetDevice(&device), "cuCtxGetDevice", error)
+        || failed(driver().deviceGetAttribute(&major, kComputeMajor, device), "cuDeviceGetAttribute", error)
+        || failed(driver().deviceGetAttribute(&minor, kComputeMinor, device), "cuDeviceGetAttribute", error))
+    {
+        return 0;
+    }
+    return major * 10 + minor;
+}
+catch (...)
+{
+    return 0;
+}
+
+bool loadCubin(Cubin const& cubin, std::string& error) noexcept
+try
+{
+    Function function{};
+    return getFunction(cubin, function, error);
+}
+catch (...)
+{
+    return false;
+}
+
+bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* stream, std::string& error) noexcept
+try
+{
+    constexpr int64_t kGridX = 2147483647;
+    constexpr int64_t kGridYZ = 65535;
+    Function function{};
+    arguments.add<void*>(nullptr).add<void*>(nullptr); // Triton's global and profile scratch: the kernels use neither
+    auto& values = arguments.values();
+    if (static_cast<int32_t>(values.size()) != cubin.params)
+    {
+        error = std::string(cubin.kernel) + " takes " + std::to_string(cubin.params) + " parameters, got " + std::to_string(values.size());
+        return false;
+    }
+    if (grid.x < 1 || grid.x > kGridX || grid.y < 1 || grid.y > kGridYZ || grid.z < 1 || grid.z > kGridYZ)
+    {
+        error = std::string(cubin.kernel) + " would need a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z);
+        return false;
+    }
+    if (!getFunction(cubin, function, error))
+    {
+        return false;
+    }
+    std::vector<void*> pointers;
+    pointers.reserve(values.size());
+    for (auto& value : values)
+    {
+        pointers.push_back(&value);
+    }
+    auto const result = driver().launchKernel(function, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z),
+        static_cast<unsigned>(cubin.warps) * 32, 1, 1, static_cast<unsigned>(cubin.shared), stream, pointers.data(), nullptr);
+    return !failed(result, (std::string("launching ") + cubin.kernel).c_str(), error);
+}
+catch (...)
+{
+    return false;
+}
+
+} // namespace sessa

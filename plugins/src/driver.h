@@ -1,0 +1,54 @@
+// The part of the CUDA driver that launches kernels, opened at run time: the library links neither libcuda nor libcudart.
+#pragma once
+
+#include "cubins.h"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+struct CUstream_st;
+
+namespace sessa
+{
+
+// Compute capability of the current context's device (90 for 9.0); 0 and a reason where there is no driver, device or context.
+int32_t currentArch(std::string& error) noexcept;
+
+// Loads `cubin` into the current context, unless it is there already. False and a reason on failure.
+bool loadCubin(Cubin const& cubin, std::string& error) noexcept;
+
+// Argument values of one launch, in the kernel's order; Triton's two hidden pointers are added by `launch`.
+class Arguments
+{
+public:
+    template <typename T>
+    Arguments& add(T value)
+    {
+        static_assert(sizeof(T) <= sizeof(uint64_t), "an argument is a pointer or a scalar");
+        uint64_t slot = 0;
+        __builtin_memcpy(&slot, &value, sizeof(T));
+        mValues.push_back(slot);
+        return *this;
+    }
+
+    std::vector<uint64_t>& values() noexcept
+    {
+        return mValues;
+    }
+
+private:
+    std::vector<uint64_t> mValues;
+};
+
+struct Grid
+{
+    int64_t x{1};
+    int64_t y{1};
+    int64_t z{1};
+};
+
+// Enqueues one kernel; neither allocates device memory nor synchronises once the cubin is loaded. False and a reason on failure.
+bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* stream, std::string& error) noexcept;
+
+} // namespace sessa

@@ -1,0 +1,214 @@
+// The IPluginV2DynamicExt shell, for TensorRT 8.6: it translates and checks, launcher.cpp does the work.
+#include "shell.h"
+
+#include <new>
+
+namespace sessa
+{
+namespace
+{
+
+using namespace nvinfer1;
+
+class Plugin final : public IPluginV2DynamicExt
+{
+public:
+    explicit Plugin(Attributes const& attributes) noexcept
+        : mAttributes(attributes)
+    {
+    }
+
+    // IPluginV2
+    AsciiChar const* getPluginType() const noexcept override
+    {
+        return kPluginName;
+    }
+    AsciiChar const* getPluginVersion() const noexcept override
+    {
+        return kPluginVersion;
+    }
+    int32_t getNbOutputs() const noexcept override
+    {
+        return 1;
+    }
+    int32_t initialize() noexcept override
+    {
+        return 0;
+    }
+    void terminate() noexcept override {}
+    size_t getSerializationSize() const noexcept override
+    {
+        return kStateBytes;
+    }
+    void serialize(void* buffer) const noexcept override
+    {
+        sessa::serialize(mAttributes, buffer);
+    }
+    void destroy() noexcept override
+    {
+        delete this;
+    }
+    void setPluginNamespace(AsciiChar const* pluginNamespace) noexcept override
+    try
+    {
+        mNamespace = pluginNamespace == nullptr ? "" : pluginNamespace;
+    }
+    catch (...)
+    {
+        complain("out of memory");
+    }
+    AsciiChar const* getPluginNamespace() const noexcept override
+    {
+        return mNamespace.c_str();
+    }
+
+    // IPluginV2Ext: the type asked for here is float whatever comes, the format is settled later; `storage` is what the graph says.
+    DataType getOutputDataType(int32_t, DataType const* inputTypes, int32_t nbInputs) const noexcept override
+    {
+        switch (mAttributes.storage)
+        {
+        case Storage::kFloat: return DataType::kFLOAT;
+        case Storage::kHalf: return DataType::kHALF;
+        default: return nbInputs > kQ ? inputTypes[kQ] : DataType::kFLOAT;
+        }
+    }
+
+    // IPluginV2DynamicExt
+    IPluginV2DynamicExt* clone() const noexcept override
+    {
+        auto* const copy = new (std::nothrow) Plugin(mAttributes);
+        if (copy != nullptr)
+        {
+            copy->setPluginNamespace(mNamespace.c_str());
+        }
+        return copy;
+    }
+    DimsExprs getOutputDimensions(int32_t, DimsExprs const* inputs, int32_t, IExprBuilder&) noexcept override
+    {
+        return inputs[kQ];
+    }
+    bool supportsFormatCombination(int32_t pos, PluginTensorDesc const* inOut, int32_t nbInputs, int32_t nbOutputs) noexcept override
+    {
+        bool const linear = nbInputs == kInputs && nbOutputs == 1 && pos >= 0 && pos <= kInputs && inOut[pos].format == TensorFormat::kLINEAR;
+        return linear && acceptsType(mAttributes, pos, inOut[pos].type, inOut[kQ].type);
+    }
+    void configurePlugin(DynamicPluginTensorDesc const*, int32_t nbInputs, DynamicPluginTensorDesc const*, int32_t nbOutputs) noexcept override
+    {
+        if (nbInputs != kInputs || nbOutputs != 1)
+        {
+            complain(wrongCounts(nbInputs, nbOutputs));
+        }
+    }
+    size_t getWorkspaceSize(PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const*, int32_t) const noexcept override
+    {
+        Problem problem;
+        std::string error;
+        if (nbInputs != kInputs || !describe(mAttributes, in, problem, error))
+        {
+            return 0;
+        }
+        // Called outside a capture, with the largest shapes at build time and the current ones at run time: the binaries are loaded here.
+        Problem step = problem;
+        step.tokens = 1;
+        static_cast<void>(prepare(problem, error) && prepare(step, error));
+        return workspaceSize(problem);
+    }
+    int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs, void* const* outputs, void* workspace,
+        cudaStream_t stream) noexcept override
+    {
+        Problem problem;
+        std::string error;
+        Tensors const tensors{inputs[kQ], inputs[kK], inputs[kGamma], inputs[kF], inputs[kPastK], inputs[kPastS], inputs[kPastLength], outputs[0]};
+        bool const good = describe(mAttributes, in, problem, error) && run(problem, tensors, workspace, stream, error);
+        return good || complain(error) ? 0 : 1;
+    }
+    void attachToContext(cudnnContext*, cublasContext*, IGpuAllocator*) noexcept override
+    {
+        // A new execution context: load every binary it can need now, so that enqueue may be captured from the first call on.
+        if (mAttributes.storage == Storage::kFloat || mAttributes.storage == Storage::kHalf)
+        {
+            prepareAll(mAttributes.storage);
+        }
+    }
+
+private:
+    static void prepareAll(Storage storage) noexcept
+    {
+        std::string ignored; // without a device this is no error yet; enqueue will say so
+        for (int64_t const width : {256, 512, 1024, 2048, 4096})
+        {
+            static_cast<void>(prepare({1, 1, 1, width, storage, 0.0F}, ignored));
+        }
+        static_cast<void>(prepare({1, 2, 1, 256, storage, 0.0F}, ignored));
+    }
+
+    Attributes mAttributes;
+    std::string mNamespace{kPluginNamespace};
+};
+
+class Creator final : public IPluginCreator
+{
+public:
+    AsciiChar const* getPluginName() const noexcept override
+    {
+        return kPluginName;
+    }
+    AsciiChar const* getPluginVersion() const noexcept override
+    {
+        return kPluginVersion;
+    }
+    PluginFieldCollection const* getFieldNames() noexcept override
+    {
+        return fieldNames();
+    }
+    IPluginV2* createPlugin(AsciiChar const*, PluginFieldCollection const* fc) noexcept override
+    {
+        Attributes attributes;
+        std::string error;
+        return readFields(fc, attributes, nullptr, error) || complain(error) ? make(attributes) : nullptr;
+    }
+    IPluginV2* deserializePlugin(AsciiChar const*, void const* serialData, size_t serialLength) noexcept override
+    {
+        Attributes attributes;
+        std::string error;
+        return deserialize(serialData, serialLength, attributes, error) || complain(error) ? make(attributes) : nullptr;
+    }
+    void setPluginNamespace(AsciiChar const* pluginNamespace) noexcept override
+    try
+    {
+        mNamespace = pluginNamespace == nullptr ? "" : pluginNamespace;
+    }
+    catch (...)
+    {
+        complain("out of memory");
+    }
+    AsciiChar const* getPluginNamespace() const noexcept override
+    {
+        return mNamespace.c_str();
+    }
+
+private:
+    IPluginV2* make(Attributes const& attributes) const noexcept
+    {
+        auto* const plugin = new (std::nothrow) Plugin(attributes);
+        if (plugin != nullptr)
+        {
+            plugin->setPluginNamespace(mNamespace.c_str());
+        }
+        return plugin;
+    }
+
+    std::string mNamespace{kPluginNamespace};
+};
+
+} // namespace
+
+} // namespace sessa
+
+extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& nbCreators) noexcept
+{
+    static sessa::Creator creator;
+    static nvinfer1::IPluginCreator* const creators[] = {&creator};
+    nbCreators = 1;
+    return creators;
+}

@@ -1,0 +1,151 @@
+#include "shell.h"
+
+#include <cstdio>
+#include <cstring>
+
+namespace sessa
+{
+namespace
+{
+
+using namespace nvinfer1;
+
+ILoggerFinder* gFinder = nullptr;
+
+} // namespace
+
+bool storageOf(DataType type, Storage& storage) noexcept
+{
+    switch (type)
+    {
+    case DataType::kFLOAT: storage = Storage::kFloat; return true;
+    case DataType::kHALF: storage = Storage::kHalf; return true;
+#if NV_TENSORRT_MAJOR >= 9
+    case DataType::kBF16: storage = Storage::kBFloat16; return true;
+#endif
+    default: return false;
+    }
+}
+
+bool acceptsType(Attributes const& attributes, int32_t pos, DataType type, DataType q) noexcept
+{
+    Storage storage{};
+    switch (pos)
+    {
+    case kGamma: return type == DataType::kFLOAT;
+    case kPastLength: return type == DataType::kINT32;
+    case kQ: return storageOf(type, storage) && (attributes.storage == Storage::kAny || attributes.storage == storage);
+    default: return type == q;
+    }
+}
+
+bool describe(Attributes const& attributes, PluginTensorDesc const* in, Problem& problem, std::string& error) noexcept
+try
+{
+    std::array<std::array<int64_t, Dims::MAX_DIMS>, kInputs> values{};
+    std::array<int64_t const*, kInputs> dims{};
+    std::array<int32_t, kInputs> rank{};
+    Storage storage{};
+    for (int32_t i = 0; i < kInputs; ++i)
+    {
+        if (!acceptsType(attributes, i, in[i].type, in[kQ].type))
+        {
+            error = "input " + std::to_string(i) + " has TensorRT type " + std::to_string(static_cast<int32_t>(in[i].type))
+                    + "; allowed: float32, float16 or bfloat16 as attribute storage says, gamma float32, past_length int32";
+            return false;
+        }
+        rank[i] = in[i].dims.nbDims < 0 ? 0 : in[i].dims.nbDims;
+        for (int32_t a = 0; a < rank[i]; ++a)
+        {
+            values[i][a] = in[i].dims.d[a];
+        }
+        dims[i] = values[i].data();
+    }
+    storageOf(in[kQ].type, storage);
+    return problemOf(attributes, storage, dims.data(), rank.data(), problem, error);
+}
+catch (...)
+{
+    return false;
+}
+
+bool readFields(PluginFieldCollection const* fc, Attributes& attributes, int32_t* version, std::string& error) noexcept
+try
+{
+    for (int32_t i = 0; fc != nullptr && i < fc->nbFields; ++i)
+    {
+        PluginField const& field = fc->fields[i];
+        std::string const name = field.name == nullptr ? "" : field.name;
+        bool const real = name == kFieldScale;
+        if (!real && name != kFieldStorage && (name != kFieldState || version == nullptr))
+        {
+            error = "attribute " + name + " is unknown; allowed: scale, storage";
+            return false;
+        }
+        if (field.type != (real ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32) || field.length != 1 || field.data == nullptr)
+        {
+            error = "attribute " + name + ": allowed: one " + (real ? "float32" : "int32");
+            return false;
+        }
+        int32_t integer = 0;
+        std::memcpy(real ? static_cast<void*>(&attributes.scale) : &integer, field.data, 4);
+        if (name == kFieldStorage)
+        {
+            attributes.storage = static_cast<Storage>(integer);
+        }
+        else if (name == kFieldState)
+        {
+            *version = integer;
+        }
+    }
+    if (!kHasBFloat16 && attributes.storage == Storage::kBFloat16)
+    {
+        error = "attribute storage: got 16 (bfloat16); allowed: 1 (float32), 10 (float16), 0 (any); TensorRT 8.6 has no bfloat16";
+        return false;
+    }
+    return attributes.check(error);
+}
+catch (...)
+{
+    return false;
+}
+
+PluginFieldCollection const* fieldNames() noexcept
+{
+    static PluginField const fields[] = {{kFieldScale, nullptr, PluginFieldType::kFLOAT32, 1}, {kFieldStorage, nullptr, PluginFieldType::kINT32, 1}};
+    static PluginFieldCollection const collection{2, fields};
+    return &collection;
+}
+
+std::string wrongCounts(int32_t inputs, int32_t outputs)
+{
+    return "got " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) + " outputs; allowed: " + std::to_string(kInputs) + " and 1";
+}
+
+bool complain(std::string const& error) noexcept
+try
+{
+    std::string const text = std::string(kPluginName) + ": " + (error.empty() ? "out of memory" : error);
+    ILogger* const logger = gFinder == nullptr ? nullptr : gFinder->findLogger();
+    if (logger != nullptr)
+    {
+        logger->log(ILogger::Severity::kERROR, text.c_str());
+    }
+    else
+    {
+        std::fprintf(stderr, "%s\n", text.c_str());
+    }
+    return false;
+}
+catch (...)
+{
+    std::fputs("SessaFeedbackAttention: out of memory\n", stderr);
+    return false;
+}
+
+} // namespace sessa
+
+extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept
+{
+    sessa::gFinder = finder;
+}
