@@ -132,14 +132,20 @@ def cast(name: str, x: Tensor, storage: torch.dtype) -> Tensor:
     if name.endswith(GAMMA_TENSORS) and storage.itemsize < 4:
         storage = torch.float32
     out = x.to(storage)
-    if storage.itemsize < x.dtype.itemsize and not torch.isfinite(out).all():
+    if storage.itemsize < x.dtype.itemsize and not all_finite(out):
         raise UserError(f"{name} overflows {storage}".replace("torch.", ""), got=f"largest magnitude {x.abs().max().item():.3g}",
                         fix="use bf16 or fp32")
     return out
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether no element is NaN or Inf; one pass without temporaries, since a finite sum proves it and only an overflowing one needs the exact look."""
+    total = x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(x).all())
+
+
 def require_finite(source: str | Path, state: Mapping[str, Tensor]) -> None:
     """UserError naming the tensors that hold NaN or Inf."""
-    bad = [name for name, x in state.items() if not torch.isfinite(x).all()]
+    bad = [name for name, x in state.items() if not all_finite(x)]
     if bad:
         raise UserError(f"{source} holds NaN or Inf", got=f"in {shorten(bad)}", allowed="finite weights")
