@@ -189,7 +189,7 @@ def _first_failure(report: Report, headers: dict[str, dict[str, Any]], died: dic
         name, what = next(iter(missing.items()))
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         return Failure(f"weights: {name}{others}", f"model.onnx does not hold the checkpoint's tensor; {what}", "export this checkpoint again", field=name)
-    found = first_divergence(report.comparisons)
+    found = first_divergence(report.comparisons, report.cases)
     if died and (found is None or found.rung in ENGINE_RUNGS):
         rung, error = next(iter(died.items()))
         return Failure(f"rung {rung}", str(error), rung=rung)

@@ -15,6 +15,7 @@ import numpy as np
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, cache_entries, cache_row_shape, new_name, past_name
+from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.export.parity_cases import POISON, Case
 
 Tensors = dict[str, np.ndarray]
@@ -105,7 +106,13 @@ def drive_session(runner: SessionRunner, case: Case, config: SessaConfig, greedy
     for item in case.steps:
         live = np.flatnonzero(item.new_length)
         if greedy:
-            tokens += [int(x) for x in runner.step_greedy(item.input_ids, item.new_length)[live]]  # type: ignore[attr-defined]
+            try:
+                chosen = runner.step_greedy(item.input_ids, item.new_length)  # type: ignore[attr-defined]
+            except UserError:
+                raise
+            except SessaError:  # it refuses to pick from logits that are not finite: no token, which the judge counts as a wrong one
+                chosen = np.full(batch, -1)
+            tokens += [int(x) for x in chosen[live]]
             continue
         logits = runner.step(item.input_ids, item.new_length)
         found += [np.array(logits[b]) for b in live]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sessa_deploy.config import SessaConfig
@@ -98,8 +98,11 @@ def _badness(c: Comparison) -> tuple[int, float]:
     return ({PASS: 0, UNFIT_VERDICT: 2}.get(c.verdict, 1), c.score if not math.isnan(c.score) else math.inf)
 
 
-def first_divergence(comparisons: Sequence[Comparison]) -> Failure | None:
-    """The first output, in the order of a forward pass, that fails in the first rung and mode that has any failure; None if all pass."""
+def first_divergence(comparisons: Sequence[Comparison], cases: Mapping[str, Mapping[str, Any]]) -> Failure | None:
+    """The first output, in the order of a forward pass, that fails in the first rung and mode that has any failure; None if all pass.
+
+    cases: name -> kind and poison, as in Report.
+    """
     bad = [c for c in comparisons if c.verdict != PASS]
     if not bad:
         return None
@@ -109,8 +112,24 @@ def first_divergence(comparisons: Sequence[Comparison]) -> Failure | None:
     first = max((c for c in here if c.order == order), key=lambda c: c.verdict == UNFIT_VERDICT)  # else the first, simplest case
     fields = {c.field for c in here if c.layer == first.layer and c.case == first.case}
     at = f", sequence {first.first_bad[0]}, position {first.first_bad[1]}" if first.first_bad else ""
-    hint = "" if first.verdict == UNFIT_VERDICT else _hint(first, fields, graph_passes=mode == "session" and _passes(comparisons, rung, "graph"))
+    if first.verdict == UNFIT_VERDICT:
+        hint = ""
+    elif mode != "graph" and _passes(comparisons, rung, "graph"):
+        hint = "the graph itself passes: look at how the session keeps, appends to or hands over its caches"
+    else:
+        hint = _where_in_cases({c.case for c in here}, {c.case for c in comparisons if (c.rung, c.mode) == (rung, mode)}, cases) or _hint(first, fields)
     return Failure(first.output, f"{rung} ({mode}), case {first.case}{at}: {first.reason}", hint, rung, first.layer, first.field)
+
+
+def _where_in_cases(failing: set[str], judged: set[str], cases: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the choice of failing cases says by itself, "" if nothing."""
+    fine = judged - failing
+    if fine and all(cases[name]["poison"] for name in failing) and not any(cases[name]["poison"] for name in fine):
+        return "only cases with NaN beyond the lengths fail: something reads rows of the past at or beyond past_length[b]"
+    kinds = {cases[name]["kind"] for name in failing}
+    if "prefill" not in kinds and any(cases[name]["kind"] == "prefill" for name in fine):
+        return "prefill from an empty past is right: look at how the past is used (positions, lengths, the mask of the past)"
+    return ""
 
 
 def _passes(comparisons: Sequence[Comparison], rung: str, mode: str) -> bool:
@@ -118,10 +137,8 @@ def _passes(comparisons: Sequence[Comparison], rung: str, mode: str) -> bool:
     return bool(own) and all(c.verdict == PASS for c in own)
 
 
-def _hint(first: Comparison, fields: set[str], graph_passes: bool) -> str:
+def _hint(first: Comparison, fields: set[str]) -> str:
     """Which part of the model the failing fields of the first bad layer point at. s follows k_f, v_f and k_b, so those are read first."""
-    if graph_passes:
-        return "the graph itself passes: look at how the session keeps, appends to or hands over its caches"
     layer = first.layer
     if layer is None:
         return "every layer is right: look at the last W_out, the final LayerNorm, lm_head, or which row the logits are taken from"

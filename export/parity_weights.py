@@ -52,8 +52,12 @@ def check_weights(model: Path, checkpoint: str | Path, precision: str, config: S
     missing = []
     for name, tensor in state.items():
         x = _array(cast(name, tensor, storage))
-        own = named.get(name), named.get(name + TRANSPOSED)
-        held = own[0] == _digest(x) if own[0] else own[1] == _digest(x.T) if own[1] else _digest(x) in seen
+        if name in named:
+            held = named[name] == _digest(x)
+        elif name + TRANSPOSED in named:
+            held = named[name + TRANSPOSED] == _digest(x.T)
+        else:
+            held = _digest(x) in seen
         if not held:
             missing.append((name, _closest(model, name, x, names)))
     return WeightCheck(len(state), tuple(missing))

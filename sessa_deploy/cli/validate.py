@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ def command(
                                      progress=progress)
     except ParityError as error:
         click.echo(f"parity: FAILED at {error}")
-        raise click.exceptions.Exit(1) from None
+        sys.exit(1)
     if json_file is not None:
         _write(json_file, json.dumps(report.to_dict(), indent=1) + "\n")
     if report_file is not None:
@@ -83,7 +84,7 @@ def command(
         click.echo(f"where to look: {report.failure.hint}")
     click.echo(report.line())
     if not report.passed:
-        raise click.exceptions.Exit(1)
+        sys.exit(1)
 
 
 class _Bars:
