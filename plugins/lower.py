@@ -142,11 +142,11 @@ def compile_unit(unit: Unit, out: Path) -> Cubin:
         registers=registers, spill_bytes=spill, global_scratch=meta.global_scratch_size or 0, vector_loads=vector, scalar_loads=scalar,
         tuned=bool(pinned["tuned"]),
     )  # fmt: skip
-    cubin.problems = problems(cubin, declared, int(pinned.get("spills", 0)), description.scalar_loads)
+    cubin.problems = problems(cubin, declared, int(pinned.get("spills", 0)), description.scalar_loads, description.wide)
     return cubin
 
 
-def problems(cubin: Cubin, declared: int, spills: int, scalar_loads: int) -> list[str]:
+def problems(cubin: Cubin, declared: int, spills: int, scalar_loads: int, wide: bool = True) -> list[str]:
     """What is wrong with a binary, each as one line: shared memory, spills, scalar loads, parameters, scratch."""
     limit = launch.SHARED_LIMIT[cubin.arch]
     found = []
@@ -156,7 +156,7 @@ def problems(cubin: Cubin, declared: int, spills: int, scalar_loads: int) -> lis
         found.append(f"spills {cubin.spill_bytes} bytes, its entry states {spills}: pin a smaller tile or more warps")
     if cubin.scalar_loads > scalar_loads:
         found.append(f"has {cubin.scalar_loads} loads narrower than 16 bytes, at most {scalar_loads} are expected: an alignment promise is missing")
-    if cubin.vector_loads == 0:
+    if wide and cubin.vector_loads == 0:
         found.append("has no 16-byte load at all")
     if declared != len(cubin.params):
         found.append(f"declares {declared} parameters, the metadata lists {len(cubin.params)}: another Triton version appends others")

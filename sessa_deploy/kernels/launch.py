@@ -13,9 +13,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sessa_deploy.kernels.launch_kernels import DTYPES, KERNELS, Kernel, Param, resolve  # noqa: F401 (the one place to look a launch up)
+from sessa_deploy.kernels.launch_decode import DECODE_KERNELS
+from sessa_deploy.kernels.launch_kernels import DTYPES, Kernel, Param, resolve  # noqa: F401 (the one place to look a launch up)
+from sessa_deploy.kernels.launch_kernels import KERNELS as FEEDBACK_KERNELS
 
-TABLE_FILES = tuple(Path(__file__).with_name(n) for n in ("launch_table.json", "launch_table_feedback.json"))  # decode step; the rest
+KERNELS: dict[str, Kernel] = {**FEEDBACK_KERNELS, **DECODE_KERNELS}
+
+# of the decode step, of the rest of feedback attention, and of the runtime's own kernels
+TABLE_FILES = tuple(Path(__file__).with_name(n) for n in ("launch_table.json", "launch_table_feedback.json", "launch_table_decode.json"))
 ARCHS = (80, 86, 87, 89, 90, 100, 120)
 ALIGNMENT = 16  # bytes for a pointer, elements for a width or stride
 # Largest dynamic shared memory one block may ask for, in bytes (CUDA programming guide, compute capabilities).

@@ -28,7 +28,8 @@ class Kernel:
     variants: the keys of its pinned tiles, one binary for each (a number stands for a width, "bwd" for the backward).
     lowered: whether the plugin runs it; it never runs a "bwd" variant.
     dtypes: the storage dtypes it is compiled for; a kernel that sees no storage type has ("fp32",). scalar_loads: how many global loads
-    narrower than 16 bytes its PTX may hold (a length, a gain, a statistic); lowering refuses more.
+    narrower than 16 bytes its PTX may hold (a length, a gain, a statistic); lowering refuses more. wide: it must hold 16-byte loads too;
+    not so where nobody promises that a row begins aligned.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Kernel:
     lowered: bool = True
     dtypes: tuple[str, ...] = DTYPES
     scalar_loads: int = 0
+    wide: bool = True
 
     def __post_init__(self) -> None:
         for p in self.params:

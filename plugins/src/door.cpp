@@ -1,0 +1,40 @@
+// A C door to the embedded kernels: the runtime launches some of them itself around a decode step, see runtime/trt_kernels.py.
+#include "cubins.h"
+
+extern "C"
+{
+
+struct SessaCubin // mirrored in Python; append only
+{
+    unsigned char const* data;
+    size_t size;
+    char const* entry;
+    int32_t warps;
+    int32_t shared; // bytes of dynamic shared memory
+    int32_t params; // Triton's two hidden pointers included
+};
+
+// 1 and *out filled where the library carries this kernel for a device of compute capability `arch`, else 0.
+__attribute__((visibility("default"))) int32_t sessaFindCubin(
+    char const* kernel, int32_t arch, char const* dtype, char const* variant, SessaCubin* out) noexcept
+{
+    sessa::Cubin const* const found
+        = kernel == nullptr || dtype == nullptr || variant == nullptr || out == nullptr ? nullptr : sessa::findCubin(kernel, arch, dtype, variant);
+    if (found == nullptr)
+    {
+        return 0;
+    }
+    *out = SessaCubin{found->data, found->size, found->entry, found->warps, found->shared, found->params};
+    return 1;
+}
+
+// Value of a pinned tile of that kernel; -1 if there is none.
+__attribute__((visibility("default"))) int32_t sessaCubinTile(
+    char const* kernel, int32_t arch, char const* dtype, char const* variant, char const* tile) noexcept
+{
+    sessa::Cubin const* const found
+        = kernel == nullptr || dtype == nullptr || variant == nullptr || tile == nullptr ? nullptr : sessa::findCubin(kernel, arch, dtype, variant);
+    return found == nullptr ? -1 : found->tile(tile);
+}
+
+} // extern "C"
