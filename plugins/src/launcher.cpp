@@ -113,7 +113,8 @@ struct Forward
     Cubin const* combine{};
     Cubin const* solve{};
     int64_t pastTiles{}, tiles{}, columns{}, rows{}, panels{}, tilesN{}, syncs{};
-    char *e{}, *peak{}, *total{}, *rowPeak{}, *gain{}, *x{}, *inverse{}, *inverseLow{}, *w{}, *wLow{}, *scales{}, *lse{}, *sync{};
+    char *e{}, *peak{}, *total{}, *rowPeak{}, *gain{}, *x{}, *inverse{}, *inverseLow{}, *near{}, *nearLow{}, *nearScale{}, *w{}, *wLow{}, *scales{}, *lse{},
+        *sync{};
 
     bool find(Problem const& p, int32_t arch)
     {
@@ -156,6 +157,9 @@ struct Forward
         x = arena.take(4 * p.batch * rows * tile);
         inverse = split ? arena.take(2 * p.batch * rows * tile) : x;
         inverseLow = split ? arena.take(2 * p.batch * rows * tile) : x;
+        near = arena.take(2 * work * p.batch * rows * tile); // products with the two nearest blocks
+        nearLow = arena.take(2 * work * p.batch * rows * tile);
+        nearScale = arena.take(2 * 4 * p.batch * rows);
         w = arena.take(work * p.batch * columns * p.width);
         wLow = split ? arena.take(work * p.batch * columns * p.width) : w;
         scales = arena.take(4 * p.batch * tiles * tilesN);
@@ -175,8 +179,6 @@ struct Forward
     {
         auto const i32 = [](int64_t v) { return static_cast<int32_t>(v); };
         int64_t const tile = solve->tile("BT");
-        // float16's own rounding is what the pair must stay below, so every block takes the low halves; bfloat16 is 8 times coarser.
-        int64_t const near = p.storage == Storage::kHalf ? tiles : 1;
         Arguments packing;
         packing.add(t.past_s).add(t.past_length).add(w).add(wLow).add(scales).add(i32(p.capacity)).add(i32(p.width)).add(i32(columns));
         if (pastTiles > 0 && !launch(*pack, {pastTiles, tilesN, p.batch}, packing, stream, error))
@@ -196,11 +198,12 @@ struct Forward
             a.add(i32(row0)).add(i32(panel > 0 ? 0 : syncs)).add(static_cast<float>(scaleOf(p)));
             Arguments b;
             b.add(e).add(peak).add(total).add(t.gamma).add(t.past_length).add(rowPeak).add(gain).add(lse).add(x).add(inverse).add(inverseLow);
-            b.add(i32(p.tokens)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles)).add(i32(row0));
+            b.add(near).add(nearLow).add(nearScale).add(i32(p.tokens)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles)).add(i32(row0));
+            b.add(i32(p.batch)).add(i32(blocks));
             Arguments c;
-            c.add(e).add(peak).add(rowPeak).add(gain).add(inverse).add(inverseLow).add(t.f).add(t.s).add(w).add(wLow).add(scales).add(t.past_length);
-            c.add(sync).add(i32(p.tokens)).add(i32(p.width)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles)).add(i32(row0));
-            c.add(i32(p.batch)).add(i32(panel)).add(i32(panels)).add(i32(near));
+            c.add(e).add(peak).add(rowPeak).add(gain).add(inverse).add(inverseLow).add(near).add(nearLow).add(nearScale).add(t.f).add(t.s);
+            c.add(w).add(wLow).add(scales).add(t.past_length).add(sync).add(i32(p.tokens)).add(i32(p.width)).add(i32(columns)).add(i32(rows));
+            c.add(i32(pastTiles)).add(i32(tiles)).add(i32(row0)).add(i32(p.batch)).add(i32(panel)).add(i32(panels));
             if (!launch(*scores, {grid, p.batch, 1}, a, stream, error) || !launch(*combine, {blocks, p.batch, 1}, b, stream, error)
                 || !launch(*solve, {blocks * p.batch * tilesN, 1, 1}, c, stream, error))
             {

@@ -1,0 +1,171 @@
+"""Find, build and load libsessa_plugin.so, the TensorRT plugin. Runs where there is no torch, triton or onnx."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sessa_deploy.contract import FEEDBACK_OP, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from sessa_deploy.errors import UserError
+
+LIBRARY = "libsessa_plugin.so"
+ENVIRONMENT = "SESSA_PLUGIN_LIBRARY"  # a path that goes before every other place
+MAJORS = (11, 10, 8)
+BUILD = "sessa-deploy plugin build"
+_HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check` saw: the library's path, size in bytes, and which TensorRT interface it offers ("V3": 10 and 11, "V2": 8.6)."""
+
+    path: Path
+    size: int
+    interface: str
+
+
+def installed_major() -> int | None:
+    """Major version of the TensorRT that this Python would import, or None without one."""
+    for name in ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt_cu13", "tensorrt_cu12"):
+        try:
+            return int(importlib.metadata.version(name).split(".")[0])
+        except (importlib.metadata.PackageNotFoundError, ValueError):
+            continue
+    return None
+
+
+def user_folder() -> Path:
+    """Where `build` puts libraries, one folder a TensorRT major."""
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("sessa-deploy", appauthor=False)) / "plugin"
+
+
+def candidates(major: int | None = None) -> list[Path]:
+    """Every place a library may be, best first: the environment variable, then for each major what was built here, then the wheel's own."""
+    given = os.environ.get(ENVIRONMENT)
+    if given:
+        return [Path(given)]
+    wanted = [major] if major is not None else list(MAJORS)
+    return [folder / f"trt{m}" / LIBRARY for m in wanted for folder in (user_folder(), _HERE / "lib")]
+
+
+def find(major: int | None = None) -> Path:
+    """Path of the plugin library for TensorRT `major` (default: the installed one's; without one, the newest built).
+
+    Raises UserError, which names the command that mends it.
+    """
+    if major is None:
+        major = installed_major()
+    places = candidates(major)
+    for path in places:
+        if path.is_file():
+            return path
+    what = "no TensorRT plugin library" + (f" for TensorRT {major}" if major else "")
+    raise UserError(what, got=", ".join(map(str, places)), allowed=f"a {LIBRARY} in one of these, or its path in {ENVIRONMENT}", fix=BUILD)
+
+
+def check(path: Path | None = None, major: int | None = None) -> Checked:
+    """Load the library without TensorRT or a GPU and look at its exports. Raises UserError if it is not a loadable plugin library."""
+    path = path or find(major)
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UserError("the plugin library cannot be loaded", got=str(error), allowed=f"a {LIBRARY} built on this kind of machine", fix=BUILD) from None
+    interface = "V3" if hasattr(handle, "getCreators") else "V2" if hasattr(handle, "getPluginCreators") else ""
+    if not interface or not hasattr(handle, "setLoggerFinder"):
+        raise UserError("not a TensorRT plugin library", got=str(path), allowed="exports getCreators or getPluginCreators, and setLoggerFinder", fix=BUILD)
+    return Checked(path, path.stat().st_size, interface)
+
+
+def load(trt: Any, path: Path | None = None) -> Path:
+    """Register the plugin with `trt`, an imported tensorrt (or tensorrt_lean) module; returns the library's path. Safe to call again.
+
+    Raises UserError if the library is missing, is for another TensorRT, or does not bring the plugin.
+    """
+    major = int(trt.__version__.split(".")[0])
+    path = path or find(major)
+    registry = trt.get_plugin_registry()
+    if _creator(registry, major) is None:
+        interface = check(path).interface
+        if interface != ("V2" if major < 10 else "V3"):
+            raise UserError("the plugin library is for another TensorRT", got=f"{path} ({interface}) with TensorRT {trt.__version__}",
+                            allowed=f"a library built for TensorRT {major}", fix=f"{BUILD} --tensorrt-include DIR")  # fmt: skip
+        registry.load_library(str(path))
+    if _creator(registry, major) is None:
+        raise UserError("TensorRT loaded the library but no such plugin", got=str(path), allowed=f"{FEEDBACK_OP} version {PLUGIN_VERSION}", fix=BUILD)
+    return path
+
+
+def _creator(registry: Any, major: int) -> Any:
+    if major < 10:
+        return registry.get_plugin_creator(FEEDBACK_OP, PLUGIN_VERSION, PLUGIN_NAMESPACE)
+    names = {(c.name, c.plugin_version, c.plugin_namespace): c for c in registry.all_creators}
+    return names.get((FEEDBACK_OP, PLUGIN_VERSION, PLUGIN_NAMESPACE))
+
+
+def include_major(folder: Path) -> int:
+    """TensorRT's major version from its NvInferVersion.h. Raises UserError if there is none."""
+    header = folder / "NvInferVersion.h"
+    if not header.is_file():
+        raise UserError("no TensorRT headers", got=str(folder), allowed="the include folder of TensorRT 8.6, 10 or 11 (it holds NvInferVersion.h)")
+    for line in header.read_text(encoding="utf-8", errors="replace").splitlines():
+        words = line.split()
+        if len(words) > 2 and words[0] == "#define" and words[1] in ("NV_TENSORRT_MAJOR", "TRT_MAJOR_ENTERPRISE") and words[2].isdigit():
+            return int(words[2])
+    raise UserError("TensorRT's version cannot be read", got=str(header), allowed="a #define of NV_TENSORRT_MAJOR")
+
+
+def build(
+    tensorrt_include: Path | None = None, cuda_include: Path | None = None, cubins: Path | None = None, archs: str | None = None,
+    out: Path | None = None, say: Callable[[str], None] = lambda line: None,
+) -> Path:  # fmt: skip
+    """Build the library with CMake and a C++17 compiler (no nvcc) and put it in place by rename; returns its path.
+
+    tensorrt_include: folder of NvInfer.h (default: an installed TensorRT's headers, else fetched by tag). cuda_include: folder of
+    cuda_runtime_api.h (default: the toolkit's, else our own two declarations). cubins: a folder that lowering wrote (default: lower now, which
+    needs torch and triton). archs: compute capabilities to lower for, e.g. "90,86". out: folder for the library (default: where `find` looks).
+    Raises UserError if CMake or the compiler is missing or fails.
+    """
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        raise UserError("the plugin needs CMake to build", got="no cmake on PATH", allowed="CMake 3.18 or later", fix="pip install cmake")
+    options = {"TENSORRT_INCLUDE_DIR": tensorrt_include, "CUDA_INCLUDE_DIR": cuda_include, "SESSA_CUBIN_DIR": cubins}
+    for name, path in options.items():
+        if path is not None and not Path(path).is_dir():
+            raise UserError(f"{name} is not a folder", got=str(path), allowed="an existing folder")
+    if tensorrt_include is not None:
+        include_major(Path(tensorrt_include))
+    with tempfile.TemporaryDirectory(prefix="sessa-plugin-") as work:
+        configure = [cmake, "-S", str(_HERE), "-B", work, f"-DSESSA_PYTHON={sys.executable}"]
+        configure += [f"-D{name}={Path(path).resolve()}" for name, path in options.items() if path is not None]
+        configure += [f"-DSESSA_ARCHS={archs}"] if archs else []
+        log = _run(configure, "configuring the plugin", say)
+        _run([cmake, "--build", work, "--parallel", str(os.cpu_count() or 1)], "compiling the plugin", say)
+        found = [line for line in log.splitlines() if "-- TensorRT " in line]
+        major = int(found[-1].split("-- TensorRT ")[1].split()[0])
+        target = (Path(out) if out is not None else user_folder() / f"trt{major}") / LIBRARY
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(f".part{os.getpid()}")
+        shutil.copyfile(Path(work) / LIBRARY, part)
+        os.replace(part, target)
+    check(target)
+    return target
+
+
+def _run(command: list[str], what: str, say: Callable[[str], None]) -> str:
+    say(what)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise UserError(f"{what} failed", got=" / ".join(lines[-12:])[-900:], allowed="exit code 0", fix=f"run it by hand: {' '.join(command)}")
+    return done.stdout

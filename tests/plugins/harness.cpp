@@ -1,0 +1,206 @@
+// Stands in for TensorRT: opens the plugin library, creates the plugin and calls it through the interfaces an engine uses.
+// Every function returns 0 for success; built by test_plugin.py against the headers of the TensorRT under test.
+#include <NvInferRuntime.h>
+
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+using namespace nvinfer1;
+
+namespace
+{
+
+constexpr int32_t kInputs = 7;
+
+DataType typeOf(int32_t onnx)
+{
+#if NV_TENSORRT_MAJOR >= 9
+    return onnx == 1 ? DataType::kFLOAT : onnx == 10 ? DataType::kHALF : onnx == 16 ? DataType::kBF16 : DataType::kINT8;
+#else
+    return onnx == 1 ? DataType::kFLOAT : onnx == 10 ? DataType::kHALF : DataType::kINT8;
+#endif
+}
+
+Dims dims(std::vector<int64_t> const& values)
+{
+    Dims d{};
+    d.nbDims = static_cast<int32_t>(values.size());
+    for (size_t i = 0; i < values.size(); ++i)
+    {
+        d.d[i] = values[i];
+    }
+    return d;
+}
+
+// Descriptions of the seven inputs and of s. shape = B, T, P, D.
+std::vector<PluginTensorDesc> descriptions(int32_t onnx, int64_t const* shape)
+{
+    int64_t const b = shape[0];
+    int64_t const t = shape[1];
+    int64_t const p = shape[2];
+    int64_t const d = shape[3];
+    DataType const type = typeOf(onnx);
+    std::vector<PluginTensorDesc> all;
+    for (auto const& v : std::vector<std::vector<int64_t>>{{b, t, d}, {b, t, d}, {b, t}, {b, t, d}, {b, p, d}, {b, p, d}, {b}, {b, t, d}})
+    {
+        PluginTensorDesc desc{};
+        desc.dims = dims(v);
+        desc.type = v.size() == 2 ? DataType::kFLOAT : v.size() == 1 ? DataType::kINT32 : type;
+        desc.format = TensorFormat::kLINEAR;
+        all.push_back(desc);
+    }
+    return all;
+}
+
+std::vector<DynamicPluginTensorDesc> dynamic(std::vector<PluginTensorDesc> const& all)
+{
+    std::vector<DynamicPluginTensorDesc> result;
+    for (auto const& desc : all)
+    {
+        DynamicPluginTensorDesc one{};
+        one.desc = desc;
+        one.min = one.max = desc.dims;
+        result.push_back(one);
+    }
+    return result;
+}
+
+} // namespace
+
+#if NV_TENSORRT_MAJOR >= 10
+using Handle = IPluginV3;
+#else
+using Handle = IPluginV2DynamicExt;
+#endif
+
+extern "C"
+{
+
+// A plugin made with the fields that are not negative, serialised and made again as an engine would. nullptr on failure.
+void* harness_create(char const* library, int32_t storage, float scale)
+{
+    void* handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);
+    if (handle == nullptr)
+    {
+        return nullptr;
+    }
+    std::vector<PluginField> fields;
+    if (storage >= 0)
+    {
+        fields.emplace_back("storage", &storage, PluginFieldType::kINT32, 1);
+    }
+    if (scale >= 0)
+    {
+        fields.emplace_back("scale", &scale, PluginFieldType::kFLOAT32, 1);
+    }
+    PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
+    int32_t count = 0;
+#if NV_TENSORRT_MAJOR >= 10
+    auto* get = reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(handle, "getCreators"));
+    auto* creator = static_cast<IPluginCreatorV3One*>(get(count)[0]);
+    IPluginV3* built = creator->createPlugin("x", &collection, TensorRTPhase::kBUILD);
+    if (built == nullptr)
+    {
+        return nullptr;
+    }
+    auto* runtime = static_cast<IPluginV3OneRuntime*>(built->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+    IPluginV3* loaded = creator->createPlugin("x", runtime->getFieldsToSerialize(), TensorRTPhase::kRUNTIME);
+    delete built;
+    return loaded;
+#else
+    auto* get = reinterpret_cast<IPluginCreator* const* (*)(int32_t&)>(dlsym(handle, "getPluginCreators"));
+    IPluginCreator* creator = get(count)[0];
+    auto* built = static_cast<IPluginV2DynamicExt*>(creator->createPlugin("x", &collection));
+    if (built == nullptr)
+    {
+        return nullptr;
+    }
+    std::vector<char> state(built->getSerializationSize());
+    built->serialize(state.data());
+    built->destroy();
+    if (creator->deserializePlugin("x", state.data(), state.size() - 1) != nullptr)
+    {
+        return nullptr; // a short state must be refused
+    }
+    return static_cast<IPluginV2DynamicExt*>(creator->deserializePlugin("x", state.data(), state.size()));
+#endif
+}
+
+void harness_destroy(void* plugin)
+{
+#if NV_TENSORRT_MAJOR >= 10
+    delete static_cast<Handle*>(plugin);
+#else
+    static_cast<Handle*>(plugin)->destroy();
+#endif
+}
+
+// Bit i of the result: the type at position i is accepted, when q has `onnx` and position i has the usual type.
+int32_t harness_formats(void* plugin, int32_t onnx, int32_t linear)
+{
+    int64_t const shape[4] = {2, 3, 5, 32};
+    auto all = descriptions(onnx, shape);
+    int32_t bits = 0;
+    for (int32_t i = 0; i <= kInputs; ++i)
+    {
+        all[i].format = linear != 0 ? TensorFormat::kLINEAR : TensorFormat::kCHW32;
+#if NV_TENSORRT_MAJOR >= 10
+        auto* build = static_cast<IPluginV3OneBuild*>(static_cast<Handle*>(plugin)->getCapabilityInterface(PluginCapabilityType::kBUILD));
+        auto const descs = dynamic(all);
+        bits |= build->supportsFormatCombination(i, descs.data(), kInputs, 1) ? 1 << i : 0;
+#else
+        bits |= static_cast<Handle*>(plugin)->supportsFormatCombination(i, all.data(), kInputs, 1) ? 1 << i : 0;
+#endif
+    }
+    return bits;
+}
+
+int64_t harness_workspace(void* plugin, int32_t onnx, int64_t const* shape)
+{
+    auto const all = descriptions(onnx, shape);
+#if NV_TENSORRT_MAJOR >= 10
+    auto* build = static_cast<IPluginV3OneBuild*>(static_cast<Handle*>(plugin)->getCapabilityInterface(PluginCapabilityType::kBUILD));
+    auto const descs = dynamic(all);
+    if (build->configurePlugin(descs.data(), kInputs, descs.data() + kInputs, 1) != 0)
+    {
+        return -1;
+    }
+    return static_cast<int64_t>(build->getWorkspaceSize(descs.data(), kInputs, descs.data() + kInputs, 1));
+#else
+    return static_cast<int64_t>(static_cast<Handle*>(plugin)->getWorkspaceSize(all.data(), kInputs, all.data() + kInputs, 1));
+#endif
+}
+
+// Tells the plugin its shapes, as TensorRT does outside a capture.
+int32_t harness_shape(void* plugin, int32_t onnx, int64_t const* shape)
+{
+    auto const all = descriptions(onnx, shape);
+#if NV_TENSORRT_MAJOR >= 10
+    auto* runtime = static_cast<IPluginV3OneRuntime*>(static_cast<Handle*>(plugin)->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+    return runtime->onShapeChange(all.data(), kInputs, all.data() + kInputs, 1);
+#else
+    static_cast<Handle*>(plugin)->attachToContext(nullptr, nullptr, nullptr);
+    return 0;
+#endif
+}
+
+// pointers: q, k, gamma, f, past_k, past_s, past_length, s, workspace.
+int32_t harness_enqueue(void* plugin, int32_t onnx, int64_t const* shape, void* const* pointers, void* stream)
+{
+    auto const all = descriptions(onnx, shape);
+    void const* const* inputs = pointers;
+    void* const outputs[1] = {pointers[7]};
+    auto const cuda = static_cast<cudaStream_t>(stream);
+#if NV_TENSORRT_MAJOR >= 10
+    auto* runtime = static_cast<IPluginV3OneRuntime*>(static_cast<Handle*>(plugin)->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+    return runtime->enqueue(all.data(), all.data() + kInputs, inputs, outputs, pointers[8], cuda);
+#else
+    return static_cast<Handle*>(plugin)->enqueue(all.data(), all.data() + kInputs, inputs, outputs, pointers[8], cuda);
+#endif
+}
+
+} // extern "C"

@@ -1,0 +1,257 @@
+"""The TensorRT plugin library: built from source against given headers, called through TensorRT's own interfaces, loaded by its real registry.
+
+SESSA_TRT_INCLUDE: include folders of TensorRT 8.6, 10, 11, separated by ':'. SESSA_LEAN_PYTHON: a Python with the lean runtime.
+SESSA_CUBIN_DIR: kernels already lowered. SESSA_PLUGIN_PREBUILT: a folder with trt<major>/{libsessa_plugin,harness}.so to test in place of a build.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sessa_deploy.errors import UserError
+from sessa_deploy.plugins import library
+
+HERE = Path(__file__).parent
+SOURCES = Path(library.__file__).parent
+INCLUDES = {library.include_major(Path(p)): Path(p) for p in os.environ.get("SESSA_TRT_INCLUDE", "").split(os.pathsep) if p}
+PREBUILT = Path(os.environ["SESSA_PLUGIN_PREBUILT"]) if "SESSA_PLUGIN_PREBUILT" in os.environ else None
+FLOAT, HALF, BFLOAT = 1, 10, 16
+Shape = ctypes.c_int64 * 4
+
+
+def missing(major: int) -> str | None:
+    """Why the library for this TensorRT cannot be tested here, or None."""
+    if PREBUILT is not None:
+        return None if (PREBUILT / f"trt{major}" / library.LIBRARY).is_file() else f"no trt{major} in SESSA_PLUGIN_PREBUILT"
+    if major not in INCLUDES:
+        return f"no headers of TensorRT {major}: name their folder in SESSA_TRT_INCLUDE"
+    return None if shutil.which("cmake") and shutil.which("g++") else "no cmake or no g++"
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if "SESSA_CUBIN_DIR" in os.environ:
+        return Path(os.environ["SESSA_CUBIN_DIR"])
+    pytest.importorskip("triton")
+    out = tmp_path_factory.mktemp("cubins")
+    done = subprocess.run([sys.executable, "-m", "sessa_deploy.plugins.lower", "--arch", "90", "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.fixture(scope="module", params=[8, 10, 11], ids=lambda m: f"trt{m}")
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, ctypes.CDLL]:
+    """(TensorRT major, plugin library, harness) for each TensorRT whose headers are given."""
+    major: int = request.param
+    if (reason := missing(major)) is not None:
+        pytest.skip(reason)
+    if PREBUILT is not None:
+        folder = PREBUILT / f"trt{major}"
+    else:
+        folder = tmp_path_factory.mktemp(f"trt{major}")
+        library.build(INCLUDES[major], SOURCES / "src/cuda", request.getfixturevalue("cubins"), out=folder)
+        flags = ["-std=c++17", "-fPIC", "-shared", "-Wno-deprecated-declarations", "-isystem", str(INCLUDES[major]), f"-I{SOURCES / 'src/cuda'}"]
+        subprocess.run(["g++", *flags, str(HERE / "harness.cpp"), "-o", str(folder / "harness.so"), "-ldl"], check=True)
+    harness = ctypes.CDLL(str(folder / "harness.so"))
+    harness.harness_create.restype = ctypes.c_void_p
+    harness.harness_create.argtypes = [ctypes.c_char_p, ctypes.c_int32, ctypes.c_float]
+    harness.harness_workspace.restype = ctypes.c_int64
+    for name in ("harness_workspace", "harness_shape"):
+        getattr(harness, name).argtypes = [ctypes.c_void_p, ctypes.c_int32, Shape]
+    harness.harness_enqueue.argtypes = [ctypes.c_void_p, ctypes.c_int32, Shape, ctypes.c_void_p * 9, ctypes.c_void_p]
+    harness.harness_formats.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
+    harness.harness_destroy.argtypes = [ctypes.c_void_p]
+    return major, folder / library.LIBRARY, harness
+
+
+def create(built: tuple[int, Path, ctypes.CDLL], storage: int = -1, scale: float = -1.0) -> int | None:
+    return built[2].harness_create(str(built[1]).encode(), storage, scale)
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+def test_library_stands_alone(built: tuple[int, Path, ctypes.CDLL]) -> None:
+    major, path, _ = built
+    assert library.check(path).interface == ("V2" if major == 8 else "V3")
+    if shutil.which("nm") and shutil.which("readelf"):
+        exports = subprocess.run(["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
+        door = {"sessaFindCubin", "sessaCubinTile"}  # through which the runtime launches its own kernels
+        assert {line.split()[-1] for line in exports.splitlines()} == {"getPluginCreators" if major == 8 else "getCreators", "setLoggerFinder", *door}
+        needed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
+        assert not re.search(r"NEEDED.*(nvinfer|libcuda|cudart|stdc\+\+)", needed)
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+def test_fields_formats_and_workspace(built: tuple[int, Path, ctypes.CDLL]) -> None:
+    major, _, harness = built
+    everything, q_like = 0b11111111, 0b10111011  # all but gamma (bit 2) and past_length (bit 6) follow the storage type
+    plugin = create(built)
+    assert plugin is not None
+    for storage in (FLOAT, HALF, BFLOAT):
+        accepted = everything if storage != BFLOAT or major != 8 else everything & ~1
+        assert harness.harness_formats(plugin, storage, 1) == accepted
+    assert harness.harness_formats(plugin, HALF, 0) == 0
+    assert harness.harness_formats(plugin, 7, 1) & 1 == 0
+    # One decode step of 2 sequences, capacity 4096, D 768: 128 splits of float32 rows and two statistics.
+    decode = harness.harness_workspace(plugin, HALF, Shape(2, 1, 4096, 768))
+    assert decode == 4 * 2 * 128 * 768 + 8 * 2 * 128
+    prefill = harness.harness_workspace(plugin, HALF, Shape(2, 512, 4096, 768))
+    assert decode < prefill < 200 * 2**20
+    assert harness.harness_workspace(plugin, HALF, Shape(1, 65536, 1, 1024)) < 3 * 2**30
+    harness.harness_destroy(plugin)
+    exact = create(built, storage=HALF, scale=0.25)
+    assert harness.harness_formats(exact, HALF, 1) == everything
+    assert harness.harness_formats(exact, FLOAT, 1) & 1 == 0
+    assert q_like & harness.harness_formats(exact, HALF, 1) == q_like
+    harness.harness_destroy(exact)
+    assert create(built, storage=5) is None
+    assert create(built, storage=HALF, scale=float("inf")) is None
+    assert (create(built, storage=BFLOAT) is None) == (major == 8)
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+def test_wrong_calls_are_messages_not_crashes(built: tuple[int, Path, ctypes.CDLL], capfd: pytest.CaptureFixture[str]) -> None:
+    harness = built[2]
+    plugin = create(built)
+    nothing = (ctypes.c_void_p * 9)()
+    assert harness.harness_enqueue(plugin, HALF, Shape(1, 1, 16, 24), nothing, None) != 0
+    assert "width D: got 24; allowed: a multiple of 16 up to 4096" in capfd.readouterr().err
+    assert harness.harness_enqueue(plugin, HALF, Shape(0, 1, 16, 32), nothing, None) != 0
+    assert "batch, tokens, capacity: got 0, 1, 16" in capfd.readouterr().err
+    assert harness.harness_enqueue(plugin, 7, Shape(1, 1, 16, 32), nothing, None) != 0
+    assert "input 0 has TensorRT type" in capfd.readouterr().err
+    assert harness.harness_enqueue(plugin, HALF, Shape(1, 1, 16, 32), nothing, None) != 0  # no context, or null pointers
+    assert "SessaFeedbackAttention:" in capfd.readouterr().err
+    harness.harness_destroy(plugin)
+
+
+LEAN = """
+import sys, numpy as np, tensorrt_lean_bindings as trt
+from sessa_deploy.plugins import library
+assert library.load(trt, __import__("pathlib").Path(sys.argv[1])) and library.load(trt, __import__("pathlib").Path(sys.argv[1]))
+registry = trt.get_plugin_registry()
+assert ("SessaFeedbackAttention", "1", "") in [(c.name, c.plugin_version, c.plugin_namespace) for c in registry.all_creators]
+creator = registry.get_creator("SessaFeedbackAttention", "1", "")
+assert [f.name for f in creator.field_names] == ["scale", "storage"]
+def make(phase="BUILD", **fields):
+    kinds = {np.dtype("float32"): trt.PluginFieldType.FLOAT32, np.dtype("int32"): trt.PluginFieldType.INT32}
+    listed = [trt.PluginField(n, v, kinds[v.dtype]) for n, v in fields.items()]
+    return creator.create_plugin("x", trt.PluginFieldCollection(listed), getattr(trt.TensorRTPhase, phase))
+f, i = (lambda *v: np.array(v, np.float32)), (lambda *v: np.array(v, np.int32))
+plugin = make()
+core = plugin.get_capability_interface(trt.PluginCapabilityType.CORE)
+assert (core.plugin_name, core.plugin_version, core.plugin_namespace) == ("SessaFeedbackAttention", "1", "")
+assert make(scale=f(0.5), storage=i(10)) is not None
+for bad in (dict(storage=i(5)), dict(wrong=i(1)), dict(scale=f(np.nan)), dict(scale=f(-1)), dict(scale=f(1, 2)), dict(scale=i(1)), dict(state=i(1))):
+    assert make(**bad) is None, bad
+assert make("RUNTIME", scale=f(0.5), storage=i(10), state=i(1)) is not None
+assert make("RUNTIME", scale=f(0.5), storage=i(10)) is None and make("RUNTIME", state=i(2)) is None
+print("fine", trt.__version__)
+"""
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+def test_the_lean_runtimes_registry_takes_the_library(built: tuple[int, Path, ctypes.CDLL]) -> None:
+    major, path, _ = built
+    python = os.environ.get("SESSA_LEAN_PYTHON")
+    if major != 11 or python is None:
+        pytest.skip("needs TensorRT 11's headers and a Python with tensorrt_lean_cu13_bindings, named in SESSA_LEAN_PYTHON")
+    root = Path(library.__file__).resolve().parents[1]
+    package = "import sys, types, importlib.util\n" + (
+        "import sessa_deploy\n" if (root / "sessa_deploy/plugins").exists() else
+        f"sys.path.insert(0, {str(root)!r})\nimport sessa_deploy\n"
+        f"p = types.ModuleType('sessa_deploy.plugins'); p.__path__ = [{str(root / 'plugins')!r}]; sys.modules['sessa_deploy.plugins'] = p\n"
+    )  # fmt: skip
+    done = subprocess.run([python, "-c", package + LEAN, str(path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("fine 11"), done.stdout + done.stderr
+    assert "attribute wrong is unknown; allowed: scale, storage" in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.trt
+def test_enqueue_gives_the_bits_of_the_torch_op(built: tuple[int, Path, ctypes.CDLL], capfd: pytest.CaptureFixture[str]) -> None:
+    """Eagerly and from a captured graph: decode steps and prefill, ragged, with poisoned rows beyond each length."""
+    import torch
+
+    from sessa_deploy.kernels import feedback_fwd, feedback_step
+
+    major, _, harness = built
+    torch.zeros(1, device="cuda")
+    torch.manual_seed(0)
+    for onnx, dtype in ((FLOAT, torch.float32), (HALF, torch.float16), (BFLOAT, torch.bfloat16)):
+        plugin = create(built, storage=onnx)
+        if plugin is None:
+            assert (major, onnx) == (8, BFLOAT)
+            continue
+        for b, t, p, d in ((3, 1, 300, 768), (2, 1, 1, 48), (1, 1, 4096, 4096), (1, 257, 0, 256), (3, 100, 130, 768), (1, 1000, 64, 1024)):
+            q, k, f = torch.randn(3, b, t, d, device="cuda").to(dtype)
+            past = torch.randn(2, b, p, d, device="cuda").to(dtype)
+            length = torch.randint(0, p + 1, (b,), device="cuda", dtype=torch.int32)
+            for i, n in enumerate(length.tolist()):
+                past[:, i, n:] = torch.nan
+            gamma = 1.998 * torch.rand(b, t, device="cuda") - 0.999
+            run: Callable[..., torch.Tensor] = feedback_step.step if t == 1 else lambda *a: feedback_fwd.forward(*a, need_lse=False)[0]
+            expected = run(q, k, gamma, f, past[0], past[1], length)
+            shape = Shape(b, t, p, d)
+            size = harness.harness_workspace(plugin, onnx, shape)
+            assert size > 0 and harness.harness_shape(plugin, onnx, shape) == 0, capfd.readouterr().err
+            work = torch.full((size,), 255, dtype=torch.uint8, device="cuda")
+            s = torch.full_like(f, torch.nan)
+            pointers = (ctypes.c_void_p * 9)(*(x.data_ptr() for x in (q, k, gamma, f, past[0], past[1], length, s, work)))
+            side = torch.cuda.Stream()
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, stream=side):  # the first call of all is already a captured one
+                assert harness.harness_enqueue(plugin, onnx, shape, pointers, side.cuda_stream) == 0, capfd.readouterr().err
+            for replay in (True, False):
+                s.fill_(torch.nan)
+                if replay:
+                    graph.replay()
+                else:
+                    assert harness.harness_enqueue(plugin, onnx, shape, pointers, torch.cuda.current_stream().cuda_stream) == 0, capfd.readouterr().err
+                torch.cuda.synchronize()
+                assert torch.equal(s, expected), (onnx, b, t, p, d, replay)
+            pointers[0] = q.data_ptr() + 2
+            assert harness.harness_enqueue(plugin, onnx, shape, pointers, None) != 0 and "q is null or not 16-byte aligned" in capfd.readouterr().err
+        harness.harness_destroy(plugin)
+
+
+def test_a_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(library.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(library, "user_folder", lambda: tmp_path)
+    monkeypatch.setattr(library, "_HERE", tmp_path)
+    monkeypatch.setattr(library, "installed_major", lambda: None)
+    with pytest.raises(UserError, match="fix: sessa-deploy plugin build"):
+        library.find()
+    for major in (10, 11):
+        (tmp_path / f"trt{major}").mkdir()
+        (tmp_path / f"trt{major}" / library.LIBRARY).write_bytes(b"not a library")
+    assert library.find() == tmp_path / "trt11" / library.LIBRARY
+    assert library.find(10) == tmp_path / "trt10" / library.LIBRARY
+    monkeypatch.setenv(library.ENVIRONMENT, str(tmp_path / "elsewhere.so"))
+    with pytest.raises(UserError, match=r"elsewhere\.so"):
+        library.find()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        library.check(tmp_path / "trt11" / library.LIBRARY)
+
+
+def test_wrong_headers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no TensorRT headers"):
+        library.include_major(tmp_path)
+    (tmp_path / "NvInferVersion.h").write_text("#define TRT_MAJOR_ENTERPRISE 10\n#define NV_TENSORRT_MAJOR TRT_MAJOR_ENTERPRISE //!< major\n")
+    assert library.include_major(tmp_path) == 10
+    if shutil.which("cmake"):
+        with pytest.raises(UserError, match="CUDA_INCLUDE_DIR is not a folder"):
+            library.build(tmp_path, tmp_path / "absent")
