@@ -77,9 +77,9 @@ def measure(session: Session, options: BenchOptions, progress: Callable[[float, 
     if options.bandwidth is not None:
         result["floor_ms"] = 1e3 * traffic / options.bandwidth
         result["share_of_floor"] = result["floor_ms"] / result["inter_token_ms"]["p50"]
-    used = getattr(session.backend, "device_bytes", None)
-    if used is not None:
-        result["peak_device_bytes"] = int(used())
+    used = session.backend.device_bytes()  # engines keep the memory they took, so that what is in use at the end was the peak
+    if used:
+        result["peak_device_bytes"] = used
     return result
 
 

@@ -30,7 +30,7 @@ class DeviceCache:
 
         self.batch, self.capacity, self.device, self.bytes_moved = batch, capacity, device, 0
         self._session, self._precision = session, precision
-        self._memory: HostMemory = DeviceMemory() if device == "cuda" else HostMemory()
+        self.memory: HostMemory = DeviceMemory() if device == "cuda" else HostMemory()
         self._binding = session.io_binding()
         item = PRECISIONS[precision].itemsize
         # bfloat16 has no numpy type; ONNX Runtime takes ONNX's number for it.
@@ -74,14 +74,14 @@ class DeviceCache:
         for value, rows, row in zip(self._values, fresh, self._row, strict=True):
             target, source = value.data_ptr(), rows.data_ptr()
             for first, height, at, count in runs:
-                self._memory.copy(target + (first * self.capacity + at) * row, self.capacity * row, source + first * tokens * row, tokens * row,
+                self.memory.copy(target + (first * self.capacity + at) * row, self.capacity * row, source + first * tokens * row, tokens * row,
                                   count * row, height)
-        self._memory.finish()
+        self.memory.finish()
 
     def rows(self, entry: int, sequence: int, length: int) -> NDArray[np.generic]:
         """A copy (length, ...) of one sequence's rows of one entry; bfloat16 comes as float32."""
         row = self._row[entry]
-        raw = self._memory.read(self._values[entry].data_ptr() + sequence * self.capacity * row, length * row)
+        raw = self.memory.read(self._values[entry].data_ptr() + sequence * self.capacity * row, length * row)
         if self._precision == "bf16":
             flat: NDArray[Any] = (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
         else:
@@ -94,4 +94,4 @@ class DeviceCache:
         for value, row in zip(self._values, self._row, strict=True):
             for b, rows in enumerate(length):
                 left = (self.capacity - int(rows)) * row
-                self._memory.write(value.data_ptr() + (b * self.capacity + int(rows)) * row, np.full(left // np.dtype(kind).itemsize, nan, kind).tobytes())
+                self.memory.write(value.data_ptr() + (b * self.capacity + int(rows)) * row, np.full(left // np.dtype(kind).itemsize, nan, kind).tobytes())

@@ -86,6 +86,10 @@ class HostMemory:
         """`data` from the host to `target`."""
         ctypes.memmove(target, data, len(data))
 
+    def used(self) -> int:
+        """Bytes of the device's memory in use; 0 where there is no device."""
+        return 0
+
     def finish(self) -> None:
         """Wait for the copies."""
         return
@@ -121,6 +125,13 @@ class DeviceMemory(HostMemory):
     def write(self, target: int, data: bytes) -> None:
         self._enter()
         self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(target), data, ctypes.c_size_t(len(data)))
+
+    def used(self) -> int:
+        """Bytes of the GPU's memory in use, by every process."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._enter()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return total.value - free.value
 
     def finish(self) -> None:
         self._enter()

@@ -20,6 +20,7 @@ from sessa_deploy.runtime.host_cache import HostCache
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _INT32, _TYPES = "tensor(int32)", {"fp32": "tensor(float)", "fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}
 _ERRORS_ONLY = 3
+_DEVICE_CHUNK = 2048
 
 
 class OrtBackend(Backend):
@@ -40,6 +41,7 @@ class OrtBackend(Backend):
         if provider == "cpu":
             self._host = HostCache(bundle.config, batch, self.capacity, np.dtype(PRECISIONS[bundle.precision].numpy))
         else:
+            self.best_chunk = _DEVICE_CHUNK
             self._device = DeviceCache(bundle.config, batch, self.capacity, bundle.precision, self.session)
 
     def _forward(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -73,6 +75,9 @@ class OrtBackend(Backend):
 
     def poison(self) -> None:
         self._own(self._host or self._device).poison(self.length)
+
+    def device_bytes(self) -> int:
+        return 0 if self._device is None else self._device.memory.used()
 
     def close(self) -> None:
         self._host = self._device = self.session = None

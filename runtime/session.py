@@ -19,7 +19,6 @@ from sessa_deploy.runtime.sampling import Sampler, SamplingParams
 from sessa_deploy.runtime.stopping import StopText
 from sessa_deploy.runtime.tokenizer import StreamDecoder, Tokenizer
 
-DEFAULT_CHUNK = 512
 Prompt = str | Sequence[int]
 
 
@@ -56,20 +55,21 @@ class _Slot:
 class Session:
     """A bundle, opened for generation on `max_batch` sequences of at most `capacity` tokens (default: the model's max_context).
 
-    backend: "auto", "ort", "ort-cuda", "trt", or a Backend that is already open. chunk: tokens a prefill step takes at most.
+    backend: "auto", "ort", "ort-cuda", "trt", or a Backend that is already open. chunk: tokens a prefill step takes at most; None takes what suits the backend.
     threads: of the CPU backend; None takes all. progress: hears (tokens done, tokens in all) of the longest prompt after each prefill step.
     Sequence b keeps its conversation: each call appends to it until `reset`.
     Raises UserError on bad input; a call that raises it has changed nothing.
     """
 
     def __init__(self, bundle: Bundle | str | Path, backend: str | Backend = "auto", max_batch: int = 1, capacity: int | None = None,
-                 chunk: int = DEFAULT_CHUNK, threads: int | None = None, progress: Callable[[int, int], None] | None = None) -> None:
-        if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+                 chunk: int | None = None, threads: int | None = None, progress: Callable[[int, int], None] | None = None) -> None:
+        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise UserError("chunk is out of range", got=repr(chunk), allowed="an integer >= 1")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        self.config, self.chunk, self._progress = self.bundle.config, chunk, progress
+        self.config, self._progress = self.bundle.config, progress
         self._tokenizer = Tokenizer(self.bundle.file(TOKENIZER_FILE)) if TOKENIZER_FILE in self.bundle else None
         self.backend = backend if isinstance(backend, Backend) else open_backend(self.bundle, backend, max_batch, capacity, threads)
+        self.chunk = self.backend.best_chunk if chunk is None else chunk
         self.max_batch, self.capacity = self.backend.batch, self.backend.capacity
         self._slots = [_Slot() for _ in range(self.max_batch)]
         self._turn = 0  # counts uses, so that a stream that was overtaken notices
