@@ -249,9 +249,10 @@ def killed_at(line: int, work) -> bool:
     return False
 
 
-@pytest.mark.parametrize("swap", [True, False], ids=["exchange", "two renames"])
-@pytest.mark.parametrize("kind", ["new", "replace", "add"])
-def test_kill_at_every_line(tmp_path, monkeypatch, kind, swap):
+@pytest.mark.parametrize(("kind", "swap"), [("new", True), ("replace", True), ("replace", False), ("add", True), ("add", False)])
+def test_kill_at_many_lines(tmp_path, monkeypatch, kind, swap):
+    """swap: the file system can exchange two folders in one step; else two renames do it."""
+    monkeypatch.setattr(publish.os, "fsync", lambda handle: None)  # a killed process loses nothing that it wrote
     if not swap:
         monkeypatch.setattr(publish, "_exchange", lambda a, b: False)
     out = tmp_path / "b"
@@ -262,7 +263,7 @@ def test_kill_at_every_line(tmp_path, monkeypatch, kind, swap):
             shutil.rmtree(path)
         if kind != "new":
             write(out)
-        line += 1 if line < 25 else 3
+        line += 1 if line < 12 else 4
         killed = killed_at(line, work)
         kills += killed
         if out.exists():
@@ -272,8 +273,7 @@ def test_kill_at_every_line(tmp_path, monkeypatch, kind, swap):
             states.add(None)
             if kind != "new":
                 moments += 1
-                refused_or_named = pytest.raises(UserError, match="mv ")
-                with refused_or_named:
+                with pytest.raises(UserError, match="mv "):
                     Bundle.open(out)
         for path in tmp_path.iterdir():
             assert path == out or publish.is_staging(path)
@@ -283,7 +283,7 @@ def test_kill_at_every_line(tmp_path, monkeypatch, kind, swap):
             Bundle.open(out)
         else:
             break
-    assert kills > 40
+    assert kills > 30
     assert states - {None} == {"new": {(b"model one" * 50, False)}, "replace": {(b"model one" * 50, False), (b"two", False)},
                                "add": {(b"model one" * 50, False), (b"model one" * 50, True)}}[kind]
     assert moments == 0 or not swap
