@@ -24,7 +24,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.export.parity_cases import LENGTHS, Case, Cases, build_cases, load_cases, save_cases
 from sessa_deploy.export.parity_drive import Tensors, layer_name
 from sessa_deploy.export.parity_engines import resolve_backends
-from sessa_deploy.export.parity_metrics import TokenCheck, check_tokens, compare, position_errors
+from sessa_deploy.export.parity_metrics import TokenCheck, Yardstick, check_tokens, compare, position_errors
 from sessa_deploy.export.parity_process import Launch, ProcessLaunch, Progress, RungError, launch_all, silent
 from sessa_deploy.export.parity_rungs import ENGINE_RUNGS, HEADER_FILE, ORACLE, PLAIN, TORCH, RungJob, read_header, read_tensors
 from sessa_deploy.export.parity_verdict import Failure, Report, first_divergence
@@ -129,6 +129,7 @@ def _judge(bundle: Bundle, cases: Cases, sources: dict[str, Path], headers: dict
     judged: dict[tuple[str, str], list[Any]] = {pair: [] for pair in pairs}
     tokens: dict[tuple[str, str], list[Any]] = {pair: [] for pair in pairs}
     positions: dict[str, dict[str, dict[int, list[float]]]] = {}
+    pooled = _yardsticks(cases, sources)
     for case in cases.cases:
         oracle, plain = (read_tensors(sources[rung], rung, "graph", case.name) for rung in (ORACLE, PLAIN))
         rows, logit_rows = case.rows(), case.logit_rows()
@@ -138,7 +139,7 @@ def _judge(bundle: Bundle, cases: Cases, sources: dict[str, Path], headers: dict
             if case.name not in headers[rung]["modes"][mode]:
                 continue
             own = read_tensors(sources[rung], rung, mode, case.name)
-            judged[rung, mode] += _compare_case(oracle, plain, own, case, rows, logit_rows, bundle, rung, mode)
+            judged[rung, mode] += _compare_case(oracle, plain, own, pooled, case, rows, logit_rows, bundle, rung, mode)
             tokens[rung, mode].append((case.name, logit_rows, oracle[LOGITS], own.get(LOGITS), own["token"]))
             if case.name in plotted and mode == next(iter(headers[rung]["modes"])):
                 positions[case.name][rung] = _positions(oracle, own, config.n_layers)
@@ -161,8 +162,19 @@ def _check_tokens(pairs: Sequence[tuple[str, str]], parts: dict[tuple[str, str],
     return list(checks.values())
 
 
+def _yardsticks(cases: Cases, sources: dict[str, Path]) -> dict[str, Yardstick]:
+    """The yardstick of every output, pooled over all cases."""
+    pooled: dict[str, Yardstick] = {}
+    for case in cases.cases:
+        oracle, plain = (read_tensors(sources[rung], rung, "graph", case.name) for rung in (ORACLE, PLAIN))
+        for name, reference in oracle.items():
+            if name != "token":
+                pooled.setdefault(name, Yardstick()).add(reference, plain[name])
+    return pooled
+
+
 def _compare_case(
-    oracle: Tensors, plain: Tensors, own: Tensors, case: Case, rows: Any, logit_rows: Any, bundle: Bundle, rung: str, mode: str
+    oracle: Tensors, plain: Tensors, own: Tensors, pooled: dict[str, Yardstick], case: Case, rows: Any, logit_rows: Any, bundle: Bundle, rung: str, mode: str
 ) -> list[Any]:
     out = []
     for layer in range(bundle.config.n_layers):
@@ -171,9 +183,11 @@ def _compare_case(
             if name in own or mode == "graph":
                 if name not in own:
                     raise UserError(f"the rung {rung} wrote no {name} for case {case.name}", fix="run that rung again")
-                out.append(compare(oracle[name], plain[name], own[name], rows, bundle.precision, rung, mode, case.name, layer, field))
+                out.append(compare(oracle[name], plain[name], own[name], rows, bundle.precision, rung, mode, case.name, layer, field,
+                                   pooled[name]))
     if LOGITS in own or mode != "greedy":
-        out.append(compare(oracle[LOGITS], plain[LOGITS], own[LOGITS], logit_rows[:, 1:], bundle.precision, rung, mode, case.name, None, LOGITS))
+        out.append(compare(oracle[LOGITS], plain[LOGITS], own[LOGITS], logit_rows[:, 1:], bundle.precision, rung, mode, case.name, None, LOGITS,
+                           pooled[LOGITS]))
     return out
 
 

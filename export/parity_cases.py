@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -178,7 +180,7 @@ def load_cases(folder: str | Path) -> Cases:
                      tuple(Step(arrays[f"{entry['name']}/{j}/input_ids"], arrays[f"{entry['name']}/{j}/new_length"]) for j in range(entry["steps"])),
                      entry["capacity"], entry["poison"], entry["generated"])
                 for entry in data["cases"]), data["seed"], data["chosen_by"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{folder} holds no readable parity cases", got=error, allowed=f"{CASES_FILE} and {CASES_IDS_FILE}", fix=mend) from None
     if cases.digest() != data["digest"]:
         raise UserError(f"the cases in {folder} are damaged", got="another digest", allowed=data["digest"], fix=mend)

@@ -3,6 +3,9 @@
 err_plain is the error of the textbook computation at the same precision (kernels.reference.plain in the same model). The floor is
 8 eps(float32) of the output for fp32 and 1 eps(storage) otherwise. A yardstick that is itself not finite or off by more than 5% makes the precision
 unfit for the checkpoint: it never passes by comparison.
+
+The yardstick of an output is the larger of its error in the case at hand and its error pooled over all cases: the two rows of a short case are too
+small a sample of rounding to be one.
 """
 
 from __future__ import annotations
@@ -30,10 +33,11 @@ def floor_eps(precision: str) -> float:
 class Comparison:
     """One output of one rung on one case against float64.
 
-    rms_error, plain_rms, limit_rms: RMS errors relative to the RMS of the output. max_error, plain_max, limit_max: largest absolute errors and ref_max the
-    largest value. score: the larger share of the two limits that was used; above 1 fails. tolerance: the smallest tolerance relative to
-    ref_max that would pass; factor: the smallest multiple of err_plain that would. kl, agreement: logits only (nats, share of equal greedy tokens).
-    first_bad: (sequence, position) of the first row beyond limit_max; first_cosine: cosine between that row and what it should be.
+    rms_error, plain_rms, limit_rms: RMS errors relative to the RMS of the output. max_error, plain_max, limit_max: largest absolute errors, and
+    ref_max the largest value. plain_*: the yardstick, see the module. score: the larger share of the two limits that was used; above 1 fails.
+    tolerance: the smallest tolerance relative to ref_max that would pass; factor: the smallest multiple of err_plain that would. kl, agreement:
+    logits only (nats, share of equal greedy tokens). first_bad: (sequence, position) of the first row beyond limit_max; first_cosine: cosine
+    between that row and what it should be.
     """
 
     rung: str
@@ -127,10 +131,34 @@ def kl_divergence(reference: np.ndarray, x: np.ndarray) -> float:
     return float(max(0.0, (np.exp(p) * (p - q)).sum(-1).max())) if np.isfinite(q).all() else math.nan
 
 
+@dataclasses.dataclass
+class Yardstick:
+    """Errors of the textbook computation for one output, pooled over cases: RMS relative to the output's, largest relative to its largest value."""
+
+    error_squares: float = 0.0
+    value_squares: float = 0.0
+    max_ratio: float = 0.0
+
+    def add(self, reference: np.ndarray, plain: np.ndarray) -> None:
+        """Take another case in."""
+        with np.errstate(all="ignore"):
+            (ref_max, ref_rms), (error_max, error_rms) = _size(reference), _size(plain.astype(np.float64) - reference)
+        self.error_squares += error_rms**2 * reference.size
+        self.value_squares += ref_rms**2 * reference.size
+        ratio = _share(error_max, ref_max)
+        self.max_ratio = max(self.max_ratio, ratio)
+
+    @property
+    def rms_ratio(self) -> float:
+        """Pooled RMS error / pooled RMS, infinite if anything was not finite."""
+        return math.sqrt(_share(self.error_squares, self.value_squares))
+
+
 def compare(
-    reference: np.ndarray, plain: np.ndarray, x: np.ndarray, rows: np.ndarray, precision: str, rung: str, mode: str, case: str, layer: int | None, field: str
+    reference: np.ndarray, plain: np.ndarray, x: np.ndarray, rows: np.ndarray, precision: str, rung: str, mode: str, case: str, layer: int | None, field: str,
+    pooled: Yardstick | None = None,
 ) -> Comparison:
-    """Judge x (R,...) by the rule. reference: float64; plain: the yardstick; rows (R,2): sequence and position of each row."""
+    """Judge x (R,...) by the rule. reference: float64; plain: the yardstick here, pooled: over all cases; rows (R,2): sequence and position of each row."""
     base: dict[str, Any] = {"rung": rung, "mode": mode, "case": case, "layer": layer, "field": field, "rows": len(reference)}
     if x.shape != reference.shape:
         nan = math.nan
@@ -139,6 +167,8 @@ def compare(
     with np.errstate(all="ignore"):
         error, yardstick = x.astype(np.float64) - reference, plain.astype(np.float64) - reference
         (ref_max, ref_rms), (max_error, rms), (plain_max, plain_rms) = (_size(z) for z in (reference, error, yardstick))
+        if pooled is not None and math.isfinite(plain_max):
+            plain_max, plain_rms = max(plain_max, pooled.max_ratio * ref_max), max(plain_rms, pooled.rms_ratio * ref_rms)
         floor = floor_eps(precision)
         limit_max, limit_rms = FACTOR * plain_max + floor * ref_max, FACTOR * plain_rms + floor * ref_rms
         score = max(_share(max_error, limit_max), _share(rms, limit_rms))

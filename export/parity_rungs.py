@@ -12,6 +12,8 @@ import json
 import platform
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +173,7 @@ def read_tensors(folder: Path, rung: str, mode: str, case: str) -> Tensors:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is not readable", got=error, fix="run that rung again") from None
 
 
