@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels import launch
-from sessa_deploy.kernels.feedback_fwd import PANEL_BYTES, near_product, pinned, plan, wait_for
+from sessa_deploy.kernels.feedback_fwd import PANEL_BYTES, near_product, plan, wait_for
 from sessa_deploy.kernels.feedback_grad import (
     feedback_first_bad,
     feedback_grad_k,
@@ -22,6 +22,7 @@ from sessa_deploy.kernels.feedback_grad import (
     feedback_grad_q,
     feedback_grad_scores,
 )
+from sessa_deploy.kernels.feedback_launch import address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.feedback_tiles import apply_inverse, feedback_combine, feedback_scores, grouped_size, store_split
 
 
@@ -51,8 +52,10 @@ def feedback_solve_transposed(
 
     o_r, o_k, o_n = tl.arange(0, BT), tl.arange(0, BT), i_n * BN + tl.arange(0, BN)
     m_n = (o_n < D)[None, :]
-    p_e = e + i_b * R * C + i_t * BT + o_k[:, None] * C + o_r[None, :]
-    p_w = i_b * R * D + o_k[:, None] * D + o_n[None, :]
+    o_e = o_k[:, None] * C + o_r[None, :]
+    o_w = o_k[:, None] * D + o_n[None, :]
+    p_e = e + i_b * R * C + i_t * BT
+    p_w, p_l = w + i_b * R * D, w_low + i_b * R * D
     p_scale = scales + i_b * (R // BT) * tiles_n + i_n
 
     acc = tl.zeros([BT, BN], dtype=tl.float32)
@@ -61,61 +64,61 @@ def feedback_solve_transposed(
         stop = tl.minimum(wait_for(p_done, i + 1), far)
         for j in tl.range(i, stop, num_stages=STAGES):
             i_l = (blocks - 1 - j).to(tl.int64)
-            b_e = tl.load(p_e + i_l * BT * C)
-            b_w = tl.load(w + p_w + i_l * BT * D, mask=m_n, other=0.0, cache_modifier=".cg")
+            b_e = tl.load(p_e + i_l * BT * C + o_e)
+            b_w = tl.load(p_w + i_l * BT * D + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
             b_y = tl.dot(tl.trans(b_e), b_w, input_precision="ieee")
             if FULL:
-                b_l = tl.load(w_low + p_w + i_l * BT * D, mask=m_n, other=0.0, cache_modifier=".cg")
+                b_l = tl.load(p_l + i_l * BT * D + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
                 b_y = tl.dot(tl.trans(b_e), b_l, b_y)
             if SPLIT:
                 b_y = b_y * tl.load(p_scale + i_l * tiles_n)
             acc += b_y
         i = stop
 
-    p_carry = carry + (i_b * C + i_t * BT) * D + o_r[:, None] * D + o_n[None, :]
+    p_carry = carry + (i_b * C + i_t * BT) * D
     if add != 0:
-        acc += tl.load(p_carry, mask=m_n, other=0.0)
+        acc += tl.load(p_carry + o_w, mask=m_n, other=0.0)
     if inside:
         start = row0 + i_r * BT
         m_f = (start + o_r < T)[:, None] & m_n
-        p_f = (i_b * T + start) * D + o_r[:, None] * D + o_n[None, :]
+        p_f = (i_b * T + start) * D
         m_ok = (start + o_r < T - tl.load(bad + i_b))[:, None] & m_n
-        b_x = acc + tl.load(ds + p_f, mask=m_ok, other=0.0).to(tl.float32)
+        b_x = acc + tl.load(ds + p_f + o_w, mask=m_ok, other=0.0).to(tl.float32)
         p_row = i_b * R + i_r * BT + o_r
-        p_i = (i_b * R + i_r * BT) * BT + o_k[:, None] * BT + o_r[None, :]
+        o_i = o_k[:, None] * BT + o_r[None, :]
+        p_i = (i_b * R + i_r * BT) * BT
         b_gain = tl.load(gain + p_row)
-        b_u = apply_inverse(tl.trans(tl.load(inverse + p_i)), tl.trans(tl.load(inverse_low + p_i)), b_x, SPLIT)
+        b_u = apply_inverse(tl.trans(tl.load(inverse + p_i + o_i)), tl.trans(tl.load(inverse_low + p_i + o_i)), b_x, SPLIT)
         if rank > 1:
-            b_near = tl.load(near + p_i + B * R * BT)
-            b_low = tl.load(near_low + p_i + B * R * BT)
+            b_near = tl.load(near + p_i + B * R * BT + o_i)
+            b_low = tl.load(near_low + p_i + B * R * BT + o_i)
             b_r = tl.load(near_scale + p_row + B * R)
             wait_for(p_done, rank - 1)
             if SPLIT:
                 b_r = b_r * tl.load(p_scale + (i_r + 2) * tiles_n)
-            p_tile = p_w + (i_r + 2).to(tl.int64) * BT * D
-            b_u += near_product(tl.trans(b_near), tl.trans(b_low), w, w_low, p_tile, m_n, FULL, SPLIT) * b_r[:, None]
+            p_tile = (i_r + 2).to(tl.int64) * BT * D
+            b_u += near_product(tl.trans(b_near), tl.trans(b_low), p_w + p_tile, p_l + p_tile, o_w, m_n, FULL, SPLIT) * b_r[:, None]
         if rank > 0:
-            b_near = tl.load(near + p_i)
-            b_low = tl.load(near_low + p_i)
+            b_near = tl.load(near + p_i + o_i)
+            b_low = tl.load(near_low + p_i + o_i)
             b_r = tl.load(near_scale + p_row)
             wait_for(p_done, rank)
             if SPLIT:
                 b_r = b_r * tl.load(p_scale + (i_r + 1) * tiles_n)
-            p_tile = p_w + (i_r + 1).to(tl.int64) * BT * D
-            b_u += near_product(tl.trans(b_near), tl.trans(b_low), w, w_low, p_tile, m_n, FULL, SPLIT) * b_r[:, None]
+            p_tile = (i_r + 1).to(tl.int64) * BT * D
+            b_u += near_product(tl.trans(b_near), tl.trans(b_low), p_w + p_tile, p_l + p_tile, o_w, m_n, FULL, SPLIT) * b_r[:, None]
         b_w = b_u * b_gain[:, None]
         amax = tl.max(tl.max(tl.abs(b_w), axis=1), axis=0)
-        p_tile = p_w + i_r.to(tl.int64) * BT * D
-        store_split(b_w, amax, w, w_low, scales, p_tile, (i_b * (R // BT) + i_r) * tiles_n + i_n, m_n, SPLIT)
+        p_tile = i_r.to(tl.int64) * BT * D
+        store_split(b_w, amax, p_w + p_tile, p_l + p_tile, scales, o_w, (i_b * (R // BT) + i_r) * tiles_n + i_n, m_n, SPLIT)
         tl.debug_barrier()
         tl.atomic_xchg(p_done, rank + 1, sem="release", scope="gpu")
-        tl.store(u + p_f, b_u.to(u.dtype.element_ty), mask=m_f)
+        tl.store(u + p_f + o_w, b_u.to(u.dtype.element_ty), mask=m_f)
     elif (i_t < NP) & (row0 == 0):
         row = i_t * BT
-        p_out = dpast_s + (i_b * P + row) * D + o_r[:, None] * D + o_n[None, :]
-        tl.store(p_out, acc.to(dpast_s.dtype.element_ty), mask=(row + o_r < P)[:, None] & m_n)
+        tl.store(dpast_s + (i_b * P + row) * D + o_w, acc.to(dpast_s.dtype.element_ty), mask=(row + o_r < P)[:, None] & m_n)
     else:
-        tl.store(p_carry, acc, mask=m_n)
+        tl.store(p_carry + o_w, acc, mask=m_n)
 
 
 BACKWARD = (
@@ -132,44 +135,58 @@ def backward(
 
     Rows from a sequence's first one with NaN or Inf in q, k or s on get gradient 0 and contribute none. options: as in the forward.
     """
-    ds, q, k, gamma, s, past_k, past_s = (x.contiguous() for x in (ds, q, k, gamma, s, past_k, past_s))
+    ds, q, k, gamma, s, past_k, past_s = (aligned(x) for x in (ds, q, k, gamma, s, past_k, past_s))
     batch, tokens, width = q.shape
-    opt = options or pinned(BACKWARD, q.device, q.dtype, "bwd")
-    split, scaled = q.dtype != torch.float32, q.dtype == torch.float16
+    device, dtype = q.device, q.dtype
+    opt = options or pinned(BACKWARD, device, dtype, "bwd")
+    split = dtype != torch.float32
     scores, solve, products, by_score, by_q, by_k = (opt[n] for n in (BACKWARD[1], *BACKWARD[3:]))
     tile = solve["BT"]
-    work = torch.float16 if split else torch.float32
+    work, pair, single = (torch.float16, torch.bfloat16, torch.float32) if split else (torch.float32,) * 3
     shape = plan(batch, tokens, past_k.shape[1], width, tile, max(scores["BM"], products["BM"]), 2 * work.itemsize, panel_bytes)
     past_tiles, tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
     tiles_n = -(-width // solve["BN"])
     if past_length.dtype != torch.int32:
         past_length = past_length.to(torch.int32)
-
-    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=q.device)
-
     dq, dk, df = torch.empty_like(q), torch.empty_like(k), torch.empty_like(q)
     dgamma, dpast_k, dpast_s = torch.empty_like(gamma), torch.empty_like(past_k), torch.empty_like(past_s)
-    e = empty(batch, rows, columns, dtype=work)
-    r = empty(batch, rows, columns, dtype=work)
-    grad = r.view(q.dtype)  # the scores' gradient takes r's place
-    sums = empty(2, batch, tiles, rows)
-    row_stats = empty(2, batch, rows)
-    x = empty(batch, rows, tile)
-    inverse = empty(2, batch, rows, tile, dtype=torch.bfloat16) if split else x[None].expand(2, -1, -1, -1)
-    near = empty(4, batch, rows, tile, dtype=work)
-    near_scale = empty(2, batch, rows)
-    w = empty(2 if split else 1, batch, rows, width, dtype=work)
-    scales = empty(batch * (rows // tile) * tiles_n)
-    r_scales = empty(2, batch, rows // tile, tiles)
-    carry = empty(2, batch, columns, width) if panels > 1 else empty(2, 1)
-    sync = torch.zeros(batch + panels + panels * batch * tiles_n, dtype=torch.int32, device=q.device)
-    bad, ticket = sync[:batch], sync[batch:]
-    old_k, old_s = (past_k, past_s) if past_tiles else (k, s)
+    every = batch * rows
+    sizes = {
+        "e": (every * columns, work),
+        "r": (every * columns, work),  # then, in place, the scores' gradient
+        "sums": (every * tiles, single),
+        "inverse_sum": (every, single),
+        "gain": (every, single),
+        "x": (every * tile, single),
+        "inverse": (every * tile, pair),
+        "near": (2 * every * tile, work),
+        "near_scale": (2 * every, single),
+        "w": (every * width, work),
+        "scales": (every // tile * tiles_n, single),
+        "r_scales": (every // tile * tiles, single),
+        "grad_scales": (every // tile * tiles, single),
+        "carry": (batch * columns * width if panels > 1 else 0, single),
+        "carry_k": (batch * columns * width if panels > 1 else 0, single),
+    }
+    if split:
+        sizes |= {"inverselow": sizes["inverse"], "nearlow": sizes["near"], "wlow": sizes["w"]}
+    at, _memory = workspace(device, sizes)
+    low = "low" if split else ""
+    inverse_low, near_low, w_low = at["inverse" + low], at["near" + low], at["w" + low]
+    sync = torch.zeros(batch + panels + panels * batch * tiles_n, dtype=torch.int32, device=device)
+    bad, ticket = address(sync[:batch]), address(sync[batch:])
+    a_ds, a_q, a_k, a_gamma, a_s, a_lse, a_length = (address(x) for x in (ds, q, k, gamma, s, aligned(lse), past_length))
+    a_dq, a_dk, a_df, a_dgamma, a_dpast_k, a_dpast_s = (address(x) for x in (dq, dk, df, dgamma, dpast_k, dpast_s))
+    a_past_k, a_past_s = (address(past_k), address(past_s)) if past_tiles else (a_k, a_s)
+    grad = at["r"] if isinstance(at["r"], int) else at["r"].view(dtype)
+    kernels = (
+        feedback_first_bad, feedback_scores, feedback_combine, feedback_solve_transposed,
+        feedback_grad_products, feedback_grad_scores, feedback_grad_q, feedback_grad_k,
+    )  # fmt: skip
+    run = {name: launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(BACKWARD, kernels, strict=True)}
     scale = 1 / math.sqrt(width)
 
-    first_bad = opt["feedback_first_bad"]
-    feedback_first_bad[(-(-tokens // first_bad["BT"]), batch)](q, k, s, bad, tokens, width, **first_bad)
+    run["feedback_first_bad"]((-(-tokens // opt["feedback_first_bad"]["BT"]), batch), a_q, a_k, a_s, bad, tokens, width)
     for panel in range(panels):
         row0 = (panels - 1 - panel) * rows
         blocks = -(-min(rows, tokens - row0) // tile)
@@ -179,30 +196,33 @@ def backward(
         def grid(o: dict[str, Any], here: int = blocks * tile, before: int = before) -> tuple[int, int]:
             return grouped_size(-(-here // o["BM"]), before, o["BM"], tile, o["GROUP"]), batch
 
-        feedback_scores[grid(scores)](
-            q, k, old_k, past_length, lse, bad, e, sums[0], sums[1], ticket, tokens, shape.past, width, columns, rows, past_tiles, tiles, row0, 0,
-            scale, **scores,
+        run["feedback_scores"](
+            grid(scores), a_q, a_k, a_past_k, a_length, a_lse, bad, at["e"], at["sums"], at["sums"], ticket, tokens, shape.past, width, columns,
+            rows, past_tiles, tiles, row0, 0, scale,
         )  # fmt: skip
-        feedback_combine[(blocks, batch)](
-            e, sums[0], sums[1], gamma, past_length, row_stats[0], row_stats[1], lse, x, inverse[0], inverse[1], near, near[2:], near_scale,
-            tokens, columns, rows, past_tiles, tiles, row0, batch, blocks, **opt["feedback_combine"],
+        run["feedback_combine"](
+            (blocks, batch), at["e"], at["sums"], at["sums"], a_gamma, a_length, at["inverse_sum"], at["gain"], a_lse, at["x"], at["inverse"],
+            inverse_low, at["near"], near_low, at["near_scale"], tokens, columns, rows, past_tiles, tiles, row0, batch, blocks,
         )  # fmt: skip
-        feedback_solve_transposed[((blocks + before) * batch * tiles_n,)](
-            e, row_stats[1], inverse[0], inverse[1], near, near[2:], near_scale, ds, df, w[0], w[-1], scales, carry[0], dpast_s, past_length, bad,
-            ticket, tokens, shape.past, width, columns, rows, past_tiles, row0, blocks, batch, panel, panels, add, **solve,
+        run["feedback_solve_transposed"](
+            ((blocks + before) * batch * tiles_n,), at["e"], at["gain"], at["inverse"], inverse_low, at["near"], near_low, at["near_scale"], a_ds,
+            a_df, at["w"], w_low, at["scales"], at["carry"], a_dpast_s, a_length, bad, ticket, tokens, shape.past, width, columns, rows, past_tiles,
+            row0, blocks, batch, panel, panels, add,
         )  # fmt: skip
-        feedback_grad_products[grid(products)](
-            df, s, old_s, past_length, bad, e, r, r_scales[0], sums[0], tokens, shape.past, width, columns, rows, past_tiles, tiles, row0, **products
-        )
-        feedback_grad_scores[(blocks, -(-(before + blocks) // by_score["TILES"]), batch)](
-            e, r, r_scales[0], sums[0], row_stats[1], row_stats[0], grad, r_scales[1], dgamma, past_length, bad, tokens, columns, rows, past_tiles,
-            tiles, row0, **by_score,
+        run["feedback_grad_products"](
+            grid(products), a_df, a_s, a_past_s, a_length, bad, at["e"], at["r"], at["r_scales"], at["sums"], tokens, shape.past, width, columns,
+            rows, past_tiles, tiles, row0,
         )  # fmt: skip
-        feedback_grad_q[(-(-width // by_q["BN"]), blocks, batch)](
-            grad, r_scales[1], k, old_k, past_length, bad, dq, tokens, shape.past, width, columns, rows, past_tiles, tiles, row0, scale, **by_q
-        )
-        feedback_grad_k[(-(-width // by_k["BN"]), before + blocks, batch)](
-            grad, r_scales[1], q, past_length, bad, carry[1], dk, dpast_k, tokens, shape.past, width, columns, rows, past_tiles, tiles, row0, blocks,
-            add, scale, **by_k,
+        run["feedback_grad_scores"](
+            (blocks, -(-(before + blocks) // by_score["TILES"]), batch), at["e"], at["r"], at["r_scales"], at["sums"], at["gain"], at["inverse_sum"],
+            grad, at["grad_scales"], a_dgamma, a_length, bad, tokens, columns, rows, past_tiles, tiles, row0,
+        )  # fmt: skip
+        run["feedback_grad_q"](
+            (-(-width // by_q["BN"]), blocks, batch), grad, at["grad_scales"], a_k, a_past_k, a_length, bad, a_dq, tokens, shape.past, width, columns,
+            rows, past_tiles, tiles, row0, scale,
+        )  # fmt: skip
+        run["feedback_grad_k"](
+            (-(-width // by_k["BN"]), before + blocks, batch), grad, at["grad_scales"], a_q, a_length, bad, at["carry_k"], a_dk, a_dpast_k, tokens,
+            shape.past, width, columns, rows, past_tiles, tiles, row0, blocks, add, scale,
         )  # fmt: skip
     return dq, dk, dgamma, df, dpast_k, dpast_s

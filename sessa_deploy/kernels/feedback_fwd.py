@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels import launch
+from sessa_deploy.kernels.feedback_launch import address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.feedback_tiles import apply_inverse, feedback_combine, feedback_scores, finite, grouped_size, store_split
 
 PANEL_BYTES = 1 << 30  # routing tiles of one panel
-DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_pack"))
@@ -47,11 +46,11 @@ def wait_for(p_done, tiles):
 
 
 @triton.jit
-def near_product(b_near, b_low, w, w_low, p_tile, m_n, FULL: tl.constexpr, SPLIT: tl.constexpr):
+def near_product(b_near, b_low, w, w_low, o_tile, m_n, FULL: tl.constexpr, SPLIT: tl.constexpr):
     """near @ s of one block, both as pairs: two products, with FULL also near's low half."""
-    b_w = tl.load(w + p_tile, mask=m_n, other=0.0, cache_modifier=".cg")
+    b_w = tl.load(w + o_tile, mask=m_n, other=0.0, cache_modifier=".cg")
     if SPLIT:
-        b_l = tl.load(w_low + p_tile, mask=m_n, other=0.0, cache_modifier=".cg")
+        b_l = tl.load(w_low + o_tile, mask=m_n, other=0.0, cache_modifier=".cg")
         acc = tl.dot(b_near, b_l)
         if FULL:
             acc = tl.dot(b_low, b_w, acc)
@@ -85,8 +84,10 @@ def feedback_solve(
 
     o_r, o_k, o_n = tl.arange(0, BT), tl.arange(0, BT), i_n * BN + tl.arange(0, BN)
     m_n = (o_n < D)[None, :]
-    p_e = e + (i_b * R + i_r * BT) * C + o_r[:, None] * C + o_k[None, :]
-    p_w = i_b * C * D + o_k[:, None] * D + o_n[None, :]
+    o_e = o_r[:, None] * C + o_k[None, :]
+    o_w = o_k[:, None] * D + o_n[None, :]
+    p_e = e + (i_b * R + i_r * BT) * C
+    p_w, p_l = w + i_b * C * D, w_low + i_b * C * D
     p_peak = peak + i_b * NT * R + i_r * BT + o_r
     p_scale = scales + i_b * NT * tiles_n + i_n
     p_row = i_b * R + i_r * BT + o_r
@@ -101,52 +102,53 @@ def feedback_solve(
             stop = tl.minimum(past_tiles + wait_for(p_done, i - past_tiles + 1), far)
         for j in tl.range(i, stop, num_stages=STAGES):
             i_t = tl.where(j < past_tiles, j, j - past_tiles + NP)
-            b_e = tl.load(p_e + i_t * BT)
-            b_w = tl.load(w + p_w + i_t.to(tl.int64) * BT * D, mask=m_n, other=0.0, cache_modifier=".cg")
+            b_e = tl.load(p_e + i_t * BT + o_e)
+            b_w = tl.load(p_w + i_t.to(tl.int64) * BT * D + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
             b_r = b_gain * tl.exp(tl.load(p_peak + i_t.to(tl.int64) * R) - b_top)
             if SPLIT:
                 b_r = b_r * tl.load(p_scale + i_t * tiles_n)
             b_y = tl.dot(b_e, b_w, input_precision="ieee")
             if FULL:
-                b_l = tl.load(w_low + p_w + i_t.to(tl.int64) * BT * D, mask=m_n, other=0.0, cache_modifier=".cg")
+                b_l = tl.load(p_l + i_t.to(tl.int64) * BT * D + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
                 b_y = tl.dot(b_e, b_l, b_y)
             acc += b_y * b_r[:, None]
         i = stop
 
     start = row0 + i_r * BT
     m_f = (start + o_r < T)[:, None] & m_n
-    p_f = (i_b * T + start) * D + o_r[:, None] * D + o_n[None, :]
-    p_i = (i_b * R + i_r * BT) * BT + o_r[:, None] * BT + o_k[None, :]
-    b_x = acc + tl.load(f + p_f, mask=m_f, other=0.0).to(tl.float32)
+    p_f = (i_b * T + start) * D
+    o_i = o_r[:, None] * BT + o_k[None, :]
+    p_i = (i_b * R + i_r * BT) * BT
+    b_x = acc + tl.load(f + p_f + o_w, mask=m_f, other=0.0).to(tl.float32)
     m_ok = finite(b_x) & finite(b_gain)[:, None]
-    b_s = apply_inverse(tl.load(inverse + p_i), tl.load(inverse_low + p_i), tl.where(m_ok, b_x, 0.0), SPLIT)
+    b_s = apply_inverse(tl.load(inverse + p_i + o_i), tl.load(inverse_low + p_i + o_i), tl.where(m_ok, b_x, 0.0), SPLIT)
     if tl.max(tl.max(tl.where(m_ok, 0, 1), axis=1), axis=0) > 0:  # rare: poison each column from its first bad row on, not the rows before it
         b_first = tl.min(tl.where(m_ok, BT, o_r[:, None]), axis=0)
         b_s = tl.where(o_r[:, None] >= b_first[None, :], float("nan"), b_s)
     if block > 1:
         i_t = NP + block - 2
-        b_near = tl.load(near + p_i + B * R * BT)
-        b_low = tl.load(near_low + p_i + B * R * BT)
+        b_near = tl.load(near + p_i + B * R * BT + o_i)
+        b_low = tl.load(near_low + p_i + B * R * BT + o_i)
         b_r = tl.load(near_scale + p_row + B * R)
         wait_for(p_done, block - 1)
         if SPLIT:
             b_r = b_r * tl.load(p_scale + i_t * tiles_n)
-        b_s += near_product(b_near, b_low, w, w_low, p_w + i_t.to(tl.int64) * BT * D, m_n, FULL, SPLIT) * b_r[:, None]
+        b_s += near_product(b_near, b_low, p_w + i_t.to(tl.int64) * BT * D, p_l + i_t.to(tl.int64) * BT * D, o_w, m_n, FULL, SPLIT) * b_r[:, None]
     if block > 0:
         i_t = NP + block - 1
-        b_near = tl.load(near + p_i)
-        b_low = tl.load(near_low + p_i)
+        b_near = tl.load(near + p_i + o_i)
+        b_low = tl.load(near_low + p_i + o_i)
         b_r = tl.load(near_scale + p_row)
         wait_for(p_done, block)
         if SPLIT:
             b_r = b_r * tl.load(p_scale + i_t * tiles_n)
-        b_s += near_product(b_near, b_low, w, w_low, p_w + i_t.to(tl.int64) * BT * D, m_n, FULL, SPLIT) * b_r[:, None]
+        b_s += near_product(b_near, b_low, p_w + i_t.to(tl.int64) * BT * D, p_l + i_t.to(tl.int64) * BT * D, o_w, m_n, FULL, SPLIT) * b_r[:, None]
     amax = tl.max(tl.max(tl.abs(b_s), axis=1), axis=0)
-    p_tile = (i_b * C + (NP + block) * BT) * D + o_r[:, None] * D + o_n[None, :]
-    store_split(b_s, amax, w, w_low, scales, p_tile, (i_b * NT + NP + block) * tiles_n + i_n, m_n, SPLIT)
+    p_tile = (NP + block).to(tl.int64) * BT * D
+    store_split(b_s, amax, p_w + p_tile, p_l + p_tile, scales, o_w, (i_b * NT + NP + block) * tiles_n + i_n, m_n, SPLIT)
     tl.debug_barrier()
     tl.atomic_xchg(p_done, block + 1, sem="release", scope="gpu")
-    tl.store(s + p_f, b_s.to(s.dtype.element_ty), mask=m_f)
+    tl.store(s + p_f + o_w, b_s.to(s.dtype.element_ty), mask=m_f)
 
 
 @dataclass(frozen=True)
@@ -185,23 +187,28 @@ def plan(batch: int, tokens: int, past: int, width: int, tile: int, score_rows: 
     return Shape(batch, tokens, past, width, tile, rows)
 
 
-@lru_cache(maxsize=64)
-def arch_of(index: int) -> int:
-    """Compute capability of a CUDA device as an integer, 90 for the interpreter (no device)."""
-    if not torch.cuda.is_available():
-        return 90
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
-def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, variant: str) -> dict[str, dict[str, Any]]:
-    """The pinned launch options of `names`."""
-    return _pinned(names, arch_of(device.index or 0), DTYPE_NAMES[dtype], variant)
-
-
-@lru_cache(maxsize=64)
-def _pinned(names: tuple[str, ...], arch: int, dtype: str, variant: str) -> dict[str, dict[str, Any]]:
-    return {name: launch.options(name, arch, dtype, variant) for name in names}
+def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n: int, split: bool) -> dict[str, tuple[int, torch.dtype]]:
+    """Buffers of the forward (elements, dtype): work is the type of routing tiles, pair that of a block inverse's two halves."""
+    rows, columns = shape.batch * shape.rows, shape.batch * shape.columns
+    single = torch.float32
+    sizes = {
+        "e": (rows * shape.columns, work),
+        "peak": (rows * shape.tiles, single),
+        "total": (rows * shape.tiles, single),
+        "row_peak": (rows, single),
+        "gain": (rows, single),
+        "lse": (shape.batch * shape.tokens, single),
+        "x": (rows * shape.tile, single),
+        "inverse": (rows * shape.tile, pair),
+        "near": (2 * rows * shape.tile, work),
+        "near_scale": (2 * rows, single),
+        "w": (columns * shape.width, work),
+        "scales": (shape.batch * shape.tiles * tiles_n, single),
+        "sync": (shape.panels + shape.batch * tiles_n, torch.int32),
+    }
+    if split:
+        sizes |= {"inverselow": sizes["inverse"], "nearlow": sizes["near"], "wlow": sizes["w"]}
+    return sizes
 
 
 FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_solve")
@@ -215,53 +222,51 @@ def forward(
 
     options: launch options by kernel name in place of the pinned ones (tuning, small tiles under the interpreter).
     """
-    q, k, gamma, f, past_k, past_s = (x.contiguous() for x in (q, k, gamma, f, past_k, past_s))
+    q, k, gamma, f, past_k, past_s = (aligned(x) for x in (q, k, gamma, f, past_k, past_s))
     batch, tokens, width = q.shape
-    opt = options or pinned(FORWARD, q.device, q.dtype, "fwd")
-    split = q.dtype != torch.float32
+    device, dtype = q.device, q.dtype
+    opt = options or pinned(FORWARD, device, dtype, "fwd")
     scores, combine, solve = (opt[n] for n in FORWARD[1:])
     tile, block_n = solve["BT"], solve["BN"]
-    work = torch.float16 if split else torch.float32
+    split = dtype != torch.float32
+    work, pair = (torch.float16, torch.bfloat16) if split else (torch.float32, torch.float32)
     shape = plan(batch, tokens, past_k.shape[1], width, tile, scores["BM"], work.itemsize, panel_bytes)
     past_tiles, tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
     tiles_n = -(-width // block_n)
+    n_sync = panels + batch * tiles_n
     if past_length.dtype != torch.int32:
         past_length = past_length.to(torch.int32)
-
-    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=q.device)
-
     s = torch.empty_like(f)
-    lse = empty(batch, tokens)
-    e = empty(batch, rows, columns, dtype=work)
-    stats = empty(2, batch, tiles, rows)
-    row_stats = empty(2, batch, rows)
-    x = empty(batch, rows, tile)
-    inverse = empty(2, batch, rows, tile, dtype=torch.bfloat16) if split else x[None].expand(2, -1, -1, -1)
-    near = empty(4, batch, rows, tile, dtype=work)
-    near_scale = empty(2, batch, rows)
-    w = empty(2, batch, columns, width, dtype=work) if split else empty(1, batch, columns, width).expand(2, -1, -1, -1)
-    scales = empty(batch, tiles, tiles_n)
-    n_sync = panels + batch * tiles_n
-    sync = empty(n_sync, dtype=torch.int32)
+    lse = torch.empty(batch, tokens, dtype=torch.float32, device=device) if need_lse else None
+    at, _memory = workspace(device, workspace_sizes(shape, work, pair, tiles_n, split))
+    a_s, a_f, a_q, a_k, a_gamma, a_length = (address(x) for x in (s, f, q, k, gamma, past_length))
+    a_past_k, a_past_s = (address(past_k), address(past_s)) if past_tiles else (a_k, a_f)
+    a_lse = at["lse"] if lse is None else address(lse)
+    kernels = ((feedback_scores, scores), (feedback_combine, combine), (feedback_solve, solve))
+    run_scores, run_combine, run_solve = (launcher(kernel, device, dtype, o) for kernel, o in kernels)
+    low = "low" if split else ""
+    inverse_low, near_low, w_low = at["inverse" + low], at["near" + low], at["w" + low]
 
     if past_tiles:
-        feedback_pack[(past_tiles, tiles_n, batch)](past_s, past_length, w[0], w[1], scales, shape.past, width, columns, **opt["feedback_pack"])
+        launcher(feedback_pack, device, dtype, opt["feedback_pack"])(
+            (past_tiles, tiles_n, batch), a_past_s, a_length, at["w"], w_low, at["scales"], shape.past, width, columns
+        )
     for panel in range(panels):
         row0 = panel * rows
         here = min(rows, tokens - row0)
         blocks = -(-here // tile)
         grid = grouped_size(-(-here // scores["BM"]), past_tiles + row0 // tile, scores["BM"], tile, scores["GROUP"])
-        feedback_scores[(grid, batch)](
-            q, k, past_k if past_tiles else k, past_length, lse, sync, e, stats[0], stats[1], sync, tokens, shape.past, width, columns, rows,
-            past_tiles, tiles, row0, 0 if panel else n_sync, 1 / math.sqrt(width), **scores,
+        run_scores(
+            (grid, batch), a_q, a_k, a_past_k, a_length, a_lse, at["sync"], at["e"], at["peak"], at["total"], at["sync"], tokens, shape.past, width,
+            columns, rows, past_tiles, tiles, row0, 0 if panel else n_sync, 1 / math.sqrt(width),
         )  # fmt: skip
-        feedback_combine[(blocks, batch)](
-            e, stats[0], stats[1], gamma, past_length, row_stats[0], row_stats[1], lse, x, inverse[0], inverse[1],
-            near, near[2:], near_scale, tokens, columns, rows, past_tiles, tiles, row0, batch, blocks, **combine,
+        run_combine(
+            (blocks, batch), at["e"], at["peak"], at["total"], a_gamma, a_length, at["row_peak"], at["gain"], a_lse, at["x"], at["inverse"],
+            inverse_low, at["near"], near_low, at["near_scale"], tokens, columns, rows, past_tiles, tiles, row0, batch, blocks,
         )  # fmt: skip
-        feedback_solve[(blocks * batch * tiles_n,)](
-            e, stats[0], row_stats[0], row_stats[1], inverse[0], inverse[1], near, near[2:], near_scale, f, s, w[0], w[1], scales,
-            past_length, sync, tokens, width, columns, rows, past_tiles, tiles, row0, batch, panel, panels, **solve,
+        run_solve(
+            (blocks * batch * tiles_n,), at["e"], at["peak"], at["row_peak"], at["gain"], at["inverse"], inverse_low, at["near"], near_low,
+            at["near_scale"], a_f, a_s, at["w"], w_low, at["scales"], a_length, at["sync"], tokens, width, columns, rows, past_tiles, tiles, row0,
+            batch, panel, panels,
         )  # fmt: skip
-    return s, lse if need_lse else None
+    return s, lse

@@ -149,7 +149,8 @@ def store_near(b_m, near, near_low, near_scale, p_tile, p_vector, AXIS: tl.const
     """Store b_m, each row (AXIS 1) or column (AXIS 0) over its largest magnitude, as a float16 pair, and those magnitudes."""
     b_c = tl.max(tl.abs(b_m), axis=AXIS)
     b_c = tl.where(finite(b_c) & (b_c > 0.0), b_c, 1.0)
-    b_m = b_m / (b_c[:, None] if AXIS == 1 else b_c[None, :])
+    b_i = 1.0 / b_c
+    b_m = b_m * (b_i[:, None] if AXIS == 1 else b_i[None, :])
     b_high = b_m.to(near.dtype.element_ty)
     tl.store(near + p_tile, b_high)
     if SPLIT:
@@ -215,15 +216,14 @@ def feedback_combine(
     tl.debug_barrier()
     N: tl.constexpr = BT // SUB
     o_n, o_s = tl.arange(0, N), tl.arange(0, SUB)
-    p_s = p_x + o_n[:, None, None] * (SUB * BT + SUB) + o_s[None, :, None] * BT + o_s[None, None, :]
-    b_s = tl.load(p_s)
+    p_s = p_x + o_n[:, None, None] * (SUB * BT + SUB) + o_s[None, None, :] * BT + o_s[None, :, None]
+    # Row i of a block's inverse is e_i + sum_j b[i,j] x[j,:]; b_x[n,c,j] = x[j,c], so that a sum over j stays inside a warp.
     b_x = (o_s[None, :, None] == o_s[None, None, :]) & (o_n[:, None, None] >= 0)
     b_x = tl.where(b_x, 1.0, 0.0)
-    for i_s in range(1, SUB):  # row i of the inverse is e_i + sum_j b[i,j] x[j,:], in every diagonal block at once
-        m_s = (o_s == i_s)[None, :, None]
-        b_row = tl.sum(tl.where(m_s, b_s, 0.0), axis=1)
-        b_row = tl.sum(b_row[:, :, None] * b_x, axis=1)
-        b_x += tl.where(m_s, b_row[:, None, :], 0.0)
+    for i_s in tl.static_range(1, SUB):
+        b_row = tl.load(p_x + o_n[:, None, None] * (SUB * BT + SUB) + i_s * BT + o_s[None, None, :])
+        b_new = tl.sum(b_row * b_x, axis=2)
+        b_x += tl.where((o_s == i_s)[None, None, :], b_new[:, :, None], 0.0)
     tl.debug_barrier()
     tl.store(p_s, b_x)
     tl.debug_barrier()

@@ -25,7 +25,7 @@ ARCHS = (80, 86, 87, 89, 90, 100, 120)
 ALIGNMENT = 16  # bytes for a pointer, elements for a width or stride
 # Largest dynamic shared memory one block may ask for, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-NOT_TILES = ("arch", "dtype", "variant", "tuned", "num_warps", "num_stages", "maxnreg", "spills")
+NOT_TILES = ("arch", "dtype", "variant", "tuned", "num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "spills")
 
 
 def kernel(name: str) -> Kernel:
@@ -81,9 +81,9 @@ def pinned(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
 
 
 def options(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
-    """Keyword arguments of a launch: the constexpr tiles, num_warps and num_stages (and maxnreg where pinned)."""
+    """Keyword arguments of a launch: the constexpr tiles, num_warps and num_stages (maxnreg and enable_fp_fusion where pinned)."""
     entry = pinned(name, arch, dtype, variant)
-    extra = {"maxnreg": entry["maxnreg"]} if entry.get("maxnreg") else {}
+    extra = {k: entry[k] for k in ("maxnreg", "enable_fp_fusion") if entry.get(k) is not None}
     return {**tiles(name, arch, dtype, variant), "num_warps": entry["num_warps"], "num_stages": entry["num_stages"], **extra}
 
 

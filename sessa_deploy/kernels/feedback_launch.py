@@ -1,0 +1,113 @@
+"""Launching the pinned kernels with little host time: one workspace allocation, one compiled binary per launch table entry, raw addresses.
+
+Triton's own call costs tens of microseconds, as much as a short kernel. Nothing here may change what is launched: a kernel's binary follows from
+its launch table entry alone (`launch.py`), so it is compiled once from types and then called with addresses. Under the interpreter, tensors go in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from sessa_deploy.kernels import launch
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
+ALIGN = 256  # bytes between buffers of a workspace
+
+Options = dict[str, dict[str, Any]]
+Address = int | Tensor
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its interpreter (TRITON_INTERPRET=1), on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@lru_cache(maxsize=64)
+def arch_of(index: int) -> int:
+    """Compute capability of a CUDA device as an integer, 90 for the interpreter (no device)."""
+    if not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@lru_cache(maxsize=256)
+def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, variant: str) -> Options:
+    """The pinned launch options of `names` on a device, for a storage dtype."""
+    arch = arch_of(device.index or 0)
+    return {name: launch.options(name, arch, DTYPE_NAMES[dtype], variant) for name in names}
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x contiguous and on a 16-byte boundary, as every kernel expects; a copy only where it has to be."""
+    x = x.contiguous()
+    return x if x.data_ptr() % launch.ALIGNMENT == 0 else x.clone()
+
+
+def address(x: Tensor) -> Address:
+    """What a launch takes for a tensor."""
+    return x if interpreted() else x.data_ptr()
+
+
+def workspace(device: torch.device, buffers: dict[str, tuple[int, torch.dtype]]) -> tuple[dict[str, Address], Tensor]:
+    """Addresses of uninitialised buffers (elements, dtype) in one allocation, and that allocation, to be kept until the launches are queued."""
+    offsets, total = {}, 0
+    for name, (count, dtype) in buffers.items():
+        offsets[name] = total
+        total += -(-count * dtype.itemsize // ALIGN) * ALIGN
+    memory = torch.empty(total, dtype=torch.uint8, device=device)
+    if interpreted():
+        return {n: memory[o : o + buffers[n][0] * buffers[n][1].itemsize].view(buffers[n][1]) for n, o in offsets.items()}, memory
+    base = memory.data_ptr()
+    return {n: base + o for n, o in offsets.items()}, memory
+
+
+_LAUNCHERS: dict[tuple[Any, ...], Callable[..., None]] = {}
+
+
+def _compiled(kernel: Any, dtype: torch.dtype, options: dict[str, Any]) -> Callable[..., None]:
+    """A function of (stream, grid x, y, z, *arguments) that launches the kernel's binary on the current device."""
+    description = launch.kernel(kernel.__name__)
+    types = [launch.resolve(p.type, DTYPE_NAMES[dtype]) for p in description.params]
+    # Examples carry the types; with the table's do_not_specialize, values select nothing.
+    examples = [TORCH_TYPES[t[1:]] if t.startswith("*") else 1.0 if t == "fp32" else 16 for t in types]
+    binary = kernel.warmup(*examples, grid=(1,), **options)
+    binary = binary.result() if hasattr(binary, "result") else binary
+    run, function, metadata = binary.run, binary.function, binary.packed_metadata
+    constants = [options[name] for name in description.constexprs]
+
+    def call(stream: int, x: int, y: int, z: int, *arguments: Any) -> None:
+        run(x, y, z, stream, function, metadata, None, None, None, *arguments, *constants)
+
+    return call
+
+
+def launcher(kernel: Any, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Callable[..., None]:
+    """A function of (grid, *arguments) that launches `kernel` with these options for a storage dtype, on the current stream of `device`."""
+    if interpreted():
+        return lambda grid, *arguments: kernel[grid](*arguments, **options)
+    key = (kernel.__name__, device.index, dtype, id(options))
+    entry = _LAUNCHERS.get(key)
+    if entry is None:
+        with torch.cuda.device(device):
+            call = _compiled(kernel, dtype, options)
+        index = device.index
+
+        def entry(grid: tuple[int, ...], *arguments: Any, _keep: Any = options) -> None:
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            x, y, z = (*grid, 1, 1)[:3]
+            if torch._C._cuda_getDevice() == index:
+                call(stream, x, y, z, *arguments)
+            else:
+                with torch.cuda.device(index):
+                    call(stream, x, y, z, *arguments)
+
+        _LAUNCHERS[key] = entry
+    return entry
