@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from parity_fixtures import CONFIG, LENGTHS, Here, judge, make_bundle
+from parity_fixtures import CONFIG, LENGTHS, Here, judge
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import LOGITS, PARITY_FILE
@@ -179,21 +179,16 @@ def test_the_driver_hands_over_poison_and_keeps_valid_rows() -> None:
 # --- with a bundle ---
 
 
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(bundle, checkpoint)."""
-    return make_bundle(tmp_path_factory.mktemp("parity"))
-
-
-def test_dump_on_a_machine_without_torch_and_compare(material: tuple[Path, Path], tmp_path: Path) -> None:
-    bundle, checkpoint = material
+def test_dump_on_a_machine_without_torch_and_compare(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    bundle, checkpoint, _ = material
     blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'triton', 'onnx', 'safetensors', 'onnxscript'])); "
     run = f"from sessa_deploy.export.parity import dump_engines; from sessa_deploy.export.parity_process import launch_here; \
 print(dump_engines({str(bundle)!r}, {str(tmp_path / 'there')!r}, ['ort'], lengths={LENGTHS}, launch=launch_here))"
     subprocess.run([sys.executable, "-c", blocked + run], check=True, timeout=120)
     assert read_header(tmp_path / "there", "ort")["modes"].keys() == {"graph", "session", "greedy"}
-    (tmp_path / "kept").mkdir()
-    report = parity.validate(bundle, checkpoint, elsewhere=tmp_path / "there", launch=Here(tmp_path / "kept"), workers=1)
+    seeded = tmp_path / "seeded"  # cases whose generated tokens the seed chose, so other references than `kept`
+    seeded.mkdir()
+    report = parity.validate(bundle, checkpoint, elsewhere=tmp_path / "there", launch=Here(seeded), workers=1)
     assert report.passed and {rung for rung, _ in report.judged} == {"torch", "ort"}
 
     # a wrong number in the dump is found; a dump of another bundle or other cases is refused
@@ -201,25 +196,25 @@ print(dump_engines({str(bundle)!r}, {str(tmp_path / 'there')!r}, ['ort'], length
     tensors = read_tensors(tmp_path / "there", "ort", "graph", "prefill-65")
     tensors[layer_name(2, "v_f")][40] *= 1.001
     np.savez(path, **tensors)  # type: ignore[arg-type]
-    report = parity.validate(bundle, checkpoint, elsewhere=tmp_path / "there", launch=Here(tmp_path / "kept"), workers=1)
+    report = parity.validate(bundle, checkpoint, elsewhere=tmp_path / "there", launch=Here(seeded), workers=1)
     assert report.failure is not None and report.failure.where == "layer 2 v_f" and "position 40" in report.failure.detail
     header = tmp_path / "there" / "ort" / "header.json"
     header.write_text(header.read_text().replace(Bundle.open(bundle).sha256("model.onnx"), "0" * 64))
     with pytest.raises(UserError, match=r"another model\.onnx"):
-        parity.validate(bundle, checkpoint, elsewhere=tmp_path / "there", launch=Here(tmp_path / "kept"), workers=1)
+        parity.validate(bundle, checkpoint, elsewhere=tmp_path / "there", launch=Here(seeded), workers=1)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="not readable"):
         read_tensors(tmp_path / "there", "ort", "graph", "prefill-65")
     with pytest.raises(UserError, match="holds no"):
-        parity.validate(bundle, checkpoint, elsewhere=tmp_path / "kept" / "float64", launch=Here(tmp_path / "kept"))
+        parity.validate(bundle, checkpoint, elsewhere=seeded, launch=Here(seeded))
 
 
-def test_another_checkpoint(material: tuple[Path, Path], tmp_path: Path) -> None:
+def test_another_checkpoint(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
     from parity_fixtures import lively_model
 
     from sessa_deploy.checkpoint import save_checkpoint
 
-    bundle, _ = material
+    bundle, *_ = material
     save_checkpoint(lively_model(seed=1), tmp_path / "other")
     report = judge(bundle, tmp_path / "other", tmp_path / "kept")
     assert report.failure is not None and report.failure.where.startswith("weights: ") and report.weights["missing"]
@@ -230,7 +225,7 @@ def test_another_checkpoint(material: tuple[Path, Path], tmp_path: Path) -> None
         judge(bundle, tmp_path / "nothing", tmp_path / "kept")
 
 
-def test_bf16_on_a_cpu_names_the_way_out(material: tuple[Path, Path], tmp_path: Path) -> None:
+def test_bf16_on_a_cpu_names_the_way_out(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
     opened = Bundle.open(material[0])
     write_bundle(tmp_path / "bundle", {name: opened.file(name) for name in opened.names()}, opened.config, "bf16", {})
     with pytest.raises(UserError, match="--precision fp32") as caught:
@@ -238,9 +233,9 @@ def test_bf16_on_a_cpu_names_the_way_out(material: tuple[Path, Path], tmp_path: 
     assert "\n" not in str(caught.value)
 
 
-def test_report_and_record(material: tuple[Path, Path], tmp_path: Path) -> None:
-    bundle, checkpoint = material
-    report = judge(bundle, checkpoint, tmp_path / "kept")
+def test_report_and_record(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    bundle, checkpoint, kept = material
+    report = judge(bundle, checkpoint, kept)
     text = write_report(report, tmp_path / "report.html").read_text()
     assert "Parity passed" in text and text.count("data:image/svg+xml;base64,") == 4
     assert not re.search(r"(src|href)=\"(?!data:)", text) and "<script" not in text and "@import" not in text and "url(" not in text
@@ -259,8 +254,8 @@ def test_report_and_record(material: tuple[Path, Path], tmp_path: Path) -> None:
     json.dumps(report.to_dict(), allow_nan=False)
 
 
-def test_a_rung_is_a_process(material: tuple[Path, Path], tmp_path: Path) -> None:
-    bundle, _ = material
+def test_a_rung_is_a_process(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    bundle, *_ = material
     heard: list[tuple[str, int, int]] = []
     rungs = parity.dump_engines(bundle, tmp_path, ["ort"], lengths=(2,), launch=ProcessLaunch(), progress=lambda *x: heard.append(x))
     assert rungs == ["ort"] and heard[-1][1] == heard[-1][2] and not list(tmp_path.glob("*.log"))

@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from parity_fixtures import LAYERS, judge, lively_model, make_bundle
+from parity_fixtures import LAYERS, judge, lively_model
 from torch import Tensor
 
 from sessa_deploy import model as model_module
@@ -30,13 +30,6 @@ from sessa_deploy.runtime.bundle import Bundle, write_bundle
 from sessa_deploy.runtime.host_cache import HostCache
 
 BAD_LAYER = 1
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """(bundle, checkpoint, folder of the reference rungs)."""
-    folder = tmp_path_factory.mktemp("parity")
-    return *make_bundle(folder), folder / "kept"
 
 
 # --- faults in the model's arithmetic: the torch graph, broken in one layer, stands in for the engine ---
