@@ -6,6 +6,7 @@ Nothing of a bundle is loaded before every file matched; a bundle appears, chang
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -93,10 +94,8 @@ class BundleWriter:
         self._staging = Staging(self.target)
 
     def __enter__(self) -> BundleWriter:
-        try:
+        with _writing(self.target):
             self._staging.__enter__()
-        except OSError as error:
-            raise UserError("the bundle cannot be written there", got=f"{self.target} ({error.strerror})", fix="choose another --out") from None
         return self
 
     def __exit__(self, *caught: object) -> None:
@@ -109,14 +108,15 @@ class BundleWriter:
 
     def commit(self, config: SessaConfig, precision: str, versions: Mapping[str, str], opset: int = DEFAULT_OPSET) -> Bundle:
         """Checksum every file in the folder, write the manifest last and put the folder in place."""
-        files = {name: _describe(self.folder / name) for name in _listing(self.folder)}
-        manifest = {"schema_version": BUNDLE_SCHEMA, "config": config.to_dict(), "precision": precision, "opset": opset,
-                    "files": files, "versions": {str(k): str(v) for k, v in sorted(versions.items())}}
-        _parse(json.dumps(manifest).encode(), self.target)
-        _write_manifest(self.folder, manifest)
-        with locked(self.target.parent):
-            _check_replaceable(self.target)
-            self._staging.publish(MANIFEST_FILE)
+        with _writing(self.target):
+            files = {name: _describe(self.folder / name) for name in _listing(self.folder)}
+            manifest = {"schema_version": BUNDLE_SCHEMA, "config": config.to_dict(), "precision": precision, "opset": opset,
+                        "files": files, "versions": {str(k): str(v) for k, v in sorted(versions.items())}}
+            _parse(json.dumps(manifest).encode(), self.target)
+            _write_manifest(self.folder, manifest)
+            with locked(self.target.parent):
+                _check_replaceable(self.target)
+                self._staging.publish(MANIFEST_FILE)
         return Bundle(self.target, manifest)
 
 
@@ -141,7 +141,7 @@ def add_files(bundle: Bundle | str | Path, files: Mapping[str, Source], remove: 
     gone = set(remove)
     if MODEL_FILE in gone | set(files):
         raise UserError(f"{MODEL_FILE} of a finished bundle does not change", got=str(target), fix=_mend(target))
-    with Staging(target) as staging:
+    with _writing(target), Staging(target) as staging:
         _fill(staging.folder, files, move)
         described = {name: _describe(staging.folder / name) for name in files}
         with locked(target.parent):
@@ -173,6 +173,15 @@ def _mend(path: Path) -> str:
 
 def _bad(what: str, path: Path, got: object = None, allowed: object = None, fix: str | None = None) -> UserError:
     return UserError(f"bundle {path}: {what}", got=got, allowed=allowed, fix=fix or _mend(path))
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """A full disk, a read-only folder and the like as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError("the bundle cannot be written", got=f"{target} ({error.strerror or error})", fix="free space there, or choose another folder") from None
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -309,7 +318,10 @@ def _check_files(bundle: Bundle, contents: bool) -> None:
         return
     with byte_progress("checking", sum(entry["size"] for entry in files.values())) as advance:
         for name, entry in files.items():
-            digest = hash_file(path / name, advance)
+            try:
+                digest = hash_file(path / name, advance)
+            except OSError as error:
+                raise _bad(f"{name} cannot be read", path, got=error.strerror, fix="look at its permissions and at the disk") from None
             if digest != entry["sha256"]:
                 raise _bad(f"{name} does not match its checksum", path, got=f"sha256 {digest[:16]}...", allowed=f"{entry['sha256'][:16]}...")
 

@@ -9,12 +9,13 @@ import time
 import click
 
 _BACKENDS = ["auto", "ort", "ort-cuda", "trt"]
+_DEFAULT_TOKENS = 128
 
 
 @click.command("run")
 @click.argument("bundle", type=click.Path())
 @click.option("--prompt", required=True, help="Text to continue; - reads it from standard input.")
-@click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Stop after this many tokens.")
+@click.option("--max-new-tokens", type=int, help="Stop after this many tokens; default: 128, or fewer where the capacity ends.")
 @click.option("--temperature", type=float, help="0 is greedy; default: 0, or 1 where --top-k, --top-p or --min-p is given.")
 @click.option("--top-k", type=int, default=0, help="Keep the k most likely tokens; 0 keeps all.")
 @click.option("--top-p", type=float, default=1.0, help="Keep the smallest set of tokens with this probability.")
@@ -26,7 +27,7 @@ _BACKENDS = ["auto", "ort", "ort-cuda", "trt"]
 @click.option("--capacity", type=int, help="Tokens the cache holds; default: the model's max_context.")
 @click.option("--threads", type=int, help="CPU threads; default: all.")
 def command(
-    bundle: str, prompt: str, max_new_tokens: int, temperature: float | None, top_k: int, top_p: float, min_p: float, repetition_penalty: float,
+    bundle: str, prompt: str, max_new_tokens: int | None, temperature: float | None, top_k: int, top_p: float, min_p: float, repetition_penalty: float,
     seed: int | None, backend: str, stop: tuple[str, ...], capacity: int | None, threads: int | None,
 ) -> None:
     """Generate text from BUNDLE. The text goes to standard output, a line of figures to standard error."""
@@ -44,6 +45,8 @@ def command(
         except UnicodeDecodeError as error:
             raise UserError("standard input is not UTF-8", got=str(error), fix="pass UTF-8 text") from None
     with count_progress("prompt") as progress, Session(bundle, backend, capacity=capacity, threads=threads, progress=progress) as session:
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(_DEFAULT_TOKENS, session.capacity - len(session.encode(prompt)) + 1))
         start = time.perf_counter()
         stream = session.stream(prompt, max_new_tokens, params, stop=stop)
         first, count, finish = start, 0, None

@@ -217,6 +217,20 @@ def test_a_link_to_a_bundle_works(made, tmp_path):
     assert (tmp_path / "link").is_symlink() and Bundle.open(made).model.read_bytes() == b"model two"
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(made, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(publish.os, "fsync", full)
+    for work in (lambda: write(made, b"model two"), lambda: write(made.parent / "new"), lambda: add_files(made, {"parity.json": b"{}"})):
+        with pytest.raises(UserError, match="No space left"):
+            work()
+    assert [p.name for p in made.parent.iterdir()] == ["b"] and Bundle.open(made).model.read_bytes() == b"model one" * 50
+    monkeypatch.setattr(bundle_module, "hash_file", full)
+    with pytest.raises(UserError, match=r"model\.onnx cannot be read"):
+        Bundle.open(made)
+
+
 def killed_at(line: int, work) -> bool:
     """Fork, run `work`, and SIGKILL the child as it reaches its `line`-th line of bundle.py or publish.py; whether it was killed."""
     files = {bundle_module.__file__, publish.__file__}

@@ -30,6 +30,13 @@ def test_run_streams_the_text_that_the_session_generates(tiny_bundle, capfd):
     assert err.count("\n") == 1 and "ort: 5 prompt tokens, 12 new" in err and "ended by length" in err
 
 
+def test_run_stops_at_the_capacity_unless_told_how_far_to_go(tiny_bundle, capfd):
+    code, _, err = call(capfd, "run", tiny_bundle.path, "--prompt", "x" * 60)
+    assert code == 0 and "60 prompt tokens, 5 new" in err
+    code, _, err = call(capfd, "run", tiny_bundle.path, "--prompt", "x" * 65)
+    assert code == 2 and "a prompt of 65 tokens" in err and "a capacity of 64 tokens" in err and err.count("\n") == 1
+
+
 def test_run_samples_by_its_seed(tiny_bundle, capfd):
     args = ("run", tiny_bundle.path, "--prompt", "x", "--max-new-tokens", 20, "--temperature", 1.3, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.01,
             "--repetition-penalty", 1.1, "--seed")

@@ -16,6 +16,7 @@ from sessa_deploy.runtime.tokenizer import END_OF_TEXT, Tokenizer, byte_level_to
 BYTES = Tokenizer.from_json(byte_level_tokenizer())
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_byte_tokenizer_round_trips(text):
     ids = BYTES.encode(text)
@@ -35,7 +36,7 @@ def test_default_tokenizer_is_read_by_the_library(tmp_path):
     assert byte_level_tokenizer() == byte_level_tokenizer() == BYTES.to_json()
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, 256), max_size=40))
 def test_stream_joins_to_the_decoded_text_of_any_bytes(ids):
     stream = BYTES.stream()
@@ -43,6 +44,7 @@ def test_stream_joins_to_the_decoded_text_of_any_bytes(ids):
     assert stream.flush() == ""
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(min_codepoint=0x80, exclude_categories=["Cs"]), min_size=1, max_size=12))
 def test_stream_never_shows_half_a_character(text):
     stream, shown = BYTES.stream(), ""
