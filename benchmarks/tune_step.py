@@ -106,9 +106,11 @@ def candidates(variant: str, dtype: str, quick: bool) -> list[dict[str, Any]]:
         chunks = width // lanes
         if not 1 <= chunks <= 8 or chunks * rows > 8 or not 2 <= warps <= 8 or not 4096 <= tile <= 32768 or 2 * (stages - 1) * tile > 98304:
             continue
-        if quick and (stages > 4 or tile < 8192 or 2 * (stages - 1) * tile < 32768 or (across > 1 and chunks < 4)):
+        # Warps side by side along D keep rows inside a thread and need no sum across warps at the end; narrow rows leave no room for that.
+        if quick and (stages not in (3, 4) or tile not in (8192, 16384) or (down > 1 and width * size > 1024)):
             continue
-        found.append({"BLOCK_R": down * rows, "BLOCK_C": chunks, "BLOCK_L": lanes, "STAGES": stages, "num_warps": warps, "num_stages": 1})
+        tile_of = {"BLOCK_R": down * rows, "BLOCK_C": chunks, "BLOCK_L": lanes, "STAGES": stages, "OWN": int(down > 1)}
+        found.append({**tile_of, "num_warps": warps, "num_stages": 1})
     return found
 
 
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer tiles")
     parser.add_argument("--dtype", default="bf16,fp32", help="storage types to tune; fp16 takes bf16's tiles")
     parser.add_argument("--width", default="1024,4096,256")
+    parser.add_argument("--splits", default=str(launch.STEP_MAX_SPLITS), help="numbers of splits to try; the pinned tiles are of the library's own")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     major, minor = torch.cuda.get_device_capability()
@@ -139,7 +142,7 @@ def main() -> None:
                 cost = [replay_ms(c.launches(tiles, combine, 128)) - replay_ms(c.launches(tiles, {}, 128)) for c in cases]
                 print(f"combine {combine}: " + " ".join(f"{1e3 * x:.2f}" for x in cost) + " us", flush=True)
         combine = launch.options("feedback_step_combine", major * 10 + minor, dtype, "128")
-        for tiles, splits in itertools.product(candidates(variant, dtype, args.quick), (64, 128)):
+        for tiles, splits in itertools.product(candidates(variant, dtype, args.quick), map(int, args.splits.split(","))):
             times = [(c, replay_ms(c.launches(tiles, combine, splits))) for c in cases]
             share = score(times, copy)
             results.append({"dtype": dtype, "variant": variant, "splits": splits, "tiles": tiles, "share": share, "ms": [ms for _, ms in times],
@@ -152,7 +155,9 @@ def main() -> None:
             shares, micros = (" ".join(texts) for texts in ((f"{x:.3f}" for x in r["shares"]), (f"{1e3 * m:.1f}" for m in r["ms"])))
             print(f"{dtype} {variant} {tile}: share {r['share']:.3f} | {shares} | us {micros}", flush=True)
         if args.write:
-            best = next(r for r in mine if r["splits"] == launch.STEP_MAX_SPLITS)
+            best = next((r for r in mine if r["splits"] == launch.STEP_MAX_SPLITS), None)
+            if best is None:
+                raise SystemExit(f"--write needs {launch.STEP_MAX_SPLITS} among --splits")
             launch.pin("feedback_step_partial", major * 10 + minor, ["fp16", "bf16"] if dtype == "bf16" else [dtype], variant, best["tiles"])
     if args.json:
         args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "copy_gbs": copy, "shapes": SHAPES, "results": results}, indent=1))

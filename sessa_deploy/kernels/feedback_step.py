@@ -26,12 +26,12 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf
 def feedback_step_partial(
     q, past_k, past_s, past_length, part, stat,
     stride_kb: tl.int64, stride_kr, stride_sb: tl.int64, stride_sr, capacity, width, scale,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Grid (B, splits). part (B,splits,D) and stat (B,splits,2) = (maximum in log2 units, sum); scale = D^-1/2 * log2(e).
 
-    A tile is (BLOCK_R, BLOCK_C, BLOCK_L): rows, chunks of D, lanes. Triton lays warps along the rows then: a warp owns whole rows, with their own
-    maximum, sum and accumulator, and nothing crosses warps until the rows are added at the end.
+    A tile is (BLOCK_R, BLOCK_C, BLOCK_L): rows, chunks of D, lanes. Wide rows have all warps side by side along the lanes and share one maximum, sum
+    and accumulator. Narrow rows (OWN) have warps along the rows: each row slot keeps its own, and nothing crosses warps until the end.
     """
     i_split = tl.program_id(1)
     i_b = tl.program_id(0).to(tl.int64)
@@ -43,9 +43,10 @@ def feedback_step_partial(
     b_q = tl.load(q + i_b * width + o_d, mask=m_d, other=0.0).to(tl.float32)
     p_k = past_k + i_b * stride_kb + o_d[None, :, :]
     p_s = past_s + i_b * stride_sb + o_d[None, :, :]
-    b_max = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_R], dtype=tl.float32)
-    b_acc = tl.zeros([BLOCK_R, BLOCK_C, BLOCK_L], dtype=tl.float32)
+    SLOTS: tl.constexpr = BLOCK_R if OWN else 1
+    b_max = tl.full([SLOTS], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([SLOTS], dtype=tl.float32)
+    b_acc = tl.zeros([SLOTS, BLOCK_C, BLOCK_L], dtype=tl.float32)
     for start in tl.range(i_split * BLOCK_R, length, splits * BLOCK_R, num_stages=STAGES):
         o_row = start + o_r
         m_row = o_row < length
@@ -55,12 +56,13 @@ def feedback_step_partial(
         b_s = tl.load(p_s + o_row * stride_sr, mask=mask, other=0.0)
         b_x = tl.sum(tl.sum(b_k.to(tl.float32) * b_q[None, :, :], 1), 1)  # (BLOCK_R,)
         b_x = tl.where(m_row, b_x * scale, float("-inf"))
-        b_new = tl.maximum(b_max, b_x)
-        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # a row slot that has seen no row yet
+        b_new = tl.maximum(b_max, b_x if OWN else tl.max(b_x, 0, keep_dims=True))
+        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # a slot that has seen no row yet
         b_p = tl.exp2(b_x - b_base)
         b_fade = tl.exp2(b_max - b_base)
-        b_sum = b_sum * b_fade + b_p
-        b_acc = b_acc * b_fade[:, None, None] + b_s.to(tl.float32) * b_p[:, None, None]
+        b_y = b_s.to(tl.float32) * b_p[:, None, None]
+        b_sum = b_sum * b_fade + (b_p if OWN else tl.sum(b_p, 0, keep_dims=True))
+        b_acc = b_acc * b_fade[:, None, None] + (b_y if OWN else tl.sum(b_y, 0, keep_dims=True))
         b_max = b_new
     if i_split * BLOCK_R < length:  # a split without rows writes nothing, and the combination does not read it
         b_top = tl.max(b_max, 0)

@@ -89,7 +89,7 @@ KERNELS: dict[str, Kernel] = {
                 Param("width", "i32", True),
                 Param("scale", "fp32"),
             ),
-            ("BLOCK_R", "BLOCK_C", "BLOCK_L", "STAGES"),
+            ("BLOCK_R", "BLOCK_C", "BLOCK_L", "STAGES", "OWN"),
             ("256", "512", "1024", "2048", "4096"),
             scalar_loads=2,
         ),
