@@ -9,17 +9,15 @@ a sequence's bits do not depend on the batch around it. Rows from past_length[b]
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels import launch
+from sessa_deploy.kernels.feedback_launch import DTYPE_NAMES, address, aligned, launcher, pinned, workspace
 
 LOG2E = 1.4426950408889634
-DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_step_partial"))
@@ -98,18 +96,10 @@ def feedback_step_combine(
     tl.store(out + i_b * width + o_d, tl.where(length > 0, b_s.to(b_f.dtype), b_f), mask=m_d)
 
 
-@lru_cache(maxsize=64)
-def _arch(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 90  # Triton's interpreter: any pinned tiles will do
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """x (B,P,D) with unit stride along D, and strides the kernels' alignment promise covers; a copy only where it must be."""
-    aligned = x.stride(0) % launch.ALIGNMENT == 0 and x.stride(1) % launch.ALIGNMENT == 0 and x.data_ptr() % launch.ALIGNMENT == 0
-    return x if x.numel() == 0 or (x.stride(2) == 1 and aligned) else x.contiguous()
+def _in_place(x: Tensor) -> Tensor:
+    """x (B,P,D) as it is where its rows are dense and its address and strides keep the kernels' alignment promise; else a copy."""
+    promised = x.stride(0) % launch.ALIGNMENT == 0 and x.stride(1) % launch.ALIGNMENT == 0 and x.data_ptr() % launch.ALIGNMENT == 0
+    return x if x.stride(2) == 1 and promised else aligned(x)
 
 
 def step(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor) -> Tensor:
@@ -125,21 +115,20 @@ def step(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s:
     capacity = past_k.shape[1]
     if batch == 0 or capacity == 0:
         return f.clone()
-    arch, dtype = _arch(q.device), DTYPE_NAMES[q.dtype]
-    variant = launch.width_variant("feedback_step_partial", width)
-    partial = launch.options("feedback_step_partial", arch, dtype, variant)
-    combine = launch.options("feedback_step_combine", arch, dtype, "128")
+    device, dtype = q.device, q.dtype
+    partial = pinned(("feedback_step_partial",), device, dtype, launch.width_variant("feedback_step_partial", width))["feedback_step_partial"]
+    combine = pinned(("feedback_step_combine",), device, dtype, "128")["feedback_step_combine"]
     splits = launch.step_splits(capacity, partial["BLOCK_R"])
-    q, f, gamma, past_length = q.contiguous(), f.contiguous(), gamma.contiguous(), past_length.to(torch.int32).contiguous()
-    past_k, past_s = _rows_contiguous(past_k), _rows_contiguous(past_s)
-    part = torch.empty(batch, splits, width, dtype=torch.float32, device=q.device)
-    stat = torch.empty(batch, splits, 2, dtype=torch.float32, device=q.device)
+    q, f, gamma, past_length = aligned(q), aligned(f), gamma.contiguous(), past_length.to(torch.int32).contiguous()
+    past_k, past_s = _in_place(past_k), _in_place(past_s)
+    at, _memory = workspace(device, {"part": (batch * splits * width, torch.float32), "stat": (2 * batch * splits, torch.float32)})
     out = torch.empty_like(f)
-    feedback_step_partial[(batch, splits)](
-        q, past_k, past_s, past_length, part, stat,
-        past_k.stride(0), past_k.stride(1), past_s.stride(0), past_s.stride(1), capacity, width, width**-0.5 * LOG2E, **partial,
+    launcher(feedback_step_partial, device, dtype, partial)(
+        (batch, splits), address(q), address(past_k), address(past_s), address(past_length), at["part"], at["stat"],
+        past_k.stride(0), past_k.stride(1), past_s.stride(0), past_s.stride(1), capacity, width, width**-0.5 * LOG2E,
     )  # fmt: skip
-    feedback_step_combine[(batch, triton.cdiv(width, combine["BLOCK_D"]))](
-        part, stat, past_length, gamma, f, out, capacity, splits, partial["BLOCK_R"], width, **combine,
+    launcher(feedback_step_combine, device, dtype, combine)(
+        (batch, triton.cdiv(width, combine["BLOCK_D"])), at["part"], at["stat"], address(past_length), address(gamma), address(f), address(out),
+        capacity, splits, partial["BLOCK_R"], width,
     )  # fmt: skip
     return out

@@ -113,16 +113,19 @@ def test_the_table_pins_every_unit() -> None:
 
 
 JIT = """
-import hashlib, sys, torch
-from sessa_deploy.kernels import {module} as m
+import hashlib, torch
+from sessa_deploy.kernels import feedback_fwd, feedback_step, feedback_tiles
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    for width in (768, 4096):
-        q, k, f = (torch.randn(2, 1, width, device="cuda", dtype=dtype) for _ in range(3))
-        past = torch.randn(2, 300, width, device="cuda", dtype=dtype)
-        m.step(q, k, torch.rand(2, 1, device="cuda"), f, past, past, torch.tensor([300, 7], device="cuda", dtype=torch.int32))
-for name in ("feedback_step_partial", "feedback_step_combine"):
-    for kernel in getattr(m, name).device_caches[0][0].values():
-        print(name, hashlib.sha256(kernel.asm["cubin"]).hexdigest())
+    for tokens, width in ((1, 768), (1, 4096), (130, 256), (257, 1024)):
+        q, k, f = torch.randn(3, 2, tokens, width, device="cuda").to(dtype)
+        past = torch.randn(2, 2, 300, width, device="cuda").to(dtype)
+        run = feedback_step.step if tokens == 1 else feedback_fwd.forward
+        run(q, k, torch.rand(2, tokens, device="cuda"), f, past[0], past[1], torch.tensor([300, 7], device="cuda", dtype=torch.int32))
+for module in (feedback_step, feedback_tiles, feedback_fwd):
+    for name, function in vars(module).items():
+        if hasattr(function, "device_caches") and name in {names}:
+            for kernel in function.device_caches[0][0].values():
+                print(name, hashlib.sha256(kernel.asm["cubin"]).hexdigest())
 """
 
 
@@ -132,9 +135,10 @@ def test_what_the_jit_launches_is_the_lowered_cubin(tmp_path: Path) -> None:
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    cubins = {(c.kernel, c.sha256) for c in lower.lower([major * 10 + minor], tmp_path)}
+    kernels = [name for name, k in launch.KERNELS.items() if k.lowered and name.startswith("feedback_")]
+    cubins = {(c.kernel, c.sha256) for c in lower.lower([major * 10 + minor], tmp_path, kernels)}
     env = {**os.environ, "TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": str(tmp_path / "jit")}
-    done = subprocess.run([sys.executable, "-c", JIT.format(module="feedback_step")], capture_output=True, text=True, env=env, timeout=250)
+    done = subprocess.run([sys.executable, "-c", JIT.replace("{names}", repr(kernels))], capture_output=True, text=True, env=env, timeout=250)
     assert done.returncode == 0, done.stderr
     launched = {(line.split()[0], line.split()[1]) for line in done.stdout.splitlines()}
-    assert len(launched) >= 9 and launched <= cubins
+    assert {name for name, _ in launched} == set(kernels) and launched <= cubins
