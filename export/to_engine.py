@@ -1,0 +1,289 @@
+"""A bundle's graph to a TensorRT engine in the same bundle. onnx, numpy, tensorrt and the CUDA driver; no torch.
+
+One plan holds two optimisation profiles, prefill (1..max_prompt tokens) and decode (one token), both with caches of the whole capacity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sessa_deploy import contract
+from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.export import trt_check, trt_graph, trt_limits
+from sessa_deploy.export.trt_limits import DEFAULT_PROMPT, Machine, Shapes
+from sessa_deploy.plugins import library
+from sessa_deploy.runtime import driver, trt_api, trt_plan
+from sessa_deploy.runtime.bundle import Bundle, add_files, hash_file
+from sessa_deploy.runtime.trt_buffers import check_rows
+from sessa_deploy.runtime.trt_cuda import Cuda
+
+Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all or 0)
+_POLL = 0.1  # seconds
+
+
+@dataclass(frozen=True)
+class Built:
+    """bundle: with the engine in it; folder: the engine's, inside the bundle; fresh: False where the engine was there already."""
+
+    bundle: Bundle
+    folder: str
+    info: trt_plan.EngineInfo
+    fresh: bool
+
+
+def build_engine(
+    bundle: Bundle | str | Path, max_batch: int = 1, max_context: int | None = None, max_prompt: int = DEFAULT_PROMPT, workspace: int | None = None,
+    opt_level: int | None = None, precision: str | None = None, plugin: Path | None = None, force: bool = False, verbose: bool = False,
+    progress: Progress | None = None,
+) -> Built:
+    """Build the engine of a bundle for this machine's first GPU and put it into the bundle by rename.
+
+    max_batch sequences of max_context tokens (None: the model's own), prompts in chunks of max_prompt. workspace: bytes TensorRT may take for scratch
+    (None: what it likes). opt_level: 0..5. precision: refused unless it is the graph's own, which the graph alone decides. plugin: the library's path.
+    An engine whose key is the same is kept unless `force`. KeyboardInterrupt ends the build and leaves the bundle as it was.
+    Raises UserError on what is missing, does not fit or is refused; SessaError if TensorRT fails.
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    shapes = trt_limits.shapes_for(bundle.config, max_batch, max_context, max_prompt)
+    _check_options(workspace, opt_level)
+    trt = trt_api.load()
+    _check_precision(trt, bundle, precision)
+    check_rows(bundle.config, bundle.precision)
+    plugin = library.load(trt, plugin)
+    machine = this_machine(trt)
+    key = trt_limits.engine_key(bundle, hash_file(plugin), shapes, machine, workspace, opt_level)
+    folder = trt_plan.engine_folder(machine.arch, machine.tensorrt, bundle.precision)
+    present = _present(bundle, folder)
+    if present is not None and present.key == key and not force:
+        return Built(bundle, folder, present, fresh=False)
+    prepared = _prepared(bundle, trt)
+    names = [n for n in (contract.MODEL_FILE, contract.MODEL_DATA_FILE) if n in bundle]
+    weights = sum(bundle.file(n).stat().st_size for n in names)
+    trt_limits.require_memory(bundle.config, bundle.precision, weights, shapes, machine.free, tuple(prepared.inlined))
+    begun = time.monotonic()
+    plan = _build(trt, bundle, prepared, shapes, machine, workspace, opt_level, verbose, progress or (lambda what, done, of: None))
+    info = trt_plan.EngineInfo(
+        key=key, plan_sha256=hashlib.sha256(plan).hexdigest(), plan_size=len(plan), tensorrt=machine.tensorrt, arch=machine.arch, gpu=machine.gpu,
+        driver=machine.driver, precision=bundle.precision, max_batch=shapes.max_batch, capacity=shapes.capacity, max_prompt=shapes.max_prompt,
+        plugin_sha256=hash_file(plugin), seconds=round(time.monotonic() - begun, 1), inlined=prepared.inlined,
+    )  # fmt: skip
+    written = add_files(bundle, {f"{folder}/{trt_plan.PLAN_FILE}": plan, f"{folder}/{trt_plan.ENGINE_FILE}": info.to_json()})
+    return Built(written, folder, info, fresh=True)
+
+
+def this_machine(trt: Any) -> Machine:
+    """The first GPU, its free memory, and the versions. Raises UserError where there is none."""
+    found = driver.devices()
+    if not found:
+        raise UserError("there is no CUDA GPU here", got="no device from the driver", allowed="the GPU that will run the engine", fix="build on that machine")
+    free, total = _free_memory()
+    return Machine(found[0].name, found[0].arch, free, total, trt.__version__, driver.driver_version() or "unknown")
+
+
+def timing_cache_file(machine: Machine) -> Path:
+    """Where tactic timings for this GPU and this TensorRT are kept."""
+    import platformdirs
+
+    gpu = re.sub(r"[^A-Za-z0-9.]+", "-", machine.gpu).strip("-")
+    return Path(platformdirs.user_cache_dir("sessa-deploy", appauthor=False)) / "timing" / f"{gpu}-{machine.arch}-{machine.tensorrt}.cache"
+
+
+def parse(trt: Any, network: Any, log: Any, prepared: trt_graph.PreparedGraph, path: Path) -> Any:
+    """Read the graph into `network`; path: of model.onnx, beside which its data file lies. Raises UserError with every parser error.
+
+    Returns the parser, which owns the network's weights and must live until the engine is built.
+    """
+    parser = trt.OnnxParser(network, log)
+    if parser.parse(prepared.model.SerializeToString(), str(path)):
+        return parser
+    errors = trt_api.parser_errors(parser, [n.name for n in prepared.model.graph.node]) or log.lines[-3:] or ["no reason given"]
+    raise UserError(f"TensorRT's parser refused the graph ({len(errors)} error{'s' if len(errors) > 1 else ''})", got=" / ".join(errors),
+                    fix="sessa-deploy export CHECKPOINT --out BUNDLE --opset 17, and report what remains")  # fmt: skip
+
+
+def add_profiles(builder: Any, config: Any, bundle: Bundle, shapes: Shapes) -> None:
+    """The prefill and the decode profile, in the order of trt_plan.PREFILL and DECODE. Raises SessaError if TensorRT refuses one."""
+    model = bundle.config
+    for tokens in ((1, shapes.max_prompt, shapes.max_prompt), (1, 1, 1)):
+        profile, batches = builder.create_optimization_profile(), (1, shapes.max_batch, shapes.max_batch)
+        profile.set_shape(contract.INPUT_IDS, *((b, t) for b, t in zip(batches, tokens, strict=True)))
+        for name in (contract.PAST_LENGTH, contract.NEW_LENGTH):
+            profile.set_shape(name, *((b,) for b in batches))
+        for layer, field in contract.cache_entries(model.n_layers):
+            row = contract.cache_row_shape(field, model.d_model, model.kv_heads, model.head_dim)
+            profile.set_shape(contract.past_name(layer, field), *((b, shapes.capacity, *row) for b in batches))
+        if config.add_optimization_profile(profile) < 0:
+            raise SessaError(f"TensorRT refused an optimisation profile of {tokens[-1]} tokens; fix: lower --max-prompt or --max-context")
+
+
+def keep_float32(trt: Any, network: Any, types: Mapping[str, int]) -> int:
+    """8.6 only: pin every layer whose output the graph keeps in float32 to float32; returns how many. The FP16 flag alone would let it round them.
+
+    types: value name -> ONNX element type; a tensor that the parser made on its own goes by the type it says it has.
+    """
+    skipped = {getattr(trt.LayerType, n) for n in ("SHAPE", "CONSTANT", "CAST", "PLUGIN_V2") if hasattr(trt.LayerType, n)}
+    pinned = 0
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        outputs = [layer.get_output(j) for j in range(layer.num_outputs)]
+        single = contract.PRECISIONS["fp32"].onnx
+        kept = [j for j, x in enumerate(outputs) if x is not None and types.get(x.name, single if x.dtype == trt.float32 else None) == single]
+        if layer.type in skipped or not kept:
+            continue
+        layer.precision = trt.float32
+        for j in kept:
+            layer.set_output_type(j, trt.float32)
+        pinned += 1
+    return pinned
+
+
+def _build(
+    trt: Any, bundle: Bundle, prepared: trt_graph.PreparedGraph, shapes: Shapes, machine: Machine, workspace: int | None, opt_level: int | None,
+    verbose: bool, progress: Progress,
+) -> bytes:
+    """The plan's bytes, checked by the engine inspector."""
+    log = trt_api.logger(trt, verbose)
+    progress("reading the graph", 0, 0)
+    builder = trt.Builder(log)
+    network = trt_api.create_network(trt, builder)
+    parser = parse(trt, network, log, prepared, bundle.model)
+    config = builder.create_builder_config()
+    add_profiles(builder, config, bundle, shapes)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    trt_api.plain_tactics(trt, config)
+    trt_api.set_flag(trt, config, "TF32", on=False)  # fp32 means float32
+    if workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    if opt_level is not None:
+        config.builder_optimization_level = opt_level
+    if not trt_api.strongly_typed(trt) and bundle.precision == "fp16":
+        trt_api.set_flag(trt, config, "FP16")
+        trt_api.set_flag(trt, config, "OBEY_PRECISION_CONSTRAINTS")
+        keep_float32(trt, network, prepared.types)
+    cache_file = timing_cache_file(machine)
+    _load_timings(config, cache_file)
+    plan = _in_thread(trt, lambda: builder.build_serialized_network(network, config), config, progress)
+    if plan is None:
+        raise SessaError(f"TensorRT could not build the engine: {' / '.join(log.lines[-4:]) or 'no reason given'}; "
+                         "fix: lower --max-batch, --max-context or --max-prompt, or raise --workspace")  # fmt: skip
+    del parser
+    _save_timings(config, cache_file)
+    data = bytes(plan)
+    progress("checking the engine", 0, 0)
+    runtime = trt.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        raise SessaError(f"TensorRT cannot load the engine it built: {' / '.join(log.lines[-3:])}; fix: sessa-deploy plugin check")
+    trt_check.require_caches_in_place(trt_api.layer_information(trt, engine), prepared.direct)
+    return data
+
+
+def _in_thread(trt: Any, work: Callable[[], Any], config: Any, progress: Progress) -> Any:
+    """Run `work` beside the main thread, which draws progress and hears Ctrl-C; TensorRT releases Python's lock while it builds."""
+    cancel, over, result = threading.Event(), threading.Event(), list[tuple[Any, BaseException | None]]()
+    state: tuple[str, int, int] = ("building the engine", 0, 0)
+
+    def step(phase: str, done: int, of: int) -> bool:
+        nonlocal state
+        state = (phase, done, of)
+        return not cancel.is_set()
+
+    def run() -> None:
+        try:
+            result.append((work(), None))
+        except BaseException as error:
+            result.append((None, error))
+        finally:
+            over.set()
+
+    watched = trt_api.watch(trt, config, step)
+    threading.Thread(target=run, name="sessa-build", daemon=True).start()
+    try:
+        while not over.wait(_POLL):  # an event: an interrupted Thread.join takes the thread for ended
+            progress(*state)
+    except KeyboardInterrupt:
+        cancel.set()
+        if watched:  # the builder stops at its next step; without a monitor the caller ends the process
+            over.wait(30.0)
+        raise
+    value, error = result[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def _prepared(bundle: Bundle, trt: Any) -> trt_graph.PreparedGraph:
+    prepared = trt_graph.prepare(trt_graph.load(bundle.model))
+    wrong = trt_graph.complaints(prepared.model, trt_api.version(trt))
+    if wrong:
+        fix = f"sessa-deploy export CHECKPOINT --out {bundle.path} --opset 17"
+        raise UserError(f"TensorRT {trt.__version__} cannot read this graph", got=" / ".join(wrong), fix=fix)
+    return prepared
+
+
+def _present(bundle: Bundle, folder: str) -> trt_plan.EngineInfo | None:
+    try:
+        return trt_plan.engines(bundle).get(folder)
+    except UserError:  # a description that cannot be read is replaced
+        return None
+
+
+def _check_options(workspace: int | None, opt_level: int | None) -> None:
+    low, high = trt_limits.OPT_LEVELS
+    if opt_level is not None and (isinstance(opt_level, bool) or not isinstance(opt_level, int) or not low <= opt_level <= high):
+        raise UserError("--opt-level is out of range", got=repr(opt_level), allowed=f"{low}..{high}")
+    if workspace is not None and (isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 1):
+        raise UserError("--workspace is out of range", got=repr(workspace), allowed="MiB, at least 1")
+
+
+def _check_precision(trt: Any, bundle: Bundle, asked: str | None) -> None:
+    mend = f"sessa-deploy export CHECKPOINT --out {bundle.path} --precision"
+    if asked is not None and trt_api.strongly_typed(trt):
+        what = f"TensorRT {trt.__version__} networks are strongly typed: the exported graph decides the precision, the build cannot"
+        raise UserError(what, got=f"--precision {asked}", allowed=f"none; this graph is {bundle.precision}", fix=f"{mend} {asked}")
+    if asked is not None and asked != bundle.precision:
+        raise UserError("the exported graph decides the precision", got=f"--precision {asked}", allowed=bundle.precision, fix=f"{mend} {asked}")
+    if bundle.precision == "bf16" and not trt_api.strongly_typed(trt):
+        raise UserError(f"TensorRT {trt.__version__} has no bfloat16", got=str(bundle.path), allowed="fp32 or fp16", fix=f"{mend} fp16")
+
+
+def _free_memory() -> tuple[int, int]:
+    cuda = Cuda()
+    try:
+        return cuda.memory()
+    finally:
+        cuda.close()
+
+
+def _load_timings(config: Any, path: Path) -> None:
+    """Give the builder the timings kept from earlier builds; damaged ones are passed over."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        data = b""
+    cache = config.create_timing_cache(data)
+    if cache is None and data:
+        cache = config.create_timing_cache(b"")
+    if cache is not None and not config.set_timing_cache(cache, False) and data:
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def _save_timings(config: Any, path: Path) -> None:
+    """Keep the timings; a folder that cannot be written costs time only."""
+    cache = config.get_timing_cache()
+    if cache is None:
+        return
+    part = path.with_suffix(f".part{os.getpid()}")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(bytes(cache.serialize()))
+        os.replace(part, path)

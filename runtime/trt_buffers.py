@@ -1,0 +1,142 @@
+"""Everything a TensorRT session keeps on the GPU: caches at full capacity, one step's rows, ids, lengths and logits, and the kernels between them."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sessa_deploy.config import SessaConfig
+from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, PRECISIONS, cache_entries, cache_row_shape, new_name, past_name
+from sessa_deploy.errors import UserError
+from sessa_deploy.runtime.trt_kernels import APPEND, ARGMAX, FINISH, Image
+
+_NAN_WORD = {"fp32": 0x7FC00000, "fp16": 0x7E007E00, "bf16": 0x7FC07FC0}
+_WORD, _ALIGNMENT = 4, 16
+
+
+class Entry:
+    """One cache: its graph names, row shape and row size in bytes, and the addresses of the cache (B,P,row) and of the new rows (B,T,row)."""
+
+    def __init__(self, layer: int, field: str, config: SessaConfig, itemsize: int) -> None:
+        self.past, self.new = past_name(layer, field), new_name(layer, field)
+        self.shape = cache_row_shape(field, config.d_model, config.kv_heads, config.head_dim)
+        self.row = int(np.prod(self.shape)) * itemsize
+        self.cache = self.fresh = 0
+
+
+def check_rows(config: SessaConfig, precision: str) -> None:
+    """Raise UserError unless every cached row is a multiple of 16 bytes, which the kernels rely on."""
+    for field in ("k_f", "k_b"):
+        row = int(np.prod(cache_row_shape(field, config.d_model, config.kv_heads, config.head_dim))) * PRECISIONS[precision].itemsize
+        if row % _ALIGNMENT or (field == "k_b" and config.d_model % _ALIGNMENT):
+            got = f"d_model={config.d_model}, n_kv_heads={config.kv_heads}, {precision}: {field} rows of {row} bytes"
+            raise UserError("this model's width does not run in TensorRT", got=got, allowed="d_model a multiple of 16, cached rows of a multiple of 16 bytes",
+                            fix="use --backend ort")  # fmt: skip
+
+
+class Buffers:
+    """Device and page-locked memory of `batch` sequences of `capacity` rows, steps of at most `chunk` tokens.
+
+    id_dtype: numpy's name of the type the engine takes token ids in. cuda: a trt_cuda.Cuda. kernels: from trt_kernels.images.
+    """
+
+    def __init__(self, cuda: Any, config: SessaConfig, precision: str, batch: int, capacity: int, chunk: int, id_dtype: str, kernels: dict[str, Image]) -> None:
+        self.cuda, self.config, self.precision = cuda, config, precision
+        self.batch, self.capacity, self.chunk = batch, capacity, chunk
+        item = PRECISIONS[precision].itemsize
+        self.entries = [Entry(layer, field, config, item) for layer, field in cache_entries(config.n_layers)]
+        for entry in self.entries:
+            entry.cache = cuda.allocate(batch * capacity * entry.row)
+            entry.fresh = cuda.allocate(batch * chunk * entry.row)
+        self.row_bytes = sum(entry.row for entry in self.entries)
+        self.id_type = np.dtype(id_dtype)
+        self._splits = kernels[ARGMAX].splits
+        self.ids, self.length, self.new = cuda.allocate(batch * chunk * self.id_type.itemsize), cuda.allocate(4 * batch), cuda.allocate(4 * batch)
+        self.logits, self._picked = cuda.allocate(4 * batch * config.vocab_size), cuda.allocate(4 * batch)
+        self._best, self._where = cuda.allocate(4 * batch * self._splits), cuda.allocate(4 * batch * self._splits)
+        self._table = cuda.allocate(24 * len(self.entries))
+        self._host_ids = self._host(batch * chunk, self.id_type)
+        self._host_new, self._host_length, self._host_picked = (self._host(batch, np.int32) for _ in range(3))
+        self._host_logits = self._host(batch * config.vocab_size, np.float32)
+        table = self._host(3 * len(self.entries), np.int64)
+        table[:] = [word for e in self.entries for word in (e.fresh, e.cache, e.row // _WORD)]
+        cuda.to_device(self._table, table.ctypes.data, table.nbytes)
+        cuda.wait()
+        self._kernels = {name: cuda.kernel(k.data, k.entry, k.warps, k.shared, k.params) for name, k in kernels.items()}
+
+    def addresses(self) -> dict[str, int]:
+        """Graph name -> device address, of every input and output."""
+        pairs = {e.past: e.cache for e in self.entries} | {e.new: e.fresh for e in self.entries}
+        return {INPUT_IDS: self.ids, PAST_LENGTH: self.length, NEW_LENGTH: self.new, LOGITS: self.logits, **pairs}
+
+    def shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Graph name -> shape of every input of a step over `tokens` tokens."""
+        pasts = {e.past: (self.batch, self.capacity, *e.shape) for e in self.entries}
+        return {INPUT_IDS: (self.batch, tokens), PAST_LENGTH: (self.batch,), NEW_LENGTH: (self.batch,), **pasts}
+
+    def set_length(self, length: NDArray[np.int32]) -> None:
+        """Tell the device the lengths (B,); only needed where they did not come about by steps."""
+        self._host_length[:] = length
+        self.cuda.to_device(self.length, self._host_length.ctypes.data, 4 * self.batch)
+
+    def put(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> None:
+        """Lay ids (B,T) and new_length (B,) where `feed` takes them from. The step before must be over."""
+        self._host_ids[: ids.size] = ids.reshape(-1)
+        self._host_new[:] = new
+
+    def feed(self, tokens: int) -> None:
+        """Enqueue what was put to the device."""
+        self.cuda.to_device(self.ids, self._host_ids.ctypes.data, self.batch * tokens * self.id_type.itemsize)
+        self.cuda.to_device(self.new, self._host_new.ctypes.data, 4 * self.batch)
+
+    def finish(self, tokens: int) -> None:
+        """Enqueue what follows the engine: append its new rows, pick the most likely tokens, advance the lengths, send the tokens home."""
+        ptr = "ptr"
+        batch, lengths = self.batch, ((ptr, self.length), (ptr, self.new))
+        self.cuda.launch(self._kernels[APPEND], (tokens, batch, len(self.entries)), ((ptr, self._table), *lengths, ("i32", tokens), ("i32", self.capacity)))
+        self.cuda.launch(self._kernels[ARGMAX], (batch, self._splits, 1),
+                         ((ptr, self.logits), (ptr, self._best), (ptr, self._where), ("i32", self.config.vocab_size)))
+        self.cuda.launch(self._kernels[FINISH], (batch, 1, 1), ((ptr, self._best), (ptr, self._where), *lengths, (ptr, self._picked)))
+        self.cuda.to_host(self._host_picked.ctypes.data, self._picked, 4 * batch)
+
+    def picked(self) -> NDArray[np.int64]:
+        """Wait for the step; its most likely tokens (B,), -1 where the logits were not finite."""
+        self.cuda.wait()
+        return self._host_picked.astype(np.int64)
+
+    def get_logits(self) -> NDArray[np.float32]:
+        """Wait for the step; its logits (B,V)."""
+        self.cuda.to_host(self._host_logits.ctypes.data, self.logits, self._host_logits.nbytes)
+        self.cuda.wait()
+        return self._host_logits.reshape(self.batch, -1).copy()
+
+    def rows(self, sequence: int, length: int) -> dict[str, NDArray[np.generic]]:
+        """Copies of one sequence's first `length` rows by graph name; bfloat16 comes as float32."""
+        found: dict[str, NDArray[np.generic]] = {}
+        for entry in self.entries:
+            raw = self.cuda.read(entry.cache + sequence * self.capacity * entry.row, length * entry.row)
+            if self.precision == "bf16":
+                flat: NDArray[Any] = (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+            else:
+                flat = np.frombuffer(raw, PRECISIONS[self.precision].numpy)
+            found[entry.past] = flat.reshape(length, *entry.shape).copy()
+        return found
+
+    def poison(self, length: NDArray[np.int32]) -> None:
+        """NaN into every cache row at or beyond its sequence's length, and into the new rows and logits of the step before."""
+        word = _NAN_WORD[self.precision]
+        for entry in self.entries:
+            for b, rows in enumerate(length):
+                at = (b * self.capacity + int(rows)) * entry.row
+                self.cuda.fill(entry.cache + at, word, (self.capacity - int(rows)) * entry.row // _WORD)
+            self.cuda.fill(entry.fresh, word, self.batch * self.chunk * entry.row // _WORD)
+        self.cuda.fill(self.logits, _NAN_WORD["fp32"], self.batch * self.config.vocab_size)
+
+    def _host(self, count: int, kind: Any) -> NDArray[Any]:
+        """A page-locked array; it lives as long as `cuda`."""
+        size = count * np.dtype(kind).itemsize
+        memory = (ctypes.c_char * size).from_address(self.cuda.allocate_host(size))
+        return np.frombuffer(memory, kind)

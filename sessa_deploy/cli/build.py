@@ -1,0 +1,61 @@
+"""`sessa-deploy build`: a TensorRT engine into a bundle."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+
+import click
+
+
+@click.command("build")
+@click.argument("bundle", type=click.Path())
+@click.option("--max-batch", type=int, default=1, show_default=True, help="Sequences at once.")
+@click.option("--max-context", type=int, help="Tokens the cache holds for each; default: the model's max_context.")
+@click.option("--max-prompt", type=int, default=512, show_default=True, help="Tokens of one prefill step; longer prompts go in chunks.")
+@click.option("--workspace", type=int, metavar="MIB", help="GPU memory TensorRT may take for scratch; default: what it likes.")
+@click.option("--opt-level", type=int, metavar="0..5", help="TensorRT's optimisation level; default: its own.")
+@click.option("--precision", metavar="fp32|fp16|bf16", help="Only the graph's own; export decides the precision.")
+@click.option("--plugin", type=click.Path(), help="Path of libsessa_plugin.so; default: where `plugin path` looks.")
+@click.option("--force", is_flag=True, help="Build even if the bundle holds this very engine.")
+@click.option("--verbose", is_flag=True, help="Show TensorRT's own messages.")
+def command(
+    bundle: str, max_batch: int, max_context: int | None, max_prompt: int, workspace: int | None, opt_level: int | None, precision: str | None,
+    plugin: str | None, force: bool, verbose: bool,
+) -> None:
+    """Build a TensorRT engine of BUNDLE for this machine's GPU and put it into the bundle.
+
+    It runs on GPUs of the same architecture with the same TensorRT version. A killed build leaves the bundle as it was.
+    """
+    from pathlib import Path
+
+    from sessa_deploy.errors import UserError
+
+    try:
+        from sessa_deploy.export.to_engine import build_engine
+    except ModuleNotFoundError as error:
+        raise UserError("build needs a package that is not installed", got=f"no {error.name}", fix=f"pip install {error.name}") from None
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+            task = bars.add_task("checking the bundle", total=None)
+
+            def progress(what: str, done: int, of: int) -> None:
+                bars.update(task, description=what[:32], completed=done if of else 0, total=of or None)
+
+            built = build_engine(bundle, max_batch, max_context, max_prompt, None if workspace is None else workspace << 20, opt_level, precision,
+                                 Path(plugin) if plugin else None, force, verbose, progress)
+    except KeyboardInterrupt:
+        # TensorRT 8.6 cannot be told to stop: leave without waiting for its thread. The bundle is as it was.
+        click.echo("interrupted; the bundle is as it was", err=True)
+        sys.stderr.flush()
+        os._exit(130)
+    info = built.info
+    state = f"built in {info.seconds:.0f} s" if built.fresh else "already there, nothing to do (--force builds anew)"
+    click.echo(f"engine: {built.bundle.path}/{built.folder} ({info.plan_size / 2**20:.0f} MiB, {info.gpu}), {state}")
+    click.echo(f"next: sessa-deploy run {shlex.quote(str(built.bundle.path))} --backend trt --prompt ...")

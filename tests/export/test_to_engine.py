@@ -1,0 +1,331 @@
+"""Building an engine, on a fake tensorrt: the graph the parser gets, what is asked of the builder, keys, estimates and every refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fake_tensorrt
+import numpy as np
+import onnx
+import pytest
+from fake_tensorrt import HostCuda
+from onnx import TensorProto, helper
+
+from sessa_deploy import contract
+from sessa_deploy.config import SessaConfig
+from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.export import to_engine, trt_check, trt_graph, trt_limits
+from sessa_deploy.export.trt_limits import Machine, Shapes
+from sessa_deploy.plugins import library
+from sessa_deploy.runtime import trt_plan
+from sessa_deploy.runtime.bundle import Bundle, write_bundle
+
+CONFIG = SessaConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, max_context=32)
+HERE = Machine("Fake GPU 1", "sm_90", 1 << 34, 1 << 34, "8.6.0", "12.8")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """precision -> model.onnx of a tiny random model."""
+    torch = pytest.importorskip("torch")
+    from sessa_deploy.export.to_onnx import export_onnx
+    from sessa_deploy.model import SessaLM
+
+    folder, made = tmp_path_factory.mktemp("models"), {}
+
+    def get(precision: str) -> Path:
+        if precision not in made:
+            torch.manual_seed(3)
+            made[precision] = export_onnx(SessaLM(CONFIG), folder / f"{precision}.onnx", precision)
+        return made[precision]
+
+    return get
+
+
+@pytest.fixture
+def bundle(models: Callable[[str], Path], tmp_path: Path) -> Callable[..., Bundle]:
+    def make(precision: str = "fp32", name: str = "bundle") -> Bundle:
+        return write_bundle(tmp_path / name, {contract.MODEL_FILE: models(precision if precision != "bf16" else "fp16")}, CONFIG, precision, {})
+
+    return make
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Install a fake tensorrt of a version, with its plugin and machine; returns the module."""
+    plugin = tmp_path / "libsessa_plugin.so"
+    plugin.write_bytes(b"plugin")
+    monkeypatch.setattr(library, "load", lambda trt, path=None: plugin)
+    monkeypatch.setattr(to_engine, "timing_cache_file", lambda machine: tmp_path / "cache" / "timing.cache")
+
+    def install(version: str = "8.6.0", machine: Machine = HERE, **options: Any) -> Any:
+        trt = fake_tensorrt.make(version, HostCuda(), **options)
+        monkeypatch.setitem(sys.modules, "tensorrt", trt)
+        monkeypatch.setattr(to_engine, "this_machine", lambda module: dataclasses.replace(machine, tensorrt=version))
+        return trt
+
+    return install
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_parsers_graph_computes_the_same(models: Callable[[str], Path], precision: str) -> None:
+    """With the claimed op's body put back, ONNX Runtime gives the same bits on the prepared graph as on the file."""
+    import onnxruntime
+
+    prepared = trt_graph.prepare(trt_graph.load(models(precision)))
+    whole = trt_graph.load(models(precision))
+    assert prepared.inlined == [contract.CAUSAL_OP] and not prepared.model.functions
+    assert {n.op_type for n in prepared.model.graph.node if n.domain == contract.DOMAIN} == {contract.FEEDBACK_OP}
+    assert prepared.direct == sorted(contract.past_name(i, f) for i in range(2) for f in ("k_b", "s"))
+    assert all(n.name for n in prepared.model.graph.node) and len({n.name for n in prepared.model.graph.node}) == len(prepared.model.graph.node)
+    assert {n.name for n in whole.graph.node if n.op_type != contract.CAUSAL_OP} <= {n.name for n in prepared.model.graph.node}
+    assert all(value in prepared.types for node in prepared.model.graph.node for value in node.output)
+    assert [x.SerializeToString() for x in prepared.model.graph.initializer] == [x.SerializeToString() for x in whole.graph.initializer]
+    assert trt_graph.complaints(prepared.model, (8, 6, 0)) == []
+    prepared.model.functions.extend(f for f in whole.functions if f.name == contract.FEEDBACK_OP)
+    rng, storage = np.random.default_rng(0), np.dtype(contract.PRECISIONS[precision].numpy)
+    feeds: dict[str, Any] = {contract.INPUT_IDS: rng.integers(0, 61, (2, 3)), contract.PAST_LENGTH: np.array([4, 0], np.int32),
+                             contract.NEW_LENGTH: np.array([3, 2], np.int32)}  # fmt: skip
+    for layer, field in contract.cache_entries(2):
+        shape = (2, 6, *contract.cache_row_shape(field, 16, 2, 4))
+        feeds[contract.past_name(layer, field)] = rng.standard_normal(shape).astype(storage)
+    runs = [onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds) for m in (whole, prepared.model)]
+    for a, b in zip(*runs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_float32_islands_of_an_fp16_graph_are_known(models: Callable[[str], Path]) -> None:
+    prepared = trt_graph.prepare(trt_graph.load(models("fp16")))
+    kinds = prepared.types
+    assert kinds["past.0.k_f"] == TensorProto.FLOAT16 and kinds[contract.LOGITS] == TensorProto.FLOAT
+    by_op = {n.op_type: n for n in prepared.model.graph.node}
+    assert kinds[by_op["Softmax"].output[0]] == kinds[by_op["Tanh"].output[0]] == kinds[by_op["Cos"].output[0]] == TensorProto.FLOAT
+    assert kinds[by_op[contract.FEEDBACK_OP].output[0]] == TensorProto.FLOAT16
+
+
+def test_an_op_with_neither_plugin_nor_body_is_refused(models: Callable[[str], Path], tmp_path: Path) -> None:
+    model = trt_graph.load(models("fp32"))
+    del model.functions[:]
+    with pytest.raises(UserError, match="neither a plugin nor a body: got SessaCausalAttention"):
+        trt_graph.prepare(model)
+    (tmp_path / "x.onnx").write_bytes(b"\xff\xff no graph")
+    with pytest.raises(UserError, match=r"cannot be read|is empty"):
+        trt_graph.load(tmp_path / "x.onnx")
+
+
+def test_what_the_old_parser_cannot_take_is_named() -> None:
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["a", "b"]) for n in "xy")
+    nodes = [helper.make_node("Gelu", ["x"], ["g"], name="layer/gelu"), helper.make_node("Shape", ["x"], ["n"], name="shape", start=1),
+             helper.make_node("Unsqueeze", ["g", "n"], ["u"], name="grow"), helper.make_node("Identity", ["g"], ["y"], name="id")]  # fmt: skip
+    weights = [helper.make_tensor("w", TensorProto.BFLOAT16, [1], [0])]
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], weights), opset_imports=[helper.make_opsetid("", 20)])
+    found = trt_graph.complaints(model, (8, 6, 0))
+    assert len(found) == 5 and "opset 20" in found[0] and "layer/gelu: TensorRT 8.6 has no Gelu" in found
+    assert any("grow: the axes" in f for f in found) and any("start and end" in f for f in found) and any("bfloat16" in f for f in found)
+    assert trt_graph.complaints(model, (10, 0, 1)) == []
+
+
+def test_weights_beside_the_file_stay_there(models: Callable[[str], Path], tmp_path: Path) -> None:
+    onnx.save(onnx.load(models("fp32")), tmp_path / "m.onnx", save_as_external_data=True, location="m.onnx.data", size_threshold=512)
+    prepared = trt_graph.prepare(trt_graph.load(tmp_path / "m.onnx"))
+    outside = [t for t in prepared.model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
+    assert outside and all({e.key: e.value for e in t.external_data}["location"] == "m.onnx.data" and not t.raw_data for t in outside)
+
+
+@pytest.mark.parametrize("version", ["8.6.0", "10.9.0", "11.4.0"])
+def test_what_the_builder_is_asked(fake: Callable[..., Any], bundle: Callable[..., Bundle], version: str) -> None:
+    trt = fake(version)
+    seen: list[str] = []
+    built = to_engine.build_engine(bundle("fp16"), 4, 24, 64, workspace=1 << 20, opt_level=2, progress=lambda what, done, of: seen.append(what))
+    config, network = trt.calls.config, trt.calls.network
+    assert built.fresh and built.folder == f"engines/sm_90-{version}-fp16" and built.info.capacity == 24 and built.info.max_prompt == 24
+    assert Bundle.open(built.bundle.path).sha256(f"{built.folder}/model.plan") == built.info.plan_sha256
+    prefill, decode = config.profiles
+    assert prefill["input_ids"] == [(1, 1), (4, 24), (4, 24)] and decode["input_ids"] == [(1, 1), (4, 1), (4, 1)]
+    assert prefill["past.0.s"] == decode["past.0.s"] == [(1, 24, 16), (4, 24, 16), (4, 24, 16)] and prefill["past.1.v_f"][1] == (4, 24, 2, 4)
+    assert prefill["past_length"] == [(1,), (4,), (4,)] and "TF32" in config.cleared
+    assert config.pools == {"WORKSPACE": 1 << 20} and config.builder_optimization_level == 2
+    pinned = [x for x in network.layers if x.precision is not None]
+    if version.startswith("8"):
+        assert network.flags == 1 and config.flags == {"FP16", "OBEY_PRECISION_CONSTRAINTS"} and config.sources == 0b011
+        ops = {x.node.op_type for x in pinned}
+        assert {"Softmax", "Tanh", "Cos", "Sin"} <= ops and not ops & {"Shape", "Constant", "Cast", contract.FEEDBACK_OP, "LayerNormalization"}
+        assert all(x.kinds == {0: trt.float32} for x in pinned)
+        assert not any(x.node.op_type == "MatMul" and "q_proj" in x.name for x in pinned)
+    else:
+        assert network.flags == 2 and not config.flags and not pinned and config.progress_monitor is not None
+    assert seen[0] == "reading the graph" and seen[-1] == "checking the engine"
+
+
+def test_an_fp32_build_pins_nothing_and_clears_tf32(fake: Callable[..., Any], bundle: Callable[..., Bundle]) -> None:
+    trt = fake()
+    to_engine.build_engine(bundle("fp32"))
+    assert not trt.calls.config.flags and "TF32" in trt.calls.config.cleared and all(x.precision is None for x in trt.calls.network.layers)
+
+
+def test_the_same_engine_is_kept_and_any_change_builds(fake: Callable[..., Any], bundle: Callable[..., Bundle]) -> None:
+    fake()
+    first = to_engine.build_engine(bundle())
+    again = to_engine.build_engine(first.bundle.path)
+    assert first.fresh and not again.fresh and again.info == first.info
+    assert to_engine.build_engine(first.bundle.path, force=True).fresh and to_engine.build_engine(first.bundle.path, max_batch=2).fresh
+    assert list(trt_plan.engines(Bundle.open(first.bundle.path))) == [first.folder]
+
+
+def test_the_key_covers_everything(bundle: Callable[..., Bundle]) -> None:
+    base: dict[str, Any] = {"plugin_sha256": "p", "shapes": Shapes(1, 32, 8), "machine": HERE, "workspace": None, "opt_level": None}
+    one, other = bundle("fp32"), bundle("fp16", "other")
+    changes = [{"plugin_sha256": "q"}, *({"shapes": s} for s in (Shapes(2, 32, 8), Shapes(1, 31, 8), Shapes(1, 32, 9))), {"workspace": 1}, {"opt_level": 3},
+               *({"machine": dataclasses.replace(HERE, **{f: "x"})} for f in ("arch", "tensorrt", "driver"))]  # fmt: skip
+    keys = [trt_limits.engine_key(one, **base), trt_limits.engine_key(other, **base), *(trt_limits.engine_key(one, **{**base, **c}) for c in changes)]
+    assert len(set(keys)) == len(keys)
+    assert trt_limits.engine_key(one, **{**base, "machine": dataclasses.replace(HERE, free=1)}) == keys[0]
+
+
+def test_the_estimate_says_what_to_lower(fake: Callable[..., Any], bundle: Callable[..., Bundle]) -> None:
+    big = SessaConfig(d_model=1024, n_layers=24, n_heads=16, vocab_size=50257, max_context=32768)
+    parts = trt_limits.estimate(big, "fp16", 700 << 20, Shapes(32, 8192, 512))
+    assert parts["caches"] == 32 * 8192 * 24 * 4 * 1024 * 2 and sum(parts.values()) > parts["caches"]
+    with pytest.raises(UserError, match=r"most of it for caches.*--max-context \d+ or --max-batch \d+") as caught:
+        trt_limits.require_memory(big, "fp16", 700 << 20, Shapes(32, 8192, 512), 24 << 30)
+    batch = int(str(caught.value).rpartition("--max-batch ")[2])
+    assert trt_limits.require_memory(big, "fp16", 700 << 20, Shapes(batch, 8192, 512), 24 << 30) > 0
+    with pytest.raises(UserError, match="GPU with more memory"):
+        trt_limits.require_memory(big, "fp16", 700 << 20, Shapes(1, 1, 1), 1 << 30)
+    fake(machine=dataclasses.replace(HERE, free=1 << 16))
+    made = bundle()
+    with pytest.raises(UserError, match="will not fit"):
+        to_engine.build_engine(made)
+    assert Bundle.open(made.path).names() == [contract.MODEL_FILE]
+
+
+def test_every_parser_error_is_shown_with_its_node(fake: Callable[..., Any], bundle: Callable[..., Bundle]) -> None:
+    fake(reject=("Tanh", "Erf"))
+    with pytest.raises(UserError) as caught:
+        to_engine.build_engine(bundle())
+    text = str(caught.value)
+    assert "(4 errors)" in text and text.count("no importer for Tanh") == text.count("no importer for Erf") == 2
+    assert "layers.0.mixer.gamma_ctx/Tanh" in text or "layers.0/Tanh.0: no importer" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("version", "precision", "asked", "says"),
+    [("8.6.0", "bf16", None, "no bfloat16"), ("8.6.0", "fp32", "fp16", "graph decides"), ("10.9.0", "fp32", "fp32", "strongly typed"),
+     ("10.9.0", "fp32", "fp16", "strongly typed")],
+)  # fmt: skip
+def test_precisions_are_refused_with_the_reason(
+    fake: Callable[..., Any], bundle: Callable[..., Bundle], version: str, precision: str, asked: str | None, says: str
+) -> None:
+    fake(version)
+    with pytest.raises(UserError, match=says) as caught:
+        to_engine.build_engine(bundle(precision), precision=asked)
+    assert "export CHECKPOINT" in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"max_batch": 0}, {"max_context": 0}, {"max_prompt": -1}, {"workspace": 0}, {"opt_level": 6}, {"max_batch": True}])
+def test_numbers_out_of_range_are_refused(fake: Callable[..., Any], bundle: Callable[..., Bundle], options: dict[str, Any]) -> None:
+    fake()
+    with pytest.raises(UserError, match="out of range"):
+        to_engine.build_engine(bundle(), **options)
+
+
+def test_a_copied_cache_fails_the_build(fake: Callable[..., Any], bundle: Callable[..., Bundle]) -> None:
+    fake(reformat=("past.1.s",))
+    made = bundle()
+    with pytest.raises(SessaError, match=r"Reformatting CopyNode for past.1.s reads past.1.s"):
+        to_engine.build_engine(made)
+    assert Bundle.open(made.path).names() == [contract.MODEL_FILE]
+    fake(reformat=("past.1.k_f",))  # the inlined causal attention may convert its own caches
+    assert to_engine.build_engine(made).fresh
+
+
+def test_the_inspectors_answer_is_not_trusted_blindly() -> None:
+    assert trt_check.reformats(json.dumps({"Layers": []}), ["past.0.s"]) == []
+    for text in ("no json", "{}", json.dumps({"Layers": ["a", "b"]})):
+        with pytest.raises(SessaError, match="inspector"):
+            trt_check.reformats(text, ["past.0.s"])
+
+
+def test_timings_are_kept_and_damage_is_passed_over(fake: Callable[..., Any], bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    trt = fake()
+    file = tmp_path / "cache" / "timing.cache"
+    to_engine.build_engine(bundle())
+    assert file.read_bytes() == b"timings"
+    file.write_bytes(b"damaged")
+    to_engine.build_engine(bundle(), force=True)
+    assert trt.calls.config.cache.data == b"" and file.read_bytes() == b"timings" and not list(file.parent.glob("*.part*"))
+
+
+def test_a_failed_build_says_why(fake: Callable[..., Any], bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = fake()
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", lambda self, network, config: None)
+    with pytest.raises(SessaError, match="could not build the engine"):
+        to_engine.build_engine(bundle())
+
+
+def test_ctrl_c_stops_a_monitored_build(fake: Callable[..., Any], bundle: Callable[..., Bundle]) -> None:
+    """From version 10 on the builder asks its monitor, which says stop once the main thread was interrupted."""
+    asked: list[bool] = []
+
+    def slow(config: Any) -> None:
+        monitor = config.progress_monitor
+        monitor.phase_start("tactics", None, 100)
+        for i in range(100):
+            asked.append(monitor.step_complete("tactics", i))
+            if not asked[-1]:
+                return
+            if i == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+
+    fake("10.9.0", on_build=slow)
+    made, seen = bundle(), []
+    with pytest.raises(KeyboardInterrupt):
+        to_engine.build_engine(made, progress=lambda what, done, of: seen.append((what, of)))
+    assert asked[-1] is False and len(asked) < 50 and ("tactics", 100) in seen
+    assert Bundle.open(made.path).names() == [contract.MODEL_FILE]
+
+
+CHILD = """
+import sys, time
+sys.path[:0] = {path!r}
+import fake_tensorrt
+from pathlib import Path
+from sessa_deploy.export import to_engine
+from sessa_deploy.plugins import library
+def hang(config):
+    print("building", flush=True)
+    time.sleep(60)
+sys.modules["tensorrt"] = fake_tensorrt.make("8.6.0", fake_tensorrt.HostCuda(), on_build=hang)
+library.load = lambda trt, path=None: Path({plugin!r})
+to_engine.this_machine = lambda trt: to_engine.Machine("Fake", "sm_90", 1 << 34, 1 << 34, "8.6.0", "12.8")
+from sessa_deploy.cli import main
+main(["build", {bundle!r}])
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_an_interrupted_or_killed_build_leaves_the_bundle_usable(bundle: Callable[..., Bundle], tmp_path: Path, sent: int, code: int) -> None:
+    made = bundle()
+    (tmp_path / "plugin.so").write_bytes(b"plugin")
+    source = CHILD.format(path=[str(Path(fake_tensorrt.__file__).parent)], plugin=str(tmp_path / "plugin.so"), bundle=str(made.path))
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(source)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})  # fmt: skip
+    assert child.stdout is not None and child.stdout.readline() == "building\n"
+    begun = time.monotonic()
+    child.send_signal(sent)
+    _, errors = child.communicate(timeout=20)
+    assert child.returncode == code and time.monotonic() - begun < 10
+    assert sent == signal.SIGKILL or "interrupted; the bundle is as it was" in errors
+    assert Bundle.open(made.path).names() == [contract.MODEL_FILE]

@@ -1,0 +1,352 @@
+"""TensorRT and the CUDA driver on host memory: a tensorrt module whose engines run model.onnx in ONNX Runtime, and a Cuda whose launches are numpy.
+
+Only what the package touches exists, with the signatures of the real modules; version 8 and version 10 differ where the real ones do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import hashlib
+import importlib.machinery
+import json
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from sessa_deploy.runtime.trt_kernels import APPEND, ARGMAX, FINISH
+
+SPLITS = 4
+
+
+class DataType(enum.Enum):
+    FLOAT, HALF, INT32, INT64, BOOL, BF16 = range(6)
+
+
+_OF_ONNX = {1: DataType.FLOAT, 10: DataType.HALF, 6: DataType.INT32, 7: DataType.INT64, 9: DataType.BOOL}
+_NUMPY = {DataType.FLOAT: np.float32, DataType.HALF: np.float16, DataType.INT32: np.int32, DataType.INT64: np.int64}
+
+
+class HostCuda:
+    """trt_cuda.Cuda on host memory. Memory starts as 0xFF: NaN, and lengths of -1."""
+
+    arch, stream = 90, 7
+
+    def __init__(self, free: int = 8 << 30) -> None:
+        self.blocks: dict[int, Any] = {}
+        self.recording: list[Callable[[], None]] | None = None
+        self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.replays = self.launches = self.read_back = 0
+        self.free, self.closed = free, False
+
+    def enter(self) -> None: ...
+
+    def wait(self) -> None:
+        assert self.recording is None, "a wait inside a capture"
+
+    def memory(self) -> tuple[int, int]:
+        return self.free, 16 << 30
+
+    def allocate(self, size: int) -> int:
+        assert self.recording is None, "an allocation inside a capture"
+        block = (ctypes.c_char * (max(size, 1) + 256))(*b"")
+        ctypes.memset(block, 0xFF, len(block))
+        address = -(-ctypes.addressof(block) // 256) * 256
+        self.blocks[address] = block
+        return address
+
+    allocate_host = allocate
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Run now, or record where a graph is captured."""
+        if self.recording is None:
+            work()
+        else:
+            self.recording.append(work)
+
+    def to_device(self, target: int, source: int, size: int) -> None:
+        self.do(lambda: ctypes.memmove(target, source, size))
+
+    def to_host(self, target: int, source: int, size: int) -> None:
+        self.read_back += size
+        self.do(lambda: ctypes.memmove(target, source, size))
+
+    def fill(self, target: int, word: int, count: int) -> None:
+        self.do(lambda: view(target, np.uint32, count).fill(word))
+
+    def read(self, source: int, size: int) -> bytes:
+        return ctypes.string_at(source, size)
+
+    def kernel(self, image: bytes, entry: str, warps: int, shared: int, params: int) -> tuple[str, int]:
+        return entry, params
+
+    def launch(self, kernel: tuple[str, int], grid: tuple[int, int, int], arguments: Sequence[tuple[str, int]]) -> None:
+        entry, params = kernel
+        assert params == len(arguments) + 2, "Triton's two hidden pointers come last"
+        self.launches += 1
+        values = [value for _, value in arguments]
+        work = {APPEND: _append, ARGMAX: _argmax, FINISH: _finish}[entry]
+        self.do(lambda: work(grid, *values))
+
+    def capture(self, enqueue: Callable[[], None]) -> int:
+        self.recording = []
+        try:
+            enqueue()
+            graph = len(self.graphs) + 1
+            self.graphs[graph] = self.recording
+        finally:
+            self.recording = None
+        return graph
+
+    def replay(self, graph: int) -> None:
+        self.replays += 1
+        for work in self.graphs[graph]:
+            work()
+
+    def forget(self, graph: int) -> None:
+        del self.graphs[graph]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def view(address: int, kind: Any, count: int) -> Any:
+    """A numpy array on memory."""
+    size = count * np.dtype(kind).itemsize
+    return np.frombuffer((ctypes.c_char * size).from_address(address), kind)
+
+
+def _append(grid: tuple[int, int, int], table: int, past: int, new: int, tokens: int, capacity: int) -> None:
+    steps, batch, entries = grid
+    assert steps == tokens
+    lengths, counts = view(past, np.int32, batch), view(new, np.int32, batch)
+    for source, target, words in view(table, np.int64, 3 * entries).reshape(-1, 3).tolist():
+        rows, cache = (view(a, np.int32, batch * n * words).reshape(batch, n, words) for a, n in ((source, tokens), (target, capacity)))
+        for b in range(batch):
+            cache[b, lengths[b] : lengths[b] + counts[b]] = rows[b, : counts[b]]
+
+
+def _argmax(grid: tuple[int, int, int], logits: int, best: int, where: int, vocabulary: int) -> None:
+    batch, splits, _ = grid
+    x = view(logits, np.float32, batch * vocabulary).reshape(batch, vocabulary)
+    tops, ids = (view(a, kind, batch * splits).reshape(batch, splits) for a, kind in ((best, np.float32), (where, np.int32)))
+    tops[:], ids[:] = -np.inf, 2**31 - 1
+    tops[:, 0], ids[:, 0] = x.max(axis=1), np.where(np.isfinite(x.max(axis=1)), np.argmax(x, axis=1), -1)
+
+
+def _finish(grid: tuple[int, int, int], best: int, where: int, past: int, new: int, ids: int) -> None:
+    batch = grid[0]
+    view(ids, np.int32, batch)[:] = view(where, np.int32, batch * SPLITS).reshape(batch, SPLITS)[:, 0]
+    view(past, np.int32, batch)[:] += view(new, np.int32, batch)
+
+
+def fake_cubins(folder: Path) -> Path:
+    """A folder like the one that lowering writes, with the three decode kernels for sm_90."""
+    rows = []
+    for name, params, tiles in ((APPEND, 5, {"BLOCK": 512}), (ARGMAX, 4, {"SPLITS": SPLITS, "BLOCK": 512}), (FINISH, 5, {"SPLITS": SPLITS})):
+        data = name.encode()
+        (folder / f"{name}.cubin").write_bytes(data)
+        rows.append({"kernel": name, "arch": 90, "dtype": "fp32", "variant": "any", "file": f"{name}.cubin", "sha256": hashlib.sha256(data).hexdigest(),
+                     "entry": name, "params": [{}] * (params + 2), "num_warps": 4, "shared": 0, "tiles": tiles})
+    (folder / "cubins.json").write_text(json.dumps({"cubins": rows}))
+    return folder
+
+
+def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Sequence[str] = (), on_build: Callable[[Any], None] = lambda c: None) -> Any:
+    """A tensorrt module of `version`. reject: op types its parser refuses; reformat: inputs its engines copy; on_build: called with the config."""
+    major = int(version.split(".")[0])
+    trt: Any = types.ModuleType("tensorrt")
+    trt.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
+    trt.__version__, trt.calls, trt.float32, trt.DataType = version, types.SimpleNamespace(network=None, config=None, contexts=[]), DataType.FLOAT, DataType
+
+    def names(kind: str, *members: str) -> Any:
+        return enum.IntEnum(kind, {m: i for i, m in enumerate(members)})
+
+    trt.ILogger = type("ILogger", (), {})
+    trt.BuilderFlag = names("BuilderFlag", "FP16", "TF32", "OBEY_PRECISION_CONSTRAINTS") if major < 10 else names("BuilderFlag", "TF32")
+    trt.NetworkDefinitionCreationFlag = names("Creation", "EXPLICIT_BATCH") if major < 10 else names("Creation", "EXPLICIT_BATCH", "STRONGLY_TYPED")
+    trt.TacticSource = names("TacticSource", "CUBLAS", "CUBLAS_LT", "CUDNN")
+    trt.MemoryPoolType, trt.ProfilingVerbosity = names("Pool", "WORKSPACE"), names("Verbosity", "DETAILED")
+    trt.LayerInformationFormat, trt.TensorIOMode = names("Format", "ONELINE", "JSON"), names("Mode", "NONE", "INPUT", "OUTPUT")
+    trt.LayerType = names("LayerType", "OTHER", "SHAPE", "CONSTANT", "CAST", "PLUGIN_V2")
+    if major >= 10:
+        trt.ExecutionContextAllocationStrategy = names("Strategy", "STATIC", "USER_MANAGED")
+        trt.IProgressMonitor = type("IProgressMonitor", (), {})
+
+    class Layer:
+        num_outputs = 1
+
+        def __init__(self, node: Any) -> None:
+            self.name, self.node, self.precision, self.kinds = node.name, node, None, {}
+            self.type = {"Shape": trt.LayerType.SHAPE, "Cast": trt.LayerType.CAST, "Constant": trt.LayerType.CONSTANT}.get(node.op_type, trt.LayerType.OTHER)
+
+        def get_output(self, i: int) -> Any:
+            return types.SimpleNamespace(name=self.node.output[i], dtype=DataType.FLOAT)
+
+        def set_output_type(self, i: int, kind: Any) -> None:
+            self.kinds[i] = kind
+
+    class Network:
+        def __init__(self, flags: int) -> None:
+            self.flags, self.layers, self.path, self.model = flags, [], "", None
+            trt.calls.network = self
+
+        num_layers = property(lambda self: len(self.layers))
+
+        def get_layer(self, i: int) -> Any:
+            return self.layers[i]
+
+    class Error:
+        def __init__(self, index: int, op: str) -> None:
+            self._index, self._op = index, op
+
+        def node(self) -> int:
+            return self._index
+
+        def desc(self) -> str:
+            return f"no importer for\n {self._op}"
+
+    class Parser:
+        def __init__(self, network: Network, log: Any) -> None:
+            self.network, self.errors = network, []
+
+        num_errors = property(lambda self: len(self.errors))
+
+        def get_error(self, i: int) -> Error:
+            return self.errors[i]
+
+        def parse(self, data: bytes, path: str) -> bool:
+            self.network.model, self.network.path = onnx.ModelProto.FromString(data), path
+            self.errors = [Error(i, n.op_type) for i, n in enumerate(self.network.model.graph.node) if n.op_type in reject]
+            self.network.layers = [Layer(n) for n in self.network.model.graph.node]
+            return not self.errors
+
+    class Profile(dict):
+        def set_shape(self, name: str, low: Any, best: Any, high: Any) -> None:
+            self[name] = [low, best, high]
+
+    class Config:
+        def __init__(self) -> None:
+            self.flags, self.profiles, self.pools, self.cache, self.cleared = set(), [], {}, None, set()
+            trt.calls.config = self
+
+        def add_optimization_profile(self, profile: Profile) -> int:
+            self.profiles.append(profile)
+            return len(self.profiles) - 1
+
+        def set_flag(self, flag: Any) -> None:
+            self.flags.add(flag.name)
+
+        def clear_flag(self, flag: Any) -> None:
+            self.cleared.add(flag.name)
+
+        def get_tactic_sources(self) -> int:
+            return 0b111
+
+        def set_tactic_sources(self, sources: int) -> None:
+            self.sources = sources
+
+        def set_memory_pool_limit(self, pool: Any, size: int) -> None:
+            self.pools[pool.name] = size
+
+        def create_timing_cache(self, data: bytes) -> Any:
+            return None if data == b"damaged" else types.SimpleNamespace(data=data, serialize=lambda: b"timings")
+
+        def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
+            self.cache = cache
+            return True
+
+        def get_timing_cache(self) -> Any:
+            return self.cache
+
+    class Builder:
+        def __init__(self, log: Any) -> None: ...
+
+        def create_network(self, flags: int) -> Network:
+            return Network(flags)
+
+        def create_builder_config(self) -> Config:
+            return Config()
+
+        def create_optimization_profile(self) -> Profile:
+            return Profile()
+
+        def build_serialized_network(self, network: Network, config: Config) -> Any:
+            on_build(config)
+            return json.dumps({"model": network.path, "profiles": config.profiles}).encode()
+
+    class Context:
+        def __init__(self, engine: Any) -> None:
+            self.engine, self.shapes, self.addresses, self.profile = engine, {}, {}, {}
+            trt.calls.contexts.append(self)
+
+        def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+            self.profile = self.engine.plan["profiles"][index]
+            return stream == cuda.stream
+
+        def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
+            low, _, high = self.profile[name]
+            self.shapes[name] = tuple(shape)
+            return all(a <= x <= b for a, x, b in zip(low, shape, high, strict=True))
+
+        def set_tensor_address(self, name: str, address: int) -> bool:
+            self.addresses[name] = address
+            return True
+
+        def execute_async_v3(self, stream: int) -> bool:
+            cuda.do(self._run)
+            return True
+
+        def _run(self) -> None:
+            feeds = {}
+            for name, shape in self.shapes.items():
+                kind = _NUMPY[self.engine.get_tensor_dtype(name)]
+                feeds[name] = view(self.addresses[name], kind, int(np.prod(shape))).reshape(shape)
+            feeds["input_ids"] = feeds["input_ids"].astype(np.int64)
+            for name, value in zip(self.engine.outputs, self.engine.session.run(self.engine.outputs, feeds), strict=True):
+                view(self.addresses[name], value.dtype, value.size)[:] = value.reshape(-1)
+
+    class Engine:
+        device_memory_size, num_io_tensors = 1 << 12, property(lambda self: len(self.names))
+
+        def __init__(self, plan: dict[str, Any]) -> None:
+            import onnxruntime
+
+            self.plan, self.session = plan, onnxruntime.InferenceSession(plan["model"], providers=["CPUExecutionProvider"])
+            self.inputs, self.outputs = ([x.name for x in values] for values in (self.session.get_inputs(), self.session.get_outputs()))
+            self.names = [*self.inputs, *self.outputs]
+            self.kinds = {x.name: x.type for x in [*self.session.get_inputs(), *self.session.get_outputs()]}
+
+        def get_tensor_name(self, i: int) -> str:
+            return self.names[i]
+
+        def get_tensor_mode(self, name: str) -> Any:
+            return trt.TensorIOMode.INPUT if name in self.inputs else trt.TensorIOMode.OUTPUT
+
+        def get_tensor_dtype(self, name: str) -> DataType:
+            kinds = {"tensor(float)": DataType.FLOAT, "tensor(float16)": DataType.HALF, "tensor(int32)": DataType.INT32}
+            return kinds.get(self.kinds[name], DataType.INT32 if major < 10 else DataType.INT64)
+
+        def create_engine_inspector(self) -> Any:
+            layers = [{"Name": "body", "LayerType": "Other", "Inputs": []}]
+            layers += [{"Name": f"Reformatting CopyNode for {n}", "LayerType": "Reformat", "Inputs": [{"Name": f"{n} [profile 1]"}]} for n in reformat]
+            return types.SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": layers}))
+
+    if major < 10:
+        Engine.create_execution_context_without_device_memory = lambda self: Context(self)  # type: ignore[attr-defined]
+    else:
+        Engine.create_execution_context = lambda self, strategy: Context(self)  # type: ignore[attr-defined]
+        Context.set_device_memory = lambda self, address, size: None  # type: ignore[attr-defined]
+
+    class Runtime:
+        def __init__(self, log: Any) -> None: ...
+
+        def deserialize_cuda_engine(self, data: bytes) -> Any:
+            return Engine(json.loads(data))
+
+    trt.Builder, trt.OnnxParser, trt.Runtime = Builder, Parser, Runtime
+    return trt
