@@ -100,7 +100,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What the exporter writes for our ops, which stay nodes, and for GELU, whose exact form needs float32."""
     feedback_op = _operator(contract.FEEDBACK_OP, contract.FEEDBACK_INPUTS, contract.FEEDBACK_OUTPUTS)
     causal_op = _operator(contract.CAUSAL_OP, contract.CAUSAL_INPUTS, contract.CAUSAL_OUTPUTS)
-    op = onnxscript.opset18
+    op: Any = onnxscript.opset18
 
     def attention(operator: Any) -> Callable[..., Any]:
         def translate(q: Any, *rest: Any) -> Any:

@@ -29,7 +29,8 @@ def plain_shapes(graph: GraphProto) -> None:
         if node.op_type != "Shape":
             nodes.append(node)
             continue
-        start, end = (next((a.i for a in node.attribute if a.name == name), default) for name, default in (("start", 0), ("end", None)))
+        given = {a.name: a.i for a in node.attribute}
+        start, end = given.get("start", 0), given.get("end")
         source = node.input[0]
         if source not in whole:
             whole[source] = f"{source}/shape"

@@ -133,7 +133,7 @@ def _weight(state: dict[str, Tensor], name: str, stored: str, value: onnx.ValueI
         tensor = (tensor.t() if stored.endswith(passes.TRANSPOSED) else tensor).contiguous()
         if tuple(tensor.shape) != dims:
             raise RuntimeError(f"{name} is {tuple(tensor.shape)}, the graph wants {dims}")
-        return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
     return Weight(stored, dims, kind, source.numel() * precision.itemsize, load)
 
