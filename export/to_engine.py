@@ -170,12 +170,12 @@ def _build(
         trt_api.set_flag(trt, config, "OBEY_PRECISION_CONSTRAINTS")
         keep_float32(trt, network, prepared.types)
     cache_file = timing_cache_file(machine)
-    _load_timings(config, cache_file)
+    timings = _load_timings(config, cache_file)
     plan = _in_thread(trt, lambda: builder.build_serialized_network(network, config), config, progress)
     if plan is None:
         raise SessaError(f"TensorRT could not build the engine: {' / '.join(log.lines[-4:]) or 'no reason given'}; "
                          "fix: lower --max-batch, --max-context or --max-prompt, or raise --workspace")  # fmt: skip
-    del parser
+    del parser, timings
     _save_timings(config, cache_file)
     data = bytes(plan)
     progress("checking the engine", 0, 0)
@@ -205,14 +205,14 @@ def _in_thread(trt: Any, work: Callable[[], Any], config: Any, progress: Progres
         finally:
             over.set()
 
-    watched = trt_api.watch(trt, config, step)
+    monitor = trt_api.watch(trt, config, step)
     threading.Thread(target=run, name="sessa-build", daemon=True).start()
     try:
         while not over.wait(_POLL):  # an event: an interrupted Thread.join takes the thread for ended
             progress(*state)
     except KeyboardInterrupt:
         cancel.set()
-        if watched:  # the builder stops at its next step; without a monitor the caller ends the process
+        if monitor is not None:  # the builder stops at its next step; without a monitor the caller ends the process
             over.wait(30.0)
         raise
     value, error = result[0]
@@ -264,8 +264,8 @@ def _free_memory() -> tuple[int, int]:
         cuda.close()
 
 
-def _load_timings(config: Any, path: Path) -> None:
-    """Give the builder the timings kept from earlier builds; damaged ones are passed over."""
+def _load_timings(config: Any, path: Path) -> Any:
+    """Give the builder the timings kept from earlier builds; damaged ones are passed over. What is returned must live until the engine is built."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -274,7 +274,9 @@ def _load_timings(config: Any, path: Path) -> None:
     if cache is None and data:
         cache = config.create_timing_cache(b"")
     if cache is not None and not config.set_timing_cache(cache, False) and data:
-        config.set_timing_cache(config.create_timing_cache(b""), False)
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    return cache
 
 
 def _save_timings(config: Any, path: Path) -> None:

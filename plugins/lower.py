@@ -168,6 +168,7 @@ def problems(cubin: Cubin, declared: int, spills: int, scalar_loads: int, wide: 
 def _prepare(cache: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = cache
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # two dtypes may share a binary; a cached one prints no ptxas report
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

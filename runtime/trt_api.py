@@ -95,10 +95,13 @@ def set_flag(trt: Any, config: Any, name: str, on: bool = True) -> bool:
     return True
 
 
-def watch(trt: Any, config: Any, step: Callable[[str, int, int], bool]) -> bool:
-    """Have `step(phase, done, of)` called while the engine is built; it returns False to stop. False where this version has no IProgressMonitor."""
+def watch(trt: Any, config: Any, step: Callable[[str, int, int], bool]) -> Any:
+    """Have `step(phase, done, of)` called while the engine is built; it returns False to stop.
+
+    Returns the monitor, which must live that long, or None where this version has no IProgressMonitor.
+    """
     if not hasattr(trt, "IProgressMonitor"):
-        return False
+        return None
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
@@ -119,8 +122,9 @@ def watch(trt: Any, config: Any, step: Callable[[str, int, int], bool]) -> bool:
             of = self._steps.pop(phase_name, 0)
             self._go_on = step(phase_name, of, of) and self._go_on
 
-    config.progress_monitor = Monitor()
-    return True
+    monitor = Monitor()
+    config.progress_monitor = monitor
+    return monitor
 
 
 def layer_information(trt: Any, engine: Any) -> str:

@@ -1,0 +1,248 @@
+"""TensorRT on a GPU, in one run: build engines of the demo, compare numbers and text with ONNX Runtime's on a CPU, time decode steps, soak.
+
+    python benchmarks/trt_check.py prepare --checkpoint checkpoints/demo --work DIR     where there is torch: bundles and reference numbers
+    python benchmarks/trt_check.py run --work DIR --out DIR [--plugin LIB] [--only STEP]      where there is TensorRT and a GPU; no torch
+
+Every step is a process with its own time limit and writes STEP.json into --out; a step that fails or hangs does not keep the next from running.
+The last lines are a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BATCH, CAPACITY, CHUNK = 3, 512, 96
+PROMPTS = ("def ", "import os\n\nclass ", "    return self.")
+TOKENS = 200
+# Ragged steps: (T, new_length); rows stand still, stop and start again, prompts are longer than a chunk.
+STEPS = [(150, (150, 7, 0)), (1, (1, 1, 0)), (1, (1, 0, 0)), (40, (0, 40, 33)), (1, (1, 1, 1)), (1, (1, 1, 1)), (97, (3, 97, 1)), (1, (0, 1, 1)),
+         (1, (1, 1, 1))]  # fmt: skip
+LIMITS = {"load": 60, "build-fp32": 150, "numbers-fp32": 60, "text-fp32": 60, "build-fp16": 150, "numbers-fp16": 60, "text-fp16": 60, "speed-fp32": 45,
+          "speed-fp16": 45, "soak-fp16": 90}  # fmt: skip
+
+
+def drive(backend: Any, poison: bool = False) -> dict[str, np.ndarray]:
+    """Logits of STEPS and the caches at their end; rows that stood still are zeros."""
+    rng, found = np.random.default_rng(0), {}
+    for i, (tokens, new) in enumerate(STEPS):
+        if poison:
+            backend.poison()
+        counts = np.array(new, np.int32)
+        ids = rng.integers(0, backend.config.vocab_size, (BATCH, tokens))
+        found[f"logits.{i}"] = np.where(counts[:, None] > 0, backend.step(ids, counts), 0.0)
+    for row in range(BATCH):
+        found |= {f"{row}.{name}": np.asarray(x) for name, x in backend.cached(row).items()}
+    return found
+
+
+def greedy(backend: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """TOKENS greedy tokens behind each prompt, all prompts at once."""
+    backend.reset()
+    rows, longest = np.arange(BATCH), max(map(len, prompts))
+    ids, new = np.zeros((BATCH, longest), np.int64), np.array([len(p) for p in prompts], np.int32)
+    for b, prompt in enumerate(prompts):
+        ids[b, : len(prompt)] = prompt
+    picked = np.argmax(backend.step(ids, new), axis=-1)
+    out = [picked]
+    for _ in range(TOKENS - 1):
+        picked = backend.step_greedy(picked[:, None], np.ones(BATCH, np.int32))
+        out.append(picked)
+    return np.stack(out, 1)[rows].tolist()
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Export both bundles and write what ONNX Runtime computes on a CPU."""
+    from sessa_deploy.export.to_onnx import export_bundle
+    from sessa_deploy.runtime.bundle import Bundle
+    from sessa_deploy.runtime.ort import OrtBackend
+    from sessa_deploy.runtime.tokenizer import Tokenizer
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    for precision in ("fp32", "fp16"):
+        bundle = Bundle.open(export_bundle(args.checkpoint, args.work / precision, precision))
+        backend = OrtBackend(bundle, batch=BATCH, capacity=CAPACITY, threads=2)
+        tokenizer = Tokenizer(bundle.file("tokenizer.json"))
+        prompts = [[0 if bundle.config.bos_token_id is None else bundle.config.bos_token_id, *tokenizer.encode(p)] for p in PROMPTS]
+        np.savez(args.work / f"{precision}.npz", **drive(backend))
+        (args.work / f"{precision}.json").write_text(json.dumps({"prompts": prompts, "tokens": greedy(backend, prompts)}))
+
+
+def open_backend(args: argparse.Namespace, precision: str, **options: Any) -> Any:
+    """The TensorRT backend on a bundle of --work."""
+    from sessa_deploy.runtime.bundle import Bundle
+    from sessa_deploy.runtime.trt import TrtBackend
+
+    return TrtBackend(Bundle.open(args.work / precision), plugin=args.plugin, **{"batch": BATCH, "capacity": CAPACITY, **options})
+
+
+def step_load(args: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """TensorRT imports, registers the plugin, sees the GPU, and the decode kernels are there for it."""
+    from sessa_deploy.export.to_engine import this_machine
+    from sessa_deploy.plugins import library
+    from sessa_deploy.runtime import trt_api, trt_kernels
+
+    trt = trt_api.load()
+    plugin = library.load(trt, args.plugin)
+    machine = this_machine(trt)
+    found = trt_kernels.images(plugin, int(machine.arch.removeprefix("sm_")))
+    return {"ok": True, "python": sys.version.split()[0], "tensorrt": machine.tensorrt, "gpu": machine.gpu, "arch": machine.arch, "driver": machine.driver,
+            "free_gib": machine.free / 2**30, "kernels": sorted(found)}  # fmt: skip
+
+
+def step_build(args: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """An engine into the bundle."""
+    from sessa_deploy.export.to_engine import build_engine
+
+    built = build_engine(args.work / precision, BATCH, CAPACITY, CHUNK, plugin=args.plugin, verbose=args.verbose)
+    return {"ok": True, "seconds": built.info.seconds, "plan_mib": built.info.plan_size / 2**20, "folder": built.folder, "inlined": built.info.inlined}
+
+
+def step_numbers(args: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Every step's logits and the caches, with and without a graph, clean and poisoned, against ONNX Runtime's float32 and its own error in this precision."""
+    truth, same = (dict(np.load(args.work / f"{p}.npz")) for p in ("fp32", precision))
+    result: dict[str, Any] = {"ok": True}
+    first: dict[str, np.ndarray] | None = None
+    for graph in (False, True):
+        for poison in (False, True):
+            backend = open_backend(args, precision, graph=graph)
+            found = drive(backend, poison)
+            backend.close()
+            worst, where = 0.0, ""
+            for name, value in found.items():
+                wide = truth[name].astype(np.float64)
+                scale = max(float(np.abs(wide).max()), 1e-30)
+                error = float(np.abs(value - wide).max()) / scale
+                error = error if np.isfinite(value).all() else float("inf")
+                yardstick = float(np.abs(same[name].astype(np.float64) - wide).max()) / scale
+                over = error / (3 * yardstick + (3e-5 if precision == "fp32" else 3e-3))
+                if over > worst:
+                    worst, where = over, f"{name}: {error:.2e}, ONNX Runtime {yardstick:.2e}"
+            key = f"graph={graph} poison={poison}"
+            result[key] = {"error_over_allowed": worst, "worst": where}
+            result["ok"] = result["ok"] and worst <= 1.0
+            first = found if first is None else first
+            result[key]["same_bits"] = all(np.array_equal(first[n], found[n]) for n in first)
+    return result
+
+
+def step_text(args: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Greedy tokens against ONNX Runtime's in float32; fp16 may part where two tokens are nearly as likely, fp32 may not."""
+    reference = json.loads((args.work / "fp32.json").read_text())
+    result: dict[str, Any] = {"ok": True}
+    for graph in (True, False):
+        backend = open_backend(args, precision, graph=graph)
+        found = greedy(backend, reference["prompts"])
+        backend.close()
+        equal = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), TOKENS) for x, y in zip(found, reference["tokens"], strict=True)]
+        result[f"graph={graph}"] = {"equal_tokens": equal, "of": TOKENS}
+        result["ok"] = result["ok"] and (precision != "fp32" or min(equal) == TOKENS)
+    return result
+
+
+def step_speed(args: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Milliseconds of a greedy step of one sequence, host clock, ids back on the host, at about half the capacity."""
+    result: dict[str, Any] = {"ok": True}
+    for graph in (True, False):
+        backend = open_backend(args, precision, batch=1, graph=graph)
+        backend.step(np.ones((1, 200), np.int64), np.array([200], np.int32))
+        ids, new, times = np.ones((1, 1), np.int64), np.ones(1, np.int32), []
+        for i in range(1200):
+            if int(backend.length[0]) >= 300:
+                backend.rewind(0, 200)
+            begun = time.perf_counter()
+            ids = backend.step_greedy(ids, new)[:, None]
+            if i >= 200:
+                times.append(1e3 * (time.perf_counter() - begun))
+        backend.close()
+        result[f"graph={graph}"] = {f"p{p}_ms": float(np.percentile(times, p)) for p in (50, 95, 99)}
+    return result
+
+
+def step_soak(args: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Many steps with changing lengths and prompts; the memory stays, and a sequence begun anew gives the bits it gave at first."""
+    backend, rng = open_backend(args, precision), np.random.default_rng(1)
+    prompt, counts = rng.integers(0, backend.config.vocab_size, (BATCH, 20)), np.full(BATCH, 20, np.int32)
+    first = backend.step(prompt, counts)
+    free = backend._cuda.memory()[0]
+    steps = 0
+    while steps < 4000:
+        for row in range(BATCH):
+            if backend.room(row) < 130 or rng.random() < 0.01:
+                backend.reset([row])
+        tokens = int(rng.integers(2, 120)) if rng.random() < 0.05 else 1
+        new = rng.integers(0, tokens + 1, BATCH).astype(np.int32)
+        new[int(rng.integers(0, BATCH))] = tokens
+        backend.step(rng.integers(0, backend.config.vocab_size, (BATCH, tokens)), new)
+        steps += 1
+    lost = free - backend._cuda.memory()[0]
+    backend.reset()
+    same = bool(np.array_equal(first, backend.step(prompt, counts)))
+    backend.close()
+    return {"ok": same and lost <= 16 << 20, "steps": steps, "memory_lost_mib": lost / 2**20, "same_bits_at_the_end": same}
+
+
+def run(args: argparse.Namespace) -> int:
+    """All steps, each a process of its own."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in [args.only] if args.only else list(LIMITS):
+        command = [sys.executable, __file__, "step", "--name", name, "--work", str(args.work), "--out", str(args.out)]
+        command += ["--plugin", str(args.plugin)] if args.plugin else []
+        begun, log = time.monotonic(), args.out / f"{name}.log"
+        with open(log, "w") as stream:
+            try:
+                code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, timeout=LIMITS[name], check=False).returncode
+            except subprocess.TimeoutExpired:
+                code = 124
+        file = args.out / f"{name}.json"
+        result = json.loads(file.read_text()) if file.is_file() else {"ok": False, "error": " / ".join(log.read_text(errors="replace").splitlines()[-4:])}
+        rows.append((name, code, time.monotonic() - begun, result))
+        print(f"{name} {code} {time.monotonic() - begun:.1f}s {json.dumps(result)[:1500]}", flush=True)
+    print(f"\n{'step':<14}{'result':<8}{'seconds':>8}")
+    for name, code, seconds, result in rows:
+        print(f"{name:<14}{'ok' if code == 0 and result['ok'] else 'FAILED':<8}{seconds:>8.1f}")
+    return 0 if all(code == 0 and result["ok"] for _, code, _, result in rows) else 1
+
+
+def step(args: argparse.Namespace) -> int:
+    """One step in this process; its JSON is written whatever happens short of a crash."""
+    kind, _, precision = args.name.partition("-")
+    work: Callable[[argparse.Namespace, str], dict[str, Any]] = globals()[f"step_{kind}"]
+    try:
+        result = work(args, precision)
+    except Exception as error:
+        traceback.print_exc()
+        result = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+    (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1))
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("prepare", "run", "step"))
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/demo"))
+    parser.add_argument("--out", type=Path, default=Path("out/trt_check"))
+    parser.add_argument("--plugin", type=Path)
+    parser.add_argument("--only", choices=list(LIMITS))
+    parser.add_argument("--name", choices=list(LIMITS))
+    parser.add_argument("--verbose", action="store_true")
+    args = parser.parse_args()
+    if args.verb == "prepare":
+        prepare(args)
+        return 0
+    return run(args) if args.verb == "run" else step(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
