@@ -82,6 +82,11 @@ class Case:
             out += [(i, b, seen[b] - 1) for b in range(self.batch) if step.new_length[b] > 0]
         return np.array(out, dtype=np.int64).reshape(-1, 3)
 
+    def alone(self, sequence: int) -> Case:
+        """The steps in which one sequence has new tokens, as a case of one sequence; its other rows and steps are left out."""
+        steps = tuple(Step(s.input_ids[sequence : sequence + 1], s.new_length[sequence : sequence + 1]) for s in self.steps if s.new_length[sequence] > 0)
+        return dataclasses.replace(self, steps=steps)
+
     def with_generated(self, tokens: np.ndarray) -> Case:
         """This case with the oracle's tokens (B,N) in its generated steps."""
         if self.generated is None:

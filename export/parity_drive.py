@@ -38,11 +38,17 @@ class SessionRunner(Protocol):
 
 @dataclass
 class Engine:
-    """An engine as parity drives it: the stateless graph, the session that owns its caches, or both; and the versions it ran with."""
+    """An engine as parity drives it: the stateless graph, the session that owns its caches, or both; and the versions it ran with.
+
+    eager: the same session without what it records and replays (a CUDA graph). max_batch: sequences it takes at once; larger cases are run one sequence
+    after the other.
+    """
 
     graph: GraphStep | None
     session: SessionRunner | None
     versions: dict[str, str]
+    eager: SessionRunner | None = None
+    max_batch: int | None = None
 
 
 def layer_name(layer: int, field: str) -> str:
@@ -95,13 +101,17 @@ def drive_graph(step: GraphStep, case: Case, config: SessaConfig, storage: np.dt
     return tensors, dirty
 
 
-def drive_session(runner: SessionRunner, case: Case, config: SessaConfig, greedy: bool = False) -> Tensors:
+def drive_session(runner: SessionRunner, case: Case, config: SessaConfig, greedy: bool = False, max_batch: int | None = None) -> Tensors:
     """Run a case through an implementation that owns its caches; per-layer tensors are read back from them, where they can be read.
 
-    greedy: take each token from the runner's own `step_greedy` (a device may pick it); then there are no logits.
+    greedy: take each token from the runner's own `step_greedy` (a device may pick it); then there are no logits. max_batch: sequences the
+    runner takes at once.
     """
     batch, lengths = case.batch, case.lengths
-    runner.begin(batch, max(int(lengths.max()), case.capacity or 0), case.poison)
+    if max_batch is not None and max_batch < batch:
+        return _drive_apart(runner, case, config, greedy)
+    longest = int(lengths.max())
+    runner.begin(batch, min(max(longest, case.capacity or 0), max(longest, config.max_context)), case.poison)
     found, tokens = [], []
     for item in case.steps:
         live = np.flatnonzero(item.new_length)
@@ -124,4 +134,18 @@ def drive_session(runner: SessionRunner, case: Case, config: SessaConfig, greedy
     for i, field in cache_entries(config.n_layers):
         if past_name(i, field) in cached[0]:
             tensors[layer_name(i, field)] = np.concatenate([np.asarray(rows[past_name(i, field)][:n]) for rows, n in zip(cached, lengths, strict=True)])
+    return tensors
+
+
+def _drive_apart(runner: SessionRunner, case: Case, config: SessaConfig, greedy: bool) -> Tensors:
+    """The case one sequence after the other, put together again as if they had run side by side."""
+    parts = [(b, drive_session(runner, case.alone(b), config, greedy)) for b, n in enumerate(case.lengths) if n > 0]
+    per_layer = [name for name in parts[0][1] if name not in (LOGITS, "token")]
+    tensors = {name: np.concatenate([part[name] for _, part in parts]) for name in per_layer}
+    rows = case.logit_rows()
+    for name in (n for n in (LOGITS, "token") if n in parts[0][1]):
+        merged = np.empty((len(rows), *parts[0][1][name].shape[1:]), dtype=parts[0][1][name].dtype)
+        for b, part in parts:
+            merged[rows[:, 1] == b] = part[name]
+        tensors[name] = merged
     return tensors

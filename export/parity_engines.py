@@ -16,14 +16,14 @@ from sessa_deploy.export.parity_rungs import check_engine
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
 
-_ROOM = 264  # smallest capacity opened, so that most cases share one backend
+_ROOM = 264  # smallest capacity opened where the context allows it, so that most cases share one backend
 
 
 class BackendSession:
-    """A runtime backend as a SessionRunner (see parity_drive). open_backend: (batch, capacity) -> Backend."""
+    """A runtime backend as a SessionRunner (see parity_drive). open_backend: (batch, capacity) -> Backend; max_context: of the model."""
 
-    def __init__(self, open_backend: Callable[[int, int], Backend]) -> None:
-        self._open = open_backend
+    def __init__(self, open_backend: Callable[[int, int], Backend], max_context: int = _ROOM) -> None:
+        self._open, self._room = open_backend, min(_ROOM, max_context)
         self._backend: Backend | None = None
         self._poison = False
 
@@ -38,7 +38,7 @@ class BackendSession:
         if self._backend is None or self._backend.batch != batch or self._backend.capacity < capacity:
             if self._backend is not None:
                 self._backend.close()
-            self._backend = self._open(batch, max(capacity, _ROOM))
+            self._backend = self._open(batch, max(capacity, self._room))
         self._backend.reset()
         self._poison = poison
 
@@ -59,7 +59,7 @@ class BackendSession:
 def _session(bundle: Bundle, name: str, threads: int) -> BackendSession:
     from sessa_deploy.runtime.engines import open_backend
 
-    return BackendSession(lambda batch, capacity: open_backend(bundle, name, batch, capacity, threads))
+    return BackendSession(lambda batch, capacity: open_backend(bundle, name, batch, capacity, threads), bundle.config.max_context)
 
 
 def _ort_graph(bundle: Bundle, provider: str, threads: int) -> GraphStep:
@@ -85,8 +85,18 @@ def open_ort_cuda(bundle: Bundle, threads: int) -> Engine:
 
 
 def open_trt(bundle: Bundle, threads: int) -> Engine:
-    """TensorRT, through the backend only: its engines are built for caches of fixed capacity."""
-    return Engine(None, _session(bundle, "trt", threads), _versions("tensorrt"))
+    """TensorRT, through the backend only: its engines are built for caches of fixed capacity. Decode steps also without the CUDA graph."""
+
+    def eager(batch: int, capacity: int) -> Backend:
+        from sessa_deploy.runtime.trt import TrtBackend
+
+        return TrtBackend(bundle, batch, capacity, graph=False)
+
+    from sessa_deploy.runtime.trt_plan import engines
+
+    smallest = min((info.max_batch for info in engines(bundle).values()), default=None)
+    versions = _versions("tensorrt", "tensorrt-lean", "tensorrt-cu12", "tensorrt-cu13")
+    return Engine(None, _session(bundle, "trt", threads), versions, BackendSession(eager, bundle.config.max_context), smallest)
 
 
 OPENERS: dict[str, Callable[[Bundle, int], Engine]] = {"ort": open_ort, "ort-cuda": open_ort_cuda, "trt": open_trt}

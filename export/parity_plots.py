@@ -65,13 +65,15 @@ def error_by_layer(report: Report) -> bytes:
     limit = [_finite(shown[t].limit_rms) if t in shown else math.nan for t in ticks]
     axis.plot(x, limit, color=FAILED, lw=1.1, ls="--", label="limit", drawstyle="steps-mid")
     axis.plot(x, [_finite(shown[t].plain_rms) if t in shown else math.nan for t in ticks], color=COLOURS[PLAIN], lw=1.6, marker="s", ms=3.4, label="yardstick")
-    marks = {"graph": "o", "session": "x", "greedy": "+"}
+    marks = {"graph": "o", "session": "x", "greedy": "+", "eager": "d"}
+    heights = [c.rms_error for c in report.worst() if math.isfinite(c.rms_error)]
+    top = 2.0 * max([_TINY, *heights, *(v for v in limit if math.isfinite(v))])  # where errors that are not finite are marked
     for (rung, mode), found in by_pair.items():
         y = [_finite(found[t].rms_error) if t in found else math.nan for t in ticks]
         axis.plot(x, y, color=COLOURS.get(rung, "#222"), lw=1.0, alpha=0.85, marker=marks[mode], ms=4.5, label=f"{rung}, {mode}")
         for place, tick in enumerate(ticks):
             if tick in found and found[tick].verdict != "pass":
-                height = y[place] if math.isfinite(y[place]) else axis.get_ylim()[1]
+                height = y[place] if math.isfinite(y[place]) else top
                 axis.plot(place, height, marker="o", ms=10, mfc="none", mec=FAILED, mew=1.6)
     axis.set_yscale("log")
     if report.precision != "fp32":

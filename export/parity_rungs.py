@@ -24,13 +24,13 @@ import numpy as np
 from sessa_deploy.contract import MODEL_FILE, PRECISIONS
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.export.parity_cases import Case, load_cases, save_cases
-from sessa_deploy.export.parity_drive import Engine, GraphStep, SessionRunner, Tensors, drive_graph, drive_session
+from sessa_deploy.export.parity_drive import Engine, Tensors, drive_graph, drive_session
 from sessa_deploy.runtime.bundle import Bundle
 
 ORACLE, PLAIN, TORCH = "float64", "plain", "torch"
 TORCH_RUNGS = (ORACLE, PLAIN, TORCH)
 ENGINE_RUNGS = ("ort", "ort-cuda", "trt")
-GREEDY_KINDS = ("decode", "ragged", "greedy")
+DECODE_KINDS = ("decode", "ragged", "greedy")
 HEADER_FILE = "header.json"
 HEADER_SCHEMA = 1
 
@@ -54,7 +54,7 @@ def run_rung(job: RungJob, report: Report | None = None, engine: Engine | None =
     Raises UserError on a rung that is not known, lacks its checkpoint or cannot run the bundle's precision here.
     """
     begun = time.perf_counter()
-    bundle, cases = Bundle.open(job.bundle), load_cases(job.folder)
+    bundle, cases = Bundle.open(job.bundle, verify=job.rung not in TORCH_RUNGS), load_cases(job.folder)  # torch rungs read no file of it
     out = job.folder / job.rung
     out.mkdir(parents=True, exist_ok=True)
     (out / HEADER_FILE).unlink(missing_ok=True)
@@ -67,7 +67,7 @@ def run_rung(job: RungJob, report: Report | None = None, engine: Engine | None =
     else:
         engine = engine or open_engine(job.rung, bundle, job.threads)
         header |= {"cases": cases.digest(), "versions": engine.versions, "headroom": None}
-        header |= _run_modes(out, bundle, cases.cases, engine.graph, engine.session, report or _silent)
+        header |= _run_modes(out, bundle, cases.cases, engine, report or _silent)
     header["seconds"] = round(time.perf_counter() - begun, 3)
     part = out / (HEADER_FILE + ".part")
     part.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
@@ -79,21 +79,21 @@ def _silent(done: int, of: int) -> None:
     """No progress wanted."""
 
 
-def _run_modes(
-    out: Path, bundle: Bundle, cases: tuple[Case, ...], graph: GraphStep | None, session: SessionRunner | None, report: Report
-) -> dict[str, Any]:
+def _run_modes(out: Path, bundle: Bundle, cases: tuple[Case, ...], engine: Engine, report: Report) -> dict[str, Any]:
     """Drive the cases in every mode there is; returns the header's entries about it."""
-    modes = {"graph": cases if graph is not None else (), "session": cases if session is not None else (),
-             "greedy": tuple(c for c in cases if c.kind in GREEDY_KINDS) if hasattr(session, "step_greedy") else ()}
+    decoding = tuple(case for case in cases if case.kind in DECODE_KINDS)
+    modes = {"graph": cases if engine.graph is not None else (), "session": cases if engine.session is not None else (),
+             "greedy": decoding if hasattr(engine.session, "step_greedy") else (), "eager": decoding if engine.eager is not None else ()}
     storage, dirty, done = np.dtype("float32" if bundle.precision == "bf16" else PRECISIONS[bundle.precision].numpy), {}, 0
     for mode, own in modes.items():
+        runner = engine.eager if mode == "eager" else engine.session
         for case in own:
-            if graph is not None and mode == "graph":
-                tensors, stained = drive_graph(graph, case, bundle.config, storage)
+            if engine.graph is not None and mode == "graph":
+                tensors, stained = drive_graph(engine.graph, case, bundle.config, storage)
                 if stained:
                     dirty[case.name] = stained
-            elif session is not None:
-                tensors = drive_session(session, case, bundle.config, greedy=mode == "greedy")
+            elif runner is not None:
+                tensors = drive_session(runner, case, bundle.config, mode == "greedy", engine.max_batch)
             _save(out / f"{mode}.{case.name}.npz", tensors)
             report(done := done + 1, sum(map(len, modes.values())))
     return {"modes": {mode: [case.name for case in own] for mode, own in modes.items() if own}, "nonzero_padding": dirty}
@@ -132,9 +132,9 @@ def _run_torch(job: RungJob, bundle: Bundle, report: Report) -> dict[str, Any]:
             found: dict[str, Any] = {"modes": {"graph": [case.name for case in cases.cases]}, "nonzero_padding": {}}
         elif job.rung == PLAIN:
             with rungs.replaced_ops(reference.plain, reference.plain_causal):
-                found = _run_modes(out, bundle, cases.cases, rungs.TorchGraph(model), None, report)
+                found = _run_modes(out, bundle, cases.cases, Engine(rungs.TorchGraph(model), None, {}), report)
         else:
-            found = _run_modes(out, bundle, cases.cases, rungs.TorchGraph(model), rungs.TorchSession(model), report)
+            found = _run_modes(out, bundle, cases.cases, Engine(rungs.TorchGraph(model), rungs.TorchSession(model), {}), report)
     return {"cases": cases.digest(), "versions": versions, "headroom": headroom, **found}
 
 

@@ -18,11 +18,12 @@ from sessa_deploy.contract import LOGITS, PARITY_FILE
 from sessa_deploy.errors import ParityError, UserError
 from sessa_deploy.export import parity
 from sessa_deploy.export.parity_cases import Case, Step, build_cases, load_cases, save_cases
-from sessa_deploy.export.parity_drive import Tensors, drive_graph, layer_name
+from sessa_deploy.export.parity_drive import Engine, Tensors, drive_graph, layer_name
+from sessa_deploy.export.parity_engines import open_ort
 from sessa_deploy.export.parity_metrics import Yardstick, check_tokens, compare, cosine, kl_divergence
 from sessa_deploy.export.parity_process import ProcessLaunch
 from sessa_deploy.export.parity_report import render, write_report
-from sessa_deploy.export.parity_rungs import read_header, read_tensors
+from sessa_deploy.export.parity_rungs import RungJob, read_header, read_tensors
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
 
 ROWS = np.stack([np.zeros(8, dtype=np.int64), np.arange(8)], axis=1)
@@ -205,8 +206,20 @@ print(dump_engines({str(bundle)!r}, {str(tmp_path / 'there')!r}, ['ort'], length
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="not readable"):
         read_tensors(tmp_path / "there", "ort", "graph", "prefill-65")
+    header.unlink()  # what a killed rung leaves
     with pytest.raises(UserError, match="holds no"):
-        parity.validate(bundle, checkpoint, elsewhere=seeded, launch=Here(seeded))
+        parity.validate(bundle, checkpoint, elsewhere=tmp_path / "there", launch=Here(seeded))
+
+
+def test_an_engine_for_one_sequence_runs_batches_one_after_the_other(material: tuple[Path, Path, Path]) -> None:
+    def engine(job: RungJob) -> Engine:
+        opened = open_ort(Bundle.open(job.bundle), 1)
+        return Engine(None, opened.session, {}, eager=opened.session, max_batch=1)
+
+    report = judge(*material, engine)
+    assert report.passed, report.line()
+    rows = {(c.mode, c.case): c.rows for c in report.comparisons if c.rung == "ort" and c.layer == 0 and c.field == "s"}
+    assert rows["session", "ragged"] == rows["eager", "ragged"] == sum(report.cases["ragged"]["lengths"])
 
 
 def test_another_checkpoint(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
