@@ -166,7 +166,7 @@ KERNELS: dict[str, Kernel] = {
             ),
             ("BT", "CHUNK", "BACKWARD", "SPLIT", "PRECISION"),
             ("fwd", "bwd"),
-            scalar_loads=64,
+            scalar_loads=128,
         ),
         Kernel(
             "feedback_solve",

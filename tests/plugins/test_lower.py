@@ -41,7 +41,7 @@ def test_every_unit_is_made_and_described(lowered: tuple[Path, dict[str, Any], s
     for c in cubins:
         described = launch.kernel(c["kernel"])
         assert [p["name"] for p in c["params"]] == [p.name for p in described.params] + ["global_scratch", "profile_scratch"]
-        assert c["shared"] <= launch.SHARED_LIMIT[c["arch"]] and c["problems"] == [] and c["registers"] > 0 and c["vector_loads"] > 0
+        assert c["shared"] <= launch.SHARED_LIMIT[c["arch"]] and c["problems"] == [] and c["registers"] > 0
         binary = (out / c["file"]).read_bytes()
         assert binary[:4] == b"\x7fELF" and len(binary) == c["size"]
         assert str(Path(launch.__file__).parent).encode() not in binary  # no path of this machine
