@@ -85,7 +85,8 @@ class Report:
             "schema_version": REPORT_SCHEMA, "passed": self.passed, "line": self.line(), "failure": failure, "precision": self.precision,
             "config": self.config.to_dict(), "environment": self.environment, "seconds": round(self.seconds, 1), "rungs": self.rungs, "cases": self.cases,
             "weights": self.weights, "worst": [c.to_dict() for c in self.worst()], "tokens": [t.to_dict() for t in self.tokens],
-            "fp16_max": FP16_MAX, "headroom": {rung: {key: [plain_number(float(v)) for v in row] for key, row in rows.items()} for rung, rows in self.headroom.items()},
+            "fp16_max": FP16_MAX,
+            "headroom": {rung: {key: [plain_number(float(v)) for v in row] for key, row in rows.items()} for rung, rows in self.headroom.items()},
         }
         if details:
             data["comparisons"] = [c.to_dict() for c in self.comparisons]
