@@ -1,6 +1,7 @@
 """The TensorRT plugin library: built from source against given headers, called through TensorRT's own interfaces, loaded by its real registry.
 
-SESSA_TRT_INCLUDE: include folders of TensorRT 8.6, 10, 11, separated by ':'. SESSA_LEAN_PYTHON: a Python with the lean runtime.
+SESSA_TRT_INCLUDE: include folders of TensorRT 8.6, 10, 11, separated by ':'. SESSA_LEAN_PYTHON: a Python with the lean runtime
+of TensorRT 11. SESSA_TRT8_PYTHON: a Python with TensorRT 8.6. Neither needs a GPU.
 SESSA_CUBIN_DIR: kernels already lowered. SESSA_PLUGIN_PREBUILT: a folder with trt<major>/{libsessa_plugin,harness}.so to test in place of a build.
 """
 
@@ -136,6 +137,15 @@ def test_wrong_calls_are_messages_not_crashes(built: tuple[int, Path, ctypes.CDL
     harness.harness_destroy(plugin)
 
 
+def elsewhere(python: str, code: str, path: Path) -> subprocess.CompletedProcess[str]:
+    """Run `code` with the library's path under another Python, to which this checkout is made visible."""
+    root = Path(library.__file__).resolve().parents[1]
+    visible = f"import sys, types\nsys.path.insert(0, {str(root)!r})\nimport sessa_deploy\n"
+    if not (root / "sessa_deploy/plugins").exists():
+        visible += f"p = types.ModuleType('sessa_deploy.plugins'); p.__path__ = [{str(root / 'plugins')!r}]; sys.modules['sessa_deploy.plugins'] = p\n"
+    return subprocess.run([python, "-c", visible + code, str(path)], capture_output=True, text=True, timeout=120)
+
+
 LEAN = """
 import sys, numpy as np, tensorrt_lean_bindings as trt
 from sessa_deploy.plugins import library
@@ -168,15 +178,45 @@ def test_the_lean_runtimes_registry_takes_the_library(built: tuple[int, Path, ct
     python = os.environ.get("SESSA_LEAN_PYTHON")
     if major != 11 or python is None:
         pytest.skip("needs TensorRT 11's headers and a Python with tensorrt_lean_cu13_bindings, named in SESSA_LEAN_PYTHON")
-    root = Path(library.__file__).resolve().parents[1]
-    package = "import sys, types, importlib.util\n" + (
-        "import sessa_deploy\n" if (root / "sessa_deploy/plugins").exists() else
-        f"sys.path.insert(0, {str(root)!r})\nimport sessa_deploy\n"
-        f"p = types.ModuleType('sessa_deploy.plugins'); p.__path__ = [{str(root / 'plugins')!r}]; sys.modules['sessa_deploy.plugins'] = p\n"
-    )  # fmt: skip
-    done = subprocess.run([python, "-c", package + LEAN, str(path)], capture_output=True, text=True, timeout=120)
+    done = elsewhere(python, LEAN, path)
     assert done.returncode == 0 and done.stdout.startswith("fine 11"), done.stdout + done.stderr
     assert "attribute wrong is unknown; allowed: scale, storage" in done.stderr
+
+
+TRT8 = """
+import sys, numpy as np, tensorrt as trt
+from pathlib import Path
+from sessa_deploy.plugins import library
+logger = trt.Logger(trt.Logger.ERROR)
+assert library.load(trt, Path(sys.argv[1])) and library.load(trt, Path(sys.argv[1]))
+creator = trt.get_plugin_registry().get_plugin_creator("SessaFeedbackAttention", "1", "")
+assert [f.name for f in creator.field_names] == ["scale", "storage"]
+def make(**fields):
+    kinds = {np.dtype("float32"): trt.PluginFieldType.FLOAT32, np.dtype("int32"): trt.PluginFieldType.INT32}
+    return creator.create_plugin("x", trt.PluginFieldCollection([trt.PluginField(n, v, kinds[v.dtype]) for n, v in fields.items()]))
+f, i = (lambda *v: np.array(v, np.float32)), (lambda *v: np.array(v, np.int32))
+plugin = make()
+assert plugin.plugin_type == "SessaFeedbackAttention" and plugin.num_outputs == 1 and make(scale=f(0.5), storage=i(10)) is not None
+for bad in (dict(storage=i(16)), dict(storage=i(5)), dict(wrong=i(1)), dict(scale=f(np.nan)), dict(scale=f(1, 2)), dict(state=i(1))):
+    assert make(**bad) is None, bad
+state = bytes(plugin.serialize())
+assert len(state) == plugin.serialization_size == 16
+assert creator.deserialize_plugin("x", state) is not None
+assert creator.deserialize_plugin("x", state[:-1]) is None and creator.deserialize_plugin("x", b"x" + state[1:]) is None
+print("fine", trt.__version__)
+"""
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+def test_tensorrt_8s_registry_takes_the_library(built: tuple[int, Path, ctypes.CDLL]) -> None:
+    major, path, _ = built
+    python = os.environ.get("SESSA_TRT8_PYTHON")
+    if major != 8 or python is None:
+        pytest.skip("needs TensorRT 8.6's headers and a Python with tensorrt 8.6, named in SESSA_TRT8_PYTHON")
+    done = elsewhere(python, TRT8, path)
+    assert done.returncode == 0 and done.stdout.startswith("fine 8.6"), done.stdout + done.stderr
+    assert "TensorRT 8.6 has no bfloat16" in done.stderr and "got 15 bytes; allowed: 16; rebuild the engine" in done.stderr
 
 
 @pytest.mark.gpu
