@@ -31,6 +31,8 @@ _OLD_PARSER_OPS = frozenset(
     )
     for word in line.split()
 )
+# Operators one of whose inputs is a shape, and the first such input.
+_SHAPE_INPUTS = {"Range": 0, "ConstantOfShape": 0, **dict.fromkeys(("Reshape", "Expand", "Tile", "Slice", "Split", "Squeeze", "Unsqueeze", "Pad", "TopK"), 1)}
 _OLD_PARSER_CONSTANT = {"Squeeze": 1, "Unsqueeze": 1, "ReduceSum": 1}  # inputs (axes) that must be constants there
 
 
@@ -102,10 +104,24 @@ def complaints(model: ModelProto, tensorrt: tuple[int, ...], claimed: Collection
             found.append(f"{node.name}: the axes of {node.op_type} must be constant in TensorRT 8.6")
         if node.op_type == "Shape" and node.attribute:
             found.append(f"{node.name}: TensorRT 8.6 ignores start and end of Shape")
+    found += [f"{name}: its shape depends on lengths or ids, not on shapes alone" for name in data_dependent_shapes(model.graph)]
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.BFLOAT16:
             found.append(f"{tensor.name}: TensorRT 8.6 has no bfloat16: export with --precision fp16 or fp32")
             break
+    return found
+
+
+def data_dependent_shapes(graph: GraphProto) -> list[str]:
+    """Names of nodes whose output shape follows from the values of input_ids, past_length or new_length: TensorRT would read them on the host."""
+    data, found = {contract.INPUT_IDS, contract.PAST_LENGTH, contract.NEW_LENGTH}, []
+    for node in graph.node:
+        if node.op_type == "Shape":
+            continue
+        if any(x in data for x in list(node.input)[_SHAPE_INPUTS.get(node.op_type, len(node.input)) :]):
+            found.append(node.name)
+        if any(x in data for x in node.input):
+            data.update(node.output)
     return found
 
 

@@ -135,6 +135,15 @@ def test_what_the_old_parser_cannot_take_is_named() -> None:
     assert trt_graph.complaints(model, (10, 0, 1)) == []
 
 
+def test_a_shape_that_depends_on_data_is_named(models: Callable[[str], Path]) -> None:
+    graph = trt_graph.prepare(trt_graph.load(models("fp32"))).model.graph
+    assert trt_graph.data_dependent_shapes(graph) == []
+    graph.node.append(helper.make_node("Range", ["constant.3", "past_length", "constant.1"], ["r"], name="late/Range"))
+    graph.node.append(helper.make_node("Add", ["new_length", "past_length"], ["sum"], name="late/Add"))
+    graph.node.append(helper.make_node("Expand", ["past.0.s", "sum"], ["grown"], name="late/Expand"))
+    assert trt_graph.data_dependent_shapes(graph) == ["late/Range", "late/Expand"]
+
+
 def test_weights_beside_the_file_stay_there(models: Callable[[str], Path], tmp_path: Path) -> None:
     onnx.save(onnx.load(models("fp32")), tmp_path / "m.onnx", save_as_external_data=True, location="m.onnx.data", size_threshold=512)
     prepared = trt_graph.prepare(trt_graph.load(tmp_path / "m.onnx"))
