@@ -60,7 +60,9 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point. A SessaError becomes one line on stderr and its exit code; anything else is a bug and keeps its traceback."""
     try:
-        cli.main(args=args, prog_name="sessa-deploy", standalone_mode=False)
+        code = cli.main(args=args, prog_name="sessa-deploy", standalone_mode=False)
+        if isinstance(code, int) and code:  # what a verb gave to ctx.exit
+            sys.exit(code)
     except SessaError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
