@@ -103,7 +103,7 @@ def step_build(args: argparse.Namespace, precision: str) -> dict[str, Any]:
     """An engine into the bundle."""
     from sessa_deploy.export.to_engine import build_engine
 
-    built = build_engine(args.work / precision, BATCH, CAPACITY, CHUNK, plugin=args.plugin, verbose=args.verbose)
+    built = build_engine(args.work / precision, BATCH, CAPACITY, CHUNK, opt_level=args.opt_level, plugin=args.plugin, verbose=args.verbose)
     return {"ok": True, "seconds": built.info.seconds, "plan_mib": built.info.plan_size / 2**20, "folder": built.folder, "inlined": built.info.inlined}
 
 
@@ -198,6 +198,7 @@ def run(args: argparse.Namespace) -> int:
     for name in [args.only] if args.only else list(LIMITS):
         command = [sys.executable, __file__, "step", "--name", name, "--work", str(args.work), "--out", str(args.out)]
         command += ["--plugin", str(args.plugin)] if args.plugin else []
+        command += [] if args.opt_level is None else ["--opt-level", str(args.opt_level)]
         begun, log = time.monotonic(), args.out / f"{name}.log"
         with open(log, "w") as stream:
             try:
@@ -236,6 +237,7 @@ def main() -> int:
     parser.add_argument("--plugin", type=Path)
     parser.add_argument("--only", choices=list(LIMITS))
     parser.add_argument("--name", choices=list(LIMITS))
+    parser.add_argument("--opt-level", type=int, help="of the builds; default: TensorRT's own")
     parser.add_argument("--verbose", action="store_true")
     args = parser.parse_args()
     if args.verb == "prepare":
