@@ -102,6 +102,8 @@ def complaints(model: ModelProto, tensorrt: tuple[int, ...], claimed: Collection
         at = _OLD_PARSER_CONSTANT.get(node.op_type)
         if at is not None and len(node.input) > at and node.input[at] and node.input[at] not in constants:
             found.append(f"{node.name}: the axes of {node.op_type} must be constant in TensorRT 8.6")
+        if node.op_type == "Constant" and any(a.name in ("value_int", "value_ints") for a in node.attribute):
+            found.append(f"{node.name}: TensorRT 8.6 reads integers of Constant from a tensor only")
         if node.op_type == "Shape" and node.attribute:
             found.append(f"{node.name}: TensorRT 8.6 ignores start and end of Shape")
     found += [f"{name}: its shape depends on lengths or ids, not on shapes alone" for name in data_dependent_shapes(model.graph)]

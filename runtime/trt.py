@@ -117,6 +117,12 @@ class TrtBackend(Backend):
         self._cuda.enter()
         self._own().poison(self.length)
 
+    def device_bytes(self) -> int:
+        self._own()
+        self._cuda.enter()
+        free, total = self._cuda.memory()
+        return int(total - free)
+
     def close(self) -> None:
         if self._buffers is None:
             return

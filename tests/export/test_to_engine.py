@@ -126,11 +126,12 @@ def test_an_op_with_neither_plugin_nor_body_is_refused(models: Callable[[str], P
 def test_what_the_old_parser_cannot_take_is_named() -> None:
     x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["a", "b"]) for n in "xy")
     nodes = [helper.make_node("Gelu", ["x"], ["g"], name="layer/gelu"), helper.make_node("Shape", ["x"], ["n"], name="shape", start=1),
-             helper.make_node("Unsqueeze", ["g", "n"], ["u"], name="grow"), helper.make_node("Identity", ["g"], ["y"], name="id")]  # fmt: skip
+             helper.make_node("Unsqueeze", ["g", "n"], ["u"], name="grow"), helper.make_node("Constant", [], ["c"], name="five", value_int=5),
+             helper.make_node("Identity", ["g"], ["y"], name="id")]  # fmt: skip
     weights = [helper.make_tensor("w", TensorProto.BFLOAT16, [1], [0])]
     model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], weights), opset_imports=[helper.make_opsetid("", 20)])
     found = trt_graph.complaints(model, (8, 6, 0))
-    assert len(found) == 5 and "opset 20" in found[0] and "layer/gelu: TensorRT 8.6 has no Gelu" in found
+    assert len(found) == 6 and any("five: " in f for f in found) and "opset 20" in found[0] and "layer/gelu: TensorRT 8.6 has no Gelu" in found
     assert any("grow: the axes" in f for f in found) and any("start and end" in f for f in found) and any("bfloat16" in f for f in found)
     assert trt_graph.complaints(model, (10, 0, 1)) == []
 

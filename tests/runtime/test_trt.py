@@ -95,7 +95,7 @@ def test_a_greedy_step_reads_ids_only(build: Callable[..., Any]) -> None:
     backend.step_greedy(ids, new)
     before = cuda.read_back
     backend.step_greedy(ids, new)
-    assert cuda.read_back - before == 4 * BATCH
+    assert cuda.read_back - before == 4 * BATCH and backend.device_bytes() == 8 << 30
 
 
 def test_logits_that_are_not_finite_raise_and_change_nothing(build: Callable[..., Any]) -> None:
