@@ -18,6 +18,7 @@ constexpr int64_t kMaxWidth = 4096;
 constexpr int64_t kMaxIndex = 2147483647;
 constexpr int64_t kMaxSplits = 128;             // launch.STEP_MAX_SPLITS
 constexpr int64_t kPanelBytes = int64_t{1} << 30; // feedback_fwd.PANEL_BYTES
+constexpr int64_t kNarrowWidth = 1024; // launch.NARROW_WIDTH
 constexpr double kLog2E = 1.4426950408889634;
 
 int64_t ceilDiv(int64_t a, int64_t b)
@@ -119,10 +120,11 @@ struct Forward
     bool find(Problem const& p, int32_t arch)
     {
         char const* dtype = dtypeName(p.storage);
-        pack = findCubin("feedback_pack", arch, dtype, "fwd");
+        char const* variant = p.width < kNarrowWidth ? "narrow" : "fwd";
+        pack = findCubin("feedback_pack", arch, dtype, variant);
         scores = findCubin("feedback_scores", arch, dtype, "fwd");
         combine = findCubin("feedback_combine", arch, dtype, "fwd");
-        solve = findCubin("feedback_solve", arch, dtype, "fwd");
+        solve = findCubin("feedback_solve", arch, dtype, variant);
         return pack != nullptr && scores != nullptr && combine != nullptr && solve != nullptr;
     }
 
@@ -137,9 +139,10 @@ struct Forward
         bool const split = p.storage != Storage::kFloat;
         int64_t const work = split ? 2 : 4;
         int64_t const tile = solve->tile("BT");
-        int64_t const scoreRows = scores->tile("BM");
-        pastTiles = ceilDiv(p.capacity, tile);
-        tiles = pastTiles + ceilDiv(p.tokens, tile);
+        int64_t const group = scores->tile("NB"); // column tiles a program of the scores kernel makes
+        int64_t const scoreRows = std::max<int64_t>(scores->tile("BM"), tile * group);
+        pastTiles = ceilDiv(p.capacity, tile * group) * group;
+        tiles = pastTiles + ceilDiv(p.tokens, tile * group) * group;
         columns = tiles * tile;
         int64_t const fit = kPanelBytes / (p.batch * columns * work) / scoreRows * scoreRows;
         int64_t const allRows = ceilDiv(p.tokens, scoreRows) * scoreRows;
@@ -191,7 +194,9 @@ struct Forward
             int64_t const here = std::min(rows, p.tokens - row0);
             int64_t const blocks = ceilDiv(here, tile);
             int64_t const scoreRows = scores->tile("BM");
-            int64_t const grid = groupedSize(ceilDiv(here, scoreRows), pastTiles + row0 / tile, scoreRows, tile, scores->tile("GROUP"));
+            int64_t const group = scores->tile("NB");
+            int64_t const grid
+                = groupedSize(ceilDiv(here, scoreRows), (pastTiles + row0 / tile) / group, scoreRows, tile * group, scores->tile("GROUP"));
             Arguments a;
             a.add(t.q).add(t.k).add(pastTiles > 0 ? t.past_k : t.k).add(t.past_length).add(lse).add(sync).add(e).add(peak).add(total).add(sync);
             a.add(i32(p.tokens)).add(i32(p.capacity)).add(i32(p.width)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles));

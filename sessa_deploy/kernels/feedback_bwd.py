@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels import launch
-from sessa_deploy.kernels.feedback_fwd import PANEL_BYTES, near_product, plan, wait_for
+from sessa_deploy.kernels.feedback_fwd import PANEL_BYTES, near_product, plan, score_grid, wait_for
 from sessa_deploy.kernels.feedback_grad import (
     feedback_first_bad,
     feedback_grad_k,
@@ -23,7 +23,7 @@ from sessa_deploy.kernels.feedback_grad import (
     feedback_grad_scores,
 )
 from sessa_deploy.kernels.feedback_launch import address, aligned, launcher, pinned, workspace
-from sessa_deploy.kernels.feedback_tiles import apply_inverse, feedback_combine, feedback_scores, grouped_size, store_split
+from sessa_deploy.kernels.feedback_tiles import apply_inverse, feedback_combine, feedback_scores, store_split
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_solve_transposed"))
@@ -89,23 +89,18 @@ def feedback_solve_transposed(
         p_i = (i_b * R + i_r * BT) * BT
         b_gain = tl.load(gain + p_row)
         b_u = apply_inverse(tl.trans(tl.load(inverse + p_i + o_i)), tl.trans(tl.load(inverse_low + p_i + o_i)), b_x, SPLIT)
-        if rank > 1:
-            b_near = tl.load(near + p_i + B * R * BT + o_i)
-            b_low = tl.load(near_low + p_i + B * R * BT + o_i)
-            b_r = tl.load(near_scale + p_row + B * R)
-            wait_for(p_done, rank - 1)
+        nearest = tl.minimum(rank, 2)
+        for d in tl.range(0, nearest, num_stages=1):
+            back = nearest - d  # 2, then 1
+            i_l = i_r + back
+            p_near = p_i + (back - 1).to(tl.int64) * B * R * BT
+            b_near = tl.load(near + p_near + o_i)
+            b_low = tl.load(near_low + p_near + o_i)
+            b_r = tl.load(near_scale + p_row + (back - 1) * B * R)
+            wait_for(p_done, rank - back + 1)
             if SPLIT:
-                b_r = b_r * tl.load(p_scale + (i_r + 2) * tiles_n)
-            p_tile = (i_r + 2).to(tl.int64) * BT * D
-            b_u += near_product(tl.trans(b_near), tl.trans(b_low), p_w + p_tile, p_l + p_tile, o_w, m_n, FULL, SPLIT) * b_r[:, None]
-        if rank > 0:
-            b_near = tl.load(near + p_i + o_i)
-            b_low = tl.load(near_low + p_i + o_i)
-            b_r = tl.load(near_scale + p_row)
-            wait_for(p_done, rank)
-            if SPLIT:
-                b_r = b_r * tl.load(p_scale + (i_r + 1) * tiles_n)
-            p_tile = (i_r + 1).to(tl.int64) * BT * D
+                b_r = b_r * tl.load(p_scale + i_l * tiles_n)
+            p_tile = i_l.to(tl.int64) * BT * D
             b_u += near_product(tl.trans(b_near), tl.trans(b_low), p_w + p_tile, p_l + p_tile, o_w, m_n, FULL, SPLIT) * b_r[:, None]
         b_w = b_u * b_gain[:, None]
         amax = tl.max(tl.max(tl.abs(b_w), axis=1), axis=0)
@@ -138,12 +133,12 @@ def backward(
     ds, q, k, gamma, s, past_k, past_s = (aligned(x) for x in (ds, q, k, gamma, s, past_k, past_s))
     batch, tokens, width = q.shape
     device, dtype = q.device, q.dtype
-    opt = options or pinned(BACKWARD, device, dtype, "bwd")
+    opt = options or pinned(BACKWARD, device, dtype, width)
     split = dtype != torch.float32
     scores, solve, products, by_score, by_q, by_k = (opt[n] for n in (BACKWARD[1], *BACKWARD[3:]))
     tile = solve["BT"]
     work, pair, single = (torch.float16, torch.bfloat16, torch.float32) if split else (torch.float32,) * 3
-    shape = plan(batch, tokens, past_k.shape[1], width, tile, max(scores["BM"], products["BM"]), 2 * work.itemsize, panel_bytes)
+    shape = plan(batch, tokens, past_k.shape[1], width, scores, 2 * work.itemsize, panel_bytes)
     past_tiles, tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
     tiles_n = -(-width // solve["BN"])
     if past_length.dtype != torch.int32:
@@ -193,11 +188,9 @@ def backward(
         before = past_tiles + row0 // tile
         add = int(panel > 0)
 
-        def grid(o: dict[str, Any], here: int = blocks * tile, before: int = before) -> tuple[int, int]:
-            return grouped_size(-(-here // o["BM"]), before, o["BM"], tile, o["GROUP"]), batch
-
         run["feedback_scores"](
-            grid(scores), a_q, a_k, a_past_k, a_length, a_lse, bad, at["e"], at["sums"], at["sums"], ticket, tokens, shape.past, width, columns,
+            score_grid(blocks * tile, before, batch, scores),
+            a_q, a_k, a_past_k, a_length, a_lse, bad, at["e"], at["sums"], at["sums"], ticket, tokens, shape.past, width, columns,
             rows, past_tiles, tiles, row0, 0, scale,
         )  # fmt: skip
         run["feedback_combine"](
@@ -210,7 +203,8 @@ def backward(
             row0, blocks, batch, panel, panels, add,
         )  # fmt: skip
         run["feedback_grad_products"](
-            grid(products), a_df, a_s, a_past_s, a_length, bad, at["e"], at["r"], at["r_scales"], at["sums"], tokens, shape.past, width, columns,
+            score_grid(blocks * tile, before, batch, products),
+            a_df, a_s, a_past_s, a_length, bad, at["e"], at["r"], at["r_scales"], at["sums"], tokens, shape.past, width, columns,
             rows, past_tiles, tiles, row0,
         )  # fmt: skip
         run["feedback_grad_scores"](

@@ -125,24 +125,19 @@ def feedback_solve(
     if tl.max(tl.max(tl.where(m_ok, 0, 1), axis=1), axis=0) > 0:  # rare: poison each column from its first bad row on, not the rows before it
         b_first = tl.min(tl.where(m_ok, BT, o_r[:, None]), axis=0)
         b_s = tl.where(o_r[:, None] >= b_first[None, :], float("nan"), b_s)
-    if block > 1:
-        i_t = NP + block - 2
-        b_near = tl.load(near + p_i + B * R * BT + o_i)
-        b_low = tl.load(near_low + p_i + B * R * BT + o_i)
-        b_r = tl.load(near_scale + p_row + B * R)
-        wait_for(p_done, block - 1)
+    nearest = tl.minimum(block, 2)
+    for d in tl.range(0, nearest, num_stages=1):
+        back = nearest - d  # 2, then 1
+        i_t = NP + block - back
+        p_near = p_i + (back - 1).to(tl.int64) * B * R * BT
+        b_near = tl.load(near + p_near + o_i)
+        b_low = tl.load(near_low + p_near + o_i)
+        b_r = tl.load(near_scale + p_row + (back - 1) * B * R)
+        wait_for(p_done, block - back + 1)
         if SPLIT:
             b_r = b_r * tl.load(p_scale + i_t * tiles_n)
-        b_s += near_product(b_near, b_low, p_w + i_t.to(tl.int64) * BT * D, p_l + i_t.to(tl.int64) * BT * D, o_w, m_n, FULL, SPLIT) * b_r[:, None]
-    if block > 0:
-        i_t = NP + block - 1
-        b_near = tl.load(near + p_i + o_i)
-        b_low = tl.load(near_low + p_i + o_i)
-        b_r = tl.load(near_scale + p_row)
-        wait_for(p_done, block)
-        if SPLIT:
-            b_r = b_r * tl.load(p_scale + i_t * tiles_n)
-        b_s += near_product(b_near, b_low, p_w + i_t.to(tl.int64) * BT * D, p_l + i_t.to(tl.int64) * BT * D, o_w, m_n, FULL, SPLIT) * b_r[:, None]
+        p_tile = i_t.to(tl.int64) * BT * D
+        b_s += near_product(b_near, b_low, p_w + p_tile, p_l + p_tile, o_w, m_n, FULL, SPLIT) * b_r[:, None]
     amax = tl.max(tl.max(tl.abs(b_s), axis=1), axis=0)
     p_tile = (NP + block).to(tl.int64) * BT * D
     store_split(b_s, amax, p_w + p_tile, p_l + p_tile, scales, o_w, (i_b * NT + NP + block) * tiles_n + i_n, m_n, SPLIT)
@@ -153,22 +148,23 @@ def feedback_solve(
 
 @dataclass(frozen=True)
 class Shape:
-    """Tile counts of one call: NP past tiles and NT column tiles of BT, panels of `rows` rows (a multiple of the score tile's)."""
+    """Tile counts of one call: past and new columns in tiles of `tile`, both a multiple of `group` tiles; panels of `rows` rows."""
 
     batch: int
     tokens: int
     past: int
     width: int
     tile: int
+    group: int
     rows: int
 
     @property
     def past_tiles(self) -> int:
-        return -(-self.past // self.tile)
+        return -(-self.past // (self.tile * self.group)) * self.group
 
     @property
     def tiles(self) -> int:
-        return self.past_tiles + -(-self.tokens // self.tile)
+        return self.past_tiles + -(-self.tokens // (self.tile * self.group)) * self.group
 
     @property
     def columns(self) -> int:
@@ -179,12 +175,19 @@ class Shape:
         return -(-self.tokens // self.rows)
 
 
-def plan(batch: int, tokens: int, past: int, width: int, tile: int, score_rows: int, itemsize: int, panel_bytes: int) -> Shape:
-    """Panels as tall as `panel_bytes` of routing tiles allow, at least one score tile."""
-    columns = (-(-past // tile) + -(-tokens // tile)) * tile
-    fit = panel_bytes // (batch * columns * itemsize) // score_rows * score_rows
-    rows = min(max(fit, score_rows), -(-tokens // score_rows) * score_rows)
-    return Shape(batch, tokens, past, width, tile, rows)
+def plan(batch: int, tokens: int, past: int, width: int, scores: dict[str, Any], itemsize: int, panel_bytes: int) -> Shape:
+    """Panels as tall as `panel_bytes` of routing tiles allow, at least one tile of the scores kernel."""
+    tile, group = scores["BT"], scores["NB"]
+    step = max(scores["BM"], tile * group)
+    columns = Shape(batch, tokens, past, width, tile, group, 0).columns
+    fit = panel_bytes // (batch * columns * itemsize) // step * step
+    return Shape(batch, tokens, past, width, tile, group, min(max(fit, step), -(-tokens // step) * step))
+
+
+def score_grid(rows: int, before: int, batch: int, options: dict[str, Any]) -> tuple[int, int]:
+    """Programs of a kernel that makes routing tiles (`grouped_tile`): `rows` rows, `before` column tiles before the first row's own."""
+    wide = options["NB"] * options["BT"]
+    return grouped_size(-(-rows // options["BM"]), before // options["NB"], options["BM"], wide, options["GROUP"]), batch
 
 
 def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n: int, split: bool) -> dict[str, tuple[int, torch.dtype]]:
@@ -225,12 +228,12 @@ def forward(
     q, k, gamma, f, past_k, past_s = (aligned(x) for x in (q, k, gamma, f, past_k, past_s))
     batch, tokens, width = q.shape
     device, dtype = q.device, q.dtype
-    opt = options or pinned(FORWARD, device, dtype, "fwd")
+    opt = options or pinned(FORWARD, device, dtype, width)
     scores, combine, solve = (opt[n] for n in FORWARD[1:])
     tile, block_n = solve["BT"], solve["BN"]
     split = dtype != torch.float32
     work, pair = (torch.float16, torch.bfloat16) if split else (torch.float32, torch.float32)
-    shape = plan(batch, tokens, past_k.shape[1], width, tile, scores["BM"], work.itemsize, panel_bytes)
+    shape = plan(batch, tokens, past_k.shape[1], width, scores, work.itemsize, panel_bytes)
     past_tiles, tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
     tiles_n = -(-width // block_n)
     n_sync = panels + batch * tiles_n
@@ -255,9 +258,9 @@ def forward(
         row0 = panel * rows
         here = min(rows, tokens - row0)
         blocks = -(-here // tile)
-        grid = grouped_size(-(-here // scores["BM"]), past_tiles + row0 // tile, scores["BM"], tile, scores["GROUP"])
         run_scores(
-            (grid, batch), a_q, a_k, a_past_k, a_length, a_lse, at["sync"], at["e"], at["peak"], at["total"], at["sync"], tokens, shape.past, width,
+            score_grid(here, past_tiles + row0 // tile, batch, scores),
+            a_q, a_k, a_past_k, a_length, a_lse, at["sync"], at["e"], at["peak"], at["total"], at["sync"], tokens, shape.past, width,
             columns, rows, past_tiles, tiles, row0, 0 if panel else n_sync, 1 / math.sqrt(width),
         )  # fmt: skip
         run_combine(

@@ -30,14 +30,15 @@ def feedback_first_bad(q, k, s, bad, T, D, BT: tl.constexpr, BN: tl.constexpr):
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_grad_products"))
 def feedback_grad_products(
     u, s, past_s, past_length, bad, e, r, r_scales, r_sums, T, P, D, C, R, NP, NT, row0,
-    BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, NB: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """r_ij = u_i . s_j for the tiles of `feedback_scores`, rounded once (with SPLIT a float16 with a scale per tile), and sum_j e_ij r_ij per tile.
 
     The sums use the rounded r, so that a saturated softmax still gets an exactly vanishing gradient.
     """
     i_b = tl.program_id(1)
-    i_m, i_t = grouped_tile(tl.program_id(0), NP + row0 // BT, BM, BT, GROUP)
+    i_m, i_t = grouped_tile(tl.program_id(0), (NP + row0 // BT) // NB, BM, NB * BT, GROUP)
+    i_t = i_t * NB
     first = row0 + i_m * BM
     is_past = i_t < NP
     column = tl.where(is_past, i_t, i_t - NP) * BT
@@ -47,24 +48,25 @@ def feedback_grad_products(
         if is_past:
             p_s = past_s + i_b.to(tl.int64) * P * D + column.to(tl.int64) * D
         p_u = u + i_b.to(tl.int64) * T * D + first.to(tl.int64) * D
-        acc = product_nt(p_u, p_s, T - first, limit - column, D, BM, BT, BK)
-        o_m, o_t = first + tl.arange(0, BM), column + tl.arange(0, BT)
+        acc = product_nt(p_u, p_s, T - first, limit - column, D, BM, NB * BT, BK)
+        o_m, o_t = first + tl.arange(0, BM), column + tl.arange(0, NB * BT)
         end = T - tl.load(bad + i_b)
         seen = (o_t < limit)[None, :] & (o_m < end)[:, None] & (is_past | ((o_t[None, :] < o_m[:, None]) & (o_t < end)[None, :]))
         acc = tl.where(seen, acc, 0.0)
         o_r = i_m * BM + tl.arange(0, BM)
         p_tile = (i_b.to(tl.int64) * R + i_m * BM) * C + i_t * BT
-        p_tile += tl.arange(0, BM)[:, None] * C + tl.arange(0, BT)[None, :]
+        p_tile += tl.arange(0, BM)[:, None] * C + tl.arange(0, NB * BT)[None, :]
         if SPLIT:
             c, inv = power_scale(tl.max(tl.max(tl.abs(acc), axis=1), axis=0))
             b_r = (acc * c).to(r.dtype.element_ty)
-            tl.store(r_scales + (i_b * (R // BM) + i_m) * NT + i_t, inv)
+            tl.store(r_scales + (i_b * (R // BM) + i_m) * NT + i_t + tl.arange(0, NB), inv + tl.zeros([NB], dtype=tl.float32))
             acc = b_r.to(tl.float32) * inv
         else:
             b_r = acc
         tl.store(r + p_tile, b_r)
         b_e = tl.load(e + p_tile).to(tl.float32)
-        tl.store(r_sums + (i_b.to(tl.int64) * NT + i_t) * R + o_r, tl.sum(b_e * acc, axis=1))
+        p_sum = (i_b.to(tl.int64) * NT + i_t + tl.arange(0, NB))[None, :] * R + o_r[:, None]
+        tl.store(r_sums + p_sum, tl.sum(tl.reshape(b_e * acc, [BM, NB, BT]), axis=2))
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_grad_scores"))

@@ -68,12 +68,13 @@ def grouped_size(row_tiles: int, base: int, rows: int, columns: int, group: int)
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_scores"))
 def feedback_scores(
     q, k, past_k, past_length, lse, bad, e, peak, total, sync, T, P, D, C, R, NP, NT, row0, n_sync, scale,
-    BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, BACKWARD: tl.constexpr,
+    BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, NB: tl.constexpr, GROUP: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Routing weights of rows row0 .. row0 + R, not yet normalised, in the work type, and their sums per row and column tile.
 
     Forward: e = exp(score - peak), peak the row's maximum within the column tile, stored beside. Backward: e = 2^15 exp(score - lse), zero in
-    rows and columns from the sequence's first bad row on (bad = T - row). `total` sums the rounded values, so normalisation is exact.
+    rows and columns from the sequence's first bad row on (bad = T - row). A program makes NB column tiles; NP and NT are multiples of NB.
+    `total` sums the rounded values, so normalisation is exact.
     """
     i_b = tl.program_id(1)
     pid = tl.program_id(0)
@@ -81,7 +82,8 @@ def feedback_scores(
         for i in range(0, n_sync, 1024):
             o_i = i + tl.arange(0, 1024)
             tl.store(sync + o_i, tl.zeros([1024], dtype=tl.int32), mask=o_i < n_sync)
-    i_m, i_t = grouped_tile(pid, NP + row0 // BT, BM, BT, GROUP)
+    i_m, i_t = grouped_tile(pid, (NP + row0 // BT) // NB, BM, NB * BT, GROUP)
+    i_t = i_t * NB
     first = row0 + i_m * BM
     is_past = i_t < NP
     column = tl.where(is_past, i_t, i_t - NP) * BT
@@ -92,42 +94,27 @@ def feedback_scores(
         if is_past:
             p_k = past_k + i_b.to(tl.int64) * P * D + column.to(tl.int64) * D
         p_q = q + i_b.to(tl.int64) * T * D + first.to(tl.int64) * D
-        acc = product_nt(p_q, p_k, T - first, limit - column, D, BM, BT, BK) * scale
-        o_m, o_t = first + tl.arange(0, BM), column + tl.arange(0, BT)
+        acc = product_nt(p_q, p_k, T - first, limit - column, D, BM, NB * BT, BK) * scale
+        o_m, o_t = first + tl.arange(0, BM), column + tl.arange(0, NB * BT)
         if BACKWARD:
             end = T - tl.load(bad + i_b)
             seen = (o_t < limit)[None, :] & (o_m < end)[:, None] & (is_past | ((o_t[None, :] < o_m[:, None]) & (o_t < end)[None, :]))
             b_ref = tl.load(lse + i_b.to(tl.int64) * T + o_m, mask=o_m < end, other=0.0)
             b_ref = tl.where(finite(b_ref), b_ref, 0.0)
             b_e = tl.where(seen, tl.exp(acc - b_ref[:, None]) * 32768.0, 0.0).to(e.dtype.element_ty)
+            b_e = tl.reshape(b_e, [BM, NB, BT])
         else:
             seen = (o_t < limit)[None, :] & (o_m < T)[:, None] & (is_past | (o_t[None, :] < o_m[:, None]))
-            acc = tl.where(seen, acc, float("-inf"))
-            b_peak = tl.max(acc, axis=1)
-            b_e = tl.exp(acc - tl.where(b_peak == float("-inf"), 0.0, b_peak)[:, None]).to(e.dtype.element_ty)
+            acc = tl.reshape(tl.where(seen, acc, float("-inf")), [BM, NB, BT])
+            b_peak = tl.max(acc, axis=2)
+            b_e = tl.exp(acc - tl.where(b_peak == float("-inf"), 0.0, b_peak)[:, :, None]).to(e.dtype.element_ty)
         o_r = i_m * BM + tl.arange(0, BM)
-        p_stat = (i_b.to(tl.int64) * NT + i_t) * R + o_r
+        p_stat = (i_b.to(tl.int64) * NT + i_t + tl.arange(0, NB))[None, :] * R + o_r[:, None]
         if not BACKWARD:
             tl.store(peak + p_stat, b_peak)
-        tl.store(total + p_stat, tl.sum(b_e.to(tl.float32), axis=1))
+        tl.store(total + p_stat, tl.sum(b_e.to(tl.float32), axis=2))
         p_e = e + (i_b.to(tl.int64) * R + i_m * BM) * C + i_t * BT
-        tl.store(p_e + tl.arange(0, BM)[:, None] * C + tl.arange(0, BT)[None, :], b_e)
-
-
-@triton.jit
-def merge_inverse(p_x, H: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """Double the width of the inverted diagonal blocks of p_x (BT,BT) from H to 2H, all pairs at once: x21 = x22 (b21 x11), b21 in place."""
-    o_h, o_n = tl.arange(0, H), tl.arange(0, BT // (2 * H))
-    if BT == 2 * H:
-        p_11 = p_x + o_h[:, None] * BT + o_h[None, :]
-    else:
-        p_11 = p_x + o_n[:, None, None] * (2 * H * (BT + 1)) + o_h[None, :, None] * BT + o_h[None, None, :]
-    b_11, b_21, b_22 = tl.load(p_11), tl.load(p_11 + H * BT), tl.load(p_11 + H * (BT + 1))
-    b_y = tl.dot(b_21, b_11, input_precision=PRECISION)
-    b_y = tl.dot(b_22, b_y, input_precision=PRECISION)
-    tl.debug_barrier()
-    tl.store(p_11 + H * BT, b_y)
-    tl.debug_barrier()
+        tl.store(p_e + tl.arange(0, BM)[:, None] * C + tl.arange(0, NB * BT)[None, :], tl.reshape(b_e, [BM, NB * BT]))
 
 
 @triton.jit
@@ -145,10 +132,28 @@ def pair_dot(b_a, b_b, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def merge_inverse(p_x, H: tl.constexpr, BT: tl.constexpr, SPLIT: tl.constexpr):
+    """Double the width of the inverted diagonal blocks of p_x (BT,BT) from H to 2H, all pairs at once: x21 = x22 (b21 x11), b21 in place."""
+    o_h, o_n = tl.arange(0, H), tl.arange(0, BT // (2 * H))
+    if BT == 2 * H:
+        p_11 = p_x + o_h[:, None] * BT + o_h[None, :]
+    else:
+        p_11 = p_x + o_n[:, None, None] * (2 * H * (BT + 1)) + o_h[None, :, None] * BT + o_h[None, None, :]
+    b_11, b_21, b_22 = tl.load(p_11), tl.load(p_11 + H * BT), tl.load(p_11 + H * (BT + 1))
+    if SPLIT and BT == 2 * H:
+        b_y = pair_dot(b_22, pair_dot(b_21, b_11, SPLIT), SPLIT)
+    else:
+        b_y = tl.dot(b_22, tl.dot(b_21, b_11, input_precision="ieee"), input_precision="ieee")
+    tl.debug_barrier()
+    tl.store(p_11 + H * BT, b_y)
+    tl.debug_barrier()
+
+
+@triton.jit
 def store_near(b_m, near, near_low, near_scale, p_tile, p_vector, AXIS: tl.constexpr, SPLIT: tl.constexpr):
     """Store b_m, each row (AXIS 1) or column (AXIS 0) over its largest magnitude, as a float16 pair, and those magnitudes."""
     b_c = tl.max(tl.abs(b_m), axis=AXIS)
-    b_c = tl.where(finite(b_c) & (b_c > 0.0), b_c, 1.0)
+    b_c = tl.where(finite(b_c) & (b_c > 1e-30), b_c, 1.0)
     b_i = 1.0 / b_c
     b_m = b_m * (b_i[:, None] if AXIS == 1 else b_i[None, :])
     b_high = b_m.to(near.dtype.element_ty)
@@ -161,7 +166,7 @@ def store_near(b_m, near, near_low, near_scale, p_tile, p_vector, AXIS: tl.const
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_combine"))
 def feedback_combine(
     e, peak, total, gamma, past_length, row_peak, gain, lse, x, inverse, inverse_low, near, near_low, near_scale, T, C, R, NP, NT, row0, B, blocks,
-    BT: tl.constexpr, CHUNK: tl.constexpr, BACKWARD: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, CHUNK: tl.constexpr, BACKWARD: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One program per block of BT rows: gain = gamma / row sum, (I - B_ii)^-1, and that inverse times the two nearest routing tiles.
 
@@ -216,23 +221,31 @@ def feedback_combine(
     tl.debug_barrier()
     N: tl.constexpr = BT // SUB
     o_n, o_s = tl.arange(0, N), tl.arange(0, SUB)
-    p_s = p_x + o_n[:, None, None] * (SUB * BT + SUB) + o_s[None, None, :] * BT + o_s[None, :, None]
-    # Row i of a block's inverse is e_i + sum_j b[i,j] x[j,:]; b_x[n,c,j] = x[j,c], so that a sum over j stays inside a warp.
-    b_x = (o_s[None, :, None] == o_s[None, None, :]) & (o_n[:, None, None] >= 0)
-    b_x = tl.where(b_x, 1.0, 0.0)
-    for i_s in tl.static_range(1, SUB):
-        b_row = tl.load(p_x + o_n[:, None, None] * (SUB * BT + SUB) + i_s * BT + o_s[None, None, :])
-        b_new = tl.sum(b_row * b_x, axis=2)
-        b_x += tl.where((o_s == i_s)[None, None, :], b_new[:, :, None], 0.0)
+    if SPLIT:
+        # sum of b^k, k < 16, by squaring: at this width its error is far below the pair's 16 bits
+        p_s = p_x + o_n[:, None, None] * (SUB * BT + SUB) + o_s[None, :, None] * BT + o_s[None, None, :]
+        b_p = tl.load(p_s)
+        b_x = b_p + tl.where((o_s[None, :, None] == o_s[None, None, :]) & (o_n[:, None, None] >= 0), 1.0, 0.0)
+        for _ in tl.static_range(3):
+            b_p = tl.dot(b_p, b_p, input_precision="ieee")
+            b_x += tl.dot(b_x, b_p, input_precision="ieee")
+    else:
+        # Row i of a block's inverse is e_i + sum_j b[i,j] x[j,:]; b_x[n,c,j] = x[j,c], so that a sum over j stays inside a warp.
+        p_s = p_x + o_n[:, None, None] * (SUB * BT + SUB) + o_s[None, None, :] * BT + o_s[None, :, None]
+        b_x = tl.where((o_s[None, :, None] == o_s[None, None, :]) & (o_n[:, None, None] >= 0), 1.0, 0.0)
+        for i_s in tl.static_range(1, SUB):
+            b_row = tl.load(p_x + o_n[:, None, None] * (SUB * BT + SUB) + i_s * BT + o_s[None, None, :])
+            b_new = tl.sum(b_row * b_x, axis=2)
+            b_x += tl.where((o_s == i_s)[None, None, :], b_new[:, :, None], 0.0)
     tl.debug_barrier()
     tl.store(p_s, b_x)
     tl.debug_barrier()
     if BT >= 32:
-        merge_inverse(p_x, 16, BT, "ieee")
+        merge_inverse(p_x, 16, BT, SPLIT)
     if BT >= 64:
-        merge_inverse(p_x, 32, BT, PRECISION)
+        merge_inverse(p_x, 32, BT, SPLIT)
     if BT >= 128:
-        merge_inverse(p_x, 64, BT, PRECISION)
+        merge_inverse(p_x, 64, BT, SPLIT)
     b_x = tl.where(o_r[None, :] <= o_r[:, None], tl.load(p_full), 0.0)
     p_i = (i_b * R + i_r * BT) * BT + o_r[:, None] * BT + o_r[None, :]
     b_high = b_x.to(inverse.dtype.element_ty)

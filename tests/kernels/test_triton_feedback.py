@@ -1,0 +1,150 @@
+"""The Triton forward and backward of feedback attention against float64 and `plain`: small through the interpreter, the full set on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from feedback_cases import DEVICE, NAMES, ROUTINGS, Inputs, check, gradients, make, poison, side, small_options
+
+from sessa_deploy.kernels import feedback_bwd, feedback_fwd
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PANEL = feedback_fwd.PANEL_BYTES
+
+
+def run(x: Inputs, ds: torch.Tensor | None = None, panel_bytes: int = PANEL) -> tuple[torch.Tensor, ...]:
+    """s, and with ds the six gradients."""
+    options = small_options(x[0].dtype)
+    s, lse = feedback_fwd.forward(*x, need_lse=True, options=side(options, False), panel_bytes=panel_bytes)
+    assert lse is not None
+    if ds is None:
+        return (s,)
+    q, k, gamma, f, past_k, past_s, length = x
+    grads = feedback_bwd.backward(ds, q, k, gamma, f, s, lse, past_k, past_s, length, options=side(options, True), panel_bytes=panel_bytes)
+    return (s, *grads)
+
+
+def verify(x: Inputs, backward: bool, panel_bytes: int = PANEL, seed: int = 1) -> None:
+    storage = x[0].dtype
+    ds = torch.randn(x[0].shape, generator=torch.Generator().manual_seed(seed)).to(x[0])
+    exact, plain = gradients(x, ds, torch.float64), gradients(x, ds, storage)
+    got = run(poison(x), ds if backward else None, panel_bytes)
+    for name, a, b, c in zip(("s", *NAMES), got, exact, plain, strict=False):
+        check(name, a, b, c, storage)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_routings(routing: str, dtype: str) -> None:
+    verify(make(routing, 1, 50, 0, 16, DTYPES[dtype], sign=-1.0 if routing == "alternating" else 1.0), backward=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 17, 33])
+def test_past_and_lengths(tokens: int, dtype: str) -> None:
+    verify(make("chain", 3, tokens, 20, 48, DTYPES[dtype]), backward=tokens == 17)
+
+
+def test_gamma_zero_is_identity() -> None:
+    x = make("random", 1, 33, 5, 16, torch.float16)
+    s, *_ = run((x[0], x[1], torch.zeros_like(x[2]), *x[3:]))
+    assert torch.equal(s, x[3])
+
+
+def test_panels_change_no_bit() -> None:
+    x = make("random", 2, 70, 20, 16, torch.float16)
+    ds = torch.ones_like(x[0])
+    whole, cut = run(x, ds), run(x, ds, panel_bytes=1 << 10)
+    assert torch.equal(whole[0], cut[0])
+    exact, plain = gradients(x, ds, torch.float64), gradients(x, ds, torch.float16)
+    for name, a, b, c in zip(("s", *NAMES), cut, exact, plain, strict=True):
+        check(name, a, b, c, torch.float16)
+
+
+def test_bits_do_not_depend_on_the_batch() -> None:
+    x = make("random", 3, 40, 20, 16, torch.bfloat16)
+    ds = torch.randn(x[0].shape, generator=torch.Generator().manual_seed(3)).to(x[0])
+    together = run(x, ds)
+    alone = run(tuple(t[1:2].contiguous() for t in x), ds[1:2].contiguous())  # type: ignore[arg-type]
+    again = run(x, ds)
+    for a, b, c in zip(together, alone, again, strict=True):
+        assert torch.equal(a[1:2], b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["q", "k", "gamma", "f"])
+def test_a_bad_row_stays_where_it_is(which: int, value: float) -> None:
+    """Earlier rows and other sequences keep their bits, in s and in the gradients; the bad row itself turns non-finite (a bad k: the next ones)."""
+    row, x = 21, make("random", 2, 40, 20, 16, torch.float16)
+    ds = torch.ones_like(x[0])
+    ds[0, row:] = 0  # so that the clean run's gradients of earlier rows do not depend on rows from the bad one on
+    bad = [t.clone() for t in x]
+    bad[which][0, row] = value
+    clean, got = run(x, ds), run(tuple(bad), ds)  # type: ignore[arg-type]
+    assert torch.equal(clean[0][0, :row], got[0][0, :row])
+    if which != 1:
+        assert not torch.isfinite(got[0][0, row]).any()
+    for a, b in zip(clean, got, strict=True):
+        assert torch.equal(a[1], b[1])
+    for name, b in zip(NAMES, got[1:], strict=True):
+        assert torch.isfinite(b[0]).all(), name
+
+
+def test_past_length_may_be_int64_and_inputs_may_be_views() -> None:
+    x = make("random", 1, 20, 6, 16, torch.float16)
+    wide = torch.cat([x[0], x[1]], dim=-1)
+    q, k = wide.chunk(2, dim=-1)
+    (a,) = run(x)
+    (b,) = run((q, k, *x[2:6], x[6].long()))
+    assert torch.equal(a, b)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    batch=st.integers(1, 2), tokens=st.integers(1, 50), past=st.integers(0, 40), width=st.sampled_from([16, 48]), routing=st.sampled_from(ROUTINGS),
+    dtype=st.sampled_from(list(DTYPES)), sign=st.sampled_from([1.0, -1.0]), cut=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape(batch: int, tokens: int, past: int, width: int, routing: str, dtype: str, sign: float, cut: bool, seed: int) -> None:
+    verify(make(routing, batch, tokens, past, width, DTYPES[dtype], sign, seed), backward=True, panel_bytes=1 << 10 if cut else PANEL)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 48, 256, 768, 1024])
+def test_full_set(width: int, dtype: str) -> None:
+    for tokens in (1, 2, 63, 64, 65, 100, 257, 1000):
+        for routing in ROUTINGS:
+            for sign in (1.0, -1.0):
+                verify(make(routing, 2, tokens, 130 if tokens % 2 else 0, width, DTYPES[dtype], sign), backward=sign > 0 or routing == "alternating")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_long(routing: str, dtype: str) -> None:
+    verify(make(routing, 1, 4097, 0, 64, DTYPES[dtype]), backward=True)
+    verify(make(routing, 2, 700, 1000, 4096, DTYPES[dtype]), backward=True, panel_bytes=1 << 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_memory_of_a_long_sequence() -> None:
+    """B=1, T=65536, D=1024 in bfloat16, forward and backward: under 8 GiB above inputs and outputs."""
+    tokens, width = 65536, 1024
+    x = make("random", 1, tokens, 0, width, torch.bfloat16)
+    ds = torch.ones_like(x[0])
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = run(x, ds)
+    peak = torch.cuda.max_memory_allocated() - before - sum(t.numel() * t.itemsize for t in out)
+    assert peak < 8 * 2**30, f"{peak / 2**30:.2f} GiB"
+    assert all(torch.isfinite(t).all() for t in out)
