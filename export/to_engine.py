@@ -161,6 +161,8 @@ def _build(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     trt_api.plain_tactics(trt, config)
     trt_api.set_flag(trt, config, "TF32", on=False)  # fp32 means float32
+    for flag in ("STRICT_NANS", "DISTRIBUTIVE_INDEPENDENCE"):  # 10 and later: a poisoned row stays one, and a sequence's bits are its own
+        trt_api.set_flag(trt, config, flag)
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     if opt_level is not None:

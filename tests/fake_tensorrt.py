@@ -167,7 +167,7 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Seq
         return enum.IntEnum(kind, {m: i for i, m in enumerate(members)})
 
     trt.ILogger = type("ILogger", (), {})
-    trt.BuilderFlag = names("BuilderFlag", "FP16", "TF32", "OBEY_PRECISION_CONSTRAINTS") if major < 10 else names("BuilderFlag", "TF32")
+    trt.BuilderFlag = names("BuilderFlag", "FP16", "TF32", "OBEY_PRECISION_CONSTRAINTS") if major < 10 else names("BuilderFlag", "TF32", "STRICT_NANS")
     trt.NetworkDefinitionCreationFlag = names("Creation", "EXPLICIT_BATCH") if major < 10 else names("Creation", "EXPLICIT_BATCH", "STRONGLY_TYPED")
     trt.TacticSource = names("TacticSource", "CUBLAS", "CUBLAS_LT", "CUDNN")
     trt.MemoryPoolType, trt.ProfilingVerbosity = names("Pool", "WORKSPACE"), names("Verbosity", "DETAILED")

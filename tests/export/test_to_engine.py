@@ -173,7 +173,7 @@ def test_what_the_builder_is_asked(fake: Callable[..., Any], bundle: Callable[..
         assert all(x.kinds == {0: trt.float32} for x in pinned)
         assert not any(x.node.op_type == "MatMul" and "q_proj" in x.name for x in pinned)
     else:
-        assert network.flags == 2 and not config.flags and not pinned and config.progress_monitor is not None
+        assert network.flags == 2 and config.flags == {"STRICT_NANS"} and not pinned and config.progress_monitor is not None
     assert seen[0] == "reading the graph" and seen[-1] == "checking the engine"
 
 
