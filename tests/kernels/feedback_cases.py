@@ -100,11 +100,11 @@ def gradients(x: Inputs, ds: Tensor, work: torch.dtype) -> tuple[Tensor, ...]:
     return (s.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in leaves))
 
 
-def check(name: str, got: Tensor, exact: Tensor, plain: Tensor, storage: torch.dtype) -> None:
-    """err <= 2 err_plain + floor, as maximum and as RMS, both against float64."""
+def check(name: str, got: Tensor, exact: Tensor, plain: Tensor, storage: torch.dtype, slack: float = 1.0) -> None:
+    """err <= 2 err_plain + slack * floor, as maximum and as RMS, both against float64."""
     if not got.numel():
         return
-    floor = FLOOR[storage] * exact.abs().max() + 1e-25  # weights under float32's normal range may count as zero
+    floor = slack * FLOOR[storage] * exact.abs().max() + 1e-25  # weights under float32's normal range may count as zero
     for measure, of in (("max", lambda e: e.abs().max()), ("rms", lambda e: e.pow(2).mean().sqrt())):
         err, err_plain = of(got.double() - exact), of(plain.double() - exact)
         assert err <= 2 * err_plain + floor, f"{name} {measure}: {err:.3g} > 2 * {err_plain:.3g} + {floor:.3g}"
