@@ -18,7 +18,6 @@ constexpr int64_t kMaxWidth = 4096;
 constexpr int64_t kMaxIndex = 2147483647;
 constexpr int64_t kMaxSplits = 128;             // launch.STEP_MAX_SPLITS
 constexpr int64_t kPanelBytes = int64_t{1} << 30; // feedback_fwd.PANEL_BYTES
-constexpr int64_t kNarrowWidth = 1024; // launch.NARROW_WIDTH
 constexpr double kLog2E = 1.4426950408889634;
 
 int64_t ceilDiv(int64_t a, int64_t b)
@@ -120,11 +119,10 @@ struct Forward
     bool find(Problem const& p, int32_t arch)
     {
         char const* dtype = dtypeName(p.storage);
-        char const* variant = p.width < kNarrowWidth ? "narrow" : "fwd";
-        pack = findCubin("feedback_pack", arch, dtype, variant);
+        pack = findCubin("feedback_pack", arch, dtype, "fwd");
         scores = findCubin("feedback_scores", arch, dtype, "fwd");
         combine = findCubin("feedback_combine", arch, dtype, "fwd");
-        solve = findCubin("feedback_solve", arch, dtype, variant);
+        solve = findCubin("feedback_solve", arch, dtype, "fwd");
         return pack != nullptr && scores != nullptr && combine != nullptr && solve != nullptr;
     }
 

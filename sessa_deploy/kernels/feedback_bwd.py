@@ -133,7 +133,7 @@ def backward(
     ds, q, k, gamma, s, past_k, past_s = (aligned(x) for x in (ds, q, k, gamma, s, past_k, past_s))
     batch, tokens, width = q.shape
     device, dtype = q.device, q.dtype
-    opt = options or pinned(BACKWARD, device, dtype, width)
+    opt = options or pinned(BACKWARD, device, dtype, "bwd")
     split = dtype != torch.float32
     scores, solve, products, by_score, by_q, by_k = (opt[n] for n in (BACKWARD[1], *BACKWARD[3:]))
     tile = solve["BT"]

@@ -228,7 +228,7 @@ def forward(
     q, k, gamma, f, past_k, past_s = (aligned(x) for x in (q, k, gamma, f, past_k, past_s))
     batch, tokens, width = q.shape
     device, dtype = q.device, q.dtype
-    opt = options or pinned(FORWARD, device, dtype, width)
+    opt = options or pinned(FORWARD, device, dtype, "fwd")
     scores, combine, solve = (opt[n] for n in FORWARD[1:])
     tile, block_n = solve["BT"], solve["BN"]
     split = dtype != torch.float32

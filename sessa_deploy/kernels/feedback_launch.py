@@ -39,11 +39,10 @@ def arch_of(index: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, width: int) -> Options:
-    """The pinned launch options of `names` on a device, for a storage dtype and a width D."""
-    arch, side = arch_of(device.index or 0), "fwd" if "feedback_solve" in names else "bwd"
-    variants = {name: launch.feedback_variant(name, side, width) for name in names}
-    return {name: launch.options(name, arch, DTYPE_NAMES[dtype], variant) for name, variant in variants.items()}
+def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, variant: str) -> Options:
+    """The pinned launch options of `names` on a device, for a storage dtype; variant is "fwd" or "bwd"."""
+    arch = arch_of(device.index or 0)
+    return {name: launch.options(name, arch, DTYPE_NAMES[dtype], variant) for name in names}
 
 
 def aligned(x: Tensor) -> Tensor:

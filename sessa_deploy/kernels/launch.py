@@ -109,15 +109,6 @@ def width_variant(name: str, width: int) -> str:
     raise ValueError(f"{name} has no variant that covers width {width}; the largest is {max(kernel(name).variants, key=int)}")
 
 
-# --- prefill and training: below this width a sequence has few column tiles, and narrow ones shorten the chain of row blocks.
-NARROW_WIDTH = 1024
-
-
-def feedback_variant(name: str, side: str, width: int) -> str:
-    """Which pinned tiles of a prefill or training kernel serve width D; side is "fwd" or "bwd". Depends on nothing else: bits must not."""
-    return "narrow" if width < NARROW_WIDTH and "narrow" in kernel(name).variants else side
-
-
 # --- decode step: how the past is split. Depends on capacity and tiles only, never on the batch, the lengths or the number of SMs.
 STEP_MAX_SPLITS = 128
 

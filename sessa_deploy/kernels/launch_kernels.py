@@ -123,7 +123,7 @@ KERNELS: dict[str, Kernel] = {
                 Param("C", "i32", True),
             ),
             ("BT", "BN", "SPLIT"),
-            ("fwd", "narrow"),
+            ("fwd",),
             scalar_loads=2,
         ),
         Kernel(
@@ -187,7 +187,7 @@ KERNELS: dict[str, Kernel] = {
                 *integers("NP", "NT", "row0", "B", "panel", "panels"),
             ),
             ("BT", "BN", "STAGES", "SPLIT", "FULL"),
-            ("fwd", "narrow"),
+            ("fwd",),
             scalar_loads=64,
         ),
         Kernel(
@@ -212,7 +212,7 @@ KERNELS: dict[str, Kernel] = {
                 *integers("NP", "row0", "blocks", "B", "panel", "panels", "add"),
             ),
             ("BT", "BN", "STAGES", "SPLIT", "FULL"),
-            ("bwd", "narrow"),
+            ("bwd",),
             lowered=False,
         ),
         Kernel(

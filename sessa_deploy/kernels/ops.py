@@ -105,8 +105,7 @@ def _feedback_attention_fwd(
     return s, lse
 
 
-@torch.library.custom_op("sessa::feedback_attention_bwd", mutates_args=())
-def _feedback_attention_bwd(
+def _backward(
     ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     ds = ds.contiguous()
@@ -117,6 +116,13 @@ def _feedback_attention_bwd(
 
         return feedback_bwd.backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length)
     return cpu.feedback_backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length)
+
+
+@torch.library.custom_op("sessa::feedback_attention_bwd", mutates_args=())
+def _feedback_attention_bwd(
+    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length)
 
 
 @_feedback_attention.register_fake
@@ -208,6 +214,32 @@ def _causal_grad(ctx, do: Tensor):  # type: ignore[no-untyped-def]
 _causal_attention.register_autograd(_causal_grad, setup_context=_save_causal)
 
 
+class _Direct(torch.autograd.Function):
+    """Feedback attention without the dispatcher: custom operators cost hundreds of microseconds of host time a training step."""
+
+    @staticmethod
+    def forward(ctx, q, k, gamma, f, past_k, past_s, past_length):  # type: ignore[no-untyped-def]
+        s, lse = _forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=True)
+        ctx.save_for_backward(q, k, gamma, f, past_k, past_s, past_length, s, lse)
+        return s
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, ds):  # type: ignore[no-untyped-def]
+        q, k, gamma, f, past_k, past_s, past_length, s, lse = ctx.saved_tensors
+        return *_backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length), None
+
+
+def _may_go_direct(*tensors: Tensor) -> bool:
+    """Whether nothing looks on that needs the registered operators: no tracing, no dispatch or functorch mode, no tensor subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
+
+
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
@@ -231,7 +263,12 @@ def feedback_attention(
         past_k, past_s = (q.new_empty(q.shape[0], 0, q.shape[-1]) for _ in range(2))
         past_length = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
     q, k, f, past_k, past_s = _cast_for_autocast(q, k, f, past_k, past_s)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, gamma, f, past_k, past_s)):
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, gamma, f, past_k, past_s))
+    if _may_go_direct(q, k, gamma, f, past_k, past_s, past_length):
+        if wants_grad:
+            return _Direct.apply(q, k, gamma, f, past_k, past_s, past_length)
+        return _forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=False)[0]
+    if wants_grad:
         return torch.ops.sessa.feedback_attention_fwd(q, k, gamma, f, past_k, past_s, past_length)[0]
     return torch.ops.sessa.feedback_attention(q, k, gamma, f, past_k, past_s, past_length)
 

@@ -1,0 +1,124 @@
+"""Tune the tiles of feedback attention's kernels on this GPU and pin the winners in the launch table.
+
+    python benchmarks/tune.py [--kernel NAME ...] [--write]
+
+One kernel at a time, the others at their pinned options; the score is the geometric mean over the target shapes of the kernel's device time, taken
+from the profiler. --write pins the best for this compute capability (bf16, and fp16 where the tiles are shared); without it a table is printed.
+Nothing is tuned at launch. The decode step has its own script, tune_step.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+import sys
+from typing import Any
+
+import torch
+from bench_feedback import SHAPES, inputs
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from sessa_deploy.kernels import feedback_bwd, feedback_fwd, launch
+from sessa_deploy.kernels.feedback_launch import Options, arch_of, pinned
+
+SOLVE = {"BN": (64, 128), "STAGES": (2, 3), "num_warps": (4, 8)}
+GEMM = {"BN": (128, 256), "BK": (64,), "STAGES": (2, 3, 4), "num_warps": (8,)}
+TILES = {"BM": (128,), "NB": (1, 2), "num_stages": (3, 4), "GROUP": (4, 8, 16)}
+SPACE: dict[str, dict[str, tuple[int, ...]]] = {
+    "feedback_scores": TILES,
+    "feedback_combine": {"num_warps": (4, 8)},
+    "feedback_solve": SOLVE,
+    "feedback_solve_transposed": SOLVE,
+    "feedback_grad_products": TILES,
+    "feedback_grad_scores": {"TILES": (2, 4, 8), "num_warps": (4, 8)},
+    "feedback_grad_q": GEMM,
+    "feedback_grad_k": GEMM,
+}
+# Kernels that must agree: the scores kernels set the padding of the columns, the pack kernel writes what the solve reads.
+TIED = {"feedback_scores": ("NB",), "feedback_grad_products": ("NB",), "feedback_solve": ("BN",)}
+FOLLOWERS = {"feedback_scores": ("feedback_grad_products",), "feedback_grad_products": ("feedback_scores",), "feedback_solve": ("feedback_pack",)}
+
+
+def candidates(name: str) -> list[dict[str, int]]:
+    space = SPACE[name]
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+
+
+def override(options: Options, name: str, change: dict[str, int]) -> Options:
+    """A copy of `options` with `change` in kernel `name`, and what is tied to it in the kernels that must agree."""
+    copy = {n: dict(o) for n, o in options.items()}
+    copy[name].update(change)
+    for follower in FOLLOWERS.get(name, ()):
+        if follower in copy:
+            copy[follower].update({k: change[k] for k in TIED[name]})
+    return copy
+
+
+def kernel_us(name: str, backward: bool, change: dict[str, int], repeats: int = 5) -> float:
+    """Geometric mean over the shapes of kernel `name`'s device time in microseconds; inf where a candidate does not fit the GPU."""
+    times = []
+    for shape in SHAPES:
+        q, k, gamma, f = inputs(*shape)
+        past = q.new_empty(shape[0], 0, shape[2])
+        length = torch.zeros(shape[0], dtype=torch.int32, device=q.device)
+        forward = override(pinned(feedback_fwd.FORWARD, q.device, q.dtype, "fwd"), name, {} if backward else change)
+        s, lse = feedback_fwd.forward(q, k, gamma, f, past, past, length, True, options=forward)
+
+        def call(x: tuple[Any, ...] = (q, k, gamma, f, s, lse, past, past, length), forward: Options = forward) -> None:
+            if backward:
+                options = override(pinned(feedback_bwd.BACKWARD, x[0].device, x[0].dtype, "bwd"), name, change)
+                feedback_bwd.backward(x[3], *x, options=options)
+            else:
+                feedback_fwd.forward(*x[:4], *x[6:], True, options=forward)
+
+        call()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            for _ in range(repeats):
+                call()
+            torch.cuda.synchronize()
+        times.append(sum(e.device_time_total for e in trace.key_averages() if e.key == name) / repeats)
+    return math.exp(statistics.fmean(map(math.log, times)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kernel", action="append", choices=sorted(SPACE), help="only this kernel (repeatable)")
+    parser.add_argument("--write", action="store_true", help="pin the winners in the launch table")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: no CUDA GPU", file=sys.stderr)
+        return 2
+    from triton.runtime.errors import OutOfResources
+
+    arch = arch_of(torch.cuda.current_device())
+    for name in arguments.kernel or SPACE:
+        sides = [side for side, names in (("fwd", feedback_fwd.FORWARD), ("bwd", feedback_bwd.BACKWARD)) if name in names]
+        for side in sides:
+            table = Table("options", "us (geometric mean)", title=f"{name}, {side}, sm_{arch}, bf16")
+            scores: list[tuple[float, dict[str, int]]] = []
+            for change in candidates(name):
+                try:
+                    scores.append((kernel_us(name, side == "bwd", change), change))
+                except OutOfResources:
+                    scores.append((math.inf, change))
+                table.add_row(str(change), f"{scores[-1][0]:.1f}")
+            Console().print(table)
+            best = min(scores, key=lambda score: score[0])[1]
+            if arguments.write:
+                for target, change in ((name, best), *((n, {k: best[k] for k in TIED[name]}) for n in FOLLOWERS.get(name, ()))):
+                    for variant in launch.kernel(target).variants:
+                        if target == name and variant != side:
+                            continue
+                        entry = {k: v for k, v in launch.pinned(target, arch, "bf16", variant).items() if k not in ("arch", "dtype", "variant", "tuned")}
+                        launch.pin(target, arch, ["bf16"], variant, {**entry, **change})
+                pinned.cache_clear()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
