@@ -3,7 +3,7 @@
     python benchmarks/tune.py [--kernel NAME ...] [--write]
 
 One kernel at a time, the others at their pinned options; the score is the geometric mean over the target shapes of the kernel's device time, taken
-from the profiler. --write pins the best for this compute capability (bf16, and fp16 where the tiles are shared); without it a table is printed.
+from the profiler. --write pins the best for this compute capability and bf16; without it a table is printed.
 Nothing is tuned at launch. The decode step has its own script, tune_step.py.
 """
 
@@ -51,7 +51,8 @@ def candidates(name: str) -> list[dict[str, int]]:
 def override(options: Options, name: str, change: dict[str, int]) -> Options:
     """A copy of `options` with `change` in kernel `name`, and what is tied to it in the kernels that must agree."""
     copy = {n: dict(o) for n, o in options.items()}
-    copy[name].update(change)
+    if name in copy:
+        copy[name].update(change)
     for follower in FOLLOWERS.get(name, ()):
         if follower in copy:
             copy[follower].update({k: change[k] for k in TIED[name]})
@@ -110,12 +111,10 @@ def main() -> int:
             Console().print(table)
             best = min(scores, key=lambda score: score[0])[1]
             if arguments.write:
-                for target, change in ((name, best), *((n, {k: best[k] for k in TIED[name]}) for n in FOLLOWERS.get(name, ()))):
-                    for variant in launch.kernel(target).variants:
-                        if target == name and variant != side:
-                            continue
-                        entry = {k: v for k, v in launch.pinned(target, arch, "bf16", variant).items() if k not in ("arch", "dtype", "variant", "tuned")}
-                        launch.pin(target, arch, ["bf16"], variant, {**entry, **change})
+                followers = [n for n in FOLLOWERS.get(name, ()) if side in launch.kernel(n).variants]
+                for target, change in ((name, best), *((n, {k: best[k] for k in TIED[name]}) for n in followers)):
+                    entry = {k: v for k, v in launch.pinned(target, arch, "bf16", side).items() if k not in ("arch", "dtype", "variant", "tuned")}
+                    launch.pin(target, arch, ["bf16"], side, {**entry, **change})
                 pinned.cache_clear()
     return 0
 
