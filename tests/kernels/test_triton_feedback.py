@@ -62,7 +62,7 @@ def test_gamma_zero_is_identity() -> None:
 
 
 def test_panels_change_no_bit() -> None:
-    x = make("random", 2, 70, 20, 16, torch.float16)
+    x = make("random", 1, 70, 20, 16, torch.float16)
     ds = torch.ones_like(x[0])
     whole, cut = run(x, ds), run(x, ds, panel_bytes=1 << 10)
     assert torch.equal(whole[0], cut[0])
@@ -72,7 +72,7 @@ def test_panels_change_no_bit() -> None:
 
 
 def test_bits_do_not_depend_on_the_batch() -> None:
-    x = make("random", 3, 40, 20, 16, torch.bfloat16)
+    x = make("random", 2, 33, 10, 16, torch.bfloat16)
     ds = torch.randn(x[0].shape, generator=torch.Generator().manual_seed(3)).to(x[0])
     together = run(x, ds)
     alone = run(tuple(t[1:2].contiguous() for t in x), ds[1:2].contiguous())  # type: ignore[arg-type]
@@ -82,15 +82,16 @@ def test_bits_do_not_depend_on_the_batch() -> None:
         assert torch.equal(a, c)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["q", "k", "gamma", "f"])
-def test_a_bad_row_stays_where_it_is(which: int, value: float) -> None:
+@pytest.mark.parametrize(
+    ("which", "value"), [(0, "nan"), (1, "nan"), (1, "inf"), (2, "nan"), (3, "inf")], ids=["q-nan", "k-nan", "k-inf", "gamma-nan", "f-inf"]
+)
+def test_a_bad_row_stays_where_it_is(which: int, value: str) -> None:
     """Earlier rows and other sequences keep their bits, in s and in the gradients; the bad row itself turns non-finite (a bad k: the next ones)."""
-    row, x = 21, make("random", 2, 40, 20, 16, torch.float16)
+    row, x = 21, make("random", 2, 33, 10, 16, torch.float16)
     ds = torch.ones_like(x[0])
     ds[0, row:] = 0  # so that the clean run's gradients of earlier rows do not depend on rows from the bad one on
     bad = [t.clone() for t in x]
-    bad[which][0, row] = value
+    bad[which][0, row] = float(value)
     clean, got = run(x, ds), run(tuple(bad), ds)  # type: ignore[arg-type]
     assert torch.equal(clean[0][0, :row], got[0][0, :row])
     if which != 1:
@@ -110,7 +111,7 @@ def test_past_length_may_be_int64_and_inputs_may_be_views() -> None:
     assert torch.equal(a, b)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(1, 2), tokens=st.integers(1, 50), past=st.integers(0, 40), width=st.sampled_from([16, 48]), routing=st.sampled_from(ROUTINGS),
     dtype=st.sampled_from(list(DTYPES)), sign=st.sampled_from([1.0, -1.0]), cut=st.booleans(), seed=st.integers(0, 99),
