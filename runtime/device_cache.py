@@ -1,7 +1,8 @@
 """Caches that stay on the device at full capacity, for ONNX Runtime with I/O binding.
 
-ONNX Runtime alone cannot append in place. With one sequence its outputs are bound straight to the rows behind the past, so no copy exists at all
-(the graph never reads those rows: they are masked by a select). With several, the new rows are copied behind each past on the device.
+ONNX Runtime alone cannot append in place. With one sequence its outputs are bound straight to the rows behind the past, so no copy exists at all, and
+the past is bound as a view of its valid rows, so that a step costs what its context costs, not what the capacity would. With several, the graph reads
+the whole capacity and the new rows are copied behind each past on the device.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ class DeviceCache:
         # bfloat16 has no numpy type; ONNX Runtime takes ONNX's number for it.
         self._kind: Any = PRECISIONS[precision].onnx if precision == "bf16" else np.dtype(PRECISIONS[precision].numpy).type
         self._new, self._shapes, self._row, self._values = [], [], [], []
+        self._past = [past_name(layer, field) for layer, field in cache_entries(config.n_layers)]
         for layer, field in cache_entries(config.n_layers):
             shape = cache_row_shape(field, config.d_model, config.kv_heads, config.head_dim)
             value = onnxruntime.OrtValue.ortvalue_from_shape_and_type([batch, capacity, *shape], self._kind, device, 0)
-            self._binding.bind_ortvalue_input(past_name(layer, field), value)
+            if batch > 1:
+                self._binding.bind_ortvalue_input(past_name(layer, field), value)
             self._new.append(new_name(layer, field))
             self._shapes.append(shape)
             self._row.append(int(np.prod(shape)) * item)
@@ -53,9 +56,12 @@ class DeviceCache:
         binding.bind_cpu_input(NEW_LENGTH, new.copy())
         binding.clear_binding_outputs()
         binding.bind_output(LOGITS, "cpu")
-        for name, shape, row, value in zip(self._new, self._shapes, self._row, self._values, strict=True):
+        at = int(length[0])
+        for past, name, shape, row, value in zip(self._past, self._new, self._shapes, self._row, self._values, strict=True):
             if self.batch == 1:
-                binding.bind_output(name, self.device, 0, self._kind, [1, tokens, *shape], value.data_ptr() + int(length[0]) * row)
+                # At least one row: no kernel has to cope with an empty tensor. past_length tells the graph that it does not count.
+                binding.bind_input(past, self.device, 0, self._kind, [1, max(at, 1), *shape], value.data_ptr())
+                binding.bind_output(name, self.device, 0, self._kind, [1, tokens, *shape], value.data_ptr() + at * row)
             else:
                 binding.bind_output(name, self.device, 0)
         self._session.run_with_iobinding(binding)

@@ -58,7 +58,7 @@ def examine() -> dict[str, Any]:
     ready = []
     if "CPUExecutionProvider" in providers:
         ready.append("run and bench on a CPU")
-    if _CUDA in providers and gpus:
+    if _CUDA in providers and gpus and not any(c["name"] == "CUDA provider" for c in checks):
         ready.append("run and bench with ort-cuda")
     if trt and plugin and gpus:
         ready.append("build and run with trt")
@@ -80,6 +80,11 @@ def _providers(add: Any, installed: str | None, has_gpu: bool) -> list[str]:
     if has_gpu and providers and _CUDA not in providers:
         add("run on ONNX Runtime", "CUDA provider", None, False,
             "pip uninstall onnxruntime; pip install onnxruntime-gpu (Python 3.10: onnxruntime-gpu==1.23.2)")
+    elif has_gpu and providers:
+        code = "import json\nfrom sessa_deploy.runtime import ort\nr = ort.load()\nort.preload(r)\nprint(json.dumps(ort.why_no_cuda(r)))"
+        missing, error = environment.probe(code)
+        if missing or error:
+            add("run on ONNX Runtime", "CUDA provider", None, False, f"it does not load ({missing or error}): install the CUDA and cuDNN it was built for")
     return providers
 
 

@@ -33,14 +33,22 @@ def importable(module: str) -> bool:
 
 
 def package_version(name: str) -> str | None:
-    """Installed version of a library, under whichever distribution name it came, or None."""
+    """Installed version of a library, under whichever distribution name it came, or None. Where several are installed, of the one that Python imports."""
+    found = []
     for alias in ALIASES.get(name, (name,)):
         try:
-            found = metadata.version(alias)
+            found.append((alias, metadata.distribution(alias)))
         except metadata.PackageNotFoundError:
             continue
-        return found if alias == name else f"{found} ({alias})"
-    return None
+    if not found:
+        return None
+    alias, chosen = next((pair for pair in found if len(found) > 1 and _is_imported_from(name, pair[1])), found[0])
+    return chosen.version if alias == name else f"{chosen.version} ({alias})"
+
+
+def _is_imported_from(module: str, distribution: metadata.Distribution) -> bool:
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None and Path(str(distribution.locate_file(module))) == Path(spec.origin).parent
 
 
 def processor() -> dict[str, Any]:

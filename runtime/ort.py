@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +22,11 @@ from sessa_deploy.runtime.host_cache import HostCache
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _INT32, _TYPES = "tensor(int32)", {"fp32": "tensor(float)", "fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}
-_ERRORS_ONLY = 3
+_ERRORS_ONLY, _WARNINGS, _FATAL_ONLY = 3, 2, 4
 _DEVICE_CHUNK = 2048
+# What the CUDA provider loads, what needs another one after it.
+_CUDA_LIBRARIES = ("cudart", "nvrtc", "cublasLt", "cublas", "curand", "cufft", "cudnn")
+_NUMBERED_AS_CUDA = ("cudart", "nvrtc", "cublasLt", "cublas")
 
 
 class OrtBackend(Backend):
@@ -98,6 +104,40 @@ def load() -> Any:
     return onnxruntime
 
 
+def preload(runtime: Any) -> list[str]:
+    """Load the CUDA libraries of pip's nvidia packages, wherever on Python's path they are, so that the CUDA provider finds them; their paths.
+
+    Libraries of another CUDA than `runtime` was built for are left alone, and where there are none the system's loader looks for its own.
+    """
+    major, spec = str(getattr(runtime, "cuda_version", "")).split(".")[0], importlib.util.find_spec("nvidia")
+    if not major or spec is None:
+        return []
+    loaded = []
+    for name in _CUDA_LIBRARIES:
+        paths = [path for place in spec.submodule_search_locations or () for path in sorted(Path(place).glob(f"*/lib/lib{name}.so.*"))]
+        if name in _NUMBERED_AS_CUDA:
+            paths = [path for path in paths if path.name == f"lib{name}.so.{major}"]
+        # the packages of one CUDA may lie beside those of another
+        for path in sorted(paths, key=lambda path: path.parts[-3] != f"cu{major}")[:1]:
+            try:
+                ctypes.CDLL(str(path))
+            except OSError:
+                continue  # the provider's own message says what it lacks
+            loaded.append(str(path))
+    return loaded
+
+
+def why_no_cuda(runtime: Any) -> str:
+    """What the system's loader says of the CUDA provider's library; empty where it says nothing."""
+    folder = Path(runtime.__file__).parent / "capi"
+    try:
+        for name in ("shared", "cuda"):
+            ctypes.CDLL(str(folder / f"libonnxruntime_providers_{name}.so"), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return str(error)
+    return "" if driver.devices() else "no GPU"
+
+
 def cuda_is_usable() -> bool:
     """Whether ONNX Runtime has its CUDA provider and the driver shows a GPU."""
     return CUDA in load().get_available_providers() and bool(driver.devices())
@@ -120,17 +160,23 @@ def open_session(bundle: Bundle, provider: str = "cpu", threads: int | None = No
     options.enable_mem_pattern = False  # it would keep one plan for each length of the past
     providers: list[Any] = [CPU]
     if provider == "cuda":
+        preload(runtime)
         if CUDA not in runtime.get_available_providers():
             raise UserError("this ONNX Runtime has no CUDA provider", got=", ".join(runtime.get_available_providers()),
                             fix="pip uninstall onnxruntime; pip install onnxruntime-gpu (Python 3.10: onnxruntime-gpu==1.23.2), or use --backend ort")
         providers.insert(0, (CUDA, {"use_tf32": "0"}))  # fp32 means fp32
+        runtime.set_default_logger_severity(_FATAL_ONLY)  # a provider that does not start would write pages; the error below says why
     try:
         session = runtime.InferenceSession(str(bundle.model), options, providers=providers)
     except Exception as error:  # its exception classes differ between versions and derive from nothing in common
         raise UserError("ONNX Runtime cannot load the graph", got=str(error)[:300], fix=f"sessa-deploy export CHECKPOINT --out {bundle.path}") from None
+    finally:
+        if provider == "cuda":
+            runtime.set_default_logger_severity(_WARNINGS)  # its default
     if provider == "cuda" and CUDA not in session.get_providers():
-        raise UserError("the CUDA provider of ONNX Runtime did not start", got=", ".join(session.get_providers()),
-                        fix="install the CUDA and cuDNN it was built for (sessa-deploy doctor), or use --backend ort")
+        cuda = getattr(runtime, "cuda_version", "")
+        raise UserError("the CUDA provider of ONNX Runtime did not start", got=why_no_cuda(runtime) or ", ".join(session.get_providers()),
+                        fix=f"install the CUDA{f' {cuda}' if cuda else ''} and cuDNN it was built for (sessa-deploy doctor), or use --backend ort")
     _check_graph(bundle, session.get_inputs(), session.get_outputs())
     return session
 

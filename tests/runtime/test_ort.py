@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,6 +130,79 @@ def test_each_decode_step_moves_the_new_rows_and_nothing_else(open_session):
         before = s.backend.bytes_moved
         s.decode([5])
         assert s.backend.bytes_moved - before == row_bytes
+
+
+def test_on_a_device_one_sequence_is_read_as_far_as_it_goes(tiny_bundle, tiny):
+    backend = rehearsed(tiny_bundle, 1, 400)
+    binding, extents = backend._device._binding, []
+
+    class Spy:
+        def __getattr__(self, name):
+            return getattr(binding, name)
+
+        def bind_input(self, name, device, index, kind, shape, pointer):
+            extents.append(shape[1])
+            binding.bind_input(name, device, index, kind, shape, pointer)
+
+    backend._device._binding = Spy()
+    backend.poison()
+    for at, token in enumerate([5, 6, 7]):
+        close(backend.step(np.array([[token]]), np.array([1]))[0], tiny.logits([5, 6, 7][: at + 1])[-1])
+    assert [set(extents[i : i + 8]) for i in (0, 8, 16)] == [{1}, {1}, {2}], "never an empty tensor, never the capacity"
+
+
+def test_bfloat16_rows_can_be_bound_where_they_lie():
+    """What the device's caches do with bf16, whose graphs no CPU runs: a view in, rows behind it out, by ONNX's type number."""
+    onnx = pytest.importorskip("onnx")
+    import ctypes
+
+    import onnxruntime
+
+    kind, rows = onnx.TensorProto.BFLOAT16, [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.BFLOAT16, [1, "n", 4]) for n in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "copy", rows[:1], rows[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    value, binding = onnxruntime.OrtValue.ortvalue_from_shape_and_type([1, 8, 4], kind, "cpu", 0), session.io_binding()
+    words = np.frombuffer((ctypes.c_char * 64).from_address(value.data_ptr()), np.uint16)
+    words[:] = np.arange(32)
+    binding.bind_input("x", "cpu", 0, kind, [1, 3, 4], value.data_ptr())
+    binding.bind_output("y", "cpu", 0, kind, [1, 3, 4], value.data_ptr() + 5 * 8)
+    session.run_with_iobinding(binding)
+    assert words.tolist() == [*range(20), *range(12)]
+
+
+def test_cuda_libraries_of_pip_are_loaded_in_order_and_others_are_not(tmp_path, monkeypatch):
+    import types
+
+    from sessa_deploy.runtime import ort
+
+    wanted = ["nvidia/cu13/lib/libcudart.so.13", "nvidia/cu13/lib/libcublasLt.so.13", "nvidia/cu13/lib/libcurand.so.10", "nvidia/cudnn/lib/libcudnn.so.9"]
+    others = ["nvidia/cublas/lib/libcublasLt.so.12", "nvidia/curand/lib/libcurand.so.10", "nvidia/cu13/lib/libcufft.so.12"]
+    some = Path(str(sys.modules["_ctypes"].__file__)).read_bytes()
+    for name in [*wanted, *others]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(some)
+    (tmp_path / others[2]).write_bytes(b"broken")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert ort.preload(types.SimpleNamespace(cuda_version="13.0")) == [str(tmp_path / name) for name in wanted]
+    assert ort.preload(types.SimpleNamespace()) == [], "a build without CUDA needs none"
+
+
+def test_of_two_distributions_the_imported_one_is_named(tmp_path, monkeypatch):
+    from sessa_deploy.runtime import environment
+
+    for place, name, version in (("gpu", "onnxruntime_gpu", "9.1"), ("cpu", "onnxruntime", "9.0")):
+        info = tmp_path / place / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n")
+        (tmp_path / place / "onnxruntime").mkdir()
+        (tmp_path / place / "onnxruntime" / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    for first, expected in (("gpu", "9.1 (onnxruntime-gpu)"), ("cpu", "9.0")):
+        with monkeypatch.context() as m:
+            m.setattr(sys, "path", [str(tmp_path / first), str(tmp_path / ("cpu" if first == "gpu" else "gpu")), *sys.path])
+            assert environment.package_version("onnxruntime") == expected
 
 
 def test_a_batch_moves_old_rows_only_into_a_new_bucket(tiny_bundle):

@@ -132,12 +132,12 @@ class Block:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Block())
 from importlib import metadata
-real = metadata.version
-def version(name):
+real = metadata.distribution
+def distribution(name):
     if name.split("-")[0] in gone:
         raise metadata.PackageNotFoundError(name)
     return real(name)
-metadata.version = version
+metadata.distribution = distribution
 from sessa_deploy.cli import main
 main(["doctor"])
 """
