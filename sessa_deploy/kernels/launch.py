@@ -13,14 +13,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from sessa_deploy.kernels.launch_causal import CAUSAL_KERNELS
 from sessa_deploy.kernels.launch_decode import DECODE_KERNELS
 from sessa_deploy.kernels.launch_kernels import DTYPES, Kernel, Param, resolve  # noqa: F401 (the one place to look a launch up)
 from sessa_deploy.kernels.launch_kernels import KERNELS as FEEDBACK_KERNELS
 
-KERNELS: dict[str, Kernel] = {**FEEDBACK_KERNELS, **DECODE_KERNELS}
+KERNELS: dict[str, Kernel] = {**FEEDBACK_KERNELS, **CAUSAL_KERNELS, **DECODE_KERNELS}
 
-# of the decode step, of the rest of feedback attention, and of the runtime's own kernels
-TABLE_FILES = tuple(Path(__file__).with_name(n) for n in ("launch_table.json", "launch_table_feedback.json", "launch_table_decode.json"))
+# of the decode step, of the rest of feedback attention, of causal attention with a cache, and of the runtime's own kernels
+TABLE_FILES = tuple(Path(__file__).with_name(f"launch_table{n}.json") for n in ("", "_feedback", "_causal", "_decode"))
 ARCHS = (80, 86, 87, 89, 90, 100, 120)
 ALIGNMENT = 16  # bytes for a pointer, elements for a width or stride
 # Largest dynamic shared memory one block may ask for, in bytes (CUDA programming guide, compute capabilities).
@@ -120,7 +121,7 @@ def step_splits(capacity: int, rows: int) -> int:
 
 def pin(name: str, arch: int, dtypes: list[str], variant: str, entry: dict[str, Any], tuned: bool = True) -> None:
     """Rewrite the kernel's launch table so that (arch, dtypes, variant) of a kernel has these tiles, warps and stages; other entries stay."""
-    file = TABLE_FILES[0 if name.startswith("feedback_step") else 1]
+    file = TABLE_FILES[0 if name.startswith("feedback_step") else 2 if name.startswith("causal_") else 1]
     table = json.loads(file.read_text(encoding="utf-8"))
     kept = []
     for row in table["kernels"].setdefault(name, []):

@@ -1,0 +1,65 @@
+"""The kernels of causal attention with a cache as data; see launch_kernels.py. Standard library only."""
+
+from __future__ import annotations
+
+from sessa_deploy.kernels.launch_kernels import Kernel, Param, integers, pointers
+
+HEAD_WIDTHS = (64, 128, 256)  # a head is padded to the next of these
+MULTIPLE = 8  # of a head's width and of every stride: what 16-byte loads of 16-bit storage need
+GROUP = 4  # query heads of one key/value head that a program of the decode step takes together, where there are several
+
+_STRIDES = (Param("stride_kb", "i64"), Param("stride_kr", "i32"), Param("stride_vb", "i64"), Param("stride_vr", "i32"))
+_SCALE = Param("scale", "fp32")
+
+# Widths and strides of a past are passed as multiples of MULTIPLE, which the compiler then knows; a promise of 16 would exclude heads of 8, 24, 40, ...
+CAUSAL_KERNELS: dict[str, Kernel] = {
+    k.name: k
+    for k in (
+        Kernel(
+            "causal_step_partial",
+            "sessa_deploy.kernels.causal_step",
+            (
+                *pointers("q", "k", "v", "past_k", "past_v"),
+                Param("past_length", "*i32"),
+                *pointers("part", "stat", type="*fp32"),
+                *_STRIDES,
+                *integers("capacity", "heads", "group", "units"),
+                _SCALE,
+            ),
+            ("BLOCK_R", "BLOCK_H", "BLOCK_G", "BLOCK_D", "STAGES"),
+            tuple(f"{w}{g}" for w in HEAD_WIDTHS for g in ("", f"x{GROUP}")),
+            scalar_loads=4,
+        ),
+        Kernel(
+            "causal_step_combine",
+            "sessa_deploy.kernels.causal_step",
+            (*pointers("part", "stat", type="*fp32"), Param("past_length", "*i32"), *pointers("out"), *integers("capacity", "splits", "rows", "units"), _SCALE),
+            ("BLOCK_S", "BLOCK_D"),
+            ("any",),
+            scalar_loads=8,
+        ),
+        Kernel(
+            "causal_prefill",
+            "sessa_deploy.kernels.causal_prefill",
+            (
+                *pointers("q", "k", "v", "past_k", "past_v"),
+                Param("past_length", "*i32"),
+                *pointers("out"),
+                *_STRIDES,
+                *integers("tokens", "capacity", "group", "units"),
+                _SCALE,
+            ),
+            ("BM", "BN", "BD"),
+            tuple(str(w) for w in HEAD_WIDTHS),
+            scalar_loads=1,
+        ),
+    )
+}
+
+
+def head_variant(width: int, group: int = 1) -> str:
+    """The variant of a kernel for heads of `width`; group: query heads of one key/value head, for the decode step. Raises ValueError beyond 256."""
+    for padded in HEAD_WIDTHS:
+        if width <= padded:
+            return str(padded) if group == 1 else f"{padded}x{GROUP}"
+    raise ValueError(f"causal attention has no kernel for heads of width {width}; the widest is {HEAD_WIDTHS[-1]}")
