@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sessa_deploy.contract import MODEL_DATA_FILE, MODEL_FILE, PRECISIONS, cache_entries, cache_row_shape
+from sessa_deploy.contract import MODEL_FILE
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime import environment
+from sessa_deploy.runtime import environment, traffic
 from sessa_deploy.runtime.session import Session
 
-BENCH_SCHEMA = 1
+BENCH_SCHEMA = 2
 _QUANTILES = (50, 95, 99)
 
 
@@ -25,7 +26,7 @@ class BenchOptions:
     """What to measure. prompt_tokens: context at which decoding starts; window: tokens decoded before it is rewound to there.
 
     Decoding goes on for at least `seconds` and `steps`, but for no more than max_seconds; warmup seconds come before and do not count.
-    bandwidth: bytes a second of the memory that holds weights and caches, if the share of the floor is wanted. seed: of the random prompt.
+    bandwidth: bytes a second of the memory that holds weights and caches, for the share of the floor; None leaves it out. seed: of the random prompt.
     """
 
     prompt_tokens: int = 128
@@ -49,9 +50,12 @@ class BenchOptions:
             raise UserError("bandwidth is out of range", got=self.bandwidth, allowed="more than 0")
 
 
-def measure(session: Session, options: BenchOptions, progress: Callable[[float, float], None] | None = None) -> dict[str, Any]:
+def measure(
+    session: Session, options: BenchOptions, progress: Callable[[float, float], None] | None = None, device_before: int = 0,
+) -> dict[str, Any]:
     """Measure an open session on all of its sequences; the result is plain data, ready for JSON. The session is reset.
 
+    device_before: bytes of the device's memory that were in use before the session was opened; what came on top is the session's.
     Raises UserError if prompt and window do not fit the capacity.
     """
     if options.prompt_tokens + options.window > session.capacity:
@@ -60,10 +64,9 @@ def measure(session: Session, options: BenchOptions, progress: Callable[[float, 
     random = np.random.default_rng(options.seed)
     prompts = random.integers(0, session.config.vocab_size, (session.max_batch, options.prompt_tokens)).tolist()
     first = _prefills(session, prompts, options)
-    times = _decode(session, options, progress or (lambda done, total: None))
+    times, where = _decode(session, options, progress or (lambda done, total: None))
     total, context = float(times.sum()), options.prompt_tokens + (options.window - 1) / 2
-    weights = sum(session.bundle.manifest["files"][n]["size"] for n in (MODEL_FILE, MODEL_DATA_FILE) if n in session.bundle)
-    traffic = weights + session.max_batch * context * row_bytes(session)
+    moved = traffic.step_bytes(session.config, session.bundle.precision, [context] * session.max_batch)
     result: dict[str, Any] = {
         "schema_version": BENCH_SCHEMA, "kind": "sessa-deploy bench", "backend": session.backend.name,
         "bundle": {"model_sha256": session.bundle.sha256(MODEL_FILE), "precision": session.bundle.precision, "config": session.config.to_dict()},
@@ -71,23 +74,17 @@ def measure(session: Session, options: BenchOptions, progress: Callable[[float, 
         "ttft_ms": _summary(first), "inter_token_ms": _summary(times), "tokens_per_second": session.max_batch * len(times) / total,
         "prefill_tokens_per_second": session.max_batch * options.prompt_tokens / float(np.median(first)),
         # the floor reads every weight once and every valid cache row once a step
-        "bytes_per_step": traffic, "achieved_bytes_per_second": traffic / float(np.median(times)),
-        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "environment": environment.describe(),
+        "bytes_per_step": moved, "achieved_bytes_per_second": moved / float(np.median(times)),
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "environment": where,
     }
     if options.bandwidth is not None:
-        result["floor_ms"] = 1e3 * traffic / options.bandwidth
+        result["floor_ms"] = 1e3 * moved / options.bandwidth
         result["share_of_floor"] = result["floor_ms"] / result["inter_token_ms"]["p50"]
     used = session.backend.device_bytes()  # engines keep the memory they took, so that what is in use at the end was the peak
     if used:
-        result["peak_device_bytes"] = used
+        result["peak_device_bytes"] = used - device_before
+        result["device_bytes_before"] = device_before
     return result
-
-
-def row_bytes(session: Session) -> int:
-    """Bytes of one token's rows in the caches of all layers."""
-    c = session.config
-    numbers = sum(int(np.prod(cache_row_shape(f, c.d_model, c.kv_heads, c.head_dim))) for _, f in cache_entries(c.n_layers))
-    return numbers * PRECISIONS[session.bundle.precision].itemsize
 
 
 def _prefills(session: Session, prompts: list[list[int]], options: BenchOptions) -> NDArray[np.float64]:
@@ -101,20 +98,23 @@ def _prefills(session: Session, prompts: list[list[int]], options: BenchOptions)
     return np.array(times[1:])
 
 
-def _decode(session: Session, options: BenchOptions, progress: Callable[[float, float], None]) -> NDArray[np.float64]:
-    """Seconds of each step, from the ids of the last token to those of the next."""
+def _decode(session: Session, options: BenchOptions, progress: Callable[[float, float], None]) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """Seconds of each step, from the ids of the last token to those of the next; and what the machine is, its clocks read while steps still run."""
     backend, batch = session.backend, session.max_batch
     ids, new = np.zeros((batch, 1), np.int64), np.ones(batch, np.int32)
     times: list[float] = []
-    begin = time.perf_counter()
-    warm = begin + options.warmup
-    while True:
+
+    def step() -> tuple[float, float]:
         if int(backend.length[0]) >= options.prompt_tokens + options.window:
             for row in range(batch):
                 backend.rewind(row, options.prompt_tokens)
         start = time.perf_counter()
         ids[:, 0] = backend.step_greedy(ids, new)
-        end = time.perf_counter()
+        return start, time.perf_counter()
+
+    warm = time.perf_counter() + options.warmup
+    while True:
+        start, end = step()
         if start < warm:
             continue
         times.append(end - start)
@@ -124,8 +124,14 @@ def _decode(session: Session, options: BenchOptions, progress: Callable[[float, 
         progress(min(share, 1.0), 1.0)
         if share >= 1.0:
             break
+    where: dict[str, Any] = {}
+    look = threading.Thread(target=lambda: where.update(environment.describe()))
+    look.start()
+    while look.is_alive() and backend.device_bytes():  # on a CPU steps would only be in the way
+        step()
+    look.join()
     session.reset()
-    return np.array(times)
+    return np.array(times), where
 
 
 def _summary(seconds: NDArray[np.float64]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.environment import importable
 
 BACKENDS = ("auto", "ort", "ort-cuda", "trt")
+ON_A_GPU = ("ort-cuda", "trt")
 
 
 def open_backend(bundle: Bundle, name: str = "auto", batch: int = 1, capacity: int | None = None, threads: int | None = None) -> Backend:

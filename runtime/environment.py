@@ -96,7 +96,13 @@ def describe() -> dict[str, Any]:
     """What a measurement should carry with it: versions, processor, GPUs."""
     names = ("sessa-deploy", "numpy", "onnxruntime", "tensorrt")
     return {"python": platform.python_version(), "platform": platform.platform(), "cpu": processor(), "gpus": gpus(),
-            "cuda_driver": driver.driver_version(), "packages": {n: package_version(n) for n in names}}
+            "cuda_driver": driver.driver_version(), "packages": {n: _version(n) for n in names}}
+
+
+def _version(name: str) -> str | None:
+    # what is imported need not be what was installed: a library may come from a folder on the path
+    loaded = getattr(sys.modules.get(name), "__version__", None)
+    return package_version(name) or (None if loaded is None else str(loaded))
 
 
 def _nvidia_smi() -> dict[int, dict[str, str]]:

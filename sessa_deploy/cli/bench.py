@@ -22,26 +22,35 @@ _BACKENDS = ["auto", "ort", "ort-cuda", "trt"]
 @click.option("--max-seconds", type=float, default=60.0, show_default=True, help="but for no longer than this.")
 @click.option("--capacity", type=int, help="Tokens a cache holds; default: the model's max_context, or what prompt and window need.")
 @click.option("--threads", type=int, help="CPU threads; default: all.")
-@click.option("--bandwidth", type=float, help="Memory bandwidth in GB/s, to show the share of the floor that it sets.")
+@click.option("--bandwidth", type=float, help="Memory bandwidth in GB/s, which sets the floor; default on a GPU: measured by a copy.")
 def command(
     bundle: str, json_file: str | None, backend: str, batch: int, prompt_tokens: int, window: int, steps: int, seconds: float, max_seconds: float,
     capacity: int | None, threads: int | None, bandwidth: float | None,
 ) -> None:
     """Measure BUNDLE: time to the first token, time between tokens (p50, p95, p99), tokens a second, and what memory they took."""
     import json
+    from dataclasses import replace
 
     from sessa_deploy.errors import UserError
+    from sessa_deploy.runtime import driver, traffic
     from sessa_deploy.runtime.bench import BenchOptions, measure
     from sessa_deploy.runtime.bundle import Bundle
+    from sessa_deploy.runtime.engines import ON_A_GPU, choose
     from sessa_deploy.runtime.report import count_progress
     from sessa_deploy.runtime.session import Session
 
-    options = BenchOptions(prompt_tokens, window, steps, seconds, max_seconds, bandwidth=None if bandwidth is None else bandwidth * 1e9)
+    given = None if bandwidth is None else bandwidth * 1e9
+    options = BenchOptions(prompt_tokens, window, steps, seconds, max_seconds, bandwidth=given)
     opened = Bundle.open(bundle)
+    name = choose(opened) if backend == "auto" else backend
+    before = 0
+    if name in ON_A_GPU and driver.devices():
+        options = options if given else replace(options, bandwidth=traffic.copy_bandwidth())
+        before = driver.DeviceMemory().used()
     capacity = max(opened.config.max_context, prompt_tokens + window) if capacity is None else capacity
-    with Session(opened, backend, max_batch=batch, capacity=capacity, threads=threads) as session, count_progress("decoding", 0) as progress:
-        result = measure(session, options, progress)
-    result["settings"]["threads"] = threads
+    with Session(opened, name, max_batch=batch, capacity=capacity, threads=threads) as session, count_progress("decoding", 0) as progress:
+        result = measure(session, options, progress, before)
+    result["settings"] |= {"threads": threads, "bandwidth_is": "given" if given else "measured by a copy" if options.bandwidth else None}
     text = json.dumps(result, indent=2) + "\n"
     if json_file == "-":
         click.echo(text, nl=False)
@@ -72,6 +81,6 @@ def _show(result: dict[str, Any]) -> None:
     if "share_of_floor" in result:
         line += f", {100 * result['share_of_floor']:.0f}% of the bandwidth floor ({result['floor_ms']:.3f} ms)"
     memory = f"peak memory {result['peak_host_bytes'] / 2**20:.0f} MiB"
-    if "peak_device_bytes" in result:
+    if "peak_device_bytes" in result:  # beside the CUDA context
         memory += f", on the device {result['peak_device_bytes'] / 2**20:.0f} MiB"
     console.print(f"{line}; {memory}", highlight=False)

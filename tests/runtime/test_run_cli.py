@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -89,18 +90,21 @@ def test_run_refuses_a_changed_or_missing_bundle(tiny_bundle, tmp_path, capfd):
     assert call(capfd, "run", tiny_bundle.path)[0] == 2, "no prompt"
 
 
-def test_bench_writes_versioned_figures(tiny_bundle, tmp_path, capfd):
+def test_bench_writes_versioned_figures(tiny_bundle, tiny, tmp_path, capfd):
     args = ("bench", tiny_bundle.path, "--batch", 2, "--prompt-tokens", 8, "--window", 6, "--steps", 20, "--seconds", 0.05, "--bandwidth", 20)
     code, out, err = call(capfd, *args, "--json", tmp_path / "figures.json")
     assert code == 0 and "first token" in out and "tokens/s" in out, err
     figures = json.loads((tmp_path / "figures.json").read_text())
     between = figures["inter_token_ms"]
-    assert figures["schema_version"] == 1 and between["count"] >= 20
+    assert figures["schema_version"] == 2 and between["count"] >= 20
     assert 0 < between["min"] <= between["p50"] <= between["p95"] <= between["p99"] <= between["max"]
     assert figures["ttft_ms"]["p50"] > 0 and figures["tokens_per_second"] > 0 and figures["settings"]["batch"] == 2 and figures["share_of_floor"] > 0
     assert figures["environment"]["packages"]["onnxruntime"] and figures["bundle"]["model_sha256"] == tiny_bundle.sha256("model.onnx")
     row = 2 * (2 * 2 * 4 + 2 * 16) * 4
-    assert figures["bytes_per_step"] == (tiny_bundle.path / "model.onnx").stat().st_size + 2 * row * (8 + 2.5)
+    weights = sum(w.size for name, w in tiny.w.items() if not name.startswith("embedding")) + 2 * 16  # of the embedding a row a sequence
+    assert figures["bytes_per_step"] == 4 * weights + 2 * row * (8 + 2.5)
+    assert figures["settings"]["warmup"] == 0.2 and figures["settings"]["bandwidth_is"] == "given" and "peak_device_bytes" not in figures
+    assert {"python", "cpu", "gpus", "cuda_driver", "packages"} <= set(figures["environment"])
     code, out, _ = call(capfd, *args, "--json", "-")
     assert code == 0 and json.loads(out)["kind"] == "sessa-deploy bench"
 
@@ -125,6 +129,7 @@ def test_doctor_names_what_is_there_and_what_mends_the_rest(capfd):
 def test_doctor_works_where_nothing_optional_is_installed():
     code = """
 import sys
+import time
 gone = ("torch", "triton", "onnx", "onnxruntime", "onnxscript", "safetensors", "tensorrt", "matplotlib")
 class Block:
     def find_spec(self, name, path=None, target=None):
@@ -144,3 +149,19 @@ main(["doctor"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "pip install onnxruntime" in done.stdout and "ready: nothing yet" in done.stdout
+
+
+def test_bench_counts_the_sessions_own_device_memory_and_reads_clocks_while_it_runs(tiny_bundle, monkeypatch):
+    from sessa_deploy.runtime import bench, environment, traffic
+    from sessa_deploy.runtime.ort import OrtBackend
+    from sessa_deploy.runtime.session import Session
+
+    monkeypatch.setattr(OrtBackend, "device_bytes", lambda self: 1000)
+    steps_before = []
+    session = Session(tiny_bundle, "ort")
+    step = session.backend.step_greedy
+    monkeypatch.setattr(session.backend, "step_greedy", lambda *a: (steps_before.append(1), step(*a))[1])
+    monkeypatch.setattr(environment, "describe", lambda: (time.sleep(0.05), {"steps": len(steps_before)})[1])
+    figures = bench.measure(session, bench.BenchOptions(4, 4, steps=5, seconds=0, warmup=0, prefills=1), device_before=400)
+    assert figures["peak_device_bytes"] == 600 and figures["inter_token_ms"]["count"] == 5 and figures["environment"]["steps"] > 5
+    assert traffic.copy_bandwidth() is None or traffic.copy_bandwidth() > 1e9
