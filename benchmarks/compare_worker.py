@@ -1,0 +1,249 @@
+"""One peer of compare.py in its own process: opens it, times decode steps and prompts, writes what it found after each point.
+
+    python compare_worker.py JOB.json RESULT.json
+
+Host clock, token ids back on the host after every step, append and argmax included, for every peer alike. No torch is needed for "trt" and "ort".
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sessa_deploy.config import SessaConfig
+from sessa_deploy.runtime import driver, environment, traffic
+
+WINDOW = 64  # steps before the context is rewound to where it began
+WARM_STEPS = 3
+FILL_TOKENS = 4096  # tokens of all sequences together in one step of a prefill that only fills caches
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is timed. contexts: cached tokens of each sequence when decoding starts; prompt: tokens of a prefill instead, 0 for decoding."""
+
+    name: str
+    capacity: int
+    contexts: tuple[int, ...]
+    prompt: int = 0
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return len(self.contexts)
+
+
+class Peer(ABC):
+    """Something that decodes greedily. Opened for a batch and a capacity; `begin` says where each sequence stands."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job, self.config, self.precision = job, SessaConfig.from_dict(job["config"]), str(job["precision"])
+        self.device = str(job["device"])
+
+    @abstractmethod
+    def open(self, batch: int, capacity: int) -> None:
+        """Make room for `batch` sequences of `capacity` tokens."""
+
+    @abstractmethod
+    def begin(self, contexts: tuple[int, ...]) -> None:
+        """Fill the caches so that sequence b holds contexts[b] tokens."""
+
+    @abstractmethod
+    def rewind(self) -> None:
+        """Back to the contexts of `begin`."""
+
+    @abstractmethod
+    def step(self) -> list[int]:
+        """Feed each sequence its last token; the next ones, on the host."""
+
+    @abstractmethod
+    def prompt(self, tokens: int) -> list[int]:
+        """Forget everything, feed every sequence a prompt of `tokens` tokens; the first new ones, on the host."""
+
+    def notes(self) -> dict[str, Any]:
+        """What else the figures must be read with."""
+        return {}
+
+    def close(self) -> None:
+        """Free the caches."""
+        return
+
+
+class Runtime(Peer):
+    """The deployed side: a bundle on TensorRT or ONNX Runtime, through the runtime's backends."""
+
+    backend: Any = None
+
+    def open(self, batch: int, capacity: int) -> None:
+        from sessa_deploy.runtime.bundle import Bundle
+
+        if self.job["peer"] == "trt":
+            from sessa_deploy.runtime.trt import TrtBackend
+
+            self.backend = TrtBackend(engine_bundle(self.job, batch, capacity), batch=batch)
+        else:
+            from sessa_deploy.runtime.ort import OrtBackend
+
+            if not self.job["bundle"]:
+                raise RuntimeError("no --bundle")
+            self.backend = OrtBackend(Bundle.open(self.job["bundle"]), batch, capacity, provider="cuda" if self.device == "cuda" else "cpu")
+        self.ids, self.new = np.zeros((batch, 1), np.int64), np.ones(batch, np.int32)
+
+    def begin(self, contexts: tuple[int, ...]) -> None:
+        self.backend.reset()
+        self.contexts = contexts
+        self._feed(np.array(contexts), max(1, min(self.backend.best_chunk, FILL_TOKENS // len(contexts))))
+
+    def rewind(self) -> None:
+        for row, length in enumerate(self.contexts):
+            self.backend.rewind(row, length)
+
+    def step(self) -> list[int]:
+        self.ids[:, 0] = self.backend.step_greedy(self.ids, self.new)
+        return self.ids[:, 0].tolist()
+
+    def prompt(self, tokens: int) -> list[int]:
+        self.backend.reset()
+        return np.argmax(self._feed(np.full(self.backend.batch, tokens), self.backend.best_chunk), axis=-1).tolist()
+
+    def _feed(self, lengths: np.ndarray, chunk: int) -> np.ndarray:
+        ids = np.random.default_rng(0).integers(0, self.config.vocab_size, (self.backend.batch, int(lengths.max())))
+        logits = np.zeros((self.backend.batch, self.config.vocab_size), np.float32)
+        for start in range(0, int(lengths.max()), chunk):
+            new = np.clip(lengths - start, 0, chunk).astype(np.int32)
+            found = self.backend.step(ids[:, start : start + int(new.max())], new)
+            logits[new > 0] = found[new > 0]
+        return logits
+
+    def close(self) -> None:
+        if self.backend is not None:
+            self.backend.close()
+        self.backend = None
+
+
+def engine_bundle(job: dict[str, Any], batch: int, capacity: int) -> Any:
+    """A bundle whose engine for this GPU holds exactly `capacity` tokens, built where the job allows it."""
+    from sessa_deploy.runtime.bundle import Bundle
+    from sessa_deploy.runtime.trt_plan import engines
+
+    places = [*job["trt_bundles"], *([job["bundle"]] if job["bundle"] else [])]
+    for place in places:
+        opened = Bundle.open(place)
+        if any(info.capacity == capacity and info.max_batch >= batch for info in engines(opened).values()):
+            return opened
+    wanted = f"--max-batch {batch} --max-context {capacity}"
+    if not job["build"] or not places:
+        raise RuntimeError(f"no bundle has an engine for it: sessa-deploy build BUNDLE {wanted}, or --build")
+    from sessa_deploy.export.to_engine import build_engine
+
+    copy = Path(job["build"], f"b{batch}-c{capacity}")
+    if not copy.exists():
+        shutil.copytree(places[-1], copy, copy_function=os.link, ignore=shutil.ignore_patterns("engines"))
+    return build_engine(copy, batch, capacity, opt_level=job["opt_level"]).bundle
+
+
+def decode(peer: Peer, point: Point, job: dict[str, Any]) -> np.ndarray:
+    """Seconds of each step, after `warmup` seconds that do not count."""
+    peer.begin(point.contexts)
+    window = min(WINDOW, point.capacity - max(point.contexts))
+    times: list[float] = []
+    at, taken, warm = 0, 0, time.perf_counter() + job["warmup"]
+    while True:
+        if at == window:
+            peer.rewind()
+            at = 0
+        start = time.perf_counter()
+        peer.step()
+        end = time.perf_counter()
+        at, taken = at + 1, taken + 1
+        if taken == WARM_STEPS:
+            warm = max(warm, end)
+        if taken <= WARM_STEPS or start < warm:
+            continue
+        times.append(end - start)
+        spent = end - warm
+        if spent >= job["max_seconds"] or (spent >= job["seconds"] and len(times) >= job["steps"]):
+            return np.array(times)
+
+
+def prefill(peer: Peer, point: Point, job: dict[str, Any]) -> np.ndarray:
+    """Seconds from prompt to first token, the first prompt not counted."""
+    peer.prompt(point.prompt)
+    times: list[float] = []
+    while len(times) < job["prefills"] and (sum(times) < job["max_seconds"] or not times):
+        start = time.perf_counter()
+        peer.prompt(point.prompt)
+        times.append(time.perf_counter() - start)
+    return np.array(times)
+
+
+def used() -> int | None:
+    """Bytes of the GPU's memory in use, None where there is none."""
+    return driver.DeviceMemory().used() if driver.devices() else None
+
+
+def measure(peer: Peer, point: Point, job: dict[str, Any], before: int | None) -> dict[str, Any]:
+    """The figures of one point."""
+    seconds = prefill(peer, point, job) if point.prompt else decode(peer, point, job)
+    ms, tokens = 1e3 * seconds, point.batch * (point.prompt or 1)
+    mean = (min(WINDOW, point.capacity - max(point.contexts)) - 1) / 2
+    now = used()
+    return {
+        **{f"p{q}_ms": float(np.percentile(ms, q)) for q in (50, 95, 99)}, "min_ms": float(ms.min()), "count": len(ms),
+        "tokens_per_second": tokens * len(ms) / float(seconds.sum()),
+        "bytes_per_step": None if point.prompt else traffic.step_bytes(peer.config, peer.precision, [n + mean for n in point.contexts]),
+        # engines and allocators keep what they took, so that what is in use at the end was the peak; the CUDA context is not in it
+        "device_bytes": None if now is None or before is None else now - before,
+    }
+
+
+def make(job: dict[str, Any]) -> Peer:
+    """The peer that a job names."""
+    if job["peer"] in ("trt", "ort"):
+        return Runtime(job)
+    import compare_torch
+
+    return compare_torch.make(job)
+
+
+def main() -> int:
+    job, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    points = [Point(p["name"], p["capacity"], tuple(p["contexts"]), p["prompt"]) for p in job["points"]]
+    result: dict[str, Any] = {"points": {}, "bandwidth": traffic.copy_bandwidth()}
+    before, room = used(), None
+    peer = make(job)
+    for point in points:
+        began = time.perf_counter()
+        try:
+            if room != (point.batch, point.capacity):
+                peer.close()
+                gc.collect()
+                room = None
+                peer.open(point.batch, point.capacity)
+                room = (point.batch, point.capacity)
+            result["points"][point.name] = measure(peer, point, job, before) | {"wall_s": time.perf_counter() - began}
+        except Exception as error:
+            traceback.print_exc()
+            result["points"][point.name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+            room = None
+        result |= {"notes": peer.notes(), "environment": environment.describe()}
+        part = out.with_suffix(".part")
+        part.write_text(json.dumps(result))
+        os.replace(part, out)
+    peer.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
