@@ -1,7 +1,8 @@
 """A whole Sessa layer beside the official layer on a GPU: forward and training step, time and peak memory.
 
-    python benchmarks/bench_layer.py [--dtype bf16]
+    python benchmarks/bench_layer.py [--dtype bf16] [--profile [--peerless]]
 
+--profile prints what our layer launches: kernels by device time and operators by host time, per call.
 The peer is the official package `sessa` where it is importable (its repository on PYTHONPATH); otherwise the official algorithm
 in eager PyTorch with the same parameters, and the table says so.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -87,10 +89,49 @@ def measure(call: Callable[[], object], repeats: int = 20) -> tuple[float, float
     return sorted(times)[repeats // 2], (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
+def host_ms(call: Callable[[], object], repeats: int = 10) -> float:
+    """Median ms until the call returns, the device being idle before it: what the launches alone cost the host."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - begin))
+    torch.cuda.synchronize()
+    return sorted(times)[repeats // 2]
+
+
+def profile(title: str, call: Callable[[], object], top: int = 20, repeats: int = 5) -> None:
+    """Print a table of the call's kernels by device time and of its operators by host time, each per call."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    host = host_ms(call)
+    with record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    events = trace.key_averages()
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA]
+    operators = [e for e in events if e.device_type == DeviceType.CPU]
+    device = sum(e.self_device_time_total for e in kernels) / repeats / 1e3
+    print(f"{title}: kernels {device:.3f} ms in {sum(e.count for e in kernels) / repeats:.0f} launches, host {host:.3f} ms without the profiler")
+    for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:top]:
+        print(f"  {e.self_device_time_total / repeats:9.1f} us  {e.count / repeats:5.1f} x  {e.key[:90]}")
+    print("  operators by their own host time, under the profiler")
+    for e in sorted(operators, key=lambda e: -e.self_cpu_time_total)[: top // 2]:
+        print(f"  {e.self_cpu_time_total / repeats:9.1f} us  {e.count / repeats:5.1f} x  {e.key[:90]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[parser.parse_args().dtype]
+    parser.add_argument("--profile", action="store_true", help="also print a breakdown of our layer, kernel by kernel")
+    parser.add_argument("--top", type=int, default=20, help="kernels a breakdown names")
+    parser.add_argument("--peerless", action="store_true", help="leave the peer out (nothing is written then)")
+    arguments = parser.parse_args()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA GPU; none was found")
     rows: list[dict[str, Any]] = []
@@ -102,10 +143,7 @@ def main() -> None:
         ours = SessaLayer(width, heads).to("cuda", dtype)
         ours.mixer.gamma_bias.data = ours.mixer.gamma_bias.data.float()
         ours.mixer.gamma_ctx.float()
-        name, theirs = peer(ours, heads)
         x = torch.randn(batch, tokens, width, device="cuda", dtype=dtype)
-        with torch.no_grad():
-            distance = float((ours(x).float() - theirs(x).float()).norm() / theirs(x).float().norm())
         grad = torch.randn_like(x)
 
         def forward(layer: nn.Module, x: Tensor = x) -> None:
@@ -116,6 +154,15 @@ def main() -> None:
             layer.zero_grad(set_to_none=True)
             layer(x.detach().requires_grad_()).backward(grad)
 
+        if arguments.profile:
+            for what, step in (("forward", forward), ("forward+backward", train)):
+                ours_ms, ours_gib = measure(lambda s=step, m=ours: s(m))
+                profile(f"{(batch, tokens, width)} {what} {ours_ms:.3f} ms, {ours_gib:.2f} GiB", lambda s=step, m=ours: s(m), arguments.top)
+        if arguments.peerless:
+            continue
+        name, theirs = peer(ours, heads)
+        with torch.no_grad():
+            distance = float((ours(x).float() - theirs(x).float()).norm() / theirs(x).float().norm())
         for what, step in (("forward", forward), ("forward+backward", train)):
             theirs_ms, theirs_gib = measure(lambda s=step, m=theirs: s(m))
             ours_ms, ours_gib = measure(lambda s=step, m=ours: s(m))
@@ -123,6 +170,8 @@ def main() -> None:
                          "speedup": theirs_ms / ours_ms, "peer_gib": theirs_gib, "ours_gib": ours_gib, "relative_distance": distance})
             table.add_row(str((batch, tokens, width)), what, name, f"{theirs_ms:.2f}", f"{ours_ms:.2f}", f"{theirs_ms / ours_ms:.1f}",
                           f"{theirs_gib:.2f}", f"{ours_gib:.2f}")
+    if arguments.peerless:
+        return
     Console(width=140).print(table)
     print(write("layer", rows))
 
