@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CACHE_FIELDS, PRECISIONS, cache_row_shape
 from sessa_deploy.errors import UserError
-from sessa_deploy.kernels.ops import causal_attention, feedback_attention
-from sessa_deploy.rope import rope_tables, rotate
+from sessa_deploy.kernels import fused
+from sessa_deploy.kernels.ops import causal_attention, feedback_attention, is_eager
+from sessa_deploy.rope import rope_tables, rotate, tables_from_zero
 
 Rope = tuple[Tensor, Tensor] | None
 
@@ -137,11 +138,14 @@ class SessaMixer(nn.Module):
         v_f = self.v_proj(a).view(batch, tokens, self.n_kv_heads, self.head_dim)
         if rope is not None:
             q, k_f = rotate(q, *rope), rotate(k_f, *rope)
-        old_k_f, old_v_f, old_k_b, old_s = past if past is not None else (None,) * 4
-        f = self.out_proj(causal_attention(q, k_f, v_f, old_k_f, old_v_f, past_length).reshape(batch, tokens, width))
+        f = self.attend(q, k_f, v_f, past_length, past)
         q_b, k_b = self.proj_fb(a).split(width, dim=-1)
-        s = feedback_attention(q_b, k_b, self.gain(a), f, old_k_b, old_s, past_length)
-        return Rows(k_f, v_f, k_b, s)
+        return Rows(k_f, v_f, k_b, solve(q_b, k_b, self.gain(a), f, past_length, past))
+
+    def attend(self, q: Tensor, k_f: Tensor, v_f: Tensor, past_length: Tensor | None, past: Rows | None) -> Tensor:
+        """The forward branch f (B,T,D) of q (B,T,Hq,d) and k_f, v_f (B,T,Hkv,d), rotated."""
+        old_k_f, old_v_f = (None, None) if past is None else past[:2]
+        return self.out_proj(causal_attention(q, k_f, v_f, old_k_f, old_v_f, past_length).reshape(*q.shape[:2], self.d_model))
 
     def forward(self, a: Tensor) -> Tensor:
         """s (B,T,D) of activations a (B,T,D), from an empty past."""
@@ -151,7 +155,20 @@ class SessaMixer(nn.Module):
         """cos and sin tables for the T rows of x behind past_length (0 where None), or None when this mixer does not rotate."""
         if not self.use_forward_rope:
             return None
-        return rope_tables(positions(x.shape[0], x.shape[1], x.device, past_length), self.head_dim, x.dtype)
+        return rope_of(x, x.shape[1], self.head_dim, past_length)
+
+
+def solve(q_b: Tensor, k_b: Tensor, gamma: Tensor, f: Tensor, past_length: Tensor | None, past: Rows | None) -> Tensor:
+    """The feedback branch s (B,T,D) of q_b, k_b, f (B,T,D) and gamma (B,T)."""
+    old_k_b, old_s = (None, None) if past is None else past[2:]
+    return feedback_attention(q_b, k_b, gamma, f, old_k_b, old_s, past_length)
+
+
+def rope_of(like: Tensor, tokens: int, head_dim: int, past_length: Tensor | None) -> tuple[Tensor, Tensor]:
+    """cos and sin (B or 1,T,1,d/2) for rows 0..T-1 behind past_length (0 where None), on the device of `like` (B,...) and as precise as it."""
+    if past_length is None and like.is_cuda and like.dtype != torch.float64 and is_eager(like):
+        return tables_from_zero(tokens, head_dim, like.device)
+    return rope_tables(positions(like.shape[0], tokens, like.device, past_length), head_dim, like.dtype)
 
 
 def positions(batch: int, tokens: int, device: torch.device, past_length: Tensor | None) -> Tensor:
@@ -178,6 +195,11 @@ class SessaLayer(nn.Module):
 
     def step(self, x: Tensor, past_length: Tensor | None, past: Rows | None, rope: Rope) -> tuple[Tensor, Rows]:
         """y (B,T,D) and the layer's new rows, for x behind the given past (None, None: no past)."""
+        if fused.applies(self, x):
+            head = fused.head(self, x, rope)
+            f = self.mixer.attend(head.q, head.k, head.v, past_length, past)
+            s = solve(head.q_b, head.k_b, head.gamma, f, past_length, past)
+            return fused.tail(head.x, s, head.g, self.W_out.weight, self.W_out.bias), Rows(head.k, head.v, head.k_b, s)
         a, g = self.W_in(self.ln(x)).split(x.shape[-1], dim=-1)
         new = self.mixer.step(F.gelu(a), past_length, past, rope)
         return x + self.W_out(new.s * g), new
@@ -270,7 +292,7 @@ class SessaLM(nn.Module):
         tokens, first = input_ids.shape[1], self.layers[0].mixer
         rope = None
         if first.use_forward_rope:
-            rope = rope_tables(positions(input_ids.shape[0], tokens, input_ids.device, past_length), first.head_dim, x.dtype)
+            rope = rope_of(x, tokens, first.head_dim, past_length)
         valid = None if new_length is None else valid_rows(tokens, new_length)
         out: list[Tensor] = []
         for i, layer in enumerate(self.layers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import torch
 from torch import Tensor
@@ -50,3 +51,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = x.to(cos.dtype).unflatten(-1, (-1, 2))
     even, odd = pairs[..., 0], pairs[..., 1]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+_FIRST_ROWS = 256
+_CACHED = 8
+_TABLES: OrderedDict[tuple[int, torch.device], tuple[Tensor, Tensor]] = OrderedDict()
+
+
+def tables_from_zero(tokens: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The float32 tables (1,T,1,d/2) of positions 0..T-1 on a GPU, made once and kept: the longest seen for each of the last few (d, device).
+
+    Only for eager calls; while a CUDA graph is captured nothing is kept.
+    """
+    key = (head_dim, device)
+    tables = _TABLES.get(key)
+    if tables is None or tables[0].shape[1] < tokens:
+        rows = max(_FIRST_ROWS, 1 << (tokens - 1).bit_length())
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be saved for a backward
+            tables = rope_tables(torch.arange(rows, device=device)[None], head_dim, torch.float32)
+        if not capturing:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()  # other streams will read them too
+            _TABLES[key] = tables
+            if len(_TABLES) > _CACHED:
+                _TABLES.popitem(last=False)
+    return tables[0][:, :tokens], tables[1][:, :tokens]

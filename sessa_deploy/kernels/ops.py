@@ -63,14 +63,16 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _may_use_triton() -> bool:
+    return os.environ.get("SESSA_TRITON") != "0" and _has_triton()
+
+
 def uses_triton(q: Tensor) -> bool:
     """Whether feedback attention on q (B,T,D) runs the Triton kernels: CUDA, at most 32 bits, D a multiple of 16 up to 4096.
 
     SESSA_TRITON=0 in the environment turns them off: the blocked PyTorch path then runs on the GPU, slower, to compare with.
     """
-    if os.environ.get("SESSA_TRITON") == "0":
-        return False
-    return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] % 16 == 0 and q.shape[-1] <= MAX_TRITON_WIDTH and _has_triton()
+    return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] % 16 == 0 and q.shape[-1] <= MAX_TRITON_WIDTH and _may_use_triton()
 
 
 def _forward(
@@ -175,9 +177,18 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: T
 
 def _causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # Bad rows are selected away without asking the device: a fused kernel multiplies masked rows by zero, and 0 * NaN is NaN.
-    bad = ~(torch.isfinite(k) & torch.isfinite(v)).all(-1).all(-1)  # (B,T)
-    k, v = (torch.where(bad[..., None, None], 0.0, x) for x in (k, v))
+    width = k.shape[2] * k.shape[3]
+    quick = k.is_cuda and k.dtype != torch.float64 and width % 8 == q.shape[3] % 8 == 0 and width <= MAX_TRITON_WIDTH and _may_use_triton()
+    if quick:
+        from sessa_deploy.kernels import fused
+
+        k, v, first_bad = fused.clean_rows(k, v)
+    else:
+        bad = ~(torch.isfinite(k) & torch.isfinite(v)).all(-1).all(-1)  # (B,T)
+        k, v = (torch.where(bad[..., None, None], 0.0, x) for x in (k, v))
     o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
+    if quick:
+        return fused.poison_rows(o.transpose(1, 2), first_bad)
     return torch.where(bad.cumsum(-1)[..., None, None] > 0, torch.nan, o.transpose(1, 2)).contiguous()
 
 
@@ -230,7 +241,7 @@ class _Direct(torch.autograd.Function):
         return *_backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length), None
 
 
-def _may_go_direct(*tensors: Tensor) -> bool:
+def is_eager(*tensors: Tensor) -> bool:
     """Whether nothing looks on that needs the registered operators: no tracing, no dispatch or functorch mode, no tensor subclass."""
     return (
         not torch.compiler.is_compiling()
@@ -264,7 +275,7 @@ def feedback_attention(
         past_length = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
     q, k, f, past_k, past_s = _cast_for_autocast(q, k, f, past_k, past_s)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, gamma, f, past_k, past_s))
-    if _may_go_direct(q, k, gamma, f, past_k, past_s, past_length):
+    if is_eager(q, k, gamma, f, past_k, past_s, past_length):
         if wants_grad:
             return _Direct.apply(q, k, gamma, f, past_k, past_s, past_length)
         return _forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=False)[0]
