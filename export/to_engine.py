@@ -18,7 +18,7 @@ from typing import Any
 
 from sessa_deploy import contract
 from sessa_deploy.errors import SessaError, UserError
-from sessa_deploy.export import trt_check, trt_graph, trt_limits
+from sessa_deploy.export import trt_check, trt_fuse, trt_graph, trt_limits
 from sessa_deploy.export.trt_limits import DEFAULT_PROMPT, Machine, Shapes
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime import driver, trt_api, trt_plan
@@ -229,6 +229,9 @@ def _prepared(bundle: Bundle, trt: Any) -> trt_graph.PreparedGraph:
     if wrong:
         fix = f"sessa-deploy export CHECKPOINT --out {bundle.path} --opset 17"
         raise UserError(f"TensorRT {trt.__version__} cannot read this graph", got=" / ".join(wrong), fix=fix)
+    trt_fuse.unmasked_rows(prepared.model.graph)
+    same = trt_fuse.one_projection(prepared.model.graph, bundle.model.parent)
+    prepared.types |= {new: prepared.types[old] for new, old in same.items()}
     return prepared
 
 

@@ -41,6 +41,7 @@ class TrtBackend(Backend):
         folder, self.info = trt_plan.choose(bundle, self._trt.__version__, f"sm_{self._cuda.arch}")
         super().__init__(bundle.config, batch, self.info.capacity if capacity is None else capacity)
         _check_limits(bundle, self.info, self.batch, self.capacity)
+        self.best_chunk = self.info.max_prompt
         self._log = trt_api.logger(self._trt)
         plan = trt_plan.read_plan(bundle, folder, self.info)
         self._cuda.enter()
