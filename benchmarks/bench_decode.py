@@ -2,8 +2,9 @@
 
     python benchmarks/bench_decode.py [--checkpoint checkpoints/demo] [--threads N] [--contexts 64 256 ...] [--batches 1 8]
 
-Both take token ids in and give the most likely ids out, append and argmax included. Their steps alternate in short rounds, so that what else
-the machine does hits both alike. Prints a table with ratios, writes results/decode.json and results/decode.png.
+Both take token ids in and give the most likely ids out, append and argmax included, on equally many threads. Their steps alternate in short rounds and
+take turns at going first, so that what else the machine does hits both alike; the ratio is the median over rounds of the ratio within a round, with its
+quartiles. Writes results/decode.json and results/decode.png, unless the machine was busy before it began (--force writes all the same).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.ort import OrtBackend
 
 ROUND = 16  # steps of one side before the other has its turn
+BUSY = 0.5  # load average above which figures are not kept
 
 
 class Torch:
@@ -79,14 +81,23 @@ def compare(model: SessaLM, bundle: Bundle, batch: int, context: int, threads: i
     times: list[list[float]] = [[], []]
     tokens: list[list[list[int]]] = [[], []]
     for turn in range(rounds + 1):
-        for i, side in enumerate(sides):
-            ids[i] = timed(side.step, ids[i], times[i], tokens[i])
+        for i in (0, 1) if turn % 2 else (1, 0):
+            ids[i] = timed(sides[i].step, ids[i], times[i], tokens[i])
             if turn == 0:
                 times[i].clear()  # warm-up
     same = next((n for n, (a, b) in enumerate(zip(*tokens, strict=True)) if a != b), len(tokens[0]))
+    medians = [[statistics.median(t[start : start + ROUND]) for start in range(0, len(t), ROUND)] for t in times]
+    low, middle, high = np.percentile([a / b for a, b in zip(*medians, strict=True)], (25, 50, 75)).tolist()
     eager, ort = (statistics.median(t) for t in times)
-    return {"batch": batch, "context": context, "torch_eager_ms": eager, "ort_ms": ort, "speedup": eager / ort,
-            "same_greedy_tokens": f"{same}/{len(tokens[0])}"}
+    return {"batch": batch, "context": context, "torch_eager_ms": eager, "ort_ms": ort, "torch_eager_min_ms": min(times[0]), "ort_min_ms": min(times[1]),
+            "speedup": middle, "speedup_quartiles": [low, high], "rounds": rounds, "same_greedy_tokens": f"{same}/{len(tokens[0])}"}
+
+
+def busy() -> str:
+    """The load average of the last minute in words, with a warning where other work competes for the cores; empty where none does."""
+    found, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    # PyTorch's threads wait for each other by spinning: on a busy machine they lose far more than ONNX Runtime's, and the ratio flatters us.
+    return f"the load average was {found:.2f} on {cores} cores: other work was running, and it slows PyTorch more" if found > BUSY else ""
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -116,20 +127,27 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 256, 512, 1024, 2048, 4096])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--force", action="store_true", help="write results of a busy machine too")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    before, remark = os.getloadavg()[0], busy()
     model = load_checkpoint(given.checkpoint).eval()
     with tempfile.TemporaryDirectory() as folder:
         bundle = Bundle.open(export_bundle(given.checkpoint, Path(folder) / "bundle"))
         rows = [compare(model, bundle, batch, context, given.threads, given.rounds) for batch in given.batches for context in given.contexts]
     table = Table(title=f"decode, {given.checkpoint}, fp32, {given.threads} threads, {machine()['cpu']}, torch {torch.__version__}")
-    for column in ("batch", "context", "torch eager ms", "ONNX Runtime ms", "times faster", "same greedy tokens"):
+    for column in ("batch", "context", "torch eager ms", "ONNX Runtime ms", "times faster", "quartiles", "same greedy tokens"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(str(row["batch"]), str(row["context"]), f"{row['torch_eager_ms']:.2f}", f"{row['ort_ms']:.2f}", f"{row['speedup']:.2f}",
-                      row["same_greedy_tokens"])
+                      "{:.2f} to {:.2f}".format(*row["speedup_quartiles"]), row["same_greedy_tokens"])
     Console(width=120).print(table)
-    print(write("decode", rows))
+    if remark:
+        print(remark)
+        if not given.force:
+            print("nothing was written; run it again on an idle machine, or with --force")
+            return
+    print(write("decode", {"load_average_before": before, "threads": given.threads, "figures": rows}))
     plot(rows, RESULTS / "decode.png")
 
 
