@@ -195,11 +195,12 @@ class SessaLayer(nn.Module):
 
     def step(self, x: Tensor, past_length: Tensor | None, past: Rows | None, rope: Rope) -> tuple[Tensor, Rows]:
         """y (B,T,D) and the layer's new rows, for x behind the given past (None, None: no past)."""
-        if fused.applies(self, x):
-            head = fused.head(self, x, rope)
+        weights = fused.applies(self, x)
+        if weights is not None:
+            head = fused.head(self, x, rope, weights)
             f = self.mixer.attend(head.q, head.k, head.v, past_length, past)
             s = solve(head.q_b, head.k_b, head.gamma, f, past_length, past)
-            return fused.tail(head.x, s, head.g, self.W_out.weight, self.W_out.bias), Rows(head.k, head.v, head.k_b, s)
+            return fused.tail(head.x, s, head.g, weights), Rows(head.k, head.v, head.k_b, s)
         a, g = self.W_in(self.ln(x)).split(x.shape[-1], dim=-1)
         new = self.mixer.step(F.gelu(a), past_length, past, rope)
         return x + self.W_out(new.s * g), new

@@ -51,47 +51,55 @@ def _unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def parameters(layer: Any) -> tuple[Tensor, ...]:
-    """The parameters of `head` in its order: norm, W_in, gain, then q, k, v and feedback projections."""
-    m = layer.mixer
-    return (
-        layer.ln.weight, layer.ln.bias, layer.W_in.weight, layer.W_in.bias, m.gamma_ctx.weight, m.gamma_bias, m.q_proj.weight, m.q_proj.bias,
-        m.k_proj.weight, m.k_proj.bias, m.v_proj.weight, m.v_proj.bias, m.proj_fb.weight, m.proj_fb.bias,
-    )  # fmt: skip
+    """The layer's parameters as `head` and `tail` take them: norm, W_in, gain, q, k, v and feedback projections, W_out."""
+    # straight from the modules' dictionaries: attribute look-ups on modules would cost as much as a launch
+    modules = layer._modules
+    mixer = modules["mixer"]
+    inner = mixer._modules
+    linear = [inner[name]._parameters for name in ("q_proj", "k_proj", "v_proj", "proj_fb")]
+    ends = [modules[name]._parameters for name in ("ln", "W_in")]
+    gain = (inner["gamma_ctx"]._parameters["weight"], mixer._parameters["gamma_bias"])
+    pairs = [p[name] for p in ends for name in ("weight", "bias")]
+    last = modules["W_out"]._parameters
+    return (*pairs, *gain, *[p[name] for p in linear for name in ("weight", "bias")], last["weight"], last["bias"])
 
 
-def applies(layer: Any, x: Tensor) -> bool:
-    """Whether a SessaLayer may take this road for x (B,T,D): a CUDA tensor that the feedback kernels take too, eager, plain modules, one dtype.
+def applies(layer: Any, x: Tensor) -> tuple[Tensor, ...] | None:
+    """`parameters` if a SessaLayer may take this road for x (B,T,D): a CUDA tensor that the feedback kernels take too, eager, plain modules, one dtype.
 
-    SESSA_TRITON=0 turns it off.
+    None otherwise; SESSA_TRITON=0 turns the road off.
     """
     if not (x.is_cuda and x.dim() == 3 and x.numel() and x.dtype in _FLOATS and uses_triton(x)):
-        return False
-    mixer = layer.mixer
-    linear = (layer.W_in, layer.W_out, mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.proj_fb, mixer.gamma_ctx)
-    if mixer.head_dim % 8 or mixer.head_dim > 1024 or not (_unhooked(layer.ln, nn.LayerNorm) and all(_unhooked(m, nn.Linear) for m in linear)):
-        return False
-    used = (*parameters(layer), layer.W_out.weight, layer.W_out.bias)
-    dtype = storage_type(x)
-    if any(p is None for p in used) or not is_eager(x, *used) or dtype not in _FLOATS:
-        return False
-    if torch.is_autocast_enabled("cuda"):
-        return x.dtype in (torch.float32, dtype) and all(p.dtype in _FLOATS for p in used)
-    return all(m.weight.dtype == m.bias.dtype == dtype for m in linear[:-1]) and all(p.dtype in _FLOATS for p in used)
-
-
-def head(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Head:
-    """The layer from x (B,T,D) to its attentions' inputs. rope: float32 tables (B or 1,T,1,d/2), or None."""
-    mixer = layer.mixer
-    form = Form(mixer.n_heads, mixer.n_kv_heads, mixer.head_dim, layer.ln.eps, mixer.gamma_max)
-    cos, sin = (None, None) if rope is None else (rope[0].contiguous(), rope[1].contiguous())
+        return None
+    mixer = layer._modules["mixer"]
+    inner = mixer._modules
+    linear = (*(layer._modules[name] for name in ("W_in", "W_out")), *(inner[name] for name in ("q_proj", "k_proj", "v_proj", "proj_fb", "gamma_ctx")))
+    if mixer.head_dim % 8 or mixer.head_dim > 1024 or not (_unhooked(layer._modules["ln"], nn.LayerNorm) and all(_unhooked(m, nn.Linear) for m in linear)):
+        return None
     weights = parameters(layer)
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = storage_type(x)
+    if any(p is None or p.dtype not in _FLOATS for p in weights) or dtype not in _FLOATS or not is_eager(x, *weights):
+        return None
+    # without autocast the norm's and the gain's parameters may be float32 beside 16-bit activations, those of the projections not
+    same = x.dtype in (torch.float32, dtype) if autocast else all(p.dtype == dtype for p in (*weights[2:4], *weights[6:]))
+    return weights if same else None
+
+
+def head(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: tuple[Tensor, ...]) -> Head:
+    """The layer from x (B,T,D) to its attentions' inputs. rope: float32 tables (B or 1,T,1,d/2), or None; weights: from `applies`."""
+    mixer = layer._modules["mixer"]
+    form = Form(mixer.n_heads, mixer.n_kv_heads, mixer.head_dim, layer._modules["ln"].eps, mixer.gamma_max)
+    cos, sin = (None, None) if rope is None else (rope[0].contiguous(), rope[1].contiguous())
+    weights = weights[:-2]
     if torch.is_grad_enabled() and any(p.requires_grad for p in (x, *weights)):
         return Head(*_Head.apply(form, cos, sin, x, *weights))
     return Head(*_head_forward(form, cos, sin, x, weights)[0])
 
 
-def tail(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x + (s g) weight^T + bias for x, s, g (B,T,D)."""
+def tail(x: Tensor, s: Tensor, g: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+    """x + (s g) weight^T + bias for x, s, g (B,T,D); weight and bias are the last of `weights`."""
+    weight, bias = weights[-2:]
     if torch.is_grad_enabled() and any(p.requires_grad for p in (x, s, g, weight, bias)):
         return _Tail.apply(x, s, g, weight, bias)
     return _tail_forward(x, s, g, weight, bias)[0]

@@ -251,6 +251,13 @@ def is_eager(*tensors: Tensor) -> bool:
     )
 
 
+def _wants_other_backend(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
+    """Whether SDPA left to itself would not take cuDNN on a GPU; asking costs less than setting an order that is there already."""
+    if not q.is_cuda or torch.compiler.is_compiling():
+        return False
+    return torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=grouped) != SDPBackend.CUDNN_ATTENTION.value
+
+
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
@@ -297,11 +304,11 @@ def causal_attention(
     if past_k is None or past_v is None or past_length is None:
         _require(past_k is None and past_v is None and past_length is None, "past_k, past_v and past_length go together", "only some of them")
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            q_t, k_t, v_t = (x.transpose(1, 2) for x in (q, k, v))
+            grouped = q.shape[2] != k.shape[2]
             # cuDNN's kernels are the fastest on Hopper; they plan once a shape, which suits training. Where one does not apply the next is taken.
-            fastest = q.is_cuda and not torch.compiler.is_compiling()
-            with sdpa_kernel(_TRAINING_BACKENDS, set_priority=True) if fastest else nullcontext():
-                grouped = q.shape[2] != k.shape[2]
-                o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=grouped)
+            with sdpa_kernel(_TRAINING_BACKENDS, set_priority=True) if _wants_other_backend(q_t, k_t, v_t, grouped) else nullcontext():
+                o = F.scaled_dot_product_attention(q_t, k_t, v_t, is_causal=True, enable_gqa=grouped)
             return o.transpose(1, 2)
         past_k, past_v = (k.new_empty(k.shape[0], 0, *k.shape[2:]) for _ in range(2))
         past_length = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
