@@ -17,7 +17,10 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 from sessa_deploy import contract
 from sessa_deploy.errors import UserError
 
-PLUGIN_OPS = (contract.FEEDBACK_OP,)  # what the plugin library brings; the other op has no Loop and is inlined
+# What the plugin library brings, each with the widths its kernels take (plugins/README.md): the last dimension of q is a multiple, up to a limit.
+_PLUGIN_WIDTHS = {contract.FEEDBACK_OP: (16, 4096), contract.CAUSAL_OP: (8, 256)}
+PLUGIN_OPS = tuple(_PLUGIN_WIDTHS)
+_PAST_INPUT = {contract.FEEDBACK_OP: contract.FEEDBACK_INPUTS.index("past_k"), contract.CAUSAL_OP: contract.CAUSAL_INPUTS.index("past_k")}
 _SMALL = 1024  # bytes; constants up to this size stay in place, shape inference reads them
 _OLD_PARSER_OPSET = 17  # the last one that TensorRT 8.6 knows
 # Operators of our graphs that TensorRT 8.6's parser imports; everything else is named to the user before TensorRT sees it.
@@ -57,11 +60,25 @@ def load(path: Path) -> ModelProto:
     return model
 
 
-def prepare(model: ModelProto, claimed: Collection[str] = PLUGIN_OPS) -> PreparedGraph:
-    """Drop the bodies of `claimed` ops and inline every other one. Every node has a name afterwards: a body's nodes are called `CALL/Operator.n`.
+def claims(model: ModelProto, available: Collection[str] = PLUGIN_OPS) -> tuple[str, ...]:
+    """Ops of the graph to leave to plugins: those `available` whose kernels take the graph's widths. The others' bodies are inlined."""
+    widths = {x.name: x.type.tensor_type.shape.dim[-1].dim_value for x in model.graph.input if x.type.tensor_type.shape.dim}
+    refused = set()
+    for node in model.graph.node:
+        if node.domain == contract.DOMAIN and node.op_type in _PLUGIN_WIDTHS:
+            multiple, limit = _PLUGIN_WIDTHS[node.op_type]
+            width = widths.get(node.input[_PAST_INPUT[node.op_type]], 0)  # 0: not known here, the plugin will say so
+            if width % multiple or width > limit:
+                refused.add(node.op_type)
+    return tuple(op for op in PLUGIN_OPS if op in available and op not in refused)
 
-    The model is taken apart: use the result instead. Raises UserError if an op of ours has neither a plugin nor a body.
+
+def prepare(model: ModelProto, claimed: Collection[str] | None = None) -> PreparedGraph:
+    """Drop the bodies of `claimed` ops (None: what `claims` says) and inline every other one, whose nodes are then called `CALL/Operator.n`.
+
+    Every node has a name afterwards. The model is taken apart: use the result instead. Raises UserError if an op of ours has neither a plugin nor a body.
     """
+    claimed = claims(model) if claimed is None else claimed
     bodies = {f.name: len(f.node) for f in model.functions if f.domain == contract.DOMAIN}
     calls = [(n.name, n.op_type) for n in model.graph.node]
     ours = sorted({n.op_type for n in model.graph.node if n.domain == contract.DOMAIN})

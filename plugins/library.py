@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sessa_deploy.contract import FEEDBACK_OP, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from sessa_deploy.contract import CAUSAL_OP, FEEDBACK_OP, PLUGIN_NAMESPACE, PLUGIN_VERSION
 from sessa_deploy.errors import UserError
 
 LIBRARY = "libsessa_plugin.so"
 ENVIRONMENT = "SESSA_PLUGIN_LIBRARY"  # a path that goes before every other place
 MAJORS = (11, 10, 8)
+OPS = (FEEDBACK_OP, CAUSAL_OP)  # what the library brings
 BUILD = "sessa-deploy plugin build"
 _HERE = Path(__file__).resolve().parent
 
@@ -88,29 +89,32 @@ def check(path: Path | None = None, major: int | None = None) -> Checked:
 
 
 def load(trt: Any, path: Path | None = None) -> Path:
-    """Register the plugin with `trt`, an imported tensorrt (or tensorrt_lean) module; returns the library's path. Safe to call again.
+    """Register the plugins with `trt`, an imported tensorrt (or tensorrt_lean) module; returns the library's path. Safe to call again.
 
-    Raises UserError if the library is missing, is for another TensorRT, or does not bring the plugin.
+    Raises UserError if the library is missing, is for another TensorRT, or does not bring the plugins.
     """
     major = int(trt.__version__.split(".")[0])
     path = path or find(major)
-    registry = trt.get_plugin_registry()
-    if _creator(registry, major) is None:
+    if set(OPS) - set(ops(trt)):
         interface = check(path).interface
         if interface != ("V2" if major < 10 else "V3"):
             raise UserError("the plugin library is for another TensorRT", got=f"{path} ({interface}) with TensorRT {trt.__version__}",
                             allowed=f"a library built for TensorRT {major}", fix=f"{BUILD} --tensorrt-include DIR")  # fmt: skip
-        registry.load_library(str(path))
-    if _creator(registry, major) is None:
-        raise UserError("TensorRT loaded the library but no such plugin", got=str(path), allowed=f"{FEEDBACK_OP} version {PLUGIN_VERSION}", fix=BUILD)
+        trt.get_plugin_registry().load_library(str(path))
+    lacking = [name for name in OPS if name not in ops(trt)]
+    if lacking:
+        raise UserError("TensorRT loaded the library but not every plugin", got=f"{path} without {', '.join(lacking)}",
+                        allowed=f"{', '.join(OPS)}, version {PLUGIN_VERSION}", fix=BUILD)  # fmt: skip
     return path
 
 
-def _creator(registry: Any, major: int) -> Any:
-    if major < 10:
-        return registry.get_plugin_creator(FEEDBACK_OP, PLUGIN_VERSION, PLUGIN_NAMESPACE)
-    names = {(c.name, c.plugin_version, c.plugin_namespace): c for c in registry.all_creators}
-    return names.get((FEEDBACK_OP, PLUGIN_VERSION, PLUGIN_NAMESPACE))
+def ops(trt: Any) -> tuple[str, ...]:
+    """Names of our plugins that `trt`'s registry holds now."""
+    registry = trt.get_plugin_registry()
+    if int(trt.__version__.split(".")[0]) < 10:
+        return tuple(name for name in OPS if registry.get_plugin_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE) is not None)
+    names = {(c.name, c.plugin_version, c.plugin_namespace) for c in registry.all_creators}
+    return tuple(name for name in OPS if (name, PLUGIN_VERSION, PLUGIN_NAMESPACE) in names)
 
 
 def include_major(folder: Path) -> int:

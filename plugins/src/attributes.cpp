@@ -1,7 +1,9 @@
 #include "attributes.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 namespace sessa
 {
@@ -36,7 +38,7 @@ try
 {
     if (!std::isfinite(scale) || scale < 0)
     {
-        error = "attribute scale: got " + std::to_string(scale) + "; allowed: a finite positive number, or 0 for D^-1/2";
+        error = "attribute scale: got " + std::to_string(scale) + "; allowed: a finite positive number, or 0 for the width's -1/2 power";
         return false;
     }
     if (storage != Storage::kAny && storage != Storage::kFloat && storage != Storage::kHalf && storage != Storage::kBFloat16)
@@ -80,37 +82,59 @@ catch (...)
     return false;
 }
 
-bool problemOf(Attributes const& attributes, Storage storage, int64_t const* const* dims, int32_t const* rank, Problem& problem, std::string& error) noexcept
+bool sizesOf(Op const& op, Shape const* shapes, Problem& problem, std::string& error) noexcept
 try
 {
-    static constexpr int32_t kRanks[kInputs] = {3, 3, 2, 3, 3, 3, 1};
-    static constexpr char const* kNames[kInputs] = {"q", "k", "gamma", "f", "past_k", "past_s", "past_length"};
-    for (int32_t i = 0; i < kInputs; ++i)
+    std::string seen;
+    for (int32_t i = 0; i < op.inputs; ++i)
     {
-        if (rank[i] != kRanks[i])
+        std::string const letters = op.operands[i].shape;
+        if (shapes[i].rank != static_cast<int32_t>(letters.size()))
         {
-            error = std::string(kNames[i]) + ": got shape " + shape(dims[i], rank[i]) + "; allowed: rank " + std::to_string(kRanks[i]);
+            error = std::string(op.operands[i].name) + ": got shape " + shape(shapes[i].dims, shapes[i].rank) + "; allowed: rank " + std::to_string(letters.size());
             return false;
         }
-    }
-    int64_t const b = dims[kQ][0];
-    int64_t const t = dims[kQ][1];
-    int64_t const d = dims[kQ][2];
-    int64_t const p = dims[kPastK][1];
-    int64_t const expected[kInputs][3] = {{b, t, d}, {b, t, d}, {b, t, 0}, {b, t, d}, {b, p, d}, {b, p, d}, {b, 0, 0}};
-    for (int32_t i = 0; i < kInputs; ++i)
-    {
-        for (int32_t a = 0; a < rank[i]; ++a)
+        for (size_t a = 0; a < letters.size(); ++a)
         {
-            if (dims[i][a] != expected[i][a])
+            if (seen.find(letters[a]) == std::string::npos)
             {
-                error = std::string(kNames[i]) + ": got shape " + shape(dims[i], rank[i]) + "; allowed: " + shape(expected[i], rank[i]) + " to match q "
-                    + shape(dims[kQ], 3);
-                return false;
+                seen += letters[a];
+                *problem.size(letters[a]) = shapes[i].dims[a];
             }
         }
     }
-    problem = {b, t, p, d, storage, attributes.scale};
+    problem.op = &op;
+    return true;
+}
+catch (...)
+{
+    return false;
+}
+
+bool problemOf(Op const& op, Attributes const& attributes, Storage storage, Shape const* shapes, Problem& problem, std::string& error) noexcept
+try
+{
+    if (!sizesOf(op, shapes, problem, error))
+    {
+        return false;
+    }
+    for (int32_t i = 0; i < op.inputs; ++i)
+    {
+        std::string const letters = op.operands[i].shape;
+        std::vector<int64_t> expected;
+        for (char const letter : letters)
+        {
+            expected.push_back(*problem.size(letter));
+        }
+        if (!std::equal(expected.begin(), expected.end(), shapes[i].dims))
+        {
+            error = std::string(op.operands[i].name) + ": got shape " + shape(shapes[i].dims, shapes[i].rank) + "; allowed: "
+                + shape(expected.data(), shapes[i].rank) + " to match q " + shape(shapes[0].dims, shapes[0].rank);
+            return false;
+        }
+    }
+    problem.storage = storage;
+    problem.scale = attributes.scale;
     return check(problem, error);
 }
 catch (...)

@@ -1,4 +1,4 @@
-// What the shells share: names, the operation's attributes, their serialised form, the log.
+// What the shells share: names, the operations' attributes, their serialised form.
 #pragma once
 
 #include "launcher.h"
@@ -10,7 +10,6 @@
 namespace sessa
 {
 
-constexpr char const* kPluginName = "SessaFeedbackAttention";
 constexpr char const* kPluginVersion = "1";
 constexpr char const* kPluginNamespace = "";
 constexpr char const* kFieldScale = "scale";
@@ -18,33 +17,30 @@ constexpr char const* kFieldStorage = "storage";
 constexpr char const* kFieldState = "state"; // version of the serialised form, present in what an engine holds
 constexpr int32_t kStateVersion = 1;
 
-// Inputs in order: q, k, gamma, f, past_k, past_s, past_length; one output s.
-enum Input : int32_t
-{
-    kQ,
-    kK,
-    kGamma,
-    kF,
-    kPastK,
-    kPastS,
-    kPastLength,
-    kInputs
-};
-
 struct Attributes
 {
-    float scale{0.0F};                // 0: D^-1/2
+    float scale{0.0F};                // 0: width^-1/2
     Storage storage{Storage::kAny};   // kAny: whatever q has
 
     bool check(std::string& error) const noexcept;
 };
 
-// 16 bytes: magic, version, scale, storage.
+// 16 bytes: magic, version, scale, storage. The plugin's name stands beside it in an engine.
 constexpr size_t kStateBytes = 16;
 void serialize(Attributes const& attributes, void* buffer) noexcept;
 bool deserialize(void const* data, size_t size, Attributes& attributes, std::string& error) noexcept;
 
-// Dimensions of the inputs as given; tells what is wrong with them, or fills `problem`. dims[i] has rank[i] entries.
-bool problemOf(Attributes const& attributes, Storage storage, int64_t const* const* dims, int32_t const* rank, Problem& problem, std::string& error) noexcept;
+// Dimensions of one input; `rank` entries.
+struct Shape
+{
+    int64_t const* dims{};
+    int32_t rank{};
+};
+
+// The sizes of a problem from its inputs' dimensions, each from the first input that has it. False and a reason if a rank is wrong.
+bool sizesOf(Op const& op, Shape const* shapes, Problem& problem, std::string& error) noexcept;
+
+// The same, with every dimension compared and the limits checked.
+bool problemOf(Op const& op, Attributes const& attributes, Storage storage, Shape const* shapes, Problem& problem, std::string& error) noexcept;
 
 } // namespace sessa

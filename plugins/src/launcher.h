@@ -1,10 +1,10 @@
-// Feedback attention on a CUDA stream, without TensorRT: shape checks, workspace size, choice of binary, launches.
-//   s_t = f_t + gamma_t * sum_j softmax_j(q_t . k_j * scale) s_j     (arXiv 2604.18580, section 3; see ../README.md)
+// The operations on a CUDA stream, without TensorRT: what they take, workspace size, choice of binaries, launches. Their mathematics: ../README.md.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 struct CUstream_st;
 
@@ -19,26 +19,62 @@ enum class Storage : int32_t // ONNX TensorProto.DataType
     kBFloat16 = 16,
 };
 
+struct Op;
+
 struct Problem
 {
-    int64_t batch{};
-    int64_t tokens{};   // T new rows
-    int64_t capacity{}; // P rows of past
-    int64_t width{};    // D
+    Op const* op{};
+    int64_t batch{1};
+    int64_t tokens{1};   // T new rows
+    int64_t capacity{};  // P rows of past
+    int64_t width{1};    // D of feedback attention, d of one head of causal attention
+    int64_t heads{1};    // Hq
+    int64_t kvHeads{1};  // Hkv
     Storage storage{Storage::kAny};
-    float scale{}; // 0: D^-1/2
+    float scale{}; // 0: width^-1/2
+
+    // The size that a letter of Operand::shape stands for; nullptr for an unknown letter.
+    int64_t* size(char letter) noexcept;
 };
+
+enum class Kind : int32_t
+{
+    kStorage, // the storage type
+    kFloat,
+    kInt,
+};
+
+constexpr int32_t kMaxInputs = 7;
+
+struct Operand
+{
+    char const* name;
+    char const* shape; // one letter a dimension: B batch, T new rows, P rows of past, D width, H query heads, K key/value heads
+    Kind kind;
+};
+
+class Plan;
+
+// One operation: input 0 is q, the only output has q's shape and type.
+struct Op
+{
+    char const* name; // of the plugin
+    int32_t inputs;
+    Operand operands[kMaxInputs];
+    bool (*check)(Problem const&, std::string& error);     // limits of this operation's own
+    Plan* (*plan)(Problem const&);                         // how to compute it; the caller owns the result
+    std::vector<Problem> (*everything)(Storage storage);   // problems that between them use every binary for a storage type
+};
+
+extern Op const kFeedback;
+extern Op const kCausal;
+constexpr int32_t kOpCount = 2;
+Op const& opAt(int32_t index) noexcept;
 
 struct Tensors
 {
-    void const* q{};           // (B,T,D)
-    void const* k{};           // (B,T,D)
-    void const* gamma{};       // (B,T) float32
-    void const* f{};           // (B,T,D)
-    void const* past_k{};      // (B,P,D)
-    void const* past_s{};      // (B,P,D)
-    void const* past_length{}; // (B) int32
-    void* s{};                 // (B,T,D)
+    void const* const* in{}; // in the order of Op::operands
+    void* out{};
 };
 
 // Whether the kernels take this problem; if not, `error` says what is wrong, the value got and what is allowed.
@@ -49,6 +85,9 @@ size_t workspaceSize(Problem const& problem) noexcept;
 
 // Loads the binaries for this problem into the current context, so that `run` loads nothing (a stream may be captured by then).
 bool prepare(Problem const& problem, std::string& error) noexcept;
+
+// The same for every binary the operation may need with this storage type.
+void prepareAll(Op const& op, Storage storage) noexcept;
 
 // Enqueues the operation. Pointers are device pointers, 16-byte aligned; `workspace` holds workspaceSize bytes.
 bool run(Problem const& problem, Tensors const& tensors, void* workspace, CUstream_st* stream, std::string& error) noexcept;

@@ -13,15 +13,16 @@ using namespace nvinfer1;
 class Plugin final : public IPluginV2DynamicExt
 {
 public:
-    explicit Plugin(Attributes const& attributes) noexcept
-        : mAttributes(attributes)
+    Plugin(Op const& op, Attributes const& attributes) noexcept
+        : mOp(op)
+        , mAttributes(attributes)
     {
     }
 
     // IPluginV2
     AsciiChar const* getPluginType() const noexcept override
     {
-        return kPluginName;
+        return mOp.name;
     }
     AsciiChar const* getPluginVersion() const noexcept override
     {
@@ -55,7 +56,7 @@ public:
     }
     catch (...)
     {
-        complain("out of memory");
+        complain(mOp, "out of memory");
     }
     AsciiChar const* getPluginNamespace() const noexcept override
     {
@@ -69,14 +70,14 @@ public:
         {
         case Storage::kFloat: return DataType::kFLOAT;
         case Storage::kHalf: return DataType::kHALF;
-        default: return nbInputs > kQ ? inputTypes[kQ] : DataType::kFLOAT;
+        default: return nbInputs > 0 ? inputTypes[0] : DataType::kFLOAT;
         }
     }
 
     // IPluginV2DynamicExt
     IPluginV2DynamicExt* clone() const noexcept override
     {
-        auto* const copy = new (std::nothrow) Plugin(mAttributes);
+        auto* const copy = new (std::nothrow) Plugin(mOp, mAttributes);
         if (copy != nullptr)
         {
             copy->setPluginNamespace(mNamespace.c_str());
@@ -85,25 +86,22 @@ public:
     }
     DimsExprs getOutputDimensions(int32_t, DimsExprs const* inputs, int32_t, IExprBuilder&) noexcept override
     {
-        return inputs[kQ];
+        return inputs[0];
     }
     bool supportsFormatCombination(int32_t pos, PluginTensorDesc const* inOut, int32_t nbInputs, int32_t nbOutputs) noexcept override
     {
-        bool const linear = nbInputs == kInputs && nbOutputs == 1 && pos >= 0 && pos <= kInputs && inOut[pos].format == TensorFormat::kLINEAR;
-        return linear && acceptsType(mAttributes, pos, inOut[pos].type, inOut[kQ].type);
+        bool const linear = nbInputs == mOp.inputs && nbOutputs == 1 && pos >= 0 && pos <= mOp.inputs && inOut[pos].format == TensorFormat::kLINEAR;
+        return linear && acceptsType(mOp, mAttributes, pos, inOut[pos].type, inOut[0].type);
     }
     void configurePlugin(DynamicPluginTensorDesc const*, int32_t nbInputs, DynamicPluginTensorDesc const*, int32_t nbOutputs) noexcept override
     {
-        if (nbInputs != kInputs || nbOutputs != 1)
-        {
-            complain(wrongCounts(nbInputs, nbOutputs));
-        }
+        counted(mOp, nbInputs, nbOutputs);
     }
     size_t getWorkspaceSize(PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const*, int32_t) const noexcept override
     {
         Problem problem;
         std::string error;
-        if (nbInputs != kInputs || !describe(mAttributes, in, problem, error))
+        if (nbInputs != mOp.inputs || !describe(mOp, mAttributes, in, problem, error))
         {
             return 0;
         }
@@ -116,32 +114,20 @@ public:
     int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs, void* const* outputs, void* workspace,
         cudaStream_t stream) noexcept override
     {
-        Problem problem;
         std::string error;
-        Tensors const tensors{inputs[kQ], inputs[kK], inputs[kGamma], inputs[kF], inputs[kPastK], inputs[kPastS], inputs[kPastLength], outputs[0]};
-        bool const good = describe(mAttributes, in, problem, error) && run(problem, tensors, workspace, stream, error);
-        return good || complain(error) ? 0 : 1;
+        return enqueueOn(mOp, mAttributes, in, inputs, outputs, workspace, stream, error) || complain(mOp, error) ? 0 : 1;
     }
     void attachToContext(cudnnContext*, cublasContext*, IGpuAllocator*) noexcept override
     {
         // A new execution context: load every binary it can need now, so that enqueue may be captured from the first call on.
         if (mAttributes.storage == Storage::kFloat || mAttributes.storage == Storage::kHalf)
         {
-            prepareAll(mAttributes.storage);
+            prepareAll(mOp, mAttributes.storage);
         }
     }
 
 private:
-    static void prepareAll(Storage storage) noexcept
-    {
-        std::string ignored; // without a device this is no error yet; enqueue will say so
-        for (int64_t const width : {256, 512, 1024, 2048, 4096})
-        {
-            static_cast<void>(prepare({1, 1, 1, width, storage, 0.0F}, ignored));
-        }
-        static_cast<void>(prepare({1, 2, 1, 256, storage, 0.0F}, ignored));
-    }
-
+    Op const& mOp;
     Attributes mAttributes;
     std::string mNamespace{kPluginNamespace};
 };
@@ -149,9 +135,13 @@ private:
 class Creator final : public IPluginCreator
 {
 public:
+    explicit Creator(Op const& op) noexcept
+        : mOp(op)
+    {
+    }
     AsciiChar const* getPluginName() const noexcept override
     {
-        return kPluginName;
+        return mOp.name;
     }
     AsciiChar const* getPluginVersion() const noexcept override
     {
@@ -165,13 +155,13 @@ public:
     {
         Attributes attributes;
         std::string error;
-        return readFields(fc, attributes, nullptr, error) || complain(error) ? make(attributes) : nullptr;
+        return readFields(fc, attributes, nullptr, error) || complain(mOp, error) ? make(attributes) : nullptr;
     }
     IPluginV2* deserializePlugin(AsciiChar const*, void const* serialData, size_t serialLength) noexcept override
     {
         Attributes attributes;
         std::string error;
-        return deserialize(serialData, serialLength, attributes, error) || complain(error) ? make(attributes) : nullptr;
+        return deserialize(serialData, serialLength, attributes, error) || complain(mOp, error) ? make(attributes) : nullptr;
     }
     void setPluginNamespace(AsciiChar const* pluginNamespace) noexcept override
     try
@@ -180,7 +170,7 @@ public:
     }
     catch (...)
     {
-        complain("out of memory");
+        complain(mOp, "out of memory");
     }
     AsciiChar const* getPluginNamespace() const noexcept override
     {
@@ -190,7 +180,7 @@ public:
 private:
     IPluginV2* make(Attributes const& attributes) const noexcept
     {
-        auto* const plugin = new (std::nothrow) Plugin(attributes);
+        auto* const plugin = new (std::nothrow) Plugin(mOp, attributes);
         if (plugin != nullptr)
         {
             plugin->setPluginNamespace(mNamespace.c_str());
@@ -198,17 +188,18 @@ private:
         return plugin;
     }
 
+    Op const& mOp;
     std::string mNamespace{kPluginNamespace};
 };
 
 } // namespace
-
 } // namespace sessa
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& nbCreators) noexcept
 {
-    static sessa::Creator creator;
-    static nvinfer1::IPluginCreator* const creators[] = {&creator};
-    nbCreators = 1;
-    return creators;
+    static sessa::Creator creators[] = {sessa::Creator(sessa::opAt(0)), sessa::Creator(sessa::opAt(1))};
+    static nvinfer1::IPluginCreator* const listed[] = {&creators[0], &creators[1]};
+    static_assert(sizeof(listed) / sizeof(listed[0]) == sessa::kOpCount, "a creator for every operation");
+    nbCreators = sessa::kOpCount;
+    return listed;
 }

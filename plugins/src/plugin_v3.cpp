@@ -11,16 +11,12 @@ namespace
 
 using namespace nvinfer1;
 
-int32_t status(bool good, std::string const& error) noexcept
-{
-    return good || complain(error) ? 0 : -1;
-}
-
 class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime
 {
 public:
-    explicit Plugin(Attributes const& attributes) noexcept
-        : mAttributes(attributes)
+    Plugin(Op const& op, Attributes const& attributes) noexcept
+        : mOp(op)
+        , mAttributes(attributes)
         , mStorage(static_cast<int32_t>(attributes.storage))
         , mFields{PluginField{kFieldScale, &mAttributes.scale, PluginFieldType::kFLOAT32, 1},
               PluginField{kFieldStorage, &mStorage, PluginFieldType::kINT32, 1}, PluginField{kFieldState, &mVersion, PluginFieldType::kINT32, 1}}
@@ -43,13 +39,13 @@ public:
     }
     IPluginV3* clone() noexcept override
     {
-        return new (std::nothrow) Plugin(mAttributes);
+        return new (std::nothrow) Plugin(mOp, mAttributes);
     }
 
     // Core
     AsciiChar const* getPluginName() const noexcept override
     {
-        return kPluginName;
+        return mOp.name;
     }
     AsciiChar const* getPluginVersion() const noexcept override
     {
@@ -63,7 +59,7 @@ public:
     // Build
     int32_t configurePlugin(DynamicPluginTensorDesc const*, int32_t nbInputs, DynamicPluginTensorDesc const*, int32_t nbOutputs) noexcept override
     {
-        return counted(nbInputs, nbOutputs) ? 0 : -1;
+        return counted(mOp, nbInputs, nbOutputs) ? 0 : -1;
     }
     int32_t getNbOutputs() const noexcept override
     {
@@ -71,41 +67,41 @@ public:
     }
     int32_t getOutputDataTypes(DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes, int32_t nbInputs) const noexcept override
     {
-        if (!counted(nbInputs, nbOutputs))
+        if (!counted(mOp, nbInputs, nbOutputs))
         {
             return -1;
         }
-        outputTypes[0] = inputTypes[kQ];
+        outputTypes[0] = inputTypes[0];
         return 0;
     }
     int32_t getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const*, int32_t, DimsExprs* outputs, int32_t nbOutputs,
         IExprBuilder&) noexcept override
     {
-        if (!counted(nbInputs, nbOutputs))
+        if (!counted(mOp, nbInputs, nbOutputs))
         {
             return -1;
         }
-        outputs[0] = inputs[kQ];
+        outputs[0] = inputs[0];
         return 0;
     }
     bool supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t nbInputs, int32_t nbOutputs) noexcept override
     {
-        bool const linear = nbInputs == kInputs && nbOutputs == 1 && pos >= 0 && pos <= kInputs && inOut[pos].desc.format == TensorFormat::kLINEAR;
-        return linear && acceptsType(mAttributes, pos, inOut[pos].desc.type, inOut[kQ].desc.type);
+        bool const linear = nbInputs == mOp.inputs && nbOutputs == 1 && pos >= 0 && pos <= mOp.inputs && inOut[pos].desc.format == TensorFormat::kLINEAR;
+        return linear && acceptsType(mOp, mAttributes, pos, inOut[pos].desc.type, inOut[0].desc.type);
     }
     size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t nbInputs, DynamicPluginTensorDesc const*, int32_t) const noexcept override
     {
         Problem problem;
         problem.scale = mAttributes.scale;
-        if (nbInputs != kInputs || in[kQ].max.nbDims != 3 || in[kPastK].max.nbDims != 3 || !storageOf(in[kQ].desc.type, problem.storage))
+        int64_t values[kMaxInputs][Dims::MAX_DIMS];
+        Shape shapes[kMaxInputs];
+        for (int32_t i = 0; i < mOp.inputs && i < nbInputs; ++i)
         {
-            return 0;
+            shapes[i] = shapeOf(in[i].max, values[i]);
         }
-        problem.batch = in[kQ].max.d[0];
-        problem.tokens = in[kQ].max.d[1];
-        problem.width = in[kQ].max.d[2];
-        problem.capacity = in[kPastK].max.d[1];
-        return workspaceSize(problem);
+        std::string error;
+        bool const known = nbInputs == mOp.inputs && storageOf(in[0].desc.type, problem.storage) && sizesOf(mOp, shapes, problem, error);
+        return known ? workspaceSize(problem) : 0;
     }
 
     // Run time
@@ -113,19 +109,17 @@ public:
     {
         Problem problem;
         std::string error;
-        if (!counted(nbInputs, nbOutputs))
+        if (!counted(mOp, nbInputs, nbOutputs))
         {
             return -1;
         }
-        return status(describe(mAttributes, in, problem, error) && prepare(problem, error), error);
+        return (describe(mOp, mAttributes, in, problem, error) && prepare(problem, error)) || complain(mOp, error) ? 0 : -1;
     }
     int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs, void* const* outputs, void* workspace,
         cudaStream_t stream) noexcept override
     {
-        Problem problem;
         std::string error;
-        Tensors const tensors{inputs[kQ], inputs[kK], inputs[kGamma], inputs[kF], inputs[kPastK], inputs[kPastS], inputs[kPastLength], outputs[0]};
-        return status(describe(mAttributes, in, problem, error) && run(problem, tensors, workspace, stream, error), error);
+        return enqueueOn(mOp, mAttributes, in, inputs, outputs, workspace, stream, error) || complain(mOp, error) ? 0 : -1;
     }
     IPluginV3* attachToContext(IPluginResourceContext*) noexcept override
     {
@@ -137,11 +131,7 @@ public:
     }
 
 private:
-    static bool counted(int32_t nbInputs, int32_t nbOutputs) noexcept
-    {
-        return (nbInputs == kInputs && nbOutputs == 1) || complain(wrongCounts(nbInputs, nbOutputs));
-    }
-
+    Op const& mOp;
     Attributes mAttributes;
     int32_t mStorage;
     int32_t mVersion{kStateVersion};
@@ -152,6 +142,10 @@ private:
 class Creator final : public IPluginCreatorV3One
 {
 public:
+    explicit Creator(Op const& op) noexcept
+        : mOp(op)
+    {
+    }
     IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const* fc, TensorRTPhase phase) noexcept override
     try
     {
@@ -164,7 +158,7 @@ public:
             good = false;
             error = "serialised state: got version " + std::to_string(version) + "; allowed: " + std::to_string(kStateVersion) + "; rebuild the engine";
         }
-        return good || complain(error) ? new (std::nothrow) Plugin(attributes) : nullptr;
+        return good || complain(mOp, error) ? new (std::nothrow) Plugin(mOp, attributes) : nullptr;
     }
     catch (...)
     {
@@ -176,7 +170,7 @@ public:
     }
     AsciiChar const* getPluginName() const noexcept override
     {
-        return kPluginName;
+        return mOp.name;
     }
     AsciiChar const* getPluginVersion() const noexcept override
     {
@@ -186,6 +180,9 @@ public:
     {
         return kPluginNamespace;
     }
+
+private:
+    Op const& mOp;
 };
 
 } // namespace
@@ -193,8 +190,9 @@ public:
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators) noexcept
 {
-    static sessa::Creator creator;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
-    nbCreators = 1;
-    return creators;
+    static sessa::Creator creators[] = {sessa::Creator(sessa::opAt(0)), sessa::Creator(sessa::opAt(1))};
+    static nvinfer1::IPluginCreatorInterface* const listed[] = {&creators[0], &creators[1]};
+    static_assert(sizeof(listed) / sizeof(listed[0]) == sessa::kOpCount, "a creator for every operation");
+    nbCreators = sessa::kOpCount;
+    return listed;
 }

@@ -27,46 +27,73 @@ bool storageOf(DataType type, Storage& storage) noexcept
     }
 }
 
-bool acceptsType(Attributes const& attributes, int32_t pos, DataType type, DataType q) noexcept
+bool acceptsType(Op const& op, Attributes const& attributes, int32_t pos, DataType type, DataType q) noexcept
 {
-    Storage storage{};
-    switch (pos)
+    if (pos == 0)
     {
-    case kGamma: return type == DataType::kFLOAT;
-    case kPastLength: return type == DataType::kINT32;
-    case kQ: return storageOf(type, storage) && (attributes.storage == Storage::kAny || attributes.storage == storage);
-    default: return type == q;
+        Storage storage{};
+        return storageOf(type, storage) && (attributes.storage == Storage::kAny || attributes.storage == storage);
     }
+    switch (pos < op.inputs ? op.operands[pos].kind : Kind::kStorage)
+    {
+    case Kind::kFloat: return type == DataType::kFLOAT;
+    case Kind::kInt: return type == DataType::kINT32;
+    case Kind::kStorage: break;
+    }
+    return type == q;
 }
 
-bool describe(Attributes const& attributes, PluginTensorDesc const* in, Problem& problem, std::string& error) noexcept
+bool counted(Op const& op, int32_t inputs, int32_t outputs) noexcept
 try
 {
-    std::array<std::array<int64_t, Dims::MAX_DIMS>, kInputs> values{};
-    std::array<int64_t const*, kInputs> dims{};
-    std::array<int32_t, kInputs> rank{};
-    Storage storage{};
-    for (int32_t i = 0; i < kInputs; ++i)
-    {
-        if (!acceptsType(attributes, i, in[i].type, in[kQ].type))
-        {
-            error = "input " + std::to_string(i) + " has TensorRT type " + std::to_string(static_cast<int32_t>(in[i].type))
-                    + "; allowed: float32, float16 or bfloat16 as attribute storage says, gamma float32, past_length int32";
-            return false;
-        }
-        rank[i] = in[i].dims.nbDims < 0 ? 0 : in[i].dims.nbDims;
-        for (int32_t a = 0; a < rank[i]; ++a)
-        {
-            values[i][a] = in[i].dims.d[a];
-        }
-        dims[i] = values[i].data();
-    }
-    storageOf(in[kQ].type, storage);
-    return problemOf(attributes, storage, dims.data(), rank.data(), problem, error);
+    return (inputs == op.inputs && outputs == 1)
+        || complain(op,
+            "got " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) + " outputs; allowed: " + std::to_string(op.inputs) + " and 1");
 }
 catch (...)
 {
     return false;
+}
+
+Shape shapeOf(Dims const& dims, int64_t (&values)[Dims::MAX_DIMS]) noexcept
+{
+    int32_t const rank = dims.nbDims < 0 ? 0 : dims.nbDims;
+    for (int32_t a = 0; a < rank; ++a)
+    {
+        values[a] = dims.d[a];
+    }
+    return {values, rank};
+}
+
+bool describe(Op const& op, Attributes const& attributes, PluginTensorDesc const* in, Problem& problem, std::string& error) noexcept
+try
+{
+    int64_t values[kMaxInputs][Dims::MAX_DIMS];
+    Shape shapes[kMaxInputs];
+    Storage storage{};
+    for (int32_t i = 0; i < op.inputs; ++i)
+    {
+        if (!acceptsType(op, attributes, i, in[i].type, in[0].type))
+        {
+            error = "input " + std::to_string(i) + " (" + op.operands[i].name + ") has TensorRT type " + std::to_string(static_cast<int32_t>(in[i].type))
+                + "; allowed: float32, float16 or bfloat16 as attribute storage says, gamma float32, past_length int32";
+            return false;
+        }
+        shapes[i] = shapeOf(in[i].dims, values[i]);
+    }
+    storageOf(in[0].type, storage);
+    return problemOf(op, attributes, storage, shapes, problem, error);
+}
+catch (...)
+{
+    return false;
+}
+
+bool enqueueOn(Op const& op, Attributes const& attributes, PluginTensorDesc const* in, void const* const* inputs, void* const* outputs, void* workspace,
+    cudaStream_t stream, std::string& error) noexcept
+{
+    Problem problem;
+    return describe(op, attributes, in, problem, error) && run(problem, {inputs, outputs[0]}, workspace, stream, error);
 }
 
 bool readFields(PluginFieldCollection const* fc, Attributes& attributes, int32_t* version, std::string& error) noexcept
@@ -117,15 +144,10 @@ PluginFieldCollection const* fieldNames() noexcept
     return &collection;
 }
 
-std::string wrongCounts(int32_t inputs, int32_t outputs)
-{
-    return "got " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) + " outputs; allowed: " + std::to_string(kInputs) + " and 1";
-}
-
-bool complain(std::string const& error) noexcept
+bool complain(Op const& op, std::string const& error) noexcept
 try
 {
-    std::string const text = std::string(kPluginName) + ": " + (error.empty() ? "out of memory" : error);
+    std::string const text = std::string(op.name) + ": " + (error.empty() ? "out of memory" : error);
     ILogger* const logger = gFinder == nullptr ? nullptr : gFinder->findLogger();
     if (logger != nullptr)
     {
@@ -139,7 +161,7 @@ try
 }
 catch (...)
 {
-    std::fputs("SessaFeedbackAttention: out of memory\n", stderr);
+    std::fprintf(stderr, "%s: out of memory\n", op.name);
     return false;
 }
 

@@ -23,7 +23,10 @@ def _attend(
     b_acc, b_max, b_sum, b_q, k, v, stride_k, stride_v, begin, end, rows, o_t, width, scale,
     BN: tl.constexpr, BD: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys begin..end of k, v (rows, d; strides in units of 8) to the running softmax. Rows from `rows` on are not read and do not count; DIAGONAL: key j counts for j <= o_t."""
+    """Adds keys begin..end of k, v (rows, d) to the running softmax; strides in units of 8 elements.
+
+    Rows from `rows` on are not read and do not count; DIAGONAL: key j counts for o_t >= j only.
+    """
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
     m_d = o_d < width

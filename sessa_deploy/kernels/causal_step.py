@@ -29,8 +29,9 @@ def causal_step_partial(
 ):  # fmt: skip
     """Grid (ceil(Hkv / BLOCK_H) * ceil(group / BLOCK_G), splits, B). part (B,Hq,splits,d), stat (B,Hq,splits,2) = (maximum, sum).
 
-    heads = Hkv, group = Hq / Hkv, scale = d^-1/2 * log2(e); units = d / 8, and the strides are in units of 8 elements too. A tile is (BLOCK_R, BLOCK_G, BLOCK_H, BLOCK_D): rows, query heads of a
-    key/value head, key/value heads, lanes. Each row slot is on its own until the end, so that nothing crosses warps inside the loop.
+    heads = Hkv, group = Hq / Hkv, scale = d^-1/2 * log2(e); units = d / 8, and the strides are in units of 8 elements too. A tile is
+    (BLOCK_R, BLOCK_G, BLOCK_H, BLOCK_D): rows, query heads of a key/value head, key/value heads, lanes. Each row slot is on its own until the end,
+    so that nothing crosses warps inside the loop.
     """
     i_split = tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)

@@ -104,6 +104,31 @@ def test_the_parsers_graph_computes_the_same(models: Callable[[str], Path], prec
         np.testing.assert_array_equal(a, b)
 
 
+def test_widths_decide_what_the_plugin_claims(tmp_path: Path) -> None:
+    """A head of 8 goes to the plugin with its body dropped and its caches direct; one of 4, or a D of 24, is inlined."""
+    torch = pytest.importorskip("torch")
+    from sessa_deploy.export.to_onnx import export_onnx
+    from sessa_deploy.model import SessaLM
+
+    def graph(d_model: int, n_heads: int) -> onnx.ModelProto:
+        torch.manual_seed(0)
+        config = SessaConfig(d_model=d_model, n_layers=1, n_heads=n_heads, vocab_size=11, max_context=16)
+        return trt_graph.load(export_onnx(SessaLM(config), tmp_path / f"{d_model}.{n_heads}.onnx", "fp32"))
+
+    model = graph(16, 2)
+    assert trt_graph.claims(model) == (contract.FEEDBACK_OP, contract.CAUSAL_OP)
+    assert trt_graph.claims(model, [contract.FEEDBACK_OP]) == (contract.FEEDBACK_OP,)
+    prepared = trt_graph.prepare(model)
+    assert prepared.inlined == [] and prepared.direct == sorted(contract.past_name(0, f) for f in contract.CACHE_FIELDS)
+    node = next(n for n in prepared.model.graph.node if n.op_type == contract.CAUSAL_OP)
+    assert len(node.input) == len(contract.CAUSAL_INPUTS) and list(node.input[3:]) == ["past.0.k_f", "past.0.v_f", contract.PAST_LENGTH]
+    assert {a.name: (a.f, a.i) for a in node.attribute} == {contract.ATTR_SCALE: (pytest.approx(8**-0.5), 0), contract.ATTR_STORAGE: (0.0, TensorProto.FLOAT)}
+    assert trt_graph.complaints(prepared.model, (8, 6, 0)) == []
+    assert trt_graph.claims(graph(16, 4)) == (contract.FEEDBACK_OP,)
+    assert trt_graph.claims(graph(24, 3)) == (contract.CAUSAL_OP,)
+    assert trt_graph.prepare(graph(16, 2), claimed=(contract.FEEDBACK_OP,)).inlined == [contract.CAUSAL_OP]
+
+
 def test_float32_islands_of_an_fp16_graph_are_known(models: Callable[[str], Path]) -> None:
     prepared = trt_graph.prepare(trt_graph.load(models("fp16")))
     kinds = prepared.types

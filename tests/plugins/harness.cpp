@@ -14,8 +14,6 @@ using namespace nvinfer1;
 namespace
 {
 
-constexpr int32_t kInputs = 7;
-
 DataType typeOf(int32_t onnx)
 {
 #if NV_TENSORRT_MAJOR >= 9
@@ -36,20 +34,35 @@ Dims dims(std::vector<int64_t> const& values)
     return d;
 }
 
-// Descriptions of the seven inputs and of s. shape = B, T, P, D.
-std::vector<PluginTensorDesc> descriptions(int32_t onnx, int64_t const* shape)
+// One letter a dimension: the inputs of the operations, then the output. As plugins/README.md has them, written anew.
+struct Op
 {
-    int64_t const b = shape[0];
-    int64_t const t = shape[1];
-    int64_t const p = shape[2];
-    int64_t const d = shape[3];
-    DataType const type = typeOf(onnx);
+    char const* name;
+    std::vector<std::string> shapes;
+};
+
+Op const kOps[] = {{"SessaFeedbackAttention", {"BTD", "BTD", "BT", "BTD", "BPD", "BPD", "B", "BTD"}},
+    {"SessaCausalAttention", {"BTHD", "BTKD", "BTKD", "BPKD", "BPKD", "B", "BTHD"}}};
+
+int32_t inputsOf(int32_t op)
+{
+    return static_cast<int32_t>(kOps[op].shapes.size()) - 1;
+}
+
+// Descriptions of the inputs and of the output. shape = B, T, P, D, H, K.
+std::vector<PluginTensorDesc> descriptions(int32_t op, int32_t onnx, int64_t const* shape)
+{
     std::vector<PluginTensorDesc> all;
-    for (auto const& v : std::vector<std::vector<int64_t>>{{b, t, d}, {b, t, d}, {b, t}, {b, t, d}, {b, p, d}, {b, p, d}, {b}, {b, t, d}})
+    for (auto const& letters : kOps[op].shapes)
     {
+        std::vector<int64_t> values;
+        for (char const letter : letters)
+        {
+            values.push_back(shape[std::string("BTPDHK").find(letter)]);
+        }
         PluginTensorDesc desc{};
-        desc.dims = dims(v);
-        desc.type = v.size() == 2 ? DataType::kFLOAT : v.size() == 1 ? DataType::kINT32 : type;
+        desc.dims = dims(values);
+        desc.type = letters == "BT" ? DataType::kFLOAT : letters == "B" ? DataType::kINT32 : typeOf(onnx);
         desc.format = TensorFormat::kLINEAR;
         all.push_back(desc);
     }
@@ -81,7 +94,7 @@ extern "C"
 {
 
 // A plugin made with the fields that are not negative, serialised and made again as an engine would. nullptr on failure.
-void* harness_create(char const* library, int32_t storage, float scale)
+void* harness_create(char const* library, int32_t op, int32_t storage, float scale)
 {
     void* handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);
     if (handle == nullptr)
@@ -101,7 +114,11 @@ void* harness_create(char const* library, int32_t storage, float scale)
     int32_t count = 0;
 #if NV_TENSORRT_MAJOR >= 10
     auto* get = reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(handle, "getCreators"));
-    auto* creator = static_cast<IPluginCreatorV3One*>(get(count)[0]);
+    auto* creator = static_cast<IPluginCreatorV3One*>(get(count)[op]);
+    if (count != 2 || std::string(creator->getPluginName()) != kOps[op].name)
+    {
+        return nullptr;
+    }
     IPluginV3* built = creator->createPlugin("x", &collection, TensorRTPhase::kBUILD);
     if (built == nullptr)
     {
@@ -113,7 +130,11 @@ void* harness_create(char const* library, int32_t storage, float scale)
     return loaded;
 #else
     auto* get = reinterpret_cast<IPluginCreator* const* (*)(int32_t&)>(dlsym(handle, "getPluginCreators"));
-    IPluginCreator* creator = get(count)[0];
+    IPluginCreator* creator = get(count)[op];
+    if (count != 2 || std::string(creator->getPluginName()) != kOps[op].name)
+    {
+        return nullptr;
+    }
     auto* built = static_cast<IPluginV2DynamicExt*>(creator->createPlugin("x", &collection));
     if (built == nullptr)
     {
@@ -140,66 +161,72 @@ void harness_destroy(void* plugin)
 }
 
 // Bit i of the result: the type at position i is accepted, when q has `onnx` and position i has the usual type.
-int32_t harness_formats(void* plugin, int32_t onnx, int32_t linear)
+int32_t harness_formats(void* plugin, int32_t op, int32_t onnx, int32_t linear)
 {
-    int64_t const shape[4] = {2, 3, 5, 32};
-    auto all = descriptions(onnx, shape);
+    int64_t const shape[6] = {2, 3, 5, 32, 4, 2};
+    auto all = descriptions(op, onnx, shape);
+    int32_t const inputs = inputsOf(op);
     int32_t bits = 0;
-    for (int32_t i = 0; i <= kInputs; ++i)
+    for (int32_t i = 0; i <= inputs; ++i)
     {
         all[i].format = linear != 0 ? TensorFormat::kLINEAR : TensorFormat::kCHW32;
 #if NV_TENSORRT_MAJOR >= 10
         auto* build = static_cast<IPluginV3OneBuild*>(static_cast<Handle*>(plugin)->getCapabilityInterface(PluginCapabilityType::kBUILD));
         auto const descs = dynamic(all);
-        bits |= build->supportsFormatCombination(i, descs.data(), kInputs, 1) ? 1 << i : 0;
+        bits |= build->supportsFormatCombination(i, descs.data(), inputs, 1) ? 1 << i : 0;
 #else
-        bits |= static_cast<Handle*>(plugin)->supportsFormatCombination(i, all.data(), kInputs, 1) ? 1 << i : 0;
+        bits |= static_cast<Handle*>(plugin)->supportsFormatCombination(i, all.data(), inputs, 1) ? 1 << i : 0;
 #endif
     }
     return bits;
 }
 
-int64_t harness_workspace(void* plugin, int32_t onnx, int64_t const* shape)
+int64_t harness_workspace(void* plugin, int32_t op, int32_t onnx, int64_t const* shape)
 {
-    auto const all = descriptions(onnx, shape);
+    auto const all = descriptions(op, onnx, shape);
+    int32_t const inputs = inputsOf(op);
 #if NV_TENSORRT_MAJOR >= 10
     auto* build = static_cast<IPluginV3OneBuild*>(static_cast<Handle*>(plugin)->getCapabilityInterface(PluginCapabilityType::kBUILD));
     auto const descs = dynamic(all);
-    if (build->configurePlugin(descs.data(), kInputs, descs.data() + kInputs, 1) != 0)
+    if (build->configurePlugin(descs.data(), inputs, descs.data() + inputs, 1) != 0)
     {
         return -1;
     }
-    return static_cast<int64_t>(build->getWorkspaceSize(descs.data(), kInputs, descs.data() + kInputs, 1));
+    return static_cast<int64_t>(build->getWorkspaceSize(descs.data(), inputs, descs.data() + inputs, 1));
 #else
-    return static_cast<int64_t>(static_cast<Handle*>(plugin)->getWorkspaceSize(all.data(), kInputs, all.data() + kInputs, 1));
+    return static_cast<int64_t>(static_cast<Handle*>(plugin)->getWorkspaceSize(all.data(), inputs, all.data() + inputs, 1));
 #endif
 }
 
 // Tells the plugin its shapes, as TensorRT does outside a capture.
-int32_t harness_shape(void* plugin, int32_t onnx, int64_t const* shape)
+int32_t harness_shape(void* plugin, int32_t op, int32_t onnx, int64_t const* shape)
 {
-    auto const all = descriptions(onnx, shape);
 #if NV_TENSORRT_MAJOR >= 10
+    auto const all = descriptions(op, onnx, shape);
+    int32_t const inputs = inputsOf(op);
     auto* runtime = static_cast<IPluginV3OneRuntime*>(static_cast<Handle*>(plugin)->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
-    return runtime->onShapeChange(all.data(), kInputs, all.data() + kInputs, 1);
+    return runtime->onShapeChange(all.data(), inputs, all.data() + inputs, 1);
 #else
+    static_cast<void>(op);
+    static_cast<void>(onnx);
+    static_cast<void>(shape);
     static_cast<Handle*>(plugin)->attachToContext(nullptr, nullptr, nullptr);
     return 0;
 #endif
 }
 
-// pointers: q, k, gamma, f, past_k, past_s, past_length, s, workspace.
-int32_t harness_enqueue(void* plugin, int32_t onnx, int64_t const* shape, void* const* pointers, void* stream)
+// pointers: the inputs in order, the output, the workspace.
+int32_t harness_enqueue(void* plugin, int32_t op, int32_t onnx, int64_t const* shape, void* const* pointers, void* stream)
 {
-    auto const all = descriptions(onnx, shape);
-    void const* const* inputs = pointers;
-    void* const outputs[1] = {pointers[7]};
+    auto const all = descriptions(op, onnx, shape);
+    int32_t const inputs = inputsOf(op);
+    void* const outputs[1] = {pointers[inputs]};
     auto const cuda = static_cast<cudaStream_t>(stream);
 #if NV_TENSORRT_MAJOR >= 10
     auto* runtime = static_cast<IPluginV3OneRuntime*>(static_cast<Handle*>(plugin)->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
-    return runtime->enqueue(all.data(), all.data() + kInputs, inputs, outputs, pointers[8], cuda);
+    return runtime->enqueue(all.data(), all.data() + inputs, pointers, outputs, pointers[inputs + 1], cuda);
 #else
-    return static_cast<Handle*>(plugin)->enqueue(all.data(), all.data() + kInputs, inputs, outputs, pointers[8], cuda);
+    return static_cast<Handle*>(plugin)->enqueue(all.data(), all.data() + inputs, pointers, outputs, pointers[inputs + 1], cuda);
 #endif
 }
 

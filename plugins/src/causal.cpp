@@ -1,0 +1,154 @@
+// Causal attention with a cache: o_t = sum_j softmax_j(q_t . k_j * scale) v_j over past rows j < past_length[b] and new rows j <= t.
+#include "plan.h"
+
+namespace sessa
+{
+namespace
+{
+
+enum Input : int32_t
+{
+    kQ,
+    kK,
+    kV,
+    kPastK,
+    kPastV,
+    kPastLength,
+};
+
+constexpr int64_t kMultiple = 8; // launch_causal.MULTIPLE: widths and strides are passed in these units
+constexpr int64_t kMaxWidth = 256;
+constexpr int64_t kWidths[] = {64, 128, kMaxWidth}; // launch_causal.HEAD_WIDTHS
+constexpr int64_t kGroup = 4;                       // launch_causal.GROUP
+constexpr int64_t kMaxHeads = 65535;
+
+// launch_causal.head_variant
+std::string variant(int64_t width, int64_t group)
+{
+    auto const* const padded = std::find_if(std::begin(kWidths), std::end(kWidths), [&](int64_t w) { return width <= w; });
+    return padded == std::end(kWidths) ? "" : std::to_string(*padded) + (group == 1 ? "" : "x" + std::to_string(kGroup));
+}
+
+float scaleLog2(Problem const& p)
+{
+    return static_cast<float>(scaleOf(p) * kLog2E);
+}
+
+// Batch and row stride of both pasts.
+void addStrides(Problem const& p, Arguments& a)
+{
+    int64_t const row = p.kvHeads * p.width / kMultiple;
+    a.add(p.capacity * row).add(i32(row)).add(p.capacity * row).add(i32(row));
+}
+
+struct Step final : Plan
+{
+    bool find(Problem const& p, int32_t arch) override
+    {
+        char const* dtype = dtypeName(p.storage);
+        partial = findCubin("causal_step_partial", arch, dtype, variant(p.width, p.heads / p.kvHeads).c_str());
+        combine = findCubin("causal_step_combine", arch, dtype, "any");
+        return partial != nullptr && combine != nullptr;
+    }
+
+    void layout(Problem const& p, Arena& arena, bool) override
+    {
+        splits = std::max<int64_t>(1, std::min<int64_t>(combine->tile("BLOCK_S"), ceilDiv(p.capacity, partial->tile("BLOCK_R"))));
+        part = arena.take(4 * p.batch * p.heads * splits * p.width);
+        stat = arena.take(8 * p.batch * p.heads * splits);
+    }
+
+    std::vector<Cubin const*> cubins() const override
+    {
+        return {partial, combine};
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        int64_t const group = p.heads / p.kvHeads;
+        int64_t const blocks = ceilDiv(p.kvHeads, partial->tile("BLOCK_H")) * ceilDiv(group, partial->tile("BLOCK_G"));
+        int32_t const units = i32(p.width / kMultiple);
+        Arguments first;
+        first.add(t.in[kQ]).add(t.in[kK]).add(t.in[kV]).add(t.in[kPastK]).add(t.in[kPastV]).add(t.in[kPastLength]).add(part).add(stat);
+        addStrides(p, first);
+        first.add(i32(p.capacity)).add(i32(p.kvHeads)).add(i32(group)).add(units).add(scaleLog2(p));
+        Arguments second;
+        second.add(part).add(stat).add(t.in[kPastLength]).add(t.out);
+        second.add(i32(p.capacity)).add(i32(splits)).add(partial->tile("BLOCK_R")).add(units).add(scaleLog2(p));
+        return launch(*partial, {blocks, splits, p.batch}, first, stream, error)
+            && launch(*combine, {p.heads, ceilDiv(p.width, combine->tile("BLOCK_D")), p.batch}, second, stream, error);
+    }
+
+    Cubin const* partial{};
+    Cubin const* combine{};
+    int64_t splits{};
+    char* part{};
+    char* stat{};
+};
+
+struct Prefill final : Plan
+{
+    bool find(Problem const& p, int32_t arch) override
+    {
+        kernel = findCubin("causal_prefill", arch, dtypeName(p.storage), variant(p.width, 1).c_str());
+        return kernel != nullptr;
+    }
+
+    void layout(Problem const&, Arena&, bool) override {}
+
+    std::vector<Cubin const*> cubins() const override
+    {
+        return {kernel};
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        Arguments a;
+        a.add(t.in[kQ]).add(t.in[kK]).add(t.in[kV]).add(t.in[kPastK]).add(t.in[kPastV]).add(t.in[kPastLength]).add(t.out);
+        addStrides(p, a);
+        a.add(i32(p.tokens)).add(i32(p.capacity)).add(i32(p.heads / p.kvHeads)).add(i32(p.width / kMultiple)).add(scaleLog2(p));
+        return launch(*kernel, {ceilDiv(p.tokens, kernel->tile("BM")), p.heads, p.batch}, a, stream, error);
+    }
+
+    Cubin const* kernel{};
+};
+
+bool checkCausal(Problem const& p, std::string& error)
+{
+    if (p.width < kMultiple || p.width > kMaxWidth || p.width % kMultiple != 0)
+    {
+        return refuse(error, "head width d", std::to_string(p.width), "a multiple of 8 up to 256");
+    }
+    bool const good = p.kvHeads >= 1 && p.heads >= 1 && p.heads <= kMaxHeads && p.heads % p.kvHeads == 0;
+    return good || refuse(error, "heads Hq, Hkv", std::to_string(p.heads) + ", " + std::to_string(p.kvHeads), "Hq a multiple of Hkv up to 65535");
+}
+
+Plan* planCausal(Problem const& p)
+{
+    return p.tokens == 1 ? static_cast<Plan*>(new Step) : new Prefill;
+}
+
+std::vector<Problem> everyCausal(Storage storage)
+{
+    std::vector<Problem> all;
+    for (int64_t const width : kWidths)
+    {
+        for (int64_t const heads : {int64_t{1}, kGroup})
+        {
+            for (int64_t const tokens : {1, 2})
+            {
+                all.push_back({&kCausal, 1, tokens, 1, width, heads, 1, storage, 0.0F});
+            }
+        }
+    }
+    return all;
+}
+
+} // namespace
+
+Op const kCausal{"SessaCausalAttention", 6,
+    {{"q", "BTHD", Kind::kStorage}, {"k", "BTKD", Kind::kStorage}, {"v", "BTKD", Kind::kStorage}, {"past_k", "BPKD", Kind::kStorage},
+        {"past_v", "BPKD", Kind::kStorage}, {"past_length", "B", Kind::kInt}},
+    checkCausal, planCausal, everyCausal};
+
+} // namespace sessa

@@ -1,0 +1,208 @@
+// Feedback attention: s_t = f_t + gamma_t * sum_j softmax_j(q_t . k_j * scale) s_j     (arXiv 2604.18580, section 3)
+#include "plan.h"
+
+namespace sessa
+{
+namespace
+{
+
+enum Input : int32_t
+{
+    kQ,
+    kK,
+    kGamma,
+    kF,
+    kPastK,
+    kPastS,
+    kPastLength,
+};
+
+constexpr int64_t kMultiple = 16;
+constexpr int64_t kMaxWidth = 4096;
+constexpr int64_t kMaxSplits = 128;               // launch.STEP_MAX_SPLITS
+constexpr int64_t kPanelBytes = int64_t{1} << 30; // feedback_fwd.PANEL_BYTES
+
+struct Step final : Plan
+{
+    bool find(Problem const& p, int32_t arch) override
+    {
+        char const* dtype = dtypeName(p.storage);
+        partial = findCubinForWidth("feedback_step_partial", arch, dtype, static_cast<int32_t>(p.width));
+        combine = findCubin("feedback_step_combine", arch, dtype, "128");
+        return partial != nullptr && combine != nullptr;
+    }
+
+    void layout(Problem const& p, Arena& arena, bool) override
+    {
+        splits = std::max<int64_t>(1, std::min(kMaxSplits, ceilDiv(p.capacity, partial->tile("BLOCK_R"))));
+        part = arena.take(4 * p.batch * splits * p.width);
+        stat = arena.take(8 * p.batch * splits);
+    }
+
+    std::vector<Cubin const*> cubins() const override
+    {
+        return {partial, combine};
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        auto const width = static_cast<int32_t>(p.width);
+        auto const capacity = static_cast<int32_t>(p.capacity);
+        int64_t const stride = p.capacity * p.width;
+        Arguments first;
+        first.add(t.in[kQ]).add(t.in[kPastK]).add(t.in[kPastS]).add(t.in[kPastLength]).add(part).add(stat);
+        first.add(stride).add(width).add(stride).add(width).add(capacity).add(width).add(static_cast<float>(scaleOf(p) * kLog2E));
+        Arguments second;
+        second.add(part).add(stat).add(t.in[kPastLength]).add(t.in[kGamma]).add(t.in[kF]).add(t.out);
+        second.add(capacity).add(static_cast<int32_t>(splits)).add(partial->tile("BLOCK_R")).add(width);
+        return launch(*partial, {p.batch, splits, 1}, first, stream, error)
+            && launch(*combine, {p.batch, ceilDiv(width, combine->tile("BLOCK_D")), 1}, second, stream, error);
+    }
+
+    Cubin const* partial{};
+    Cubin const* combine{};
+    int64_t splits{};
+    char* part{};
+    char* stat{};
+};
+
+// Prefill and chunks: routing tiles, block inverses, then the solve as one dataflow kernel, panel by panel (see feedback_fwd.py).
+struct Forward final : Plan
+{
+    bool find(Problem const& p, int32_t arch) override
+    {
+        char const* dtype = dtypeName(p.storage);
+        pack = findCubin("feedback_pack", arch, dtype, "fwd");
+        scores = findCubin("feedback_scores", arch, dtype, "fwd");
+        combine = findCubin("feedback_combine", arch, dtype, "fwd");
+        solve = findCubin("feedback_solve", arch, dtype, "fwd");
+        return pack != nullptr && scores != nullptr && combine != nullptr && solve != nullptr;
+    }
+
+    std::vector<Cubin const*> cubins() const override
+    {
+        return {pack, scores, combine, solve};
+    }
+
+    // With `bound`, sizes that also hold for every smaller problem: fewer columns make taller panels.
+    void layout(Problem const& p, Arena& arena, bool bound) override
+    {
+        bool const split = p.storage != Storage::kFloat;
+        int64_t const work = split ? 2 : 4;
+        int64_t const tile = solve->tile("BT");
+        int64_t const group = scores->tile("NB"); // column tiles a program of the scores kernel makes
+        int64_t const scoreRows = std::max<int64_t>(scores->tile("BM"), tile * group);
+        pastTiles = ceilDiv(p.capacity, tile * group) * group;
+        tiles = pastTiles + ceilDiv(p.tokens, tile * group) * group;
+        columns = tiles * tile;
+        int64_t const fit = kPanelBytes / (p.batch * columns * work) / scoreRows * scoreRows;
+        int64_t const allRows = ceilDiv(p.tokens, scoreRows) * scoreRows;
+        rows = bound ? allRows : std::min(std::max(fit, scoreRows), allRows);
+        panels = ceilDiv(p.tokens, bound ? scoreRows : rows);
+        int64_t const panelBytes = work * p.batch * rows * columns;
+        int64_t const boundBytes = std::min(panelBytes, std::max(kPanelBytes, work * p.batch * scoreRows * columns));
+        tilesN = ceilDiv(p.width, solve->tile("BN"));
+        syncs = panels + p.batch * tilesN;
+        e = arena.take(bound ? boundBytes : panelBytes);
+        peak = arena.take(4 * p.batch * tiles * rows);
+        total = arena.take(4 * p.batch * tiles * rows);
+        rowPeak = arena.take(4 * p.batch * rows);
+        gain = arena.take(4 * p.batch * rows);
+        x = arena.take(4 * p.batch * rows * tile);
+        inverse = split ? arena.take(2 * p.batch * rows * tile) : x;
+        inverseLow = split ? arena.take(2 * p.batch * rows * tile) : x;
+        near = arena.take(2 * work * p.batch * rows * tile); // products with the two nearest blocks
+        nearLow = arena.take(2 * work * p.batch * rows * tile);
+        nearScale = arena.take(2 * 4 * p.batch * rows);
+        w = arena.take(work * p.batch * columns * p.width);
+        wLow = split ? arena.take(work * p.batch * columns * p.width) : w;
+        scales = arena.take(4 * p.batch * tiles * tilesN);
+        lse = arena.take(4 * p.batch * p.tokens);
+        sync = arena.take(4 * syncs);
+    }
+
+    // Programs that cover the routing tiles of `rowTiles` tiles of rows in groups (feedback_tiles.grouped_size).
+    static int64_t groupedSize(int64_t rowTiles, int64_t base, int64_t rows, int64_t columns, int64_t group)
+    {
+        int64_t const n = ceilDiv(rowTiles, group);
+        int64_t const step = group * rows / columns;
+        return group * (base * n + step * n * (n + 1) / 2);
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        int64_t const tile = solve->tile("BT");
+        Arguments packing;
+        packing.add(t.in[kPastS]).add(t.in[kPastLength]).add(w).add(wLow).add(scales).add(i32(p.capacity)).add(i32(p.width)).add(i32(columns));
+        if (pastTiles > 0 && !launch(*pack, {pastTiles, tilesN, p.batch}, packing, stream, error))
+        {
+            return false;
+        }
+        for (int64_t panel = 0; panel < panels; ++panel)
+        {
+            int64_t const row0 = panel * rows;
+            int64_t const here = std::min(rows, p.tokens - row0);
+            int64_t const blocks = ceilDiv(here, tile);
+            int64_t const scoreRows = scores->tile("BM");
+            int64_t const group = scores->tile("NB");
+            int64_t const grid
+                = groupedSize(ceilDiv(here, scoreRows), (pastTiles + row0 / tile) / group, scoreRows, tile * group, scores->tile("GROUP"));
+            Arguments a;
+            a.add(t.in[kQ]).add(t.in[kK]).add(pastTiles > 0 ? t.in[kPastK] : t.in[kK]).add(t.in[kPastLength]).add(lse).add(sync).add(e).add(peak).add(total).add(sync);
+            a.add(i32(p.tokens)).add(i32(p.capacity)).add(i32(p.width)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles));
+            a.add(i32(row0)).add(i32(panel > 0 ? 0 : syncs)).add(static_cast<float>(scaleOf(p)));
+            Arguments b;
+            b.add(e).add(peak).add(total).add(t.in[kGamma]).add(t.in[kPastLength]).add(rowPeak).add(gain).add(lse).add(x).add(inverse).add(inverseLow);
+            b.add(near).add(nearLow).add(nearScale).add(i32(p.tokens)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles)).add(i32(row0));
+            b.add(i32(p.batch)).add(i32(blocks));
+            Arguments c;
+            c.add(e).add(peak).add(rowPeak).add(gain).add(inverse).add(inverseLow).add(near).add(nearLow).add(nearScale).add(t.in[kF]).add(t.out);
+            c.add(w).add(wLow).add(scales).add(t.in[kPastLength]).add(sync).add(i32(p.tokens)).add(i32(p.width)).add(i32(columns)).add(i32(rows));
+            c.add(i32(pastTiles)).add(i32(tiles)).add(i32(row0)).add(i32(p.batch)).add(i32(panel)).add(i32(panels));
+            if (!launch(*scores, {grid, p.batch, 1}, a, stream, error) || !launch(*combine, {blocks, p.batch, 1}, b, stream, error)
+                || !launch(*solve, {blocks * p.batch * tilesN, 1, 1}, c, stream, error))
+            {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    Cubin const* pack{};
+    Cubin const* scores{};
+    Cubin const* combine{};
+    Cubin const* solve{};
+    int64_t pastTiles{}, tiles{}, columns{}, rows{}, panels{}, tilesN{}, syncs{};
+    char *e{}, *peak{}, *total{}, *rowPeak{}, *gain{}, *x{}, *inverse{}, *inverseLow{}, *near{}, *nearLow{}, *nearScale{}, *w{}, *wLow{}, *scales{}, *lse{},
+        *sync{};
+};
+
+bool checkFeedback(Problem const& p, std::string& error)
+{
+    bool const good = p.width >= kMultiple && p.width <= kMaxWidth && p.width % kMultiple == 0;
+    return good || refuse(error, "width D", std::to_string(p.width), "a multiple of 16 up to 4096");
+}
+
+Plan* planFeedback(Problem const& p)
+{
+    return p.tokens == 1 ? static_cast<Plan*>(new Step) : new Forward;
+}
+
+std::vector<Problem> everyFeedback(Storage storage)
+{
+    std::vector<Problem> all{{&kFeedback, 1, 2, 1, 256, 1, 1, storage, 0.0F}};
+    for (int64_t const width : {256, 512, 1024, 2048, 4096})
+    {
+        all.push_back({&kFeedback, 1, 1, 1, width, 1, 1, storage, 0.0F});
+    }
+    return all;
+}
+
+} // namespace
+
+Op const kFeedback{"SessaFeedbackAttention", 7,
+    {{"q", "BTD", Kind::kStorage}, {"k", "BTD", Kind::kStorage}, {"gamma", "BT", Kind::kFloat}, {"f", "BTD", Kind::kStorage},
+        {"past_k", "BPD", Kind::kStorage}, {"past_s", "BPD", Kind::kStorage}, {"past_length", "B", Kind::kInt}},
+    checkFeedback, planFeedback, everyFeedback};
+
+} // namespace sessa

@@ -1,0 +1,86 @@
+// What the operations' plans share: a plan finds its binaries, lays out its workspace and launches.
+#pragma once
+
+#include "cubins.h"
+#include "driver.h"
+#include "launcher.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+namespace sessa
+{
+
+constexpr double kLog2E = 1.4426950408889634;
+
+inline int64_t ceilDiv(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
+inline int32_t i32(int64_t value)
+{
+    return static_cast<int32_t>(value);
+}
+
+inline char const* dtypeName(Storage storage)
+{
+    return storage == Storage::kFloat ? "fp32" : storage == Storage::kHalf ? "fp16" : "bf16";
+}
+
+inline double scaleOf(Problem const& p)
+{
+    return p.scale != 0.0F ? static_cast<double>(p.scale) : 1.0 / std::sqrt(static_cast<double>(p.width));
+}
+
+inline bool refuse(std::string& error, std::string const& what, std::string const& got, std::string const& allowed)
+{
+    error = what + ": got " + got + "; allowed: " + allowed;
+    return false;
+}
+
+// Hands out 256-byte aligned pieces of a workspace; with a null base it only counts.
+class Arena
+{
+public:
+    explicit Arena(void* base)
+        : mBase(static_cast<char*>(base))
+    {
+    }
+
+    char* take(int64_t bytes)
+    {
+        char* const piece = mBase + mUsed;
+        mUsed += ceilDiv(std::max<int64_t>(bytes, 1), 256) * 256;
+        return piece;
+    }
+
+    int64_t used() const
+    {
+        return mUsed;
+    }
+
+private:
+    char* mBase;
+    int64_t mUsed{0};
+};
+
+class Plan
+{
+public:
+    virtual ~Plan() = default;
+
+    // Looks up the binaries; false if one is missing for `arch`.
+    virtual bool find(Problem const& p, int32_t arch) = 0;
+    virtual std::vector<Cubin const*> cubins() const = 0;
+
+    // After `find`. With `bound`, sizes that also hold for every smaller problem.
+    virtual void layout(Problem const& p, Arena& arena, bool bound) = 0;
+
+    // After `layout`.
+    virtual bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const = 0;
+};
+
+} // namespace sessa
