@@ -10,12 +10,13 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sessa_deploy.config import SessaConfig
+from sessa_deploy.config import CONFIG_FILE, SessaConfig
 from sessa_deploy.contract import BUNDLE_SCHEMA, DEFAULT_OPSET, EXPORT_PRECISIONS, MANIFEST_FILE, MODEL_FILE
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.publish import Staging, displaced, is_staging, locked, place
@@ -212,11 +213,14 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _read_manifest(path: Path) -> bytes:
     if is_staging(path):
-        raise UserError("that folder is what a killed export left, not a bundle", got=str(path), fix="run: sessa-deploy export CHECKPOINT --out BUNDLE")
+        raise UserError("that folder is what a killed export left, not a bundle", got=str(path), fix="sessa-deploy export CHECKPOINT --out BUNDLE")
     if not path.is_dir():
         older = displaced(Path(os.path.realpath(path)))
-        fix = f"an interrupted export left the older bundle aside: mv {older} {path}" if older else "run: sessa-deploy export CHECKPOINT --out BUNDLE"
+        fix = f"an interrupted export left the older bundle aside: mv {older} {path}" if older else "sessa-deploy export CHECKPOINT --out BUNDLE"
         raise UserError("no bundle", got=str(path), allowed="a folder that holds manifest.json", fix=fix)
+    if not (path / MANIFEST_FILE).exists() and (path / CONFIG_FILE).is_file():
+        raise UserError("that is a checkpoint, not a bundle", got=str(path), allowed="a folder that export wrote",
+                        fix=f"sessa-deploy export {shlex.quote(str(path))} --out BUNDLE")
     try:
         _regular(path, MANIFEST_FILE)
         with open(path / MANIFEST_FILE, "rb") as stream:

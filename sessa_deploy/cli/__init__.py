@@ -72,7 +72,9 @@ def main(args: list[str] | None = None) -> None:
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             error.show()
         else:
-            click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+            context = getattr(error, "ctx", None)
+            more = f"; see: {context.command_path} --help" if context is not None else ""
+            click.echo(f"error: {' '.join(error.format_message().split()).rstrip('.?')}{more}", err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)

@@ -10,7 +10,7 @@ def command() -> None:
     """Build, find and check libsessa_plugin.so, which runs feedback attention inside TensorRT."""
 
 
-@command.command("build")
+@command.command("build", short_help="Build the library; needs CMake and a C++ compiler.")
 @click.option("--tensorrt-include", type=click.Path(), help="Folder of NvInfer.h, TensorRT 8.6, 10 or 11 [default: an installed one, else fetched].")
 @click.option("--cuda-include", type=click.Path(), help="Folder of cuda_runtime_api.h [default: the toolkit's, else none is needed].")
 @click.option("--cubins", type=click.Path(), help="Folder written by `python -m sessa_deploy.plugins.lower` [default: lower now; needs torch and triton].")
@@ -31,7 +31,7 @@ def build(tensorrt_include: str | None, cuda_include: str | None, cubins: str | 
     click.echo(library.build(folder(tensorrt_include), folder(cuda_include), folder(cubins), archs, folder(out), say))
 
 
-@command.command("path")
+@command.command("path", short_help="Print where the library is.")
 @click.option("--tensorrt", "major", type=int, help="TensorRT major version [default: the installed one's].")
 def path(major: int | None) -> None:
     """Print the path of the library that would be loaded."""
@@ -40,7 +40,7 @@ def path(major: int | None) -> None:
     click.echo(library.find(major))
 
 
-@command.command("check")
+@command.command("check", short_help="Load the library and say what it offers.")
 @click.argument("path", required=False, type=click.Path())
 @click.option("--tensorrt", "major", type=int, help="TensorRT major version [default: the installed one's].")
 def check(path: str | None, major: int | None) -> None:

@@ -165,3 +165,14 @@ def test_bench_counts_the_sessions_own_device_memory_and_reads_clocks_while_it_r
     figures = bench.measure(session, bench.BenchOptions(4, 4, steps=5, seconds=0, warmup=0, prefills=1), device_before=400)
     assert figures["peak_device_bytes"] == 600 and figures["inter_token_ms"]["count"] == 5 and figures["environment"]["steps"] > 5
     assert traffic.copy_bandwidth() is None or traffic.copy_bandwidth() > 1e9
+
+
+def test_a_checkpoint_given_for_a_bundle_and_a_wrong_option_name_the_way_on(tmp_path, capfd):
+    (tmp_path / "config.json").write_text("{}")
+    for verb in (("run", "--prompt", "x"), ("bench",)):
+        code, _, err = call(capfd, verb[0], tmp_path, *verb[1:])
+        assert code == 2 and "a checkpoint, not a bundle" in err and f"sessa-deploy export {tmp_path} --out BUNDLE" in err and err.count("\n") == 1
+    code, _, err = call(capfd, "run", tmp_path)
+    assert code == 2 and err == "error: Missing option '--prompt'; see: sessa-deploy run --help\n"
+    code, _, err = call(capfd, "run", tmp_path, "--prompt", "x", "--frobnicate")
+    assert code == 2 and err.endswith("; see: sessa-deploy run --help\n")
