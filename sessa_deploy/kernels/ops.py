@@ -172,6 +172,11 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: T
         return torch.empty_like(q)
     if q.is_cuda and past_k.shape[1] == 0:
         return _causal_sdpa(q, k, v)
+    if q.is_cuda and _may_use_triton():
+        from sessa_deploy.kernels import causal_launch
+
+        if causal_launch.takes(q):
+            return causal_launch.forward(q, k, v, past_k, past_v, past_length)
     return cpu.causal_forward(q, k, v, past_k, past_v, past_length)
 
 
@@ -245,6 +250,7 @@ def is_eager(*tensors: Tensor) -> bool:
     """Whether nothing looks on that needs the registered operators: no tracing, no dispatch or functorch mode, no tensor subclass."""
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
