@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,6 +25,19 @@ def _limbs(head_dim: int) -> list[list[float]]:
     return [*limbs, turns]
 
 
+@lru_cache(maxsize=16)
+def _kept_limbs(head_dim: int, device: torch.device) -> tuple[Tensor, ...]:
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(x, dtype=torch.float32, device=device) for x in _limbs(head_dim))
+
+
+def _limbs_on(head_dim: int, like: Tensor) -> tuple[Tensor, ...]:
+    # Kept on a GPU: a copy from the host waits for the device at every decode step, and cannot be captured in a CUDA graph.
+    if like.is_cuda and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
+        return _kept_limbs(head_dim, like.device)
+    return tuple(torch.tensor(x, dtype=torch.float32, device=like.device) for x in _limbs(head_dim))
+
+
 def rope_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin (B,T,1,d/2) of t * 10000^(-2i/d) at integer positions t (B,T) < 2^18; float64 for float64, else float32.
 
@@ -35,7 +49,7 @@ def rope_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[T
         angle = positions.to(torch.float64)[..., None, None] * BASE ** (-2.0 * steps / head_dim)
         return torch.cos(angle), torch.sin(angle)
     at = positions.to(torch.float32)[..., None, None]
-    *coarse, fine = (torch.tensor(x, dtype=torch.float32, device=positions.device) for x in _limbs(head_dim))
+    *coarse, fine = _limbs_on(head_dim, positions)
     turn = at * coarse[0]
     turn = turn - torch.floor(turn)
     for limb in coarse[1:]:
