@@ -18,7 +18,7 @@ from sessa_deploy.contract import CACHE_FIELDS, PRECISIONS, cache_row_shape
 from sessa_deploy.errors import UserError
 from sessa_deploy.kernels import fused
 from sessa_deploy.kernels.ops import causal_attention, feedback_attention, is_eager
-from sessa_deploy.rope import rope_tables, rotate, tables_from_zero
+from sessa_deploy.rope import rope_tables, rotate, tables_at, tables_from_zero
 
 Rope = tuple[Tensor, Tensor] | None
 
@@ -151,11 +151,11 @@ class SessaMixer(nn.Module):
         """s (B,T,D) of activations a (B,T,D), from an empty past."""
         return self.step(a, None, None, self.rope(a, None)).s
 
-    def rope(self, x: Tensor, past_length: Tensor | None) -> Rope:
+    def rope(self, x: Tensor, past_length: Tensor | None, past: Rows | None = None) -> Rope:
         """cos and sin tables for the T rows of x behind past_length (0 where None), or None when this mixer does not rotate."""
         if not self.use_forward_rope:
             return None
-        return rope_of(x, x.shape[1], self.head_dim, past_length)
+        return rope_of(x, self.head_dim, past_length, 0 if past is None else past.s.shape[1])
 
 
 def solve(q_b: Tensor, k_b: Tensor, gamma: Tensor, f: Tensor, past_length: Tensor | None, past: Rows | None) -> Tensor:
@@ -164,11 +164,14 @@ def solve(q_b: Tensor, k_b: Tensor, gamma: Tensor, f: Tensor, past_length: Tenso
     return feedback_attention(q_b, k_b, gamma, f, old_k_b, old_s, past_length)
 
 
-def rope_of(like: Tensor, tokens: int, head_dim: int, past_length: Tensor | None) -> tuple[Tensor, Tensor]:
-    """cos and sin (B or 1,T,1,d/2) for rows 0..T-1 behind past_length (0 where None), on the device of `like` (B,...) and as precise as it."""
-    if past_length is None and like.is_cuda and like.dtype != torch.float64 and is_eager(like):
-        return tables_from_zero(tokens, head_dim, like.device)
-    return rope_tables(positions(like.shape[0], tokens, like.device, past_length), head_dim, like.dtype)
+def rope_of(x: Tensor, head_dim: int, past_length: Tensor | None, capacity: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (B or 1,T,1,d/2) for the T rows of x (B,T,D) behind past_length <= capacity (0 where None), as precise as x."""
+    batch, tokens = x.shape[:2]
+    kept = x.is_cuda and x.dtype != torch.float64 and is_eager(x)
+    if past_length is None and kept:
+        return tables_from_zero(tokens, head_dim, x.device)
+    at = positions(batch, tokens, x.device, past_length)
+    return tables_at(at, capacity + tokens, head_dim) if kept else rope_tables(at, head_dim, x.dtype)
 
 
 def positions(batch: int, tokens: int, device: torch.device, past_length: Tensor | None) -> Tensor:
@@ -226,7 +229,8 @@ class SessaLayer(nn.Module):
         if new_length is not None:
             x = torch.where(valid_rows(x.shape[1], new_length)[..., None], x, 0.0)
         length = cache.length.clone()
-        y, new = self.step(x, length, cache.past(), self.mixer.rope(x, length))
+        past = cache.past()
+        y, new = self.step(x, length, past, self.mixer.rope(x, length, past))
         cache.append(new, new_length)
         return y
 
@@ -293,7 +297,7 @@ class SessaLM(nn.Module):
         tokens, first = input_ids.shape[1], self.layers[0].mixer
         rope = None
         if first.use_forward_rope:
-            rope = rope_of(x, tokens, first.head_dim, past_length)
+            rope = rope_of(x, first.head_dim, past_length, 0 if past is None else past[3].shape[1])
         valid = None if new_length is None else valid_rows(tokens, new_length)
         out: list[Tensor] = []
         for i, layer in enumerate(self.layers):

@@ -91,3 +91,10 @@ def tables_from_zero(tokens: int, head_dim: int, device: torch.device) -> tuple[
             if len(_TABLES) > _CACHED:
                 _TABLES.popitem(last=False)
     return tables[0][:, :tokens], tables[1][:, :tokens]
+
+
+def tables_at(positions: Tensor, limit: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """The float32 tables (B,T,1,d/2) of positions (B,T), all below `limit`, out of the kept ones; as `tables_from_zero`, only for eager calls."""
+    rows = positions.flatten()
+    cos, sin = (x[0].index_select(0, rows).view(*positions.shape, 1, -1) for x in tables_from_zero(limit, head_dim, positions.device))
+    return cos, sin

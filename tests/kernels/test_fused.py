@@ -16,7 +16,7 @@ from feedback_cases import DEVICE, check
 
 from sessa_deploy import SessaLayer
 from sessa_deploy.kernels import fused
-from sessa_deploy.rope import rope_tables, tables_from_zero
+from sessa_deploy.rope import rope_tables, tables_at, tables_from_zero
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # batch, tokens, width, heads, key/value heads, rotary positions: one row, a chunk of partial sums and one more, grouped heads, one wide head
@@ -187,6 +187,9 @@ def test_tables_from_zero_are_the_tables() -> None:
         cos, sin = tables_from_zero(tokens, 16, torch.device(DEVICE))
         want = rope_tables(torch.arange(tokens, device=DEVICE)[None], 16, torch.float32)
         assert torch.equal(cos, want[0]) and torch.equal(sin, want[1])
+    at = torch.tensor([[3, 4, 5], [900, 901, 902]], device=DEVICE)
+    for got, table in zip(tables_at(at, 903, 16), rope_tables(at, 16, torch.float32), strict=True):
+        assert torch.equal(got, table)
 
 
 def test_only_plain_modules_on_a_gpu_take_the_road(monkeypatch: pytest.MonkeyPatch) -> None:
