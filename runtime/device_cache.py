@@ -15,9 +15,16 @@ from numpy.typing import NDArray
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, PRECISIONS, cache_entries, cache_row_shape, new_name, past_name
+from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.driver import DeviceMemory, HostMemory
 
 _BITS = {"fp32": ("uint32", 0x7FC00000), "fp16": ("uint16", 0x7E00), "bf16": ("uint16", 0x7FC0)}  # the integer type and its NaN
+
+
+def _refused(why: str, precision: str, version: str) -> UserError:
+    if precision == "bf16" and "numpy type" in why:
+        return UserError("this ONNX Runtime cannot hold bfloat16 caches", got=version, allowed="1.20 or later", fix="pip install -U onnxruntime-gpu")
+    return UserError("ONNX Runtime cannot hold the caches", got=why[:200], fix="lower --capacity or the batch, or use --backend ort")
 
 
 class DeviceCache:
@@ -40,7 +47,10 @@ class DeviceCache:
         self._past = [past_name(layer, field) for layer, field in cache_entries(config.n_layers)]
         for layer, field in cache_entries(config.n_layers):
             shape = cache_row_shape(field, config.d_model, config.kv_heads, config.head_dim)
-            value = onnxruntime.OrtValue.ortvalue_from_shape_and_type([batch, capacity, *shape], self._kind, device, 0)
+            try:
+                value = onnxruntime.OrtValue.ortvalue_from_shape_and_type([batch, capacity, *shape], self._kind, device, 0)
+            except Exception as error:  # its exception classes differ between versions
+                raise _refused(str(error), precision, onnxruntime.__version__) from None
             if batch > 1:
                 self._binding.bind_ortvalue_input(past_name(layer, field), value)
             self._new.append(new_name(layer, field))

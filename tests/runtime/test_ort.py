@@ -171,6 +171,12 @@ def test_bfloat16_rows_can_be_bound_where_they_lie():
     assert words.tolist() == [*range(20), *range(12)]
 
 
+def test_caches_that_do_not_fit_are_refused_in_one_line(tiny_bundle):
+    with pytest.raises(UserError, match="lower --capacity") as caught:
+        rehearsed(tiny_bundle, 2, 1 << 50)
+    assert "\n" not in str(caught.value)
+
+
 def test_cuda_libraries_of_pip_are_loaded_in_order_and_others_are_not(tmp_path, monkeypatch):
     import types
 
