@@ -112,7 +112,15 @@ def test_the_table_pins_every_unit() -> None:
         launch.options("feedback_step_partial", 75, "bf16", "1024")
 
 
-JIT = """
+PRINT = """
+for module in modules:
+    for name, function in vars(module).items():
+        if hasattr(function, "device_caches") and name in {names}:
+            for kernel in function.device_caches[0][0].values():
+                print(name, hashlib.sha256(kernel.asm["cubin"]).hexdigest())
+"""
+JIT = {
+    "feedback_": """
 import hashlib, torch
 from sessa_deploy.kernels import feedback_fwd, feedback_step, feedback_tiles
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -121,24 +129,34 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         past = torch.randn(2, 2, 300, width, device="cuda").to(dtype)
         run = feedback_step.step if tokens == 1 else feedback_fwd.forward
         run(q, k, torch.rand(2, tokens, device="cuda"), f, past[0], past[1], torch.tensor([300, 7], device="cuda", dtype=torch.int32))
-for module in (feedback_step, feedback_tiles, feedback_fwd):
-    for name, function in vars(module).items():
-        if hasattr(function, "device_caches") and name in {names}:
-            for kernel in function.device_caches[0][0].values():
-                print(name, hashlib.sha256(kernel.asm["cubin"]).hexdigest())
-"""
+modules = (feedback_step, feedback_tiles, feedback_fwd)
+""",
+    "causal_": """
+import hashlib, torch
+from sessa_deploy.kernels import causal_launch, causal_prefill, causal_step
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for tokens, heads, width in ((1, 4, 64), (1, 2, 40), (1, 8, 128), (1, 2, 256), (130, 2, 64), (33, 4, 128), (40, 2, 200)):
+        q = torch.randn(2, tokens, heads, width, device="cuda").to(dtype)
+        k, v = torch.randn(2, 2, tokens, 2, width, device="cuda").to(dtype)
+        past = torch.randn(2, 2, 300, 2, width, device="cuda").to(dtype)
+        causal_launch.forward(q, k, v, past[0], past[1], torch.tensor([300, 7], device="cuda", dtype=torch.int32))
+modules = (causal_step, causal_prefill)
+""",
+}
 
 
 @pytest.mark.gpu
-def test_what_the_jit_launches_is_the_lowered_cubin(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", JIT)
+def test_what_the_jit_launches_is_the_lowered_cubin(family: str, tmp_path: Path) -> None:
     """Byte for byte, both without line information (which holds the source's path)."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    kernels = [name for name, k in launch.KERNELS.items() if k.lowered and name.startswith("feedback_")]
+    kernels = [name for name, k in launch.KERNELS.items() if k.lowered and name.startswith(family)]
     cubins = {(c.kernel, c.sha256) for c in lower.lower([major * 10 + minor], tmp_path, kernels)}
     env = {**os.environ, "TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": str(tmp_path / "jit")}
-    done = subprocess.run([sys.executable, "-c", JIT.replace("{names}", repr(kernels))], capture_output=True, text=True, env=env, timeout=250)
+    script = JIT[family] + PRINT.replace("{names}", repr(kernels))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=250)
     assert done.returncode == 0, done.stderr
     launched = {(line.split()[0], line.split()[1]) for line in done.stdout.splitlines()}
     assert {name for name, _ in launched} == set(kernels) and launched <= cubins
