@@ -63,7 +63,7 @@ def work(peer: str, given: argparse.Namespace, config: SessaConfig, precision: s
     job = {"peer": peer, "config": config.to_dict(), "precision": precision, "points": [asdict(p) for p in wanted],
            "trt_bundles": [str(b) for b in given.trt_bundle],
            **{k: None if getattr(given, k) is None else str(getattr(given, k)) for k in ("bundle", "checkpoint", "build", "device")},
-           **{k: getattr(given, k) for k in ("warmup", "seconds", "steps", "max_seconds", "prefills", "opt_level")}}  # fmt: skip
+           **{k: getattr(given, k) for k in ("warmup", "seconds", "steps", "max_seconds", "prefills", "opt_level", "max_prompt")}}  # fmt: skip
     (folder / f"{peer}.job.json").write_text(json.dumps(job))
     out, log = folder / f"{peer}.json", folder / f"{peer}.log"
     began, reason = time.monotonic(), ""
@@ -214,6 +214,7 @@ def parse() -> argparse.Namespace:
     add("--trt-bundle", type=Path, action="append", default=[], help="a bundle with an engine; may be given several times")
     add("--build", type=Path, help="build the engines that are missing in copies of the bundle in this folder")
     add("--opt-level", type=int, help="of those builds")
+    add("--max-prompt", type=int, default=2048, help="tokens of a prefill step of those builds")
     add("--trt-python", help="interpreter, or a script that starts it, of the TensorRT peer")
     add("--ort-python", help="of the ONNX Runtime peer")
     add("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))

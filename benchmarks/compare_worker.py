@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -134,7 +133,8 @@ class Runtime(Peer):
 
 def engine_bundle(job: dict[str, Any], batch: int, capacity: int) -> Any:
     """A bundle whose engine for this GPU holds exactly `capacity` tokens, built where the job allows it."""
-    from sessa_deploy.runtime.bundle import Bundle
+    from sessa_deploy.contract import ENGINES_DIR
+    from sessa_deploy.runtime.bundle import Bundle, write_bundle
     from sessa_deploy.runtime.trt_plan import engines
 
     places = [*job["trt_bundles"], *([job["bundle"]] if job["bundle"] else [])]
@@ -147,10 +147,12 @@ def engine_bundle(job: dict[str, Any], batch: int, capacity: int) -> Any:
         raise RuntimeError(f"no bundle has an engine for it: sessa-deploy build BUNDLE {wanted}, or --build")
     from sessa_deploy.export.to_engine import build_engine
 
-    copy = Path(job["build"], f"b{batch}-c{capacity}")
+    copy, source = Path(job["build"], f"b{batch}-c{capacity}"), Bundle.open(places[-1])
     if not copy.exists():
-        shutil.copytree(places[-1], copy, copy_function=os.link, ignore=shutil.ignore_patterns("engines"))
-    return build_engine(copy, batch, capacity, opt_level=job["opt_level"]).bundle
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        files: dict[str, Any] = {name: source.file(name) for name in source.names() if not name.startswith(f"{ENGINES_DIR}/")}
+        write_bundle(copy, files, source.config, source.precision, source.versions, source.opset)
+    return build_engine(copy, batch, capacity, min(capacity, job["max_prompt"]), opt_level=job["opt_level"]).bundle
 
 
 def decode(peer: Peer, point: Point, job: dict[str, Any]) -> np.ndarray:
