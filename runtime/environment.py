@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sessa_deploy import __version__
 from sessa_deploy.runtime import driver
 
 _PROBE_SECONDS = 60.0
@@ -94,9 +95,9 @@ def probe(code: str) -> tuple[Any, str | None]:
 
 def describe() -> dict[str, Any]:
     """What a measurement should carry with it: versions, processor, GPUs."""
-    names = ("sessa-deploy", "numpy", "onnxruntime", "tensorrt")
+    names = ("numpy", "onnxruntime", "tensorrt")
     return {"python": platform.python_version(), "platform": platform.platform(), "cpu": processor(), "gpus": gpus(),
-            "cuda_driver": driver.driver_version(), "packages": {n: _version(n) for n in names}}
+            "cuda_driver": driver.driver_version(), "packages": {"sessa-deploy": __version__, **{n: _version(n) for n in names}}}
 
 
 def _version(name: str) -> str | None:
