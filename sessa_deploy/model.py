@@ -61,6 +61,12 @@ class SessaCache:
         extent = int(self.length.max()) if self.length.device.type == "cpu" else self.capacity
         return Rows(*(getattr(self, name)[:, :extent] for name in CACHE_FIELDS))
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was appended since the start or the last reset, by what the host knows; False while a CUDA graph is captured, which
+        may be replayed behind any past."""
+        return self._at_most == 0 and not (self.length.is_cuda and torch.cuda.is_current_stream_capturing())
+
     def require(self, tokens: int, new_length: Tensor | None = None) -> None:
         """Raise UserError unless every sequence has room for its new rows (`tokens`, or new_length[b] where given)."""
         if self._at_most + tokens <= self.capacity:
@@ -77,7 +83,9 @@ class SessaCache:
         """Write the first new_length[b] of the T given rows of each sequence at length[b] and advance; all T where new_length is None."""
         batch, tokens = rows.s.shape[:2]
         self.require(tokens, new_length)
-        if batch == 1 and self.length.device.type == "cpu":
+        if fused.appends(rows):
+            fused.append_rows(rows, [getattr(self, name) for name in CACHE_FIELDS], self.length, new_length)
+        elif batch == 1 and self.length.device.type == "cpu":
             start, count = int(self.length[0]), tokens if new_length is None else int(new_length[0])
             for name, new in zip(CACHE_FIELDS, rows, strict=True):
                 getattr(self, name)[:, start : start + count] = new[:, :count]
@@ -228,9 +236,11 @@ class SessaLayer(nn.Module):
         cache.require(x.shape[1], new_length)
         if new_length is not None:
             x = torch.where(valid_rows(x.shape[1], new_length)[..., None], x, 0.0)
-        length = cache.length.clone()
-        past = cache.past()
-        y, new = self.step(x, length, past, self.mixer.rope(x, length, past))
+        if cache.empty:
+            y, new = self.step(x, None, None, self.mixer.rope(x, None))
+        else:
+            length, past = cache.length.clone(), cache.past()
+            y, new = self.step(x, length, past, self.mixer.rope(x, length, past))
         cache.append(new, new_length)
         return y
 
@@ -325,9 +335,11 @@ class SessaLM(nn.Module):
     def prefill(self, input_ids: Tensor, caches: Sequence[SessaCache], new_length: Tensor | None = None, all_logits: bool = False) -> Tensor:
         """logits (B,V) of each sequence's last counted token ((B,T,V) with all_logits), appending input_ids (B,T) to the caches."""
         caches[0].require(input_ids.shape[1], new_length)
-        length = caches[0].length.clone()
-        past = [x for cache in caches for x in cache.past()]
-        logits, *new = self.graph(input_ids, length, new_length, past, all_logits)
+        if caches[0].empty:
+            logits, *new = self.graph(input_ids, None, new_length, None, all_logits)
+        else:
+            past = [x for cache in caches for x in cache.past()]
+            logits, *new = self.graph(input_ids, caches[0].length.clone(), new_length, past, all_logits)
         for i, cache in enumerate(caches):
             cache.append(Rows(*new[4 * i : 4 * i + 4]), new_length)
         return logits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from functools import lru_cache
 
 import torch
@@ -68,29 +67,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 _FIRST_ROWS = 256
-_CACHED = 8
-_TABLES: OrderedDict[tuple[int, torch.device], tuple[Tensor, Tensor]] = OrderedDict()
+_TABLES: dict[tuple[int, torch.device], list[tuple[Tensor, Tensor]]] = {}
 
 
 def tables_from_zero(tokens: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The float32 tables (1,T,1,d/2) of positions 0..T-1 on a GPU, made once and kept: the longest seen for each of the last few (d, device).
+    """The float32 tables (1,T,1,d/2) of positions 0..T-1 on a GPU, made once for each (d, device) and longest T so far, and kept for good.
 
-    Only for eager calls; while a CUDA graph is captured nothing is kept.
+    Kept even when longer ones replace them, because a captured CUDA graph remembers their addresses; lengths are powers of two, so all of them
+    take at most twice the longest. Only for eager calls; what is made while a CUDA graph is captured belongs to the graph and is not kept.
     """
-    key = (head_dim, device)
-    tables = _TABLES.get(key)
-    if tables is None or tables[0].shape[1] < tokens:
-        rows = max(_FIRST_ROWS, 1 << (tokens - 1).bit_length())
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be saved for a backward
-            tables = rope_tables(torch.arange(rows, device=device)[None], head_dim, torch.float32)
-        if not capturing:
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()  # other streams will read them too
-            _TABLES[key] = tables
-            if len(_TABLES) > _CACHED:
-                _TABLES.popitem(last=False)
-    return tables[0][:, :tokens], tables[1][:, :tokens]
+    kept = _TABLES.setdefault((head_dim, device), [])
+    if kept and kept[-1][0].shape[1] >= tokens:
+        return kept[-1][0][:, :tokens], kept[-1][1][:, :tokens]
+    rows = max(_FIRST_ROWS, 1 << (tokens - 1).bit_length())
+    with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be saved for a backward
+        cos, sin = rope_tables(torch.arange(rows, device=device)[None], head_dim, torch.float32)
+    if device.type != "cuda":
+        kept.append((cos, sin))
+    elif not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).synchronize()  # other streams will read them too
+        kept.append((cos, sin))
+    return cos[:, :tokens], sin[:, :tokens]
 
 
 def tables_at(positions: Tensor, limit: int, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ activations are joined, so that the backward is one product for the activations'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -334,3 +335,21 @@ def poison_rows(x: Tensor, first_bad: Tensor) -> Tensor:
     rows, flat = _rows(x, x.shape[2] * x.shape[3]), tiles("flat")
     launch(fk.fused_poison, (_cdiv(batch * tokens, flat["BT"]),), (rows, first_bad, batch * tokens, tokens, rows.shape[1] // 8), flat)
     return rows.view(x.shape)
+
+
+def appends(rows: Sequence[Tensor]) -> bool:
+    """Whether `append_rows` takes these new rows (B,T,*)."""
+    return is_eager(*rows) and uses_triton(rows[-1]) and all(x.shape[2:].numel() % 8 == 0 for x in rows)
+
+
+def append_rows(rows: Sequence[Tensor], stores: Sequence[Tensor], length: Tensor, new_length: Tensor | None) -> None:
+    """Write row t < new_length[b] (every row where None) of k_f, v_f (B,T,Hkv,d), k_b and s (B,T,D) to row length[b] + t of their stores (B,capacity,*)."""
+    from sessa_deploy.kernels import fused_kernels as fk
+    from sessa_deploy.kernels.fused_launch import launch, more
+
+    batch, tokens = rows[0].shape[:2]
+    new, apart = zip(*(_spaced(x.flatten(2)) for x in rows), strict=True)
+    widths = (new[0].shape[-1] // 8, new[-1].shape[-1] // 8)
+    launch(fk.fused_append, (tokens, batch, len(new)),
+           (*new, *stores, length, length if new_length is None else new_length, tokens, stores[0].shape[1], *widths, *(r // 8 for r in apart)),
+           more("append", ALL=new_length is None))  # fmt: skip

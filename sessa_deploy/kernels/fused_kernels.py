@@ -302,3 +302,35 @@ def fused_poison(x, first_bad, N, T, d8, BT: tl.constexpr, BD: tl.constexpr):
             o_d = start + tl.arange(0, BD)
             b_nan = tl.full([BT, BD], float("nan"), dtype=tl.float32).to(x.dtype.element_ty)
             tl.store(x + o_r[:, None] * D + o_d[None, :], b_nan, mask=m_bad[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def append_row(new, store, i_b, i_t, at, tokens, capacity, row, D, BD: tl.constexpr):
+    for start in range(0, D, BD):
+        o_d = start + tl.arange(0, BD)
+        b_x = tl.load(new + (i_b * tokens + i_t) * row + o_d, mask=o_d < D)
+        tl.store(store + (i_b * capacity + at) * D + o_d, b_x, mask=o_d < D)
+
+
+@triton.jit(do_not_specialize=["tokens", "capacity", "f8", "d8", "k8", "v8", "b8", "s8"])
+def fused_append(
+    k, v, b, s, k_store, v_store, b_store, s_store, length, new_length, tokens, capacity, f8, d8, k8, v8, b8, s8, ALL: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Grid (T, B, 4): row t < new_length[b] (every row where ALL) of k, v (rows of 8 f8 elements), b and s (8 d8) goes to row length[b] + t of its store.
+
+    New rows lie 8 k8, 8 v8, 8 b8 and 8 s8 elements apart, those of the stores (B,capacity,*) back to back; nothing goes beyond the capacity.
+    """
+    i_t, i_b, i_x = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    at = tl.load(length + i_b) + i_t
+    live = at < capacity
+    if not ALL:
+        live = live & (i_t < tl.load(new_length + i_b))
+    if live:
+        if i_x == 0:
+            append_row(k, k_store, i_b, i_t, at, tokens, capacity, k8 * 8, f8 * 8, BD)
+        elif i_x == 1:
+            append_row(v, v_store, i_b, i_t, at, tokens, capacity, v8 * 8, f8 * 8, BD)
+        elif i_x == 2:
+            append_row(b, b_store, i_b, i_t, at, tokens, capacity, b8 * 8, d8 * 8, BD)
+        else:
+            append_row(s, s_store, i_b, i_t, at, tokens, capacity, s8 * 8, d8 * 8, BD)

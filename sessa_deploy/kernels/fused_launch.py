@@ -31,6 +31,8 @@ def tiles(kind: str, width: int = 0) -> Tiles:
         return {"BT": max(1, min(ROWS, (4096 if kind == "row" else 2048) // _power(width))), "BD": _power(width), "num_warps": 8}
     if kind == "turn":
         return {"BT": max(1, min(ROWS, 2048 // _power(width))), "BD": _power(width), "num_warps": 4}
+    if kind == "append":
+        return {"BD": 1024, "num_warps": 4}
     if kind == "total":
         return {"BT": 32, "BD": 32, "num_warps": 4}
     return {"BT": 4 if kind == "flat sums" else 8, "BD": 256, "num_warps": 4}

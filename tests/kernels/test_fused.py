@@ -182,6 +182,24 @@ def test_clean_and_poison_rows(dtype: str) -> None:
     assert torch.equal(got[0], o[0]) and torch.equal(got[1, :4], o[1, :4]) and torch.isnan(got[1, 4:]).all() and torch.isnan(got[2]).all()
 
 
+@pytest.mark.parametrize("counts", [None, (3, 0, 2, 3)])
+def test_append_writes_the_counted_rows_and_nothing_else(counts: tuple[int, ...] | None) -> None:
+    capacity, before = 6, (0, 2, 6, 3)
+    wide = torch.randn(4, 3, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)
+    rows = (wide[..., :16].unflatten(-1, (2, 8)), wide[..., 16:32].unflatten(-1, (2, 8)), wide[..., 32:].contiguous(), wide[..., 16:32])
+    stores = [torch.full((4, capacity, *x.shape[2:]), torch.nan, dtype=torch.float16, device=DEVICE) for x in rows]
+    want = [x.clone() for x in stores]
+    for b, start in enumerate(before):
+        n = min(3 if counts is None else counts[b], capacity - start)
+        for store, x in zip(want, rows, strict=True):
+            store[b, start : start + n] = x[b, :n]
+    length, new = (None if c is None else torch.tensor(c, dtype=torch.int32, device=DEVICE) for c in (before, counts))
+    assert length is not None
+    fused.append_rows(rows, stores, length, new)
+    for got, x in zip(stores, want, strict=True):
+        torch.testing.assert_close(got, x, rtol=0, atol=0, equal_nan=True)
+
+
 def test_tables_from_zero_are_the_tables() -> None:
     for tokens in (5, 300, 7):
         cos, sin = tables_from_zero(tokens, 16, torch.device(DEVICE))
