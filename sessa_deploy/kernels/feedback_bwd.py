@@ -6,7 +6,7 @@ Row panels go from the last to the first; what a panel adds to rows of earlier p
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import lru_cache
 
 import torch
 import triton
@@ -22,7 +22,7 @@ from sessa_deploy.kernels.feedback_grad import (
     feedback_grad_q,
     feedback_grad_scores,
 )
-from sessa_deploy.kernels.feedback_launch import address, aligned, launcher, pinned, workspace
+from sessa_deploy.kernels.feedback_launch import Options, Workspace, address, aligned, launcher, pinned
 from sessa_deploy.kernels.feedback_tiles import apply_inverse, feedback_combine, feedback_scores, store_split
 
 
@@ -121,102 +121,115 @@ BACKWARD = (
     "feedback_grad_products", "feedback_grad_scores", "feedback_grad_q", "feedback_grad_k",
 )  # fmt: skip
 
+KERNELS = (
+    feedback_first_bad, feedback_scores, feedback_combine, feedback_solve_transposed,
+    feedback_grad_products, feedback_grad_scores, feedback_grad_q, feedback_grad_k,
+)  # fmt: skip
+
+
+class Plan:
+    """What calls of one shape on one device share: buffers, compiled kernels, and each launch's grid and integers, panels from the last on."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
+    ) -> None:
+        opt = options or pinned(BACKWARD, device, dtype, "bwd")
+        split = dtype != torch.float32
+        scores, solve, products, by_score, by_q, by_k = (opt[n] for n in (BACKWARD[1], *BACKWARD[3:]))
+        tile = solve["BT"]
+        work, pair, single = (torch.float16, torch.bfloat16, torch.float32) if split else (torch.float32,) * 3
+        shape = plan(batch, tokens, past, width, scores, 2 * work.itemsize, panel_bytes)
+        past_tiles, tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
+        tiles_n = -(-width // solve["BN"])
+        every = batch * rows
+        sizes = {
+            "e": (every * columns, work),
+            "r": (every * columns, work),  # then, in place, the scores' gradient
+            "sums": (every * tiles, single),
+            "inverse_sum": (every, single),
+            "gain": (every, single),
+            "x": (every * tile, single),
+            "inverse": (every * tile, pair),
+            "near": (2 * every * tile, work),
+            "near_scale": (2 * every, single),
+            "w": (every * width, work),
+            "scales": (every // tile * tiles_n, single),
+            "r_scales": (every // tile * tiles, single),
+            "grad_scales": (every // tile * tiles, single),
+            "carry": (batch * columns * width if panels > 1 else 0, single),
+            "carry_k": (batch * columns * width if panels > 1 else 0, single),
+        }
+        if split:
+            sizes |= {"inverselow": sizes["inverse"], "nearlow": sizes["near"], "wlow": sizes["w"]}
+        self.workspace = Workspace(sizes)
+        self.low = "low" if split else ""
+        self.past_tiles = past_tiles
+        self.sync = batch + panels + panels * batch * tiles_n
+        self.run = [launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(BACKWARD, KERNELS, strict=True)]
+        self.bad_programs = (-(-tokens // opt["feedback_first_bad"]["BT"]), batch)
+        self.panels: list[tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]] = []
+        scale = 1 / math.sqrt(width)
+        for panel in range(panels):
+            row0 = (panels - 1 - panel) * rows
+            blocks = -(-min(rows, tokens - row0) // tile)
+            before = past_tiles + row0 // tile
+            add = int(panel > 0)
+            sides = (tokens, past, width, columns, rows, past_tiles)
+            self.panels.append((
+                (score_grid(blocks * tile, before, batch, scores), (*sides, tiles, row0, 0, scale)),
+                ((blocks, batch), (tokens, columns, rows, past_tiles, tiles, row0, batch, blocks)),
+                (((blocks + before) * batch * tiles_n,), (*sides, row0, blocks, batch, panel, panels, add)),
+                (score_grid(blocks * tile, before, batch, products), (*sides, tiles, row0)),
+                ((blocks, -(-(before + blocks) // by_score["TILES"]), batch), (tokens, columns, rows, past_tiles, tiles, row0)),
+                ((-(-width // by_q["BN"]), blocks, batch), (*sides, tiles, row0, scale)),
+                ((-(-width // by_k["BN"]), before + blocks, batch), (*sides, tiles, row0, blocks, add, scale)),
+            ))  # fmt: skip
+
+
+_plan = lru_cache(maxsize=256)(Plan)
+
 
 def backward(
     ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor,
-    options: dict[str, dict[str, Any]] | None = None, panel_bytes: int = PANEL_BYTES,
+    options: Options | None = None, panel_bytes: int = PANEL_BYTES,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dgamma, df, dpast_k, dpast_s) of the forward that gave s (B,T,D) and lse (B,T). Shapes and dtypes as the inputs'.
 
     Rows from a sequence's first one with NaN or Inf in q, k or s on get gradient 0 and contribute none. options: as in the forward.
     """
-    ds, q, k, gamma, s, past_k, past_s = (aligned(x) for x in (ds, q, k, gamma, s, past_k, past_s))
+    ds, q, k, gamma, s, past_k, past_s, lse = (aligned(x) for x in (ds, q, k, gamma, s, past_k, past_s, lse))
     batch, tokens, width = q.shape
-    device, dtype = q.device, q.dtype
-    opt = options or pinned(BACKWARD, device, dtype, "bwd")
-    split = dtype != torch.float32
-    scores, solve, products, by_score, by_q, by_k = (opt[n] for n in (BACKWARD[1], *BACKWARD[3:]))
-    tile = solve["BT"]
-    work, pair, single = (torch.float16, torch.bfloat16, torch.float32) if split else (torch.float32,) * 3
-    shape = plan(batch, tokens, past_k.shape[1], width, scores, 2 * work.itemsize, panel_bytes)
-    past_tiles, tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
-    tiles_n = -(-width // solve["BN"])
+    device = q.device
+    shape = (device, q.dtype, batch, tokens, past_k.shape[1], width)
+    p = Plan(*shape, options, panel_bytes) if options else _plan(*shape, None, panel_bytes)
     if past_length.dtype != torch.int32:
         past_length = past_length.to(torch.int32)
     dq, dk, df = torch.empty_like(q), torch.empty_like(k), torch.empty_like(q)
     dgamma, dpast_k, dpast_s = torch.empty_like(gamma), torch.empty_like(past_k), torch.empty_like(past_s)
-    every = batch * rows
-    sizes = {
-        "e": (every * columns, work),
-        "r": (every * columns, work),  # then, in place, the scores' gradient
-        "sums": (every * tiles, single),
-        "inverse_sum": (every, single),
-        "gain": (every, single),
-        "x": (every * tile, single),
-        "inverse": (every * tile, pair),
-        "near": (2 * every * tile, work),
-        "near_scale": (2 * every, single),
-        "w": (every * width, work),
-        "scales": (every // tile * tiles_n, single),
-        "r_scales": (every // tile * tiles, single),
-        "grad_scales": (every // tile * tiles, single),
-        "carry": (batch * columns * width if panels > 1 else 0, single),
-        "carry_k": (batch * columns * width if panels > 1 else 0, single),
-    }
-    if split:
-        sizes |= {"inverselow": sizes["inverse"], "nearlow": sizes["near"], "wlow": sizes["w"]}
-    at, _memory = workspace(device, sizes)
-    low = "low" if split else ""
-    inverse_low, near_low, w_low = at["inverse" + low], at["near" + low], at["w" + low]
-    sync = torch.zeros(batch + panels + panels * batch * tiles_n, dtype=torch.int32, device=device)
-    bad, ticket = address(sync[:batch]), address(sync[batch:])
-    a_ds, a_q, a_k, a_gamma, a_s, a_lse, a_length = (address(x) for x in (ds, q, k, gamma, s, aligned(lse), past_length))
+    at, _memory = p.workspace.take(device)
+    sync = torch.zeros(p.sync, dtype=torch.int32, device=device)
+    bad, ticket = address(sync), address(sync[batch:])
+    a_ds, a_q, a_k, a_gamma, a_s, a_lse, a_length = (address(x) for x in (ds, q, k, gamma, s, lse, past_length))
     a_dq, a_dk, a_df, a_dgamma, a_dpast_k, a_dpast_s = (address(x) for x in (dq, dk, df, dgamma, dpast_k, dpast_s))
-    a_past_k, a_past_s = (address(past_k), address(past_s)) if past_tiles else (a_k, a_s)
-    grad = at["r"] if isinstance(at["r"], int) else at["r"].view(dtype)
-    kernels = (
-        feedback_first_bad, feedback_scores, feedback_combine, feedback_solve_transposed,
-        feedback_grad_products, feedback_grad_scores, feedback_grad_q, feedback_grad_k,
-    )  # fmt: skip
-    run = {name: launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(BACKWARD, kernels, strict=True)}
-    scale = 1 / math.sqrt(width)
-
-    run["feedback_first_bad"]((-(-tokens // opt["feedback_first_bad"]["BT"]), batch), a_q, a_k, a_s, bad, tokens, width)
-    for panel in range(panels):
-        row0 = (panels - 1 - panel) * rows
-        blocks = -(-min(rows, tokens - row0) // tile)
-        before = past_tiles + row0 // tile
-        add = int(panel > 0)
-
-        run["feedback_scores"](
-            score_grid(blocks * tile, before, batch, scores),
-            a_q, a_k, a_past_k, a_length, a_lse, bad, at["e"], at["sums"], at["sums"], ticket, tokens, shape.past, width, columns,
-            rows, past_tiles, tiles, row0, 0, scale,
+    a_past_k, a_past_s = (address(past_k), address(past_s)) if p.past_tiles else (a_k, a_s)
+    e, r, sums, inverse_sum, gain, r_scales, grad_scales = (at[n] for n in ("e", "r", "sums", "inverse_sum", "gain", "r_scales", "grad_scales"))
+    inverse, near, near_scale, w = (at[n] for n in ("inverse", "near", "near_scale", "w"))
+    inverse_low, near_low, w_low = at["inverse" + p.low], at["near" + p.low], at["w" + p.low]
+    grad = r if isinstance(r, int) else r.view(q.dtype)
+    first_bad, scores, combine, solve, products, grad_of_scores, grad_of_q, grad_of_k = p.run
+    first_bad(p.bad_programs, a_q, a_k, a_s, bad, tokens, width)
+    for by_scores, by_combine, by_solve, by_products, by_grad, by_q, by_k in p.panels:
+        scores(by_scores[0], a_q, a_k, a_past_k, a_length, a_lse, bad, e, sums, sums, ticket, *by_scores[1])
+        combine(
+            by_combine[0], e, sums, sums, a_gamma, a_length, inverse_sum, gain, a_lse, at["x"], inverse, inverse_low, near, near_low, near_scale,
+            *by_combine[1],
         )  # fmt: skip
-        run["feedback_combine"](
-            (blocks, batch), at["e"], at["sums"], at["sums"], a_gamma, a_length, at["inverse_sum"], at["gain"], a_lse, at["x"], at["inverse"],
-            inverse_low, at["near"], near_low, at["near_scale"], tokens, columns, rows, past_tiles, tiles, row0, batch, blocks,
+        solve(
+            by_solve[0], e, gain, inverse, inverse_low, near, near_low, near_scale, a_ds, a_df, w, w_low, at["scales"], at["carry"], a_dpast_s, a_length,
+            bad, ticket, *by_solve[1],
         )  # fmt: skip
-        run["feedback_solve_transposed"](
-            ((blocks + before) * batch * tiles_n,), at["e"], at["gain"], at["inverse"], inverse_low, at["near"], near_low, at["near_scale"], a_ds,
-            a_df, at["w"], w_low, at["scales"], at["carry"], a_dpast_s, a_length, bad, ticket, tokens, shape.past, width, columns, rows, past_tiles,
-            row0, blocks, batch, panel, panels, add,
-        )  # fmt: skip
-        run["feedback_grad_products"](
-            score_grid(blocks * tile, before, batch, products),
-            a_df, a_s, a_past_s, a_length, bad, at["e"], at["r"], at["r_scales"], at["sums"], tokens, shape.past, width, columns,
-            rows, past_tiles, tiles, row0,
-        )  # fmt: skip
-        run["feedback_grad_scores"](
-            (blocks, -(-(before + blocks) // by_score["TILES"]), batch), at["e"], at["r"], at["r_scales"], at["sums"], at["gain"], at["inverse_sum"],
-            grad, at["grad_scales"], a_dgamma, a_length, bad, tokens, columns, rows, past_tiles, tiles, row0,
-        )  # fmt: skip
-        run["feedback_grad_q"](
-            (-(-width // by_q["BN"]), blocks, batch), grad, at["grad_scales"], a_k, a_past_k, a_length, bad, a_dq, tokens, shape.past, width, columns,
-            rows, past_tiles, tiles, row0, scale,
-        )  # fmt: skip
-        run["feedback_grad_k"](
-            (-(-width // by_k["BN"]), before + blocks, batch), grad, at["grad_scales"], a_q, a_length, bad, at["carry_k"], a_dk, a_dpast_k, tokens,
-            shape.past, width, columns, rows, past_tiles, tiles, row0, blocks, add, scale,
-        )  # fmt: skip
+        products(by_products[0], a_df, a_s, a_past_s, a_length, bad, e, r, r_scales, sums, *by_products[1])
+        grad_of_scores(by_grad[0], e, r, r_scales, sums, gain, inverse_sum, grad, grad_scales, a_dgamma, a_length, bad, *by_grad[1])
+        grad_of_q(by_q[0], grad, grad_scales, a_k, a_past_k, a_length, bad, a_dq, *by_q[1])
+        grad_of_k(by_k[0], grad, grad_scales, a_q, a_length, bad, at["carry_k"], a_dk, a_dpast_k, *by_k[1])
     return dq, dk, dgamma, df, dpast_k, dpast_s

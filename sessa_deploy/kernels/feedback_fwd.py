@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels import launch
-from sessa_deploy.kernels.feedback_launch import address, aligned, launcher, pinned, workspace
+from sessa_deploy.kernels.feedback_launch import Options, Workspace, address, aligned, launcher, pinned
 from sessa_deploy.kernels.feedback_tiles import apply_inverse, feedback_combine, feedback_scores, finite, grouped_size, store_split
 
 PANEL_BYTES = 1 << 30  # routing tiles of one panel
@@ -215,11 +216,51 @@ def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n:
 
 
 FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_solve")
+KERNELS = (feedback_pack, feedback_scores, feedback_combine, feedback_solve)
+
+
+class Plan:
+    """What calls of one shape on one device share: buffers, compiled kernels, and each launch's grid and integers."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
+    ) -> None:
+        opt = options or pinned(FORWARD, device, dtype, "fwd")
+        scores, solve = opt["feedback_scores"], opt["feedback_solve"]
+        tile = solve["BT"]
+        split = dtype != torch.float32
+        work, pair = (torch.float16, torch.bfloat16) if split else (torch.float32, torch.float32)
+        shape = plan(batch, tokens, past, width, scores, work.itemsize, panel_bytes)
+        past_tiles, tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
+        tiles_n = -(-width // solve["BN"])
+        sizes = workspace_sizes(shape, work, pair, tiles_n, split)
+        self.workspace = Workspace(sizes)
+        self.low = "low" if split else ""
+        self.run_pack, self.run_scores, self.run_combine, self.run_solve = (
+            launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(FORWARD, KERNELS, strict=True)
+        )
+        self.pack = ((past_tiles, tiles_n, batch), (past, width, columns)) if past_tiles else None
+        self.panels: list[tuple[Any, ...]] = []
+        for panel in range(panels):
+            row0 = panel * rows
+            here = min(rows, tokens - row0)
+            blocks = -(-here // tile)
+            self.panels.append((
+                score_grid(here, past_tiles + row0 // tile, batch, scores),
+                (tokens, past, width, columns, rows, past_tiles, tiles, row0, 0 if panel else sizes["sync"][0], 1 / math.sqrt(width)),
+                (blocks, batch),
+                (tokens, columns, rows, past_tiles, tiles, row0, batch, blocks),
+                (blocks * batch * tiles_n,),
+                (tokens, width, columns, rows, past_tiles, tiles, row0, batch, panel, panels),
+            ))  # fmt: skip
+
+
+_plan = lru_cache(maxsize=256)(Plan)
 
 
 def forward(
     q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool = True,
-    options: dict[str, dict[str, Any]] | None = None, panel_bytes: int = PANEL_BYTES,
+    options: Options | None = None, panel_bytes: int = PANEL_BYTES,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """s (B,T,D) in the storage dtype and lse (B,T) float32 (None unless wanted). Shapes and meaning as in `ops.feedback_attention`.
 
@@ -227,49 +268,30 @@ def forward(
     """
     q, k, gamma, f, past_k, past_s = (aligned(x) for x in (q, k, gamma, f, past_k, past_s))
     batch, tokens, width = q.shape
-    device, dtype = q.device, q.dtype
-    opt = options or pinned(FORWARD, device, dtype, "fwd")
-    scores, combine, solve = (opt[n] for n in FORWARD[1:])
-    tile, block_n = solve["BT"], solve["BN"]
-    split = dtype != torch.float32
-    work, pair = (torch.float16, torch.bfloat16) if split else (torch.float32, torch.float32)
-    shape = plan(batch, tokens, past_k.shape[1], width, scores, work.itemsize, panel_bytes)
-    past_tiles, tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
-    tiles_n = -(-width // block_n)
-    n_sync = panels + batch * tiles_n
+    device = q.device
+    shape = (device, q.dtype, batch, tokens, past_k.shape[1], width)
+    p = Plan(*shape, options, panel_bytes) if options else _plan(*shape, None, panel_bytes)
     if past_length.dtype != torch.int32:
         past_length = past_length.to(torch.int32)
     s = torch.empty_like(f)
     lse = torch.empty(batch, tokens, dtype=torch.float32, device=device) if need_lse else None
-    at, _memory = workspace(device, workspace_sizes(shape, work, pair, tiles_n, split))
+    at, _memory = p.workspace.take(device)
     a_s, a_f, a_q, a_k, a_gamma, a_length = (address(x) for x in (s, f, q, k, gamma, past_length))
-    a_past_k, a_past_s = (address(past_k), address(past_s)) if past_tiles else (a_k, a_f)
+    a_past_k, a_past_s = (address(past_k), address(past_s)) if p.pack else (a_k, a_f)
     a_lse = at["lse"] if lse is None else address(lse)
-    kernels = ((feedback_scores, scores), (feedback_combine, combine), (feedback_solve, solve))
-    run_scores, run_combine, run_solve = (launcher(kernel, device, dtype, o) for kernel, o in kernels)
-    low = "low" if split else ""
-    inverse_low, near_low, w_low = at["inverse" + low], at["near" + low], at["w" + low]
-
-    if past_tiles:
-        launcher(feedback_pack, device, dtype, opt["feedback_pack"])(
-            (past_tiles, tiles_n, batch), a_past_s, a_length, at["w"], w_low, at["scales"], shape.past, width, columns
-        )
-    for panel in range(panels):
-        row0 = panel * rows
-        here = min(rows, tokens - row0)
-        blocks = -(-here // tile)
-        run_scores(
-            score_grid(here, past_tiles + row0 // tile, batch, scores),
-            a_q, a_k, a_past_k, a_length, a_lse, at["sync"], at["e"], at["peak"], at["total"], at["sync"], tokens, shape.past, width,
-            columns, rows, past_tiles, tiles, row0, 0 if panel else n_sync, 1 / math.sqrt(width),
+    e, peak, total, sync, w, scales = (at[n] for n in ("e", "peak", "total", "sync", "w", "scales"))
+    row_peak, gain, inverse, near, near_scale = (at[n] for n in ("row_peak", "gain", "inverse", "near", "near_scale"))
+    inverse_low, near_low, w_low = at["inverse" + p.low], at["near" + p.low], at["w" + p.low]
+    if p.pack:
+        p.run_pack(p.pack[0], a_past_s, a_length, w, w_low, scales, *p.pack[1])
+    for score_programs, score_sizes, combine_programs, combine_sizes, solve_programs, solve_sizes in p.panels:
+        p.run_scores(score_programs, a_q, a_k, a_past_k, a_length, a_lse, sync, e, peak, total, sync, *score_sizes)
+        p.run_combine(
+            combine_programs, e, peak, total, a_gamma, a_length, row_peak, gain, a_lse, at["x"], inverse, inverse_low, near, near_low, near_scale,
+            *combine_sizes,
         )  # fmt: skip
-        run_combine(
-            (blocks, batch), at["e"], at["peak"], at["total"], a_gamma, a_length, at["row_peak"], at["gain"], a_lse, at["x"], at["inverse"],
-            inverse_low, at["near"], near_low, at["near_scale"], tokens, columns, rows, past_tiles, tiles, row0, batch, blocks,
-        )  # fmt: skip
-        run_solve(
-            (blocks * batch * tiles_n,), at["e"], at["peak"], at["row_peak"], at["gain"], at["inverse"], inverse_low, at["near"], near_low,
-            at["near_scale"], a_f, a_s, at["w"], w_low, at["scales"], a_length, at["sync"], tokens, width, columns, rows, past_tiles, tiles, row0,
-            batch, panel, panels,
+        p.run_solve(
+            solve_programs, e, peak, row_peak, gain, inverse, inverse_low, near, near_low, near_scale, a_f, a_s, w, w_low, scales, a_length, sync,
+            *solve_sizes,
         )  # fmt: skip
     return s, lse

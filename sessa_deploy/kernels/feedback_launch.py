@@ -24,9 +24,12 @@ Options = dict[str, dict[str, Any]]
 Address = int | Tensor
 
 
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # as the kernels' decorators, which look once; a knob costs a microsecond to read
+
+
 def interpreted() -> bool:
     """Whether Triton runs its interpreter (TRITON_INTERPRET=1), on CPU tensors."""
-    return bool(triton.knobs.runtime.interpret)
+    return INTERPRETED
 
 
 @lru_cache(maxsize=64)
@@ -53,20 +56,32 @@ def aligned(x: Tensor) -> Tensor:
 
 def address(x: Tensor) -> Address:
     """What a launch takes for a tensor."""
-    return x if interpreted() else x.data_ptr()
+    return x if INTERPRETED else x.data_ptr()
+
+
+class Workspace:
+    """The buffers of a call in one allocation: {name: (elements, dtype)}, laid out once for all calls of a shape."""
+
+    def __init__(self, buffers: dict[str, tuple[int, torch.dtype]]) -> None:
+        self.buffers = buffers
+        self.offsets: dict[str, int] = {}
+        self.bytes = 0
+        for name, (count, dtype) in buffers.items():
+            self.offsets[name] = self.bytes
+            self.bytes += -(-count * dtype.itemsize // ALIGN) * ALIGN
+
+    def take(self, device: torch.device) -> tuple[dict[str, Address], Tensor]:
+        """Addresses of the buffers, uninitialised, and their memory, to be kept until the launches are queued."""
+        memory = torch.empty(self.bytes, dtype=torch.uint8, device=device)
+        if INTERPRETED:
+            return {n: memory[o : o + self.buffers[n][0] * self.buffers[n][1].itemsize].view(self.buffers[n][1]) for n, o in self.offsets.items()}, memory
+        base = memory.data_ptr()
+        return {n: base + o for n, o in self.offsets.items()}, memory
 
 
 def workspace(device: torch.device, buffers: dict[str, tuple[int, torch.dtype]]) -> tuple[dict[str, Address], Tensor]:
-    """Addresses of uninitialised buffers (elements, dtype) in one allocation, and that allocation, to be kept until the launches are queued."""
-    offsets, total = {}, 0
-    for name, (count, dtype) in buffers.items():
-        offsets[name] = total
-        total += -(-count * dtype.itemsize // ALIGN) * ALIGN
-    memory = torch.empty(total, dtype=torch.uint8, device=device)
-    if interpreted():
-        return {n: memory[o : o + buffers[n][0] * buffers[n][1].itemsize].view(buffers[n][1]) for n, o in offsets.items()}, memory
-    base = memory.data_ptr()
-    return {n: base + o for n, o in offsets.items()}, memory
+    """`Workspace.take` for buffers used once."""
+    return Workspace(buffers).take(device)
 
 
 _LAUNCHERS: dict[tuple[Any, ...], Callable[..., None]] = {}
@@ -80,18 +95,23 @@ def _compiled(kernel: Any, dtype: torch.dtype, options: dict[str, Any]) -> Calla
     examples = [TORCH_TYPES[t[1:]] if t.startswith("*") else 1.0 if t == "fp32" else 16 for t in types]
     binary = kernel.warmup(*examples, grid=(1,), **options)
     binary = binary.result() if hasattr(binary, "result") else binary
-    run, function, metadata = binary.run, binary.function, binary.packed_metadata
+    run, function = binary.run, binary.function
     constants = [options[name] for name in description.constexprs]
+    if binary.metadata.global_scratch_size or binary.metadata.profile_scratch_size:
+        raise ValueError(f"sessa: {kernel.__name__} wants Triton's scratch memory, which its launch does not provide")
+    # What CudaLauncher.__call__ of Triton 3.6 passes on: cooperative and dependent launch, two scratch buffers, metadata, three hooks' arguments.
+    fixed = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, binary.packed_metadata, None, None, None)
+    launch_binary = run.launch
 
     def call(stream: int, x: int, y: int, z: int, *arguments: Any) -> None:
-        run(x, y, z, stream, function, metadata, None, None, None, *arguments, *constants)
+        launch_binary(x, y, z, stream, *fixed, *arguments, *constants)
 
     return call
 
 
 def launcher(kernel: Any, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Callable[..., None]:
     """A function of (grid, *arguments) that launches `kernel` with these options for a storage dtype, on the current stream of `device`."""
-    if interpreted():
+    if INTERPRETED:
         return lambda grid, *arguments: kernel[grid](*arguments, **options)
     key = (kernel.__name__, device.index, dtype, id(options))
     entry = _LAUNCHERS.get(key)
