@@ -33,6 +33,7 @@ SIZES = {"125M": (768, 12, 12), "350M": (1024, 24, 16)}  # d_model, layers, head
 VOCABULARY = 50304
 PEERS = {"official": "official layers, eager", "eager": "ours, eager", "compile": "ours, compiled", "graph": "ours, CUDA graph",
          "compile-graph": "ours, compiled, CUDA graph", "ort": "ONNX Runtime", "trt": "TensorRT"}  # fmt: skip
+ORDER = ("trt", "graph", "official", "eager", "ort", "compile-graph", "compile")  # of running: if the budget ends, it ends with the least
 COLOURS = dict(zip(PEERS, ("#8c8c8c", "#9ecae1", "#6baed6", "#3182bd", "#08519c", "#fd8d3c", "#31a354"), strict=True))
 HERE = Path(__file__).parent
 Rows = dict[str, dict[str, Any]]
@@ -56,10 +57,12 @@ def describe(p: Point) -> str:
     return f"decode {where}, capacity {p.capacity}"
 
 
-def work(peer: str, given: argparse.Namespace, config: SessaConfig, precision: str, folder: Path) -> dict[str, Any]:
-    """Run one peer's process; what it wrote, and for each point it did not reach the reason."""
+def work(peer: str, given: argparse.Namespace, config: SessaConfig, precision: str, folder: Path, limit: float) -> dict[str, Any]:
+    """Run one peer's process for at most `limit` seconds; what it wrote, and for each point it did not reach the reason."""
     python = {"trt": given.trt_python, "ort": given.ort_python}.get(peer) or sys.executable
     wanted = points(given)
+    if "compile" in peer:
+        wanted.sort(key=lambda p: p.prompt)  # what takes longest to compile comes last
     job = {"peer": peer, "config": config.to_dict(), "precision": precision, "points": [asdict(p) for p in wanted],
            "trt_bundles": [str(b) for b in given.trt_bundle],
            **{k: None if getattr(given, k) is None else str(getattr(given, k)) for k in ("bundle", "checkpoint", "build", "device")},
@@ -70,9 +73,9 @@ def work(peer: str, given: argparse.Namespace, config: SessaConfig, precision: s
     with log.open("w") as stream:
         try:
             command = [str(python), str(HERE / "compare_worker.py"), str(folder / f"{peer}.job.json"), str(out)]
-            code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, timeout=given.limit, check=False).returncode
+            code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, timeout=limit, check=False).returncode
         except subprocess.TimeoutExpired:
-            code, reason = 124, f"not reached in {given.limit:.0f} s"
+            code, reason = 124, f"not reached in {limit:.0f} s"
         except OSError as error:
             code, reason = 127, f"{python}: {error.strerror}"
     said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
@@ -87,7 +90,7 @@ def figures(found: dict[str, dict[str, Any]], given: argparse.Namespace, bandwid
     """point -> peer -> figures, with floors and ratios."""
     table: dict[str, Rows] = {}
     for p in points(given):
-        rows = {peer: dict(result["points"][p.name]) for peer, result in found.items()}
+        rows = {peer: dict(found[peer]["points"][p.name]) for peer in given.peers}
         for row in (r for r in rows.values() if "error" not in r):
             if bandwidth and row["bytes_per_step"]:
                 row["floor_ms"] = 1e3 * row["bytes_per_step"] / bandwidth
@@ -116,7 +119,7 @@ def goals(table: dict[str, Rows]) -> list[tuple[str, str, str, dict[str, float]]
     ]
 
 
-def show(table: dict[str, Rows], given: argparse.Namespace, config: SessaConfig, title: str) -> None:
+def show(table: dict[str, Rows], found: dict[str, dict[str, Any]], given: argparse.Namespace, config: SessaConfig, title: str) -> None:
     """The tables, failures with their reasons below."""
     console = Console(width=140)
     view = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1))
@@ -142,12 +145,17 @@ def show(table: dict[str, Rows], given: argparse.Namespace, config: SessaConfig,
     console.print(view, highlight=False)
     for reason, names in failures.items():
         console.print(f"{', '.join(names)}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    for peer, result in found.items():
+        where, notes = result.get("environment", {}), result.get("notes", {})
+        library = {"trt": "tensorrt", "ort": "onnxruntime"}.get(peer, "")
+        versions = {"python": where.get("python"), library: where.get("packages", {}).get(library), **notes}
+        console.print(f"{PEERS[peer]}: {', '.join(f'{n} {v}' for n, v in versions.items() if v)}", highlight=False, markup=False, soft_wrap=True)
     if (config.d_model, config.n_layers) == SIZES["350M"][:2]:
         view = Table(title="to reach in fp16 on an H200, with TensorRT", title_justify="left", box=box.SIMPLE)
         for name in ("", "must", "aim", *(PEERS[peer] for peer in PEERS if peer in given.peers and peer != "official")):
             view.add_column(name, justify="right" if name else "left")
-        for what, must, aim, found in goals(table):
-            view.add_row(what, must, aim, *(f"{found[peer]:.3g}" if peer in found else "-" for peer in PEERS if peer in given.peers and peer != "official"))
+        for what, must, aim, values in goals(table):
+            view.add_row(what, must, aim, *(f"{values[peer]:.3g}" if peer in values else "-" for peer in PEERS if peer in given.peers and peer != "official"))
         console.print(view, highlight=False)
 
 
@@ -228,6 +236,7 @@ def parse() -> argparse.Namespace:
     add("--max-seconds", type=float, default=15.0, help="but no longer than this")
     add("--prefills", type=int, default=5)
     add("--limit", type=float, default=600.0, help="seconds a peer may take in all")
+    add("--budget", type=float, default=3600.0, help="seconds all peers may take together")
     add("--bandwidth", type=float, help="GB/s of the memory; default: measured by a copy")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--out", type=Path, default=RESULTS)
@@ -241,9 +250,11 @@ def main() -> None:
     config, precision = model(given)
     given.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        for peer in given.peers:
-            found[peer] = work(peer, given, config, precision, Path(folder))
+        for peer in sorted(given.peers, key=ORDER.index):
+            limit = min(given.limit, given.budget - (time.monotonic() - began))
+            found[peer] = work(peer, given, config, precision, Path(folder), max(limit, 0.0))
             reached = sum("error" not in row for row in found[peer]["points"].values())
             print(f"{PEERS[peer]}: {reached} of {len(found[peer]['points'])} points in {found[peer]['seconds']:.0f} s", flush=True)
     measured = [float(result["bandwidth"]) for result in found.values() if result.get("bandwidth")]
@@ -259,7 +270,7 @@ def main() -> None:
         "peers": {peer: {k: result.get(k) for k in ("environment", "notes", "seconds")} for peer, result in found.items()}, "points": table,
         "goals": [{"what": what, "must": must, "aim": aim, "found": values} for what, must, aim, values in goals(table)],
     }, indent=1) + "\n")  # fmt: skip
-    show(table, given, config, title)
+    show(table, found, given, config, title)
     plot(table, given, title, given.out / "compare.png")
     print(given.out / "compare.json")
 

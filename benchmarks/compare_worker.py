@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from sessa_deploy.config import SessaConfig
+from sessa_deploy.contract import PRECISIONS
 from sessa_deploy.runtime import driver, environment, traffic
 
 WINDOW = 64  # steps before the context is rewound to where it began
@@ -101,8 +102,16 @@ class Runtime(Peer):
 
     def begin(self, contexts: tuple[int, ...]) -> None:
         self.backend.reset()
-        self.contexts = contexts
-        self._feed(np.array(contexts), max(1, min(self.backend.best_chunk, FILL_TOKENS // len(contexts))))
+        self.contexts, on_device = contexts, getattr(self.backend, "_device", None)
+        if on_device is None:
+            self._feed(np.array(contexts), max(1, min(self.backend.best_chunk, FILL_TOKENS // len(contexts))))
+            return
+        # ONNX Runtime would take long to prefill a batch: it reads the whole capacity at every step.
+        rows = np.random.default_rng(0).standard_normal((max(contexts), self.config.d_model), np.float32)
+        raw = (rows.view(np.uint32) >> 16).astype(np.uint16).tobytes() if self.precision == "bf16" else rows.astype(PRECISIONS[self.precision].numpy).tobytes()
+        for row, length in enumerate(contexts):
+            on_device.overwrite(row, raw[: length * len(raw) // len(rows)])
+        self.backend.length[:] = contexts
 
     def rewind(self) -> None:
         for row, length in enumerate(self.contexts):

@@ -104,6 +104,12 @@ class DeviceCache:
             flat = np.frombuffer(raw, self._kind)
         return flat.reshape(length, *self._shapes[entry]).copy()
 
+    def overwrite(self, sequence: int, raw: bytes) -> None:
+        """Lay `raw` over the first rows of every entry of one sequence, as far as it goes: contents for a benchmark."""
+        for value, row in zip(self._values, self._row, strict=True):
+            size = min(len(raw), self.capacity * row) // row * row
+            self.memory.write(value.data_ptr() + sequence * self.capacity * row, raw[:size])
+
     def poison(self, length: NDArray[np.int32]) -> None:
         """NaN into everything that is no sequence's valid row."""
         kind, nan = _BITS[self._precision]

@@ -317,3 +317,13 @@ for backend in ("ort", "auto"):
 """
     lines = run_blocked(code, "onnxruntime").splitlines()
     assert len(lines) == 2 and all("pip install onnxruntime" in line for line in lines)
+
+
+def test_overwritten_rows_are_what_a_step_reads(tiny_bundle):
+    backend = rehearsed(tiny_bundle, 2, 40)
+    rows = np.random.default_rng(0).standard_normal((10, 16), np.float32)
+    for row in (0, 1):
+        backend._device.overwrite(row, rows[: 10 - row].tobytes())
+    backend.length[:] = (10, 9)
+    assert np.array_equal(backend.cached(0)["past.1.s"], rows) and np.array_equal(backend.cached(1)["past.0.k_f"].reshape(-1)[:72], rows.reshape(-1)[:72])
+    assert np.isfinite(backend.step(np.array([[1], [2]]), np.array([1, 1]))).all()
