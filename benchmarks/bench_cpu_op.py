@@ -9,7 +9,7 @@ import argparse
 from typing import Any
 
 import torch
-from common import line_plot, machine, median_ms, peak_growth_mib, write
+from common import line_plot, machine, paired_ms, peak_growth_mib, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -60,9 +60,8 @@ def main() -> None:
             raise SystemExit(f"the two disagree by {difference:.1e} at {shape}: nothing to compare")
         repeats = 3 if quick or tokens > 2048 else 9
         row: dict[str, Any] = {"shape": shape}
-        row["official_ms"] = median_ms(lambda d=data: official(*d), repeats)
-        row["ours_ms"] = median_ms(lambda d=data: feedback_attention(*d), repeats)
-        row["speedup"] = row["official_ms"] / row["ours_ms"]
+        calls = (lambda d=data: official(*d), lambda d=data: feedback_attention(*d))
+        (row["official_ms"], row["ours_ms"]), row["speedup"] = paired_ms(calls, repeats)
         small = (1, 8, shape[2])
         row["official_mib"], row["ours_mib"] = (peak_growth_mib(run, (shape,), (small,)) for run in (run_official, run_ours))
         rows.append(row)

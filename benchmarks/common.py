@@ -7,23 +7,24 @@ import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def median_ms(call: Callable[[], object], repeats: int = 9, warmup: int = 2) -> float:
-    """Median wall time of one call in milliseconds."""
-    for _ in range(warmup):
-        call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+def paired_ms(calls: Sequence[Callable[[], object]], repeats: int = 9, warmup: int = 2) -> tuple[list[float], float]:
+    """(median milliseconds of each call, median over rounds of first / second): the calls take turns, so that other load hits all alike."""
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(warmup + repeats):
+        order = list(enumerate(calls))
+        for i, call in order if turn % 2 else reversed(order):
+            start = time.perf_counter()
+            call()
+            if turn >= warmup:
+                times[i].append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(t) for t in times], statistics.median(a / b for a, b in zip(times[0], times[1], strict=True))
 
 
 def _status_kib(field: str) -> int:
