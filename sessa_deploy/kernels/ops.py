@@ -165,8 +165,7 @@ _feedback_attention.register_autograd(_feedback_grad, setup_context=_save_feedba
 _feedback_attention_fwd.register_autograd(_feedback_grad, setup_context=_save_feedback)
 
 
-@torch.library.custom_op("sessa::causal_attention", mutates_args=())
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor) -> Tensor:
+def _causal_forward(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor) -> Tensor:
     _check_causal(q, k, v, past_k, past_v, past_length)
     if q.numel() == 0:
         return torch.empty_like(q)
@@ -178,6 +177,11 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: T
         if causal_launch.takes(q):
             return causal_launch.forward(q, k, v, past_k, past_v, past_length)
     return cpu.causal_forward(q, k, v, past_k, past_v, past_length)
+
+
+@torch.library.custom_op("sessa::causal_attention", mutates_args=())
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor) -> Tensor:
+    return _causal_forward(q, k, v, past_k, past_v, past_length)
 
 
 def _causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -319,4 +323,6 @@ def causal_attention(
         past_k, past_v = (k.new_empty(k.shape[0], 0, *k.shape[2:]) for _ in range(2))
         past_length = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
     past_k, past_v = _cast_for_autocast(past_k, past_v)
+    if is_eager(q, k, v, past_k, past_v, past_length) and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, past_k, past_v))):
+        return _causal_forward(q, k, v, past_k, past_v, past_length)
     return torch.ops.sessa.causal_attention(q, k, v, past_k, past_v, past_length)
