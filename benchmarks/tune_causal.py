@@ -104,7 +104,7 @@ class StepCase:
                 self.capacity, self.kv_heads, group, units, scale, **partial,
             )  # fmt: skip
             causal_step.causal_step_combine[(self.heads, -(-self.width // combine["BLOCK_D"]), self.batch)](
-                part, stat, self.length, self.out, self.capacity, splits, partial["BLOCK_R"], units, scale, **combine
+                part, stat, self.length, self.out, self.capacity, splits, partial["BLOCK_R"], units, **combine
             )
 
         return [lambda past=past: one(past) for past in self.past]  # type: ignore[misc]

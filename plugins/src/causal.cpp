@@ -74,7 +74,7 @@ struct Step final : Plan
         first.add(i32(p.capacity)).add(i32(p.kvHeads)).add(i32(group)).add(units).add(scaleLog2(p));
         Arguments second;
         second.add(part).add(stat).add(t.in[kPastLength]).add(t.out);
-        second.add(i32(p.capacity)).add(i32(splits)).add(partial->tile("BLOCK_R")).add(units).add(scaleLog2(p));
+        second.add(i32(p.capacity)).add(i32(splits)).add(partial->tile("BLOCK_R")).add(units);
         return launch(*partial, {blocks, splits, p.batch}, first, stream, error)
             && launch(*combine, {p.heads, ceilDiv(p.width, combine->tile("BLOCK_D")), p.batch}, second, stream, error);
     }

@@ -20,12 +20,12 @@ from sessa_deploy.kernels.launch_causal import MULTIPLE, head_variant
 
 @triton.jit
 def _attend(
-    b_acc, b_max, b_sum, b_q, k, v, stride_k, stride_v, begin, end, rows, o_t, width, scale,
-    BN: tl.constexpr, BD: tl.constexpr, DIAGONAL: tl.constexpr,
+    b_acc, b_max, b_sum, b_q, k, v, stride_k, stride_v, begin, end, o_t, width, scale,
+    BN: tl.constexpr, BD: tl.constexpr, EDGE: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """Adds keys begin..end of k, v (rows, d) to the running softmax; strides in units of 8 elements.
 
-    Rows from `rows` on are not read and do not count; DIAGONAL: key j counts for o_t >= j only.
+    EDGE: the last tile goes beyond `end`, where nothing is read and nothing counts. DIAGONAL: and key j counts for o_t >= j only.
     """
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
@@ -33,11 +33,14 @@ def _attend(
     SHIFT: tl.constexpr = 12.0 if k.dtype.element_ty == tl.float16 else 0.0  # of all weights alike: small ones stay normal numbers
     for start in range(begin, end, BN):
         o_j = start + o_n
-        m_j = o_j < rows
+        m_j = o_j < end
         o_row = o_j.to(tl.int64) * 8
-        b_k = tl.load(k + o_row[None, :] * stride_k + o_d[:, None], mask=m_d[:, None] & m_j[None, :], other=0.0)
+        m_k, m_v = m_d[:, None], m_d[None, :]
+        if EDGE:
+            m_k, m_v = m_k & m_j[None, :], m_v & m_j[:, None]
+        b_k = tl.load(k + o_row[None, :] * stride_k + o_d[:, None], mask=m_k, other=0.0)
         b_x = tl.dot(b_q, b_k, input_precision="ieee")
-        b_v = tl.load(v + o_row[:, None] * stride_v + o_d[None, :], mask=m_j[:, None] & m_d[None, :], other=0.0)
+        b_v = tl.load(v + o_row[:, None] * stride_v + o_d[None, :], mask=m_v, other=0.0)
         if DIAGONAL:
             # A weight of zero does not stop a NaN: the row's bad values go, and those who may see it get a NaN weight.
             fine = tl.abs(b_v.to(tl.float32)) < float("inf")
@@ -45,11 +48,11 @@ def _attend(
             b_v = tl.where(fine, b_v, 0.0).to(b_v.dtype)
             b_x = tl.where(b_bad[None, :] > 0, float("nan"), b_x)
             b_x = tl.where(o_j[None, :] <= o_t[:, None], b_x, float("-inf"))
-        else:
+        elif EDGE:
             b_x = tl.where(m_j[None, :], b_x, float("-inf"))
-        b_top = tl.maximum(b_max, tl.max(b_x, 1))
-        b_fade = tl.exp2((b_max - b_top) * scale)
-        b_p = tl.exp2((b_x - b_top[:, None]) * scale + SHIFT).to(b_v.dtype)
+        b_top = tl.maximum(b_max, tl.max(b_x, 1) * scale)
+        b_fade = tl.exp2(b_max - b_top)
+        b_p = tl.exp2(b_x * scale - (b_top - SHIFT)[:, None]).to(b_v.dtype)
         b_sum = b_sum * b_fade + tl.sum(b_p.to(tl.float32), 1)
         b_acc = tl.dot(b_p, b_v, b_acc * b_fade[:, None], input_precision="ieee")
         b_max = b_top
@@ -78,15 +81,23 @@ def causal_prefill(
     b_max = tl.full([BM], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BM], dtype=tl.float32)
     b_acc = tl.zeros([BM, BD], dtype=tl.float32)
+    k_past, v_past = past_k + i_b * stride_kb * 8 + i_kv * width, past_v + i_b * stride_vb * 8 + i_kv * width
+    whole = tl.maximum(length, 0) // BN * BN
     b_acc, b_max, b_sum = _attend(
-        b_acc, b_max, b_sum, b_q, past_k + i_b * stride_kb * 8 + i_kv * width, past_v + i_b * stride_vb * 8 + i_kv * width, stride_kr, stride_vr,
-        0, length, length, o_t, width, scale, BN, BD, False,
-    )  # fmt: skip
+        b_acc, b_max, b_sum, b_q, k_past, v_past, stride_kr, stride_vr, 0, whole, o_t, width, scale, BN, BD, EDGE=False, DIAGONAL=False
+    )
+    b_acc, b_max, b_sum = _attend(
+        b_acc, b_max, b_sum, b_q, k_past, v_past, stride_kr, stride_vr, whole, length, o_t, width, scale, BN, BD, EDGE=True, DIAGONAL=False
+    )
     stride = (heads // group) * units
     o_new = i_b * tokens * stride * 8 + i_kv * width
-    b_acc, b_max, b_sum = _attend(b_acc, b_max, b_sum, b_q, k + o_new, v + o_new, stride, stride, 0, i_m * BM, tokens, o_t, width, scale, BN, BD, False)
     last = tl.minimum((i_m + 1) * BM, tokens)
-    b_acc, b_max, b_sum = _attend(b_acc, b_max, b_sum, b_q, k + o_new, v + o_new, stride, stride, i_m * BM, last, tokens, o_t, width, scale, BN, BD, True)
+    b_acc, b_max, b_sum = _attend(
+        b_acc, b_max, b_sum, b_q, k + o_new, v + o_new, stride, stride, 0, i_m * BM, o_t, width, scale, BN, BD, EDGE=False, DIAGONAL=False
+    )
+    b_acc, b_max, b_sum = _attend(
+        b_acc, b_max, b_sum, b_q, k + o_new, v + o_new, stride, stride, i_m * BM, last, o_t, width, scale, BN, BD, EDGE=True, DIAGONAL=True
+    )
     tl.store(out + o_q, (b_acc / b_sum[:, None]).to(out.dtype.element_ty), mask=m_q)
 
 

@@ -21,73 +21,112 @@ from sessa_deploy.kernels.launch_causal import MULTIPLE, head_variant
 LOG2E = 1.4426950408889634
 
 
+@triton.jit
+def _with_new(b_q, b_max, b_sum, b_acc, b_k, b_v, o_r):
+    """Puts the new row into row slot 0: b_k, b_v (heads, lanes)."""
+    b_bad = tl.max(tl.where(tl.abs(b_k) < float("inf"), 0, 1), 1)  # an infinite key makes the row NaN, not a weight of zero
+    b_x = tl.where(b_bad > 0, float("nan"), tl.sum(b_q * b_k, 1))
+    slot = (o_r == 0)[:, None]
+    return tl.where(slot, b_x[None, :], b_max), tl.where(slot, 1.0, b_sum), tl.where(slot[:, :, None], b_v[None, :, :], b_acc)
+
+
+@triton.jit
+def _fold(b_q, b_max, b_sum, b_acc, b_k, b_v, m_row):
+    """Adds a tile of rows to the running softmax of each slot: b_k, b_v, b_acc (rows, heads, lanes), b_max, b_sum (rows, heads)."""
+    b_x = tl.where(m_row[:, None], tl.sum(b_k * b_q[None, :, :], 2), float("-inf"))
+    b_top = tl.maximum(b_max, b_x)
+    b_base = tl.where(b_top == float("-inf"), 0.0, b_top)  # a slot that has seen no row yet
+    b_p = tl.exp2(b_x - b_base)
+    b_fade = tl.exp2(b_max - b_base)
+    return b_top, b_sum * b_fade + b_p, b_acc * b_fade[:, :, None] + b_v * b_p[:, :, None]
+
+
+@triton.jit
+def _finish(part, stat, o_part, m_head, o_d, m_d, width, b_max, b_sum, b_acc):
+    """Adds the slots of a split and stores them: part (.., d), stat (.., 2) at o_part."""
+    b_top = tl.max(b_max, 0)
+    b_w = tl.where(b_max == float("-inf"), 0.0, tl.exp2(b_max - b_top[None, :]))
+    tl.store(part + o_part[:, None] * width + o_d[None, :], tl.sum(b_acc * b_w[:, :, None], 0), mask=m_head[:, None] & m_d[None, :])
+    tl.store(stat + o_part * 2, b_top, mask=m_head)
+    tl.store(stat + o_part * 2 + 1, tl.sum(b_sum * b_w, 0), mask=m_head)
+
+
 @triton.jit(do_not_specialize=launch.do_not_specialize("causal_step_partial"))
 def causal_step_partial(
     q, k, v, past_k, past_v, past_length, part, stat,
     stride_kb: tl.int64, stride_kr, stride_vb: tl.int64, stride_vr, capacity, heads, group, units, scale,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(Hkv / BLOCK_H) * ceil(group / BLOCK_G), splits, B). part (B,Hq,splits,d), stat (B,Hq,splits,2) = (maximum, sum).
+    """Grid (ceil(Hkv / BLOCK_H) * ceil(group / BLOCK_G), splits, B). part (B,Hq,splits,d), stat (B,Hq,splits,2) = (maximum in log2 units, sum).
 
     heads = Hkv, group = Hq / Hkv, scale = d^-1/2 * log2(e); units = d / 8, and the strides are in units of 8 elements too. A tile is
-    (BLOCK_R, BLOCK_G, BLOCK_H, BLOCK_D): rows, query heads of a key/value head, key/value heads, lanes. Each row slot is on its own until the end,
-    so that nothing crosses warps inside the loop.
+    (BLOCK_R, BLOCK_H, BLOCK_D): rows, key/value heads, lanes, and serves BLOCK_G (1 or 4) query heads of each. Each row slot is on its own until the
+    end, so that nothing crosses warps inside the loop; tensors of another rank in there would cost a trip through shared memory each.
     """
     i_split = tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)
     splits = tl.num_programs(1)
+    length = tl.minimum(tl.load(past_length + i_b), capacity)
+    if (i_split * BLOCK_R >= length) & (i_split > 0):  # without rows: the combination does not read this split
+        return
     group_blocks = tl.cdiv(group, BLOCK_G)
     width = units * 8
-    length = tl.minimum(tl.load(past_length + i_b), capacity)
     o_r = tl.arange(0, BLOCK_R)
-    o_g = (tl.program_id(0) % group_blocks) * BLOCK_G + tl.arange(0, BLOCK_G)[:, None]
     o_h = (tl.program_id(0) // group_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     o_d = tl.arange(0, BLOCK_D)
-    m_hd = (o_h < heads)[:, None] & (o_d < width)[None, :]
+    m_h, m_d = o_h < heads, o_d < width
+    m_hd = m_h[:, None] & m_d[None, :]
     o_hd = o_h[:, None] * width + o_d[None, :]
-    o_q = i_b * heads * group + o_h[None, :] * group + o_g  # (BLOCK_G, BLOCK_H): query heads
-    m_q = (o_h < heads)[None, :] & (o_g < group)
-    m_qd = m_q[:, :, None] & (o_d < width)[None, None, :]
-    b_q = tl.load(q + o_q[:, :, None] * width + o_d[None, None, :], mask=m_qd, other=0.0).to(tl.float32)
-    # The new row stands in row slot 0 of split 0.
-    m_new = m_hd & (i_split == 0)
-    b_k0 = tl.load(k + i_b * heads * width + o_hd, mask=m_new, other=0.0).to(tl.float32)
-    b_v0 = tl.load(v + i_b * heads * width + o_hd, mask=m_new, other=0.0).to(tl.float32)
-    b_bad = tl.max(tl.where(tl.abs(b_k0) < float("inf"), 0, 1), 1)  # an infinite key makes the row NaN, not a weight of zero
-    b_x0 = tl.where(b_bad[None, :] > 0, float("nan"), tl.sum(b_q * b_k0[None, :, :], 2))
-    first = (o_r == 0) & (i_split == 0)
-    b_max = tl.where(first[:, None, None], b_x0[None, :, :], float("-inf"))
-    b_sum = tl.where(first[:, None, None], tl.full([BLOCK_R, BLOCK_G, BLOCK_H], 1.0, dtype=tl.float32), 0.0)
-    b_acc = tl.where(first[:, None, None, None], tl.zeros([BLOCK_R, BLOCK_G, BLOCK_H, BLOCK_D], dtype=tl.float32) + b_v0[None, None, :, :], 0.0)
-    p_k = past_k + i_b * stride_kb * 8 + o_hd[None, :, :]
-    p_v = past_v + i_b * stride_vb * 8 + o_hd[None, :, :]
+    i_g = (tl.program_id(0) % group_blocks) * BLOCK_G
+    o_q = (i_b * heads + o_h) * group + i_g  # query heads, the first of the BLOCK_G
+    p_q = q + o_q[:, None] * width + o_d[None, :]
+    b_q0 = tl.load(p_q, mask=m_hd, other=0.0).to(tl.float32) * scale
+    b_max0 = tl.full([BLOCK_R, BLOCK_H], float("-inf"), dtype=tl.float32)
+    b_sum0 = tl.zeros([BLOCK_R, BLOCK_H], dtype=tl.float32)
+    b_acc0 = tl.zeros([BLOCK_R, BLOCK_H, BLOCK_D], dtype=tl.float32)
+    if BLOCK_G == 4:
+        m_1, m_2, m_3 = m_h & (i_g + 1 < group), m_h & (i_g + 2 < group), m_h & (i_g + 3 < group)
+        b_q1 = tl.load(p_q + width, mask=m_1[:, None] & m_d[None, :], other=0.0).to(tl.float32) * scale
+        b_q2 = tl.load(p_q + 2 * width, mask=m_2[:, None] & m_d[None, :], other=0.0).to(tl.float32) * scale
+        b_q3 = tl.load(p_q + 3 * width, mask=m_3[:, None] & m_d[None, :], other=0.0).to(tl.float32) * scale
+        b_max1, b_sum1, b_acc1 = b_max0, b_sum0, b_acc0
+        b_max2, b_sum2, b_acc2 = b_max0, b_sum0, b_acc0
+        b_max3, b_sum3, b_acc3 = b_max0, b_sum0, b_acc0
+    if i_split == 0:
+        b_k0 = tl.load(k + i_b * heads * width + o_hd, mask=m_hd, other=0.0).to(tl.float32)
+        b_v0 = tl.load(v + i_b * heads * width + o_hd, mask=m_hd, other=0.0).to(tl.float32)
+        b_max0, b_sum0, b_acc0 = _with_new(b_q0, b_max0, b_sum0, b_acc0, b_k0, b_v0, o_r)
+        if BLOCK_G == 4:
+            b_max1, b_sum1, b_acc1 = _with_new(b_q1, b_max1, b_sum1, b_acc1, b_k0, b_v0, o_r)
+            b_max2, b_sum2, b_acc2 = _with_new(b_q2, b_max2, b_sum2, b_acc2, b_k0, b_v0, o_r)
+            b_max3, b_sum3, b_acc3 = _with_new(b_q3, b_max3, b_sum3, b_acc3, b_k0, b_v0, o_r)
+    o_first = (i_split * BLOCK_R + o_r).to(tl.int64)[:, None, None] * 8
+    p_k = past_k + i_b * stride_kb * 8 + o_first * stride_kr + o_hd[None, :, :]
+    p_v = past_v + i_b * stride_vb * 8 + o_first * stride_vr + o_hd[None, :, :]
+    step_k = (splits * BLOCK_R).to(tl.int64) * stride_kr * 8
+    step_v = (splits * BLOCK_R).to(tl.int64) * stride_vr * 8
     for start in tl.range(i_split * BLOCK_R, length, splits * BLOCK_R, num_stages=STAGES):
-        o_row = start + o_r
-        m_row = o_row < length
+        m_row = start + o_r < length
         mask = m_row[:, None, None] & m_hd[None, :, :]
-        o_row = o_row.to(tl.int64)[:, None, None] * 8
-        b_k = tl.load(p_k + o_row * stride_kr, mask=mask, other=0.0)
-        b_v = tl.load(p_v + o_row * stride_vr, mask=mask, other=0.0)
-        b_x = tl.sum(b_k.to(tl.float32)[:, None, :, :] * b_q[None, :, :, :], 3)  # (BLOCK_R, BLOCK_G, BLOCK_H)
-        b_x = tl.where(m_row[:, None, None], b_x, float("-inf"))
-        b_top = tl.maximum(b_max, b_x)
-        b_base = tl.where(b_top == float("-inf"), 0.0, b_top)  # a slot that has seen no row yet
-        b_p = tl.exp2((b_x - b_base) * scale)
-        b_fade = tl.exp2((b_max - b_base) * scale)
-        b_sum = b_sum * b_fade + b_p
-        b_acc = b_acc * b_fade[:, :, :, None] + b_v.to(tl.float32)[:, None, :, :] * b_p[:, :, :, None]
-        b_max = b_top
-    if (i_split * BLOCK_R < length) | (i_split == 0):  # a split without rows writes nothing, and the combination does not read it
-        b_top = tl.max(b_max, 0)
-        b_w = tl.where(b_max == float("-inf"), 0.0, tl.exp2((b_max - b_top[None, :, :]) * scale))
-        o_part = o_q * splits + i_split
-        tl.store(part + o_part[:, :, None] * width + o_d[None, None, :], tl.sum(b_acc * b_w[:, :, :, None], 0), mask=m_qd)
-        tl.store(stat + o_part * 2, b_top, mask=m_q)
-        tl.store(stat + o_part * 2 + 1, tl.sum(b_sum * b_w, 0), mask=m_q)
+        b_k = tl.load(p_k, mask=mask, other=0.0).to(tl.float32)
+        b_v = tl.load(p_v, mask=mask, other=0.0).to(tl.float32)
+        p_k += step_k
+        p_v += step_v
+        b_max0, b_sum0, b_acc0 = _fold(b_q0, b_max0, b_sum0, b_acc0, b_k, b_v, m_row)
+        if BLOCK_G == 4:
+            b_max1, b_sum1, b_acc1 = _fold(b_q1, b_max1, b_sum1, b_acc1, b_k, b_v, m_row)
+            b_max2, b_sum2, b_acc2 = _fold(b_q2, b_max2, b_sum2, b_acc2, b_k, b_v, m_row)
+            b_max3, b_sum3, b_acc3 = _fold(b_q3, b_max3, b_sum3, b_acc3, b_k, b_v, m_row)
+    o_part = o_q * splits + i_split
+    _finish(part, stat, o_part, m_h, o_d, m_d, width, b_max0, b_sum0, b_acc0)
+    if BLOCK_G == 4:
+        _finish(part, stat, o_part + splits, m_1, o_d, m_d, width, b_max1, b_sum1, b_acc1)
+        _finish(part, stat, o_part + 2 * splits, m_2, o_d, m_d, width, b_max2, b_sum2, b_acc2)
+        _finish(part, stat, o_part + 3 * splits, m_3, o_d, m_d, width, b_max3, b_sum3, b_acc3)
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("causal_step_combine"))
-def causal_step_combine(part, stat, past_length, out, capacity, splits, rows, units, scale, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+def causal_step_combine(part, stat, past_length, out, capacity, splits, rows, units, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
     """Grid (Hq, ceil(d / BLOCK_D), B): o (B,Hq,d), the sum of the splits over its weight; BLOCK_S covers every split, rows is the partial kernel's tile."""
     i_b = tl.program_id(2)
     width = units * 8
@@ -102,7 +141,7 @@ def causal_step_combine(part, stat, past_length, out, capacity, splits, rows, un
     b_part = tl.load(part + o_part[:, None] * width + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
     b_max = tl.load(stat + o_part * 2, mask=m_s, other=float("-inf"))
     b_sum = tl.load(stat + o_part * 2 + 1, mask=m_s, other=0.0)
-    b_w = tl.where(m_s, tl.exp2((b_max - tl.max(b_max, 0)) * scale), 0.0)
+    b_w = tl.where(m_s, tl.exp2(b_max - tl.max(b_max, 0)), 0.0)
     b_o = tl.sum(b_part * b_w[:, None], 0) / tl.sum(b_w * b_sum, 0)
     tl.store(out + i_q * width + o_d, b_o.to(out.dtype.element_ty), mask=m_d)
 
@@ -150,6 +189,6 @@ def step(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_l
     )  # fmt: skip
     launcher(causal_step_combine, device, dtype, combine)(
         (q_heads, triton.cdiv(width, combine["BLOCK_D"]), batch), at["part"], at["stat"], address(past_length), address(out),
-        capacity, splits, partial["BLOCK_R"], width // MULTIPLE, scale,
+        capacity, splits, partial["BLOCK_R"], width // MULTIPLE,
     )  # fmt: skip
     return out

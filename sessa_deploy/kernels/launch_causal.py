@@ -33,7 +33,7 @@ CAUSAL_KERNELS: dict[str, Kernel] = {
         Kernel(
             "causal_step_combine",
             "sessa_deploy.kernels.causal_step",
-            (*pointers("part", "stat", type="*fp32"), Param("past_length", "*i32"), *pointers("out"), *integers("capacity", "splits", "rows", "units"), _SCALE),
+            (*pointers("part", "stat", type="*fp32"), Param("past_length", "*i32"), *pointers("out"), *integers("capacity", "splits", "rows", "units")),
             ("BLOCK_S", "BLOCK_D"),
             ("any",),
             scalar_loads=8,

@@ -159,6 +159,8 @@ def test_large_on_the_gpu(heads: tuple[int, int], width: int) -> None:
 
 @pytest.mark.gpu
 def test_the_op_takes_the_kernels_and_matches_its_own_cpu_path() -> None:
+    from sessa_deploy.kernels.ops import causal_attention  # noqa: F401 (registers torch.ops.sessa)
+
     for tokens in (1, 100):
         inputs = case(tokens, 128, [128, 5], (4, 2), 64, torch.float16)
         op = torch.ops.sessa.causal_attention(*(x.cuda() for x in inputs)).cpu()
