@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CACHE_FIELDS, PRECISIONS, cache_row_shape
 from sessa_deploy.errors import UserError
-from sessa_deploy.kernels import fused
+from sessa_deploy.kernels import fused, fused_rows
 from sessa_deploy.kernels.ops import causal_attention, feedback_attention, is_eager
 from sessa_deploy.rope import rope_tables, rotate, tables_at, tables_from_zero
 
@@ -83,8 +83,8 @@ class SessaCache:
         """Write the first new_length[b] of the T given rows of each sequence at length[b] and advance; all T where new_length is None."""
         batch, tokens = rows.s.shape[:2]
         self.require(tokens, new_length)
-        if fused.appends(rows):
-            fused.append_rows(rows, [getattr(self, name) for name in CACHE_FIELDS], self.length, new_length)
+        if fused_rows.appends(rows):
+            fused_rows.append_rows(rows, [getattr(self, name) for name in CACHE_FIELDS], self.length, new_length)
         elif batch == 1 and self.length.device.type == "cpu":
             start, count = int(self.length[0]), tokens if new_length is None else int(new_length[0])
             for name, new in zip(CACHE_FIELDS, rows, strict=True):

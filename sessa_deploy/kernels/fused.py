@@ -7,7 +7,7 @@ activations are joined, so that the backward is one product for the activations'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,7 @@ def _unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def parameters(layer: Any) -> tuple[Tensor, ...]:
-    """The layer's parameters as `head` and `tail` take them: norm, W_in, gain, q, k, v and feedback projections, W_out."""
+    """The layer's parameters as `head` and `tail` take them: norm, W_in, gain, q, k, v and feedback projections, bias and weight of W_out."""
     # straight from the modules' dictionaries: attribute look-ups on modules would cost as much as a launch
     modules = layer._modules
     mixer = modules["mixer"]
@@ -62,7 +62,7 @@ def parameters(layer: Any) -> tuple[Tensor, ...]:
     gain = (inner["gamma_ctx"]._parameters["weight"], mixer._parameters["gamma_bias"])
     pairs = [p[name] for p in ends for name in ("weight", "bias")]
     last = modules["W_out"]._parameters
-    return (*pairs, *gain, *[p[name] for p in linear for name in ("weight", "bias")], last["weight"], last["bias"])
+    return (*pairs, *gain, *[p[name] for p in linear for name in ("weight", "bias")], last["bias"], last["weight"])
 
 
 def applies(layer: Any, x: Tensor) -> tuple[Tensor, ...] | None:
@@ -92,25 +92,28 @@ def head(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: tup
     mixer = layer._modules["mixer"]
     form = Form(mixer.n_heads, mixer.n_kv_heads, mixer.head_dim, layer._modules["ln"].eps, mixer.gamma_max)
     cos, sin = (None, None) if rope is None else (rope[0].contiguous(), rope[1].contiguous())
-    weights = weights[:-2]
+    weights = weights[:-1]
     if torch.is_grad_enabled() and any(p.requires_grad for p in (x, *weights)):
         return Head(*_Head.apply(form, cos, sin, x, *weights))
     return Head(*_head_forward(form, cos, sin, x, weights)[0])
 
 
 def tail(x: Tensor, s: Tensor, g: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-    """x + (s g) weight^T + bias for x, s, g (B,T,D); weight and bias are the last of `weights`."""
-    weight, bias = weights[-2:]
-    if torch.is_grad_enabled() and any(p.requires_grad for p in (x, s, g, weight, bias)):
+    """x + (s g) weight^T + bias for x, s, g (B,T,D); bias and weight are the last of `weights`, x and g from `head`.
+
+    x and bias are added to the same rows, so the bias's gradient is that of x summed over them: `head`, which reads it anyway, returns it.
+    """
+    bias, weight = weights[-2].detach(), weights[-1]
+    if torch.is_grad_enabled() and any(p.requires_grad for p in (x, s, g, weight)):
         return _Tail.apply(x, s, g, weight, bias)
     return _tail_forward(x, s, g, weight, bias)[0]
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _rows(x: Tensor, width: int) -> Tensor:
+def rows_of(x: Tensor, width: int) -> Tensor:
     """x as contiguous, aligned rows (N,width); a copy only where it has to be."""
     x = x.reshape(-1, width)
     x = x if x.is_contiguous() else x.contiguous()
@@ -118,7 +121,7 @@ def _rows(x: Tensor, width: int) -> Tensor:
 
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return _rows(x.to(dtype), x.numel()).view(-1)
+    return rows_of(x.to(dtype), x.numel()).view(-1)
 
 
 def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -128,31 +131,33 @@ def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor,
 
     batch, tokens, width = x.shape
     n, dtype, device = batch * tokens, storage_type(x), x.device
-    ln_w, ln_b, w_in, b_in, w_gain, b_gain, *projections = weights
+    ln_w, ln_b, w_in, b_in, w_gain, b_gain, *projections, _ = weights
     kv = form.kv_heads * form.head_dim
     inner = width + 2 * kv  # columns of q, k and v
-    x_rows = _rows(x, width)
-    # joined: q, k, v, then the feedback branch's q and k
-    w, b = (torch.cat(projections[i::2]).to(dtype) for i in (0, 1))
+    joined = inner + 2 * width
+    x_rows = rows_of(x, width)
+    # one copy of the projections, in the order q, k, v and the feedback branch's q and k
+    flat_projections = torch.cat([p.reshape(-1) for p in (*projections[::2], *projections[1::2])]).to(dtype)
+    w, b = flat_projections[: joined * width].view(joined, width), flat_projections[joined * width :]
     w_in, b_in = w_in.to(dtype), b_in.to(dtype)
-    ln_w, ln_b = _rows(ln_w, width), _rows(ln_b, width)
+    ln_w, ln_b = rows_of(ln_w, width), rows_of(ln_b, width)
     w_gain, b_gain = _flat(w_gain, torch.float32), _flat(b_gain, torch.float32)
 
     y, a = (torch.empty(n, width, dtype=dtype, device=device) for _ in range(2))
     mean, rstd, gamma = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(3))
     norm, flat = tiles("row", width), tiles("flat")
-    launch(fk.fused_norm, (_cdiv(n, norm["BT"]),), (x_rows, ln_w, ln_b, y, mean, rstd, n, width // 8, form.eps), norm)
+    launch(fk.fused_norm, (cdiv(n, norm["BT"]),), (x_rows, ln_w, ln_b, y, mean, rstd, n, width // 8, form.eps), norm)
     h = torch.addmm(b_in, y, w_in.t())
-    launch(fk.fused_gelu_gain, (_cdiv(n, flat["BT"]),), (h, w_gain, b_gain, a, gamma, n, width // 8, form.gamma_max), flat)
+    launch(fk.fused_gelu_gain, (cdiv(n, flat["BT"]),), (h, w_gain, b_gain, a, gamma, n, width // 8, form.gamma_max), flat)
     qkv = torch.addmm(b[:inner], a, w[:inner].t())
     # separate products: feedback attention wants rows of its own
     q_b, k_b = (torch.addmm(b[at : at + width], a, w[at : at + width].t()) for at in (inner, inner + width))
     if cos is not None:
         turn = more("turn", form.head_dim, HEADS=4)
         heads, period = form.heads + form.kv_heads, cos.shape[0] * tokens
-        grid = (_cdiv(n, turn["BT"]), _cdiv(heads, turn["HEADS"]))
+        grid = (cdiv(n, turn["BT"]), cdiv(heads, turn["HEADS"]))
         launch(fk.fused_rotate, grid, (qkv, cos, sin, n, period, heads, form.head_dim // 8, inner // 8), turn)
-    q, k, v = (part.view(batch, tokens, -1, form.head_dim) for part in qkv.view(batch, tokens, inner).split([width, kv, kv], dim=-1))
+    q, k, v = qkv.view(batch, tokens, -1, form.head_dim).split([form.heads, form.kv_heads, form.kv_heads], dim=2)
     g = h.view(batch, tokens, 2 * width)[..., width:]
     out = (q, k, v, q_b.view(batch, tokens, width), k_b.view(batch, tokens, width), gamma.view(batch, tokens), g, x)
     return out, (x_rows, y, mean, rstd, h, a, gamma, w_in, w, ln_w, w_gain, cos, sin)
@@ -170,97 +175,62 @@ class _Head(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk, dv, dq_b, dk_b, dgamma, dg, dx):  # type: ignore[no-untyped-def]
         from sessa_deploy.kernels import fused_kernels as fk
-        from sessa_deploy.kernels.fused_launch import ROWS, launch, more
+        from sessa_deploy.kernels.fused_launch import ROWS, launch, more, tiles
 
         form: Form = ctx.form
         x, y, mean, rstd, h, a, gamma, w_in, w, ln_w, w_gain, cos, sin = ctx.saved_tensors
-        shape = dx.shape
+        shape, dtype, device = dx.shape, h.dtype, h.device
         n, width = x.shape
         kv = form.kv_heads * form.head_dim
-        joined, inner = w.shape[0], width + 2 * kv
-        chunks = _cdiv(n, ROWS)
-        sums = _Sums(n, joined + 5 * width + 8, h)
-        grads = torch.empty(n, joined, dtype=h.dtype, device=h.device)
-        dq, dk, dv = _rows(dq, width), _rows(dk, kv), _rows(dv, kv)
+        joined = w.shape[0]
+        chunks, d8, j8 = cdiv(n, ROWS), width // 8, joined // 8
+        # sums over rows: biases of q, k, v, feedback, W_in, then the gain's weight and bias, the norm's, W_out's bias
+        sizes = [width, kv, kv, 2 * width, 2 * width, width, 8, width, width, width]
+        total = sum(sizes)
+        partial = torch.empty(chunks, total, dtype=torch.float32, device=device)
+        grads = torch.empty(n, joined, dtype=dtype, device=device)
+        dq, dk, dv, dq_b, dk_b = rows_of(dq, width), rows_of(dk, kv), rows_of(dv, kv), rows_of(dq_b, width), rows_of(dk_b, width)
+        collect = more("collect", COPY=True, ROWS=ROWS)
         if cos is None:
-            sums.collect(0, dq, dk, out=grads)
+            launch(fk.fused_collect, (chunks, cdiv(width, collect["BD"]), 2),
+                   (dq, dk, dk, grads, partial, n, d8, kv // 8, kv // 8, 0, j8, total // 8), collect)  # fmt: skip
         else:
-            turn = more("turn", form.head_dim, ROWS=ROWS)
-            period = cos.shape[0] * shape[1]
             launch(fk.fused_rotate_grad, (chunks, form.heads + form.kv_heads),
-                   (dq, dk, grads, cos, sin, sums.partial, n, period, form.heads, form.kv_heads, form.head_dim // 8, joined // 8, sums.width // 8), turn)
-        sums.collect(width + kv, dv, _rows(dq_b, width), _rows(dk_b, width), out=grads)
+                   (dq, dk, grads, cos, sin, partial, n, cos.shape[0] * shape[1], form.heads, form.kv_heads, form.head_dim // 8, j8, total // 8),
+                   more("turn sums", form.head_dim, ROWS=ROWS))  # fmt: skip
+        launch(fk.fused_collect, (chunks, cdiv(width, collect["BD"]), 3),
+               (dv, dq_b, dk_b, grads, partial, n, kv // 8, d8, d8, (width + kv) // 8, j8, total // 8), collect)  # fmt: skip
         da = torch.mm(grads, w)
         needs = ctx.needs_input_grad[4:]
-        dw = torch.mm(grads.t(), a) if any(needs[6::2]) else None
+        dw = torch.mm(grads.t(), a).split([width, kv, kv, 2 * width]) if any(needs[6:14:2]) else (None,) * 4
         dh = torch.empty_like(h)
         flat = more("flat sums", ROWS=ROWS)
-        launch(fk.fused_gelu_gain_grad, (chunks, _cdiv(width, flat["BD"])),
-               (h, da, gamma, _flat(dgamma, torch.float32), w_gain, _rows(dg, width), dh, sums.partial, n, width // 8, sums.width // 8, joined // 8,
-                form.gamma_max), flat)  # fmt: skip
+        launch(fk.fused_gelu_gain_grad, (chunks, cdiv(width, flat["BD"])),
+               (h, da, gamma, _flat(dgamma, torch.float32), w_gain, rows_of(dg, width), dh, partial, n, d8, total // 8, j8, form.gamma_max), flat)  # fmt: skip
         dy = torch.mm(dh, w_in)
         dw_in = torch.mm(dh.t(), y) if needs[2] else None
         dx_rows = torch.empty_like(x)
         launch(fk.fused_norm_grad, (chunks,),
-               (x, ln_w, mean, rstd, dy, _rows(dx, width), dx_rows, sums.partial, n, width // 8, sums.width // 8, (joined + 3 * width + 8) // 8),
+               (x, ln_w, mean, rstd, dy, rows_of(dx, width), dx_rows, partial, n, d8, total // 8, (total - 3 * width) // 8),
                more("row sums", width, ROWS=ROWS))  # fmt: skip
-        sums.total()
-        at = (joined + 3 * width + 8, joined + 4 * width + 8, None, joined, joined + 2 * width, joined + 3 * width)
-        starts = (*at, None, 0, None, width, None, width + kv, None, inner)
-        sizes = (width, width, 0, 2 * width, width, 1, 0, width, 0, kv, 0, kv, 0, 2 * width)
-        out = [None if i is None or not need else sums.part(i, size, t) for i, size, t, need in zip(starts, sizes, ctx.types, needs, strict=True)]
-        if out[4] is not None:
-            out[4] = out[4].view(1, width)
-        if out[5] is not None:
-            out[5] = out[5].view(())
-        out[2] = dw_in
-        if dw is not None:
-            out[6], out[8], out[10], out[12] = dw.split([width, kv, kv, 2 * width])
-        return None, None, None, dx_rows.view(shape) if ctx.needs_input_grad[3] else None, *out
-
-
-class _Sums:
-    """Column sums of a backward: partial (chunks, width) float32 that the kernels fill, then their totals in float32 and in the storage type."""
-
-    def __init__(self, n: int, width: int, like: Tensor) -> None:
-        from sessa_deploy.kernels.fused_launch import ROWS
-
-        self.n, self.width, self.chunks = n, width, _cdiv(n, ROWS)
-        self.partial = torch.empty(self.chunks, width, dtype=torch.float32, device=like.device)
-        self.exact = torch.empty(width, dtype=torch.float32, device=like.device)
-        self.rounded = torch.empty(width, dtype=like.dtype, device=like.device)
-
-    def collect(self, at: int, *parts: Tensor, out: Tensor | None = None) -> None:
-        """Sum the columns of up to three (N,*) tensors into columns `at` on; `out`: copy them there as well, side by side."""
-        from sessa_deploy.kernels import fused_kernels as fk
-        from sessa_deploy.kernels.fused_launch import ROWS, launch, more
-
-        options = more("flat", COPY=out is not None, ROWS=ROWS)
-        a, b, c = (*parts, *parts[:1] * (3 - len(parts)))
-        target = a if out is None else out
-        grid = (self.chunks, _cdiv(max(x.shape[1] for x in parts), options["BD"]), len(parts))
-        widths = (a.shape[1] // 8, b.shape[1] // 8, c.shape[1] // 8)
-        launch(fk.fused_collect, grid, (a, b, c, target, self.partial, self.n, *widths, at // 8, target.shape[1] // 8, self.width // 8), options)
-
-    def total(self) -> None:
-        """Add the chunks up."""
-        from sessa_deploy.kernels import fused_kernels as fk
-        from sessa_deploy.kernels.fused_launch import launch, tiles
-
+        exact, rounded = (torch.empty(total, dtype=t, device=device) for t in (torch.float32, dtype))
         options = tiles("total")
-        launch(fk.fused_total, (_cdiv(self.width, options["BD"]),), (self.partial, self.exact, self.rounded, self.chunks, self.width // 8), options)
+        launch(fk.fused_total, (cdiv(total, options["BD"]),), (partial, exact, rounded, chunks, total // 8), options)
+        # each in the type of its parameter, as far as that is one of the two
+        types = ctx.types
+        sums = [(rounded if t == dtype else exact)[at : at + size] for t, at, size in zip(
+            [types[i] for i in (7, 9, 11, 13, 3, 4, 5, 0, 1, 14)], itertools.accumulate(sizes, initial=0), sizes, strict=False)]  # fmt: skip
+        bq, bk, bv, bfb, b_in, dw_gain, db_gain, dln_w, dln_b, b_out = sums
+        out = (dln_w, dln_b, dw_in, b_in, dw_gain.view(1, width), db_gain[0], dw[0], bq, dw[1], bk, dw[2], bv, dw[3], bfb, b_out)
+        return None, None, None, dx_rows.view(shape), *(g if need else None for g, need in zip(out, needs, strict=True))
 
-    def part(self, at: int, size: int, dtype: torch.dtype) -> Tensor:
-        """The sums of columns at : at + size in the type of their parameter."""
-        return (self.rounded if dtype == self.rounded.dtype else self.exact)[at : at + size].to(dtype)
 
-
-def _spaced(g: Tensor) -> tuple[Tensor, int]:
+def spaced(g: Tensor) -> tuple[Tensor, int]:
     """g (B,T,D) with evenly spaced, aligned rows, and their distance in elements; a copy only where it has to be."""
     batch, tokens, width = g.shape
     row = g.stride(1)
     even = g.stride(2) == 1 and row % 8 == 0 and row >= width and (batch == 1 or g.stride(0) == tokens * row) and g.data_ptr() % 16 == 0
-    return (g, row) if even else (_rows(g, width), width)
+    return (g, row) if even else (rows_of(g, width), width)
 
 
 def _tail_forward(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -268,11 +238,11 @@ def _tail_forward(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor)
     from sessa_deploy.kernels.fused_launch import launch, tiles
 
     width, dtype = x.shape[-1], s.dtype
-    s = _rows(s, width)
-    g, row = _spaced(g)
+    s = rows_of(s, width)
+    g, row = spaced(g)
     gated = torch.empty_like(s)
     n, flat = s.shape[0], tiles("flat")
-    launch(fk.fused_gate, (_cdiv(n, flat["BT"]), _cdiv(width, flat["BD"])), (s, g, gated, n, width // 8, row // 8), flat)
+    launch(fk.fused_gate, (cdiv(n, flat["BT"]), cdiv(width, flat["BD"])), (s, g, gated, n, width // 8, row // 8), flat)
     weight = weight.to(dtype)
     y = torch.addmm(bias.to(dtype), gated, weight.t()).view(x.shape)
     y = y.add_(x) if y.dtype == x.dtype else y + x
@@ -284,7 +254,7 @@ class _Tail(torch.autograd.Function):
     def forward(ctx, x, s, g, weight, bias):  # type: ignore[no-untyped-def]
         y, saved = _tail_forward(x, s, g, weight, bias)
         ctx.save_for_backward(*saved)
-        ctx.shape, ctx.bias_type = s.shape, bias.dtype
+        ctx.shape = s.shape
         return y
 
     @staticmethod
@@ -295,61 +265,11 @@ class _Tail(torch.autograd.Function):
 
         s, g, gated, weight = ctx.saved_tensors
         n, width = s.shape
-        rows = _rows(dy.to(s.dtype), width)
+        rows = rows_of(dy.to(s.dtype), width)
         dgated = torch.mm(rows, weight)
         ds, dg = torch.empty_like(s), torch.empty_like(s)
-        g, row = _spaced(g.view(ctx.shape) if g.dim() == 2 else g)
+        g, row = spaced(g.view(ctx.shape) if g.dim() == 2 else g)
         flat = tiles("flat")
-        launch(fk.fused_gate_grad, (_cdiv(n, flat["BT"]), _cdiv(width, flat["BD"])), (dgated, s, g, ds, dg, n, width // 8, row // 8), flat)
+        launch(fk.fused_gate_grad, (cdiv(n, flat["BT"]), cdiv(width, flat["BD"])), (dgated, s, g, ds, dg, n, width // 8, row // 8), flat)
         dweight = torch.mm(rows.t(), gated) if ctx.needs_input_grad[3] else None
-        dbias = None
-        if ctx.needs_input_grad[4]:
-            sums = _Sums(n, width, s)
-            sums.collect(0, rows)
-            sums.total()
-            dbias = sums.part(0, width, ctx.bias_type)
-        return dy, ds.view(ctx.shape), dg.view(ctx.shape), dweight, dbias
-
-
-def clean_rows(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies of k and v (B,T,H,d) whose non-finite rows are zeros in both, and (B,) int32: the first such row, T where there is none."""
-    from sessa_deploy.kernels import fused_kernels as fk
-    from sessa_deploy.kernels.fused_launch import launch, tiles
-
-    batch, tokens = k.shape[:2]
-    (k_rows, k_row), (v_rows, v_row) = _spaced(k.flatten(2)), _spaced(v.flatten(2))
-    width, n = k.shape[2] * k.shape[3], batch * tokens
-    k_out, v_out = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    first_bad = torch.full((batch,), tokens, dtype=torch.int32, device=k.device)
-    row = tiles("row", width)
-    launch(fk.fused_clean, (_cdiv(n, row["BT"]),), (k_rows, v_rows, k_out, v_out, first_bad, n, tokens, width // 8, k_row // 8, v_row // 8), row)
-    return k_out, v_out, first_bad
-
-
-def poison_rows(x: Tensor, first_bad: Tensor) -> Tensor:
-    """x (B,T,H,d) with NaN from each sequence's first_bad row on; in place where x is contiguous."""
-    from sessa_deploy.kernels import fused_kernels as fk
-    from sessa_deploy.kernels.fused_launch import launch, tiles
-
-    batch, tokens = x.shape[:2]
-    rows, flat = _rows(x, x.shape[2] * x.shape[3]), tiles("flat")
-    launch(fk.fused_poison, (_cdiv(batch * tokens, flat["BT"]),), (rows, first_bad, batch * tokens, tokens, rows.shape[1] // 8), flat)
-    return rows.view(x.shape)
-
-
-def appends(rows: Sequence[Tensor]) -> bool:
-    """Whether `append_rows` takes these new rows (B,T,*)."""
-    return is_eager(*rows) and uses_triton(rows[-1]) and all(x.shape[2:].numel() % 8 == 0 for x in rows)
-
-
-def append_rows(rows: Sequence[Tensor], stores: Sequence[Tensor], length: Tensor, new_length: Tensor | None) -> None:
-    """Write row t < new_length[b] (every row where None) of k_f, v_f (B,T,Hkv,d), k_b and s (B,T,D) to row length[b] + t of their stores (B,capacity,*)."""
-    from sessa_deploy.kernels import fused_kernels as fk
-    from sessa_deploy.kernels.fused_launch import launch, more
-
-    batch, tokens = rows[0].shape[:2]
-    new, apart = zip(*(_spaced(x.flatten(2)) for x in rows), strict=True)
-    widths = (new[0].shape[-1] // 8, new[-1].shape[-1] // 8)
-    launch(fk.fused_append, (tokens, batch, len(new)),
-           (*new, *stores, length, length if new_length is None else new_length, tokens, stores[0].shape[1], *widths, *(r // 8 for r in apart)),
-           more("append", ALL=new_length is None))  # fmt: skip
+        return dy, ds.view(ctx.shape), dg.view(ctx.shape), dweight, None

@@ -48,13 +48,14 @@ def fused_norm(x, weight, bias, y, mean, rstd, N, d8, eps, BT: tl.constexpr, BD:
 
 @triton.jit(do_not_specialize=["N", "d8", "w8", "at8"])
 def fused_norm_grad(x, weight, mean, rstd, dy, residual, dx, partial, N, d8, w8, at8, BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
-    """Grid (chunks,), BD >= D: dx of the norm plus residual; partial[:, 8 at8 :] gets the gradients of weight, then bias (D each)."""
+    """Grid (chunks,), BD >= D: dx of the norm plus residual; partial[:, 8 at8 :] gets the gradients of weight and bias and the residual's sums (D each)."""
     D = d8 * 8
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     b_w = tl.load(weight + o_d, mask=m_d, other=0.0).to(tl.float32)
     acc_w = tl.zeros([BT, BD], dtype=tl.float32)
     acc_b = tl.zeros([BT, BD], dtype=tl.float32)
+    acc_r = tl.zeros([BT, BD], dtype=tl.float32)
     for i in range(0, ROWS, BT):
         o_r = (tl.program_id(0) * ROWS + i + tl.arange(0, BT)).to(tl.int64)
         m_r = o_r < N
@@ -70,9 +71,11 @@ def fused_norm_grad(x, weight, mean, rstd, dy, residual, dx, partial, N, d8, w8,
         tl.store(dx + o_x, (b_dx + b_res).to(dx.dtype.element_ty), mask=m_x)
         acc_w += b_dy * b_n
         acc_b += b_dy
+        acc_r += b_res
     p_out = partial + tl.program_id(0).to(tl.int64) * w8 * 8 + at8 * 8 + o_d
     tl.store(p_out, tl.sum(acc_w, axis=0), mask=m_d)
     tl.store(p_out + D, tl.sum(acc_b, axis=0), mask=m_d)
+    tl.store(p_out + 2 * D, tl.sum(acc_r, axis=0), mask=m_d)
 
 
 @triton.jit(do_not_specialize=["N", "d8", "gamma_max"])

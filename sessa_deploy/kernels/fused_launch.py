@@ -23,19 +23,21 @@ def _power(x: int) -> int:
 
 @lru_cache(maxsize=256)
 def tiles(kind: str, width: int = 0) -> Tiles:
-    """Tile sizes and warps: "row" holds a row of `width` whole, "turn" a head of `width`, "flat" is for all that have no such need.
+    """Tile sizes and warps: "row" holds a row of `width` whole, "turn" a head of `width`, the others have no such need.
 
-    "row sums" and "flat sums" also hold sums over rows, in as many registers again.
+    The "sums" hold sums over rows in as many registers again. Timed on an H200 at (16384,768) and (8192,1024), see benchmarks/README.md.
     """
     if kind in ("row", "row sums"):
-        return {"BT": max(1, min(ROWS, (4096 if kind == "row" else 2048) // _power(width))), "BD": _power(width), "num_warps": 8}
-    if kind == "turn":
-        return {"BT": max(1, min(ROWS, 2048 // _power(width))), "BD": _power(width), "num_warps": 4}
-    if kind == "append":
-        return {"BD": 1024, "num_warps": 4}
-    if kind == "total":
-        return {"BT": 32, "BD": 32, "num_warps": 4}
-    return {"BT": 4 if kind == "flat sums" else 8, "BD": 256, "num_warps": 4}
+        return {"BT": max(1, min(ROWS, (4096 if kind == "row" else 2048) // _power(width))), "BD": _power(width), "num_warps": 4}
+    if kind in ("turn", "turn sums"):
+        return {"BT": max(1, min(ROWS, 2048 // _power(width))), "BD": _power(width), "num_warps": 4 if kind == "turn" else 2}
+    return {
+        "append": {"BD": 1024, "num_warps": 4},
+        "collect": {"BT": 16, "BD": 128, "num_warps": 4},
+        "flat": {"BT": 8, "BD": 256, "num_warps": 4},
+        "flat sums": {"BT": 4, "BD": 128, "num_warps": 4},
+        "total": {"BT": 32, "BD": 32, "num_warps": 4},
+    }[kind]
 
 
 @lru_cache(maxsize=256)

@@ -189,15 +189,15 @@ def _causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     width = k.shape[2] * k.shape[3]
     quick = k.is_cuda and k.dtype != torch.float64 and width % 8 == q.shape[3] % 8 == 0 and width <= MAX_TRITON_WIDTH and _may_use_triton()
     if quick:
-        from sessa_deploy.kernels import fused
+        from sessa_deploy.kernels import fused_rows
 
-        k, v, first_bad = fused.clean_rows(k, v)
+        k, v, first_bad = fused_rows.clean_rows(k, v)
     else:
         bad = ~(torch.isfinite(k) & torch.isfinite(v)).all(-1).all(-1)  # (B,T)
         k, v = (torch.where(bad[..., None, None], 0.0, x) for x in (k, v))
     o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
     if quick:
-        return fused.poison_rows(o.transpose(1, 2), first_bad)
+        return fused_rows.poison_rows(o.transpose(1, 2), first_bad)
     return torch.where(bad.cumsum(-1)[..., None, None] > 0, torch.nan, o.transpose(1, 2)).contiguous()
 
 

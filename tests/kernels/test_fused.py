@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from feedback_cases import DEVICE, check
 
 from sessa_deploy import SessaLayer
-from sessa_deploy.kernels import fused
+from sessa_deploy.kernels import fused, fused_rows
 from sessa_deploy.rope import rope_tables, tables_at, tables_from_zero
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -170,7 +170,7 @@ def test_clean_and_poison_rows(dtype: str) -> None:
     k, v = wide[..., :32].unflatten(-1, (2, 16)), wide[..., 32:64].unflatten(-1, (2, 16))
     k[1, 4, 1, 3], v[1, 9, 0, 0], v[2, 0, 1, 15] = torch.inf, torch.nan, -torch.inf
     before = wide.clone()
-    k_clean, v_clean, first = fused.clean_rows(k, v)
+    k_clean, v_clean, first = fused_rows.clean_rows(k, v)
     assert first.tolist() == [11, 4, 0]
     bad = torch.zeros(3, 11, dtype=torch.bool, device=DEVICE)
     bad[1, 4] = bad[1, 9] = bad[2, 0] = True
@@ -178,7 +178,7 @@ def test_clean_and_poison_rows(dtype: str) -> None:
         assert got.is_contiguous() and torch.equal(got, torch.where(bad[..., None, None], 0.0, x))
     assert torch.equal(wide.nan_to_num(), before.nan_to_num())
     o = torch.randn(3, 11, 2, 16, device=DEVICE).to(DTYPES[dtype])
-    got = fused.poison_rows(o.clone(), first)
+    got = fused_rows.poison_rows(o.clone(), first)
     assert torch.equal(got[0], o[0]) and torch.equal(got[1, :4], o[1, :4]) and torch.isnan(got[1, 4:]).all() and torch.isnan(got[2]).all()
 
 
@@ -195,7 +195,7 @@ def test_append_writes_the_counted_rows_and_nothing_else(counts: tuple[int, ...]
             store[b, start : start + n] = x[b, :n]
     length, new = (None if c is None else torch.tensor(c, dtype=torch.int32, device=DEVICE) for c in (before, counts))
     assert length is not None
-    fused.append_rows(rows, stores, length, new)
+    fused_rows.append_rows(rows, stores, length, new)
     for got, x in zip(stores, want, strict=True):
         torch.testing.assert_close(got, x, rtol=0, atol=0, equal_nan=True)
 
