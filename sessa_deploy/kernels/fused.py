@@ -11,6 +11,7 @@ import itertools
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sessa_deploy.kernels.ops import is_eager, uses_triton
@@ -113,15 +114,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def rows_of(x: Tensor, width: int) -> Tensor:
-    """x as contiguous, aligned rows (N,width); a copy only where it has to be."""
-    x = x.reshape(-1, width)
+def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`, contiguous and aligned; a copy only where it has to be. (What is there already costs no call: launches are short.)"""
+    x = x if x.dtype == dtype else x.to(dtype)
     x = x if x.is_contiguous() else x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows_of(x.to(dtype), x.numel()).view(-1)
 
 
 def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -130,37 +127,35 @@ def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor,
     from sessa_deploy.kernels.fused_launch import launch, more, tiles
 
     batch, tokens, width = x.shape
-    n, dtype, device = batch * tokens, storage_type(x), x.device
-    ln_w, ln_b, w_in, b_in, w_gain, b_gain, *projections, _ = weights
-    kv = form.kv_heads * form.head_dim
-    inner = width + 2 * kv  # columns of q, k and v
-    joined = inner + 2 * width
-    x_rows = rows_of(x, width)
-    # one copy of the projections, in the order q, k, v and the feedback branch's q and k
-    flat_projections = torch.cat([p.reshape(-1) for p in (*projections[::2], *projections[1::2])]).to(dtype)
-    w, b = flat_projections[: joined * width].view(joined, width), flat_projections[joined * width :]
-    w_in, b_in = w_in.to(dtype), b_in.to(dtype)
-    ln_w, ln_b = rows_of(ln_w, width), rows_of(ln_b, width)
-    w_gain, b_gain = _flat(w_gain, torch.float32), _flat(b_gain, torch.float32)
+    n, d8, dtype, device = batch * tokens, width // 8, storage_type(x), x.device
+    ln_w, ln_b, w_in, b_in, w_gain, b_gain, wq, bq, wk, bk, wv, bv, wfb, bfb, _ = weights
+    inner = wq.shape[0] + 2 * wk.shape[0]  # columns of q, k and v
+    heads = (form.heads, form.kv_heads, form.kv_heads)
+    rows = rows_of(x, x.dtype)
+    ln_w, ln_b = rows_of(ln_w, ln_w.dtype), rows_of(ln_b, ln_b.dtype)
+    w_in, b_in = rows_of(w_in, dtype), rows_of(b_in, dtype)
+    w_gain, b_gain = rows_of(w_gain, torch.float32), rows_of(b_gain, torch.float32)
 
-    y, a = (torch.empty(n, width, dtype=dtype, device=device) for _ in range(2))
-    mean, rstd, gamma = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(3))
+    y, a = (torch.empty((batch, tokens, width), dtype=dtype, device=device) for _ in range(2))
+    mean, rstd, gamma = (torch.empty((batch, tokens), dtype=torch.float32, device=device) for _ in range(3))
     norm, flat = tiles("row", width), tiles("flat")
-    launch(fk.fused_norm, (cdiv(n, norm["BT"]),), (x_rows, ln_w, ln_b, y, mean, rstd, n, width // 8, form.eps), norm)
-    h = torch.addmm(b_in, y, w_in.t())
-    launch(fk.fused_gelu_gain, (cdiv(n, flat["BT"]),), (h, w_gain, b_gain, a, gamma, n, width // 8, form.gamma_max), flat)
-    qkv = torch.addmm(b[:inner], a, w[:inner].t())
-    # separate products: feedback attention wants rows of its own
-    q_b, k_b = (torch.addmm(b[at : at + width], a, w[at : at + width].t()) for at in (inner, inner + width))
+    launch(fk.fused_norm, (cdiv(n, norm["BT"]),), (rows, ln_w, ln_b, y, mean, rstd, n, d8, form.eps), norm)
+    h = F.linear(y, w_in, b_in)
+    launch(fk.fused_gelu_gain, (cdiv(n, flat["BT"]),), (h, w_gain, b_gain, a, gamma, n, d8, form.gamma_max), flat)
+    # one copy of the projections, in the order q, k, v and the feedback branch's q and k, whose products are
+    # separate because feedback attention wants rows of its own
+    w, b = torch.cat((wq, wk, wv, wfb)), torch.cat((bq, bk, bv, bfb))
+    if w.dtype != dtype or b.dtype != dtype:
+        w, b = w.to(dtype), b.to(dtype)
+    parts = [inner, width, width]
+    qkv, q_b, k_b = (F.linear(a, *pair) for pair in zip(w.split(parts), b.split(parts), strict=True))
     if cos is not None:
         turn = more("turn", form.head_dim, HEADS=4)
-        heads, period = form.heads + form.kv_heads, cos.shape[0] * tokens
-        grid = (cdiv(n, turn["BT"]), cdiv(heads, turn["HEADS"]))
-        launch(fk.fused_rotate, grid, (qkv, cos, sin, n, period, heads, form.head_dim // 8, inner // 8), turn)
-    q, k, v = qkv.view(batch, tokens, -1, form.head_dim).split([form.heads, form.kv_heads, form.kv_heads], dim=2)
-    g = h.view(batch, tokens, 2 * width)[..., width:]
-    out = (q, k, v, q_b.view(batch, tokens, width), k_b.view(batch, tokens, width), gamma.view(batch, tokens), g, x)
-    return out, (x_rows, y, mean, rstd, h, a, gamma, w_in, w, ln_w, w_gain, cos, sin)
+        turned = form.heads + form.kv_heads
+        launch(fk.fused_rotate, (cdiv(n, turn["BT"]), cdiv(turned, turn["HEADS"])),
+               (qkv, cos, sin, n, cos.shape[0] * tokens, turned, form.head_dim // 8, inner // 8), turn)  # fmt: skip
+    q, k, v = qkv.view(batch, tokens, -1, form.head_dim).split(heads, dim=2)
+    return (q, k, v, q_b, k_b, gamma, h[..., width:], x), (rows, y, mean, rstd, h, a, gamma, w_in, w, ln_w, w_gain, cos, sin)
 
 
 class _Head(torch.autograd.Function):
@@ -179,39 +174,38 @@ class _Head(torch.autograd.Function):
 
         form: Form = ctx.form
         x, y, mean, rstd, h, a, gamma, w_in, w, ln_w, w_gain, cos, sin = ctx.saved_tensors
-        shape, dtype, device = dx.shape, h.dtype, h.device
-        n, width = x.shape
-        kv = form.kv_heads * form.head_dim
-        joined = w.shape[0]
+        batch, tokens, width = x.shape
+        n, dtype, device = batch * tokens, h.dtype, h.device
+        kv, joined = form.kv_heads * form.head_dim, w.shape[0]
         chunks, d8, j8 = cdiv(n, ROWS), width // 8, joined // 8
         # sums over rows: biases of q, k, v, feedback, W_in, then the gain's weight and bias, the norm's, W_out's bias
         sizes = [width, kv, kv, 2 * width, 2 * width, width, 8, width, width, width]
         total = sum(sizes)
-        partial = torch.empty(chunks, total, dtype=torch.float32, device=device)
-        grads = torch.empty(n, joined, dtype=dtype, device=device)
-        dq, dk, dv, dq_b, dk_b = rows_of(dq, width), rows_of(dk, kv), rows_of(dv, kv), rows_of(dq_b, width), rows_of(dk_b, width)
+        partial = torch.empty((chunks, total), dtype=torch.float32, device=device)
+        grads = torch.empty((n, joined), dtype=dtype, device=device)
+        dq, dk, dv, dq_b, dk_b, dg = (rows_of(g, dtype) for g in (dq, dk, dv, dq_b, dk_b, dg))
         collect = more("collect", COPY=True, ROWS=ROWS)
         if cos is None:
             launch(fk.fused_collect, (chunks, cdiv(width, collect["BD"]), 2),
                    (dq, dk, dk, grads, partial, n, d8, kv // 8, kv // 8, 0, j8, total // 8), collect)  # fmt: skip
         else:
             launch(fk.fused_rotate_grad, (chunks, form.heads + form.kv_heads),
-                   (dq, dk, grads, cos, sin, partial, n, cos.shape[0] * shape[1], form.heads, form.kv_heads, form.head_dim // 8, j8, total // 8),
+                   (dq, dk, grads, cos, sin, partial, n, cos.shape[0] * tokens, form.heads, form.kv_heads, form.head_dim // 8, j8, total // 8),
                    more("turn sums", form.head_dim, ROWS=ROWS))  # fmt: skip
         launch(fk.fused_collect, (chunks, cdiv(width, collect["BD"]), 3),
                (dv, dq_b, dk_b, grads, partial, n, kv // 8, d8, d8, (width + kv) // 8, j8, total // 8), collect)  # fmt: skip
         da = torch.mm(grads, w)
         needs = ctx.needs_input_grad[4:]
-        dw = torch.mm(grads.t(), a).split([width, kv, kv, 2 * width]) if any(needs[6:14:2]) else (None,) * 4
-        dh = torch.empty_like(h)
+        dw = torch.mm(grads.t(), a.view(n, width)).split([width, kv, kv, 2 * width]) if any(needs[6:14:2]) else (None,) * 4
+        dh = torch.empty((n, 2 * width), dtype=dtype, device=device)
         flat = more("flat sums", ROWS=ROWS)
         launch(fk.fused_gelu_gain_grad, (chunks, cdiv(width, flat["BD"])),
-               (h, da, gamma, _flat(dgamma, torch.float32), w_gain, rows_of(dg, width), dh, partial, n, d8, total // 8, j8, form.gamma_max), flat)  # fmt: skip
+               (h, da, gamma, rows_of(dgamma, torch.float32), w_gain, dg, dh, partial, n, d8, total // 8, j8, form.gamma_max), flat)  # fmt: skip
         dy = torch.mm(dh, w_in)
-        dw_in = torch.mm(dh.t(), y) if needs[2] else None
+        dw_in = torch.mm(dh.t(), y.view(n, width)) if needs[2] else None
         dx_rows = torch.empty_like(x)
         launch(fk.fused_norm_grad, (chunks,),
-               (x, ln_w, mean, rstd, dy, rows_of(dx, width), dx_rows, partial, n, d8, total // 8, (total - 3 * width) // 8),
+               (x, ln_w, mean, rstd, dy, rows_of(dx, dx.dtype), dx_rows, partial, n, d8, total // 8, (total - 3 * width) // 8),
                more("row sums", width, ROWS=ROWS))  # fmt: skip
         exact, rounded = (torch.empty(total, dtype=t, device=device) for t in (torch.float32, dtype))
         options = tiles("total")
@@ -222,15 +216,15 @@ class _Head(torch.autograd.Function):
             [types[i] for i in (7, 9, 11, 13, 3, 4, 5, 0, 1, 14)], itertools.accumulate(sizes, initial=0), sizes, strict=False)]  # fmt: skip
         bq, bk, bv, bfb, b_in, dw_gain, db_gain, dln_w, dln_b, b_out = sums
         out = (dln_w, dln_b, dw_in, b_in, dw_gain.view(1, width), db_gain[0], dw[0], bq, dw[1], bk, dw[2], bv, dw[3], bfb, b_out)
-        return None, None, None, dx_rows.view(shape), *(g if need else None for g, need in zip(out, needs, strict=True))
+        return None, None, None, dx_rows, *(g if need else None for g, need in zip(out, needs, strict=True))
 
 
 def spaced(g: Tensor) -> tuple[Tensor, int]:
     """g (B,T,D) with evenly spaced, aligned rows, and their distance in elements; a copy only where it has to be."""
     batch, tokens, width = g.shape
-    row = g.stride(1)
-    even = g.stride(2) == 1 and row % 8 == 0 and row >= width and (batch == 1 or g.stride(0) == tokens * row) and g.data_ptr() % 16 == 0
-    return (g, row) if even else (rows_of(g, width), width)
+    across, row, one = g.stride()
+    even = one == 1 and row % 8 == 0 and row >= width and (batch == 1 or across == tokens * row) and g.data_ptr() % 16 == 0
+    return (g, row) if even else (rows_of(g, g.dtype), width)
 
 
 def _tail_forward(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -238,15 +232,12 @@ def _tail_forward(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor)
     from sessa_deploy.kernels.fused_launch import launch, tiles
 
     width, dtype = x.shape[-1], s.dtype
-    s = rows_of(s, width)
-    g, row = spaced(g)
+    s, (g, row), weight = rows_of(s, dtype), spaced(g), rows_of(weight, dtype)
     gated = torch.empty_like(s)
-    n, flat = s.shape[0], tiles("flat")
+    n, flat = s.numel() // width, tiles("flat")
     launch(fk.fused_gate, (cdiv(n, flat["BT"]), cdiv(width, flat["BD"])), (s, g, gated, n, width // 8, row // 8), flat)
-    weight = weight.to(dtype)
-    y = torch.addmm(bias.to(dtype), gated, weight.t()).view(x.shape)
-    y = y.add_(x) if y.dtype == x.dtype else y + x
-    return y, (s, g, gated, weight)
+    y = F.linear(gated, weight, bias if bias.dtype == dtype else bias.to(dtype))
+    return y.add_(x) if y.dtype == x.dtype else y + x, (s, g, gated, weight)
 
 
 class _Tail(torch.autograd.Function):
@@ -254,7 +245,6 @@ class _Tail(torch.autograd.Function):
     def forward(ctx, x, s, g, weight, bias):  # type: ignore[no-untyped-def]
         y, saved = _tail_forward(x, s, g, weight, bias)
         ctx.save_for_backward(*saved)
-        ctx.shape = s.shape
         return y
 
     @staticmethod
@@ -264,12 +254,12 @@ class _Tail(torch.autograd.Function):
         from sessa_deploy.kernels.fused_launch import launch, tiles
 
         s, g, gated, weight = ctx.saved_tensors
-        n, width = s.shape
-        rows = rows_of(dy.to(s.dtype), width)
+        width = s.shape[-1]
+        n, flat = s.numel() // width, tiles("flat")
+        rows = rows_of(dy, s.dtype).view(n, width)
         dgated = torch.mm(rows, weight)
         ds, dg = torch.empty_like(s), torch.empty_like(s)
-        g, row = spaced(g.view(ctx.shape) if g.dim() == 2 else g)
-        flat = tiles("flat")
+        g, row = spaced(g)
         launch(fk.fused_gate_grad, (cdiv(n, flat["BT"]), cdiv(width, flat["BD"])), (dgated, s, g, ds, dg, n, width // 8, row // 8), flat)
-        dweight = torch.mm(rows.t(), gated) if ctx.needs_input_grad[3] else None
-        return dy, ds.view(ctx.shape), dg.view(ctx.shape), dweight, None
+        dweight = torch.mm(rows.t(), gated.view(n, width)) if ctx.needs_input_grad[3] else None
+        return dy, ds, dg, dweight, None

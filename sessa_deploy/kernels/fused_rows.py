@@ -32,9 +32,9 @@ def poison_rows(x: Tensor, first_bad: Tensor) -> Tensor:
     from sessa_deploy.kernels.fused_launch import launch, tiles
 
     batch, tokens = x.shape[:2]
-    rows, flat = rows_of(x, x.shape[2] * x.shape[3]), tiles("flat")
-    launch(fk.fused_poison, (cdiv(batch * tokens, flat["BT"]),), (rows, first_bad, batch * tokens, tokens, rows.shape[1] // 8), flat)
-    return rows.view(x.shape)
+    rows, flat = rows_of(x, x.dtype), tiles("flat")
+    launch(fk.fused_poison, (cdiv(batch * tokens, flat["BT"]),), (rows, first_bad, batch * tokens, tokens, x.shape[2] * x.shape[3] // 8), flat)
+    return rows
 
 
 def appends(rows: Sequence[Tensor]) -> bool:
