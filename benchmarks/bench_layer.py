@@ -1,6 +1,6 @@
 """A whole Sessa layer beside the official layer on a GPU: forward and training step, time and peak memory.
 
-    python benchmarks/bench_layer.py [--dtype bf16] [--profile [--peerless]]
+    python benchmarks/bench_layer.py [--dtype bf16] [--graph] [--profile [--peerless]]
 
 --profile prints what our layer launches: kernels by device time and operators by host time, per call.
 The peer is the official package `sessa` where it is importable (its repository on PYTHONPATH); otherwise the official algorithm
@@ -101,6 +101,24 @@ def host_ms(call: Callable[[], object], repeats: int = 10) -> float:
     return sorted(times)[repeats // 2]
 
 
+def graphed(call: Callable[[], object]) -> Callable[[], object] | None:
+    """The call as a CUDA graph's replay, which costs the host next to nothing; None where it cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:
+        print(f"not captured: {str(error).splitlines()[0]}")
+        return None
+    return graph.replay
+
+
 def profile(title: str, call: Callable[[], object], top: int = 20, repeats: int = 5) -> None:
     """Print a table of the call's kernels by device time and of its operators by host time, each per call."""
     from torch.autograd import DeviceType
@@ -128,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--profile", action="store_true", help="also print a breakdown of our layer, kernel by kernel")
+    parser.add_argument("--graph", action="store_true", help="also time the training step of both as CUDA graphs")
     parser.add_argument("--top", type=int, default=20, help="kernels a breakdown names")
     parser.add_argument("--peerless", action="store_true", help="leave the peer out (nothing is written then)")
     arguments = parser.parse_args()
@@ -163,9 +182,14 @@ def main() -> None:
         name, theirs = peer(ours, heads)
         with torch.no_grad():
             distance = float((ours(x).float() - theirs(x).float()).norm() / theirs(x).float().norm())
-        for what, step in (("forward", forward), ("forward+backward", train)):
-            theirs_ms, theirs_gib = measure(lambda s=step, m=theirs: s(m))
-            ours_ms, ours_gib = measure(lambda s=step, m=ours: s(m))
+        cases = [("forward", forward, False), ("forward+backward", train, False)] + [("forward+backward, CUDA graph", train, True)] * arguments.graph
+        for what, step, replayed in cases:
+            calls = [lambda s=step, m=m: s(m) for m in (theirs, ours)]
+            # what cannot be captured is timed as it is
+            calls = [(graphed(call) or call) if replayed else call for call in calls]
+            (theirs_ms, theirs_gib), (ours_ms, ours_gib) = (measure(call) for call in calls)
+            if replayed:  # a graph's memory is not allocated when it is replayed
+                theirs_gib = ours_gib = float("nan")
             rows.append({"shape": (batch, tokens, width), "what": what, "peer": name, "peer_ms": theirs_ms, "ours_ms": ours_ms,
                          "speedup": theirs_ms / ours_ms, "peer_gib": theirs_gib, "ours_gib": ours_gib, "relative_distance": distance})
             table.add_row(str((batch, tokens, width)), what, name, f"{theirs_ms:.2f}", f"{ours_ms:.2f}", f"{theirs_ms / ours_ms:.1f}",
