@@ -9,6 +9,7 @@ v_f once. Chunks stand beside PyTorch's scaled_dot_product_attention over the sa
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -40,19 +41,18 @@ def heads_of(variant: str) -> tuple[int, int, int]:
 
 
 def step_candidates(variant: str, dtype: str) -> list[Tiles]:
-    """Tiles of 4 to 16 KiB in which a thread has one to four 16-byte pieces of a row."""
+    """Tiles of 2 to 8 KiB in which a thread has one or two 16-byte pieces of a row, and 3 to 5 stages."""
     _, kv_heads, width = heads_of(variant)
     size, found = 4 if dtype == "fp32" else 2, []
-    for rows in (2, 4, 8, 16, 32):
-        for block in (1, 2, 4, 8, 16):
-            for warps in (2, 4, 8):
-                pieces = rows * block * width * size / (16 * 32 * warps)
-                if block > kv_heads or pieces not in ((1, 2, 4) if "x" not in variant else (1, 2)) or not 4096 <= rows * block * width * size <= 16384:
-                    continue
-                for stages in (2, 3):
-                    group = 4 if "x" in variant else 1
-                    tile = {"BLOCK_R": rows, "BLOCK_H": block, "BLOCK_G": group, "BLOCK_D": width, "STAGES": stages}
-                    found.append({**tile, "num_warps": warps, "num_stages": 1})
+    for rows, block, warps, stages in itertools.product((2, 4, 8, 16), (1, 2, 4, 8, 16), (2, 4, 8), (3, 4, 5)):
+        tile = rows * block * width * size
+        pieces = tile / (16 * 32 * warps)
+        if block > kv_heads or pieces not in (1, 2) or not 2048 <= tile <= 8192 or (tile == 8192 and stages == 5):
+            continue
+        if "x" in variant and (pieces == 2 or stages == 5):  # four accumulators already
+            continue
+        found.append({"BLOCK_R": rows, "BLOCK_H": block, "BLOCK_G": 4 if "x" in variant else 1, "BLOCK_D": width, "STAGES": stages,
+                      "num_warps": warps, "num_stages": 1})  # fmt: skip
     return found
 
 
@@ -69,7 +69,7 @@ def chunk_candidates(variant: str, dtype: str) -> list[Tiles]:
 
 
 def compile_one(kernel: str, dtype: str, tiles: Tiles) -> None:
-    """Put a binary into Triton's cache, in a process of its own."""
+    """Put a binary into Triton's cache, in a process of its own, forked before CUDA is touched."""
     fn = causal_prefill.causal_prefill if kernel == "causal_prefill" else getattr(causal_step, kernel)
     types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
     resolved = [launch.resolve(p.type, dtype) for p in launch.kernel(kernel).params]
@@ -209,7 +209,7 @@ def main() -> None:
         for variant in args.variant.split(","):
             work += [("causal_step_partial", dtype, t) for t in step_candidates(variant, dtype)]
             work += [("causal_prefill", dtype, t) for t in chunk_candidates(variant, dtype)] if "x" not in variant else []
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("fork")) as pool:
         list(pool.map(compile_one, *zip(*work, strict=True), chunksize=4))
     if args.compile:
         return

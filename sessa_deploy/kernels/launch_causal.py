@@ -28,7 +28,7 @@ CAUSAL_KERNELS: dict[str, Kernel] = {
             ),
             ("BLOCK_R", "BLOCK_H", "BLOCK_G", "BLOCK_D", "STAGES"),
             tuple(f"{w}{g}" for w in HEAD_WIDTHS for g in ("", f"x{GROUP}")),
-            scalar_loads=5,
+            scalar_loads=8,
         ),
         Kernel(
             "causal_step_combine",
