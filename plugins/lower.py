@@ -78,7 +78,8 @@ class Cubin:
 def units(archs: Sequence[int], kernels: Sequence[str] | None = None) -> list[Unit]:
     """Every binary the plugin needs on these architectures, or those of the named kernels."""
     chosen = [k for k in launch.KERNELS.values() if k.lowered and (kernels is None or k.name in kernels)]
-    return [Unit(k.name, arch, dtype, v) for k in chosen for arch in archs for dtype in k.dtypes for v in k.variants if v != "bwd"]
+    found = [Unit(k.name, arch, dtype, v) for k in chosen for arch in archs for dtype in k.dtypes for v in k.variants if v != "bwd"]
+    return [u for u in found if u.variant != "wide" or launch.has(u.kernel, u.arch, u.dtype, u.variant)]
 
 
 def count_loads(ptx: str) -> tuple[int, int]:

@@ -20,6 +20,7 @@ enum Input : int32_t
 constexpr int64_t kMultiple = 16;
 constexpr int64_t kMaxWidth = 4096;
 constexpr int64_t kMaxSplits = 128;               // launch.STEP_MAX_SPLITS
+constexpr int64_t kWide = 1024;                   // launch.WIDE
 constexpr int64_t kPanelBytes = int64_t{1} << 30; // feedback_fwd.PANEL_BYTES
 
 struct Step final : Plan
@@ -72,10 +73,11 @@ struct Forward final : Plan
     bool find(Problem const& p, int32_t arch) override
     {
         char const* dtype = dtypeName(p.storage);
-        pack = findCubin("feedback_pack", arch, dtype, "fwd");
+        bool const wide = p.width >= kWide && findCubin("feedback_solve", arch, dtype, "wide") != nullptr;
+        pack = findCubin("feedback_pack", arch, dtype, wide ? "wide" : "fwd");
         scores = findCubin("feedback_scores", arch, dtype, "fwd");
         combine = findCubin("feedback_combine", arch, dtype, "fwd");
-        solve = findCubin("feedback_solve", arch, dtype, "fwd");
+        solve = findCubin("feedback_solve", arch, dtype, wide ? "wide" : "fwd");
         return pack != nullptr && scores != nullptr && combine != nullptr && solve != nullptr;
     }
 
@@ -156,9 +158,9 @@ struct Forward final : Plan
             b.add(near).add(nearLow).add(nearScale).add(i32(p.tokens)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles)).add(i32(row0));
             b.add(i32(p.batch)).add(i32(blocks));
             Arguments c;
-            c.add(e).add(peak).add(rowPeak).add(gain).add(inverse).add(inverseLow).add(near).add(nearLow).add(nearScale).add(t.in[kF]).add(t.out);
+            c.add(e).add(peak).add(rowPeak).add(gain).add(inverse).add(inverseLow).add(near).add(nearLow).add(nearScale).add(t.in[kF]).add(t.out).add(t.out);
             c.add(w).add(wLow).add(scales).add(t.in[kPastLength]).add(sync).add(i32(p.tokens)).add(i32(p.width)).add(i32(columns)).add(i32(rows));
-            c.add(i32(pastTiles)).add(i32(tiles)).add(i32(row0)).add(i32(p.batch)).add(i32(panel)).add(i32(panels));
+            c.add(i32(pastTiles)).add(i32(tiles)).add(i32(row0)).add(i32(p.batch)).add(i32(panel)).add(i32(panels)).add(0); // 0: keep nothing for a backward
             if (!launch(*scores, {grid, p.batch, 1}, a, stream, error) || !launch(*combine, {blocks, p.batch, 1}, b, stream, error)
                 || !launch(*solve, {blocks * p.batch * tilesN, 1, 1}, c, stream, error))
             {
@@ -190,7 +192,7 @@ Plan* planFeedback(Problem const& p)
 
 std::vector<Problem> everyFeedback(Storage storage)
 {
-    std::vector<Problem> all{{&kFeedback, 1, 2, 1, 256, 1, 1, storage, 0.0F}};
+    std::vector<Problem> all{{&kFeedback, 1, 2, 1, 256, 1, 1, storage, 0.0F}, {&kFeedback, 1, 2, 1, kWide, 1, 1, storage, 0.0F}};
     for (int64_t const width : {256, 512, 1024, 2048, 4096})
     {
         all.push_back({&kFeedback, 1, 1, 1, width, 1, 1, storage, 0.0F});

@@ -18,17 +18,18 @@ from sessa_deploy.kernels.feedback_fwd import PANEL_BYTES, near_product, plan, s
 from sessa_deploy.kernels.feedback_grad import (
     feedback_first_bad,
     feedback_grad_k,
+    feedback_grad_pack,
     feedback_grad_products,
     feedback_grad_q,
     feedback_grad_scores,
 )
-from sessa_deploy.kernels.feedback_launch import Options, Workspace, address, aligned, launcher, pinned
+from sessa_deploy.kernels.feedback_launch import Options, Workspace, address, aligned, launcher, pinned, solve_variant
 from sessa_deploy.kernels.feedback_tiles import apply_inverse, feedback_combine, feedback_scores, store_split
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_solve_transposed"))
 def feedback_solve_transposed(
-    e, gain, inverse, inverse_low, near, near_low, near_scale, ds, u, w, w_low, scales, carry, dpast_s, past_length, bad, sync,
+    e, gain, inverse, inverse_low, near, near_low, near_scale, ds, u, u_low, w, w_low, scales, carry, dpast_s, past_length, bad, sync,
     T, P, D, C, R, NP, row0, blocks, B, panel, panels, add,
     BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +109,10 @@ def feedback_solve_transposed(
         store_split(b_w, amax, p_w + p_tile, p_l + p_tile, scales, o_w, (i_b * (R // BT) + i_r) * tiles_n + i_n, m_n, SPLIT)
         tl.debug_barrier()
         tl.atomic_xchg(p_done, rank + 1, sem="release", scope="gpu")
-        tl.store(u + p_f + o_w, b_u.to(u.dtype.element_ty), mask=m_f)
+        b_out = b_u.to(u.dtype.element_ty)
+        tl.store(u + p_f + o_w, b_out, mask=m_f)
+        if SPLIT:
+            tl.store(u_low + p_f + o_w, (b_u - b_out.to(tl.float32)).to(u.dtype.element_ty), mask=m_f)
     elif (i_t < NP) & (row0 == 0):
         row = i_t * BT
         tl.store(dpast_s + (i_b * P + row) * D + o_w, acc.to(dpast_s.dtype.element_ty), mask=(row + o_r < P)[:, None] & m_n)
@@ -117,12 +121,12 @@ def feedback_solve_transposed(
 
 
 BACKWARD = (
-    "feedback_first_bad", "feedback_scores", "feedback_combine", "feedback_solve_transposed",
+    "feedback_first_bad", "feedback_scores", "feedback_combine", "feedback_solve_transposed", "feedback_grad_pack",
     "feedback_grad_products", "feedback_grad_scores", "feedback_grad_q", "feedback_grad_k",
 )  # fmt: skip
 
 KERNELS = (
-    feedback_first_bad, feedback_scores, feedback_combine, feedback_solve_transposed,
+    feedback_first_bad, feedback_scores, feedback_combine, feedback_solve_transposed, feedback_grad_pack,
     feedback_grad_products, feedback_grad_scores, feedback_grad_q, feedback_grad_k,
 )  # fmt: skip
 
@@ -133,19 +137,25 @@ class Plan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
-        opt = options or pinned(BACKWARD, device, dtype, "bwd")
-        split = dtype != torch.float32
-        scores, solve, products, by_score, by_q, by_k = (opt[n] for n in (BACKWARD[1], *BACKWARD[3:]))
+        opt = options or pinned(BACKWARD[:3] + BACKWARD[4:], device, dtype, "bwd") | pinned(
+            BACKWARD[3:4], device, dtype, solve_variant(device, dtype, width, "bwd")
+        )
+        split, full = dtype != torch.float32, dtype == torch.float16
+        scores, solve, pack, products, by_score, by_q, by_k = (opt[n] for n in (BACKWARD[1], *BACKWARD[3:]))
         tile = solve["BT"]
         work, pair, single = (torch.float16, torch.bfloat16, torch.float32) if split else (torch.float32,) * 3
-        shape = plan(batch, tokens, past, width, scores, 2 * work.itemsize, panel_bytes)
+        product = torch.float16 if split and not full else single  # of u . s
+        itemsize = work.itemsize + product.itemsize + (dtype.itemsize if full else 0)
+        shape = plan(batch, tokens, past, width, scores, itemsize, panel_bytes)
         past_tiles, tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
         tiles_n = -(-width // solve["BN"])
         every = batch * rows
         sizes = {
             "e": (every * columns, work),
-            "r": (every * columns, work),  # then, in place, the scores' gradient
+            "r": (every * columns, product),  # then, in place where it is as wide, the scores' gradient
+            "grad": (every * columns if full else 0, dtype),
             "sums": (every * tiles, single),
+            "r_sums": (3 * every * tiles, single),
             "inverse_sum": (every, single),
             "gain": (every, single),
             "x": (every * tile, single),
@@ -156,18 +166,26 @@ class Plan:
             "scales": (every // tile * tiles_n, single),
             "r_scales": (every // tile * tiles, single),
             "grad_scales": (every // tile * tiles, single),
+            "u": (every * width, work),
+            "u_scale": (every, single),
+            "s": (batch * columns * width, work),
+            "s_scale": (batch * columns, single),
             "carry": (batch * columns * width if panels > 1 else 0, single),
             "carry_k": (batch * columns * width if panels > 1 else 0, single),
         }
         if split:
             sizes |= {"inverselow": sizes["inverse"], "nearlow": sizes["near"], "wlow": sizes["w"]}
+            sizes["rest"] = (batch * tokens * width, dtype)  # what rounding took from u
+        if full:
+            sizes |= {"ulow": sizes["u"], "slow": sizes["s"]}
         self.workspace = Workspace(sizes)
-        self.low = "low" if split else ""
+        self.low, self.full = "low" if split else "", "low" if full else ""
         self.past_tiles = past_tiles
         self.sync = batch + panels + panels * batch * tiles_n
         self.run = [launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(BACKWARD, KERNELS, strict=True)]
         self.bad_programs = (-(-tokens // opt["feedback_first_bad"]["BT"]), batch)
         self.panels: list[tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]] = []
+        self.pack_s = ((columns // pack["BT"], batch), (tokens, past, width, columns, past_tiles * tile, 0))
         scale = 1 / math.sqrt(width)
         for panel in range(panels):
             row0 = (panels - 1 - panel) * rows
@@ -179,7 +197,8 @@ class Plan:
                 (score_grid(blocks * tile, before, batch, scores), (*sides, tiles, row0, 0, scale)),
                 ((blocks, batch), (tokens, columns, rows, past_tiles, tiles, row0, batch, blocks)),
                 (((blocks + before) * batch * tiles_n,), (*sides, row0, blocks, batch, panel, panels, add)),
-                (score_grid(blocks * tile, before, batch, products), (*sides, tiles, row0)),
+                ((rows // pack["BT"], batch), (tokens, past, width, rows, 0, row0)),
+                (score_grid(blocks * tile, before, batch, products), (tokens, width, columns, rows, past_tiles, tiles, row0)),
                 ((blocks, -(-(before + blocks) // by_score["TILES"]), batch), (tokens, columns, rows, past_tiles, tiles, row0)),
                 ((-(-width // by_q["BN"]), blocks, batch), (*sides, tiles, row0, scale)),
                 ((-(-width // by_k["BN"]), before + blocks, batch), (*sides, tiles, row0, blocks, add, scale)),
@@ -190,14 +209,16 @@ _plan = lru_cache(maxsize=256)(Plan)
 
 
 def backward(
-    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor,
+    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, s_low: Tensor | None,
+    past_k: Tensor, past_s: Tensor, past_length: Tensor,
     options: Options | None = None, panel_bytes: int = PANEL_BYTES,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dgamma, df, dpast_k, dpast_s) of the forward that gave s (B,T,D) and lse (B,T). Shapes and dtypes as the inputs'.
+    """(dq, dk, dgamma, df, dpast_k, dpast_s) of the forward that gave s (B,T,D), lse (B,T) and s_low (B,T,D). Shapes and dtypes as the inputs'.
 
     Rows from a sequence's first one with NaN or Inf in q, k or s on get gradient 0 and contribute none. options: as in the forward.
     """
     ds, q, k, gamma, s, past_k, past_s, lse = (aligned(x) for x in (ds, q, k, gamma, s, past_k, past_s, lse))
+    s_low = None if s_low is None else aligned(s_low)
     batch, tokens, width = q.shape
     device = q.device
     shape = (device, q.dtype, batch, tokens, past_k.shape[1], width)
@@ -215,21 +236,25 @@ def backward(
     e, r, sums, inverse_sum, gain, r_scales, grad_scales = (at[n] for n in ("e", "r", "sums", "inverse_sum", "gain", "r_scales", "grad_scales"))
     inverse, near, near_scale, w = (at[n] for n in ("inverse", "near", "near_scale", "w"))
     inverse_low, near_low, w_low = at["inverse" + p.low], at["near" + p.low], at["w" + p.low]
-    grad = r if isinstance(r, int) else r.view(q.dtype)
-    first_bad, scores, combine, solve, products, grad_of_scores, grad_of_q, grad_of_k = p.run
+    u, u_low, u_scale, s_all, s_all_low, s_scale = (at[n] for n in ("u", "u" + p.full, "u_scale", "s", "s" + p.full, "s_scale"))
+    grad = at["grad"] if p.full else r if isinstance(r, int) else r.view(q.dtype)
+    rest = at["rest"] if p.low else a_df
+    first_bad, scores, combine, solve, pack, products, grad_of_scores, grad_of_q, grad_of_k = p.run
     first_bad(p.bad_programs, a_q, a_k, a_s, bad, tokens, width)
-    for by_scores, by_combine, by_solve, by_products, by_grad, by_q, by_k in p.panels:
+    pack(p.pack_s[0], a_s, a_s if s_low is None else address(s_low), a_past_s, a_length, bad, s_all, s_all_low, s_scale, *p.pack_s[1])
+    for by_scores, by_combine, by_solve, by_pack, by_products, by_grad, by_q, by_k in p.panels:
         scores(by_scores[0], a_q, a_k, a_past_k, a_length, a_lse, bad, e, sums, sums, ticket, *by_scores[1])
         combine(
             by_combine[0], e, sums, sums, a_gamma, a_length, inverse_sum, gain, a_lse, at["x"], inverse, inverse_low, near, near_low, near_scale,
             *by_combine[1],
         )  # fmt: skip
         solve(
-            by_solve[0], e, gain, inverse, inverse_low, near, near_low, near_scale, a_ds, a_df, w, w_low, at["scales"], at["carry"], a_dpast_s, a_length,
+            by_solve[0], e, gain, inverse, inverse_low, near, near_low, near_scale, a_ds, a_df, rest, w, w_low, at["scales"], at["carry"], a_dpast_s, a_length,
             bad, ticket, *by_solve[1],
         )  # fmt: skip
-        products(by_products[0], a_df, a_s, a_past_s, a_length, bad, e, r, r_scales, sums, *by_products[1])
-        grad_of_scores(by_grad[0], e, r, r_scales, sums, gain, inverse_sum, grad, grad_scales, a_dgamma, a_length, bad, *by_grad[1])
+        pack(by_pack[0], a_df, rest, a_past_s, a_length, bad, u, u_low, u_scale, *by_pack[1])
+        products(by_products[0], u, u_low, u_scale, s_all, s_all_low, s_scale, a_length, bad, e, r, r_scales, at["r_sums"], *by_products[1])
+        grad_of_scores(by_grad[0], e, r, r_scales, at["r_sums"], gain, inverse_sum, grad, grad_scales, a_dgamma, a_length, bad, *by_grad[1])
         grad_of_q(by_q[0], grad, grad_scales, a_k, a_past_k, a_length, bad, a_dq, *by_q[1])
         grad_of_k(by_k[0], grad, grad_scales, a_q, a_length, bad, at["carry_k"], a_dk, a_dpast_k, *by_k[1])
     return dq, dk, dgamma, df, dpast_k, dpast_s

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels import launch
-from sessa_deploy.kernels.feedback_launch import Options, Workspace, address, aligned, launcher, pinned
+from sessa_deploy.kernels.feedback_launch import Options, Workspace, address, aligned, launcher, pinned, solve_variant
 from sessa_deploy.kernels.feedback_tiles import apply_inverse, feedback_combine, feedback_scores, finite, grouped_size, store_split
 
 PANEL_BYTES = 1 << 30  # routing tiles of one panel
@@ -63,15 +63,16 @@ def near_product(b_near, b_low, w, w_low, o_tile, m_n, FULL: tl.constexpr, SPLIT
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_solve"))
 def feedback_solve(
-    e, peak, row_peak, gain, inverse, inverse_low, near, near_low, near_scale, f, s, w, w_low, scales, past_length, sync,
-    T, D, C, R, NP, NT, row0, B, panel, panels,
+    e, peak, row_peak, gain, inverse, inverse_low, near, near_low, near_scale, f, s, s_low, w, w_low, scales, past_length, sync,
+    T, D, C, R, NP, NT, row0, B, panel, panels, keep,
     BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """One program per (block of BT rows, sequence, BN columns of D): s = inverse (f + sum_far r_j (e_j @ s_j)) + near[1] s_{i-2} + near[0] s_{i-1}.
 
     r_j = gain exp(peak_j - row_peak). A ticket hands the tiles out in the order of their dependencies, so a waiting program always waits for one
     that runs. sync: a ticket per panel, then for each (sequence, columns) the number of row blocks that are done. Tiles are summed in ascending
-    order, whoever is ready. s reaches later blocks as a scaled float16 pair; far blocks use its high half alone unless FULL.
+    order, whoever is ready. s reaches later blocks as a scaled float16 pair; far blocks use its high half alone unless FULL. keep: s_low
+    receives what rounding to storage took from s.
     """
     tiles_n = tl.cdiv(D, BN)
     ticket = tl.atomic_add(sync + panel, 1, sem="relaxed", scope="gpu")
@@ -144,7 +145,10 @@ def feedback_solve(
     store_split(b_s, amax, p_w + p_tile, p_l + p_tile, scales, o_w, (i_b * NT + NP + block) * tiles_n + i_n, m_n, SPLIT)
     tl.debug_barrier()
     tl.atomic_xchg(p_done, block + 1, sem="release", scope="gpu")
-    tl.store(s + p_f + o_w, b_s.to(s.dtype.element_ty), mask=m_f)
+    b_out = b_s.to(s.dtype.element_ty)
+    tl.store(s + p_f + o_w, b_out, mask=m_f)
+    if SPLIT:
+        tl.store(s_low + p_f + o_w, (b_s - b_out.to(tl.float32)).to(s.dtype.element_ty), mask=m_f & (keep != 0))
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,9 @@ class Plan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
-        opt = options or pinned(FORWARD, device, dtype, "fwd")
+        opt = options or pinned(FORWARD[1:3], device, dtype, "fwd") | pinned(
+            (FORWARD[0], FORWARD[3]), device, dtype, solve_variant(device, dtype, width, "fwd")
+        )
         scores, solve = opt["feedback_scores"], opt["feedback_solve"]
         tile = solve["BT"]
         split = dtype != torch.float32
@@ -261,9 +267,10 @@ _plan = lru_cache(maxsize=256)(Plan)
 def forward(
     q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool = True,
     options: Options | None = None, panel_bytes: int = PANEL_BYTES,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """s (B,T,D) in the storage dtype and lse (B,T) float32 (None unless wanted). Shapes and meaning as in `ops.feedback_attention`.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """s (B,T,D) in the storage dtype; lse (B,T) float32 and, with 16-bit storage, what rounding took from s (B,T,D), None unless wanted.
 
+    need_lse: whether a backward will follow, which takes both. Shapes and meaning as in `ops.feedback_attention`.
     options: launch options by kernel name in place of the pinned ones (tuning, small tiles under the interpreter).
     """
     q, k, gamma, f, past_k, past_s = (aligned(x) for x in (q, k, gamma, f, past_k, past_s))
@@ -276,6 +283,7 @@ def forward(
     s = torch.empty_like(f)
     lse = torch.empty(batch, tokens, dtype=torch.float32, device=device) if need_lse else None
     at, _memory = p.workspace.take(device)
+    low = torch.empty_like(f) if need_lse and p.low else None
     a_s, a_f, a_q, a_k, a_gamma, a_length = (address(x) for x in (s, f, q, k, gamma, past_length))
     a_past_k, a_past_s = (address(past_k), address(past_s)) if p.pack else (a_k, a_f)
     a_lse = at["lse"] if lse is None else address(lse)
@@ -291,7 +299,7 @@ def forward(
             *combine_sizes,
         )  # fmt: skip
         p.run_solve(
-            solve_programs, e, peak, row_peak, gain, inverse, inverse_low, near, near_low, near_scale, a_f, a_s, w, w_low, scales, a_length, sync,
-            *solve_sizes,
+            solve_programs, e, peak, row_peak, gain, inverse, inverse_low, near, near_low, near_scale, a_f, a_s, a_s if low is None else address(low), w, w_low,
+            scales, a_length, sync, *solve_sizes, int(low is not None),
         )  # fmt: skip
-    return s, lse
+    return s, lse, low

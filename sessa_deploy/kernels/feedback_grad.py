@@ -1,4 +1,4 @@
-"""Gradient kernels of feedback attention after the transposed solve: r = u . s, its row sums, the scores' gradient, dq and dk. See README.md."""
+"""Gradient kernels of feedback attention after the transposed solve: packing, r = u . s, its row sums, the scores' gradient, dq and dk. See README.md."""
 
 import triton
 import triton.language as tl
@@ -27,14 +27,63 @@ def feedback_first_bad(q, k, s, bad, T, D, BT: tl.constexpr, BN: tl.constexpr):
         tl.atomic_max(bad + i_b, left, sem="relaxed")
 
 
+@triton.jit(do_not_specialize=launch.do_not_specialize("feedback_grad_pack"))
+def feedback_grad_pack(
+    x, x_low, past, past_length, bad, y, y_low, y_scale, T, P, D, C, first, row0,
+    BT: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Grid (C / BT, B): y (B,C,D) = rows [past | x + x_low from row0 on], the latter from column `first` on, zeros where no live row is.
+
+    With SPLIT each row as a float16 over a power of two, 1 / which goes to y_scale (B,C), and with FULL what that leaves in y_low. 8 times finer
+    than bfloat16 rows, and of one scale over D, so that a product takes it out once.
+    """
+    i_b = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BT
+    o_c, o_n = column + tl.arange(0, BT), tl.arange(0, BN)
+    is_past = column < first
+    p_x = x + i_b * T * D
+    o_x = o_c - first + row0
+    limit = T - tl.load(bad + i_b)
+    if is_past:
+        p_x = past + i_b * P * D
+        o_x = o_c
+        limit = tl.minimum(tl.load(past_length + i_b), P)
+    m_x = (o_x < limit)[:, None]
+    offset = o_x.to(tl.int64)[:, None] * D + o_n[None, :]
+    p_l = x_low + i_b * T * D + offset
+    p_y = (i_b * C + o_c)[:, None] * D + o_n[None, :]
+    m_l = m_x & (column >= first)
+    amax = tl.zeros([BT], dtype=tl.float32)
+    if SPLIT:
+        for i_n in range(0, D, BN):
+            m_n = (o_n < D - i_n)[None, :]
+            b_x = tl.load(p_x + offset + i_n, mask=m_x & m_n, other=0.0).to(tl.float32)
+            amax = tl.maximum(amax, tl.max(tl.abs(b_x), axis=1))
+    c, inv = power_scale(amax)
+    for i_n in range(0, D, BN):
+        m_n = (o_n < D - i_n)[None, :]
+        b_x = tl.load(p_x + offset + i_n, mask=m_x & m_n, other=0.0).to(tl.float32)
+        if SPLIT:
+            b_x = (b_x + tl.load(p_l + i_n, mask=m_l & m_n, other=0.0).to(tl.float32)) * c[:, None]
+        b_y = b_x.to(y.dtype.element_ty)
+        tl.store(y + p_y + i_n, b_y, mask=m_n)
+        if FULL:
+            tl.store(y_low + p_y + i_n, (b_x - b_y.to(tl.float32)).to(y.dtype.element_ty), mask=m_n)
+    tl.store(y_scale + i_b * C + o_c, inv)
+
+
+MAIN = tl.constexpr(0.75 * 32768.0)  # e beyond which a column has most of its row's weight: at most one a row
+
+
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_grad_products"))
 def feedback_grad_products(
-    u, s, past_s, past_length, bad, e, r, r_scales, r_sums, T, P, D, C, R, NP, NT, row0,
-    BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, NB: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+    u, u_low, u_scale, s, s_low, s_scale, past_length, bad, e, r, r_scales, r_sums, T, D, C, R, NP, NT, row0,
+    BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, NB: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """r_ij = u_i . s_j for the tiles of `feedback_scores`, rounded once (with SPLIT a float16 with a scale per tile), and sum_j e_ij r_ij per tile.
+    """r_ij = u_i . s_j for the tiles of `feedback_scores`, u (B,R,D) and s (B,C,D) packed, and three sums per row and tile.
 
-    The sums use the rounded r, so that a saturated softmax still gets an exactly vanishing gradient.
+    r is rounded once: a float16 with a scale per tile, or with FULL and without SPLIT a float32. The sums (3,B,NT,R), of the rounded r: e r and e
+    over the columns that are not MAIN, and e r over the one that is, so that a saturated softmax still gets its vanishing gradient right.
     """
     i_b = tl.program_id(1)
     i_m, i_t = grouped_tile(tl.program_id(0), (NP + row0 // BT) // NB, BM, NB * BT, GROUP)
@@ -44,19 +93,21 @@ def feedback_grad_products(
     column = tl.where(is_past, i_t, i_t - NP) * BT
     limit = tl.where(is_past, tl.load(past_length + i_b), T)
     if (i_m * BM < R) & (i_t < NT) & (first < T) & (column < limit) & (is_past | (column < first + BM)):
-        p_s = s + i_b.to(tl.int64) * T * D + column.to(tl.int64) * D
-        if is_past:
-            p_s = past_s + i_b.to(tl.int64) * P * D + column.to(tl.int64) * D
-        p_u = u + i_b.to(tl.int64) * T * D + first.to(tl.int64) * D
-        acc = product_nt(p_u, p_s, T - first, limit - column, D, BM, NB * BT, BK)
-        o_m, o_t = first + tl.arange(0, BM), column + tl.arange(0, NB * BT)
+        row_u, row_s = i_b.to(tl.int64) * R + i_m * BM, i_b.to(tl.int64) * C + i_t * BT
+        o_r, o_c = tl.arange(0, BM), tl.arange(0, NB * BT)
+        acc = tl.zeros([BM, NB * BT], dtype=tl.float32)
+        if FULL:
+            acc = product_nt(acc, u + row_u * D, s_low + row_s * D, BM, NB * BT, D, BM, NB * BT, BK)
+            acc = product_nt(acc, u_low + row_u * D, s + row_s * D, BM, NB * BT, D, BM, NB * BT, BK)
+        acc = product_nt(acc, u + row_u * D, s + row_s * D, BM, NB * BT, D, BM, NB * BT, BK)
+        if SPLIT:
+            acc = acc * tl.load(u_scale + row_u + o_r)[:, None] * tl.load(s_scale + row_s + o_c)[None, :]
+        o_m, o_t = first + o_r, column + o_c
         end = T - tl.load(bad + i_b)
         seen = (o_t < limit)[None, :] & (o_m < end)[:, None] & (is_past | ((o_t[None, :] < o_m[:, None]) & (o_t < end)[None, :]))
         acc = tl.where(seen, acc, 0.0)
-        o_r = i_m * BM + tl.arange(0, BM)
-        p_tile = (i_b.to(tl.int64) * R + i_m * BM) * C + i_t * BT
-        p_tile += tl.arange(0, BM)[:, None] * C + tl.arange(0, NB * BT)[None, :]
-        if SPLIT:
+        p_tile = row_u * C + i_t * BT + o_r[:, None] * C + o_c[None, :]
+        if SPLIT and not FULL:
             c, inv = power_scale(tl.max(tl.max(tl.abs(acc), axis=1), axis=0))
             b_r = (acc * c).to(r.dtype.element_ty)
             tl.store(r_scales + (i_b * (R // BM) + i_m) * NT + i_t + tl.arange(0, NB), inv + tl.zeros([NB], dtype=tl.float32))
@@ -65,8 +116,24 @@ def feedback_grad_products(
             b_r = acc
         tl.store(r + p_tile, b_r)
         b_e = tl.load(e + p_tile).to(tl.float32)
-        p_sum = (i_b.to(tl.int64) * NT + i_t + tl.arange(0, NB))[None, :] * R + o_r[:, None]
-        tl.store(r_sums + p_sum, tl.sum(tl.reshape(b_e * acc, [BM, NB, BT]), axis=2))
+        main = b_e > MAIN
+        b_rest = tl.where(main, 0.0, b_e)
+        p_sum = r_sums + (i_b.to(tl.int64) * NT + i_t + tl.arange(0, NB))[None, :] * R + (i_m * BM + o_r)[:, None]
+        size = tl.num_programs(1).to(tl.int64) * NT * R
+        tl.store(p_sum, tl.sum(tl.reshape(b_rest * acc, [BM, NB, BT]), axis=2))
+        tl.store(p_sum + size, tl.sum(tl.reshape(b_rest, [BM, NB, BT]), axis=2))
+        tl.store(p_sum + 2 * size, tl.sum(tl.reshape(tl.where(main, b_e * acc, 0.0), [BM, NB, BT]), axis=2))
+
+
+@triton.jit
+def sum_tiles(p_sums, count, past_tiles, NP, R, BT: tl.constexpr, CHUNK: tl.constexpr):
+    """Sum over a row block's live column tiles of per-tile sums, p_sums (BT,) at tile 0."""
+    b_sum = tl.zeros([BT], dtype=tl.float32)
+    for i in range(0, count, CHUNK):
+        o_c = i + tl.arange(0, CHUNK)
+        o_x = tl.where(o_c < past_tiles, o_c, o_c - past_tiles + NP).to(tl.int64)
+        b_sum += tl.sum(tl.load(o_x[:, None] * R + p_sums[None, :], mask=(o_c < count)[:, None], other=0.0), axis=0)
+    return b_sum
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_grad_scores"))
@@ -76,7 +143,8 @@ def feedback_grad_scores(
 ):  # fmt: skip
     """Grid (row blocks, groups of TILES column tiles, B): grad = gain e (r - delta) in place of r, delta = dgamma = sum_j e r / row sum.
 
-    SCALED (float16 storage): a power of two per tile, else grad is in the storage type as it is.
+    In the column that has most of the weight, r - delta = (r sum_rest e - sum_rest e r) / row sum, over the others: nothing cancels.
+    SCALED (float16 storage): r is float32, and grad beside it has a power of two per tile; else grad is in the storage type as it is.
     """
     i_r, i_c, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     past_tiles = tl.cdiv(tl.load(past_length + i_b), BT)
@@ -84,13 +152,13 @@ def feedback_grad_scores(
     if i_c * TILES < count:
         o_r, o_t = tl.arange(0, BT), tl.arange(0, BT)
         p_row = i_b * R + i_r * BT + o_r
-        p_sums = i_b * NT * R + i_r * BT + o_r
-        b_sum = tl.zeros([BT], dtype=tl.float32)
-        for i in range(0, count, CHUNK):
-            o_c = i + tl.arange(0, CHUNK)
-            o_x = tl.where(o_c < past_tiles, o_c, o_c - past_tiles + NP).to(tl.int64)
-            b_sum += tl.sum(tl.load(r_sums + o_x[:, None] * R + p_sums[None, :], mask=(o_c < count)[:, None], other=0.0), axis=0)
-        b_delta = b_sum * tl.load(inverse_sum + p_row)
+        p_sums = r_sums + i_b * NT * R + i_r * BT + o_r
+        size = tl.num_programs(2).to(tl.int64) * NT * R
+        b_rest_r = sum_tiles(p_sums, count, past_tiles, NP, R, BT, CHUNK)
+        b_rest = sum_tiles(p_sums + size, count, past_tiles, NP, R, BT, CHUNK)
+        b_main_r = sum_tiles(p_sums + 2 * size, count, past_tiles, NP, R, BT, CHUNK)
+        b_inverse = tl.load(inverse_sum + p_row)
+        b_delta = (b_rest_r + b_main_r) * b_inverse
         row = row0 + i_r * BT + o_r
         if i_c == 0:
             tl.store(dgamma + i_b * T + row, b_delta, mask=row < T)
@@ -100,9 +168,10 @@ def feedback_grad_scores(
             p_tile = (i_b * R + i_r * BT) * C + i_t * BT + o_r[:, None] * C + o_t[None, :]
             b_e = tl.load(e + p_tile).to(tl.float32)
             b_r = tl.load(r + p_tile).to(tl.float32)
-            if SPLIT:
+            if SPLIT and not SCALED:
                 b_r = b_r * tl.load(r_scales + (i_b * (R // BM) + i_r * BT // BM) * NT + i_t)
-            b_g = tl.where(b_e == 0.0, 0.0, b_gain[:, None] * b_e * (b_r - b_delta[:, None]))
+            b_d = tl.where(b_e > MAIN, (b_r * b_rest[:, None] - b_rest_r[:, None]) * b_inverse[:, None], b_r - b_delta[:, None])
+            b_g = tl.where(b_e == 0.0, 0.0, b_gain[:, None] * b_e * b_d)
             if SCALED:
                 c, inv = power_scale(tl.max(tl.max(tl.abs(b_g), axis=1), axis=0))
                 b_g = b_g * c

@@ -48,6 +48,12 @@ def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, var
     return {name: launch.options(name, arch, DTYPE_NAMES[dtype], variant) for name in names}
 
 
+@lru_cache(maxsize=256)
+def solve_variant(device: torch.device, dtype: torch.dtype, width: int, side: str) -> str:
+    """Which pinned tiles the solve takes for D columns; side is "fwd" or "bwd" (`launch.solve_variant`)."""
+    return launch.solve_variant(arch_of(device.index or 0), DTYPE_NAMES[dtype], width, side)
+
+
 def aligned(x: Tensor) -> Tensor:
     """x contiguous and on a 16-byte boundary, as every kernel expects; a copy only where it has to be."""
     x = x.contiguous()

@@ -27,17 +27,22 @@ def power_scale(amax):
 
 
 @triton.jit
-def product_nt(p_a, p_b, rows_a, rows_b, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """a b^T in float32 over D columns, a (BM rows of stride D), b (BN rows of stride D); rows from rows_a / rows_b on repeat the last one."""
+def product_nt(acc, p_a, p_b, rows_a, rows_b, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """acc + a b^T over D columns, a (BM rows of stride D), b (BN rows of stride D); rows from rows_a / rows_b on repeat the last one.
+
+    acc and the sums are float32. float32 operands are summed BK columns at a time: a sum that cancels then keeps more of its digits.
+    """
     o_a, o_b, o_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
     p_a = p_a + tl.minimum(o_a, rows_a - 1)[:, None] * D + o_k[None, :]
     p_b = p_b + tl.minimum(o_b, rows_b - 1)[:, None] * D + o_k[None, :]
-    acc = tl.zeros([BM, BN], dtype=tl.float32)
     for i_k in range(0, D, BK):
         m_k = (o_k < D - i_k)[None, :]
         b_a = tl.load(p_a + i_k, mask=m_k, other=0.0)
         b_b = tl.load(p_b + i_k, mask=m_k, other=0.0)
-        acc = tl.dot(b_a, tl.trans(b_b), acc, input_precision="ieee")
+        if p_a.dtype.element_ty == tl.float32:
+            acc += tl.dot(b_a, tl.trans(b_b), input_precision="ieee")
+        else:
+            acc = tl.dot(b_a, tl.trans(b_b), acc, input_precision="ieee")
     return acc
 
 
@@ -94,7 +99,7 @@ def feedback_scores(
         if is_past:
             p_k = past_k + i_b.to(tl.int64) * P * D + column.to(tl.int64) * D
         p_q = q + i_b.to(tl.int64) * T * D + first.to(tl.int64) * D
-        acc = product_nt(p_q, p_k, T - first, limit - column, D, BM, NB * BT, BK) * scale
+        acc = product_nt(tl.zeros([BM, NB * BT], dtype=tl.float32), p_q, p_k, T - first, limit - column, D, BM, NB * BT, BK) * scale
         o_m, o_t = first + tl.arange(0, BM), column + tl.arange(0, NB * BT)
         if BACKWARD:
             end = T - tl.load(bad + i_b)

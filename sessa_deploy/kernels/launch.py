@@ -102,6 +102,24 @@ def tuned(name: str, arch: int, dtype: str, variant: str) -> bool:
     return bool(pinned(name, arch, dtype, variant)["tuned"])
 
 
+def has(name: str, arch: int, dtype: str, variant: str) -> bool:
+    """Whether the tables pin this variant for exactly this architecture."""
+    return (name, arch, dtype, variant) in _table()
+
+
+WIDE = 1024  # D from which the solve takes the tiles of variant "wide", where an architecture has them
+
+
+def solve_variant(arch: int, dtype: str, width: int, side: str) -> str:
+    """"wide" or `side` ("fwd" or "bwd"): wide tiles read less for a product, narrow ones make a shorter chain, which few columns of D expose.
+
+    Depends on D alone, so that a sequence's bits do not depend on its batch.
+    """
+    name = "feedback_solve" if side == "fwd" else "feedback_solve_transposed"
+    resolved = max((a for a in ARCHS if a <= arch and has(name, a, dtype, side)), default=arch)
+    return "wide" if width >= WIDE and has(name, resolved, dtype, "wide") else side
+
+
 def width_variant(name: str, width: int) -> str:
     """The smallest variant, read as an integer, that covers `width`. Raises ValueError beyond the largest."""
     for v in sorted(kernel(name).variants, key=int):

@@ -58,11 +58,12 @@ def integers(*names: str) -> tuple[Param, ...]:
     return tuple(Param(n, "i32") for n in names)
 
 
-# Types that follow the storage dtype: "work" of routing tiles and of s between blocks, "half_pair" of a block inverse's two halves.
+# Types that follow the storage dtype: "work" of routing tiles and of s between blocks, "half_pair" of a block inverse's two halves,
+# "product" of u . s in the backward.
 DERIVED = {
-    "fp32": {"storage": "fp32", "work": "fp32", "half_pair": "fp32"},
-    "fp16": {"storage": "fp16", "work": "fp16", "half_pair": "bf16"},
-    "bf16": {"storage": "bf16", "work": "fp16", "half_pair": "bf16"},
+    "fp32": {"storage": "fp32", "work": "fp32", "half_pair": "fp32", "product": "fp32"},
+    "fp16": {"storage": "fp16", "work": "fp16", "half_pair": "bf16", "product": "fp32"},
+    "bf16": {"storage": "bf16", "work": "fp16", "half_pair": "bf16", "product": "fp16"},
 }
 
 
@@ -123,7 +124,7 @@ KERNELS: dict[str, Kernel] = {
                 Param("C", "i32", True),
             ),
             ("BT", "BN", "SPLIT"),
-            ("fwd",),
+            ("fwd", "wide"),
             scalar_loads=2,
         ),
         Kernel(
@@ -177,17 +178,17 @@ KERNELS: dict[str, Kernel] = {
                 *pointers("inverse", "inverse_low", type="*half_pair"),
                 *pointers("near", "near_low", type="*work"),
                 *pointers("near_scale", type="*fp32"),
-                *pointers("f", "s"),
+                *pointers("f", "s", "s_low"),
                 *pointers("w", "w_low", type="*work"),
                 Param("scales", "*fp32"),
                 Param("past_length", "*i32"),
                 Param("sync", "*i32"),
                 *integers("T"),
                 *(Param(n, "i32", True) for n in ("D", "C", "R")),
-                *integers("NP", "NT", "row0", "B", "panel", "panels"),
+                *integers("NP", "NT", "row0", "B", "panel", "panels", "keep"),
             ),
             ("BT", "BN", "STAGES", "SPLIT", "FULL"),
-            ("fwd",),
+            ("fwd", "wide"),
             scalar_loads=64,
         ),
         Kernel(
@@ -199,7 +200,7 @@ KERNELS: dict[str, Kernel] = {
                 *pointers("inverse", "inverse_low", type="*half_pair"),
                 *pointers("near", "near_low", type="*work"),
                 *pointers("near_scale", type="*fp32"),
-                *pointers("ds", "u"),
+                *pointers("ds", "u", "u_low"),
                 *pointers("w", "w_low", type="*work"),
                 Param("scales", "*fp32"),
                 *pointers("carry", type="*fp32"),
@@ -212,7 +213,7 @@ KERNELS: dict[str, Kernel] = {
                 *integers("NP", "row0", "blocks", "B", "panel", "panels", "add"),
             ),
             ("BT", "BN", "STAGES", "SPLIT", "FULL"),
-            ("bwd",),
+            ("bwd", "wide"),
             lowered=False,
         ),
         Kernel(
@@ -224,20 +225,41 @@ KERNELS: dict[str, Kernel] = {
             lowered=False,
         ),
         Kernel(
+            "feedback_grad_pack",
+            "sessa_deploy.kernels.feedback_grad",
+            (
+                *pointers("x", "x_low", "past"),
+                Param("past_length", "*i32"),
+                Param("bad", "*i32"),
+                *pointers("y", "y_low", type="*work"),
+                Param("y_scale", "*fp32"),
+                *integers("T", "P"),
+                *(Param(n, "i32", True) for n in ("D", "C")),
+                *integers("first", "row0"),
+            ),
+            ("BT", "BN", "SPLIT", "FULL"),
+            ("bwd",),
+            lowered=False,
+        ),
+        Kernel(
             "feedback_grad_products",
             "sessa_deploy.kernels.feedback_grad",
             (
-                *pointers("u", "s", "past_s"),
+                *pointers("u", "u_low", type="*work"),
+                Param("u_scale", "*fp32"),
+                *pointers("s", "s_low", type="*work"),
+                *pointers("s_scale", type="*fp32"),
                 Param("past_length", "*i32"),
                 Param("bad", "*i32"),
-                *pointers("e", "r", type="*work"),
+                *pointers("e", type="*work"),
+                *pointers("r", type="*product"),
                 Param("r_scales", "*fp32"),
                 *pointers("r_sums", type="*fp32"),
-                *integers("T", "P"),
+                *integers("T"),
                 *(Param(n, "i32", True) for n in ("D", "C", "R")),
                 *integers("NP", "NT", "row0"),
             ),
-            ("BM", "BT", "BK", "NB", "GROUP", "SPLIT"),
+            ("BM", "BT", "BK", "NB", "GROUP", "SPLIT", "FULL"),
             ("bwd",),
             lowered=False,
         ),
@@ -245,7 +267,8 @@ KERNELS: dict[str, Kernel] = {
             "feedback_grad_scores",
             "sessa_deploy.kernels.feedback_grad",
             (
-                *pointers("e", "r", type="*work"),
+                *pointers("e", type="*work"),
+                *pointers("r", type="*product"),
                 Param("r_scales", "*fp32"),
                 *pointers("r_sums", "gain", "inverse_sum", type="*fp32"),
                 *pointers("grad"),

@@ -11,6 +11,7 @@ import importlib.util
 import os
 from contextlib import nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,20 @@ def _check_past(like: Tensor, row: tuple[int, ...], past_length: Tensor, **past:
     _require(past_length.dtype in (torch.int32, torch.int64), "past_length must be int32", past_length.dtype)
 
 
+def _fits(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor) -> bool:
+    """Whether plain inputs are within the contract, in few microseconds: messages are made only where this says no."""
+    shape, dtype = q.shape, q.dtype
+    past = past_k.shape
+    return (
+        dtype in STORAGE and dtype == k.dtype == f.dtype == past_k.dtype == past_s.dtype and gamma.dtype == torch.float32
+        and len(shape) == 3 and shape == k.shape == f.shape and gamma.shape == shape[:2] and past == past_s.shape and len(past) == 3
+        and past[0] == shape[0] and past[2] == shape[2] and past_length.shape == shape[:1] and past_length.dtype == torch.int32
+    )  # fmt: skip
+
+
 def _check_feedback(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor) -> None:
+    if _fits(q, k, gamma, f, past_k, past_s, past_length):
+        return
     _require(q.dim() == 3, "q must be (B,T,D)", tuple(q.shape))
     _require(q.dtype in STORAGE, "q must be float64, float32, float16 or bfloat16", q.dtype)
     for name, x in (("k", k), ("f", f)):
@@ -75,18 +89,24 @@ def uses_triton(q: Tensor) -> bool:
     return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] % 16 == 0 and q.shape[-1] <= MAX_TRITON_WIDTH and _may_use_triton()
 
 
+def _keeps_rest(q: Tensor) -> bool:
+    """Whether the forward keeps for the backward what rounding to 16 bits took from s (the PyTorch path works without)."""
+    return q.dtype in (torch.float16, torch.bfloat16) and uses_triton(q)
+
+
 def _forward(
     q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """s (B,T,D); lse (B,T) and the rest of s (B,T,D), see `_keeps_rest`, where a backward will want them."""
     _check_feedback(q, k, gamma, f, past_k, past_s, past_length)
     if q.numel() == 0:
-        return torch.empty_like(f), gamma.new_empty(gamma.shape)
+        return torch.empty_like(f), gamma.new_empty(gamma.shape), torch.empty_like(f) if _keeps_rest(q) else None
     if not uses_triton(q):
-        return cpu.feedback_forward(q, k, gamma, f, past_k, past_s, past_length)
+        return *cpu.feedback_forward(q, k, gamma, f, past_k, past_s, past_length), None
     if q.shape[1] == 1 and not need_lse:
         from sessa_deploy.kernels import feedback_step
 
-        return feedback_step.step(q, k, gamma, f, past_k, past_s, past_length), None
+        return feedback_step.step(q, k, gamma, f, past_k, past_s, past_length), None, None
     from sessa_deploy.kernels import feedback_fwd
 
     return feedback_fwd.forward(q, k, gamma, f, past_k, past_s, past_length, need_lse)
@@ -100,15 +120,16 @@ def _feedback_attention(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: 
 @torch.library.custom_op("sessa::feedback_attention_fwd", mutates_args=())
 def _feedback_attention_fwd(
     q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor
-) -> tuple[Tensor, Tensor]:
-    s, lse = _forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=True)
+) -> tuple[Tensor, Tensor, Tensor]:
+    s, lse, rest = _forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=True)
     if lse is None:
         raise RuntimeError("sessa: the forward kernel returned no log-sum-exp")
-    return s, lse
+    return s, lse, q.new_empty(0) if rest is None else rest
 
 
 def _backward(
-    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor
+    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, rest: Tensor | None,
+    past_k: Tensor, past_s: Tensor, past_length: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     ds = ds.contiguous()
     if q.numel() == 0:
@@ -116,15 +137,16 @@ def _backward(
     if uses_triton(q):
         from sessa_deploy.kernels import feedback_bwd
 
-        return feedback_bwd.backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length)
+        return feedback_bwd.backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length)
     return cpu.feedback_backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length)
 
 
 @torch.library.custom_op("sessa::feedback_attention_bwd", mutates_args=())
 def _feedback_attention_bwd(
-    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor
+    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, rest: Tensor,
+    past_k: Tensor, past_s: Tensor, past_length: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length)
+    return _backward(ds, q, k, gamma, f, s, lse, rest if rest.numel() else None, past_k, past_s, past_length)
 
 
 @_feedback_attention.register_fake
@@ -133,13 +155,14 @@ def _(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Te
 
 
 @_feedback_attention_fwd.register_fake
-def _(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=cpu.work_dtype(q.dtype))
+def _(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=cpu.work_dtype(q.dtype)), q.new_empty(q.shape if _keeps_rest(q) else 0)
 
 
 @_feedback_attention_bwd.register_fake
 def _(
-    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor
+    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, rest: Tensor,
+    past_k: Tensor, past_s: Tensor, past_length: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     new = [x.new_empty(x.shape) for x in (q, k, gamma, f, past_k, past_s)]
     return new[0], new[1], new[2], new[3], new[4], new[5]
@@ -148,17 +171,17 @@ def _(
 def _save_feedback(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, gamma, f, past_k, past_s, past_length = inputs
     if isinstance(output, tuple):
-        s, lse = output
-        ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(q, k, gamma, f, past_k, past_s, past_length, s, lse)
+        s, lse, rest = output
+        ctx.mark_non_differentiable(lse, rest)
+        ctx.save_for_backward(q, k, gamma, f, past_k, past_s, past_length, s, lse, rest)
     else:
         ctx.save_for_backward(q, k, gamma, f, past_k, past_s, past_length, output)
 
 
-def _feedback_grad(ctx, ds: Tensor, dlse: Tensor | None = None):  # type: ignore[no-untyped-def]
-    q, k, gamma, f, past_k, past_s, past_length, s, *rest = ctx.saved_tensors
-    lse = rest[0] if rest else torch.ops.sessa.feedback_attention_fwd(q, k, gamma, f, past_k, past_s, past_length)[1]
-    return *torch.ops.sessa.feedback_attention_bwd(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length), None
+def _feedback_grad(ctx, ds: Tensor, *_: Tensor | None):  # type: ignore[no-untyped-def]
+    q, k, gamma, f, past_k, past_s, past_length, s, *saved = ctx.saved_tensors
+    lse, rest = saved or torch.ops.sessa.feedback_attention_fwd(q, k, gamma, f, past_k, past_s, past_length)[1:]
+    return *torch.ops.sessa.feedback_attention_bwd(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length), None
 
 
 _feedback_attention.register_autograd(_feedback_grad, setup_context=_save_feedback)
@@ -239,15 +262,15 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, gamma, f, past_k, past_s, past_length):  # type: ignore[no-untyped-def]
-        s, lse = _forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=True)
-        ctx.save_for_backward(q, k, gamma, f, past_k, past_s, past_length, s, lse)
+        s, lse, rest = _forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=True)
+        ctx.save_for_backward(q, k, gamma, f, past_k, past_s, past_length, s, lse, rest)
         return s
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, ds):  # type: ignore[no-untyped-def]
-        q, k, gamma, f, past_k, past_s, past_length, s, lse = ctx.saved_tensors
-        return *_backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length), None
+        q, k, gamma, f, past_k, past_s, past_length, s, lse, rest = ctx.saved_tensors
+        return *_backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length), None
 
 
 def is_eager(*tensors: Tensor) -> bool:
@@ -259,6 +282,25 @@ def is_eager(*tensors: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
     )
+
+
+_NOTHING: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
+
+
+def _no_past(q: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """An empty past_k and past_s (B,0,D) and past_length (B,) of zeros. keep: make them once a shape; calls only read them."""
+    key = (q.device, q.dtype, q.shape[0], q.shape[-1])
+    if keep and key in _NOTHING:
+        return _NOTHING[key]
+    captured = q.is_cuda and torch.cuda.is_current_stream_capturing()  # zeros made now would appear in the graph's replays only
+    with torch.inference_mode(False) if keep else nullcontext():
+        past_k, past_s = (torch.empty(q.shape[0], 0, q.shape[-1], dtype=q.dtype, device=q.device) for _ in range(2))
+        made = (past_k, past_s, torch.zeros(q.shape[0], dtype=torch.int32, device=q.device))
+    if keep and not captured:
+        if q.is_cuda:
+            torch.cuda.current_stream(q.device).synchronize()  # another stream may be the next to read them
+        _NOTHING[key] = made
+    return made
 
 
 def _wants_other_backend(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
@@ -288,9 +330,10 @@ def feedback_attention(
     """
     if past_k is None or past_s is None or past_length is None:
         _require(past_k is None and past_s is None and past_length is None, "past_k, past_s and past_length go together", "only some of them")
-        past_k, past_s = (q.new_empty(q.shape[0], 0, q.shape[-1]) for _ in range(2))
-        past_length = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
-    q, k, f, past_k, past_s = _cast_for_autocast(q, k, f, past_k, past_s)
+        q, k, f = _cast_for_autocast(q, k, f)
+        past_k, past_s, past_length = _no_past(q, is_eager(q))
+    else:
+        q, k, f, past_k, past_s = _cast_for_autocast(q, k, f, past_k, past_s)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, gamma, f, past_k, past_s))
     if is_eager(q, k, gamma, f, past_k, past_s, past_length):
         if wants_grad:

@@ -29,7 +29,8 @@ def small_options(dtype: torch.dtype, tile: int = 16, rows: int = 32) -> dict[st
         "feedback_solve": solve,
         "feedback_solve_transposed": solve,
         "feedback_first_bad": dict(BT=16, BN=32),
-        "feedback_grad_products": dict(BM=rows, BT=tile, BK=16, NB=2, GROUP=2, SPLIT=split),
+        "feedback_grad_pack": dict(BT=16, BN=32, SPLIT=split, FULL=scaled),
+        "feedback_grad_products": dict(BM=rows, BT=tile, BK=16, NB=2, GROUP=2, SPLIT=split, FULL=scaled),
         "feedback_grad_scores": dict(BM=rows, BT=tile, CHUNK=4, TILES=2, SPLIT=split, SCALED=scaled),
         "feedback_grad_q": gemm,
         "feedback_grad_k": gemm,
@@ -100,11 +101,32 @@ def gradients(x: Inputs, ds: Tensor, work: torch.dtype) -> tuple[Tensor, ...]:
     return (s.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in leaves))
 
 
-def check(name: str, got: Tensor, exact: Tensor, plain: Tensor, storage: torch.dtype, slack: float = 1.0) -> None:
-    """err <= 2 err_plain + slack * floor, as maximum and as RMS, both against float64."""
+def underflow(x: Inputs, exact: tuple[Tensor, ...]) -> dict[str, float]:
+    """The most that float16's smallest step of a routing weight, 2^-40 of its row's sum, can move an element of dq, dk and dpast_k (16-bit storage).
+
+    It matters where a softmax is so saturated that all of its gradient comes from weights below 2^-29. exact: `gradients` in float64.
+    """
+    q, k, gamma, _, past_k, past_s, length = (t.double() for t in x)
+    s, u = exact[0], exact[1 + NAMES.index("df")]
+    capacity = past_k.shape[1]
+    live = (torch.arange(capacity, device=q.device) < length[:, None])[..., None]
+    keys, values = torch.cat([torch.where(live, past_k, 0.0), k], 1), torch.cat([torch.where(live, past_s, 0.0), s], 1)
+    alpha = reference.routing(q, k, past_k, length)
+    r = u @ values.mT
+    slope = (r - (alpha * r).sum(-1, keepdim=True)).abs() * gamma.abs()[..., None] / math.sqrt(q.shape[-1])
+    lost = torch.where(alpha < 2.0**-29, alpha.clamp(max=2.0**-40), 0.0) * slope
+    if lost.shape[-1]:
+        lost = lost.scatter_add(-1, alpha.argmax(-1, keepdim=True), lost.sum(-1, keepdim=True))  # the largest weight's gradient balances the others'
+    dk = (lost.mT @ q.abs()).amax(-1).amax(0) if lost.numel() else lost.new_zeros(lost.shape[-1])
+    ends = {"dq": lost @ keys.abs(), "dk": dk[capacity:], "dpast_k": dk[:capacity]}
+    return {name: float(t.max()) if t.numel() else 0.0 for name, t in ends.items()}
+
+
+def check(name: str, got: Tensor, exact: Tensor, plain: Tensor, storage: torch.dtype, lost: float = 0.0) -> None:
+    """err <= 2 err_plain + floor, as maximum and as RMS, both against float64; lost: see `underflow`."""
     if not got.numel():
         return
-    floor = slack * FLOOR[storage] * exact.abs().max() + 1e-25  # weights under float32's normal range may count as zero
+    floor = FLOOR[storage] * exact.abs().max() + lost + 1e-25  # weights under float32's normal range may count as zero
     for measure, of in (("max", lambda e: e.abs().max()), ("rms", lambda e: e.pow(2).mean().sqrt())):
         err, err_plain = of(got.double() - exact), of(plain.double() - exact)
         assert err <= 2 * err_plain + floor, f"{name} {measure}: {err:.3g} > 2 * {err_plain:.3g} + {floor:.3g}"

@@ -1,0 +1,54 @@
+"""Launch every kernel of feedback attention once or twice at small sizes: the short run for compute-sanitizer (a support module, no tests).
+
+    compute-sanitizer --tool memcheck  python tests/kernels/sanitize.py [fp16|bf16|fp32 ...]
+    compute-sanitizer --tool racecheck python tests/kernels/sanitize.py bf16
+    compute-sanitizer --tool initcheck python tests/kernels/sanitize.py bf16
+
+Buffers come from the driver one by one (PyTorch's caching allocator off), so that a step past the end of one is seen. The sequences are longer
+than three blocks, have a ragged past, and one pass goes panel by panel. Needs a CUDA GPU; exit code 1 if a result is not finite.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+
+import torch
+
+from sessa_deploy.kernels import feedback_bwd, feedback_fwd, feedback_step
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def once(dtype: torch.dtype, tokens: int, past: int, width: int, panel_bytes: int) -> bool:
+    """Forward and backward at (2,tokens,width) over `past` rows of which sequence 0 has none, and a decode step; whether all is finite."""
+    make = torch.Generator().manual_seed(tokens)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=make).to(dtype).cuda()
+
+    q, k, f, ds = (normal(2, tokens, width) for _ in range(4))
+    gamma = (torch.rand(2, tokens, generator=make) * 1.998 - 0.999).cuda()
+    past_k, past_s = normal(2, past, width), normal(2, past, width)
+    length = torch.tensor([0, past], dtype=torch.int32).cuda()
+    s, lse, low = feedback_fwd.forward(q, k, gamma, f, past_k, past_s, length, need_lse=True, panel_bytes=panel_bytes)
+    assert lse is not None
+    grads = feedback_bwd.backward(ds, q, k, gamma, f, s, lse, low, past_k, past_s, length, panel_bytes=panel_bytes)
+    step = feedback_step.step(q[:, :1], k[:, :1], gamma[:, :1], f[:, :1], past_k, past_s, length)
+    return all(bool(torch.isfinite(x.cpu()).all()) for x in (s, step, *grads))
+
+
+def main() -> int:
+    good = True
+    for name in sys.argv[1:] or list(DTYPES):
+        for tokens, past, width, panel_bytes in ((450, 70, 80, feedback_fwd.PANEL_BYTES), (300, 0, 1024, 1 << 10)):
+            good &= once(DTYPES[name], tokens, past, width, panel_bytes)
+    torch.cuda.synchronize()
+    print("done" if good else "a result is not finite")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
