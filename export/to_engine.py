@@ -18,7 +18,7 @@ from typing import Any
 
 from sessa_deploy import contract
 from sessa_deploy.errors import SessaError, UserError
-from sessa_deploy.export import trt_check, trt_fuse, trt_graph, trt_limits
+from sessa_deploy.export import trt_check, trt_fuse, trt_graph, trt_layers, trt_limits
 from sessa_deploy.export.trt_limits import DEFAULT_PROMPT, Machine, Shapes
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime import driver, trt_api, trt_plan
@@ -43,29 +43,31 @@ class Built:
 def build_engine(
     bundle: Bundle | str | Path, max_batch: int = 1, max_context: int | None = None, max_prompt: int = DEFAULT_PROMPT, workspace: int | None = None,
     opt_level: int | None = None, precision: str | None = None, plugin: Path | None = None, force: bool = False, verbose: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | None = None, layers: str | None = None,
 ) -> Built:
     """Build the engine of a bundle for this machine's first GPU and put it into the bundle by rename.
 
     max_batch sequences of max_context tokens (None: the model's own), prompts in chunks of max_prompt. workspace: bytes TensorRT may take for scratch
     (None: what it likes). opt_level: 0..5. precision: refused unless it is the graph's own, which the graph alone decides. plugin: the library's path.
+    layers: who computes what stands around the attentions, "plugin" or "tensorrt"; None: the plugin on 8.6, which would make 16-bit layers float32.
     An engine whose key is the same is kept unless `force`. KeyboardInterrupt ends the build and leaves the bundle as it was.
     Raises UserError on what is missing, does not fit or is refused; SessaError if TensorRT fails.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     shapes = trt_limits.shapes_for(bundle.config, max_batch, max_context, max_prompt)
-    _check_options(workspace, opt_level)
+    _check_options(workspace, opt_level, layers)
     trt = trt_api.load()
+    layers = layers or ("tensorrt" if trt_api.strongly_typed(trt) else "plugin")
     _check_precision(trt, bundle, precision)
     check_rows(bundle.config, bundle.precision)
     plugin = library.load(trt, plugin)
     machine = this_machine(trt)
-    key = trt_limits.engine_key(bundle, hash_file(plugin), shapes, machine, workspace, opt_level)
+    key = trt_limits.engine_key(bundle, hash_file(plugin), shapes, machine, workspace, opt_level, layers)
     folder = trt_plan.engine_folder(machine.arch, machine.tensorrt, bundle.precision)
     present = _present(bundle, folder)
     if present is not None and present.key == key and not force:
         return Built(bundle, folder, present, fresh=False)
-    prepared = _prepared(bundle, trt)
+    prepared, layers = _prepared(bundle, trt, layers)
     names = [n for n in (contract.MODEL_FILE, contract.MODEL_DATA_FILE) if n in bundle]
     weights = sum(bundle.file(n).stat().st_size for n in names)
     trt_limits.require_memory(bundle.config, bundle.precision, weights, shapes, machine.free, tuple(prepared.inlined))
@@ -74,7 +76,7 @@ def build_engine(
     info = trt_plan.EngineInfo(
         key=key, plan_sha256=hashlib.sha256(plan).hexdigest(), plan_size=len(plan), tensorrt=machine.tensorrt, arch=machine.arch, gpu=machine.gpu,
         driver=machine.driver, precision=bundle.precision, max_batch=shapes.max_batch, capacity=shapes.capacity, max_prompt=shapes.max_prompt,
-        plugin_sha256=hash_file(plugin), seconds=round(time.monotonic() - begun, 1), inlined=prepared.inlined,
+        plugin_sha256=hash_file(plugin), seconds=round(time.monotonic() - begun, 1), inlined=prepared.inlined, layers=layers,
     )  # fmt: skip
     written = add_files(bundle, {f"{folder}/{trt_plan.PLAN_FILE}": plan, f"{folder}/{trt_plan.ENGINE_FILE}": info.to_json()})
     return Built(written, folder, info, fresh=True)
@@ -223,16 +225,22 @@ def _in_thread(trt: Any, work: Callable[[], Any], config: Any, progress: Progres
     return value
 
 
-def _prepared(bundle: Bundle, trt: Any) -> trt_graph.PreparedGraph:
+def _prepared(bundle: Bundle, trt: Any, layers: str) -> tuple[trt_graph.PreparedGraph, str]:
+    """The graph for the parser, and who computes its layers: TensorRT where the library has no kernels for them."""
     prepared = trt_graph.prepare(trt_graph.load(bundle.model))
     wrong = trt_graph.complaints(prepared.model, trt_api.version(trt))
     if wrong:
         fix = f"sessa-deploy export CHECKPOINT --out {bundle.path} --opset 17"
         raise UserError(f"TensorRT {trt.__version__} cannot read this graph", got=" / ".join(wrong), fix=fix)
-    trt_fuse.unmasked_rows(prepared.model.graph)
-    same = trt_fuse.one_projection(prepared.model.graph, bundle.model.parent)
-    prepared.types |= {new: prepared.types[old] for new, old in same.items()}
-    return prepared
+    graph, folder = prepared.model.graph, bundle.model.parent
+    trt_fuse.unmasked_rows(graph)
+    own = trt_layers.rewrite(graph, bundle.config, contract.PRECISIONS[bundle.precision].onnx, folder) if layers == "plugin" else None
+    if own is None:
+        same = trt_fuse.one_projection(graph, folder)
+        prepared.types |= {new: prepared.types[old] for new, old in same.items()}
+        return prepared, "tensorrt"
+    prepared.types |= own
+    return prepared, layers
 
 
 def _present(bundle: Bundle, folder: str) -> trt_plan.EngineInfo | None:
@@ -242,7 +250,9 @@ def _present(bundle: Bundle, folder: str) -> trt_plan.EngineInfo | None:
         return None
 
 
-def _check_options(workspace: int | None, opt_level: int | None) -> None:
+def _check_options(workspace: int | None, opt_level: int | None, layers: str | None) -> None:
+    if layers is not None and layers not in trt_limits.LAYERS:
+        raise UserError("--layers is none of ours", got=repr(layers), allowed=", ".join(trt_limits.LAYERS))
     low, high = trt_limits.OPT_LEVELS
     if opt_level is not None and (isinstance(opt_level, bool) or not isinstance(opt_level, int) or not low <= opt_level <= high):
         raise UserError("--opt-level is out of range", got=repr(opt_level), allowed=f"{low}..{high}")

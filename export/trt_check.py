@@ -18,7 +18,7 @@ def reformats(information: str, names: Collection[str]) -> list[str]:
     Raises SessaError if the JSON is not what the inspector writes at detailed verbosity.
     """
     try:
-        layers = json.loads(information)["Layers"]
+        layers = json.loads(information, strict=False)["Layers"]  # 8.6 leaves control characters in its strings
     except (ValueError, KeyError, TypeError) as error:
         raise SessaError(f"the engine inspector's answer cannot be read: {error}") from None
     if layers and not all(isinstance(layer, dict) for layer in layers):

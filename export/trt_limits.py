@@ -14,9 +14,10 @@ from sessa_deploy.contract import CAUSAL_OP, MODEL_DATA_FILE, MODEL_FILE, PRECIS
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.bundle import Bundle
 
-RECIPE = 2  # goes up when to_engine.py asks TensorRT for something else
+RECIPE = 3  # goes up when to_engine.py asks TensorRT for something else
 DEFAULT_PROMPT = 512
 OPT_LEVELS = (0, 5)
+LAYERS = ("plugin", "tensorrt")  # who computes what stands around the attentions
 _HEADROOM = 0.95  # share of the free memory that may be planned with
 
 
@@ -50,11 +51,13 @@ def shapes_for(config: SessaConfig, max_batch: int = 1, max_context: int | None 
     return Shapes(max_batch, capacity, min(max_prompt, capacity))
 
 
-def engine_key(bundle: Bundle, plugin_sha256: str, shapes: Shapes, machine: Machine, workspace: int | None, opt_level: int | None) -> str:
+def engine_key(bundle: Bundle, plugin_sha256: str, shapes: Shapes, machine: Machine, workspace: int | None, opt_level: int | None,
+               layers: str = LAYERS[0]) -> str:
     """sha256 of everything that shapes a plan: graph, plugin, shapes, TensorRT, driver, architecture, and how it is built."""
     graph = {name: bundle.sha256(name) for name in (MODEL_FILE, MODEL_DATA_FILE) if name in bundle}
     parts = {"recipe": RECIPE, "graph": graph, "plugin": plugin_sha256, "shapes": dataclasses.asdict(shapes), "precision": bundle.precision,
-             "tensorrt": machine.tensorrt, "driver": machine.driver, "arch": machine.arch, "workspace": workspace, "opt_level": opt_level}  # fmt: skip
+             "tensorrt": machine.tensorrt, "driver": machine.driver, "arch": machine.arch, "workspace": workspace, "opt_level": opt_level,
+             "layers": layers}  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

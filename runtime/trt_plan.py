@@ -16,9 +16,9 @@ from sessa_deploy.contract import ENGINES_DIR
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.bundle import Bundle
 
-ENGINE_SCHEMA = 1
+ENGINE_SCHEMA = 2
 PLAN_FILE, ENGINE_FILE = "model.plan", "engine.json"
-_TEXTS = ("key", "plan_sha256", "tensorrt", "arch", "gpu", "driver", "precision", "plugin_sha256")
+_TEXTS = ("key", "plan_sha256", "tensorrt", "arch", "gpu", "driver", "precision", "plugin_sha256", "layers")
 _INTEGERS = ("schema_version", "plan_size", "max_batch", "capacity", "max_prompt")
 _KINDS: dict[str, Any] = {**dict.fromkeys(_TEXTS, str), **dict.fromkeys(_INTEGERS, int), "seconds": (int, float), "inlined": list}
 PREFILL, DECODE = 0, 1  # optimisation profiles, in the order in which they are added
@@ -26,7 +26,8 @@ PREFILL, DECODE = 0, 1  # optimisation profiles, in the order in which they are 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What engine.json says. capacity: rows of every cache; max_prompt: tokens of one prefill step; inlined: ops that run without a plugin."""
+    """What engine.json says. capacity: rows of every cache; max_prompt: tokens of one prefill step; inlined: ops that run without a plugin;
+    layers: who computes what stands around the attentions, "plugin" or "tensorrt"."""
 
     key: str
     plan_sha256: str
@@ -42,6 +43,7 @@ class EngineInfo:
     plugin_sha256: str
     seconds: float
     inlined: list[str] = field(default_factory=list)
+    layers: str = "tensorrt"
     schema_version: int = ENGINE_SCHEMA
 
     def to_json(self) -> bytes:

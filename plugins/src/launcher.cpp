@@ -58,7 +58,8 @@ bool aligned(char const* name, void const* pointer, bool needed, std::string& er
 
 Op const& opAt(int32_t index) noexcept
 {
-    return index == 0 ? kFeedback : kCausal;
+    static Op const* const all[kOpCount]{&kFeedback, &kCausal, &kNorm, &kGain, &kLinear, &kLinearHeads, &kLogits, &kTail, &kProject};
+    return *all[index];
 }
 
 int64_t* Problem::size(char letter) noexcept
@@ -71,6 +72,11 @@ int64_t* Problem::size(char letter) noexcept
     case 'D': return &width;
     case 'H': return &heads;
     case 'K': return &kvHeads;
+    case 'C': return &headWidth;
+    case 'N': return &columns;
+    case 'E': return &doubleWidth;
+    case 'J': return &pairs;
+    case 'I': return &one;
     default: return nullptr;
     }
 }
@@ -184,7 +190,14 @@ try
     }
     Arena arena(workspace);
     plan->layout(p, arena, false);
-    return aligned("output", t.out, true, error) && aligned("workspace", workspace, arena.used() > 0, error) && plan->run(p, t, stream, error);
+    for (int32_t i = 0; i < p.op->outputs; ++i)
+    {
+        if (!aligned(p.op->result(i).name, t.outs[i], true, error))
+        {
+            return false;
+        }
+    }
+    return aligned("workspace", workspace, arena.used() > 0, error) && plan->run(p, t, stream, error);
 }
 catch (...)
 {

@@ -27,13 +27,19 @@ struct Problem
     int64_t batch{1};
     int64_t tokens{1};   // T new rows
     int64_t capacity{};  // P rows of past
-    int64_t width{1};    // D of feedback attention, d of one head of causal attention
+    int64_t width{1};    // D, d of one head of causal attention
     int64_t heads{1};    // Hq
     int64_t kvHeads{1};  // Hkv
     Storage storage{Storage::kAny};
-    float scale{}; // 0: width^-1/2
+    float scale{}; // of the scores, 0: width^-1/2; eps of a norm, gamma_max of a gain, 0: their defaults
+    int64_t headWidth{1};   // d, where width is D
+    int64_t columns{1};     // N of a product
+    int64_t doubleWidth{2}; // 2 D
+    int64_t pairs{1};       // d / 2
+    int64_t one{1};
 
-    // The size that a letter of Operand::shape stands for; nullptr for an unknown letter.
+    // The size that a letter of Operand::shape stands for: B batch, T new rows, P rows of past, D width, H query heads, K key/value heads, C head width,
+    // N columns, E 2 D, J pairs, I one; nullptr for an unknown letter.
     int64_t* size(char letter) noexcept;
 };
 
@@ -44,18 +50,19 @@ enum class Kind : int32_t
     kInt,
 };
 
-constexpr int32_t kMaxInputs = 7;
+constexpr int32_t kMaxInputs = 8;
+constexpr int32_t kMaxOutputs = 5;
 
 struct Operand
 {
     char const* name;
-    char const* shape; // one letter a dimension: B batch, T new rows, P rows of past, D width, H query heads, K key/value heads
+    char const* shape; // one letter a dimension, see Problem::size
     Kind kind;
 };
 
 class Plan;
 
-// One operation: input 0 is q, the only output has q's shape and type.
+// One operation: input 0 settles the storage type. `results` may be left out: then there is one output of input 0's shape and type.
 struct Op
 {
     char const* name; // of the plugin
@@ -64,17 +71,32 @@ struct Op
     bool (*check)(Problem const&, std::string& error);     // limits of this operation's own
     Plan* (*plan)(Problem const&);                         // how to compute it; the caller owns the result
     std::vector<Problem> (*everything)(Storage storage);   // problems that between them use every binary for a storage type
+    int32_t outputs{1};
+    Operand results[kMaxOutputs]{};
+
+    Operand result(int32_t index) const noexcept
+    {
+        return results[index].shape != nullptr ? results[index] : Operand{"output", operands[0].shape, Kind::kStorage};
+    }
 };
 
 extern Op const kFeedback;
 extern Op const kCausal;
-constexpr int32_t kOpCount = 2;
+extern Op const kNorm;
+extern Op const kGain;
+extern Op const kLinear;
+extern Op const kLinearHeads;
+extern Op const kLogits;
+extern Op const kTail;
+extern Op const kProject;
+constexpr int32_t kOpCount = 9;
 Op const& opAt(int32_t index) noexcept;
 
 struct Tensors
 {
     void const* const* in{}; // in the order of Op::operands
-    void* out{};
+    void* out{}; // the first output
+    void* const* outs{};
 };
 
 // Whether the kernels take this problem; if not, `error` says what is wrong, the value got and what is allowed.

@@ -30,7 +30,7 @@ public:
     }
     int32_t getNbOutputs() const noexcept override
     {
-        return 1;
+        return mOp.outputs;
     }
     int32_t initialize() noexcept override
     {
@@ -64,8 +64,12 @@ public:
     }
 
     // IPluginV2Ext: the type asked for here is float whatever comes, the format is settled later; `storage` is what the graph says.
-    DataType getOutputDataType(int32_t, DataType const* inputTypes, int32_t nbInputs) const noexcept override
+    DataType getOutputDataType(int32_t index, DataType const* inputTypes, int32_t nbInputs) const noexcept override
     {
+        if (mOp.result(index).kind == Kind::kFloat)
+        {
+            return DataType::kFLOAT;
+        }
         switch (mAttributes.storage)
         {
         case Storage::kFloat: return DataType::kFLOAT;
@@ -84,13 +88,19 @@ public:
         }
         return copy;
     }
-    DimsExprs getOutputDimensions(int32_t, DimsExprs const* inputs, int32_t, IExprBuilder&) noexcept override
+    DimsExprs getOutputDimensions(int32_t index, DimsExprs const* inputs, int32_t, IExprBuilder&) noexcept override
     {
-        return inputs[0];
+        DimsExprs dims{};
+        for (char const* letter = mOp.result(index).shape; *letter != 0; ++letter)
+        {
+            Source const source = sourceOf(mOp, *letter);
+            dims.d[dims.nbDims++] = inputs[source.input].d[source.axis];
+        }
+        return dims;
     }
     bool supportsFormatCombination(int32_t pos, PluginTensorDesc const* inOut, int32_t nbInputs, int32_t nbOutputs) noexcept override
     {
-        bool const linear = nbInputs == mOp.inputs && nbOutputs == 1 && pos >= 0 && pos <= mOp.inputs && inOut[pos].format == TensorFormat::kLINEAR;
+        bool const linear = nbInputs == mOp.inputs && nbOutputs == mOp.outputs && pos >= 0 && pos < nbInputs + nbOutputs && inOut[pos].format == TensorFormat::kLINEAR;
         return linear && acceptsType(mOp, mAttributes, pos, inOut[pos].type, inOut[0].type);
     }
     void configurePlugin(DynamicPluginTensorDesc const*, int32_t nbInputs, DynamicPluginTensorDesc const*, int32_t nbOutputs) noexcept override
@@ -197,8 +207,12 @@ private:
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& nbCreators) noexcept
 {
-    static sessa::Creator creators[] = {sessa::Creator(sessa::opAt(0)), sessa::Creator(sessa::opAt(1))};
-    static nvinfer1::IPluginCreator* const listed[] = {&creators[0], &creators[1]};
+    using sessa::Creator;
+    using sessa::opAt;
+    static Creator creators[] = {Creator(opAt(0)), Creator(opAt(1)), Creator(opAt(2)), Creator(opAt(3)), Creator(opAt(4)), Creator(opAt(5)),
+        Creator(opAt(6)), Creator(opAt(7)), Creator(opAt(8))};
+    static nvinfer1::IPluginCreator* const listed[] = {&creators[0], &creators[1], &creators[2], &creators[3], &creators[4], &creators[5], &creators[6],
+        &creators[7], &creators[8]};
     static_assert(sizeof(listed) / sizeof(listed[0]) == sessa::kOpCount, "a creator for every operation");
     nbCreators = sessa::kOpCount;
     return listed;

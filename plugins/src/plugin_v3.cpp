@@ -63,7 +63,7 @@ public:
     }
     int32_t getNbOutputs() const noexcept override
     {
-        return 1;
+        return mOp.outputs;
     }
     int32_t getOutputDataTypes(DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes, int32_t nbInputs) const noexcept override
     {
@@ -71,7 +71,10 @@ public:
         {
             return -1;
         }
-        outputTypes[0] = inputTypes[0];
+        for (int32_t i = 0; i < nbOutputs; ++i)
+        {
+            outputTypes[i] = mOp.result(i).kind == Kind::kFloat ? DataType::kFLOAT : inputTypes[0];
+        }
         return 0;
     }
     int32_t getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const*, int32_t, DimsExprs* outputs, int32_t nbOutputs,
@@ -81,12 +84,20 @@ public:
         {
             return -1;
         }
-        outputs[0] = inputs[0];
+        for (int32_t i = 0; i < nbOutputs; ++i)
+        {
+            outputs[i].nbDims = 0;
+            for (char const* letter = mOp.result(i).shape; *letter != 0; ++letter)
+            {
+                Source const source = sourceOf(mOp, *letter);
+                outputs[i].d[outputs[i].nbDims++] = inputs[source.input].d[source.axis];
+            }
+        }
         return 0;
     }
     bool supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t nbInputs, int32_t nbOutputs) noexcept override
     {
-        bool const linear = nbInputs == mOp.inputs && nbOutputs == 1 && pos >= 0 && pos <= mOp.inputs && inOut[pos].desc.format == TensorFormat::kLINEAR;
+        bool const linear = nbInputs == mOp.inputs && nbOutputs == mOp.outputs && pos >= 0 && pos < nbInputs + nbOutputs && inOut[pos].desc.format == TensorFormat::kLINEAR;
         return linear && acceptsType(mOp, mAttributes, pos, inOut[pos].desc.type, inOut[0].desc.type);
     }
     size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t nbInputs, DynamicPluginTensorDesc const*, int32_t) const noexcept override
@@ -190,8 +201,12 @@ private:
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators) noexcept
 {
-    static sessa::Creator creators[] = {sessa::Creator(sessa::opAt(0)), sessa::Creator(sessa::opAt(1))};
-    static nvinfer1::IPluginCreatorInterface* const listed[] = {&creators[0], &creators[1]};
+    using sessa::Creator;
+    using sessa::opAt;
+    static Creator creators[] = {Creator(opAt(0)), Creator(opAt(1)), Creator(opAt(2)), Creator(opAt(3)), Creator(opAt(4)), Creator(opAt(5)),
+        Creator(opAt(6)), Creator(opAt(7)), Creator(opAt(8))};
+    static nvinfer1::IPluginCreatorInterface* const listed[] = {&creators[0], &creators[1], &creators[2], &creators[3], &creators[4], &creators[5],
+        &creators[6], &creators[7], &creators[8]};
     static_assert(sizeof(listed) / sizeof(listed[0]) == sessa::kOpCount, "a creator for every operation");
     nbCreators = sessa::kOpCount;
     return listed;

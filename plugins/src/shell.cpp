@@ -34,7 +34,7 @@ bool acceptsType(Op const& op, Attributes const& attributes, int32_t pos, DataTy
         Storage storage{};
         return storageOf(type, storage) && (attributes.storage == Storage::kAny || attributes.storage == storage);
     }
-    switch (pos < op.inputs ? op.operands[pos].kind : Kind::kStorage)
+    switch (pos < op.inputs ? op.operands[pos].kind : op.result(pos - op.inputs).kind)
     {
     case Kind::kFloat: return type == DataType::kFLOAT;
     case Kind::kInt: return type == DataType::kINT32;
@@ -46,13 +46,26 @@ bool acceptsType(Op const& op, Attributes const& attributes, int32_t pos, DataTy
 bool counted(Op const& op, int32_t inputs, int32_t outputs) noexcept
 try
 {
-    return (inputs == op.inputs && outputs == 1)
+    return (inputs == op.inputs && outputs == op.outputs)
         || complain(op,
-            "got " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) + " outputs; allowed: " + std::to_string(op.inputs) + " and 1");
+            "got " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) + " outputs; allowed: " + std::to_string(op.inputs) + " and " + std::to_string(op.outputs));
 }
 catch (...)
 {
     return false;
+}
+
+Source sourceOf(Op const& op, char letter) noexcept
+{
+    for (int32_t i = 0; i < op.inputs; ++i)
+    {
+        char const* const found = std::strchr(op.operands[i].shape, letter);
+        if (found != nullptr)
+        {
+            return {i, static_cast<int32_t>(found - op.operands[i].shape)};
+        }
+    }
+    return {0, 0};
 }
 
 Shape shapeOf(Dims const& dims, int64_t (&values)[Dims::MAX_DIMS]) noexcept
@@ -76,7 +89,7 @@ try
         if (!acceptsType(op, attributes, i, in[i].type, in[0].type))
         {
             error = "input " + std::to_string(i) + " (" + op.operands[i].name + ") has TensorRT type " + std::to_string(static_cast<int32_t>(in[i].type))
-                + "; allowed: float32, float16 or bfloat16 as attribute storage says, gamma float32, past_length int32";
+                + "; allowed: float32, float16 or bfloat16 as attribute storage says, statistics float32, lengths int32";
             return false;
         }
         shapes[i] = shapeOf(in[i].dims, values[i]);
@@ -93,7 +106,7 @@ bool enqueueOn(Op const& op, Attributes const& attributes, PluginTensorDesc cons
     cudaStream_t stream, std::string& error) noexcept
 {
     Problem problem;
-    return describe(op, attributes, in, problem, error) && run(problem, {inputs, outputs[0]}, workspace, stream, error);
+    return describe(op, attributes, in, problem, error) && run(problem, {inputs, outputs[0], outputs}, workspace, stream, error);
 }
 
 bool readFields(PluginFieldCollection const* fc, Attributes& attributes, int32_t* version, std::string& error) noexcept

@@ -33,6 +33,14 @@ bool describe(Op const& op, Attributes const& attributes, nvinfer1::PluginTensor
 bool enqueueOn(Op const& op, Attributes const& attributes, nvinfer1::PluginTensorDesc const* in, void const* const* inputs, void* const* outputs,
     void* workspace, cudaStream_t stream, std::string& error) noexcept;
 
+// Where an output's dimension comes from: the first input that has its letter, and the axis there.
+struct Source
+{
+    int32_t input;
+    int32_t axis;
+};
+Source sourceOf(Op const& op, char letter) noexcept;
+
 // The dimensions of `dims` in 64 bits; `values` must outlive the result.
 Shape shapeOf(nvinfer1::Dims const& dims, int64_t (&values)[nvinfer1::Dims::MAX_DIMS]) noexcept;
 

@@ -17,12 +17,13 @@ import click
 @click.option("--workspace", type=int, metavar="MIB", help="GPU memory TensorRT may take for scratch; default: what it likes.")
 @click.option("--opt-level", type=int, metavar="0..5", help="TensorRT's optimisation level; default: its own.")
 @click.option("--precision", metavar="fp32|fp16|bf16", help="Only the graph's own; export decides the precision.")
+@click.option("--layers", metavar="plugin|tensorrt", help="Who computes what stands around the attentions; default: what suits this TensorRT.")
 @click.option("--plugin", type=click.Path(), help="Path of libsessa_plugin.so; default: where `plugin path` looks.")
 @click.option("--force", is_flag=True, help="Build even if the bundle holds this very engine.")
 @click.option("--verbose", is_flag=True, help="Show TensorRT's own messages.")
 def command(
     bundle: str, max_batch: int, max_context: int | None, max_prompt: int, workspace: int | None, opt_level: int | None, precision: str | None,
-    plugin: str | None, force: bool, verbose: bool,
+    layers: str | None, plugin: str | None, force: bool, verbose: bool,
 ) -> None:
     """Build a TensorRT engine of BUNDLE for this machine's GPU and put it into the bundle.
 
@@ -49,7 +50,7 @@ def command(
                 bars.update(task, description=what[:32], completed=done if of else 0, total=of or None)
 
             built = build_engine(bundle, max_batch, max_context, max_prompt, None if workspace is None else workspace << 20, opt_level, precision,
-                                 Path(plugin) if plugin else None, force, verbose, progress)
+                                 Path(plugin) if plugin else None, force, verbose, progress, layers)
     except KeyboardInterrupt:
         # TensorRT 8.6 cannot be told to stop: leave without waiting for its thread. The bundle is as it was.
         click.echo("interrupted; the bundle is as it was", err=True)

@@ -17,11 +17,12 @@ from sessa_deploy.kernels.launch_causal import CAUSAL_KERNELS
 from sessa_deploy.kernels.launch_decode import DECODE_KERNELS
 from sessa_deploy.kernels.launch_kernels import DTYPES, Kernel, Param, resolve  # noqa: F401 (the one place to look a launch up)
 from sessa_deploy.kernels.launch_kernels import KERNELS as FEEDBACK_KERNELS
+from sessa_deploy.kernels.launch_layer import LAYER_KERNELS
 
-KERNELS: dict[str, Kernel] = {**FEEDBACK_KERNELS, **CAUSAL_KERNELS, **DECODE_KERNELS}
+KERNELS: dict[str, Kernel] = {**FEEDBACK_KERNELS, **CAUSAL_KERNELS, **LAYER_KERNELS, **DECODE_KERNELS}
 
-# of the decode step, of the rest of feedback attention, of causal attention with a cache, and of the runtime's own kernels
-TABLE_FILES = tuple(Path(__file__).with_name(f"launch_table{n}.json") for n in ("", "_feedback", "_causal", "_decode"))
+# of the decode step, of the rest of feedback attention, of causal attention with a cache, of the runtime's own kernels, and of the layer around them
+TABLE_FILES = tuple(Path(__file__).with_name(f"launch_table{n}.json") for n in ("", "_feedback", "_causal", "_decode", "_layer"))
 ARCHS = (80, 86, 87, 89, 90, 100, 120)
 ALIGNMENT = 16  # bytes for a pointer, elements for a width or stride
 # Largest dynamic shared memory one block may ask for, in bytes (CUDA programming guide, compute capabilities).
@@ -139,7 +140,7 @@ def step_splits(capacity: int, rows: int) -> int:
 
 def pin(name: str, arch: int, dtypes: list[str], variant: str, entry: dict[str, Any], tuned: bool = True) -> None:
     """Rewrite the kernel's launch table so that (arch, dtypes, variant) of a kernel has these tiles, warps and stages; other entries stay."""
-    file = TABLE_FILES[0 if name.startswith("feedback_step") else 2 if name.startswith("causal_") else 1]
+    file = TABLE_FILES[0 if name.startswith("feedback_step") else 2 if name.startswith("causal_") else 4 if name.startswith("layer_") else 1]
     table = json.loads(file.read_text(encoding="utf-8"))
     kept = []
     for row in table["kernels"].setdefault(name, []):

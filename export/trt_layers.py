@@ -1,0 +1,176 @@
+"""Layers computed by the plugin library alone: everything between embedding and logits becomes nodes that our kernels run.
+
+TensorRT 8.6 gives a fused region one type. The float32 islands of a 16-bit graph (norm, GELU, gain, rotary positions) then make whole layers float32,
+products included, and its 16-bit products may sum in 16 bits. The library's kernels sum in float32 and round where the graph does. onnx and numpy only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+
+from sessa_deploy import contract
+from sessa_deploy.config import SessaConfig
+
+_MULTIPLE, _WIDEST = 16, 4096  # of D, for the kernels that hold a row
+_MESSAGE_LIMIT = 2_000_000_000  # bytes; protobuf refuses 2 GiB
+
+
+@dataclass
+class _Rewrite:
+    """What is known of the graph, and what replaces parts of it. made: new nodes; weights: new initializers; types: those of new values."""
+
+    graph: GraphProto
+    config: SessaConfig
+    storage: int
+    folder: Path
+    made: list[NodeProto] = field(default_factory=list)
+    weights: list[TensorProto] = field(default_factory=list)
+    types: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.nodes = {n.name: n for n in self.graph.node}
+        self.maker = {x: n for n in self.graph.node for x in n.output}
+        self.tensors = {x.name: x for x in self.graph.initializer}
+
+    def array(self, name: str) -> NDArray[Any]:
+        return numpy_helper.to_array(self.tensors[name], str(self.folder))
+
+    def weight(self, name: str) -> NDArray[Any]:
+        """A weight as in the state dict, (columns, depth), however the file holds it."""
+        return self.array(f"{name}.T").T if f"{name}.T" in self.tensors else self.array(name)
+
+    def put(self, name: str, value: NDArray[Any]) -> str:
+        self.weights.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def add(self, op: str, name: str, inputs: list[str], outputs: list[str], parameter: float = 0.0) -> None:
+        attributes: dict[str, Any] = {contract.ATTR_SCALE: parameter, contract.ATTR_STORAGE: self.storage}
+        self.made.append(helper.make_node(op, inputs, outputs, name=name, domain=contract.DOMAIN, **attributes))
+        self.types |= dict.fromkeys(outputs, self.storage)
+
+
+def applies(graph: GraphProto, config: SessaConfig) -> bool:
+    """Whether the library has kernels for these layers: a width that is a multiple of 16 up to 4096, forward rotation, both attentions as plugins."""
+    ops = [n.op_type for n in graph.node]
+    fits = config.d_model % _MULTIPLE == 0 and config.d_model <= _WIDEST and config.kv_heads * config.head_dim % _MULTIPLE == 0
+    attentions = all(ops.count(op) == config.n_layers for op in (contract.FEEDBACK_OP, contract.CAUSAL_OP))
+    return fits and attentions and ops.count("Cos") == 1 and ops.count("Sin") == 1
+
+
+def rewrite(graph: GraphProto, config: SessaConfig, storage: int, folder: Path) -> dict[str, int] | None:
+    """Put the library's nodes in place of the layers, the last norm and the product behind it; folder: of the graph's data file.
+
+    storage: ONNX type number. Returns the ONNX types of the new values, or None, with the graph as it was, where `applies` says no or the merged weights
+    would not fit into one message. Run `trt_fuse.unmasked_rows` before: rows behind new_length[b] are computed, not zeroed.
+    """
+    if not applies(graph, config):
+        return None
+    work = _Rewrite(graph, config, storage, folder)
+    tables = [next(n.output[0] for n in graph.node if n.op_type == op) for op in ("Cos", "Sin")]
+    try:
+        for layer in range(config.n_layers):
+            _layer(work, layer, tables)
+        _logits(work)
+    except (KeyError, StopIteration):  # not the nodes that our exporter writes
+        return None
+    size = sum(len(x.raw_data) for x in (*work.weights, *graph.initializer))
+    if size > _MESSAGE_LIMIT:
+        return None
+    made = {x for n in work.made for x in n.output}
+    nodes = [n for n in graph.node if made.isdisjoint(n.output)] + work.made
+    graph.initializer.extend(work.weights)
+    _set_sorted(graph, nodes)
+    return work.types
+
+
+def _layer(work: _Rewrite, i: int, tables: list[str]) -> None:
+    """One layer: norm, W_in, GELU and gain, projections; out_proj; gate, W_out and residual."""
+    config, nodes, stem, mixer = work.config, work.nodes, f"layers.{i}", f"layers.{i}.mixer"
+    mine = [n for n in work.graph.node if n.name.startswith(f"{stem}/")]
+    causal, feedback = (next(n for n in mine if n.op_type == op) for op in (contract.CAUSAL_OP, contract.FEEDBACK_OP))
+    norm = nodes[f"{stem}.ln/LayerNormalization.0"]
+    x = norm.input[0]
+    residual = next(n for n in mine if n.op_type == "Add" and set(n.input) == {x, nodes[f"{stem}.W_out/Add.0"].output[0]})
+    y, h, a = (f"{stem}/{name}:0" for name in ("y", "h", "a"))
+    work.add(contract.NORM_OP, f"{stem}/norm", list(norm.input), [y], config.layer_norm_eps)
+    w_in = work.put(f"{stem}.W_in.rows", work.weight(f"{stem}.W_in.weight"))
+    work.add(contract.LINEAR_OP, f"{stem}/W_in", [y, w_in, f"{stem}.W_in.bias"], [h])
+    gain = work.put(f"{mixer}.gain.weight", work.array(f"{mixer}.gamma_ctx.weight").reshape(-1).astype(np.float32))
+    bias = work.put(f"{mixer}.gain.bias", work.array(f"{mixer}.gamma_bias").reshape(1).astype(np.float32))
+    gamma = feedback.input[contract.FEEDBACK_INPUTS.index("gamma")]
+    work.add(contract.GAIN_OP, f"{stem}/gelu_gain", [h, gain, bias], [a, gamma], config.gamma_max)
+    work.types[gamma] = TensorProto.FLOAT
+    parts = [f"{mixer}.{name}" for name in ("q_proj", "k_proj", "v_proj", "proj_fb")]
+    weight = work.put(f"{mixer}.projections.rows", np.concatenate([work.weight(f"{p}.weight") for p in parts]))
+    heads = (config.n_heads, config.kv_heads, config.kv_heads)
+    biases = [work.put(f"{p}.heads", work.array(f"{p}.bias").reshape(n, config.head_dim)) for p, n in zip(parts, heads, strict=False)]
+    outputs = [*causal.input[:3], *feedback.input[:2]]
+    work.add(contract.PROJECT_OP, f"{mixer}/projections", [a, weight, *biases, f"{parts[3]}.bias", *tables], outputs)
+    f = feedback.input[contract.FEEDBACK_INPUTS.index("f")]
+    if config.n_heads > 1:
+        out_proj = work.put(f"{mixer}.out_proj.rows", work.weight(f"{mixer}.out_proj.weight"))
+        none = work.put(f"{mixer}.out_proj.none", np.zeros(config.d_model, work.array(f"{stem}.W_in.bias").dtype))
+        work.add(contract.LINEAR_HEADS_OP, f"{mixer}/out_proj", [causal.output[0], out_proj, none], [f])
+    w_out = work.put(f"{stem}.W_out.rows", work.weight(f"{stem}.W_out.weight"))
+    work.add(contract.TAIL_OP, f"{stem}/tail", [x, feedback.output[0], h, w_out, f"{stem}.W_out.bias"], [residual.output[0]])
+
+
+def _logits(work: _Rewrite) -> None:
+    """The last norm, on one row of each sequence or on all, and the product with lm_head, whose sums stay float32."""
+    norm = work.nodes["norm/LayerNormalization.0"]
+    squeeze = work.maker[norm.input[0]]
+    chosen = squeeze.op_type == "Squeeze"  # (B,1,D) of the last tokens; with all logits (B,T,D)
+    x = squeeze.input[0] if chosen else norm.input[0]
+    product = next(n for n in work.graph.node if norm.output[0] in n.input)
+    weight = product.input[1]
+    if product.op_type == "MatMul" or not any(a.name == "transB" and a.i for a in product.attribute):
+        weight = work.put("lm_head.rows", work.array(weight).T)
+    work.add(contract.NORM_OP, "norm/last", [x, norm.input[1], norm.input[2]], ["norm/last:0"], work.config.layer_norm_eps)
+    wide = "lm_head/wide:0" if chosen else contract.LOGITS
+    work.add(contract.LOGITS_OP, "lm_head/logits", ["norm/last:0", weight], [wide])
+    work.types[wide] = TensorProto.FLOAT
+    if chosen:
+        axes = work.put("lm_head/axes", np.array([1], np.int64))
+        work.made.append(helper.make_node("Squeeze", [wide, axes], [contract.LOGITS], name="lm_head/narrow"))
+
+
+def _set_sorted(graph: GraphProto, nodes: list[NodeProto]) -> None:
+    """The nodes that lead to an output, each behind those it reads, and the weights they read."""
+    maker = {x: n for n in nodes for x in n.output}
+    order: list[NodeProto] = []
+    done: set[int] = set()
+
+    def visit(names: list[str]) -> None:
+        stack: list[tuple[str, bool]] = [(x, False) for x in reversed(names)]
+        while stack:
+            name, ready = stack.pop()
+            node = maker.get(name)
+            if node is None or id(node) in done:
+                continue
+            if ready:
+                done.add(id(node))
+                order.append(node)
+            else:
+                stack.append((name, True))
+                stack.extend((x, False) for x in reversed(list(node.input)))
+
+    visit([x.name for x in graph.output])
+    copies = []
+    for node in order:
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copies.append(copy)
+    del graph.node[:]
+    graph.node.extend(copies)
+    read = {x for n in copies for x in n.input}
+    kept = [x for x in graph.initializer if x.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+

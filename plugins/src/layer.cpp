@@ -1,0 +1,303 @@
+// A layer around its attentions: norm, matrix products with what surrounds them, GELU and gain. For engines that would do this work in float32.
+#include "plan.h"
+
+#include <iterator>
+
+namespace sessa
+{
+namespace
+{
+
+constexpr int64_t kMultiple = 16;
+constexpr int64_t kMaxWidth = 4096;
+constexpr int64_t kMaxDepth = 65536;
+constexpr int64_t kWidths[] = {1024, 2048, 4096}; // launch_layer.WIDTHS
+constexpr int64_t kRows[] = {16, 64};             // launch_layer.ROWS
+constexpr float kEps = 1e-5F;
+constexpr float kGammaMax = 0.999F;
+
+int64_t rowsOf(Problem const& p)
+{
+    return p.batch * p.tokens;
+}
+
+// One kernel, no workspace.
+struct Single : Plan
+{
+    explicit Single(char const* kernelName)
+        : name(kernelName)
+    {
+    }
+
+    void layout(Problem const&, Arena&, bool) override {}
+
+    std::vector<Cubin const*> cubins() const override
+    {
+        return {kernel};
+    }
+
+    char const* name;
+    Cubin const* kernel{};
+};
+
+// A kernel whose program holds one row.
+struct Row : Single
+{
+    using Single::Single;
+
+    bool find(Problem const& p, int32_t arch) override
+    {
+        kernel = findCubinForWidth(name, arch, dtypeName(p.storage), i32(p.width));
+        return kernel != nullptr;
+    }
+};
+
+// launch_layer.product_variant
+std::string variant(int64_t rows)
+{
+    auto const* const small = std::find_if(std::begin(kRows), std::end(kRows), [&](int64_t r) { return rows <= r; });
+    return small == std::end(kRows) ? "any" : std::to_string(*small);
+}
+
+// A matrix product over all rows of the batch.
+struct Product : Single
+{
+    using Single::Single;
+
+    bool find(Problem const& p, int32_t arch) override
+    {
+        kernel = findCubin(name, arch, dtypeName(p.storage), variant(rowsOf(p)).c_str());
+        return kernel != nullptr;
+    }
+
+    int64_t columnTiles(int64_t columns) const
+    {
+        return ceilDiv(columns, kernel->tile("BN"));
+    }
+
+    bool launchTiles(Problem const& p, int64_t tiles, Arguments& a, CUstream_st* stream, std::string& error) const
+    {
+        return launch(*kernel, {ceilDiv(rowsOf(p), kernel->tile("BM")) * tiles, 1, 1}, a, stream, error);
+    }
+};
+
+struct Norm final : Row
+{
+    Norm()
+        : Row("layer_norm")
+    {
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        Arguments a;
+        a.add(t.in[0]).add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(i32(p.width)).add(p.scale != 0.0F ? p.scale : kEps);
+        return launch(*kernel, {rowsOf(p), 1, 1}, a, stream, error);
+    }
+};
+
+struct Gain final : Row
+{
+    Gain()
+        : Row("layer_gelu_gain")
+    {
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        Arguments a;
+        a.add(t.in[0]).add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(t.outs[1]).add(i32(p.width)).add(p.scale != 0.0F ? p.scale : kGammaMax);
+        return launch(*kernel, {rowsOf(p), 1, 1}, a, stream, error);
+    }
+};
+
+struct Linear final : Product
+{
+    Linear()
+        : Product("layer_linear")
+    {
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        Arguments a;
+        a.add(t.in[0]).add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width)).add(i32(p.columns));
+        return launchTiles(p, columnTiles(p.columns), a, stream, error);
+    }
+};
+
+struct Logits final : Product
+{
+    Logits()
+        : Product("layer_logits")
+    {
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        Arguments a;
+        a.add(t.in[0]).add(t.in[1]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width)).add(i32(p.columns));
+        return launchTiles(p, columnTiles(p.columns), a, stream, error);
+    }
+};
+
+struct Tail final : Product
+{
+    Tail()
+        : Product("layer_tail")
+    {
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        Arguments a; // s, h, weight, bias, x
+        a.add(t.in[1]).add(t.in[2]).add(t.in[3]).add(t.in[4]).add(t.in[0]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width));
+        return launchTiles(p, columnTiles(p.width), a, stream, error);
+    }
+};
+
+struct Project final : Product
+{
+    Project()
+        : Product("layer_project")
+    {
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        int64_t const kvWidth = p.kvHeads * p.headWidth;
+        Arguments a;
+        for (int32_t i = 0; i < 8; ++i)
+        {
+            a.add(t.in[i]);
+        }
+        for (int32_t i = 0; i < 5; ++i)
+        {
+            a.add(t.outs[i]);
+        }
+        a.add(i32(rowsOf(p))).add(i32(p.width)).add(i32(kvWidth)).add(i32(p.pairs));
+        return launchTiles(p, 3 * columnTiles(p.width) + 2 * columnTiles(kvWidth), a, stream, error);
+    }
+};
+
+bool checkDepth(Problem const& p, int64_t most, std::string& error)
+{
+    bool const good = p.width >= kMultiple && p.width <= most && p.width % kMultiple == 0;
+    return good || refuse(error, "width D", std::to_string(p.width), "a multiple of 16 up to " + std::to_string(most));
+}
+
+bool checkRow(Problem const& p, std::string& error)
+{
+    return checkDepth(p, kMaxWidth, error);
+}
+
+bool checkProduct(Problem const& p, std::string& error)
+{
+    return checkDepth(p, kMaxDepth, error);
+}
+
+bool checkDouble(Problem const& p, std::string& error)
+{
+    return p.doubleWidth == 2 * p.width || refuse(error, "width of h", std::to_string(p.doubleWidth), "2 D = " + std::to_string(2 * p.width));
+}
+
+bool checkGain(Problem const& p, std::string& error)
+{
+    return checkRow(p, error) && checkDouble(p, error)
+        && (p.one == 1 || refuse(error, "elements of bias", std::to_string(p.one), "1"));
+}
+
+bool checkTail(Problem const& p, std::string& error)
+{
+    return checkProduct(p, error) && checkDouble(p, error);
+}
+
+bool checkHeads(Problem const& p, std::string& error)
+{
+    return checkProduct(p, error)
+        && (p.heads * p.headWidth == p.width || refuse(error, "heads x head width", std::to_string(p.heads * p.headWidth), "D = " + std::to_string(p.width)));
+}
+
+bool checkProject(Problem const& p, std::string& error)
+{
+    int64_t const kvWidth = p.kvHeads * p.headWidth;
+    return checkHeads(p, error) && checkDouble(p, error)
+        && (p.headWidth == 2 * p.pairs || refuse(error, "pairs of cos and sin", std::to_string(p.pairs), "half a head's width " + std::to_string(p.headWidth)))
+        && (p.one == 1 || refuse(error, "third dimension of cos and sin", std::to_string(p.one), "1"))
+        && (p.columns == 3 * p.width + 2 * kvWidth
+            || refuse(error, "rows of weight", std::to_string(p.columns), "3 D + 2 Hkv d = " + std::to_string(3 * p.width + 2 * kvWidth)));
+}
+
+template <typename P>
+Plan* make(Problem const&)
+{
+    return new P;
+}
+
+// Every width of a kernel that holds rows.
+template <Op const& op>
+std::vector<Problem> everyWidth(Storage storage)
+{
+    std::vector<Problem> all;
+    for (int64_t const width : kWidths)
+    {
+        Problem p;
+        p.op = &op;
+        p.width = width;
+        p.doubleWidth = 2 * width;
+        p.storage = storage;
+        all.push_back(p);
+    }
+    return all;
+}
+
+// Every number of rows that selects a product's tiles.
+template <Op const& op>
+std::vector<Problem> everyRows(Storage storage)
+{
+    std::vector<Problem> all;
+    for (int64_t const tokens : {kRows[0], kRows[1], kRows[1] + 1})
+    {
+        Problem p;
+        p.op = &op;
+        p.tokens = tokens;
+        p.width = p.headWidth = 16;
+        p.doubleWidth = 32;
+        p.pairs = 8;
+        p.columns = 80;
+        p.storage = storage;
+        all.push_back(p);
+    }
+    return all;
+}
+
+} // namespace
+
+Op const kNorm{"SessaNorm", 3, {{"x", "BTD", Kind::kStorage}, {"weight", "D", Kind::kStorage}, {"bias", "D", Kind::kStorage}}, checkRow, make<Norm>,
+    everyWidth<kNorm>, 1, {{"y", "BTD", Kind::kStorage}}};
+
+Op const kGain{"SessaGeluGain", 3, {{"h", "BTE", Kind::kStorage}, {"weight", "D", Kind::kFloat}, {"bias", "I", Kind::kFloat}}, checkGain, make<Gain>,
+    everyWidth<kGain>, 2, {{"a", "BTD", Kind::kStorage}, {"gamma", "BT", Kind::kFloat}}};
+
+Op const kLinear{"SessaLinear", 3, {{"x", "BTD", Kind::kStorage}, {"weight", "ND", Kind::kStorage}, {"bias", "N", Kind::kStorage}}, checkProduct,
+    make<Linear>, everyRows<kLinear>, 1, {{"y", "BTN", Kind::kStorage}}};
+
+Op const kLinearHeads{"SessaLinearHeads", 3, {{"x", "BTHC", Kind::kStorage}, {"weight", "ND", Kind::kStorage}, {"bias", "N", Kind::kStorage}}, checkHeads,
+    make<Linear>, everyRows<kLinearHeads>, 1, {{"y", "BTN", Kind::kStorage}}};
+
+Op const kLogits{"SessaLogits", 2, {{"x", "BTD", Kind::kStorage}, {"weight", "ND", Kind::kStorage}}, checkProduct, make<Logits>, everyRows<kLogits>, 1,
+    {{"logits", "BTN", Kind::kFloat}}};
+
+Op const kTail{"SessaTail", 5,
+    {{"x", "BTD", Kind::kStorage}, {"s", "BTD", Kind::kStorage}, {"h", "BTE", Kind::kStorage}, {"weight", "DD", Kind::kStorage},
+        {"bias", "D", Kind::kStorage}},
+    checkTail, make<Tail>, everyRows<kTail>, 1, {{"y", "BTD", Kind::kStorage}}};
+
+Op const kProject{"SessaProject", 8,
+    {{"a", "BTD", Kind::kStorage}, {"weight", "ND", Kind::kStorage}, {"bias_q", "HC", Kind::kStorage}, {"bias_k", "KC", Kind::kStorage},
+        {"bias_v", "KC", Kind::kStorage}, {"bias_fb", "E", Kind::kStorage}, {"cos", "BTIJ", Kind::kFloat}, {"sin", "BTIJ", Kind::kFloat}},
+    checkProject, make<Project>, everyRows<kProject>, 5,
+    {{"q", "BTHC", Kind::kStorage}, {"k", "BTKC", Kind::kStorage}, {"v", "BTKC", Kind::kStorage}, {"q_b", "BTD", Kind::kStorage},
+        {"k_b", "BTD", Kind::kStorage}}};
+
+} // namespace sessa

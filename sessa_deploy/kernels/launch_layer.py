@@ -1,0 +1,37 @@
+"""The kernels of a layer around its attentions as data; see launch_kernels.py. Standard library only."""
+
+from __future__ import annotations
+
+from sessa_deploy.kernels.launch_kernels import Kernel, Param, integers, pointers
+
+_MODULE = "sessa_deploy.kernels.layer"
+WIDTHS = (1024, 2048, 4096)  # a row is padded to the next of these
+ROWS = (16, 64)  # rows (B T) up to which a product takes small tiles; beyond the last: "any"
+_TILES = ("BM", "BN", "BK")
+_PRODUCTS = (*(str(r) for r in ROWS), "any")
+_SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
+
+LAYER_KERNELS: dict[str, Kernel] = {
+    k.name: k
+    for k in (
+        Kernel("layer_norm", _MODULE, (*pointers("x", "weight", "bias", "out"), Param("width", "i32", True), Param("eps", "fp32")),
+               ("BD",), tuple(map(str, WIDTHS))),
+        Kernel("layer_gelu_gain", _MODULE,
+               (*pointers("h"), *pointers("weight", type="*fp32"), Param("bias", "*fp32"), *pointers("a"), Param("gamma", "*fp32"),
+                Param("width", "i32", True), Param("gamma_max", "fp32")),
+               ("BD",), tuple(map(str, WIDTHS)), scalar_loads=2),
+        Kernel("layer_linear", _MODULE, (*pointers("x", "weight", "bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS, scalar_loads=8),
+        Kernel("layer_logits", _MODULE, (*pointers("x", "weight"), *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
+               scalar_loads=8),
+        Kernel("layer_tail", _MODULE, (*pointers("s", "h", "weight", "bias", "x", "out"), *_SIZES), _TILES, _PRODUCTS, scalar_loads=32),
+        Kernel("layer_project", _MODULE,
+               (*pointers("a", "weight", "bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", type="*fp32"),
+                *pointers("q", "k", "v", "q_b", "k_b"), *_SIZES, Param("kv_width", "i32"), *integers("pairs")),
+               _TILES, _PRODUCTS, scalar_loads=128),
+    )
+}  # fmt: skip
+
+
+def product_variant(rows: int) -> str:
+    """The variant of a matrix product for `rows` rows."""
+    return next((str(r) for r in ROWS if rows <= r), "any")

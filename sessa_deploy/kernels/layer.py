@@ -1,0 +1,231 @@
+"""A layer around its attentions, for an engine whose own fusion would do this work in float32: norm, GELU and gain, and the matrix products.
+
+Activations are rows (B T, width) in the storage type, weights (columns, depth) as in a state dict. Every sum is float32 and is rounded once, at
+the store. What surrounds a product is done on its way: the rotary turn of q and k, the gate s * g, the residual.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sessa_deploy.kernels import launch
+from sessa_deploy.kernels.feedback_launch import DTYPE_NAMES, address, interpreted, launcher, pinned
+from sessa_deploy.kernels.launch_layer import product_variant
+
+GROUP = tl.constexpr(8)  # tiles of rows whose programs are neighbours, so that they share a tile of weights in the cache
+
+
+@triton.jit(do_not_specialize=launch.do_not_specialize("layer_norm"))
+def layer_norm(x, weight, bias, out, width, eps, BD: tl.constexpr):
+    """Grid (rows,), BD >= D: LayerNorm of each row."""
+    p_x = x + tl.program_id(0).to(tl.int64) * width
+    o_d = tl.arange(0, BD)
+    m_d = o_d < width
+    b_x = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_c = tl.where(m_d, b_x - tl.sum(b_x, 0) / width, 0.0)
+    b_scale = 1.0 / tl.sqrt(tl.sum(b_c * b_c, 0) / width + eps)
+    b_w = tl.load(weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_b = tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_y = b_c * b_scale * b_w + b_b
+    tl.store(out + tl.program_id(0).to(tl.int64) * width + o_d, b_y.to(out.dtype.element_ty), mask=m_d)
+
+
+@triton.jit(do_not_specialize=launch.do_not_specialize("layer_gelu_gain"))
+def layer_gelu_gain(h, weight, bias, a, gamma, width, gamma_max, BD: tl.constexpr):
+    """Grid (rows,), BD >= D: a = GELU of the left half of h (rows, 2D), gamma = gamma_max tanh(bias + a . weight) of the rounded a."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < width
+    b_x = tl.load(h + i_row * (2 * width) + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_a = (b_x * (0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476))).to(a.dtype.element_ty)
+    tl.store(a + i_row * width + o_d, b_a, mask=m_d)
+    b_w = tl.load(weight + o_d, mask=m_d, other=0.0)
+    b_z = tl.load(bias) + tl.sum(b_a.to(tl.float32) * b_w, 0)
+    b_e = tl.exp(-2.0 * tl.abs(b_z))  # from the decaying exponential: no overflow, and NaN stays NaN
+    b_t = (1.0 - b_e) / (1.0 + b_e)
+    tl.store(gamma + i_row, gamma_max * tl.where(b_z < 0, -b_t, b_t))
+
+
+@triton.jit
+def _tile(rows, tiles_n, BM: tl.constexpr):
+    """(row tile, column tile) of this program: GROUP row tiles walk the columns together."""
+    i = tl.program_id(0)
+    tiles_m = tl.cdiv(rows, BM)
+    span = GROUP * tiles_n
+    first = i // span * GROUP
+    size = tl.minimum(tiles_m - first, GROUP)
+    return first + (i % span) % size, (i % span) // size
+
+
+@triton.jit
+def _product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """(BM,BN) float32 of x weight^T, rows of x `row` elements apart, all three from their tile's first row; GATED: of (x * gate) rounded."""
+    o_m, o_n, o_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    p_x = x + o_m[:, None] * row + o_k[None, :]
+    p_g = gate + o_m[:, None] * gate_row + o_k[None, :]
+    p_w = weight + o_n[None, :] * depth + o_k[:, None]
+    b_acc = tl.zeros([BM, BN], dtype=tl.float32)
+    for start in range(0, depth, BK):
+        m_k = o_k < depth - start
+        b_x = tl.load(p_x, mask=m_m[:, None] & m_k[None, :], other=0.0)
+        if GATED:
+            b_g = tl.load(p_g, mask=m_m[:, None] & m_k[None, :], other=0.0)
+            b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
+            p_g += BK
+        b_w = tl.load(p_w, mask=m_n[None, :] & m_k[:, None], other=0.0)
+        b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
+        p_x += BK
+        p_w += BK
+    return b_acc
+
+
+@triton.jit
+def _with_bias(bias, b_y, m_n, BN: tl.constexpr):
+    return b_y + tl.load(bias + tl.arange(0, BN), mask=m_n, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _put(out, b_y, m_m, m_n, row, BM: tl.constexpr, BN: tl.constexpr):
+    o_y = tl.arange(0, BM)[:, None] * row + tl.arange(0, BN)[None, :]
+    tl.store(out + o_y, b_y.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit(do_not_specialize=launch.do_not_specialize("layer_linear"))
+def layer_linear(x, weight, bias, out, rows, depth, columns, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Grid (tiles,): out (rows, columns) = x weight^T + bias."""
+    i_m, i_n = _tile(rows, tl.cdiv(columns, BN), BM)
+    row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
+    m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
+    b_y = _product(x + row * depth, x, weight + column * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK)
+    _put(out + row * columns + column, _with_bias(bias + column, b_y, m_n, BN), m_m, m_n, columns, BM, BN)
+
+
+@triton.jit(do_not_specialize=launch.do_not_specialize("layer_logits"))
+def layer_logits(x, weight, out, rows, depth, columns, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Grid (tiles,): out (rows, columns) float32 = x weight^T, not rounded."""
+    i_m, i_n = _tile(rows, tl.cdiv(columns, BN), BM)
+    row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
+    m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
+    b_y = _product(x + row * depth, x, weight + column * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK)
+    _put(out + row * columns + column, b_y, m_m, m_n, columns, BM, BN)
+
+
+@triton.jit(do_not_specialize=launch.do_not_specialize("layer_tail"))
+def layer_tail(s, h, weight, bias, x, out, rows, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Grid (tiles,): out = x + (s * g) weight^T + bias, g the right half of h (rows, 2D)."""
+    i_m, i_n = _tile(rows, tl.cdiv(depth, BN), BM)
+    row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
+    m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < depth - i_n * BN
+    b_y = _product(s + row * depth, h + row * (2 * depth) + depth, weight + column * depth, m_m, m_n, depth, depth, 2 * depth, True, BM, BN, BK)
+    o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
+    b_x = tl.load(x + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
+    _put(out + row * depth + column, _with_bias(bias + column, b_y, m_n, BN) + b_x.to(tl.float32), m_m, m_n, depth, BM, BN)
+
+
+@triton.jit
+def _turned(cos, sin, b_y, m_m, m_n, first, pairs, BM: tl.constexpr, BN: tl.constexpr):
+    """b_y with the interleaved pairs of each head turned; cos, sin: from the tile's first row, first: its first column."""
+    o_p = tl.arange(0, BN // 2)
+    o_t = tl.arange(0, BM)[:, None] * pairs + ((first // 2 + o_p) % pairs)[None, :]
+    b_cos, b_sin = tl.load(cos + o_t, mask=m_m[:, None], other=0.0), tl.load(sin + o_t, mask=m_m[:, None], other=0.0)
+    b_even, b_odd = tl.split(tl.reshape(b_y, [BM, BN // 2, 2]))
+    return tl.reshape(tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos), [BM, BN])
+
+
+@triton.jit(do_not_specialize=launch.do_not_specialize("layer_project"))
+def layer_project(
+    a, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, pairs,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles,): all projections of a (rows, D). weight: q (D rows), k, v (kv_width each), the feedback branch's q and k (D each), in this order.
+
+    q and k are turned by cos, sin (rows, pairs) float32, pairs = d / 2. Each output gets tiles of its own.
+    """
+    n_q, n_k = tl.cdiv(depth, BN), tl.cdiv(kv_width, BN)
+    i_m, i_n = _tile(rows, 3 * n_q + 2 * n_k, BM)
+    out, bias, width, begin = q, bias_q, depth, 0
+    turns = i_n < n_q + n_k
+    if i_n >= 2 * n_q + 2 * n_k:
+        out, bias, begin, i_n = k_b, bias_fb + depth, 2 * depth + 2 * kv_width, i_n - 2 * n_q - 2 * n_k
+    elif i_n >= n_q + 2 * n_k:
+        out, bias, begin, i_n = q_b, bias_fb, depth + 2 * kv_width, i_n - n_q - 2 * n_k
+    elif i_n >= n_q + n_k:
+        out, bias, width, begin, i_n = v, bias_v, kv_width, depth + kv_width, i_n - n_q - n_k
+    elif i_n >= n_q:
+        out, bias, width, begin, i_n = k, bias_k, kv_width, depth, i_n - n_q
+    row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
+    m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < width - i_n * BN
+    b_y = _product(a + row * depth, a, weight + (begin + column) * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK)
+    b_y = _with_bias(bias + column, b_y, m_n, BN)
+    if turns:
+        b_y = _turned(cos + row * pairs, sin + row * pairs, b_y, m_m, m_n, i_n * BN, pairs, BM, BN)
+    _put(out + row * width + column, b_y, m_m, m_n, width, BM, BN)
+
+
+# --- the same from PyTorch, for tests and timings
+
+
+def _run(kernel: str, fn: object, variant: str, grid: tuple[int, ...], device: torch.device, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
+    options = pinned((kernel,), device, dtype, variant)[kernel]
+    launcher(fn, device, dtype, options)(grid, *(address(x) if isinstance(x, Tensor) else x for x in arguments))
+
+
+def tiles_of(kernel: str, rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
+    """The pinned tiles of a product for so many rows."""
+    return pinned((kernel,), device, dtype, product_variant(rows))[kernel]
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm of x (rows, D)."""
+    out = torch.empty_like(x)
+    variant = launch.width_variant("layer_norm", x.shape[1])
+    _run("layer_norm", layer_norm, variant, (x.shape[0],), x.device, x.dtype, x, weight, bias, out, x.shape[1], eps)
+    return out
+
+
+def gelu_gain(h: Tensor, weight: Tensor, bias: Tensor, gamma_max: float) -> tuple[Tensor, Tensor]:
+    """a (rows, D), gamma (rows,) float32 of h (rows, 2D); weight (D,), bias (1,) float32."""
+    rows, width = h.shape[0], h.shape[1] // 2
+    a, gamma = torch.empty(rows, width, dtype=h.dtype, device=h.device), torch.empty(rows, dtype=torch.float32, device=h.device)
+    variant = launch.width_variant("layer_gelu_gain", width)
+    _run("layer_gelu_gain", layer_gelu_gain, variant, (rows,), h.device, h.dtype, h, weight, bias, a, gamma, width, gamma_max)
+    return a, gamma
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (rows, K) weight (N, K)^T + bias (N,) in the storage type; without a bias the logits, float32."""
+    (rows, depth), columns, kernel = x.shape, weight.shape[0], "layer_linear" if bias is not None else "layer_logits"
+    tiles = tiles_of(kernel, rows, x.device, x.dtype)
+    grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
+    out = torch.empty(rows, columns, dtype=x.dtype if bias is not None else torch.float32, device=x.device)
+    between = () if bias is None else (bias,)
+    _run(kernel, layer_logits if bias is None else layer_linear, product_variant(rows), grid, x.device, x.dtype, x, weight, *between, out, rows, depth, columns)
+    return out
+
+
+def tail(s: Tensor, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """x + (s * g) weight^T + bias for s, x (rows, D), g the right half of h (rows, 2D)."""
+    rows, depth = s.shape
+    tiles = tiles_of("layer_tail", rows, s.device, s.dtype)
+    out = torch.empty_like(x)
+    grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(depth, tiles["BN"]),)
+    _run("layer_tail", layer_tail, product_variant(rows), grid, s.device, s.dtype, s, h, weight, bias, x, out, rows, depth)
+    return out
+
+
+def project(a: Tensor, weight: Tensor, biases: tuple[Tensor, Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """q (rows, D), k, v (rows, Hkv d), q_b, k_b (rows, D) of a (rows, D); biases of q, k, v and both feedback halves; cos, sin (rows, d / 2) float32."""
+    rows, depth = a.shape
+    kv, tiles = biases[1].numel(), tiles_of("layer_project", rows, a.device, a.dtype)
+    out = tuple(torch.empty(rows, n, dtype=a.dtype, device=a.device) for n in (depth, kv, kv, depth, depth))
+    grid = (triton.cdiv(rows, tiles["BM"]) * (3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])),)
+    _run("layer_project", layer_project, product_variant(rows), grid, a.device, a.dtype, a, weight, *biases, cos, sin, *out, rows, depth, kv, cos.shape[1])
+    return out
+
+
+def takes(x: Tensor, width: int) -> bool:
+    """Whether the kernels take rows of this type and width: at most 32 bits, a multiple of 16 up to 4096."""
+    return (x.is_cuda or interpreted()) and x.dtype in DTYPE_NAMES and width % launch.ALIGNMENT == 0 and width <= 4096

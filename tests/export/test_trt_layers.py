@@ -1,0 +1,152 @@
+"""Layers as nodes of the plugin library: with each node's arithmetic in numpy, the rewritten graph gives what ONNX Runtime gives on the file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from sessa_deploy import contract
+from sessa_deploy.config import SessaConfig
+from sessa_deploy.export import trt_fuse, trt_graph, trt_layers
+
+SIZES = {"two heads a key": {"d_model": 32, "n_heads": 4, "n_kv_heads": 2}, "one head": {"d_model": 16, "n_heads": 1}}
+
+
+def _norm(x: Any, weight: Any, bias: Any, scale: float) -> Any:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + scale) * weight + bias
+
+
+def _gain(h: Any, weight: Any, bias: Any, scale: float) -> tuple[Any, Any]:
+    from math import erf
+
+    x = h[..., : h.shape[-1] // 2]
+    a = x * 0.5 * (1 + np.vectorize(erf)(x / np.sqrt(2.0)))
+    return a.astype(np.float32), (scale * np.tanh(bias[0] + a @ weight)).astype(np.float32)
+
+
+def _project(a: Any, weight: Any, bias_q: Any, bias_k: Any, bias_v: Any, bias_fb: Any, cos: Any, sin: Any) -> tuple[Any, ...]:
+    d, shape = a.shape[-1], a.shape[:2]
+    kv = bias_k.size
+    y = a @ weight.T + np.concatenate([x.reshape(-1) for x in (bias_q, bias_k, bias_v, bias_fb)])
+    q, k, v, q_b, k_b = np.split(y, np.cumsum([d, kv, kv, d]), axis=-1)
+
+    def turned(x: Any, like: Any) -> Any:
+        x = x.reshape(*shape, *like.shape)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return np.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape)
+
+    return turned(q, bias_q), turned(k, bias_k), v.reshape(*shape, *bias_v.shape), q_b, k_b
+
+
+def _softmax_over(past: Any, new: Any, length: int, upto: int, query: Any, scale: float, value_past: Any, value_new: Any) -> Any:
+    """Attention of one query over `length` past and `upto` new rows; zeros where there are none."""
+    keys, values = (np.concatenate([a[:length], b[:upto]]) for a, b in ((past, new), (value_past, value_new)))
+    if not len(keys):
+        return np.zeros(values.shape[1:], values.dtype)
+    weight = np.exp(scale * keys @ query - (scale * keys @ query).max())
+    return (weight / weight.sum()) @ values
+
+
+def _causal(scale: float, q: Any, k: Any, v: Any, past_k: Any, past_v: Any, length: Any) -> Any:
+    out, group = np.zeros_like(q), q.shape[2] // k.shape[2]
+    for b, t, i in np.ndindex(q.shape[:3]):
+        h = i // group
+        out[b, t, i] = _softmax_over(past_k[b, :, h], k[b, :, h], length[b], t + 1, q[b, t, i], scale, past_v[b, :, h], v[b, :, h])
+    return out
+
+
+def _feedback(scale: float, q: Any, k: Any, gamma: Any, f: Any, past_k: Any, past_s: Any, length: Any) -> Any:
+    s = f.copy()
+    for b, t in np.ndindex(q.shape[:2]):
+        s[b, t] += gamma[b, t] * _softmax_over(past_k[b], k[b], length[b], t, q[b, t], scale, past_s[b], s[b])
+    return s
+
+
+def operators() -> list[Any]:
+    """The library's operators for onnx's reference evaluator."""
+    from onnx.reference.op_run import OpRun
+
+    def make(name: str, compute: Any) -> Any:
+        def _run(self: Any, *inputs: Any, scale: float | None = None, storage: int | None = None) -> tuple[Any, ...]:
+            found = compute(scale, *inputs)
+            return tuple(np.asarray(x, np.float32) for x in (found if isinstance(found, tuple) else (found,)))
+
+        return type(name, (OpRun,), {"op_domain": contract.DOMAIN, "_run": _run})
+
+    return [
+        make(contract.CAUSAL_OP, _causal), make(contract.FEEDBACK_OP, _feedback),
+        make(contract.NORM_OP, lambda e, x, w, b: _norm(x, w, b, e)), make(contract.GAIN_OP, lambda g, h, w, b: _gain(h, w, b, g)),
+        make(contract.LINEAR_OP, lambda _, x, w, b: x @ w.T + b), make(contract.LOGITS_OP, lambda _, x, w: x @ w.T),
+        make(contract.LINEAR_HEADS_OP, lambda _, x, w, b: x.reshape(*x.shape[:2], -1) @ w.T + b), make(contract.PROJECT_OP, lambda _, *x: _project(*x)),
+        make(contract.TAIL_OP, lambda _, x, s, h, w, b: x + (s * h[..., h.shape[-1] // 2 :]) @ w.T + b),
+    ]  # fmt: skip
+
+
+def exported(folder: Path, config: SessaConfig, all_logits: bool = False, inline_limit: int = 1 << 30, precision: str = "fp32") -> Path:
+    torch = pytest.importorskip("torch")
+    from sessa_deploy.export.to_onnx import export_onnx
+    from sessa_deploy.model import SessaLM
+
+    torch.manual_seed(5)
+    model = SessaLM(config)
+    with torch.no_grad():  # biases that are zero would hide a wrong order
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3)
+    return export_onnx(model, folder / "model.onnx", precision, all_logits=all_logits, inline_limit=inline_limit)
+
+
+@pytest.mark.parametrize("all_logits", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_logits: bool) -> None:
+    import onnxruntime
+    from onnx.reference import ReferenceEvaluator
+
+    config = SessaConfig(n_layers=2, vocab_size=61, max_context=32, **SIZES[size])
+    path = exported(tmp_path, config, all_logits, inline_limit=0)
+    prepared = trt_graph.prepare(trt_graph.load(path), trt_graph.PLUGIN_OPS)
+    graph = prepared.model.graph
+    trt_fuse.unmasked_rows(graph)
+    types = trt_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent)
+    assert types is not None and contract.LOGITS not in {n.op_type for n in graph.node}
+    counts = Counter(n.op_type for n in graph.node)
+    assert counts[contract.NORM_OP] == 3 and counts[contract.TAIL_OP] == counts[contract.PROJECT_OP] == 2 and counts[contract.LOGITS_OP] == 1
+    assert not {"MatMul", "Gemm", "LayerNormalization", "Erf", "Softmax"} & set(counts)
+    assert len(graph.node) == len({n.name for n in graph.node})
+    rng = np.random.default_rng(0)
+    feeds: dict[str, Any] = {contract.INPUT_IDS: rng.integers(0, 61, (2, 3)), contract.PAST_LENGTH: np.array([4, 0], np.int32),
+                             contract.NEW_LENGTH: np.array([3, 2], np.int32)}  # fmt: skip
+    for layer, name in contract.cache_entries(2):
+        shape = (2, 6, *contract.cache_row_shape(name, config.d_model, config.kv_heads, config.head_dim))
+        feeds[contract.past_name(layer, name)] = rng.standard_normal(shape).astype(np.float32)
+    names = contract.graph_outputs(2)
+    wanted = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(names, feeds)
+    onnx.external_data_helper.load_external_data_for_model(prepared.model, str(path.parent))
+    found = ReferenceEvaluator(prepared.model, new_ops=operators()).run(names, feeds)
+    for name, mine, theirs in zip(names, found, wanted, strict=True):
+        assert mine.shape == theirs.shape, name
+        for row, count in enumerate((3, 2)):
+            part = slice(None) if name == contract.LOGITS and not all_logits else slice(count)
+            np.testing.assert_allclose(mine[row][part], theirs[row][part], rtol=2e-4, atol=2e-4, err_msg=name)
+
+
+def test_layers_without_kernels_stay_tensorrts(tmp_path: Path) -> None:
+    for i, wrong in enumerate(({"d_model": 24, "n_heads": 2}, {"d_model": 32, "n_heads": 2, "use_forward_rope": False})):
+        config = SessaConfig(n_layers=1, vocab_size=11, max_context=8, **wrong)
+        path = exported(tmp_path / str(i), config)
+        model = trt_graph.prepare(trt_graph.load(path), trt_graph.PLUGIN_OPS).model
+        before = model.SerializeToString()
+        assert trt_layers.rewrite(model.graph, config, onnx.TensorProto.FLOAT, path.parent) is None and model.SerializeToString() == before
+
+
+def test_weights_that_do_not_fit_a_message_stay_tensorrts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SessaConfig(n_layers=1, vocab_size=11, max_context=8, d_model=16, n_heads=2)
+    path = exported(tmp_path, config)
+    model = trt_graph.prepare(trt_graph.load(path)).model
+    monkeypatch.setattr(trt_layers, "_MESSAGE_LIMIT", 1000)
+    assert trt_layers.rewrite(model.graph, config, onnx.TensorProto.FLOAT, path.parent) is None

@@ -1,0 +1,85 @@
+"""The layer's kernels around its attentions against plain torch in float64: on a GPU, or through Triton's interpreter (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from sessa_deploy.kernels import layer  # noqa: E402
+from sessa_deploy.kernels.feedback_launch import interpreted  # noqa: E402
+from sessa_deploy.rope import rotate  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU or TRITON_INTERPRET=1")
+EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+DTYPES = [torch.float32, torch.float16] if DEVICE == "cpu" else list(EPS)  # numpy, which interprets, has no bfloat16
+ROWS = [1, 3, 33, 70] if DEVICE == "cpu" else [1, 3, 16, 33, 64, 70, 300, 2049]
+
+
+def random(*shape: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (scale * torch.randn(shape, generator=generator)).to(dtype).to(DEVICE)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, depth: int = 1) -> None:
+    """One rounding to the storage type, and float32 sums of `depth` terms."""
+    scale = float(wanted.abs().max()) + 1e-30
+    error = float((found.double() - wanted).abs().max()) / scale
+    assert torch.isfinite(found).all() and error <= EPS[dtype] + 4 * depth**0.5 * 2.0**-23, error
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_products(rows: int, dtype: torch.dtype) -> None:
+    depth, columns = 80, 112
+    x, w, b = random(rows, depth, dtype=dtype), random(columns, depth, dtype=dtype), random(columns, dtype=dtype)
+    close(layer.linear(x, w, b), x.double() @ w.double().T + b.double(), dtype, depth)
+    logits = layer.linear(x, w, None)
+    assert logits.dtype == torch.float32
+    close(logits, x.double() @ w.double().T, torch.float32, depth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_tail(rows: int, dtype: torch.dtype) -> None:
+    depth = 80
+    s, h, x = (random(rows, n, dtype=dtype, seed=i) for i, n in enumerate((depth, 2 * depth, depth)))
+    w, b = random(depth, depth, dtype=dtype), random(depth, dtype=dtype, seed=9)
+    gated = (s.double() * h[:, depth:].double()).to(dtype).double()
+    close(layer.tail(s, h, w, b, x), x.double() + gated @ w.double().T + b.double(), dtype, depth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("heads", [(4, 2, 16), (2, 2, 24)])
+def test_projections(rows: int, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Five outputs, q and k turned, whatever part of a tile a head fills."""
+    n_q, n_k, d = heads
+    depth, kv = n_q * d, n_k * d
+    a, w = random(rows, depth, dtype=dtype), random(3 * depth + 2 * kv, depth, dtype=dtype, scale=0.3)
+    biases = tuple(random(n, dtype=dtype, seed=i) for i, n in enumerate((depth, kv, kv, 2 * depth)))
+    angle = random(rows, d // 2, dtype=torch.float32, scale=3.0)
+    cos, sin = angle.cos(), angle.sin()
+    y = a.double() @ w.double().T + torch.cat(biases).double()
+    q, k, v, q_b, k_b = y.split([depth, kv, kv, depth, depth], dim=-1)
+    tables = [t.double().view(rows, 1, d // 2) for t in (cos, sin)]
+    q, k = (rotate(x.view(rows, -1, d), *tables).reshape(rows, -1) for x in (q, k))
+    for found, wanted in zip(layer.project(a, w, biases, cos, sin), (q, k, v, q_b, k_b), strict=True):  # type: ignore[arg-type]
+        close(found, wanted, dtype, depth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 80, 1024, 1040])
+def test_norm_and_gain(width: int, dtype: torch.dtype) -> None:
+    rows = 5
+    x, w, b = random(rows, width, dtype=dtype), random(width, dtype=dtype, seed=1), random(width, dtype=dtype, seed=2)
+    wanted = torch.nn.functional.layer_norm(x.double(), (width,), w.double(), b.double(), 1e-5)
+    close(layer.norm(x, w, b, 1e-5), wanted, dtype, 16)
+    h, gain, bias = random(rows, 2 * width, dtype=dtype), random(width, dtype=torch.float32, scale=0.1), torch.tensor([0.7], device=DEVICE)
+    a, gamma = layer.gelu_gain(h, gain, bias, 0.999)
+    close(a, torch.nn.functional.gelu(h[:, :width].double()), dtype, 16)
+    close(gamma, 0.999 * torch.tanh(bias.double() + (a.double() * gain.double()).sum(-1)), torch.float32, width)
+    large = torch.full((1, 2 * width), 60.0, dtype=dtype, device=DEVICE)
+    assert float(layer.gelu_gain(large, gain.abs() + 1, bias, 0.999)[1]) == pytest.approx(0.999)
