@@ -30,6 +30,7 @@ from sessa_deploy.kernels import launch
 SCHEMA = 1
 MANIFEST = "cubins.json"
 TABLE = "cubins.inc"
+TEGRA = 87  # shares no binaries with the desktop GPUs of its major
 HIDDEN = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))  # what Triton 3.6 appends to every kernel's parameters
 LOAD = re.compile(r"\bld\.global(?:\.[A-Za-z0-9_:]+)*?(?:\.(v[248]))?\.([a-z]+)(\d+)\s")
 ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\b[^;]*?,\s*\[[^\]]*\],\s*(0x[0-9a-f]+|\d+)")
@@ -76,10 +77,34 @@ class Cubin:
 
 
 def units(archs: Sequence[int], kernels: Sequence[str] | None = None) -> list[Unit]:
-    """Every binary the plugin needs on these architectures, or those of the named kernels."""
+    """Every binary the plugin needs on these architectures, or those of the named kernels; without what an earlier architecture's binary serves."""
     chosen = [k for k in launch.KERNELS.values() if k.lowered and (kernels is None or k.name in kernels)]
     found = [Unit(k.name, arch, dtype, v) for k in chosen for arch in archs for dtype in k.dtypes for v in k.variants if v != "bwd"]
-    return [u for u in found if u.variant != "wide" or launch.has(u.kernel, u.arch, u.dtype, u.variant)]
+    return [u for u in found if (u.variant != "wide" or launch.has(u.kernel, u.arch, u.dtype, u.variant)) and served_by(u, archs) is None]
+
+
+def served_by(unit: Unit, archs: Sequence[int]) -> int | None:
+    """The one of `archs` whose binary the unit's architecture runs, as the very launch options are pinned for both; None: it needs its own.
+
+    A binary runs on later minors of its major, though not across desktop GPUs and Tegra (sm_87); the plugin's C++ takes the nearest one by the same rule.
+    """
+    earlier = [a for a in archs if a // 10 == unit.arch // 10 and a < unit.arch and a != TEGRA]
+    if unit.arch == TEGRA or not earlier:
+        return None
+    nearest = Unit(unit.kernel, max(earlier), unit.dtype, unit.variant)
+    if _options(nearest) != _options(unit):
+        return None
+    return served_by(nearest, archs) or nearest.arch
+
+
+def _options(unit: Unit) -> dict[str, Any]:
+    return launch.options(unit.kernel, unit.arch, unit.dtype, unit.variant)
+
+
+def shared_limit(unit: Unit) -> int:
+    """Bytes of shared memory that every architecture which this binary may serve has."""
+    serves = [a for a in launch.ARCHS if served_by(Unit(unit.kernel, a, unit.dtype, unit.variant), [unit.arch]) is not None]
+    return min(launch.SHARED_LIMIT[a] for a in (unit.arch, *serves))
 
 
 def count_loads(ptx: str) -> tuple[int, int]:
@@ -149,10 +174,10 @@ def compile_unit(unit: Unit, out: Path) -> Cubin:
 
 def problems(cubin: Cubin, declared: int, spills: int, scalar_loads: int, wide: bool = True) -> list[str]:
     """What is wrong with a binary, each as one line: shared memory, spills, scalar loads, parameters, scratch."""
-    limit = launch.SHARED_LIMIT[cubin.arch]
+    limit = shared_limit(Unit(cubin.kernel, cubin.arch, cubin.dtype, cubin.variant))
     found = []
     if cubin.shared > limit:
-        found.append(f"needs {cubin.shared} bytes of shared memory, sm_{cubin.arch} has {limit}: pin a smaller tile or fewer stages")
+        found.append(f"needs {cubin.shared} bytes of shared memory, sm_{cubin.arch} or one it serves has {limit}: pin a smaller tile or fewer stages")
     if cubin.spill_bytes > spills:
         found.append(f"spills {cubin.spill_bytes} bytes, its entry states {spills}: pin a smaller tile or more warps")
     if cubin.scalar_loads > scalar_loads:
@@ -229,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         mine = [c for c in cubins if c.arch == arch]
         untuned = sorted({c.kernel for c in mine if not c.tuned})
         note = f"  untuned: {', '.join(untuned)}" if untuned else ""
-        print(f"sm_{arch}: {len(mine)} cubins, {sum(c.size for c in mine) / 2**20:.1f} MiB, shared up to {max(c.shared for c in mine)} bytes{note}")
+        largest = max((c.shared for c in mine), default=0)
+        print(f"sm_{arch}: {len(mine)} cubins, {sum(c.size for c in mine) / 2**20:.1f} MiB, shared up to {largest} bytes{note}")
     bad = [(c, p) for c in cubins for p in c.problems]
     for c, p in bad:
         print(f"error: {c.file} {p}", file=sys.stderr)

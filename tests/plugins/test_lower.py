@@ -103,6 +103,21 @@ def test_bad_arch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "got 75; allowed: some of 80," in capsys.readouterr().err
 
 
+def test_later_minors_are_served_where_they_are_pinned_alike() -> None:
+    same = lower.Unit("causal_step_partial", 89, "fp16", "64")
+    assert lower.served_by(same, launch.ARCHS) == lower.served_by(same, [80, 89]) == 80 and lower.served_by(same, [86, 89]) == 86
+    assert lower.served_by(same, [87, 89]) is None and lower.served_by(same, [89, 90]) is None
+    assert lower.served_by(lower.Unit("causal_step_partial", 87, "fp16", "64"), launch.ARCHS) is None  # Tegra
+    own = lower.Unit("feedback_scores", 86, "fp16", "fwd")  # a smaller tile than sm_80's
+    assert lower.served_by(own, launch.ARCHS) is None and lower.served_by(lower.Unit("feedback_scores", 89, "fp16", "fwd"), launch.ARCHS) == 86
+    made = {(u.kernel, u.arch, u.dtype, u.variant) for u in lower.units(launch.ARCHS)}
+    for unit in lower.units([86]) + lower.units([87]) + lower.units([89]) + lower.units([120]):
+        served = lower.served_by(unit, launch.ARCHS)
+        assert (unit.kernel, served or unit.arch, unit.dtype, unit.variant) in made
+    assert lower.shared_limit(lower.Unit("causal_step_partial", 80, "fp16", "64")) == launch.SHARED_LIMIT[86]
+    assert lower.shared_limit(lower.Unit("feedback_scores", 80, "fp16", "fwd")) == launch.SHARED_LIMIT[80]
+
+
 def test_the_table_pins_every_unit() -> None:
     for unit in lower.units(launch.ARCHS):
         tiles = launch.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant)
