@@ -146,14 +146,9 @@ class SessaMixer(nn.Module):
         v_f = self.v_proj(a).view(batch, tokens, self.n_kv_heads, self.head_dim)
         if rope is not None:
             q, k_f = rotate(q, *rope), rotate(k_f, *rope)
-        f = self.attend(q, k_f, v_f, past_length, past)
+        f = self.out_proj(attend(q, k_f, v_f, past_length, past).reshape(batch, tokens, width))
         q_b, k_b = self.proj_fb(a).split(width, dim=-1)
         return Rows(k_f, v_f, k_b, solve(q_b, k_b, self.gain(a), f, past_length, past))
-
-    def attend(self, q: Tensor, k_f: Tensor, v_f: Tensor, past_length: Tensor | None, past: Rows | None) -> Tensor:
-        """The forward branch f (B,T,D) of q (B,T,Hq,d) and k_f, v_f (B,T,Hkv,d), rotated."""
-        old_k_f, old_v_f = (None, None) if past is None else past[:2]
-        return self.out_proj(causal_attention(q, k_f, v_f, old_k_f, old_v_f, past_length).reshape(*q.shape[:2], self.d_model))
 
     def forward(self, a: Tensor) -> Tensor:
         """s (B,T,D) of activations a (B,T,D), from an empty past."""
@@ -164,6 +159,12 @@ class SessaMixer(nn.Module):
         if not self.use_forward_rope:
             return None
         return rope_of(x, self.head_dim, past_length, 0 if past is None else past.s.shape[1])
+
+
+def attend(q: Tensor, k_f: Tensor, v_f: Tensor, past_length: Tensor | None, past: Rows | None) -> Tensor:
+    """The forward attention o (B,T,Hq,d) of q (B,T,Hq,d) and k_f, v_f (B,T,Hkv,d), rotated."""
+    old_k_f, old_v_f = (None, None) if past is None else past[:2]
+    return causal_attention(q, k_f, v_f, old_k_f, old_v_f, past_length)
 
 
 def solve(q_b: Tensor, k_b: Tensor, gamma: Tensor, f: Tensor, past_length: Tensor | None, past: Rows | None) -> Tensor:
@@ -209,8 +210,11 @@ class SessaLayer(nn.Module):
         weights = fused.applies(self, x)
         if weights is not None:
             head = fused.head(self, x, rope, weights)
-            f = self.mixer.attend(head.q, head.k, head.v, past_length, past)
-            s = solve(head.q_b, head.k_b, head.gamma, f, past_length, past)
+            o = attend(head.q, head.k, head.v, past_length, past)
+            s = fused.solve(self, o, head) if past is None else None
+            if s is None:
+                f = self.mixer.out_proj(o.reshape(x.shape))
+                s = solve(head.q_b, head.k_b, head.gamma, f, past_length, past)
             return fused.tail(head.x, s, head.g, weights), Rows(head.k, head.v, head.k_b, s)
         a, g = self.W_in(self.ln(x)).split(x.shape[-1], dim=-1)
         new = self.mixer.step(F.gelu(a), past_length, past, rope)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sessa_deploy.kernels.ops import is_eager, uses_triton
+from sessa_deploy.kernels import ops
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -71,7 +71,7 @@ def applies(layer: Any, x: Tensor) -> tuple[Tensor, ...] | None:
 
     None otherwise; SESSA_TRITON=0 turns the road off.
     """
-    if not (x.is_cuda and x.dim() == 3 and x.numel() and x.dtype in _FLOATS and uses_triton(x)):
+    if not (x.is_cuda and x.dim() == 3 and x.numel() and x.dtype in _FLOATS and ops.uses_triton(x)):
         return None
     mixer = layer._modules["mixer"]
     inner = mixer._modules
@@ -81,7 +81,7 @@ def applies(layer: Any, x: Tensor) -> tuple[Tensor, ...] | None:
     weights = parameters(layer)
     autocast = torch.is_autocast_enabled("cuda")
     dtype = storage_type(x)
-    if any(p is None or p.dtype not in _FLOATS for p in weights) or dtype not in _FLOATS or not is_eager(x, *weights):
+    if any(p is None or p.dtype not in _FLOATS for p in weights) or dtype not in _FLOATS or not ops.is_eager(x, *weights):
         return None
     # without autocast the norm's and the gain's parameters may be float32 beside 16-bit activations, those of the projections not
     same = x.dtype in (torch.float32, dtype) if autocast else all(p.dtype == dtype for p in (*weights[2:4], *weights[6:]))
@@ -97,6 +97,20 @@ def head(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: tup
     if torch.is_grad_enabled() and any(p.requires_grad for p in (x, *weights)):
         return Head(*_Head.apply(form, cos, sin, x, *weights))
     return Head(*_head_forward(form, cos, sin, x, weights)[0])
+
+
+def solve(layer: Any, o: Tensor, head: Head) -> Tensor | None:
+    """s (B,T,D) without a past, of the forward attention's o (B,T,Hq,d): out_proj and feedback attention as one autograd node.
+
+    None where there is nothing to join: no gradient is wanted, or out_proj is not a plain linear map.
+    """
+    out_proj = layer._modules["mixer"]._modules["out_proj"]
+    weight = out_proj._parameters.get("weight")
+    if weight is None or not (torch.is_grad_enabled() and _unhooked(out_proj, nn.Linear) and ops.is_eager(o, weight)):
+        return None
+    if weight.dtype != o.dtype and not torch.is_autocast_enabled("cuda"):
+        return None  # the plain map says what is wrong
+    return _Solve.apply(o, weight, head.q_b, head.k_b, head.gamma)
 
 
 def tail(x: Tensor, s: Tensor, g: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
@@ -217,6 +231,27 @@ class _Head(torch.autograd.Function):
         bq, bk, bv, bfb, b_in, dw_gain, db_gain, dln_w, dln_b, b_out = sums
         out = (dln_w, dln_b, dw_in, b_in, dw_gain.view(1, width), db_gain[0], dw[0], bq, dw[1], bk, dw[2], bv, dw[3], bfb, b_out)
         return None, None, None, dx_rows, *(g if need else None for g, need in zip(out, needs, strict=True))
+
+
+class _Solve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, o, weight, q_b, k_b, gamma):  # type: ignore[no-untyped-def]
+        o, weight = rows_of(o, q_b.dtype), rows_of(weight, q_b.dtype)
+        past = ops.no_past(q_b, True)
+        f = F.linear(o.view(q_b.shape), weight)
+        s, *kept = ops.run_forward(q_b, k_b, gamma, f, *past, need_lse=True)
+        ctx.save_for_backward(o, weight, q_b, k_b, gamma, f, s, *kept, *past)
+        return s
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, ds):  # type: ignore[no-untyped-def]
+        o, weight, *saved = ctx.saved_tensors
+        dq, dk, dgamma, df, *_ = ops.run_backward(ds, *saved)
+        rows = df.view(-1, df.shape[-1])
+        do = torch.mm(rows, weight).view(o.shape)
+        dweight = torch.mm(rows.t(), o.view(rows.shape)) if ctx.needs_input_grad[1] else None
+        return do, dweight, dq, dk, dgamma
 
 
 def spaced(g: Tensor) -> tuple[Tensor, int]:

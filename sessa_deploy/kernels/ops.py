@@ -94,7 +94,7 @@ def _keeps_rest(q: Tensor) -> bool:
     return q.dtype in (torch.float16, torch.bfloat16) and uses_triton(q)
 
 
-def _forward(
+def run_forward(
     q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """s (B,T,D); lse (B,T) and the rest of s (B,T,D), see `_keeps_rest`, where a backward will want them."""
@@ -114,20 +114,20 @@ def _forward(
 
 @torch.library.custom_op("sessa::feedback_attention", mutates_args=())
 def _feedback_attention(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor) -> Tensor:
-    return _forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=False)[0]
+    return run_forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=False)[0]
 
 
 @torch.library.custom_op("sessa::feedback_attention_fwd", mutates_args=())
 def _feedback_attention_fwd(
     q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    s, lse, rest = _forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=True)
+    s, lse, rest = run_forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=True)
     if lse is None:
         raise RuntimeError("sessa: the forward kernel returned no log-sum-exp")
     return s, lse, q.new_empty(0) if rest is None else rest
 
 
-def _backward(
+def run_backward(
     ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, rest: Tensor | None,
     past_k: Tensor, past_s: Tensor, past_length: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -146,7 +146,7 @@ def _feedback_attention_bwd(
     ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, rest: Tensor,
     past_k: Tensor, past_s: Tensor, past_length: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _backward(ds, q, k, gamma, f, s, lse, rest if rest.numel() else None, past_k, past_s, past_length)
+    return run_backward(ds, q, k, gamma, f, s, lse, rest if rest.numel() else None, past_k, past_s, past_length)
 
 
 @_feedback_attention.register_fake
@@ -262,7 +262,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, gamma, f, past_k, past_s, past_length):  # type: ignore[no-untyped-def]
-        s, lse, rest = _forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=True)
+        s, lse, rest = run_forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=True)
         ctx.save_for_backward(q, k, gamma, f, past_k, past_s, past_length, s, lse, rest)
         return s
 
@@ -270,7 +270,7 @@ class _Direct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, ds):  # type: ignore[no-untyped-def]
         q, k, gamma, f, past_k, past_s, past_length, s, lse, rest = ctx.saved_tensors
-        return *_backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length), None
+        return *run_backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length), None
 
 
 def is_eager(*tensors: Tensor) -> bool:
@@ -287,7 +287,7 @@ def is_eager(*tensors: Tensor) -> bool:
 _NOTHING: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
 
-def _no_past(q: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def no_past(q: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """An empty past_k and past_s (B,0,D) and past_length (B,) of zeros. keep: make them once a shape; calls only read them."""
     key = (q.device, q.dtype, q.shape[0], q.shape[-1])
     if keep and key in _NOTHING:
@@ -331,14 +331,14 @@ def feedback_attention(
     if past_k is None or past_s is None or past_length is None:
         _require(past_k is None and past_s is None and past_length is None, "past_k, past_s and past_length go together", "only some of them")
         q, k, f = _cast_for_autocast(q, k, f)
-        past_k, past_s, past_length = _no_past(q, is_eager(q))
+        past_k, past_s, past_length = no_past(q, is_eager(q))
     else:
         q, k, f, past_k, past_s = _cast_for_autocast(q, k, f, past_k, past_s)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, gamma, f, past_k, past_s))
     if is_eager(q, k, gamma, f, past_k, past_s, past_length):
         if wants_grad:
             return _Direct.apply(q, k, gamma, f, past_k, past_s, past_length)
-        return _forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=False)[0]
+        return run_forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=False)[0]
     if wants_grad:
         return torch.ops.sessa.feedback_attention_fwd(q, k, gamma, f, past_k, past_s, past_length)[0]
     return torch.ops.sessa.feedback_attention(q, k, gamma, f, past_k, past_s, past_length)
