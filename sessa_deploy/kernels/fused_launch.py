@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback_launch import interpreted
+from sessa_deploy.kernels.feedback_launch import INTERPRETED
 
 ROWS = 32  # rows that one row of partial sums stands for
 Tiles = dict[str, Any]
@@ -51,32 +51,42 @@ def _compiled(kernel: Any, arguments: tuple[Any, ...], options: Tiles) -> Callab
     examples = [x.dtype if isinstance(x, Tensor) else 1.0 if isinstance(x, float) else 16 for x in arguments]
     binary = kernel.warmup(*examples, grid=(1,), **options)
     binary = binary.result() if hasattr(binary, "result") else binary
-    run, function, metadata = binary.run, binary.function, binary.packed_metadata
+    run, function = binary.run, binary.function
+    if binary.metadata.global_scratch_size or binary.metadata.profile_scratch_size:
+        raise ValueError(f"sessa: {kernel.__name__} wants Triton's scratch memory, which its launch does not provide")
+    # what CudaLauncher.__call__ of Triton 3.6 passes on: cooperative and dependent launch, two scratch buffers, metadata, three hooks' arguments
+    fixed = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, binary.packed_metadata, None, None, None)
     constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
+    launch_binary = run.launch
 
     def call(stream: int, grid: tuple[int, ...], values: list[Any]) -> None:
         x, y, z = (*grid, 1, 1)[:3]
-        run(x, y, z, stream, function, metadata, None, None, None, *values, *constants)
+        launch_binary(x, y, z, stream, *fixed, *values, *constants)
 
     return call
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: Tiles) -> None:
     """Launch `kernel` on the current stream of its first argument's device. Tensors: contiguous rows, 16-byte aligned. options: from `tiles` or `more`."""
-    if interpreted():
+    if INTERPRETED:
         kernel[grid](*arguments, **options)
         return
     index = arguments[0].device.index
-    key = (kernel.__name__, index, id(options), *[x.dtype if isinstance(x, Tensor) else None for x in arguments])
-    entry = _BINARIES.get(key)
+    key: list[Any] = [kernel.__name__, index, id(options)]
+    values = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            values.append(x.data_ptr())
+            key.append(x.dtype)
+        else:
+            values.append(x)
+    entry = _BINARIES.get(tuple(key))
     if entry is None:
         with torch.cuda.device(index):
-            entry = _BINARIES[key] = (_compiled(kernel, arguments, options), options)
-    call = entry[0]
-    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+            entry = _BINARIES[tuple(key)] = (_compiled(kernel, arguments, options), options)
     stream = torch._C._cuda_getCurrentRawStream(index)
     if torch._C._cuda_getDevice() == index:
-        call(stream, grid, values)
+        entry[0](stream, grid, values)
     else:
         with torch.cuda.device(index):
-            call(stream, grid, values)
+            entry[0](stream, grid, values)
