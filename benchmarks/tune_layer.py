@@ -54,7 +54,7 @@ class Case:
         self.arguments = {
             "layer_linear": lambda w: (x, w, bias, out, *tail, self.columns), "layer_logits": lambda w: (x, w, out, *tail, self.columns),
             "layer_tail": lambda w: (x, h, w, bias, x, out, *tail),
-            "layer_project": lambda w: (x, w, bias, bias, bias, bias, cos, sin, *parts, *tail, width, 32),
+            "layer_project": lambda w: (x, w, bias, bias, bias, bias, cos, sin, *parts, *tail, width, 8),
         }[kernel]  # fmt: skip
 
     def grid(self, tiles: dict[str, int]) -> tuple[int, ...]:

@@ -50,6 +50,7 @@ def build_engine(
     max_batch sequences of max_context tokens (None: the model's own), prompts in chunks of max_prompt. workspace: bytes TensorRT may take for scratch
     (None: what it likes). opt_level: 0..5. precision: refused unless it is the graph's own, which the graph alone decides. plugin: the library's path.
     layers: who computes what stands around the attentions, "plugin" or "tensorrt"; None: the plugin on 8.6, which would make 16-bit layers float32.
+    The plugin computes 16-bit layers only; of float32 ones the rotary tables.
     An engine whose key is the same is kept unless `force`. KeyboardInterrupt ends the build and leaves the bundle as it was.
     Raises UserError on what is missing, does not fit or is refused; SessaError if TensorRT fails.
     """
@@ -234,7 +235,10 @@ def _prepared(bundle: Bundle, trt: Any, layers: str) -> tuple[trt_graph.Prepared
         raise UserError(f"TensorRT {trt.__version__} cannot read this graph", got=" / ".join(wrong), fix=fix)
     graph, folder = prepared.model.graph, bundle.model.parent
     trt_fuse.unmasked_rows(graph)
-    own = trt_layers.rewrite(graph, bundle.config, contract.PRECISIONS[bundle.precision].onnx, folder) if layers == "plugin" else None
+    storage = contract.PRECISIONS[bundle.precision].onnx
+    if layers == "plugin":
+        prepared.types |= trt_layers.rotary(graph, storage) or {}
+    own = trt_layers.rewrite(graph, bundle.config, storage, folder) if layers == "plugin" and bundle.precision != "fp32" else None
     if own is None:
         same = trt_fuse.one_projection(graph, folder)
         prepared.types |= {new: prepared.types[old] for new, old in same.items()}

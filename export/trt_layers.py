@@ -18,6 +18,8 @@ from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
 
 _MULTIPLE, _WIDEST = 16, 4096  # of D, for the kernels that hold a row
+_HEADS = 8  # of a head, for the rotation
+_LIMBS = 4  # of a frequency, see rope.py
 _MESSAGE_LIMIT = 2_000_000_000  # bytes; protobuf refuses 2 GiB
 
 
@@ -56,11 +58,39 @@ class _Rewrite:
 
 
 def applies(graph: GraphProto, config: SessaConfig) -> bool:
-    """Whether the library has kernels for these layers: a width that is a multiple of 16 up to 4096, forward rotation, both attentions as plugins."""
+    """Whether the library has kernels for these layers: a width that is a multiple of 16 up to 4096, `rotary` tables, both attentions as plugins."""
     ops = [n.op_type for n in graph.node]
-    fits = config.d_model % _MULTIPLE == 0 and config.d_model <= _WIDEST and config.kv_heads * config.head_dim % _MULTIPLE == 0
+    fits = config.head_dim % _HEADS == 0 and config.d_model % _MULTIPLE == 0 and config.d_model <= _WIDEST and config.kv_heads * config.head_dim % _MULTIPLE == 0
     attentions = all(ops.count(op) == config.n_layers for op in (contract.FEEDBACK_OP, contract.CAUSAL_OP))
-    return fits and attentions and ops.count("Cos") == 1 and ops.count("Sin") == 1
+    return fits and attentions and ops.count(contract.ROTARY_OP) == 1
+
+
+def rotary(graph: GraphProto, storage: int) -> dict[str, int] | None:
+    """Put the library's node in place of the sums that give cos and sin: one kernel instead of ten, and nothing for TensorRT to try for a minute.
+
+    storage: ONNX type number of the activations. Returns the ONNX types of the new values, or None, with the graph as it was, without such sums.
+    """
+    maker = {x: n for n in graph.node for x in n.output}
+    tables = [next((n.output[0] for n in graph.node if n.op_type == op), "") for op in ("Cos", "Sin")]
+    embedding = next((n.output[0] for n in graph.node if n.name == "embedding/Gather.0"), "")
+    above, queue = set[int](), [maker[t] for t in tables if t]
+    while queue:
+        node = queue.pop()
+        if id(node) not in above:
+            above.add(id(node))
+            queue += [maker[x] for x in node.input if x in maker]
+    tensors = {x.name: x for x in graph.initializer}
+    read = [x for n in graph.node if id(n) in above for x in n.input]
+    limbs = [numpy_helper.to_array(tensors[x]) for x in read if x in tensors and len(tensors[x].dims) == 1 and tensors[x].data_type == TensorProto.FLOAT]
+    if len(limbs) != _LIMBS or not embedding or len({x.shape for x in limbs}) != 1:
+        return None
+    flat, axes = [f"rotary:{i}" for i in range(2)], "rotary/axes"
+    graph.initializer.extend([numpy_helper.from_array(np.stack(limbs), "rotary/limbs"), numpy_helper.from_array(np.array([2], np.int64), axes)])
+    attributes: dict[str, Any] = {contract.ATTR_SCALE: 0.0, contract.ATTR_STORAGE: storage}
+    made = [helper.make_node(contract.ROTARY_OP, [embedding, contract.PAST_LENGTH, "rotary/limbs"], flat, name="rotary", domain=contract.DOMAIN, **attributes)]
+    made += [helper.make_node("Unsqueeze", [x, axes], [t], name=f"rotary/heads.{i}") for i, (x, t) in enumerate(zip(flat, tables, strict=True))]
+    _set_sorted(graph, [n for n in graph.node if not set(tables) & set(n.output)] + made)
+    return dict.fromkeys(flat, TensorProto.FLOAT)
 
 
 def rewrite(graph: GraphProto, config: SessaConfig, storage: int, folder: Path) -> dict[str, int] | None:
@@ -72,7 +102,7 @@ def rewrite(graph: GraphProto, config: SessaConfig, storage: int, folder: Path) 
     if not applies(graph, config):
         return None
     work = _Rewrite(graph, config, storage, folder)
-    tables = [next(n.output[0] for n in graph.node if n.op_type == op) for op in ("Cos", "Sin")]
+    tables = list(next(n.output for n in graph.node if n.op_type == contract.ROTARY_OP))
     try:
         for layer in range(config.n_layers):
             _layer(work, layer, tables)

@@ -58,7 +58,7 @@ bool aligned(char const* name, void const* pointer, bool needed, std::string& er
 
 Op const& opAt(int32_t index) noexcept
 {
-    static Op const* const all[kOpCount]{&kFeedback, &kCausal, &kNorm, &kGain, &kLinear, &kLinearHeads, &kLogits, &kTail, &kProject};
+    static Op const* const all[kOpCount]{&kFeedback, &kCausal, &kRotary, &kNorm, &kGain, &kLinear, &kLinearHeads, &kLogits, &kTail, &kProject};
     return *all[index];
 }
 
@@ -77,6 +77,7 @@ int64_t* Problem::size(char letter) noexcept
     case 'E': return &doubleWidth;
     case 'J': return &pairs;
     case 'I': return &one;
+    case 'R': return &limbs;
     default: return nullptr;
     }
 }

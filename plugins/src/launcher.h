@@ -37,9 +37,10 @@ struct Problem
     int64_t doubleWidth{2}; // 2 D
     int64_t pairs{1};       // d / 2
     int64_t one{1};
+    int64_t limbs{4};
 
     // The size that a letter of Operand::shape stands for: B batch, T new rows, P rows of past, D width, H query heads, K key/value heads, C head width,
-    // N columns, E 2 D, J pairs, I one; nullptr for an unknown letter.
+    // N columns, E 2 D, J pairs, I one, R limbs; nullptr for an unknown letter.
     int64_t* size(char letter) noexcept;
 };
 
@@ -82,6 +83,7 @@ struct Op
 
 extern Op const kFeedback;
 extern Op const kCausal;
+extern Op const kRotary;
 extern Op const kNorm;
 extern Op const kGain;
 extern Op const kLinear;
@@ -89,7 +91,7 @@ extern Op const kLinearHeads;
 extern Op const kLogits;
 extern Op const kTail;
 extern Op const kProject;
-constexpr int32_t kOpCount = 9;
+constexpr int32_t kOpCount = 10;
 Op const& opAt(int32_t index) noexcept;
 
 struct Tensors

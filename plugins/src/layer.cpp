@@ -10,6 +10,7 @@ namespace
 
 constexpr int64_t kMultiple = 16;
 constexpr int64_t kMaxWidth = 4096;
+constexpr int64_t kHeadMultiple = 8;
 constexpr int64_t kMaxDepth = 65536;
 constexpr int64_t kWidths[] = {1024, 2048, 4096}; // launch_layer.WIDTHS
 constexpr int64_t kRows[] = {16, 64};             // launch_layer.ROWS
@@ -78,6 +79,27 @@ struct Product : Single
     bool launchTiles(Problem const& p, int64_t tiles, Arguments& a, CUstream_st* stream, std::string& error) const
     {
         return launch(*kernel, {ceilDiv(rowsOf(p), kernel->tile("BM")) * tiles, 1, 1}, a, stream, error);
+    }
+};
+
+struct Rotary final : Single
+{
+    Rotary()
+        : Single("layer_rotary")
+    {
+    }
+
+    bool find(Problem const&, int32_t arch) override
+    {
+        kernel = findCubin(name, arch, "fp32", "any");
+        return kernel != nullptr;
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        Arguments a;
+        a.add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(t.outs[1]).add(i32(p.tokens)).add(i32(p.pairs));
+        return launch(*kernel, {p.tokens, p.batch, 1}, a, stream, error);
     }
 };
 
@@ -175,7 +197,7 @@ struct Project final : Product
         {
             a.add(t.outs[i]);
         }
-        a.add(i32(rowsOf(p))).add(i32(p.width)).add(i32(kvWidth)).add(i32(p.pairs));
+        a.add(i32(rowsOf(p))).add(i32(p.width)).add(i32(kvWidth)).add(i32(p.headWidth / kHeadMultiple));
         return launchTiles(p, 3 * columnTiles(p.width) + 2 * columnTiles(kvWidth), a, stream, error);
     }
 };
@@ -207,6 +229,13 @@ bool checkGain(Problem const& p, std::string& error)
         && (p.one == 1 || refuse(error, "elements of bias", std::to_string(p.one), "1"));
 }
 
+bool checkRotary(Problem const& p, std::string& error)
+{
+    constexpr int64_t most = 128; // launch_table_layer.json
+    return (p.limbs == 4 || refuse(error, "rows of limbs", std::to_string(p.limbs), "4"))
+        && ((p.pairs >= 1 && p.pairs <= most) || refuse(error, "pairs d / 2", std::to_string(p.pairs), "1 to 128"));
+}
+
 bool checkTail(Problem const& p, std::string& error)
 {
     return checkProduct(p, error) && checkDouble(p, error);
@@ -222,8 +251,8 @@ bool checkProject(Problem const& p, std::string& error)
 {
     int64_t const kvWidth = p.kvHeads * p.headWidth;
     return checkHeads(p, error) && checkDouble(p, error)
+        && (p.headWidth % kHeadMultiple == 0 || refuse(error, "head width d", std::to_string(p.headWidth), "a multiple of 8"))
         && (p.headWidth == 2 * p.pairs || refuse(error, "pairs of cos and sin", std::to_string(p.pairs), "half a head's width " + std::to_string(p.headWidth)))
-        && (p.one == 1 || refuse(error, "third dimension of cos and sin", std::to_string(p.one), "1"))
         && (p.columns == 3 * p.width + 2 * kvWidth
             || refuse(error, "rows of weight", std::to_string(p.columns), "3 D + 2 Hkv d = " + std::to_string(3 * p.width + 2 * kvWidth)));
 }
@@ -232,6 +261,14 @@ template <typename P>
 Plan* make(Problem const&)
 {
     return new P;
+}
+
+std::vector<Problem> onlyRotary(Storage storage)
+{
+    Problem p;
+    p.op = &kRotary;
+    p.storage = storage;
+    return {p};
 }
 
 // Every width of a kernel that holds rows.
@@ -273,6 +310,10 @@ std::vector<Problem> everyRows(Storage storage)
 
 } // namespace
 
+// Of x only the shape is taken.
+Op const kRotary{"SessaRotary", 3, {{"x", "BTD", Kind::kStorage}, {"past_length", "B", Kind::kInt}, {"limbs", "RJ", Kind::kFloat}}, checkRotary,
+    make<Rotary>, onlyRotary, 2, {{"cos", "BTJ", Kind::kFloat}, {"sin", "BTJ", Kind::kFloat}}};
+
 Op const kNorm{"SessaNorm", 3, {{"x", "BTD", Kind::kStorage}, {"weight", "D", Kind::kStorage}, {"bias", "D", Kind::kStorage}}, checkRow, make<Norm>,
     everyWidth<kNorm>, 1, {{"y", "BTD", Kind::kStorage}}};
 
@@ -295,7 +336,7 @@ Op const kTail{"SessaTail", 5,
 
 Op const kProject{"SessaProject", 8,
     {{"a", "BTD", Kind::kStorage}, {"weight", "ND", Kind::kStorage}, {"bias_q", "HC", Kind::kStorage}, {"bias_k", "KC", Kind::kStorage},
-        {"bias_v", "KC", Kind::kStorage}, {"bias_fb", "E", Kind::kStorage}, {"cos", "BTIJ", Kind::kFloat}, {"sin", "BTIJ", Kind::kFloat}},
+        {"bias_v", "KC", Kind::kStorage}, {"bias_fb", "E", Kind::kStorage}, {"cos", "BTJ", Kind::kFloat}, {"sin", "BTJ", Kind::kFloat}},
     checkProject, make<Project>, everyRows<kProject>, 5,
     {{"q", "BTHC", Kind::kStorage}, {"k", "BTKC", Kind::kStorage}, {"v", "BTKC", Kind::kStorage}, {"q_b", "BTD", Kind::kStorage},
         {"k_b", "BTD", Kind::kStorage}}};

@@ -8,26 +8,31 @@ _MODULE = "sessa_deploy.kernels.layer"
 WIDTHS = (1024, 2048, 4096)  # a row is padded to the next of these
 ROWS = (16, 64)  # rows (B T) up to which a product takes small tiles; beyond the last: "any"
 _TILES = ("BM", "BN", "BK")
+_HALF = ("fp16", "bf16")  # a float32 engine keeps TensorRT's own layers
 _PRODUCTS = (*(str(r) for r in ROWS), "any")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
 
 LAYER_KERNELS: dict[str, Kernel] = {
     k.name: k
     for k in (
+        Kernel("layer_rotary", _MODULE, (Param("past_length", "*i32"), *pointers("limbs", "cos", "sin", type="*fp32"), *integers("tokens", "pairs")),
+               ("BD",), ("any",), dtypes=("fp32",), scalar_loads=5, wide=False),
         Kernel("layer_norm", _MODULE, (*pointers("x", "weight", "bias", "out"), Param("width", "i32", True), Param("eps", "fp32")),
-               ("BD",), tuple(map(str, WIDTHS))),
+               ("BD",), tuple(map(str, WIDTHS)), dtypes=_HALF),
         Kernel("layer_gelu_gain", _MODULE,
                (*pointers("h"), *pointers("weight", type="*fp32"), Param("bias", "*fp32"), *pointers("a"), Param("gamma", "*fp32"),
                 Param("width", "i32", True), Param("gamma_max", "fp32")),
-               ("BD",), tuple(map(str, WIDTHS)), scalar_loads=2),
-        Kernel("layer_linear", _MODULE, (*pointers("x", "weight", "bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS, scalar_loads=8),
-        Kernel("layer_logits", _MODULE, (*pointers("x", "weight"), *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
+               ("BD",), tuple(map(str, WIDTHS)), dtypes=_HALF, scalar_loads=2),
+        Kernel("layer_linear", _MODULE, (*pointers("x", "weight", "bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS, dtypes=_HALF,
                scalar_loads=8),
-        Kernel("layer_tail", _MODULE, (*pointers("s", "h", "weight", "bias", "x", "out"), *_SIZES), _TILES, _PRODUCTS, scalar_loads=32),
+        Kernel("layer_logits", _MODULE, (*pointers("x", "weight"), *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
+               dtypes=_HALF, scalar_loads=8),
+        Kernel("layer_tail", _MODULE, (*pointers("s", "h", "weight", "bias", "x", "out"), *_SIZES), _TILES, _PRODUCTS, dtypes=_HALF,
+               scalar_loads=32),
         Kernel("layer_project", _MODULE,
                (*pointers("a", "weight", "bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", type="*fp32"),
-                *pointers("q", "k", "v", "q_b", "k_b"), *_SIZES, Param("kv_width", "i32"), *integers("pairs")),
-               _TILES, _PRODUCTS, scalar_loads=128),
+                *pointers("q", "k", "v", "q_b", "k_b"), *_SIZES, Param("kv_width", "i32"), *integers("units")),
+               _TILES, _PRODUCTS, dtypes=_HALF, scalar_loads=32),
     )
 }  # fmt: skip
 

@@ -49,6 +49,24 @@ def layer_gelu_gain(h, weight, bias, a, gamma, width, gamma_max, BD: tl.constexp
     tl.store(gamma + i_row, gamma_max * tl.where(b_z < 0, -b_t, b_t))
 
 
+@triton.jit(do_not_specialize=launch.do_not_specialize("layer_rotary"))
+def layer_rotary(past_length, limbs, cos, sin, tokens, pairs, BD: tl.constexpr):
+    """Grid (T, B), BD >= d / 2: cos and sin (B,T,pairs) float32 at position past_length[b] + t; limbs (4,pairs): see rope.py, whose sums these are."""
+    i_t, i_b = tl.program_id(0), tl.program_id(1)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < pairs
+    at = (tl.load(past_length + i_b) + i_t).to(tl.float32)
+    b_turn = tl.zeros([BD], dtype=tl.float32)
+    for i in tl.static_range(3):
+        b_part = at * tl.load(limbs + i * pairs + o_d, mask=m_d, other=0.0)
+        b_turn += b_part - tl.floor(b_part)
+    b_turn = b_turn - tl.floor(b_turn) + at * tl.load(limbs + 3 * pairs + o_d, mask=m_d, other=0.0)
+    b_angle = b_turn * 6.283185307179586
+    o_out = (i_b * tokens + i_t).to(tl.int64) * pairs + o_d
+    tl.store(cos + o_out, tl.cos(b_angle), mask=m_d)
+    tl.store(sin + o_out, tl.sin(b_angle), mask=m_d)
+
+
 @triton.jit
 def _tile(rows, tiles_n, BM: tl.constexpr):
     """(row tile, column tile) of this program: GROUP row tiles walk the columns together."""
@@ -129,7 +147,8 @@ def layer_tail(s, h, weight, bias, x, out, rows, depth, BM: tl.constexpr, BN: tl
 def _turned(cos, sin, b_y, m_m, m_n, first, pairs, BM: tl.constexpr, BN: tl.constexpr):
     """b_y with the interleaved pairs of each head turned; cos, sin: from the tile's first row, first: its first column."""
     o_p = tl.arange(0, BN // 2)
-    o_t = tl.arange(0, BM)[:, None] * pairs + ((first // 2 + o_p) % pairs)[None, :]
+    o_p = tl.max_contiguous(tl.multiple_of((first // 2 + o_p) % pairs, 4), 4)  # what the remainder hides: pairs and first / 2 are multiples of 4
+    o_t = tl.arange(0, BM)[:, None] * pairs + o_p[None, :]
     b_cos, b_sin = tl.load(cos + o_t, mask=m_m[:, None], other=0.0), tl.load(sin + o_t, mask=m_m[:, None], other=0.0)
     b_even, b_odd = tl.split(tl.reshape(b_y, [BM, BN // 2, 2]))
     return tl.reshape(tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos), [BM, BN])
@@ -137,13 +156,14 @@ def _turned(cos, sin, b_y, m_m, m_n, first, pairs, BM: tl.constexpr, BN: tl.cons
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_project"))
 def layer_project(
-    a, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, pairs,
+    a, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles,): all projections of a (rows, D). weight: q (D rows), k, v (kv_width each), the feedback branch's q and k (D each), in this order.
 
-    q and k are turned by cos, sin (rows, pairs) float32, pairs = d / 2. Each output gets tiles of its own.
+    q and k are turned by cos, sin (rows, d / 2) float32, d = 8 units. Each output gets tiles of its own.
     """
+    pairs = units * 4
     n_q, n_k = tl.cdiv(depth, BN), tl.cdiv(kv_width, BN)
     i_m, i_n = _tile(rows, 3 * n_q + 2 * n_k, BM)
     out, bias, width, begin = q, bias_q, depth, 0
@@ -176,6 +196,14 @@ def _run(kernel: str, fn: object, variant: str, grid: tuple[int, ...], device: t
 def tiles_of(kernel: str, rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
     """The pinned tiles of a product for so many rows."""
     return pinned((kernel,), device, dtype, product_variant(rows))[kernel]
+
+
+def rotary(past_length: Tensor, limbs: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (B,T,d/2) float32 at positions past_length (B,) + t; limbs (4,d/2) float32 of rope.py."""
+    batch, pairs = past_length.shape[0], limbs.shape[1]
+    cos, sin = (torch.empty(batch, tokens, pairs, dtype=torch.float32, device=limbs.device) for _ in range(2))
+    _run("layer_rotary", layer_rotary, "any", (tokens, batch), limbs.device, torch.float32, past_length, limbs, cos, sin, tokens, pairs)
+    return cos, sin
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -222,7 +250,7 @@ def project(a: Tensor, weight: Tensor, biases: tuple[Tensor, Tensor, Tensor, Ten
     kv, tiles = biases[1].numel(), tiles_of("layer_project", rows, a.device, a.dtype)
     out = tuple(torch.empty(rows, n, dtype=a.dtype, device=a.device) for n in (depth, kv, kv, depth, depth))
     grid = (triton.cdiv(rows, tiles["BM"]) * (3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])),)
-    _run("layer_project", layer_project, product_variant(rows), grid, a.device, a.dtype, a, weight, *biases, cos, sin, *out, rows, depth, kv, cos.shape[1])
+    _run("layer_project", layer_project, product_variant(rows), grid, a.device, a.dtype, a, weight, *biases, cos, sin, *out, rows, depth, kv, cos.shape[1] // 4)
     return out
 
 

@@ -39,9 +39,18 @@ def _project(a: Any, weight: Any, bias_q: Any, bias_k: Any, bias_v: Any, bias_fb
     def turned(x: Any, like: Any) -> Any:
         x = x.reshape(*shape, *like.shape)
         even, odd = x[..., 0::2], x[..., 1::2]
-        return np.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape)
+        c, s = cos[..., None, :], sin[..., None, :]
+        return np.stack([even * c - odd * s, even * s + odd * c], -1).reshape(x.shape)
 
     return turned(q, bias_q), turned(k, bias_k), v.reshape(*shape, *bias_v.shape), q_b, k_b
+
+
+def _rotary(x: Any, length: Any, limbs: Any) -> tuple[Any, Any]:
+    at = (length[:, None] + np.arange(x.shape[1])).astype(np.float32)[..., None]
+    parts = [at * limb for limb in limbs]
+    turn = sum(p - np.floor(p) for p in parts[:3])
+    angle = (turn - np.floor(turn) + parts[3]) * np.float32(2 * np.pi)
+    return np.cos(angle), np.sin(angle)
 
 
 def _softmax_over(past: Any, new: Any, length: int, upto: int, query: Any, scale: float, value_past: Any, value_new: Any) -> Any:
@@ -80,7 +89,7 @@ def operators() -> list[Any]:
         return type(name, (OpRun,), {"op_domain": contract.DOMAIN, "_run": _run})
 
     return [
-        make(contract.CAUSAL_OP, _causal), make(contract.FEEDBACK_OP, _feedback),
+        make(contract.ROTARY_OP, lambda _, x, length, limbs: _rotary(x, length, limbs)), make(contract.CAUSAL_OP, _causal), make(contract.FEEDBACK_OP, _feedback),
         make(contract.NORM_OP, lambda e, x, w, b: _norm(x, w, b, e)), make(contract.GAIN_OP, lambda g, h, w, b: _gain(h, w, b, g)),
         make(contract.LINEAR_OP, lambda _, x, w, b: x @ w.T + b), make(contract.LOGITS_OP, lambda _, x, w: x @ w.T),
         make(contract.LINEAR_HEADS_OP, lambda _, x, w, b: x.reshape(*x.shape[:2], -1) @ w.T + b), make(contract.PROJECT_OP, lambda _, *x: _project(*x)),
@@ -112,10 +121,12 @@ def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_lo
     prepared = trt_graph.prepare(trt_graph.load(path), trt_graph.PLUGIN_OPS)
     graph = prepared.model.graph
     trt_fuse.unmasked_rows(graph)
+    assert trt_layers.rotary(graph, onnx.TensorProto.FLOAT) is not None
     types = trt_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent)
     assert types is not None and contract.LOGITS not in {n.op_type for n in graph.node}
     counts = Counter(n.op_type for n in graph.node)
     assert counts[contract.NORM_OP] == 3 and counts[contract.TAIL_OP] == counts[contract.PROJECT_OP] == 2 and counts[contract.LOGITS_OP] == 1
+    assert counts[contract.ROTARY_OP] == 1 and not {"Cos", "Sin", "Floor"} & set(counts)
     assert not {"MatMul", "Gemm", "LayerNormalization", "Erf", "Softmax"} & set(counts)
     assert len(graph.node) == len({n.name for n in graph.node})
     rng = np.random.default_rng(0)
@@ -140,6 +151,7 @@ def test_layers_without_kernels_stay_tensorrts(tmp_path: Path) -> None:
         config = SessaConfig(n_layers=1, vocab_size=11, max_context=8, **wrong)
         path = exported(tmp_path / str(i), config)
         model = trt_graph.prepare(trt_graph.load(path), trt_graph.PLUGIN_OPS).model
+        assert (trt_layers.rotary(model.graph, onnx.TensorProto.FLOAT) is None) == (not config.use_forward_rope)
         before = model.SerializeToString()
         assert trt_layers.rewrite(model.graph, config, onnx.TensorProto.FLOAT, path.parent) is None and model.SerializeToString() == before
 
@@ -148,5 +160,6 @@ def test_weights_that_do_not_fit_a_message_stay_tensorrts(tmp_path: Path, monkey
     config = SessaConfig(n_layers=1, vocab_size=11, max_context=8, d_model=16, n_heads=2)
     path = exported(tmp_path, config)
     model = trt_graph.prepare(trt_graph.load(path)).model
+    assert trt_layers.rotary(model.graph, onnx.TensorProto.FLOAT) is not None
     monkeypatch.setattr(trt_layers, "_MESSAGE_LIMIT", 1000)
     assert trt_layers.rewrite(model.graph, config, onnx.TensorProto.FLOAT, path.parent) is None
