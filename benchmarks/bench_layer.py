@@ -89,6 +89,18 @@ def measure(call: Callable[[], object], repeats: int = 20) -> tuple[float, float
     return sorted(times)[repeats // 2], (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
+def gradient_distance(ours: nn.Module, theirs: nn.Module, step: Callable[[nn.Module], None]) -> float | None:
+    """||ours - theirs|| / ||theirs|| over the gradients of all parameters that both have; None where they share none (the eager stand-in)."""
+    for layer in (ours, theirs):
+        step(layer)
+    wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    pairs = [(p.grad.float().flatten(), wanted[name].float().flatten()) for name, p in ours.named_parameters() if p.grad is not None and name in wanted]
+    if not pairs:
+        return None
+    a, b = (torch.cat(x) for x in zip(*pairs, strict=True))
+    return float((a - b).norm() / b.norm())
+
+
 def host_ms(call: Callable[[], object], repeats: int = 10) -> float:
     """Median ms until the call returns, the device being idle before it: what the launches alone cost the host."""
     times = []
@@ -155,7 +167,7 @@ def main() -> None:
         raise SystemExit("this benchmark needs a CUDA GPU; none was found")
     rows: list[dict[str, Any]] = []
     table = Table(title=f"one layer, {dtype}, {machine()['gpu']}, torch {torch.__version__}")
-    for column in ("(B,T,D)", "what", "peer", "peer ms", "ours ms", "times faster", "peer GiB", "ours GiB"):
+    for column in ("(B,T,D)", "what", "peer", "peer ms", "ours ms", "times faster", "peer GiB", "ours GiB", "ours host ms", "distance of y, gradients"):
         table.add_column(column, justify="right")
     for batch, tokens, width, heads in SHAPES:
         torch.manual_seed(0)
@@ -182,21 +194,24 @@ def main() -> None:
         name, theirs = peer(ours, heads)
         with torch.no_grad():
             distance = float((ours(x).float() - theirs(x).float()).norm() / theirs(x).float().norm())
+        grad_distance = gradient_distance(ours, theirs, train)
         cases = [("forward", forward, False), ("forward+backward", train, False)] + [("forward+backward, CUDA graph", train, True)] * arguments.graph
         for what, step, replayed in cases:
             calls = [lambda s=step, m=m: s(m) for m in (theirs, ours)]
             # what cannot be captured is timed as it is
             calls = [(graphed(call) or call) if replayed else call for call in calls]
-            (theirs_ms, theirs_gib), (ours_ms, ours_gib) = (measure(call) for call in calls)
+            theirs_ms, theirs_gib, ours_ms, ours_gib = (figure for call in calls for figure in measure(call))
+            host = host_ms(calls[1])
             if replayed:  # a graph's memory is not allocated when it is replayed
-                theirs_gib = ours_gib = float("nan")
+                theirs_gib = ours_gib = None
             rows.append({"shape": (batch, tokens, width), "what": what, "peer": name, "peer_ms": theirs_ms, "ours_ms": ours_ms,
-                         "speedup": theirs_ms / ours_ms, "peer_gib": theirs_gib, "ours_gib": ours_gib, "relative_distance": distance})
+                         "ours_host_ms": host, "speedup": theirs_ms / ours_ms, "peer_gib": theirs_gib, "ours_gib": ours_gib, "relative_distance": distance,
+                         "relative_gradient_distance": grad_distance})
             table.add_row(str((batch, tokens, width)), what, name, f"{theirs_ms:.2f}", f"{ours_ms:.2f}", f"{theirs_ms / ours_ms:.1f}",
-                          f"{theirs_gib:.2f}", f"{ours_gib:.2f}")
+                          *("-" if gib is None else f"{gib:.2f}" for gib in (theirs_gib, ours_gib)), f"{host:.2f}", f"{distance:.1e}, " + ("-" if grad_distance is None else f"{grad_distance:.1e}"))
     if arguments.peerless:
         return
-    Console(width=140).print(table)
+    Console(width=160).print(table)
     print(write("layer", rows))
 
 
