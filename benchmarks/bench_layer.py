@@ -207,8 +207,9 @@ def main() -> None:
             rows.append({"shape": (batch, tokens, width), "what": what, "peer": name, "peer_ms": theirs_ms, "ours_ms": ours_ms,
                          "ours_host_ms": host, "speedup": theirs_ms / ours_ms, "peer_gib": theirs_gib, "ours_gib": ours_gib, "relative_distance": distance,
                          "relative_gradient_distance": grad_distance})
+            shown = [f"{distance:.1e}", "-" if grad_distance is None else f"{grad_distance:.1e}"]
             table.add_row(str((batch, tokens, width)), what, name, f"{theirs_ms:.2f}", f"{ours_ms:.2f}", f"{theirs_ms / ours_ms:.1f}",
-                          *("-" if gib is None else f"{gib:.2f}" for gib in (theirs_gib, ours_gib)), f"{host:.2f}", f"{distance:.1e}, " + ("-" if grad_distance is None else f"{grad_distance:.1e}"))
+                          *("-" if gib is None else f"{gib:.2f}" for gib in (theirs_gib, ours_gib)), f"{host:.2f}", ", ".join(shown))
     if arguments.peerless:
         return
     Console(width=160).print(table)
