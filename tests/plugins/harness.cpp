@@ -115,7 +115,7 @@ void* harness_create(char const* library, int32_t op, int32_t storage, float sca
 #if NV_TENSORRT_MAJOR >= 10
     auto* get = reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(handle, "getCreators"));
     auto* creator = static_cast<IPluginCreatorV3One*>(get(count)[op]);
-    if (count != 2 || std::string(creator->getPluginName()) != kOps[op].name)
+    if (op >= count || std::string(creator->getPluginName()) != kOps[op].name)
     {
         return nullptr;
     }
@@ -131,7 +131,7 @@ void* harness_create(char const* library, int32_t op, int32_t storage, float sca
 #else
     auto* get = reinterpret_cast<IPluginCreator* const* (*)(int32_t&)>(dlsym(handle, "getPluginCreators"));
     IPluginCreator* creator = get(count)[op];
-    if (count != 2 || std::string(creator->getPluginName()) != kOps[op].name)
+    if (op >= count || std::string(creator->getPluginName()) != kOps[op].name)
     {
         return nullptr;
     }

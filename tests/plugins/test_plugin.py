@@ -180,7 +180,7 @@ LEAN = """
 import sys, numpy as np, tensorrt_lean_bindings as trt
 from sessa_deploy.plugins import library
 assert library.load(trt, __import__("pathlib").Path(sys.argv[1])) and library.load(trt, __import__("pathlib").Path(sys.argv[1]))
-assert library.ops(trt) == ("SessaFeedbackAttention", "SessaCausalAttention")
+assert library.ops(trt) == library.OPS
 registry = trt.get_plugin_registry()
 assert (sys.argv[2], "1", "") in [(c.name, c.plugin_version, c.plugin_namespace) for c in registry.all_creators]
 creator = registry.get_creator(sys.argv[2], "1", "")
@@ -221,7 +221,7 @@ from pathlib import Path
 from sessa_deploy.plugins import library
 logger = trt.Logger(trt.Logger.ERROR)
 assert library.load(trt, Path(sys.argv[1])) and library.load(trt, Path(sys.argv[1]))
-assert library.ops(trt) == ("SessaFeedbackAttention", "SessaCausalAttention")
+assert library.ops(trt) == library.OPS
 creator = trt.get_plugin_registry().get_plugin_creator(sys.argv[2], "1", "")
 assert [f.name for f in creator.field_names] == ["scale", "storage"]
 def make(**fields):
