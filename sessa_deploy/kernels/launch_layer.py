@@ -16,7 +16,7 @@ LAYER_KERNELS: dict[str, Kernel] = {
     k.name: k
     for k in (
         Kernel("layer_rotary", _MODULE, (Param("past_length", "*i32"), *pointers("limbs", "cos", "sin", type="*fp32"), *integers("tokens", "pairs")),
-               ("BD",), ("any",), dtypes=("fp32",), scalar_loads=5, wide=False),
+               ("BD",), ("any",), dtypes=("fp32",), scalar_loads=16, wide=False),
         Kernel("layer_norm", _MODULE, (*pointers("x", "weight", "bias", "out"), Param("width", "i32", True), Param("eps", "fp32")),
                ("BD",), tuple(map(str, WIDTHS)), dtypes=_HALF),
         Kernel("layer_gelu_gain", _MODULE,
