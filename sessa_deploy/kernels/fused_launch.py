@@ -28,7 +28,7 @@ def tiles(kind: str, width: int = 0) -> Tiles:
     The "sums" hold sums over rows in as many registers again. Timed on an H200 at (16384,768) and (8192,1024), see benchmarks/README.md.
     """
     if kind in ("row", "row sums"):
-        return {"BT": max(1, min(ROWS, (4096 if kind == "row" else 2048) // _power(width))), "BD": _power(width), "num_warps": 4}
+        return {"BT": max(1, min(ROWS, (4096 if kind == "row" else 2048) // _power(width))), "BD": _power(width), "num_warps": 8 if width > 2048 else 4}
     if kind in ("turn", "turn sums"):
         return {"BT": max(1, min(ROWS, 2048 // _power(width))), "BD": _power(width), "num_warps": 4 if kind == "turn" else 2}
     return {
