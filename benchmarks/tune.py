@@ -59,22 +59,30 @@ def override(options: Options, name: str, change: dict[str, int]) -> Options:
     return copy
 
 
-def kernel_us(name: str, backward: bool, change: dict[str, int], repeats: int = 5) -> float:
-    """Geometric mean over the shapes of kernel `name`'s device time in microseconds; inf where a candidate does not fit the GPU."""
+def shapes_of(name: str, variant: str, arch: int) -> list[tuple[int, int, int]]:
+    """The target shapes on which a kernel runs with the tiles of this variant."""
+    if "wide" not in launch.kernel(name).variants:
+        return list(SHAPES)
+    side = launch.kernel(name).variants[0]
+    return [shape for shape in SHAPES if launch.solve_variant(arch, "bf16", shape[2], side) == variant]
+
+
+def kernel_us(name: str, backward: bool, change: dict[str, int], shapes: list[tuple[int, int, int]], repeats: int = 5) -> float:
+    """Geometric mean over `shapes` of kernel `name`'s device time in microseconds; inf where a candidate does not fit the GPU."""
     times = []
-    for shape in SHAPES:
+    for shape in shapes:
         q, k, gamma, f = inputs(*shape)
         past = q.new_empty(shape[0], 0, shape[2])
         length = torch.zeros(shape[0], dtype=torch.int32, device=q.device)
-        forward = override(pinned(feedback_fwd.FORWARD, q.device, q.dtype, "fwd"), name, {} if backward else change)
-        s, lse = feedback_fwd.forward(q, k, gamma, f, past, past, length, True, options=forward)
+        forward = override(feedback_fwd.tiles(q.device, q.dtype, shape[2]), name, {} if backward else change)
+        s, lse, low = feedback_fwd.forward(q, k, gamma, f, past, past, length, True, options=forward)
 
-        def call(x: tuple[Any, ...] = (q, k, gamma, f, s, lse, past, past, length), forward: Options = forward) -> None:
+        def call(x: tuple[Any, ...] = (q, k, gamma, f, s, lse, low, past, past, length), forward: Options = forward) -> None:
             if backward:
-                options = override(pinned(feedback_bwd.BACKWARD, x[0].device, x[0].dtype, "bwd"), name, change)
+                options = override(feedback_bwd.tiles(x[0].device, x[0].dtype, x[0].shape[2]), name, change)
                 feedback_bwd.backward(x[3], *x, options=options)
             else:
-                feedback_fwd.forward(*x[:4], *x[6:], True, options=forward)
+                feedback_fwd.forward(*x[:4], *x[7:], True, options=forward)
 
         call()
         torch.cuda.synchronize()
@@ -99,22 +107,23 @@ def main() -> int:
     arch = arch_of(torch.cuda.current_device())
     for name in arguments.kernel or SPACE:
         sides = [side for side, names in (("fwd", feedback_fwd.FORWARD), ("bwd", feedback_bwd.BACKWARD)) if name in names]
-        for side in sides:
-            table = Table("options", "us (geometric mean)", title=f"{name}, {side}, sm_{arch}, bf16")
+        variants = [(side, v) for side in sides for v in (side, "wide") if launch.has(name, arch, "bf16", v) and shapes_of(name, v, arch)]
+        for side, variant in variants:
+            table = Table("options", "us (geometric mean)", title=f"{name}, {variant}, sm_{arch}, bf16")
             scores: list[tuple[float, dict[str, int]]] = []
             for change in candidates(name):
                 try:
-                    scores.append((kernel_us(name, side == "bwd", change), change))
+                    scores.append((kernel_us(name, side == "bwd", change, shapes_of(name, variant, arch)), change))
                 except OutOfResources:
                     scores.append((math.inf, change))
                 table.add_row(str(change), f"{scores[-1][0]:.1f}")
             Console().print(table)
             best = min(scores, key=lambda score: score[0])[1]
             if arguments.write:
-                followers = [n for n in FOLLOWERS.get(name, ()) if side in launch.kernel(n).variants]
+                followers = [n for n in FOLLOWERS.get(name, ()) if variant in launch.kernel(n).variants]
                 for target, change in ((name, best), *((n, {k: best[k] for k in TIED[name]}) for n in followers)):
-                    entry = {k: v for k, v in launch.pinned(target, arch, "bf16", side).items() if k not in ("arch", "dtype", "variant", "tuned")}
-                    launch.pin(target, arch, ["bf16"], side, {**entry, **change})
+                    entry = {k: v for k, v in launch.pinned(target, arch, "bf16", variant).items() if k not in ("arch", "dtype", "variant", "tuned")}
+                    launch.pin(target, arch, ["bf16"], variant, {**entry, **change})
                 pinned.cache_clear()
     return 0
 

@@ -31,7 +31,7 @@ from sessa_deploy.kernels.feedback_tiles import apply_inverse, feedback_combine,
 def feedback_solve_transposed(
     e, gain, inverse, inverse_low, near, near_low, near_scale, ds, u, u_low, w, w_low, scales, carry, dpast_s, past_length, bad, sync,
     T, P, D, C, R, NP, row0, blocks, B, panel, panels, add,
-    BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """u_i = inverse_i^T (ds_i + sum_far e_li^T w_l) + near[1]_i^T w_{i+2} + near[0]_i^T w_{i+1} with w = gain u, one program per tile.
 
@@ -102,11 +102,11 @@ def feedback_solve_transposed(
             if SPLIT:
                 b_r = b_r * tl.load(p_scale + i_l * tiles_n)
             p_tile = i_l.to(tl.int64) * BT * D
-            b_u += near_product(tl.trans(b_near), tl.trans(b_low), p_w + p_tile, p_l + p_tile, o_w, m_n, FULL, SPLIT) * b_r[:, None]
+            b_u += near_product(tl.trans(b_near), tl.trans(b_low), p_w + p_tile, p_l + p_tile, o_w, m_n, FULL, LOW, SPLIT) * b_r[:, None]
         b_w = b_u * b_gain[:, None]
         amax = tl.max(tl.max(tl.abs(b_w), axis=1), axis=0)
         p_tile = i_r.to(tl.int64) * BT * D
-        store_split(b_w, amax, p_w + p_tile, p_l + p_tile, scales, o_w, (i_b * (R // BT) + i_r) * tiles_n + i_n, m_n, SPLIT)
+        store_split(b_w, amax, p_w + p_tile, p_l + p_tile, scales, o_w, (i_b * (R // BT) + i_r) * tiles_n + i_n, m_n, SPLIT, LOW)
         tl.debug_barrier()
         tl.atomic_xchg(p_done, rank + 1, sem="release", scope="gpu")
         b_out = b_u.to(u.dtype.element_ty)
@@ -131,15 +131,19 @@ KERNELS = (
 )  # fmt: skip
 
 
+def tiles(device: torch.device, dtype: torch.dtype, width: int) -> Options:
+    """The pinned launch options of the backward at D = width."""
+    solve = solve_variant(device, dtype, width, "bwd")
+    return pinned(BACKWARD[:3] + BACKWARD[4:], device, dtype, "bwd") | pinned(BACKWARD[3:4], device, dtype, solve)
+
+
 class Plan:
     """What calls of one shape on one device share: buffers, compiled kernels, and each launch's grid and integers, panels from the last on."""
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
-        opt = options or pinned(BACKWARD[:3] + BACKWARD[4:], device, dtype, "bwd") | pinned(
-            BACKWARD[3:4], device, dtype, solve_variant(device, dtype, width, "bwd")
-        )
+        opt = options or tiles(device, dtype, width)
         split, full = dtype != torch.float32, dtype == torch.float16
         scores, solve, pack, products, by_score, by_q, by_k = (opt[n] for n in (BACKWARD[1], *BACKWARD[3:]))
         tile = solve["BT"]
@@ -147,15 +151,15 @@ class Plan:
         product = torch.float16 if split and not full else single  # of u . s
         itemsize = work.itemsize + product.itemsize + (dtype.itemsize if full else 0)
         shape = plan(batch, tokens, past, width, scores, itemsize, panel_bytes)
-        past_tiles, tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
+        past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
         tiles_n = -(-width // solve["BN"])
         every = batch * rows
         sizes = {
             "e": (every * columns, work),
             "r": (every * columns, product),  # then, in place where it is as wide, the scores' gradient
             "grad": (every * columns if full else 0, dtype),
-            "sums": (every * tiles, single),
-            "r_sums": (3 * every * tiles, single),
+            "sums": (every * all_tiles, single),
+            "r_sums": (3 * every * all_tiles, single),
             "inverse_sum": (every, single),
             "gain": (every, single),
             "x": (every * tile, single),
@@ -164,8 +168,8 @@ class Plan:
             "near_scale": (2 * every, single),
             "w": (every * width, work),
             "scales": (every // tile * tiles_n, single),
-            "r_scales": (every // tile * tiles, single),
-            "grad_scales": (every // tile * tiles, single),
+            "r_scales": (every // tile * all_tiles, single),
+            "grad_scales": (every // tile * all_tiles, single),
             "u": (every * width, work),
             "u_scale": (every, single),
             "s": (batch * columns * width, work),
@@ -194,14 +198,14 @@ class Plan:
             add = int(panel > 0)
             sides = (tokens, past, width, columns, rows, past_tiles)
             self.panels.append((
-                (score_grid(blocks * tile, before, batch, scores), (*sides, tiles, row0, 0, scale)),
-                ((blocks, batch), (tokens, columns, rows, past_tiles, tiles, row0, batch, blocks)),
+                (score_grid(blocks * tile, before, batch, scores), (*sides, all_tiles, row0, 0, scale)),
+                ((blocks, batch), (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks)),
                 (((blocks + before) * batch * tiles_n,), (*sides, row0, blocks, batch, panel, panels, add)),
                 ((rows // pack["BT"], batch), (tokens, past, width, rows, 0, row0)),
-                (score_grid(blocks * tile, before, batch, products), (tokens, width, columns, rows, past_tiles, tiles, row0)),
-                ((blocks, -(-(before + blocks) // by_score["TILES"]), batch), (tokens, columns, rows, past_tiles, tiles, row0)),
-                ((-(-width // by_q["BN"]), blocks, batch), (*sides, tiles, row0, scale)),
-                ((-(-width // by_k["BN"]), before + blocks, batch), (*sides, tiles, row0, blocks, add, scale)),
+                (score_grid(blocks * tile, before, batch, products), (tokens, width, columns, rows, past_tiles, all_tiles, row0)),
+                ((blocks, -(-(before + blocks) // by_score["TILES"]), batch), (tokens, columns, rows, past_tiles, all_tiles, row0)),
+                ((-(-width // by_q["BN"]), blocks, batch), (*sides, all_tiles, row0, scale)),
+                ((-(-width // by_k["BN"]), before + blocks, batch), (*sides, all_tiles, row0, blocks, add, scale)),
             ))  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def feedback_pack(past_s, past_length, w, w_low, scales, P, D, C, BT: tl.constex
         b_x = tl.load(past_s + (i_b * P + i_t * BT) * D + o_t[:, None] * D + o_n[None, :], mask=m_t & m_n, other=0.0).to(tl.float32)
         p_tile = (i_b * C + i_t * BT) * D + o_t[:, None] * D + o_n[None, :]
         p_scale = (i_b * (C // BT) + i_t) * tl.num_programs(1) + i_n
-        store_split(b_x, tl.max(tl.max(tl.abs(b_x), axis=1), axis=0), w, w_low, scales, p_tile, p_scale, m_n, SPLIT)
+        store_split(b_x, tl.max(tl.max(tl.abs(b_x), axis=1), axis=0), w, w_low, scales, p_tile, p_scale, m_n, SPLIT, True)
 
 
 @triton.jit
@@ -47,10 +47,10 @@ def wait_for(p_done, tiles):
 
 
 @triton.jit
-def near_product(b_near, b_low, w, w_low, o_tile, m_n, FULL: tl.constexpr, SPLIT: tl.constexpr):
-    """near @ s of one block, both as pairs: two products, with FULL also near's low half."""
+def near_product(b_near, b_low, w, w_low, o_tile, m_n, FULL: tl.constexpr, LOW: tl.constexpr, SPLIT: tl.constexpr):
+    """near @ s of one block: high halves, with LOW also the low half of s, with FULL near's as well."""
     b_w = tl.load(w + o_tile, mask=m_n, other=0.0, cache_modifier=".cg")
-    if SPLIT:
+    if SPLIT and LOW:
         b_l = tl.load(w_low + o_tile, mask=m_n, other=0.0, cache_modifier=".cg")
         acc = tl.dot(b_near, b_l)
         if FULL:
@@ -65,14 +65,14 @@ def near_product(b_near, b_low, w, w_low, o_tile, m_n, FULL: tl.constexpr, SPLIT
 def feedback_solve(
     e, peak, row_peak, gain, inverse, inverse_low, near, near_low, near_scale, f, s, s_low, w, w_low, scales, past_length, sync,
     T, D, C, R, NP, NT, row0, B, panel, panels, keep,
-    BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """One program per (block of BT rows, sequence, BN columns of D): s = inverse (f + sum_far r_j (e_j @ s_j)) + near[1] s_{i-2} + near[0] s_{i-1}.
 
     r_j = gain exp(peak_j - row_peak). A ticket hands the tiles out in the order of their dependencies, so a waiting program always waits for one
     that runs. sync: a ticket per panel, then for each (sequence, columns) the number of row blocks that are done. Tiles are summed in ascending
-    order, whoever is ready. s reaches later blocks as a scaled float16 pair; far blocks use its high half alone unless FULL. keep: s_low
-    receives what rounding to storage took from s.
+    order, whoever is ready. s reaches later blocks as a scaled float16 pair, whose low half only FULL reads from far and only LOW from the
+    two nearest. keep: s_low receives what rounding to storage took from s.
     """
     tiles_n = tl.cdiv(D, BN)
     ticket = tl.atomic_add(sync + panel, 1, sem="relaxed", scope="gpu")
@@ -139,10 +139,10 @@ def feedback_solve(
         if SPLIT:
             b_r = b_r * tl.load(p_scale + i_t * tiles_n)
         p_tile = i_t.to(tl.int64) * BT * D
-        b_s += near_product(b_near, b_low, p_w + p_tile, p_l + p_tile, o_w, m_n, FULL, SPLIT) * b_r[:, None]
+        b_s += near_product(b_near, b_low, p_w + p_tile, p_l + p_tile, o_w, m_n, FULL, LOW, SPLIT) * b_r[:, None]
     amax = tl.max(tl.max(tl.abs(b_s), axis=1), axis=0)
     p_tile = (NP + block).to(tl.int64) * BT * D
-    store_split(b_s, amax, p_w + p_tile, p_l + p_tile, scales, o_w, (i_b * NT + NP + block) * tiles_n + i_n, m_n, SPLIT)
+    store_split(b_s, amax, p_w + p_tile, p_l + p_tile, scales, o_w, (i_b * NT + NP + block) * tiles_n + i_n, m_n, SPLIT, LOW)
     tl.debug_barrier()
     tl.atomic_xchg(p_done, block + 1, sem="release", scope="gpu")
     b_out = b_s.to(s.dtype.element_ty)
@@ -223,21 +223,25 @@ FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_sol
 KERNELS = (feedback_pack, feedback_scores, feedback_combine, feedback_solve)
 
 
+def tiles(device: torch.device, dtype: torch.dtype, width: int) -> Options:
+    """The pinned launch options of the forward at D = width."""
+    solve = solve_variant(device, dtype, width, "fwd")
+    return pinned(FORWARD[1:3], device, dtype, "fwd") | pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
+
+
 class Plan:
     """What calls of one shape on one device share: buffers, compiled kernels, and each launch's grid and integers."""
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
-        opt = options or pinned(FORWARD[1:3], device, dtype, "fwd") | pinned(
-            (FORWARD[0], FORWARD[3]), device, dtype, solve_variant(device, dtype, width, "fwd")
-        )
+        opt = options or tiles(device, dtype, width)
         scores, solve = opt["feedback_scores"], opt["feedback_solve"]
         tile = solve["BT"]
         split = dtype != torch.float32
         work, pair = (torch.float16, torch.bfloat16) if split else (torch.float32, torch.float32)
         shape = plan(batch, tokens, past, width, scores, work.itemsize, panel_bytes)
-        past_tiles, tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
+        past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
         tiles_n = -(-width // solve["BN"])
         sizes = workspace_sizes(shape, work, pair, tiles_n, split)
         self.workspace = Workspace(sizes)
@@ -253,11 +257,11 @@ class Plan:
             blocks = -(-here // tile)
             self.panels.append((
                 score_grid(here, past_tiles + row0 // tile, batch, scores),
-                (tokens, past, width, columns, rows, past_tiles, tiles, row0, 0 if panel else sizes["sync"][0], 1 / math.sqrt(width)),
+                (tokens, past, width, columns, rows, past_tiles, all_tiles, row0, 0 if panel else sizes["sync"][0], 1 / math.sqrt(width)),
                 (blocks, batch),
-                (tokens, columns, rows, past_tiles, tiles, row0, batch, blocks),
+                (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks),
                 (blocks * batch * tiles_n,),
-                (tokens, width, columns, rows, past_tiles, tiles, row0, batch, panel, panels),
+                (tokens, width, columns, rows, past_tiles, all_tiles, row0, batch, panel, panels),
             ))  # fmt: skip
 
 

@@ -271,14 +271,15 @@ def feedback_combine(
 
 
 @triton.jit
-def store_split(b_x, amax, high, low, scales, p_tile, p_scale, m_tile, SPLIT: tl.constexpr):
-    """Store b_x for later products: with SPLIT as a scaled float16 pair (22 bits) and 1/scale, else as it is in float32."""
+def store_split(b_x, amax, high, low, scales, p_tile, p_scale, m_tile, SPLIT: tl.constexpr, LOW: tl.constexpr):
+    """Store b_x for later products: with SPLIT as a scaled float16, with LOW a pair of them (22 bits), and 1/scale, else as it is in float32."""
     if SPLIT:
         c, inv = power_scale(amax)
         b_x = b_x * c
         b_high = b_x.to(high.dtype.element_ty)
         tl.store(high + p_tile, b_high, mask=m_tile)
-        tl.store(low + p_tile, (b_x - b_high.to(tl.float32)).to(low.dtype.element_ty), mask=m_tile)
+        if LOW:
+            tl.store(low + p_tile, (b_x - b_high.to(tl.float32)).to(low.dtype.element_ty), mask=m_tile)
         tl.store(scales + p_scale, inv)
     else:
         tl.store(high + p_tile, b_x, mask=m_tile)

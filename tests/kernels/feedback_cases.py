@@ -22,7 +22,7 @@ def small_options(dtype: torch.dtype, tile: int = 16, rows: int = 32) -> dict[st
     if DEVICE == "cuda":
         return None
     split, scaled = dtype != torch.float32, dtype == torch.float16
-    solve = dict(BT=tile, BN=32, STAGES=1, SPLIT=split, FULL=scaled)
+    solve = dict(BT=tile, BN=32, STAGES=1, SPLIT=split, FULL=scaled, LOW=split and (scaled or tile < 128))
     gemm = dict(BT=tile, BN=32, BK=tile, STAGES=1, SCALED=scaled)
     return {
         "feedback_pack": dict(BT=tile, BN=32, SPLIT=split),
