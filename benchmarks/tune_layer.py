@@ -26,7 +26,7 @@ SMALL = [(16, 16, 128, 4, 4), (16, 16, 256, 4, 2), (16, 16, 256, 4, 3), (16, 16,
          (16, 32, 128, 4, 5), (16, 32, 256, 4, 3), (16, 32, 256, 8, 3), (16, 64, 128, 4, 4), (16, 16, 1024, 8, 1), (16, 16, 128, 2, 6)]  # fmt: skip
 MIDDLE = [(m, *rest) for m in (32, 64) for rest in ((16, 256, 4, 3), (32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (32, 64, 4, 6), (16, 128, 4, 4))]
 LARGE = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (256, 128, 64, 8, 3),
-         (64, 256, 64, 4, 3), (64, 256, 64, 4, 4), (128, 64, 64, 4, 4), (128, 128, 128, 8, 2)]  # fmt: skip
+         (64, 256, 64, 4, 3), (64, 256, 64, 4, 4), (64, 256, 64, 8, 3), (128, 64, 64, 4, 4), (128, 64, 64, 8, 4), (128, 128, 128, 8, 2)]  # fmt: skip
 CASES = {"16": (1, SMALL), "64": (32, MIDDLE), "any": (8192, LARGE)}
 COPIES = {"16": 24, "64": 24, "any": 2}
 
@@ -94,13 +94,15 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=int, default=50304)
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16", "fp32"))
     parser.add_argument("--seconds", type=float, default=45.0, help="begin no further candidate after this long")
+    parser.add_argument("--only", nargs="*", default=[], metavar="KERNEL:VARIANT", help="e.g. layer_project:any; default: all")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--pin", action="store_true", help="write the best into the launch table")
     args = parser.parse_args()
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     begun, arch, found = time.perf_counter(), arch_of(0), []
     names = ("layer_linear", "layer_project", "layer_tail", "layer_logits")
-    jobs = [(name, variant, c) for variant, (_, tried) in CASES.items() for name in names for c in tried if not (name == "layer_logits" and variant == "any")]
+    pairs = [(n, v) for v in CASES for n in names if not (n == "layer_logits" and v == "any") and (not args.only or f"{n}:{v}" in args.only)]
+    jobs = [(name, variant, c) for name, variant in pairs for c in CASES[variant][1]]
 
     def options(c: tuple[int, ...]) -> dict[str, int]:
         return dict(zip(("BM", "BN", "BK", "num_warps", "num_stages"), c, strict=True))
@@ -117,7 +119,7 @@ def main() -> int:
     print(f"compiled {len(jobs)} in {time.perf_counter() - begun:.0f} s, failed {len(failed)}: {list(failed.items())[:2]}", flush=True)
     for variant, (_, tried) in CASES.items():
         for name in names:
-            if (name == "layer_logits" and variant == "any") or time.perf_counter() - begun > args.seconds:
+            if (name, variant) not in pairs or time.perf_counter() - begun > args.seconds:
                 continue
             case, rows = Case(name, variant, args.width, args.vocabulary, dtype), []
             library = case.time(None)
