@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from feedback_cases import DEVICE, NAMES, ROUTINGS, Inputs, check, gradients, make, poison, side, small_options, underflow
 
-from sessa_deploy.kernels import feedback_bwd, feedback_fwd
+from sessa_deploy.kernels import feedback_bwd, feedback_fwd, launch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PANEL = feedback_fwd.PANEL_BYTES
@@ -56,6 +56,32 @@ def test_bfloat16_blocks_of_128_rows_hand_on_one_half(routing: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 17, 33])
 def test_past_and_lengths(tokens: int, dtype: str) -> None:
     verify(make("chain", 3, tokens, 20, 48, DTYPES[dtype]), backward=tokens == 17)
+
+
+def test_wide_tiles_follow_the_width_alone() -> None:
+    assert [launch.solve_variant(90, "bf16", width, "fwd") for width in (768, 1024, 4096)] == ["fwd", "wide", "wide"]
+    assert launch.solve_variant(90, "bf16", 1024, "bwd") == "wide"
+    assert launch.solve_variant(86, "bf16", 4096, "fwd") == launch.solve_variant(90, "fp32", 4096, "fwd") == "fwd"
+
+
+@pytest.mark.parametrize("arch", launch.ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_that_share_tiles_agree(dtype: str, arch: int) -> None:
+    """One call's kernels have the same rows and columns of a routing tile, and the solve reads what the pack kernel wrote."""
+    for names, side in ((feedback_fwd.FORWARD, "fwd"), (feedback_bwd.BACKWARD, "bwd")):
+        for width in (64, 4096):
+            variant = launch.solve_variant(arch, dtype, width, side)
+            wide = ("feedback_pack", "feedback_solve", "feedback_solve_transposed")
+            alone = ("feedback_first_bad", "feedback_grad_pack")
+            tiles = {n: launch.tiles(n, arch, dtype, variant if n in wide else side) for n in names if n not in alone}
+            for shared in ("BT", "BM", "NB", "SPLIT"):
+                assert len({t[shared] for t in tiles.values() if shared in t}) == 1, (shared, tiles)
+            if side == "fwd":
+                assert tiles["feedback_pack"]["BN"] == tiles["feedback_solve"]["BN"]
+            else:
+                assert tiles["feedback_grad_products"]["FULL"] == tiles["feedback_grad_scores"]["SCALED"] == (dtype == "fp16")
+            solve = tiles["feedback_solve" if side == "fwd" else "feedback_solve_transposed"]
+            assert solve["LOW"] or not (solve["FULL"] or (solve["SPLIT"] and solve["BT"] < 128))
 
 
 def test_gamma_zero_is_identity() -> None:
