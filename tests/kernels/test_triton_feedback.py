@@ -68,19 +68,19 @@ def test_wide_tiles_follow_the_width_alone() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_that_share_tiles_agree(dtype: str, arch: int) -> None:
     """One call's kernels have the same rows and columns of a routing tile, and the solve reads what the pack kernel wrote."""
-    for names, side in ((feedback_fwd.FORWARD, "fwd"), (feedback_bwd.BACKWARD, "bwd")):
+    for names, way in ((feedback_fwd.FORWARD, "fwd"), (feedback_bwd.BACKWARD, "bwd")):
         for width in (64, 4096):
-            variant = launch.solve_variant(arch, dtype, width, side)
+            variant = launch.solve_variant(arch, dtype, width, way)
             wide = ("feedback_pack", "feedback_solve", "feedback_solve_transposed")
             alone = ("feedback_first_bad", "feedback_grad_pack")
-            tiles = {n: launch.tiles(n, arch, dtype, variant if n in wide else side) for n in names if n not in alone}
+            tiles = {n: launch.tiles(n, arch, dtype, variant if n in wide else way) for n in names if n not in alone}
             for shared in ("BT", "BM", "NB", "SPLIT"):
                 assert len({t[shared] for t in tiles.values() if shared in t}) == 1, (shared, tiles)
-            if side == "fwd":
+            if way == "fwd":
                 assert tiles["feedback_pack"]["BN"] == tiles["feedback_solve"]["BN"]
             else:
                 assert tiles["feedback_grad_products"]["FULL"] == tiles["feedback_grad_scores"]["SCALED"] == (dtype == "fp16")
-            solve = tiles["feedback_solve" if side == "fwd" else "feedback_solve_transposed"]
+            solve = tiles["feedback_solve" if way == "fwd" else "feedback_solve_transposed"]
             assert solve["LOW"] or not (solve["FULL"] or (solve["SPLIT"] and solve["BT"] < 128))
 
 
