@@ -34,39 +34,70 @@ Dims dims(std::vector<int64_t> const& values)
     return d;
 }
 
-// One letter a dimension: the inputs of the operations, then the output. As plugins/README.md has them, written anew.
+// One letter a dimension, ":f" float32 and ":i" int32 in place of the storage type. As plugins/README.md has them, written anew.
 struct Op
 {
     char const* name;
-    std::vector<std::string> shapes;
+    std::vector<std::string> inputs;
+    std::vector<std::string> outputs;
 };
 
-Op const kOps[] = {{"SessaFeedbackAttention", {"BTD", "BTD", "BT", "BTD", "BPD", "BPD", "B", "BTD"}},
-    {"SessaCausalAttention", {"BTHD", "BTKD", "BTKD", "BPKD", "BPKD", "B", "BTHD"}}};
+Op const kOps[] = {{"SessaFeedbackAttention", {"BTD", "BTD", "BT:f", "BTD", "BPD", "BPD", "B:i"}, {"BTD"}},
+    {"SessaCausalAttention", {"BTHD", "BTKD", "BTKD", "BPKD", "BPKD", "B:i"}, {"BTHD"}},
+    {"SessaRotary", {"BTD", "B:i", "RJ:f"}, {"BTJ:f", "BTJ:f"}}, {"SessaNorm", {"BTD", "D", "D"}, {"BTD"}},
+    {"SessaGeluGain", {"BTE", "D:f", "I:f"}, {"BTD", "BT:f"}}, {"SessaLinear", {"BTD", "ND", "N"}, {"BTN"}},
+    {"SessaLinearHeads", {"BTHC", "ND", "N"}, {"BTN"}}, {"SessaLogits", {"BTD", "ND"}, {"BTN:f"}},
+    {"SessaTail", {"BTD", "BTD", "BTE", "DD", "D"}, {"BTD"}},
+    {"SessaProject", {"BTD", "ND", "HC", "KC", "KC", "E", "BTJ:f", "BTJ:f"}, {"BTHC", "BTKC", "BTKC", "BTD", "BTD"}}};
+char const* const kLetters = "BTPDHKCNEJIR"; // the order of `shape`
 
 int32_t inputsOf(int32_t op)
 {
-    return static_cast<int32_t>(kOps[op].shapes.size()) - 1;
+    return static_cast<int32_t>(kOps[op].inputs.size());
 }
 
-// Descriptions of the inputs and of the output. shape = B, T, P, D, H, K.
+int32_t outputsOf(int32_t op)
+{
+    return static_cast<int32_t>(kOps[op].outputs.size());
+}
+
+// Descriptions of the inputs and of the outputs.
 std::vector<PluginTensorDesc> descriptions(int32_t op, int32_t onnx, int64_t const* shape)
 {
     std::vector<PluginTensorDesc> all;
-    for (auto const& letters : kOps[op].shapes)
+    std::vector<std::string> texts = kOps[op].inputs;
+    texts.insert(texts.end(), kOps[op].outputs.begin(), kOps[op].outputs.end());
+    for (auto const& text : texts)
     {
+        std::string const letters = text.substr(0, text.find(':'));
+        char const kind = letters.size() == text.size() ? 's' : text.back();
         std::vector<int64_t> values;
         for (char const letter : letters)
         {
-            values.push_back(shape[std::string("BTPDHK").find(letter)]);
+            values.push_back(shape[std::string(kLetters).find(letter)]);
         }
         PluginTensorDesc desc{};
         desc.dims = dims(values);
-        desc.type = letters == "BT" ? DataType::kFLOAT : letters == "B" ? DataType::kINT32 : typeOf(onnx);
+        desc.type = kind == 'f' ? DataType::kFLOAT : kind == 'i' ? DataType::kINT32 : typeOf(onnx);
         desc.format = TensorFormat::kLINEAR;
         all.push_back(desc);
     }
     return all;
+}
+
+// The creator of an operation among those of a library; nullptr if it has none of that name.
+template <typename Creator, typename Listed>
+Creator* creatorOf(int32_t op, Listed const* listed, int32_t count)
+{
+    for (int32_t i = 0; i < count; ++i)
+    {
+        auto* creator = static_cast<Creator*>(listed[i]);
+        if (std::string(creator->getPluginName()) == kOps[op].name)
+        {
+            return creator;
+        }
+    }
+    return nullptr;
 }
 
 std::vector<DynamicPluginTensorDesc> dynamic(std::vector<PluginTensorDesc> const& all)
@@ -114,12 +145,9 @@ void* harness_create(char const* library, int32_t op, int32_t storage, float sca
     int32_t count = 0;
 #if NV_TENSORRT_MAJOR >= 10
     auto* get = reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(handle, "getCreators"));
-    auto* creator = static_cast<IPluginCreatorV3One*>(get(count)[op]);
-    if (op >= count || std::string(creator->getPluginName()) != kOps[op].name)
-    {
-        return nullptr;
-    }
-    IPluginV3* built = creator->createPlugin("x", &collection, TensorRTPhase::kBUILD);
+    auto const* const listed = get(count);
+    auto* creator = creatorOf<IPluginCreatorV3One>(op, listed, count);
+    IPluginV3* built = creator == nullptr ? nullptr : creator->createPlugin("x", &collection, TensorRTPhase::kBUILD);
     if (built == nullptr)
     {
         return nullptr;
@@ -130,12 +158,9 @@ void* harness_create(char const* library, int32_t op, int32_t storage, float sca
     return loaded;
 #else
     auto* get = reinterpret_cast<IPluginCreator* const* (*)(int32_t&)>(dlsym(handle, "getPluginCreators"));
-    IPluginCreator* creator = get(count)[op];
-    if (op >= count || std::string(creator->getPluginName()) != kOps[op].name)
-    {
-        return nullptr;
-    }
-    auto* built = static_cast<IPluginV2DynamicExt*>(creator->createPlugin("x", &collection));
+    auto const* const listed = get(count);
+    IPluginCreator* creator = creatorOf<IPluginCreator>(op, listed, count);
+    auto* built = creator == nullptr ? nullptr : static_cast<IPluginV2DynamicExt*>(creator->createPlugin("x", &collection));
     if (built == nullptr)
     {
         return nullptr;
@@ -163,19 +188,20 @@ void harness_destroy(void* plugin)
 // Bit i of the result: the type at position i is accepted, when q has `onnx` and position i has the usual type.
 int32_t harness_formats(void* plugin, int32_t op, int32_t onnx, int32_t linear)
 {
-    int64_t const shape[6] = {2, 3, 5, 32, 4, 2};
+    int64_t const shape[12] = {2, 3, 5, 32, 4, 2, 8, 48, 64, 4, 1, 4};
     auto all = descriptions(op, onnx, shape);
     int32_t const inputs = inputsOf(op);
     int32_t bits = 0;
-    for (int32_t i = 0; i <= inputs; ++i)
+    int32_t const outputs = outputsOf(op);
+    for (int32_t i = 0; i < inputs + outputs; ++i)
     {
         all[i].format = linear != 0 ? TensorFormat::kLINEAR : TensorFormat::kCHW32;
 #if NV_TENSORRT_MAJOR >= 10
         auto* build = static_cast<IPluginV3OneBuild*>(static_cast<Handle*>(plugin)->getCapabilityInterface(PluginCapabilityType::kBUILD));
         auto const descs = dynamic(all);
-        bits |= build->supportsFormatCombination(i, descs.data(), inputs, 1) ? 1 << i : 0;
+        bits |= build->supportsFormatCombination(i, descs.data(), inputs, outputs) ? 1 << i : 0;
 #else
-        bits |= static_cast<Handle*>(plugin)->supportsFormatCombination(i, all.data(), inputs, 1) ? 1 << i : 0;
+        bits |= static_cast<Handle*>(plugin)->supportsFormatCombination(i, all.data(), inputs, outputs) ? 1 << i : 0;
 #endif
     }
     return bits;
@@ -188,13 +214,13 @@ int64_t harness_workspace(void* plugin, int32_t op, int32_t onnx, int64_t const*
 #if NV_TENSORRT_MAJOR >= 10
     auto* build = static_cast<IPluginV3OneBuild*>(static_cast<Handle*>(plugin)->getCapabilityInterface(PluginCapabilityType::kBUILD));
     auto const descs = dynamic(all);
-    if (build->configurePlugin(descs.data(), inputs, descs.data() + inputs, 1) != 0)
+    if (build->configurePlugin(descs.data(), inputs, descs.data() + inputs, outputsOf(op)) != 0)
     {
         return -1;
     }
-    return static_cast<int64_t>(build->getWorkspaceSize(descs.data(), inputs, descs.data() + inputs, 1));
+    return static_cast<int64_t>(build->getWorkspaceSize(descs.data(), inputs, descs.data() + inputs, outputsOf(op)));
 #else
-    return static_cast<int64_t>(static_cast<Handle*>(plugin)->getWorkspaceSize(all.data(), inputs, all.data() + inputs, 1));
+    return static_cast<int64_t>(static_cast<Handle*>(plugin)->getWorkspaceSize(all.data(), inputs, all.data() + inputs, outputsOf(op)));
 #endif
 }
 
@@ -205,7 +231,7 @@ int32_t harness_shape(void* plugin, int32_t op, int32_t onnx, int64_t const* sha
     auto const all = descriptions(op, onnx, shape);
     int32_t const inputs = inputsOf(op);
     auto* runtime = static_cast<IPluginV3OneRuntime*>(static_cast<Handle*>(plugin)->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
-    return runtime->onShapeChange(all.data(), inputs, all.data() + inputs, 1);
+    return runtime->onShapeChange(all.data(), inputs, all.data() + inputs, outputsOf(op));
 #else
     static_cast<void>(op);
     static_cast<void>(onnx);
@@ -215,18 +241,18 @@ int32_t harness_shape(void* plugin, int32_t op, int32_t onnx, int64_t const* sha
 #endif
 }
 
-// pointers: the inputs in order, the output, the workspace.
+// pointers: the inputs in order, the outputs, the workspace.
 int32_t harness_enqueue(void* plugin, int32_t op, int32_t onnx, int64_t const* shape, void* const* pointers, void* stream)
 {
     auto const all = descriptions(op, onnx, shape);
     int32_t const inputs = inputsOf(op);
-    void* const outputs[1] = {pointers[inputs]};
+    void* const* const outputs = pointers + inputs;
     auto const cuda = static_cast<cudaStream_t>(stream);
 #if NV_TENSORRT_MAJOR >= 10
     auto* runtime = static_cast<IPluginV3OneRuntime*>(static_cast<Handle*>(plugin)->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
-    return runtime->enqueue(all.data(), all.data() + inputs, pointers, outputs, pointers[inputs + 1], cuda);
+    return runtime->enqueue(all.data(), all.data() + inputs, pointers, outputs, pointers[inputs + outputsOf(op)], cuda);
 #else
-    return static_cast<Handle*>(plugin)->enqueue(all.data(), all.data() + inputs, pointers, outputs, pointers[inputs + 1], cuda);
+    return static_cast<Handle*>(plugin)->enqueue(all.data(), all.data() + inputs, pointers, outputs, pointers[inputs + outputsOf(op)], cuda);
 #endif
 }
 

@@ -1,0 +1,174 @@
+"""What the plugins compute, reached through TensorRT's own interfaces, is bit for bit what the kernels give from PyTorch; on a GPU.
+
+Built and found as test_plugin.py says; no TensorRT is needed to run, only its headers to build.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from plugin_harness import (
+    BFLOAT,
+    CAUSAL,
+    FEEDBACK,
+    FLOAT,
+    GAIN,
+    HALF,
+    LINEAR,
+    LINEAR_HEADS,
+    LOGITS,
+    NAMES,
+    NORM,
+    PROJECT,
+    ROTARY,
+    TAIL,
+    Built,
+    Pointers,
+    create,
+    sizes,
+)
+
+
+def enqueue_and_compare(
+    harness: ctypes.CDLL, plugin: int, op: int, onnx: int, shape: Any, inputs: list[Any], expected: tuple[Any, ...], err: Callable[[], str]
+) -> None:
+    """The plugin's outputs equal `expected` bit for bit, from a captured graph (the first call of all) and eagerly; a misaligned pointer is refused."""
+    import torch
+
+    size = harness.harness_workspace(plugin, op, onnx, shape)
+    assert size >= 0 and harness.harness_shape(plugin, op, onnx, shape) == 0, err()
+    work = torch.full((max(size, 16),), 255, dtype=torch.uint8, device="cuda")
+    outs = [torch.full_like(x, torch.nan) for x in expected]
+    pointers = Pointers(*(x.data_ptr() for x in (*inputs, *outs, work)))
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=side):
+        assert harness.harness_enqueue(plugin, op, onnx, shape, pointers, side.cuda_stream) == 0, err()
+    for replay in (True, False):
+        for out in outs:
+            out.fill_(torch.nan)
+        if replay:
+            graph.replay()
+        else:
+            assert harness.harness_enqueue(plugin, op, onnx, shape, pointers, torch.cuda.current_stream().cuda_stream) == 0, err()
+        torch.cuda.synchronize()
+        for i, (out, wanted) in enumerate(zip(outs, expected, strict=True)):
+            assert torch.equal(out, wanted), (NAMES[op], list(shape), replay, i)
+    last = len(inputs) + len(outs) - 1
+    pointers[last] = outs[-1].data_ptr() + 2
+    assert harness.harness_enqueue(plugin, op, onnx, shape, pointers, None) != 0 and "is null or not 16-byte aligned" in err()
+
+
+def lengths_and_poison(past: Any, capacity: int) -> Any:
+    """Random lengths for a past (2,B,P,...) on the GPU, whose rows beyond them become NaN."""
+    import torch
+
+    length = torch.randint(0, capacity + 1, past.shape[1:2], device="cuda", dtype=torch.int32)
+    for i, n in enumerate(length.tolist()):
+        past[:, i, n:] = torch.nan
+    return length
+
+
+TYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": BFLOAT}
+
+
+@pytest.mark.gpu
+@pytest.mark.trt
+@pytest.mark.parametrize("storage", TYPES)
+def test_feedback_gives_the_bits_of_the_torch_op(built: Built, storage: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Decode steps and prefill, ragged, with poisoned rows beyond each length."""
+    import torch
+
+    from sessa_deploy.kernels import feedback_fwd, feedback_step
+
+    major, _, harness = built
+    onnx, dtype = TYPES[storage], getattr(torch, storage)
+    torch.manual_seed(0)
+    plugin = create(built, FEEDBACK, storage=onnx)
+    if plugin is None:
+        assert (major, onnx) == (8, BFLOAT)
+        return
+    for b, t, p, d in ((3, 1, 300, 768), (2, 1, 1, 48), (1, 1, 4096, 4096), (1, 257, 0, 256), (3, 100, 130, 768), (1, 1000, 64, 1024)):
+        q, k, f = torch.randn(3, b, t, d, device="cuda").to(dtype)
+        past = torch.randn(2, b, p, d, device="cuda").to(dtype)
+        length = lengths_and_poison(past, p)
+        gamma = 1.998 * torch.rand(b, t, device="cuda") - 0.999
+        op: Callable[..., torch.Tensor] = feedback_step.step if t == 1 else lambda *a: feedback_fwd.forward(*a, need_lse=False)[0]
+        inputs = [q, k, gamma, f, past[0], past[1], length]
+        enqueue_and_compare(harness, plugin, FEEDBACK, onnx, sizes(b, t, p, d), inputs, (op(*inputs),), lambda: capfd.readouterr().err)
+    harness.harness_destroy(plugin)
+
+
+@pytest.mark.gpu
+@pytest.mark.trt
+@pytest.mark.parametrize("storage", TYPES)
+def test_causal_gives_the_bits_of_the_torch_op(built: Built, storage: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Decode steps and chunks, ragged, grouped heads of several widths, with poisoned rows beyond each length."""
+    import torch
+
+    from sessa_deploy.kernels import causal_launch
+
+    major, _, harness = built
+    onnx, dtype = TYPES[storage], getattr(torch, storage)
+    torch.manual_seed(0)
+    plugin = create(built, CAUSAL, storage=onnx)
+    if plugin is None:
+        assert (major, onnx) == (8, BFLOAT)
+        return
+    shapes = [(3, 1, 300, 64, 16, 16), (2, 1, 1, 48, 6, 2), (1, 1, 5000, 128, 9, 1), (2, 1, 70, 256, 4, 4), (1, 1, 33, 24, 5, 5),
+              (3, 100, 130, 64, 4, 2), (1, 257, 64, 128, 2, 2), (2, 130, 1, 40, 3, 3), (1, 40, 300, 256, 2, 1)]  # fmt: skip
+    for b, t, p, d, heads, kv_heads in shapes:
+        q = torch.randn(b, t, heads, d, device="cuda").to(dtype)
+        k, v = torch.randn(2, b, t, kv_heads, d, device="cuda").to(dtype)
+        past = torch.randn(2, b, p, kv_heads, d, device="cuda").to(dtype)
+        inputs = [q, k, v, past[0], past[1], lengths_and_poison(past, p)]
+        expected = causal_launch.forward(*inputs)
+        enqueue_and_compare(harness, plugin, CAUSAL, onnx, sizes(b, t, p, d, heads, kv_heads), inputs, (expected,), lambda: capfd.readouterr().err)
+    harness.harness_destroy(plugin)
+
+
+@pytest.mark.gpu
+@pytest.mark.trt
+@pytest.mark.parametrize("rows", [(1, 1), (32, 1), (2, 150)], ids=["1", "32", "300"])
+@pytest.mark.parametrize("heads", [(16, 16, 64), (4, 2, 64)], ids=["1024", "256"])
+def test_layers_give_the_bits_of_the_kernels(
+    built: Built, heads: tuple[int, int, int], rows: tuple[int, int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Everything around the attentions of a layer, float16, for a step, a batch of steps and a chunk."""
+    import torch
+
+    from sessa_deploy.kernels import layer
+
+    harness, (b, t), (n_q, n_k, d), n = built[2], rows, heads, rows[0] * rows[1]
+    width, kv, dtype = n_q * d, n_k * d, torch.float16
+    torch.manual_seed(0)
+
+    def random(*shape: int, kind: torch.dtype = dtype, scale: float = 1.0) -> torch.Tensor:
+        return (scale * torch.randn(shape, device="cuda")).to(kind)
+
+    x, s, h = random(n, width), random(n, width), random(n, 2 * width)
+    row, row2, square = random(width), random(width), random(width, width, scale=0.1)
+    wide, gain, one = random(width + 48, width, scale=0.1), random(width, kind=torch.float32, scale=0.1), random(1, kind=torch.float32)
+    columns, bias, everything = width + 48, random(width + 48), random(3 * width + 2 * kv, width, scale=0.1)
+    biases = (random(width), random(kv), random(kv), random(2 * width))
+    length, limbs = torch.arange(b, device="cuda", dtype=torch.int32), torch.rand(4, d // 2, device="cuda") / 64
+    tables = layer.rotary(length, limbs, t)
+    flat = [x.view(n, d // 2) for x in tables]
+    cases: list[tuple[int, float, Any, list[Any], tuple[Any, ...]]] = [
+        (ROTARY, -1, sizes(b, t, 1, width, 1, 1, d), [x, length, limbs], tables),
+        (NORM, 1e-5, sizes(b, t, 1, width), [x, row, row2], (layer.norm(x, row, row2, 1e-5),)),
+        (GAIN, 0.999, sizes(b, t, 1, width), [h, gain, one], layer.gelu_gain(h, gain, one, 0.999)),
+        (LINEAR, -1, sizes(b, t, 1, width, columns=columns), [x, wide, bias], (layer.linear(x, wide, bias),)),
+        (LINEAR_HEADS, -1, sizes(b, t, 1, width, n_q, 1, d, width), [x, square, row], (layer.linear(x, square, row),)),
+        (LOGITS, -1, sizes(b, t, 1, width, columns=columns), [x, wide], (layer.linear(x, wide, None),)),
+        (TAIL, -1, sizes(b, t, 1, width), [x, s, h, square, row], (layer.tail(s, h, square, row, x),)),
+        (PROJECT, -1, sizes(b, t, 1, width, n_q, n_k, d, 3 * width + 2 * kv), [x, everything, *biases, *tables], layer.project(x, everything, biases, *flat)),
+    ]  # fmt: skip
+    for op, scale, shape, inputs, expected in cases:
+        plugin = create(built, op, storage=HALF, scale=scale)
+        assert plugin is not None, NAMES[op]
+        enqueue_and_compare(harness, plugin, op, HALF, shape, inputs, expected, lambda: capfd.readouterr().err)
+        harness.harness_destroy(plugin)
