@@ -92,10 +92,11 @@ def open_trt(bundle: Bundle, threads: int) -> Engine:
 
         return TrtBackend(bundle, batch, capacity, graph=False)
 
+    from sessa_deploy.runtime import trt_api
     from sessa_deploy.runtime.trt_plan import engines
 
     smallest = min((info.max_batch for info in engines(bundle).values()), default=None)
-    versions = _versions("tensorrt", "tensorrt-lean", "tensorrt-cu12", "tensorrt-cu13")
+    versions = {**_versions(), "tensorrt": str(trt_api.load().__version__)}
     return Engine(None, _session(bundle, "trt", threads), versions, BackendSession(eager, bundle.config.max_context), smallest)
 
 

@@ -60,7 +60,8 @@ class _Rewrite:
 def applies(graph: GraphProto, config: SessaConfig) -> bool:
     """Whether the library has kernels for these layers: a width that is a multiple of 16 up to 4096, `rotary` tables, both attentions as plugins."""
     ops = [n.op_type for n in graph.node]
-    fits = config.head_dim % _HEADS == 0 and config.d_model % _MULTIPLE == 0 and config.d_model <= _WIDEST and config.kv_heads * config.head_dim % _MULTIPLE == 0
+    multiples = config.head_dim % _HEADS == 0 and config.d_model % _MULTIPLE == 0 and config.kv_heads * config.head_dim % _MULTIPLE == 0
+    fits = multiples and config.d_model <= _WIDEST
     attentions = all(ops.count(op) == config.n_layers for op in (contract.FEEDBACK_OP, contract.CAUSAL_OP))
     return fits and attentions and ops.count(contract.ROTARY_OP) == 1
 

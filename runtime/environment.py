@@ -41,8 +41,9 @@ def package_version(name: str) -> str | None:
             found.append((alias, metadata.distribution(alias)))
         except metadata.PackageNotFoundError:
             continue
-    if not found:
-        return None
+    if not found:  # a copy that pip did not install still says what it is
+        version = getattr(sys.modules.get(name), "__version__", None)
+        return None if version is None else f"{version} (not installed by pip)"
     alias, chosen = next((pair for pair in found if len(found) > 1 and _is_imported_from(name, pair[1])), found[0])
     return chosen.version if alias == name else f"{chosen.version} ({alias})"
 

@@ -140,7 +140,7 @@ class TrtBackend(Backend):
         return self._buffers
 
     def _context(self, profile: int, scratch: int, size: int) -> Any:
-        context = trt_api.context(self._trt, self.engine, profile, self._cuda.stream, scratch, size)
+        context = trt_api.context(self._trt, self.engine, profile, self._cuda.stream, scratch, size, self._log)
         self._cuda.wait()
         for name, shape in self._buffers.shapes(1 if profile == trt_plan.DECODE else self.info.max_prompt).items():
             if not context.set_input_shape(name, shape):

@@ -155,10 +155,10 @@ def scratch_size(engine: Any) -> int:
     return int(engine.device_memory_size if newer is None else newer)
 
 
-def context(trt: Any, engine: Any, profile: int, stream: int, scratch: int, size: int) -> Any:
+def context(trt: Any, engine: Any, profile: int, stream: int, scratch: int, size: int, log: Any = None) -> Any:
     """An execution context on optimisation profile `profile` whose scratch is the `size` bytes at address `scratch`.
 
-    Contexts may share a scratch if they never run at the same time. Raises SessaError if TensorRT gives none.
+    Contexts may share a scratch if they never run at the same time. Raises SessaError, with the last lines of `log`, if TensorRT gives none.
     """
     strategies = getattr(trt, "ExecutionContextAllocationStrategy", None)
     if strategies is None:
@@ -166,7 +166,8 @@ def context(trt: Any, engine: Any, profile: int, stream: int, scratch: int, size
     else:
         made = engine.create_execution_context(strategies.USER_MANAGED)
     if made is None:
-        raise SessaError("TensorRT made no execution context; fix: build with a smaller --max-batch or --max-prompt")
+        reasons = " / ".join(log.lines[-3:]) if log is not None else ""
+        raise SessaError(f"TensorRT made no execution context: {reasons or 'no reason given'}; fix: build with a smaller --max-batch or --max-prompt")
     if hasattr(made, "set_device_memory"):
         made.set_device_memory(scratch, size)
     else:
