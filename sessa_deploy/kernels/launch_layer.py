@@ -32,7 +32,7 @@ LAYER_KERNELS: dict[str, Kernel] = {
         Kernel("layer_project", _MODULE,
                (*pointers("a", "weight", "bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", type="*fp32"),
                 *pointers("q", "k", "v", "q_b", "k_b"), *_SIZES, Param("kv_width", "i32"), *integers("units")),
-               _TILES, _PRODUCTS, dtypes=_HALF, scalar_loads=32),
+               _TILES, _PRODUCTS, dtypes=_HALF, scalar_loads=64),
     )
 }  # fmt: skip
 
