@@ -103,19 +103,24 @@ def test_bad_arch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "got 75; allowed: some of 80," in capsys.readouterr().err
 
 
-def test_later_minors_are_served_where_they_are_pinned_alike() -> None:
-    same = lower.Unit("causal_step_partial", 89, "fp16", "64")
-    assert lower.served_by(same, launch.ARCHS) == lower.served_by(same, [80, 89]) == 80 and lower.served_by(same, [86, 89]) == 86
-    assert lower.served_by(same, [87, 89]) is None and lower.served_by(same, [89, 90]) is None
-    assert lower.served_by(lower.Unit("causal_step_partial", 87, "fp16", "64"), launch.ARCHS) is None  # Tegra
-    own = lower.Unit("feedback_scores", 86, "fp16", "fwd")  # a smaller tile than sm_80's
-    assert lower.served_by(own, launch.ARCHS) is None and lower.served_by(lower.Unit("feedback_scores", 89, "fp16", "fwd"), launch.ARCHS) == 86
-    made = {(u.kernel, u.arch, u.dtype, u.variant) for u in lower.units(launch.ARCHS)}
-    for unit in lower.units([86]) + lower.units([87]) + lower.units([89]) + lower.units([120]):
-        served = lower.served_by(unit, launch.ARCHS)
-        assert (unit.kernel, served or unit.arch, unit.dtype, unit.variant) in made
+def test_later_minors_are_served_where_they_are_pinned_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    def served(tiles: dict[int, int], arch: int, archs: tuple[int, ...]) -> int | None:
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "options", lambda name, a, dtype, variant: {"BM": tiles[a]})
+            return lower.served_by(lower.Unit("causal_prefill", arch, "fp16", "64"), archs)
+
+    alike, every = dict.fromkeys(launch.ARCHS, 64), launch.ARCHS
+    assert [served(alike, a, every) for a in every] == [None, 80, None, 80, None, None, None]  # 87 is Tegra
+    assert served(alike, 89, (86, 89)) == 86 and served(alike, 89, (87, 89)) is None and served(alike, 89, (89, 90)) is None
+    # The library takes the nearest one at or below the device: where that is pinned otherwise, an earlier one does not help.
+    assert served({**alike, 86: 32}, 86, every) is None and served({**alike, 86: 32}, 89, every) is None
+    assert served({**alike, 80: 128}, 89, every) == 86 and served({**alike, 80: 128}, 86, every) is None
+    made = set(lower.units(every))
+    for arch in every:
+        for unit in lower.units([arch]):
+            assert lower.Unit(unit.kernel, lower.served_by(unit, every) or arch, unit.dtype, unit.variant) in made
     assert lower.shared_limit(lower.Unit("causal_step_partial", 80, "fp16", "64")) == launch.SHARED_LIMIT[86]
-    assert lower.shared_limit(lower.Unit("feedback_scores", 80, "fp16", "fwd")) == launch.SHARED_LIMIT[80]
+    assert lower.shared_limit(lower.Unit("causal_prefill", 90, "fp16", "64")) == launch.SHARED_LIMIT[90]
 
 
 def test_the_table_pins_every_unit() -> None:
