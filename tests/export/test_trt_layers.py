@@ -89,7 +89,8 @@ def operators() -> list[Any]:
         return type(name, (OpRun,), {"op_domain": contract.DOMAIN, "_run": _run})
 
     return [
-        make(contract.ROTARY_OP, lambda _, x, length, limbs: _rotary(x, length, limbs)), make(contract.CAUSAL_OP, _causal), make(contract.FEEDBACK_OP, _feedback),
+        make(contract.ROTARY_OP, lambda _, x, length, limbs: _rotary(x, length, limbs)),
+        make(contract.CAUSAL_OP, _causal), make(contract.FEEDBACK_OP, _feedback),
         make(contract.NORM_OP, lambda e, x, w, b: _norm(x, w, b, e)), make(contract.GAIN_OP, lambda g, h, w, b: _gain(h, w, b, g)),
         make(contract.LINEAR_OP, lambda _, x, w, b: x @ w.T + b), make(contract.LOGITS_OP, lambda _, x, w: x @ w.T),
         make(contract.LINEAR_HEADS_OP, lambda _, x, w, b: x.reshape(*x.shape[:2], -1) @ w.T + b), make(contract.PROJECT_OP, lambda _, *x: _project(*x)),
