@@ -19,7 +19,7 @@ enum Input : int32_t
 
 constexpr int64_t kMultiple = 16;
 constexpr int64_t kMaxWidth = 4096;
-constexpr int64_t kMaxSplits = 128;               // launch.STEP_MAX_SPLITS
+constexpr int64_t kMaxSplits = 256;               // launch.STEP_MAX_SPLITS
 constexpr int64_t kWide = 1024;                   // launch.WIDE
 constexpr int64_t kPanelBytes = int64_t{1} << 30; // feedback_fwd.PANEL_BYTES
 

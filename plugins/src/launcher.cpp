@@ -58,7 +58,8 @@ bool aligned(char const* name, void const* pointer, bool needed, std::string& er
 
 Op const& opAt(int32_t index) noexcept
 {
-    static Op const* const all[kOpCount]{&kFeedback, &kCausal, &kRotary, &kNorm, &kGain, &kLinear, &kLinearHeads, &kLogits, &kTail, &kProject};
+    static Op const* const all[kOpCount]{&kFeedback, &kCausal, &kRotary, &kNorm, &kGain, &kLinear, &kLinearHeads, &kLogits, &kTail, &kProject, &kEnter,
+        &kProjectGain};
     return *all[index];
 }
 

@@ -51,8 +51,8 @@ enum class Kind : int32_t
     kInt,
 };
 
-constexpr int32_t kMaxInputs = 8;
-constexpr int32_t kMaxOutputs = 5;
+constexpr int32_t kMaxInputs = 10;
+constexpr int32_t kMaxOutputs = 6;
 
 struct Operand
 {
@@ -91,7 +91,9 @@ extern Op const kLinearHeads;
 extern Op const kLogits;
 extern Op const kTail;
 extern Op const kProject;
-constexpr int32_t kOpCount = 10;
+extern Op const kEnter;
+extern Op const kProjectGain;
+constexpr int32_t kOpCount = 12;
 Op const& opAt(int32_t index) noexcept;
 
 struct Tensors

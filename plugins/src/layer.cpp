@@ -202,6 +202,45 @@ struct Project final : Product
     }
 };
 
+struct Enter final : Product
+{
+    Enter()
+        : Product("layer_enter")
+    {
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        Arguments a;
+        a.add(t.in[0]).add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width));
+        return launchTiles(p, columnTiles(p.doubleWidth), a, stream, error);
+    }
+};
+
+struct ProjectGain final : Product
+{
+    ProjectGain()
+        : Product("layer_project_gain")
+    {
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        int64_t const kvWidth = p.kvHeads * p.headWidth;
+        Arguments a;
+        for (int32_t i = 0; i < 10; ++i)
+        {
+            a.add(t.in[i]);
+        }
+        for (int32_t i = 0; i < 6; ++i)
+        {
+            a.add(t.outs[i]);
+        }
+        a.add(i32(rowsOf(p))).add(i32(p.width)).add(i32(kvWidth)).add(i32(p.headWidth / kHeadMultiple)).add(p.scale != 0.0F ? p.scale : kGammaMax);
+        return launchTiles(p, 3 * columnTiles(p.width) + 2 * columnTiles(kvWidth) + 1, a, stream, error);
+    }
+};
+
 bool checkDepth(Problem const& p, int64_t most, std::string& error)
 {
     bool const good = p.width >= kMultiple && p.width <= most && p.width % kMultiple == 0;
@@ -255,6 +294,16 @@ bool checkProject(Problem const& p, std::string& error)
         && (p.headWidth == 2 * p.pairs || refuse(error, "pairs of cos and sin", std::to_string(p.pairs), "half a head's width " + std::to_string(p.headWidth)))
         && (p.columns == 3 * p.width + 2 * kvWidth
             || refuse(error, "rows of weight", std::to_string(p.columns), "3 D + 2 Hkv d = " + std::to_string(3 * p.width + 2 * kvWidth)));
+}
+
+bool checkEnter(Problem const& p, std::string& error)
+{
+    return checkProduct(p, error) && checkDouble(p, error);
+}
+
+bool checkProjectGain(Problem const& p, std::string& error)
+{
+    return checkProject(p, error) && (p.one == 1 || refuse(error, "elements of gain_bias", std::to_string(p.one), "1"));
 }
 
 template <typename P>
@@ -340,5 +389,16 @@ Op const kProject{"SessaProject", 8,
     checkProject, make<Project>, everyRows<kProject>, 5,
     {{"q", "BTHC", Kind::kStorage}, {"k", "BTKC", Kind::kStorage}, {"v", "BTKC", Kind::kStorage}, {"q_b", "BTD", Kind::kStorage},
         {"k_b", "BTD", Kind::kStorage}}};
+
+Op const kEnter{"SessaEnter", 3, {{"x", "BTD", Kind::kStorage}, {"weight", "ED", Kind::kStorage}, {"bias", "E", Kind::kStorage}}, checkEnter,
+    make<Enter>, everyRows<kEnter>, 1, {{"h", "BTE", Kind::kStorage}}};
+
+Op const kProjectGain{"SessaProjectGain", 10,
+    {{"h", "BTE", Kind::kStorage}, {"weight", "ND", Kind::kStorage}, {"bias_q", "HC", Kind::kStorage}, {"bias_k", "KC", Kind::kStorage},
+        {"bias_v", "KC", Kind::kStorage}, {"bias_fb", "E", Kind::kStorage}, {"cos", "BTJ", Kind::kFloat}, {"sin", "BTJ", Kind::kFloat},
+        {"gain", "D", Kind::kFloat}, {"gain_bias", "I", Kind::kFloat}},
+    checkProjectGain, make<ProjectGain>, everyRows<kProjectGain>, 6,
+    {{"q", "BTHC", Kind::kStorage}, {"k", "BTKC", Kind::kStorage}, {"v", "BTKC", Kind::kStorage}, {"q_b", "BTD", Kind::kStorage},
+        {"k_b", "BTD", Kind::kStorage}, {"gamma", "BT", Kind::kFloat}}};
 
 } // namespace sessa

@@ -130,7 +130,7 @@ def width_variant(name: str, width: int) -> str:
 
 
 # --- decode step: how the past is split. Depends on capacity and tiles only, never on the batch, the lengths or the number of SMs.
-STEP_MAX_SPLITS = 128
+STEP_MAX_SPLITS = 256
 
 
 def step_splits(capacity: int, rows: int) -> int:

@@ -121,6 +121,20 @@ def layer_linear(x, weight, bias, out, rows, depth, columns, BM: tl.constexpr, B
     _put(out + row * columns + column, _with_bias(bias + column, b_y, m_n, BN), m_m, m_n, columns, BM, BN)
 
 
+@triton.jit(do_not_specialize=launch.do_not_specialize("layer_enter"))
+def layer_enter(x, weight, bias, out, rows, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Grid (tiles,): out (rows, 2D) = x weight^T + bias with GELU on its left half."""
+    i_m, i_n = _tile(rows, tl.cdiv(2 * depth, BN), BM)
+    row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
+    m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < 2 * depth - i_n * BN
+    b_y = _product(x + row * depth, x, weight + column * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK)
+    b_y = _with_bias(bias + column, b_y, m_n, BN)
+    if i_n * BN < depth:  # as a rounded product would give it
+        b_h = b_y.to(out.dtype.element_ty).to(tl.float32)
+        b_y = tl.where((i_n * BN + tl.arange(0, BN) < depth)[None, :], b_h * (0.5 + 0.5 * tl.erf(b_h * 0.7071067811865476)), b_y)
+    _put(out + row * (2 * depth) + column, b_y, m_m, m_n, 2 * depth, BM, BN)
+
+
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_logits"))
 def layer_logits(x, weight, out, rows, depth, columns, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Grid (tiles,): out (rows, columns) float32 = x weight^T, not rounded."""
@@ -163,7 +177,44 @@ def layer_project(
 
     q and k are turned by cos, sin (rows, d / 2) float32, d = 8 units. Each output gets tiles of its own.
     """
-    pairs = units * 4
+    _project_tile(a, depth, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, BM, BN, BK)
+
+
+@triton.jit
+def _gain_rows(a, a_row, weight, bias, gamma, first, rows, depth, gamma_max, BM: tl.constexpr, BK: tl.constexpr):
+    """gamma_max tanh(bias + a . weight) of BM rows of a, which lie a_row elements apart."""
+    o_m, o_k = first + tl.arange(0, BM), tl.arange(0, BK)
+    m_m = o_m < rows
+    b_acc = tl.zeros([BM, BK], dtype=tl.float32)
+    for start in range(0, depth, BK):
+        m_k = o_k < depth - start
+        b_a = tl.load(a + o_m.to(tl.int64)[:, None] * a_row + start + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+        b_acc += b_a.to(tl.float32) * tl.load(weight + start + o_k, mask=m_k, other=0.0)[None, :]
+    b_z = tl.load(bias) + tl.sum(b_acc, 1)
+    b_e = tl.exp(-2.0 * tl.abs(b_z))  # from the decaying exponential: no overflow, and NaN stays NaN
+    b_t = (1.0 - b_e) / (1.0 + b_e)
+    tl.store(gamma + o_m, gamma_max * tl.where(b_z < 0, -b_t, b_t), mask=m_m)
+
+
+@triton.jit(do_not_specialize=launch.do_not_specialize("layer_project_gain"))
+def layer_project_gain(
+    h, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, gain, gain_bias, q, k, v, q_b, k_b, gamma, rows, depth, kv_width, units, gamma_max,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles + row tiles,): `layer_project` of a, the left half of h (rows, 2D), and gamma (rows,) float32 = gamma_max tanh(gain_bias + a . gain)."""
+    tiles = tl.cdiv(rows, BM) * (3 * tl.cdiv(depth, BN) + 2 * tl.cdiv(kv_width, BN))
+    if tl.program_id(0) < tiles:
+        _project_tile(h, 2 * depth, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, BM, BN, BK)
+    else:
+        _gain_rows(h, 2 * depth, gain, gain_bias, gamma, (tl.program_id(0) - tiles) * BM, rows, depth, gamma_max, BM, BK)
+
+
+@triton.jit
+def _project_tile(
+    a, a_row, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, pairs,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of the projections of a, whose rows lie a_row elements apart."""
     n_q, n_k = tl.cdiv(depth, BN), tl.cdiv(kv_width, BN)
     i_m, i_n = _tile(rows, 3 * n_q + 2 * n_k, BM)
     out, bias, width, begin = q, bias_q, depth, 0
@@ -178,7 +229,7 @@ def layer_project(
         out, bias, width, begin, i_n = k, bias_k, kv_width, depth, i_n - n_q
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < width - i_n * BN
-    b_y = _product(a + row * depth, a, weight + (begin + column) * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK)
+    b_y = _product(a + row * a_row, a, weight + (begin + column) * depth, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK)
     b_y = _with_bias(bias + column, b_y, m_n, BN)
     if turns:
         b_y = _turned(cos + row * pairs, sin + row * pairs, b_y, m_m, m_n, i_n * BN, pairs, BM, BN)
@@ -252,6 +303,30 @@ def project(a: Tensor, weight: Tensor, biases: tuple[Tensor, Tensor, Tensor, Ten
     grid = (triton.cdiv(rows, tiles["BM"]) * (3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])),)
     _run("layer_project", layer_project, product_variant(rows), grid, a.device, a.dtype, a, weight, *biases, cos, sin, *out, rows, depth, kv, cos.shape[1] // 4)
     return out
+
+
+def enter(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (rows, D) weight (2D, D)^T + bias (2D,) with GELU on its left half."""
+    rows, depth = x.shape
+    tiles = tiles_of("layer_enter", rows, x.device, x.dtype)
+    out = torch.empty(rows, 2 * depth, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(2 * depth, tiles["BN"]),)
+    _run("layer_enter", layer_enter, product_variant(rows), grid, x.device, x.dtype, x, weight, bias, out, rows, depth)
+    return out
+
+
+def project_gain(
+    h: Tensor, weight: Tensor, biases: tuple[Tensor, Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, gain: Tensor, gain_bias: Tensor, gamma_max: float,
+) -> tuple[Tensor, ...]:
+    """`project` of the left half of h (rows, 2D), and gamma (rows,) float32; gain (D,), gain_bias (1,) float32."""
+    rows, depth = h.shape[0], h.shape[1] // 2
+    kv, tiles = biases[1].numel(), tiles_of("layer_project_gain", rows, h.device, h.dtype)
+    out = [torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in (depth, kv, kv, depth, depth)]
+    out.append(torch.empty(rows, dtype=torch.float32, device=h.device))
+    grid = (triton.cdiv(rows, tiles["BM"]) * (3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"]) + 1),)
+    _run("layer_project_gain", layer_project_gain, product_variant(rows), grid, h.device, h.dtype, h, weight, *biases, cos, sin, gain, gain_bias, *out,
+         rows, depth, kv, cos.shape[1] // 4, gamma_max)
+    return tuple(out)
 
 
 def takes(x: Tensor, width: int) -> bool:

@@ -30,6 +30,18 @@ def _gain(h: Any, weight: Any, bias: Any, scale: float) -> tuple[Any, Any]:
     return a.astype(np.float32), (scale * np.tanh(bias[0] + a @ weight)).astype(np.float32)
 
 
+def _enter(x: Any, weight: Any, bias: Any) -> Any:
+    h = x @ weight.T + bias
+    a, _ = _gain(h, np.zeros(h.shape[-1] // 2), [0.0], 1.0)
+    return np.concatenate([a, h[..., h.shape[-1] // 2 :]], -1)
+
+
+def _project_gain(scale: float, h: Any, *rest: Any) -> tuple[Any, ...]:
+    *behind, gain, bias = rest
+    a = h[..., : h.shape[-1] // 2]
+    return (*_project(a, *behind), scale * np.tanh(bias[0] + a @ gain))
+
+
 def _project(a: Any, weight: Any, bias_q: Any, bias_k: Any, bias_v: Any, bias_fb: Any, cos: Any, sin: Any) -> tuple[Any, ...]:
     d, shape = a.shape[-1], a.shape[:2]
     kv = bias_k.size
@@ -94,6 +106,7 @@ def operators() -> list[Any]:
         make(contract.NORM_OP, lambda e, x, w, b: _norm(x, w, b, e)), make(contract.GAIN_OP, lambda g, h, w, b: _gain(h, w, b, g)),
         make(contract.LINEAR_OP, lambda _, x, w, b: x @ w.T + b), make(contract.LOGITS_OP, lambda _, x, w: x @ w.T),
         make(contract.LINEAR_HEADS_OP, lambda _, x, w, b: x.reshape(*x.shape[:2], -1) @ w.T + b), make(contract.PROJECT_OP, lambda _, *x: _project(*x)),
+        make(contract.ENTER_OP, lambda _, *x: _enter(*x)), make(contract.PROJECT_GAIN_OP, _project_gain),
         make(contract.TAIL_OP, lambda _, x, s, h, w, b: x + (s * h[..., h.shape[-1] // 2 :]) @ w.T + b),
     ]  # fmt: skip
 
@@ -111,9 +124,8 @@ def exported(folder: Path, config: SessaConfig, all_logits: bool = False, inline
     return export_onnx(model, folder / "model.onnx", precision, all_logits=all_logits, inline_limit=inline_limit)
 
 
-@pytest.mark.parametrize("all_logits", [False, True])
-@pytest.mark.parametrize("size", SIZES)
-def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_logits: bool) -> None:
+@pytest.mark.parametrize(("size", "all_logits", "joined"), [("one head", False, True), ("two heads a key", True, True), ("two heads a key", False, False)])
+def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_logits: bool, joined: bool) -> None:
     import onnxruntime
     from onnx.reference import ReferenceEvaluator
 
@@ -123,10 +135,10 @@ def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_lo
     graph = prepared.model.graph
     trt_fuse.unmasked_rows(graph)
     assert trt_layers.rotary(graph, onnx.TensorProto.FLOAT) is not None
-    types = trt_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent)
+    types = trt_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent, joined)
     assert types is not None and contract.LOGITS not in {n.op_type for n in graph.node}
     counts = Counter(n.op_type for n in graph.node)
-    assert counts[contract.NORM_OP] == 3 and counts[contract.TAIL_OP] == counts[contract.PROJECT_OP] == 2 and counts[contract.LOGITS_OP] == 1
+    assert counts[contract.NORM_OP] == 3 and counts[contract.TAIL_OP] == counts[contract.PROJECT_GAIN_OP if joined else contract.PROJECT_OP] == 2 and counts[contract.LOGITS_OP] == 1
     assert counts[contract.ROTARY_OP] == 1 and not {"Cos", "Sin", "Floor"} & set(counts)
     assert not {"MatMul", "Gemm", "LayerNormalization", "Erf", "Softmax"} & set(counts)
     assert len(graph.node) == len({n.name for n in graph.node})

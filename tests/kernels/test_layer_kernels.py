@@ -94,3 +94,25 @@ def test_rotary_tables(head: int) -> None:
     angle = at[..., None] * 10000.0 ** (-2.0 * torch.arange(head // 2, device=DEVICE) / head).double()
     for found, wanted in zip(layer.rotary(length, limbs, 4), (angle.cos(), angle.sin()), strict=True):
         assert found.shape == wanted.shape and float((found.double() - wanted).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("heads", [(4, 2, 16), (2, 2, 24)])
+def test_joined_entrance_and_projections(rows: int, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """GELU in W_in's product and the gain beside the projections: what the separate kernels give."""
+    n_q, n_k, d = heads
+    depth, kv = n_q * d, n_k * d
+    x, w_in, b_in = random(rows, depth, dtype=dtype), random(2 * depth, depth, dtype=dtype, scale=0.3), random(2 * depth, dtype=dtype)
+    h = layer.enter(x, w_in, b_in)
+    y = (x.double() @ w_in.double().T + b_in.double()).to(dtype).double()
+    close(h, torch.cat([torch.nn.functional.gelu(y[:, :depth]), y[:, depth:]], -1), dtype, 4 * depth)
+    weight = random(3 * depth + 2 * kv, depth, dtype=dtype, scale=0.3)
+    biases = tuple(random(n, dtype=dtype, seed=i) for i, n in enumerate((depth, kv, kv, 2 * depth)))
+    angle = random(rows, d // 2, dtype=torch.float32, scale=3.0)
+    gain, bias = random(depth, dtype=torch.float32, scale=0.1), torch.tensor([-0.4], device=DEVICE)
+    *parts, gamma = layer.project_gain(h, weight, biases, angle.cos(), angle.sin(), gain, bias, 0.9)  # type: ignore[arg-type]
+    a = h[:, :depth].contiguous()
+    for found, wanted in zip(parts, layer.project(a, weight, biases, angle.cos(), angle.sin()), strict=True):  # type: ignore[arg-type]
+        close(found, wanted.double(), dtype, depth)
+    close(gamma, 0.9 * torch.tanh(bias.double() + (a.double() * gain.double()).sum(-1)), torch.float32, depth)
