@@ -29,16 +29,16 @@ LAYER_KERNELS: dict[str, Kernel] = {
                dtypes=_HALF, scalar_loads=8),
         Kernel("layer_tail", _MODULE, (*pointers("s", "h", "weight", "bias", "x", "out"), *_SIZES), _TILES, _PRODUCTS, dtypes=_HALF,
                scalar_loads=32),
-        Kernel("layer_enter", _MODULE, (*pointers("x", "weight", "bias", "out"), *_SIZES), _TILES, _PRODUCTS, dtypes=_HALF, scalar_loads=8),
+        Kernel("layer_enter", _MODULE, (*pointers("x", "weight", "bias", "out"), *_SIZES), _TILES, _PRODUCTS, dtypes=_HALF, scalar_loads=16),
         Kernel("layer_project_gain", _MODULE,
                (*pointers("h", "weight", "bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gain", type="*fp32"), Param("gain_bias", "*fp32"),
                 *pointers("q", "k", "v", "q_b", "k_b"), Param("gamma", "*fp32"), *_SIZES, Param("kv_width", "i32"), *integers("units"),
                 Param("gamma_max", "fp32")),
-               _TILES, _PRODUCTS, dtypes=_HALF, scalar_loads=64),
+               _TILES, _PRODUCTS, dtypes=_HALF, scalar_loads=80),
         Kernel("layer_project", _MODULE,
                (*pointers("a", "weight", "bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", type="*fp32"),
                 *pointers("q", "k", "v", "q_b", "k_b"), *_SIZES, Param("kv_width", "i32"), *integers("units")),
-               _TILES, _PRODUCTS, dtypes=_HALF, scalar_loads=64),
+               _TILES, _PRODUCTS, dtypes=_HALF, scalar_loads=80),
     )
 }  # fmt: skip
 
