@@ -15,12 +15,12 @@ SOURCES = Path(library.__file__).parent
 INCLUDES = {library.include_major(Path(p)): Path(p) for p in os.environ.get("SESSA_TRT_INCLUDE", "").split(os.pathsep) if p}
 PREBUILT = Path(os.environ["SESSA_PLUGIN_PREBUILT"]) if "SESSA_PLUGIN_PREBUILT" in os.environ else None
 FLOAT, HALF, BFLOAT = 1, 10, 16
-FEEDBACK, CAUSAL, ROTARY, NORM, GAIN, LINEAR, LINEAR_HEADS, LOGITS, TAIL, PROJECT = range(10)  # positions in the harness's table
+FEEDBACK, CAUSAL, ROTARY, NORM, GAIN, LINEAR, LINEAR_HEADS, LOGITS, TAIL, PROJECT, ENTER, PROJECT_GAIN = range(12)  # positions in the harness's table
 NAMES = dict(enumerate(library.OPS))
-OPERANDS = {FEEDBACK: 8, CAUSAL: 7, ROTARY: 5, NORM: 4, GAIN: 5, LINEAR: 4, LINEAR_HEADS: 4, LOGITS: 3, TAIL: 6, PROJECT: 13}  # inputs and outputs
+OPERANDS = dict(enumerate((8, 7, 5, 4, 5, 4, 4, 3, 6, 13, 4, 16)))  # inputs and outputs
 Built = tuple[int, Path, ctypes.CDLL]  # TensorRT's major version, plugin library, harness
 Shape = ctypes.c_int64 * 12
-Pointers = ctypes.c_void_p * 16
+Pointers = ctypes.c_void_p * 20
 
 
 def sizes(batch: int, tokens: int, capacity: int, width: int, heads: int = 1, kv_heads: int = 1, head_width: int = 1, columns: int = 1) -> Any:
