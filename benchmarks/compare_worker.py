@@ -215,7 +215,7 @@ def measure(peer: Peer, point: Point, job: dict[str, Any], before: int | None) -
         "tokens_per_second": tokens * len(ms) / float(seconds.sum()),
         "bytes_per_step": None if point.prompt else traffic.step_bytes(peer.config, peer.precision, [n + mean for n in point.contexts]),
         # engines and allocators keep what they took, so that what is in use at the end was the peak; the CUDA context is not in it
-        "device_bytes": None if now is None or before is None else now - before,
+        "device_bytes": None if now is None or before is None or now < before else now - before,  # less: another process gave memory back
     }
 
 
