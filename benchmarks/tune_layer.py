@@ -36,7 +36,7 @@ class Case:
 
     def __init__(self, kernel: str, variant: str, width: int, vocabulary: int, dtype: torch.dtype) -> None:
         self.kernel, self.variant, self.dtype, self.rows = kernel, variant, dtype, CASES[variant][0]
-        self.columns = {"layer_linear": 2 * width, "layer_logits": vocabulary, "layer_tail": width, "layer_project": 5 * width}[kernel]
+        self.columns = {"layer_enter": 2 * width, "layer_logits": vocabulary, "layer_project_gain": 5 * width}.get(kernel, width)
         if kernel == "layer_logits":
             self.rows = min(self.rows, 32)
         rows, device = self.rows, "cuda"
@@ -49,16 +49,17 @@ class Case:
         self.weights = [make(self.columns, width) for _ in range(min(COPIES[variant], max(1, (6 << 30) // (2 * self.columns * width))))]
         out = make(rows, self.columns, kind=torch.float32 if kernel == "layer_logits" else dtype)
         cos, sin = make(rows, 32, kind=torch.float32), make(rows, 32, kind=torch.float32)
-        parts = [make(rows, width) for _ in range(5)]
+        parts, gain, gamma = [make(rows, width) for _ in range(5)], make(width, kind=torch.float32), make(rows, kind=torch.float32)
         tail: tuple[Any, ...] = (rows, width)
         self.arguments = {
-            "layer_linear": lambda w: (x, w, bias, out, *tail, self.columns), "layer_logits": lambda w: (x, w, out, *tail, self.columns),
+            "layer_linear": lambda w: (x, w, bias, out, *tail, self.columns), "layer_enter": lambda w: (x, w, bias, out, *tail),
+            "layer_logits": lambda w: (x, w, out, *tail, self.columns),
             "layer_tail": lambda w: (x, h, w, bias, x, out, *tail),
-            "layer_project": lambda w: (x, w, bias, bias, bias, bias, cos, sin, *parts, *tail, width, 8),
+            "layer_project_gain": lambda w: (h, w, bias, bias, bias, bias, cos, sin, gain, gain, *parts, gamma, *tail, width, 8, 0.999),
         }[kernel]  # fmt: skip
 
     def grid(self, tiles: dict[str, int]) -> tuple[int, ...]:
-        columns = triton.cdiv(self.columns, tiles["BN"]) if self.kernel != "layer_project" else 5 * triton.cdiv(self.columns // 5, tiles["BN"])
+        columns = triton.cdiv(self.columns, tiles["BN"]) if self.kernel != "layer_project_gain" else 5 * triton.cdiv(self.columns // 5, tiles["BN"]) + 1
         return (triton.cdiv(self.rows, tiles["BM"]) * columns,)
 
     def time(self, options: dict[str, int] | None) -> float:
@@ -94,13 +95,13 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=int, default=50304)
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16", "fp32"))
     parser.add_argument("--seconds", type=float, default=45.0, help="begin no further candidate after this long")
-    parser.add_argument("--only", nargs="*", default=[], metavar="KERNEL:VARIANT", help="e.g. layer_project:any; default: all")
+    parser.add_argument("--only", nargs="*", default=[], metavar="KERNEL:VARIANT", help="e.g. layer_tail:any; default: all")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--pin", action="store_true", help="write the best into the launch table")
     args = parser.parse_args()
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     begun, arch, found = time.perf_counter(), arch_of(0), []
-    names = ("layer_linear", "layer_project", "layer_tail", "layer_logits")
+    names = ("layer_enter", "layer_project_gain", "layer_linear", "layer_tail", "layer_logits")
     pairs = [(n, v) for v in CASES for n in names if not (n == "layer_logits" and v == "any") and (not args.only or f"{n}:{v}" in args.only)]
     jobs = [(name, variant, c) for name, variant in pairs for c in CASES[variant][1]]
 

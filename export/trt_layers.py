@@ -94,7 +94,7 @@ def rotary(graph: GraphProto, storage: int) -> dict[str, int] | None:
     return dict.fromkeys(flat, TensorProto.FLOAT)
 
 
-def rewrite(graph: GraphProto, config: SessaConfig, storage: int, folder: Path, joined: bool = True) -> dict[str, int] | None:
+def rewrite(graph: GraphProto, config: SessaConfig, storage: int, folder: Path) -> dict[str, int] | None:
     """Put the library's nodes in place of the layers, the last norm and the product behind it; folder: of the graph's data file.
 
     storage: ONNX type number. Returns the ONNX types of the new values, or None, with the graph as it was, where `applies` says no or the merged weights
@@ -106,7 +106,7 @@ def rewrite(graph: GraphProto, config: SessaConfig, storage: int, folder: Path, 
     tables = list(next(n.output for n in graph.node if n.op_type == contract.ROTARY_OP))
     try:
         for layer in range(config.n_layers):
-            _layer(work, layer, tables, joined)
+            _layer(work, layer, tables)
         _logits(work)
     except (KeyError, StopIteration):  # not the nodes that our exporter writes
         return None
@@ -120,33 +120,28 @@ def rewrite(graph: GraphProto, config: SessaConfig, storage: int, folder: Path, 
     return work.types
 
 
-def _layer(work: _Rewrite, i: int, tables: list[str], joined: bool) -> None:
-    """One layer: norm, W_in, GELU and gain, projections; out_proj; gate, W_out and residual."""
+def _layer(work: _Rewrite, i: int, tables: list[str]) -> None:
+    """One layer: norm, W_in and GELU, projections and gain; out_proj; gate, W_out and residual."""
     config, nodes, stem, mixer = work.config, work.nodes, f"layers.{i}", f"layers.{i}.mixer"
     mine = [n for n in work.graph.node if n.name.startswith(f"{stem}/")]
     causal, feedback = (next(n for n in mine if n.op_type == op) for op in (contract.CAUSAL_OP, contract.FEEDBACK_OP))
     norm = nodes[f"{stem}.ln/LayerNormalization.0"]
     x = norm.input[0]
     residual = next(n for n in mine if n.op_type == "Add" and set(n.input) == {x, nodes[f"{stem}.W_out/Add.0"].output[0]})
-    y, h, a = (f"{stem}/{name}:0" for name in ("y", "h", "a"))
+    y, h = (f"{stem}/{name}:0" for name in "yh")
     work.add(contract.NORM_OP, f"{stem}/norm", list(norm.input), [y], config.layer_norm_eps)
     w_in = work.put(f"{stem}.W_in.rows", work.weight(f"{stem}.W_in.weight"))
-    work.add(contract.ENTER_OP if joined else contract.LINEAR_OP, f"{stem}/W_in", [y, w_in, f"{stem}.W_in.bias"], [h])
+    work.add(contract.ENTER_OP, f"{stem}/W_in", [y, w_in, f"{stem}.W_in.bias"], [h])
     gain = work.put(f"{mixer}.gain.weight", work.array(f"{mixer}.gamma_ctx.weight").reshape(-1).astype(np.float32))
     bias = work.put(f"{mixer}.gain.bias", work.array(f"{mixer}.gamma_bias").reshape(1).astype(np.float32))
     gamma = feedback.input[contract.FEEDBACK_INPUTS.index("gamma")]
-    if not joined:
-        work.add(contract.GAIN_OP, f"{stem}/gelu_gain", [h, gain, bias], [a, gamma], config.gamma_max)
     parts = [f"{mixer}.{name}" for name in ("q_proj", "k_proj", "v_proj", "proj_fb")]
     weight = work.put(f"{mixer}.projections.rows", np.concatenate([work.weight(f"{p}.weight") for p in parts]))
     heads = (config.n_heads, config.kv_heads, config.kv_heads)
     biases = [work.put(f"{p}.heads", work.array(f"{p}.bias").reshape(n, config.head_dim)) for p, n in zip(parts, heads, strict=False)]
     outputs = [*causal.input[:3], *feedback.input[:2]]
-    behind = [weight, *biases, f"{parts[3]}.bias", *tables]
-    if joined:
-        work.add(contract.PROJECT_GAIN_OP, f"{mixer}/projections", [h, *behind, gain, bias], [*outputs, gamma], config.gamma_max)
-    else:
-        work.add(contract.PROJECT_OP, f"{mixer}/projections", [a, *behind], outputs)
+    inputs = [h, weight, *biases, f"{parts[3]}.bias", *tables, gain, bias]
+    work.add(contract.PROJECT_GAIN_OP, f"{mixer}/projections", inputs, [*outputs, gamma], config.gamma_max)
     work.types[gamma] = TensorProto.FLOAT
     f = feedback.input[contract.FEEDBACK_INPUTS.index("f")]
     if config.n_heads > 1:

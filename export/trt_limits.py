@@ -14,7 +14,7 @@ from sessa_deploy.contract import CAUSAL_OP, MODEL_DATA_FILE, MODEL_FILE, PRECIS
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.bundle import Bundle
 
-RECIPE = 3  # goes up when to_engine.py asks TensorRT for something else
+RECIPE = 4  # goes up when to_engine.py asks TensorRT for something else
 DEFAULT_PROMPT = 512
 OPT_LEVELS = (0, 5)
 LAYERS = ("plugin", "tensorrt")  # who computes what stands around the attentions

@@ -13,10 +13,9 @@ DOMAIN_VERSION = 1
 FEEDBACK_OP = "SessaFeedbackAttention"
 CAUSAL_OP = "SessaCausalAttention"
 # Ops of engines only, never of a bundle's graph: a layer around its attentions (see plugins/README.md).
-NORM_OP, GAIN_OP, LINEAR_OP, LINEAR_HEADS_OP = "SessaNorm", "SessaGeluGain", "SessaLinear", "SessaLinearHeads"
-LOGITS_OP, TAIL_OP, PROJECT_OP, ROTARY_OP = "SessaLogits", "SessaTail", "SessaProject", "SessaRotary"
-ENTER_OP, PROJECT_GAIN_OP = "SessaEnter", "SessaProjectGain"
-LAYER_OPS = (ROTARY_OP, NORM_OP, GAIN_OP, LINEAR_OP, LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, PROJECT_OP, ENTER_OP, PROJECT_GAIN_OP)
+ROTARY_OP, NORM_OP, ENTER_OP, PROJECT_GAIN_OP = "SessaRotary", "SessaNorm", "SessaEnter", "SessaProjectGain"
+LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP = "SessaLinearHeads", "SessaLogits", "SessaTail"
+LAYER_OPS = (ROTARY_OP, NORM_OP, LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, ENTER_OP, PROJECT_GAIN_OP)
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = ""
 ATTR_SCALE = "scale"

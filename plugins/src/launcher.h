@@ -85,15 +85,12 @@ extern Op const kFeedback;
 extern Op const kCausal;
 extern Op const kRotary;
 extern Op const kNorm;
-extern Op const kGain;
-extern Op const kLinear;
 extern Op const kLinearHeads;
 extern Op const kLogits;
 extern Op const kTail;
-extern Op const kProject;
 extern Op const kEnter;
 extern Op const kProjectGain;
-constexpr int32_t kOpCount = 12;
+constexpr int32_t kOpCount = 9;
 Op const& opAt(int32_t index) noexcept;
 
 struct Tensors

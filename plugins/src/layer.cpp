@@ -118,21 +118,6 @@ struct Norm final : Row
     }
 };
 
-struct Gain final : Row
-{
-    Gain()
-        : Row("layer_gelu_gain")
-    {
-    }
-
-    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
-    {
-        Arguments a;
-        a.add(t.in[0]).add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(t.outs[1]).add(i32(p.width)).add(p.scale != 0.0F ? p.scale : kGammaMax);
-        return launch(*kernel, {rowsOf(p), 1, 1}, a, stream, error);
-    }
-};
-
 struct Linear final : Product
 {
     Linear()
@@ -175,30 +160,6 @@ struct Tail final : Product
         Arguments a; // s, h, weight, bias, x
         a.add(t.in[1]).add(t.in[2]).add(t.in[3]).add(t.in[4]).add(t.in[0]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width));
         return launchTiles(p, columnTiles(p.width), a, stream, error);
-    }
-};
-
-struct Project final : Product
-{
-    Project()
-        : Product("layer_project")
-    {
-    }
-
-    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
-    {
-        int64_t const kvWidth = p.kvHeads * p.headWidth;
-        Arguments a;
-        for (int32_t i = 0; i < 8; ++i)
-        {
-            a.add(t.in[i]);
-        }
-        for (int32_t i = 0; i < 5; ++i)
-        {
-            a.add(t.outs[i]);
-        }
-        a.add(i32(rowsOf(p))).add(i32(p.width)).add(i32(kvWidth)).add(i32(p.headWidth / kHeadMultiple));
-        return launchTiles(p, 3 * columnTiles(p.width) + 2 * columnTiles(kvWidth), a, stream, error);
     }
 };
 
@@ -260,12 +221,6 @@ bool checkProduct(Problem const& p, std::string& error)
 bool checkDouble(Problem const& p, std::string& error)
 {
     return p.doubleWidth == 2 * p.width || refuse(error, "width of h", std::to_string(p.doubleWidth), "2 D = " + std::to_string(2 * p.width));
-}
-
-bool checkGain(Problem const& p, std::string& error)
-{
-    return checkRow(p, error) && checkDouble(p, error)
-        && (p.one == 1 || refuse(error, "elements of bias", std::to_string(p.one), "1"));
 }
 
 bool checkRotary(Problem const& p, std::string& error)
@@ -366,12 +321,6 @@ Op const kRotary{"SessaRotary", 3, {{"x", "BTD", Kind::kStorage}, {"past_length"
 Op const kNorm{"SessaNorm", 3, {{"x", "BTD", Kind::kStorage}, {"weight", "D", Kind::kStorage}, {"bias", "D", Kind::kStorage}}, checkRow, make<Norm>,
     everyWidth<kNorm>, 1, {{"y", "BTD", Kind::kStorage}}};
 
-Op const kGain{"SessaGeluGain", 3, {{"h", "BTE", Kind::kStorage}, {"weight", "D", Kind::kFloat}, {"bias", "I", Kind::kFloat}}, checkGain, make<Gain>,
-    everyWidth<kGain>, 2, {{"a", "BTD", Kind::kStorage}, {"gamma", "BT", Kind::kFloat}}};
-
-Op const kLinear{"SessaLinear", 3, {{"x", "BTD", Kind::kStorage}, {"weight", "ND", Kind::kStorage}, {"bias", "N", Kind::kStorage}}, checkProduct,
-    make<Linear>, everyRows<kLinear>, 1, {{"y", "BTN", Kind::kStorage}}};
-
 Op const kLinearHeads{"SessaLinearHeads", 3, {{"x", "BTHC", Kind::kStorage}, {"weight", "ND", Kind::kStorage}, {"bias", "N", Kind::kStorage}}, checkHeads,
     make<Linear>, everyRows<kLinearHeads>, 1, {{"y", "BTN", Kind::kStorage}}};
 
@@ -382,13 +331,6 @@ Op const kTail{"SessaTail", 5,
     {{"x", "BTD", Kind::kStorage}, {"s", "BTD", Kind::kStorage}, {"h", "BTE", Kind::kStorage}, {"weight", "DD", Kind::kStorage},
         {"bias", "D", Kind::kStorage}},
     checkTail, make<Tail>, everyRows<kTail>, 1, {{"y", "BTD", Kind::kStorage}}};
-
-Op const kProject{"SessaProject", 8,
-    {{"a", "BTD", Kind::kStorage}, {"weight", "ND", Kind::kStorage}, {"bias_q", "HC", Kind::kStorage}, {"bias_k", "KC", Kind::kStorage},
-        {"bias_v", "KC", Kind::kStorage}, {"bias_fb", "E", Kind::kStorage}, {"cos", "BTJ", Kind::kFloat}, {"sin", "BTJ", Kind::kFloat}},
-    checkProject, make<Project>, everyRows<kProject>, 5,
-    {{"q", "BTHC", Kind::kStorage}, {"k", "BTKC", Kind::kStorage}, {"v", "BTKC", Kind::kStorage}, {"q_b", "BTD", Kind::kStorage},
-        {"k_b", "BTD", Kind::kStorage}}};
 
 Op const kEnter{"SessaEnter", 3, {{"x", "BTD", Kind::kStorage}, {"weight", "ED", Kind::kStorage}, {"bias", "E", Kind::kStorage}}, checkEnter,
     make<Enter>, everyRows<kEnter>, 1, {{"h", "BTE", Kind::kStorage}}};

@@ -19,10 +19,6 @@ LAYER_KERNELS: dict[str, Kernel] = {
                ("BD",), ("any",), dtypes=("fp32",), scalar_loads=16, wide=False),
         Kernel("layer_norm", _MODULE, (*pointers("x", "weight", "bias", "out"), Param("width", "i32", True), Param("eps", "fp32")),
                ("BD",), tuple(map(str, WIDTHS)), dtypes=_HALF),
-        Kernel("layer_gelu_gain", _MODULE,
-               (*pointers("h"), *pointers("weight", type="*fp32"), Param("bias", "*fp32"), *pointers("a"), Param("gamma", "*fp32"),
-                Param("width", "i32", True), Param("gamma_max", "fp32")),
-               ("BD",), tuple(map(str, WIDTHS)), dtypes=_HALF, scalar_loads=2),
         Kernel("layer_linear", _MODULE, (*pointers("x", "weight", "bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS, dtypes=_HALF,
                scalar_loads=8),
         Kernel("layer_logits", _MODULE, (*pointers("x", "weight"), *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
@@ -34,10 +30,6 @@ LAYER_KERNELS: dict[str, Kernel] = {
                (*pointers("h", "weight", "bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gain", type="*fp32"), Param("gain_bias", "*fp32"),
                 *pointers("q", "k", "v", "q_b", "k_b"), Param("gamma", "*fp32"), *_SIZES, Param("kv_width", "i32"), *integers("units"),
                 Param("gamma_max", "fp32")),
-               _TILES, _PRODUCTS, dtypes=_HALF, scalar_loads=80),
-        Kernel("layer_project", _MODULE,
-               (*pointers("a", "weight", "bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", type="*fp32"),
-                *pointers("q", "k", "v", "q_b", "k_b"), *_SIZES, Param("kv_width", "i32"), *integers("units")),
                _TILES, _PRODUCTS, dtypes=_HALF, scalar_loads=80),
     )
 }  # fmt: skip

@@ -33,22 +33,6 @@ def layer_norm(x, weight, bias, out, width, eps, BD: tl.constexpr):
     tl.store(out + tl.program_id(0).to(tl.int64) * width + o_d, b_y.to(out.dtype.element_ty), mask=m_d)
 
 
-@triton.jit(do_not_specialize=launch.do_not_specialize("layer_gelu_gain"))
-def layer_gelu_gain(h, weight, bias, a, gamma, width, gamma_max, BD: tl.constexpr):
-    """Grid (rows,), BD >= D: a = GELU of the left half of h (rows, 2D), gamma = gamma_max tanh(bias + a . weight) of the rounded a."""
-    i_row = tl.program_id(0).to(tl.int64)
-    o_d = tl.arange(0, BD)
-    m_d = o_d < width
-    b_x = tl.load(h + i_row * (2 * width) + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_a = (b_x * (0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476))).to(a.dtype.element_ty)
-    tl.store(a + i_row * width + o_d, b_a, mask=m_d)
-    b_w = tl.load(weight + o_d, mask=m_d, other=0.0)
-    b_z = tl.load(bias) + tl.sum(b_a.to(tl.float32) * b_w, 0)
-    b_e = tl.exp(-2.0 * tl.abs(b_z))  # from the decaying exponential: no overflow, and NaN stays NaN
-    b_t = (1.0 - b_e) / (1.0 + b_e)
-    tl.store(gamma + i_row, gamma_max * tl.where(b_z < 0, -b_t, b_t))
-
-
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_rotary"))
 def layer_rotary(past_length, limbs, cos, sin, tokens, pairs, BD: tl.constexpr):
     """Grid (T, B), BD >= d / 2: cos and sin (B,T,pairs) float32 at position past_length[b] + t; limbs (4,pairs): see rope.py, whose sums these are."""
@@ -168,18 +152,6 @@ def _turned(cos, sin, b_y, m_m, m_n, first, pairs, BM: tl.constexpr, BN: tl.cons
     return tl.reshape(tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos), [BM, BN])
 
 
-@triton.jit(do_not_specialize=launch.do_not_specialize("layer_project"))
-def layer_project(
-    a, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles,): all projections of a (rows, D). weight: q (D rows), k, v (kv_width each), the feedback branch's q and k (D each), in this order.
-
-    q and k are turned by cos, sin (rows, d / 2) float32, d = 8 units. Each output gets tiles of its own.
-    """
-    _project_tile(a, depth, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, BM, BN, BK)
-
-
 @triton.jit
 def _gain_rows(a, a_row, weight, bias, gamma, first, rows, depth, gamma_max, BM: tl.constexpr, BK: tl.constexpr):
     """gamma_max tanh(bias + a . weight) of BM rows of a, which lie a_row elements apart."""
@@ -201,7 +173,11 @@ def layer_project_gain(
     h, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, gain, gain_bias, q, k, v, q_b, k_b, gamma, rows, depth, kv_width, units, gamma_max,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles + row tiles,): `layer_project` of a, the left half of h (rows, 2D), and gamma (rows,) float32 = gamma_max tanh(gain_bias + a . gain)."""
+    """Grid (tiles + row tiles,): all projections of a, the left half of h (rows, 2D), and gamma (rows,) float32 = gamma_max tanh(gain_bias + a . gain).
+
+    weight: q (D rows), k, v (kv_width each), the feedback branch's q and k (D each), in this order. q and k are turned by cos, sin (rows, d / 2) float32,
+    d = 8 units. Each output gets tiles of its own.
+    """
     tiles = tl.cdiv(rows, BM) * (3 * tl.cdiv(depth, BN) + 2 * tl.cdiv(kv_width, BN))
     if tl.program_id(0) < tiles:
         _project_tile(h, 2 * depth, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, BM, BN, BK)
@@ -265,15 +241,6 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return out
 
 
-def gelu_gain(h: Tensor, weight: Tensor, bias: Tensor, gamma_max: float) -> tuple[Tensor, Tensor]:
-    """a (rows, D), gamma (rows,) float32 of h (rows, 2D); weight (D,), bias (1,) float32."""
-    rows, width = h.shape[0], h.shape[1] // 2
-    a, gamma = torch.empty(rows, width, dtype=h.dtype, device=h.device), torch.empty(rows, dtype=torch.float32, device=h.device)
-    variant = launch.width_variant("layer_gelu_gain", width)
-    _run("layer_gelu_gain", layer_gelu_gain, variant, (rows,), h.device, h.dtype, h, weight, bias, a, gamma, width, gamma_max)
-    return a, gamma
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (rows, K) weight (N, K)^T + bias (N,) in the storage type; without a bias the logits, float32."""
     (rows, depth), columns, kernel = x.shape, weight.shape[0], "layer_linear" if bias is not None else "layer_logits"
@@ -295,16 +262,6 @@ def tail(s: Tensor, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tenso
     return out
 
 
-def project(a: Tensor, weight: Tensor, biases: tuple[Tensor, Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """q (rows, D), k, v (rows, Hkv d), q_b, k_b (rows, D) of a (rows, D); biases of q, k, v and both feedback halves; cos, sin (rows, d / 2) float32."""
-    rows, depth = a.shape
-    kv, tiles = biases[1].numel(), tiles_of("layer_project", rows, a.device, a.dtype)
-    out = tuple(torch.empty(rows, n, dtype=a.dtype, device=a.device) for n in (depth, kv, kv, depth, depth))
-    grid = (triton.cdiv(rows, tiles["BM"]) * (3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])),)
-    _run("layer_project", layer_project, product_variant(rows), grid, a.device, a.dtype, a, weight, *biases, cos, sin, *out, rows, depth, kv, cos.shape[1] // 4)
-    return out
-
-
 def enter(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (rows, D) weight (2D, D)^T + bias (2D,) with GELU on its left half."""
     rows, depth = x.shape
@@ -318,7 +275,10 @@ def enter(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def project_gain(
     h: Tensor, weight: Tensor, biases: tuple[Tensor, Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, gain: Tensor, gain_bias: Tensor, gamma_max: float,
 ) -> tuple[Tensor, ...]:
-    """`project` of the left half of h (rows, 2D), and gamma (rows,) float32; gain (D,), gain_bias (1,) float32."""
+    """q (rows, D), k, v (rows, Hkv d), q_b, k_b (rows, D) of a, the left half of h (rows, 2D), and gamma (rows,) float32 of a.
+
+    biases of q, k, v and both feedback halves; cos, sin (rows, d / 2), gain (D,), gain_bias (1,) float32.
+    """
     rows, depth = h.shape[0], h.shape[1] // 2
     kv, tiles = biases[1].numel(), tiles_of("layer_project_gain", rows, h.device, h.dtype)
     out = [torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in (depth, kv, kv, depth, depth)]

@@ -22,18 +22,11 @@ def _norm(x: Any, weight: Any, bias: Any, scale: float) -> Any:
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + scale) * weight + bias
 
 
-def _gain(h: Any, weight: Any, bias: Any, scale: float) -> tuple[Any, Any]:
+def _enter(x: Any, weight: Any, bias: Any) -> Any:
     from math import erf
 
-    x = h[..., : h.shape[-1] // 2]
-    a = x * 0.5 * (1 + np.vectorize(erf)(x / np.sqrt(2.0)))
-    return a.astype(np.float32), (scale * np.tanh(bias[0] + a @ weight)).astype(np.float32)
-
-
-def _enter(x: Any, weight: Any, bias: Any) -> Any:
-    h = x @ weight.T + bias
-    a, _ = _gain(h, np.zeros(h.shape[-1] // 2), [0.0], 1.0)
-    return np.concatenate([a, h[..., h.shape[-1] // 2 :]], -1)
+    a, g = np.split(x @ weight.T + bias, 2, axis=-1)
+    return np.concatenate([a * 0.5 * (1 + np.vectorize(erf)(a / np.sqrt(2.0))), g], -1)
 
 
 def _project_gain(scale: float, h: Any, *rest: Any) -> tuple[Any, ...]:
@@ -103,9 +96,9 @@ def operators() -> list[Any]:
     return [
         make(contract.ROTARY_OP, lambda _, x, length, limbs: _rotary(x, length, limbs)),
         make(contract.CAUSAL_OP, _causal), make(contract.FEEDBACK_OP, _feedback),
-        make(contract.NORM_OP, lambda e, x, w, b: _norm(x, w, b, e)), make(contract.GAIN_OP, lambda g, h, w, b: _gain(h, w, b, g)),
-        make(contract.LINEAR_OP, lambda _, x, w, b: x @ w.T + b), make(contract.LOGITS_OP, lambda _, x, w: x @ w.T),
-        make(contract.LINEAR_HEADS_OP, lambda _, x, w, b: x.reshape(*x.shape[:2], -1) @ w.T + b), make(contract.PROJECT_OP, lambda _, *x: _project(*x)),
+        make(contract.NORM_OP, lambda e, x, w, b: _norm(x, w, b, e)),
+        make(contract.LOGITS_OP, lambda _, x, w: x @ w.T),
+        make(contract.LINEAR_HEADS_OP, lambda _, x, w, b: x.reshape(*x.shape[:2], -1) @ w.T + b),
         make(contract.ENTER_OP, lambda _, *x: _enter(*x)), make(contract.PROJECT_GAIN_OP, _project_gain),
         make(contract.TAIL_OP, lambda _, x, s, h, w, b: x + (s * h[..., h.shape[-1] // 2 :]) @ w.T + b),
     ]  # fmt: skip
@@ -124,8 +117,8 @@ def exported(folder: Path, config: SessaConfig, all_logits: bool = False, inline
     return export_onnx(model, folder / "model.onnx", precision, all_logits=all_logits, inline_limit=inline_limit)
 
 
-@pytest.mark.parametrize(("size", "all_logits", "joined"), [("one head", False, True), ("two heads a key", True, True), ("two heads a key", False, False)])
-def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_logits: bool, joined: bool) -> None:
+@pytest.mark.parametrize(("size", "all_logits"), [("one head", False), ("two heads a key", True), ("two heads a key", False)])
+def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_logits: bool) -> None:
     import onnxruntime
     from onnx.reference import ReferenceEvaluator
 
@@ -135,10 +128,10 @@ def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_lo
     graph = prepared.model.graph
     trt_fuse.unmasked_rows(graph)
     assert trt_layers.rotary(graph, onnx.TensorProto.FLOAT) is not None
-    types = trt_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent, joined)
+    types = trt_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent)
     assert types is not None and contract.LOGITS not in {n.op_type for n in graph.node}
     counts = Counter(n.op_type for n in graph.node)
-    assert counts[contract.NORM_OP] == 3 and counts[contract.TAIL_OP] == counts[contract.PROJECT_GAIN_OP if joined else contract.PROJECT_OP] == 2
+    assert counts[contract.NORM_OP] == 3 and counts[contract.TAIL_OP] == counts[contract.PROJECT_GAIN_OP] == 2
     assert counts[contract.LOGITS_OP] == 1
     assert counts[contract.ROTARY_OP] == 1 and not {"Cos", "Sin", "Floor"} & set(counts)
     assert not {"MatMul", "Gemm", "LayerNormalization", "Erf", "Softmax"} & set(counts)

@@ -45,10 +45,8 @@ struct Op
 Op const kOps[] = {{"SessaFeedbackAttention", {"BTD", "BTD", "BT:f", "BTD", "BPD", "BPD", "B:i"}, {"BTD"}},
     {"SessaCausalAttention", {"BTHD", "BTKD", "BTKD", "BPKD", "BPKD", "B:i"}, {"BTHD"}},
     {"SessaRotary", {"BTD", "B:i", "RJ:f"}, {"BTJ:f", "BTJ:f"}}, {"SessaNorm", {"BTD", "D", "D"}, {"BTD"}},
-    {"SessaGeluGain", {"BTE", "D:f", "I:f"}, {"BTD", "BT:f"}}, {"SessaLinear", {"BTD", "ND", "N"}, {"BTN"}},
     {"SessaLinearHeads", {"BTHC", "ND", "N"}, {"BTN"}}, {"SessaLogits", {"BTD", "ND"}, {"BTN:f"}},
     {"SessaTail", {"BTD", "BTD", "BTE", "DD", "D"}, {"BTD"}},
-    {"SessaProject", {"BTD", "ND", "HC", "KC", "KC", "E", "BTJ:f", "BTJ:f"}, {"BTHC", "BTKC", "BTKC", "BTD", "BTD"}},
     {"SessaEnter", {"BTD", "ED", "E"}, {"BTE"}},
     {"SessaProjectGain", {"BTE", "ND", "HC", "KC", "KC", "E", "BTJ:f", "BTJ:f", "D:f", "I:f"}, {"BTHC", "BTKC", "BTKC", "BTD", "BTD", "BT:f"}}};
 char const* const kLetters = "BTPDHKCNEJIR"; // the order of `shape`

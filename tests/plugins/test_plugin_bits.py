@@ -134,7 +134,7 @@ def test_layers_give_the_bits_of_the_kernels(
     x, s, h = random(n, width), random(n, width), random(n, 2 * width)
     row, row2, square = random(width), random(width), random(width, width, scale=0.1)
     wide, gain, one = random(width + 48, width, scale=0.1), random(width, kind=torch.float32, scale=0.1), random(1, kind=torch.float32)
-    columns, bias, everything = width + 48, random(width + 48), random(3 * width + 2 * kv, width, scale=0.1)
+    columns, everything = width + 48, random(3 * width + 2 * kv, width, scale=0.1)
     double, heads_of_all = random(2 * width, width, scale=0.1), sizes(b, t, 1, width, n_q, n_k, d, 3 * width + 2 * kv)
     biases = (random(width), random(kv), random(kv), random(2 * width))
     length, limbs = torch.arange(b, device="cuda", dtype=torch.int32), torch.rand(4, d // 2, device="cuda") / 64
@@ -143,13 +143,10 @@ def test_layers_give_the_bits_of_the_kernels(
     cases: list[tuple[int, float, Any, list[Any], tuple[Any, ...]]] = [
         (ph.ROTARY, -1, sizes(b, t, 1, width, 1, 1, d), [x, length, limbs], tables),
         (ph.NORM, 1e-5, sizes(b, t, 1, width), [x, row, row2], (layer.norm(x, row, row2, 1e-5),)),
-        (ph.GAIN, 0.999, sizes(b, t, 1, width), [h, gain, one], layer.gelu_gain(h, gain, one, 0.999)),
-        (ph.LINEAR, -1, sizes(b, t, 1, width, columns=columns), [x, wide, bias], (layer.linear(x, wide, bias),)),
         (ph.LINEAR_HEADS, -1, sizes(b, t, 1, width, n_q, 1, d, width), [x, square, row], (layer.linear(x, square, row),)),
         (ph.LOGITS, -1, sizes(b, t, 1, width, columns=columns), [x, wide], (layer.linear(x, wide, None),)),
         (ph.TAIL, -1, sizes(b, t, 1, width), [x, s, h, square, row], (layer.tail(s, h, square, row, x),)),
         (ph.ENTER, -1, sizes(b, t, 1, width), [x, double, biases[3]], (layer.enter(x, double, biases[3]),)),
-        (ph.PROJECT, -1, heads_of_all, [x, everything, *biases, *tables], layer.project(x, everything, biases, *flat)),
         (ph.PROJECT_GAIN, 0.999, heads_of_all, [h, everything, *biases, *tables, gain, one],
          layer.project_gain(h, everything, biases, *flat, gain, one, 0.999)),
     ]  # fmt: skip
