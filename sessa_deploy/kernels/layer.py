@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels import launch
-from sessa_deploy.kernels.feedback_launch import DTYPE_NAMES, address, interpreted, launcher, pinned
+from sessa_deploy.kernels.feedback_launch import address, launcher, pinned
 from sessa_deploy.kernels.launch_layer import product_variant
 
 GROUP = tl.constexpr(8)  # tiles of rows whose programs are neighbours, so that they share a tile of weights in the cache
@@ -287,8 +287,3 @@ def project_gain(
     _run("layer_project_gain", layer_project_gain, product_variant(rows), grid, h.device, h.dtype, h, weight, *biases, cos, sin, gain, gain_bias, *out,
          rows, depth, kv, cos.shape[1] // 4, gamma_max)
     return tuple(out)
-
-
-def takes(x: Tensor, width: int) -> bool:
-    """Whether the kernels take rows of this type and width: at most 32 bits, a multiple of 16 up to 4096."""
-    return (x.is_cuda or interpreted()) and x.dtype in DTYPE_NAMES and width % launch.ALIGNMENT == 0 and width <= 4096

@@ -181,7 +181,8 @@ def test_weights_beside_the_file_stay_there(models: Callable[[str], Path], tmp_p
 def test_what_the_builder_is_asked(fake: Callable[..., Any], bundle: Callable[..., Bundle], version: str) -> None:
     trt = fake(version)
     seen: list[str] = []
-    built = to_engine.build_engine(bundle("fp16"), 4, 24, 64, workspace=1 << 20, opt_level=2, progress=lambda what, done, of: seen.append(what))
+    built = to_engine.build_engine(bundle("fp16"), 4, 24, 64, workspace=1 << 20, opt_level=2, progress=lambda what, done, of: seen.append(what),
+                                    layers="tensorrt")
     config, network = trt.calls.config, trt.calls.network
     assert built.fresh and built.folder == f"engines/sm_90-{version}-fp16" and built.info.capacity == 24 and built.info.max_prompt == 24
     assert Bundle.open(built.bundle.path).sha256(f"{built.folder}/model.plan") == built.info.plan_sha256
@@ -200,6 +201,26 @@ def test_what_the_builder_is_asked(fake: Callable[..., Any], bundle: Callable[..
     else:
         assert network.flags == 2 and config.flags == {"STRICT_NANS"} and not pinned and config.progress_monitor is not None
     assert seen[0] == "reading the graph" and seen[-1] == "checking the engine"
+
+
+@pytest.mark.parametrize(("version", "precision", "asked", "layers"), [
+    ("8.6.0", "fp16", None, "plugin"), ("8.6.0", "fp16", "tensorrt", "tensorrt"), ("8.6.0", "fp32", None, "tensorrt"), ("10.9.0", "fp16", None, "tensorrt"),
+    ("10.9.0", "fp16", "plugin", "plugin")])
+def test_who_computes_the_layers(fake: Callable[..., Any], tmp_path: Path, version: str, precision: str, asked: str | None, layers: str) -> None:
+    """The plugin library where TensorRT 8.6 would make a 16-bit graph float32, and where it is asked for."""
+    torch = pytest.importorskip("torch")
+    from sessa_deploy.export.to_onnx import export_onnx
+    from sessa_deploy.model import SessaLM
+
+    trt, config = fake(version), dataclasses.replace(CONFIG, d_model=32)
+    torch.manual_seed(3)
+    model = export_onnx(SessaLM(config), tmp_path / "model.onnx", precision)
+    built = to_engine.build_engine(write_bundle(tmp_path / "bundle", {contract.MODEL_FILE: model}, config, precision, {}), layers=asked)
+    ops = {x.node.op_type for x in trt.calls.network.layers}
+    assert built.info.layers == layers and (contract.TAIL_OP in ops) == (layers == "plugin") and ("MatMul" in ops) == (layers == "tensorrt")
+    assert (contract.ROTARY_OP in ops) == ("Cos" not in ops) == (asked == "plugin" or (version.startswith("8") and asked is None))
+    with pytest.raises(UserError, match="--layers is none of ours: got 'torch'; allowed: plugin, tensorrt"):
+        to_engine.build_engine(built.bundle, layers="torch")
 
 
 def test_an_fp32_build_pins_nothing_and_clears_tf32(fake: Callable[..., Any], bundle: Callable[..., Bundle]) -> None:
@@ -221,7 +242,7 @@ def test_the_key_covers_everything(bundle: Callable[..., Bundle]) -> None:
     base: dict[str, Any] = {"plugin_sha256": "p", "shapes": Shapes(1, 32, 8), "machine": HERE, "workspace": None, "opt_level": None}
     one, other = bundle("fp32"), bundle("fp16", "other")
     changes = [{"plugin_sha256": "q"}, *({"shapes": s} for s in (Shapes(2, 32, 8), Shapes(1, 31, 8), Shapes(1, 32, 9))), {"workspace": 1}, {"opt_level": 3},
-               *({"machine": dataclasses.replace(HERE, **{f: "x"})} for f in ("arch", "tensorrt", "driver"))]  # fmt: skip
+               {"layers": "tensorrt"}, *({"machine": dataclasses.replace(HERE, **{f: "x"})} for f in ("arch", "tensorrt", "driver"))]  # fmt: skip
     keys = [trt_limits.engine_key(one, **base), trt_limits.engine_key(other, **base), *(trt_limits.engine_key(one, **{**base, **c}) for c in changes)]
     assert len(set(keys)) == len(keys)
     assert trt_limits.engine_key(one, **{**base, "machine": dataclasses.replace(HERE, free=1)}) == keys[0]
