@@ -48,7 +48,7 @@ def plain_shapes(graph: GraphProto) -> None:
             # One dimension as a scalar: gather it as one, rather than squeeze what a parser may not know to be a vector of one.
             source, index = gathers[node.input[0]].input
             node.CopyFrom(helper.make_node("Gather", [source, _scalar(graph, index)], list(node.output), axis=0))
-    _set_nodes(graph, nodes)
+    set_nodes(graph, nodes)
 
 
 def scalar_zeros(graph: GraphProto) -> None:
@@ -75,7 +75,7 @@ def transposed_weights(graph: GraphProto, weights: Iterable[str]) -> dict[str, b
         dims[0].dim_value, dims[1].dim_value = dims[1].dim_value, dims[0].dim_value
         result[value.name] = True
         _replace_input(graph, node.output[0], value.name)
-    _set_nodes(graph, nodes)
+    set_nodes(graph, nodes)
     return result
 
 
@@ -103,10 +103,8 @@ def drop_unused(graph: GraphProto) -> None:
         if needed.intersection(node.output):
             needed.update(node.input)
             kept.append(node)
-    _set_nodes(graph, kept[::-1])
-    constants = [x for x in graph.initializer if x.name in needed]
-    del graph.initializer[:]
-    graph.initializer.extend(constants)
+    set_nodes(graph, kept[::-1])
+    drop_weights(graph)
 
 
 def merge_constants(graph: GraphProto) -> None:
@@ -219,7 +217,8 @@ def _replace_input(graph: GraphProto, old: str, new: str) -> None:
         node.input[:] = [new if x == old else x for x in node.input]
 
 
-def _set_nodes(graph: GraphProto, nodes: list[NodeProto]) -> None:
+def set_nodes(graph: GraphProto, nodes: Iterable[NodeProto]) -> None:
+    """Put these nodes, which may be the graph's own, in place of the graph's."""
     copies = []
     for node in nodes:
         copy = NodeProto()
@@ -227,3 +226,11 @@ def _set_nodes(graph: GraphProto, nodes: list[NodeProto]) -> None:
         copies.append(copy)
     del graph.node[:]
     graph.node.extend(copies)
+
+
+def drop_weights(graph: GraphProto) -> None:
+    """Remove the initializers that neither a node reads nor the graph gives out."""
+    read = {x for n in graph.node for x in n.input} | {x.name for x in graph.output}
+    kept = [x for x in graph.initializer if x.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)

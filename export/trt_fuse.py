@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import GraphProto, NodeProto, helper, numpy_helper
+
+from sessa_deploy.export.passes import drop_weights, set_nodes
 
 _INLINE_LIMIT = 1 << 30  # bytes of merged weights kept inside the message, which protobuf limits to 2 GiB
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "proj_fb")
@@ -34,7 +36,7 @@ def unmasked_rows(graph: GraphProto) -> int:
     for node in kept:
         node.input[:] = [renamed.get(x, x) for x in node.input]
         node.output[:] = [renamed.get(x, x) for x in node.output]
-    _set_nodes(graph, _needed(kept, {x.name for x in graph.output}))
+    set_nodes(graph, _needed(kept, {x.name for x in graph.output}))
     return len(gone)
 
 
@@ -83,9 +85,9 @@ def one_projection(graph: GraphProto, folder: Path) -> dict[str, str]:
         nodes += plan.get(id(node), [])
         if id(node) not in gone:
             nodes.append(node)
-    _set_nodes(graph, nodes)
+    set_nodes(graph, nodes)
     graph.initializer.extend(merged)
-    _drop_weights(graph)
+    drop_weights(graph)
     return same
 
 
@@ -121,20 +123,3 @@ def _needed(nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
             outputs = outputs.union(node.input)
             kept.append(node)
     return kept[::-1]
-
-
-def _drop_weights(graph: GraphProto) -> None:
-    read = {x for n in graph.node for x in n.input}
-    kept = [x for x in graph.initializer if x.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-
-
-def _set_nodes(graph: GraphProto, nodes: Iterable[NodeProto]) -> None:
-    copies = []
-    for node in nodes:
-        copy = NodeProto()
-        copy.CopyFrom(node)
-        copies.append(copy)
-    del graph.node[:]
-    graph.node.extend(copies)

@@ -16,6 +16,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
+from sessa_deploy.export.passes import drop_weights, set_nodes
 
 _MULTIPLE, _WIDEST = 16, 4096  # of D, for the kernels that hold a row
 _HEADS = 8  # of a head, for the rotation
@@ -192,16 +193,7 @@ def _set_sorted(graph: GraphProto, nodes: list[NodeProto]) -> None:
                 stack.extend((x, False) for x in reversed(list(node.input)))
 
     visit([x.name for x in graph.output])
-    copies = []
-    for node in order:
-        copy = NodeProto()
-        copy.CopyFrom(node)
-        copies.append(copy)
-    del graph.node[:]
-    graph.node.extend(copies)
-    read = {x for n in copies for x in n.input}
-    kept = [x for x in graph.initializer if x.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    set_nodes(graph, order)
+    drop_weights(graph)
 
 
