@@ -62,8 +62,8 @@ def build_engine(
     _check_precision(trt, bundle, precision)
     check_rows(bundle.config, bundle.precision)
     plugin = library.load(trt, plugin)
-    machine = this_machine(trt)
-    key = trt_limits.engine_key(bundle, hash_file(plugin), shapes, machine, workspace, opt_level, layers)
+    plugin_sha256, machine = hash_file(plugin), this_machine(trt)
+    key = trt_limits.engine_key(bundle, plugin_sha256, shapes, machine, workspace, opt_level, layers)
     folder = trt_plan.engine_folder(machine.arch, machine.tensorrt, bundle.precision)
     present = _present(bundle, folder)
     if present is not None and present.key == key and not force:
@@ -77,7 +77,7 @@ def build_engine(
     info = trt_plan.EngineInfo(
         key=key, plan_sha256=hashlib.sha256(plan).hexdigest(), plan_size=len(plan), tensorrt=machine.tensorrt, arch=machine.arch, gpu=machine.gpu,
         driver=machine.driver, precision=bundle.precision, max_batch=shapes.max_batch, capacity=shapes.capacity, max_prompt=shapes.max_prompt,
-        plugin_sha256=hash_file(plugin), seconds=round(time.monotonic() - begun, 1), inlined=prepared.inlined, layers=layers,
+        plugin_sha256=plugin_sha256, seconds=round(time.monotonic() - begun, 1), inlined=prepared.inlined, layers=layers,
     )  # fmt: skip
     written = add_files(bundle, {f"{folder}/{trt_plan.PLAN_FILE}": plan, f"{folder}/{trt_plan.ENGINE_FILE}": info.to_json()})
     return Built(written, folder, info, fresh=True)
