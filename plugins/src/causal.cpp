@@ -71,11 +71,11 @@ struct Step final : Plan
         Arguments first;
         first.add(t.in[kQ]).add(t.in[kK]).add(t.in[kV]).add(t.in[kPastK]).add(t.in[kPastV]).add(t.in[kPastLength]).add(part).add(stat);
         addStrides(p, first);
-        first.add(i32(p.capacity)).add(i32(p.kvHeads)).add(i32(group)).add(units).add(scaleLog2(p));
+        first.add(i32(p.batch)).add(i32(splits)).add(i32(p.capacity)).add(i32(p.kvHeads)).add(i32(group)).add(units).add(scaleLog2(p));
         Arguments second;
         second.add(part).add(stat).add(t.in[kPastLength]).add(t.out);
         second.add(i32(p.capacity)).add(i32(splits)).add(partial->tile("BLOCK_R")).add(units);
-        return launch(*partial, {blocks, splits, p.batch}, first, stream, error)
+        return launch(*partial, {blocks, std::min(p.batch * splits, kStepPrograms), 1}, first, stream, error)
             && launch(*combine, {p.heads, ceilDiv(p.width, combine->tile("BLOCK_D")), p.batch}, second, stream, error);
     }
 

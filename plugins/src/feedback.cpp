@@ -52,11 +52,11 @@ struct Step final : Plan
         int64_t const stride = p.capacity * p.width;
         Arguments first;
         first.add(t.in[kQ]).add(t.in[kPastK]).add(t.in[kPastS]).add(t.in[kPastLength]).add(part).add(stat);
-        first.add(stride).add(width).add(stride).add(width).add(capacity).add(width).add(static_cast<float>(scaleOf(p) * kLog2E));
+        first.add(stride).add(width).add(stride).add(width).add(i32(p.batch)).add(i32(splits)).add(capacity).add(width).add(static_cast<float>(scaleOf(p) * kLog2E));
         Arguments second;
         second.add(part).add(stat).add(t.in[kPastLength]).add(t.in[kGamma]).add(t.in[kF]).add(t.out);
         second.add(capacity).add(static_cast<int32_t>(splits)).add(partial->tile("BLOCK_R")).add(width);
-        return launch(*partial, {p.batch, splits, 1}, first, stream, error)
+        return launch(*partial, {std::min(p.batch * splits, kStepPrograms), 1, 1}, first, stream, error)
             && launch(*combine, {p.batch, ceilDiv(width, combine->tile("BLOCK_D")), 1}, second, stream, error);
     }
 

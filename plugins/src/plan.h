@@ -14,6 +14,7 @@ namespace sessa
 {
 
 constexpr double kLog2E = 1.4426950408889634;
+constexpr int64_t kStepPrograms = 1056; // launch.STEP_PROGRAMS
 
 inline int64_t ceilDiv(int64_t a, int64_t b)
 {

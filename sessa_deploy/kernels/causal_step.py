@@ -17,6 +17,7 @@ from torch import Tensor
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.launch_causal import MULTIPLE, head_variant
+from sessa_deploy.kernels.schedule import begin, locate, pieces
 
 LOG2E = 1.4426950408889634
 
@@ -54,21 +55,39 @@ def _finish(part, stat, o_part, m_head, o_d, m_d, width, b_max, b_sum, b_acc):
 @triton.jit(do_not_specialize=launch.do_not_specialize("causal_step_partial"))
 def causal_step_partial(
     q, k, v, past_k, past_v, past_length, part, stat,
-    stride_kb: tl.int64, stride_kr, stride_vb: tl.int64, stride_vr, capacity, heads, group, units, scale,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    stride_kb: tl.int64, stride_kr, stride_vb: tl.int64, stride_vr, batch, splits, capacity, heads, group, units, scale,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (ceil(Hkv / BLOCK_H) * ceil(group / BLOCK_G), splits, B). part (B,Hq,splits,d), stat (B,Hq,splits,2) = (maximum in log2 units, sum).
+    """Grid (ceil(Hkv / BLOCK_H) * ceil(group / BLOCK_G), at most B * splits): as in feedback_step.py. part (B,Hq,splits,d), stat (B,Hq,splits,2) = (maximum in log2 units, sum).
 
     heads = Hkv, group = Hq / Hkv, scale = d^-1/2 * log2(e); units = d / 8, and the strides are in units of 8 elements too. A tile is
     (BLOCK_R, BLOCK_H, BLOCK_D): rows, key/value heads, lanes, and serves BLOCK_G (1 or 4) query heads of each. Each row slot is on its own until the
     end, so that nothing crosses warps inside the loop; tensors of another rank in there would cost a trip through shared memory each.
     """
-    i_split = tl.program_id(1)
-    i_b = tl.program_id(2).to(tl.int64)
-    splits = tl.num_programs(1)
-    length = tl.minimum(tl.load(past_length + i_b), capacity)
-    if (i_split * BLOCK_R >= length) & (i_split > 0):  # without rows: the combination does not read this split
-        return
+    begin(PDL)
+    every = tl.num_programs(1) >= batch * splits
+    total = batch * splits
+    if not every:
+        total = pieces(past_length, batch, capacity, splits, BLOCK_R, 1)
+    for item in tl.range(tl.program_id(1), total, tl.num_programs(1), num_stages=1):
+        i_b, i_split = item // splits, item % splits
+        if not every:
+            i_b, i_split = locate(item, past_length, batch, capacity, splits, BLOCK_R, 1)
+        length = tl.minimum(tl.load(past_length + i_b), capacity)
+        if (i_split * BLOCK_R < length) | (i_split == 0):  # without rows: the combination does not read this split
+            _one_split(
+                q, k, v, past_k, past_v, part, stat, stride_kb, stride_kr, stride_vb, stride_vr, i_b.to(tl.int64), i_split, splits, length, heads, group,
+                units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES,
+            )  # fmt: skip
+
+
+@triton.jit
+def _one_split(
+    q, k, v, past_k, past_v, part, stat,
+    stride_kb, stride_kr, stride_vb, stride_vr, i_b, i_split, splits, length, heads, group, units, scale,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Split i_split of sequence i_b, for the heads of this program."""
     group_blocks = tl.cdiv(group, BLOCK_G)
     width = units * 8
     o_r = tl.arange(0, BLOCK_R)
@@ -126,8 +145,9 @@ def causal_step_partial(
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("causal_step_combine"))
-def causal_step_combine(part, stat, past_length, out, capacity, splits, rows, units, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+def causal_step_combine(part, stat, past_length, out, capacity, splits, rows, units, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (Hq, ceil(d / BLOCK_D), B): o (B,Hq,d), the sum of the splits over its weight; BLOCK_S covers every split, rows is the partial kernel's tile."""
+    begin(PDL)
     i_b = tl.program_id(2)
     width = units * 8
     length = tl.minimum(tl.load(past_length + i_b), capacity)
@@ -184,8 +204,8 @@ def step(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_l
     out, scale = torch.empty_like(q), width**-0.5 * LOG2E
     blocks = triton.cdiv(heads, partial["BLOCK_H"]) * triton.cdiv(group, partial["BLOCK_G"])
     launcher(causal_step_partial, device, dtype, partial)(
-        (blocks, splits, batch), address(q), address(k), address(v), address(past_k), address(past_v), address(past_length), at["part"], at["stat"],
-        *strides(past_k), *strides(past_v), capacity, heads, group, width // MULTIPLE, scale,
+        (blocks, launch.step_programs(batch * splits)), address(q), address(k), address(v), address(past_k), address(past_v), address(past_length), at["part"], at["stat"],
+        *strides(past_k), *strides(past_v), batch, splits, capacity, heads, group, width // MULTIPLE, scale,
     )  # fmt: skip
     launcher(causal_step_combine, device, dtype, combine)(
         (q_heads, triton.cdiv(width, combine["BLOCK_D"]), batch), at["part"], at["stat"], address(past_length), address(out),

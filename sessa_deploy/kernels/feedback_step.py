@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import DTYPE_NAMES, address, aligned, launcher, pinned, workspace
+from sessa_deploy.kernels.schedule import begin, locate, pieces
 
 LOG2E = 1.4426950408889634
 
@@ -23,17 +24,39 @@ LOG2E = 1.4426950408889634
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_step_partial"))
 def feedback_step_partial(
     q, past_k, past_s, past_length, part, stat,
-    stride_kb: tl.int64, stride_kr, stride_sb: tl.int64, stride_sr, capacity, width, scale,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr,
+    stride_kb: tl.int64, stride_kr, stride_sb: tl.int64, stride_sr, batch, splits, capacity, width, scale,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (B, splits). part (B,splits,D) and stat (B,splits,2) = (maximum in log2 units, sum); scale = D^-1/2 * log2(e).
+    """Grid (at most B * splits,). part (B,splits,D) and stat (B,splits,2) = (maximum in log2 units, sum); scale = D^-1/2 * log2(e).
+
+    With a program for every split each takes its own; with fewer they share out those that have rows, so that short sequences of a large batch leave
+    no programs idle. Which program computes a split changes no bit of it.
 
     A tile is (BLOCK_R, BLOCK_C, BLOCK_L): rows, chunks of D, lanes. Wide rows have all warps side by side along the lanes and share one maximum, sum
     and accumulator. Narrow rows (OWN) have warps along the rows: each row slot keeps its own, and nothing crosses warps until the end.
     """
-    i_split = tl.program_id(1)
-    i_b = tl.program_id(0).to(tl.int64)
-    splits = tl.num_programs(1)
+    begin(PDL)
+    every = tl.num_programs(0) >= batch * splits
+    total = batch * splits
+    if not every:
+        total = pieces(past_length, batch, capacity, splits, BLOCK_R, 0)
+    for item in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1):
+        i_b, i_split = item // splits, item % splits
+        if not every:
+            i_b, i_split = locate(item, past_length, batch, capacity, splits, BLOCK_R, 0)
+        _one_split(
+            q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, i_b.to(tl.int64), i_split, splits, capacity, width, scale,
+            BLOCK_R, BLOCK_C, BLOCK_L, STAGES, OWN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _one_split(
+    q, past_k, past_s, past_length, part, stat,
+    stride_kb, stride_kr, stride_sb, stride_sr, i_b, i_split, splits, capacity, width, scale,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    """Split i_split of sequence i_b."""
     length = tl.minimum(tl.load(past_length + i_b), capacity)
     o_d = tl.arange(0, BLOCK_C)[:, None] * BLOCK_L + tl.arange(0, BLOCK_L)[None, :]
     o_r = tl.arange(0, BLOCK_R)
@@ -74,9 +97,10 @@ def feedback_step_partial(
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_step_combine"))
 def feedback_step_combine(
     part, stat, past_length, gamma, f, out, capacity, splits, rows, width,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (B, ceil(D / BLOCK_D)): s = f + gamma * (sum of the splits); BLOCK_S covers every split, rows is the partial kernel's tile."""
+    begin(PDL)
     i_d = tl.program_id(1)
     i_b = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.load(past_length + i_b), capacity)
@@ -124,8 +148,8 @@ def step(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s:
     at, _memory = workspace(device, {"part": (batch * splits * width, torch.float32), "stat": (2 * batch * splits, torch.float32)})
     out = torch.empty_like(f)
     launcher(feedback_step_partial, device, dtype, partial)(
-        (batch, splits), address(q), address(past_k), address(past_s), address(past_length), at["part"], at["stat"],
-        past_k.stride(0), past_k.stride(1), past_s.stride(0), past_s.stride(1), capacity, width, width**-0.5 * LOG2E,
+        (launch.step_programs(batch * splits),), address(q), address(past_k), address(past_s), address(past_length), at["part"], at["stat"],
+        past_k.stride(0), past_k.stride(1), past_s.stride(0), past_s.stride(1), batch, splits, capacity, width, width**-0.5 * LOG2E,
     )  # fmt: skip
     launcher(feedback_step_combine, device, dtype, combine)(
         (batch, triton.cdiv(width, combine["BLOCK_D"])), at["part"], at["stat"], address(past_length), address(gamma), address(f), address(out),

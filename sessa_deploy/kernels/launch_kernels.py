@@ -23,7 +23,7 @@ class Param:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A @triton.jit function: where it lives, its run-time parameters in order, then its constexpr names.
+    """A @triton.jit function: where it lives, its run-time parameters in order, then its constexpr names ("PDL": it can start before its predecessor ends).
 
     variants: the keys of its pinned tiles, one binary for each (a number stands for a width, "bwd" for the backward).
     lowered: whether the plugin runs it; it never runs a "bwd" variant.
@@ -86,13 +86,13 @@ KERNELS: dict[str, Kernel] = {
                 Param("stride_kr", "i32", True),
                 Param("stride_sb", "i64", True),
                 Param("stride_sr", "i32", True),
-                Param("capacity", "i32"),
+                *integers("batch", "splits", "capacity"),
                 Param("width", "i32", True),
                 Param("scale", "fp32"),
             ),
-            ("BLOCK_R", "BLOCK_C", "BLOCK_L", "STAGES", "OWN"),
+            ("BLOCK_R", "BLOCK_C", "BLOCK_L", "STAGES", "OWN", "PDL"),
             ("256", "512", "1024", "2048", "4096"),
-            scalar_loads=2,
+            scalar_loads=4,
         ),
         Kernel(
             "feedback_step_combine",
@@ -107,7 +107,7 @@ KERNELS: dict[str, Kernel] = {
                 Param("rows", "i32"),
                 Param("width", "i32", True),
             ),
-            ("BLOCK_S", "BLOCK_D"),
+            ("BLOCK_S", "BLOCK_D", "PDL"),
             ("128",),
             scalar_loads=8,
         ),

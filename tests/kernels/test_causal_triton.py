@@ -68,6 +68,16 @@ def test_prefill_ragged_poisoned(tokens: int, heads: tuple[int, int], width: int
     check(case(tokens, 100, [100, 0, 64, 1] if ON_GPU else [100, 0, 33], heads, width, dtype))
 
 
+@pytest.mark.parametrize("programs", [1, 3, 40])
+def test_programs_that_share_out_the_splits_change_no_bit(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large batch has fewer programs than splits; its empty splits are passed over, but for the first of each sequence."""
+    inputs = case(1, 30, [0, 30, 3, 0, 16, 5] + [1, 0] * 14 + [30, 0], (3, 1), 16, torch.float16)
+    monkeypatch.setattr(launch, "STEP_PROGRAMS", 10**6)
+    alone = run(*inputs)
+    monkeypatch.setattr(launch, "STEP_PROGRAMS", programs)
+    assert torch.equal(run(*inputs), alone)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 63, 65])
 @pytest.mark.parametrize("capacity", [0, 1, 64])
 def test_small_pasts(tokens: int, capacity: int) -> None:

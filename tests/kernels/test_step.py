@@ -78,6 +78,17 @@ def test_same_bits_in_any_batch_and_in_place() -> None:
     assert torch.equal(run(q, k, gamma, f, both[:, :, 0], both[:, :, 1], length), together)
 
 
+@pytest.mark.parametrize("programs", [1, 3, 40])
+def test_programs_that_share_out_the_splits_change_no_bit(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large batch has fewer programs than splits; its empty splits, and sequences without any, are passed over."""
+    lengths = [0, 70, 3, 0, 16, 17, 33, 0] + [1, 0] * 14 + [70, 0]  # more sequences than are looked at together
+    inputs = case(48, 70, lengths, torch.float16)
+    monkeypatch.setattr(launch, "STEP_PROGRAMS", 10**6)
+    alone = run(*inputs)
+    monkeypatch.setattr(launch, "STEP_PROGRAMS", programs)
+    assert torch.equal(run(*inputs), alone)
+
+
 def test_bad_sequence_stays_alone() -> None:
     inputs = case(32, 24, [24, 24, 9], torch.float32)
     clean = run(*inputs)
