@@ -53,7 +53,8 @@ struct Step final : Plan
 
     void layout(Problem const& p, Arena& arena, bool) override
     {
-        splits = std::max<int64_t>(1, std::min<int64_t>(combine->tile("BLOCK_S"), ceilDiv(p.capacity, partial->tile("BLOCK_R"))));
+        rows = partial->tile("BLOCK_R") * partial->tile("TILES");
+        splits = std::max<int64_t>(1, std::min<int64_t>(combine->tile("BLOCK_S"), ceilDiv(p.capacity, rows)));
         part = arena.take(4 * p.batch * p.heads * splits * p.width);
         stat = arena.take(8 * p.batch * p.heads * splits);
     }
@@ -74,13 +75,14 @@ struct Step final : Plan
         first.add(i32(p.batch)).add(i32(splits)).add(i32(p.capacity)).add(i32(p.kvHeads)).add(i32(group)).add(units).add(scaleLog2(p));
         Arguments second;
         second.add(part).add(stat).add(t.in[kPastLength]).add(t.out);
-        second.add(i32(p.capacity)).add(i32(splits)).add(partial->tile("BLOCK_R")).add(units);
-        return launch(*partial, {blocks, std::min(p.batch * splits, kStepPrograms), 1}, first, stream, error)
-            && launch(*combine, {p.heads, ceilDiv(p.width, combine->tile("BLOCK_D")), p.batch}, second, stream, error);
+        second.add(i32(p.capacity)).add(i32(splits)).add(i32(rows)).add(units);
+        return launch(*partial, {blocks, std::min(p.batch * splits, kStepPrograms), 1}, first, stream, error, early(p))
+            && launch(*combine, {p.heads, ceilDiv(p.width, combine->tile("BLOCK_D")), p.batch}, second, stream, error, early(p));
     }
 
     Cubin const* partial{};
     Cubin const* combine{};
+    int64_t rows{}; // that a split takes at a time
     int64_t splits{};
     char* part{};
     char* stat{};

@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -92,7 +94,9 @@ Driver const& driver()
         int found = 0;
         std::string ignored;
         bind(library, "cuDriverGetVersion", version, ignored);
-        if (version != nullptr && version(&found) == 0 && found >= kDependentSince)
+        char const* const wanted = std::getenv("SESSA_PDL");
+        bool const off = wanted != nullptr && std::strcmp(wanted, "0") == 0;
+        if (!off && version != nullptr && version(&found) == 0 && found >= kDependentSince)
         {
             bind(library, "cuLaunchKernelEx", d.launchKernelEx, ignored);
         }
@@ -208,7 +212,7 @@ catch (...)
     return false;
 }
 
-bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* stream, std::string& error) noexcept
+bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* stream, std::string& error, bool early) noexcept
 try
 {
     constexpr int64_t kGridX = 2147483647;
@@ -237,7 +241,7 @@ try
         pointers.push_back(&value);
     }
     Result result = 0;
-    if (cubin.tile("PDL") == 1 && driver().launchKernelEx != nullptr)
+    if (early && cubin.tile("PDL") == 1 && driver().launchKernelEx != nullptr)
     {
         LaunchAttribute dependent{};
         dependent.id = kProgrammaticSerialization;

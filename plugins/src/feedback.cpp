@@ -35,7 +35,8 @@ struct Step final : Plan
 
     void layout(Problem const& p, Arena& arena, bool) override
     {
-        splits = std::max<int64_t>(1, std::min(kMaxSplits, ceilDiv(p.capacity, partial->tile("BLOCK_R"))));
+        rows = partial->tile("BLOCK_R") * partial->tile("TILES");
+        splits = std::max<int64_t>(1, std::min(kMaxSplits, ceilDiv(p.capacity, rows)));
         part = arena.take(4 * p.batch * splits * p.width);
         stat = arena.take(8 * p.batch * splits);
     }
@@ -55,13 +56,14 @@ struct Step final : Plan
         first.add(stride).add(width).add(stride).add(width).add(i32(p.batch)).add(i32(splits)).add(capacity).add(width).add(static_cast<float>(scaleOf(p) * kLog2E));
         Arguments second;
         second.add(part).add(stat).add(t.in[kPastLength]).add(t.in[kGamma]).add(t.in[kF]).add(t.out);
-        second.add(capacity).add(static_cast<int32_t>(splits)).add(partial->tile("BLOCK_R")).add(width);
-        return launch(*partial, {std::min(p.batch * splits, kStepPrograms), 1, 1}, first, stream, error)
-            && launch(*combine, {p.batch, ceilDiv(width, combine->tile("BLOCK_D")), 1}, second, stream, error);
+        second.add(capacity).add(static_cast<int32_t>(splits)).add(i32(rows)).add(width);
+        return launch(*partial, {std::min(p.batch * splits, kStepPrograms), 1, 1}, first, stream, error, early(p))
+            && launch(*combine, {p.batch, ceilDiv(width, combine->tile("BLOCK_D")), 1}, second, stream, error, early(p));
     }
 
     Cubin const* partial{};
     Cubin const* combine{};
+    int64_t rows{}; // that a split takes at a time
     int64_t splits{};
     char* part{};
     char* stat{};

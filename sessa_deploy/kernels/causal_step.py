@@ -3,7 +3,7 @@
 o = sum_j softmax_j(q . k_j * d^-1/2) v_j over the past rows j < past_length[b] and the new row itself, for every query head.
 `causal_step_partial` gives each split of the past to one program, which keeps for each of its row slots a running maximum, a running sum and an
 unnormalised sum of values, all float32; split 0 also holds the new row. `causal_step_combine` adds the splits in a fixed order. Splits interleave
-tiles of rows, so that a short context in a large cache still spreads over many programs, and their number follows from the capacity and the
+groups of tiles, so that a short context in a large cache still spreads over many programs, and their number follows from the capacity and the
 tiles alone: a sequence's bits do not depend on the batch around it. Rows from past_length[b] on are never read.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.launch_causal import MULTIPLE, head_variant
-from sessa_deploy.kernels.schedule import begin, locate, pieces
+from sessa_deploy.kernels.schedule import add_splits, begin, locate, pieces
 
 LOG2E = 1.4426950408889634
 
@@ -56,28 +56,29 @@ def _finish(part, stat, o_part, m_head, o_d, m_d, width, b_max, b_sum, b_acc):
 def causal_step_partial(
     q, k, v, past_k, past_v, past_length, part, stat,
     stride_kb: tl.int64, stride_kr, stride_vb: tl.int64, stride_vr, batch, splits, capacity, heads, group, units, scale,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr = False,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (ceil(Hkv / BLOCK_H) * ceil(group / BLOCK_G), at most B * splits): as in feedback_step.py. part (B,Hq,splits,d), stat (B,Hq,splits,2) = (maximum in log2 units, sum).
 
     heads = Hkv, group = Hq / Hkv, scale = d^-1/2 * log2(e); units = d / 8, and the strides are in units of 8 elements too. A tile is
-    (BLOCK_R, BLOCK_H, BLOCK_D): rows, key/value heads, lanes, and serves BLOCK_G (1 or 4) query heads of each. Each row slot is on its own until the
+    (BLOCK_R, BLOCK_H, BLOCK_D): rows, key/value heads, lanes, of which a split takes TILES at a time, and serves BLOCK_G (1 or 4) query heads of each. Each row slot is on its own until the
     end, so that nothing crosses warps inside the loop; tensors of another rank in there would cost a trip through shared memory each.
     """
     begin(PDL)
     every = tl.num_programs(1) >= batch * splits
     total = batch * splits
     if not every:
-        total = pieces(past_length, batch, capacity, splits, BLOCK_R, 1)
+        total = pieces(past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
     for item in tl.range(tl.program_id(1), total, tl.num_programs(1), num_stages=1):
         i_b, i_split = item // splits, item % splits
         if not every:
-            i_b, i_split = locate(item, past_length, batch, capacity, splits, BLOCK_R, 1)
+            i_b, i_split = locate(item, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
         length = tl.minimum(tl.load(past_length + i_b), capacity)
-        if (i_split * BLOCK_R < length) | (i_split == 0):  # without rows: the combination does not read this split
+        if (i_split * BLOCK_R * TILES < length) | (i_split == 0):  # without rows: the combination does not read this split
             _one_split(
                 q, k, v, past_k, past_v, part, stat, stride_kb, stride_kr, stride_vb, stride_vr, i_b.to(tl.int64), i_split, splits, length, heads, group,
-                units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES,
+                units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES, TILES,
             )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def causal_step_partial(
 def _one_split(
     q, k, v, past_k, past_v, part, stat,
     stride_kb, stride_kr, stride_vb, stride_vr, i_b, i_split, splits, length, heads, group, units, scale,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Split i_split of sequence i_b, for the heads of this program."""
     group_blocks = tl.cdiv(group, BLOCK_G)
@@ -119,18 +120,16 @@ def _one_split(
             b_max1, b_sum1, b_acc1 = _with_new(b_q1, b_max1, b_sum1, b_acc1, b_k0, b_v0, o_r)
             b_max2, b_sum2, b_acc2 = _with_new(b_q2, b_max2, b_sum2, b_acc2, b_k0, b_v0, o_r)
             b_max3, b_sum3, b_acc3 = _with_new(b_q3, b_max3, b_sum3, b_acc3, b_k0, b_v0, o_r)
-    o_first = (i_split * BLOCK_R + o_r).to(tl.int64)[:, None, None] * 8
-    p_k = past_k + i_b * stride_kb * 8 + o_first * stride_kr + o_hd[None, :, :]
-    p_v = past_v + i_b * stride_vb * 8 + o_first * stride_vr + o_hd[None, :, :]
-    step_k = (splits * BLOCK_R).to(tl.int64) * stride_kr * 8
-    step_v = (splits * BLOCK_R).to(tl.int64) * stride_vr * 8
-    for start in tl.range(i_split * BLOCK_R, length, splits * BLOCK_R, num_stages=STAGES):
-        m_row = start + o_r < length
+    p_k = past_k + i_b * stride_kb * 8 + o_hd[None, :, :]
+    p_v = past_v + i_b * stride_vb * 8 + o_hd[None, :, :]
+    groups = tl.cdiv(tl.cdiv(length, BLOCK_R * TILES) - i_split, splits)
+    for i in tl.range(0, groups * TILES, num_stages=STAGES):
+        o_row = (((i // TILES) * splits + i_split) * TILES + i % TILES) * BLOCK_R + o_r
+        m_row = o_row < length
         mask = m_row[:, None, None] & m_hd[None, :, :]
-        b_k = tl.load(p_k, mask=mask, other=0.0).to(tl.float32)
-        b_v = tl.load(p_v, mask=mask, other=0.0).to(tl.float32)
-        p_k += step_k
-        p_v += step_v
+        o_row = o_row.to(tl.int64)[:, None, None] * 8
+        b_k = tl.load(p_k + o_row * stride_kr, mask=mask, other=0.0).to(tl.float32)
+        b_v = tl.load(p_v + o_row * stride_vr, mask=mask, other=0.0).to(tl.float32)
         b_max0, b_sum0, b_acc0 = _fold(b_q0, b_max0, b_sum0, b_acc0, b_k, b_v, m_row)
         if BLOCK_G == 4:
             b_max1, b_sum1, b_acc1 = _fold(b_q1, b_max1, b_sum1, b_acc1, b_k, b_v, m_row)
@@ -146,23 +145,16 @@ def _one_split(
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("causal_step_combine"))
 def causal_step_combine(part, stat, past_length, out, capacity, splits, rows, units, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False):
-    """Grid (Hq, ceil(d / BLOCK_D), B): o (B,Hq,d), the sum of the splits over its weight; BLOCK_S covers every split, rows is the partial kernel's tile."""
+    """Grid (Hq, ceil(d / BLOCK_D), B): o (B,Hq,d), the sum of the splits over its weight; BLOCK_S covers every split, each of which takes `rows` rows at a time."""
     begin(PDL)
     i_b = tl.program_id(2)
     width = units * 8
     length = tl.minimum(tl.load(past_length + i_b), capacity)
     used = tl.maximum(tl.minimum(splits, tl.cdiv(length, rows)), 1)
     i_q = i_b.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    o_s = tl.arange(0, BLOCK_S)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_s = o_s < used
     m_d = o_d < width
-    o_part = i_q * splits + o_s
-    b_part = tl.load(part + o_part[:, None] * width + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
-    b_max = tl.load(stat + o_part * 2, mask=m_s, other=float("-inf"))
-    b_sum = tl.load(stat + o_part * 2 + 1, mask=m_s, other=0.0)
-    b_w = tl.where(m_s, tl.exp2(b_max - tl.max(b_max, 0)), 0.0)
-    b_o = tl.sum(b_part * b_w[:, None], 0) / tl.sum(b_w * b_sum, 0)
+    b_o = add_splits(part, stat, i_q * splits, used, width, o_d, m_d, BLOCK_S)
     tl.store(out + i_q * width + o_d, b_o.to(out.dtype.element_ty), mask=m_d)
 
 
@@ -196,7 +188,8 @@ def step(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_l
     device, dtype, group = q.device, q.dtype, q_heads // k.shape[2]
     partial = pinned(("causal_step_partial",), device, dtype, head_variant(width, group))["causal_step_partial"]
     combine = pinned(("causal_step_combine",), device, dtype, "any")["causal_step_combine"]
-    splits = splits_of(capacity, partial["BLOCK_R"], combine["BLOCK_S"])
+    rows = partial["BLOCK_R"] * partial["TILES"]
+    splits = splits_of(capacity, rows, combine["BLOCK_S"])
     q, k, v, past_length = aligned(q), aligned(k), aligned(v), past_length.to(torch.int32).contiguous()
     past_k, past_v = in_place(past_k), in_place(past_v)
     parts = batch * q_heads * splits
@@ -209,6 +202,6 @@ def step(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_l
     )  # fmt: skip
     launcher(causal_step_combine, device, dtype, combine)(
         (q_heads, triton.cdiv(width, combine["BLOCK_D"]), batch), at["part"], at["stat"], address(past_length), address(out),
-        capacity, splits, partial["BLOCK_R"], width // MULTIPLE,
+        capacity, splits, rows, width // MULTIPLE,
     )  # fmt: skip
     return out

@@ -24,7 +24,7 @@ from sessa_deploy.kernels.feedback_grad import (
     feedback_grad_scores,
 )
 from sessa_deploy.kernels.feedback_launch import Options, Workspace, address, aligned, launcher, pinned, solve_variant
-from sessa_deploy.kernels.feedback_tiles import apply_inverse, feedback_combine, feedback_scores, store_split
+from sessa_deploy.kernels.feedback_tiles import apart, apply_inverse, feedback_combine, feedback_scores, store_split
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_solve_transposed"))
@@ -71,9 +71,7 @@ def feedback_solve_transposed(
             if FULL:
                 b_l = tl.load(p_l + i_l * BT * D + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
                 b_y = tl.dot(tl.trans(b_e), b_l, b_y)
-            if SPLIT:
-                b_y = b_y * tl.load(p_scale + i_l * tiles_n)
-            acc += b_y
+            acc += b_y * tl.load(p_scale + i_l * tiles_n) if SPLIT else apart(b_y, D)
         i = stop
 
     p_carry = carry + (i_b * C + i_t * BT) * D

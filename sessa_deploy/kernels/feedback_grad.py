@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sessa_deploy.kernels import launch
-from sessa_deploy.kernels.feedback_tiles import grouped_tile, power_scale, product_nt
+from sessa_deploy.kernels.feedback_tiles import apart, grouped_tile, power_scale, product_nt
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_first_bad"))
@@ -189,8 +189,10 @@ def grad_q_part(acc, p_g, p_k, p_c, last, limit, D, m_n, BT: tl.constexpr, SCALE
         b_k = tl.load(p_k + i * step, mask=(i * BT + o_t < limit)[:, None] & m_n, other=0.0)
         if SCALED:
             acc += tl.dot(b_g, b_k) * tl.load(p_c + i)
+        elif p_k.dtype.element_ty == tl.float32:
+            acc += apart(tl.dot(b_g, b_k, input_precision="ieee"), D)
         else:
-            acc = tl.dot(b_g, b_k, acc, input_precision="ieee")
+            acc = tl.dot(b_g, b_k, acc)
     return acc
 
 
@@ -249,8 +251,10 @@ def feedback_grad_k(
         b_q = tl.load(p_q + i * step_q, mask=(row0 + i * BK + o_k < end)[:, None] & m_n, other=0.0)
         if SCALED:
             acc += tl.dot(tl.trans(b_g), b_q) * tl.load(p_c + i // per * NT)
+        elif p_q.dtype.element_ty == tl.float32:
+            acc += apart(tl.dot(tl.trans(b_g), b_q, input_precision="ieee"), D)
         else:
-            acc = tl.dot(tl.trans(b_g), b_q, acc, input_precision="ieee")
+            acc = tl.dot(tl.trans(b_g), b_q, acc)
     acc = acc * scale
     p_carry = carry + (i_b * C + i_t * BT) * D + o_t[:, None] * D + o_n[None, :]
     if add != 0:

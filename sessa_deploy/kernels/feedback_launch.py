@@ -47,7 +47,7 @@ def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, var
     arch = arch_of(device.index or 0)
     found = {name: launch.options(name, arch, DTYPE_NAMES[dtype], variant) for name in names}
     if INTERPRETED:  # which knows no dependent launch
-        return {name: {k: v for k, v in o.items() if k not in ("PDL", "launch_pdl")} for name, o in found.items()}
+        return {name: {k: v for k, v in o.items() if k != "PDL"} for name, o in found.items()}
     return found
 
 

@@ -2,8 +2,8 @@
 
 s = f + gamma * sum_j softmax_j(q . k_j * D^-1/2) s_j over the past rows j < past_length[b]; with an empty past, s = f exactly.
 `feedback_step_partial` gives each split of the past to one program, which keeps a running maximum, a running sum and an unnormalised
-sum of s rows, all float32; `feedback_step_combine` adds the splits in a fixed order. Splits interleave tiles of rows, so that a
-short context in a large cache still spreads over every program, and their number follows from the capacity and the tile alone:
+sum of s rows, all float32; `feedback_step_combine` adds the splits in a fixed order. Splits interleave groups of tiles, so that a
+short context in a large cache still spreads over many programs, and their number follows from the capacity and the tiles alone:
 a sequence's bits do not depend on the batch around it. Rows from past_length[b] on are never read.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import DTYPE_NAMES, address, aligned, launcher, pinned, workspace
-from sessa_deploy.kernels.schedule import begin, locate, pieces
+from sessa_deploy.kernels.schedule import add_splits, begin, locate, pieces
 
 LOG2E = 1.4426950408889634
 
@@ -25,28 +25,29 @@ LOG2E = 1.4426950408889634
 def feedback_step_partial(
     q, past_k, past_s, past_length, part, stat,
     stride_kb: tl.int64, stride_kr, stride_sb: tl.int64, stride_sr, batch, splits, capacity, width, scale,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr, PDL: tl.constexpr = False,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr, OWN: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (at most B * splits,). part (B,splits,D) and stat (B,splits,2) = (maximum in log2 units, sum); scale = D^-1/2 * log2(e).
 
     With a program for every split each takes its own; with fewer they share out those that have rows, so that short sequences of a large batch leave
     no programs idle. Which program computes a split changes no bit of it.
 
-    A tile is (BLOCK_R, BLOCK_C, BLOCK_L): rows, chunks of D, lanes. Wide rows have all warps side by side along the lanes and share one maximum, sum
+    A tile is (BLOCK_R, BLOCK_C, BLOCK_L): rows, chunks of D, lanes; a split takes TILES of them at a time. Wide rows have all warps side by side along the lanes and share one maximum, sum
     and accumulator. Narrow rows (OWN) have warps along the rows: each row slot keeps its own, and nothing crosses warps until the end.
     """
     begin(PDL)
     every = tl.num_programs(0) >= batch * splits
     total = batch * splits
     if not every:
-        total = pieces(past_length, batch, capacity, splits, BLOCK_R, 0)
+        total = pieces(past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
     for item in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1):
         i_b, i_split = item // splits, item % splits
         if not every:
-            i_b, i_split = locate(item, past_length, batch, capacity, splits, BLOCK_R, 0)
+            i_b, i_split = locate(item, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
         _one_split(
             q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, i_b.to(tl.int64), i_split, splits, capacity, width, scale,
-            BLOCK_R, BLOCK_C, BLOCK_L, STAGES, OWN,
+            BLOCK_R, BLOCK_C, BLOCK_L, STAGES, TILES, OWN,
         )  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def feedback_step_partial(
 def _one_split(
     q, past_k, past_s, past_length, part, stat,
     stride_kb, stride_kr, stride_sb, stride_sr, i_b, i_split, splits, capacity, width, scale,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Split i_split of sequence i_b."""
     length = tl.minimum(tl.load(past_length + i_b), capacity)
@@ -68,8 +69,9 @@ def _one_split(
     b_max = tl.full([SLOTS], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([SLOTS], dtype=tl.float32)
     b_acc = tl.zeros([SLOTS, BLOCK_C, BLOCK_L], dtype=tl.float32)
-    for start in tl.range(i_split * BLOCK_R, length, splits * BLOCK_R, num_stages=STAGES):
-        o_row = start + o_r
+    groups = tl.cdiv(tl.cdiv(length, BLOCK_R * TILES) - i_split, splits)
+    for i in tl.range(0, groups * TILES, num_stages=STAGES):
+        o_row = (((i // TILES) * splits + i_split) * TILES + i % TILES) * BLOCK_R + o_r
         m_row = o_row < length
         mask = m_row[:, None, None] & m_d[None, :, :]
         o_row = o_row.to(tl.int64)[:, None, None]
@@ -85,7 +87,7 @@ def _one_split(
         b_sum = b_sum * b_fade + (b_p if OWN else tl.sum(b_p, 0, keep_dims=True))
         b_acc = b_acc * b_fade[:, None, None] + (b_y if OWN else tl.sum(b_y, 0, keep_dims=True))
         b_max = b_new
-    if i_split * BLOCK_R < length:  # a split without rows writes nothing, and the combination does not read it
+    if i_split * BLOCK_R * TILES < length:  # a split without rows writes nothing, and the combination does not read it
         b_top = tl.max(b_max, 0)
         b_w = tl.where(b_max == float("-inf"), 0.0, tl.exp2(b_max - b_top))
         o_part = i_b * splits + i_split
@@ -99,22 +101,15 @@ def feedback_step_combine(
     part, stat, past_length, gamma, f, out, capacity, splits, rows, width,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (B, ceil(D / BLOCK_D)): s = f + gamma * (sum of the splits); BLOCK_S covers every split, rows is the partial kernel's tile."""
+    """Grid (B, ceil(D / BLOCK_D)): s = f + gamma * (sum of the splits); BLOCK_S covers every split, each of which takes `rows` rows at a time."""
     begin(PDL)
     i_d = tl.program_id(1)
     i_b = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.load(past_length + i_b), capacity)
     used = tl.minimum(splits, tl.cdiv(length, rows))
-    o_s = tl.arange(0, BLOCK_S)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_s = o_s < used
     m_d = o_d < width
-    o_part = i_b * splits + o_s
-    b_part = tl.load(part + o_part[:, None] * width + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
-    b_max = tl.load(stat + o_part * 2, mask=m_s, other=float("-inf"))
-    b_sum = tl.load(stat + o_part * 2 + 1, mask=m_s, other=0.0)
-    b_w = tl.where(m_s, tl.exp2(b_max - tl.max(b_max, 0)), 0.0)
-    b_acc = tl.sum(b_part * b_w[:, None], 0) / tl.sum(b_w * b_sum, 0)
+    b_acc = add_splits(part, stat, i_b * splits, used, width, o_d, m_d, BLOCK_S)
     b_f = tl.load(f + i_b * width + o_d, mask=m_d, other=0.0)
     b_s = b_f.to(tl.float32) + tl.load(gamma + i_b) * b_acc
     tl.store(out + i_b * width + o_d, tl.where(length > 0, b_s.to(b_f.dtype), b_f), mask=m_d)
@@ -142,7 +137,8 @@ def step(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s:
     device, dtype = q.device, q.dtype
     partial = pinned(("feedback_step_partial",), device, dtype, launch.width_variant("feedback_step_partial", width))["feedback_step_partial"]
     combine = pinned(("feedback_step_combine",), device, dtype, "128")["feedback_step_combine"]
-    splits = launch.step_splits(capacity, partial["BLOCK_R"])
+    rows = partial["BLOCK_R"] * partial["TILES"]
+    splits = launch.step_splits(capacity, rows)
     q, f, gamma, past_length = aligned(q), aligned(f), gamma.contiguous(), past_length.to(torch.int32).contiguous()
     past_k, past_s = _in_place(past_k), _in_place(past_s)
     at, _memory = workspace(device, {"part": (batch * splits * width, torch.float32), "stat": (2 * batch * splits, torch.float32)})
@@ -153,6 +149,6 @@ def step(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s:
     )  # fmt: skip
     launcher(feedback_step_combine, device, dtype, combine)(
         (batch, triton.cdiv(width, combine["BLOCK_D"])), at["part"], at["stat"], address(past_length), address(gamma), address(f), address(out),
-        capacity, splits, partial["BLOCK_R"], width,
+        capacity, splits, rows, width,
     )  # fmt: skip
     return out

@@ -27,6 +27,15 @@ def power_scale(amax):
 
 
 @triton.jit
+def apart(b_y, n):
+    """b_y, a float32 dot, kept out of the sum it is added to; n: any positive number known only at run time.
+
+    A bare addition is folded into the dot, which then rounds after each of its terms at the size of the whole sum.
+    """
+    return b_y * tl.where(n > 0, 1.0, 0.0)
+
+
+@triton.jit
 def product_nt(acc, p_a, p_b, rows_a, rows_b, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """acc + a b^T over D columns, a (BM rows of stride D), b (BN rows of stride D); rows from rows_a / rows_b on repeat the last one.
 
@@ -40,7 +49,7 @@ def product_nt(acc, p_a, p_b, rows_a, rows_b, D, BM: tl.constexpr, BN: tl.conste
         b_a = tl.load(p_a + i_k, mask=m_k, other=0.0)
         b_b = tl.load(p_b + i_k, mask=m_k, other=0.0)
         if p_a.dtype.element_ty == tl.float32:
-            acc += tl.dot(b_a, tl.trans(b_b), input_precision="ieee")
+            acc += apart(tl.dot(b_a, tl.trans(b_b), input_precision="ieee"), D)
         else:
             acc = tl.dot(b_a, tl.trans(b_b), acc, input_precision="ieee")
     return acc

@@ -27,7 +27,7 @@ ARCHS = (80, 86, 87, 89, 90, 100, 120)
 ALIGNMENT = 16  # bytes for a pointer, elements for a width or stride
 # Largest dynamic shared memory one block may ask for, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-DEPENDENT_ARCH = 90  # first compute capability with programmatic dependent launch; a kernel with the constexpr PDL then starts before its predecessor ends
+DEPENDENT_ARCH = 90  # first compute capability with programmatic dependent launch, which kernels with the constexpr PDL are made for
 NOT_TILES = ("arch", "dtype", "variant", "tuned", "num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "spills")
 
 
@@ -84,13 +84,10 @@ def pinned(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
 
 
 def options(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
-    """Keyword arguments of a launch: the constexpr tiles, num_warps and num_stages (maxnreg and enable_fp_fusion where pinned, launch_pdl with PDL)."""
+    """Keyword arguments of a launch: the constexpr tiles, num_warps and num_stages (maxnreg and enable_fp_fusion where pinned)."""
     entry = pinned(name, arch, dtype, variant)
     extra = {k: entry[k] for k in ("maxnreg", "enable_fp_fusion") if entry.get(k) is not None}
-    chosen = tiles(name, arch, dtype, variant)
-    if chosen.get("PDL"):
-        extra["launch_pdl"] = True
-    return {**chosen, "num_warps": entry["num_warps"], "num_stages": entry["num_stages"], **extra}
+    return {**tiles(name, arch, dtype, variant), "num_warps": entry["num_warps"], "num_stages": entry["num_stages"], **extra}
 
 
 def tiles(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
@@ -140,11 +137,11 @@ STEP_MAX_SPLITS = 256
 
 
 def step_splits(capacity: int, rows: int) -> int:
-    """Splits of a past of `capacity` rows, in tiles of `rows`; split i reads tiles i, i + splits, i + 2 * splits, ..."""
+    """Splits of a past of `capacity` rows, taken `rows` at a time; split i reads groups i, i + splits, i + 2 * splits, ..."""
     return max(1, min(STEP_MAX_SPLITS, -(-capacity // rows)))
 
 
-STEP_PROGRAMS = 1056  # most programs of a step's partial kernels: about what a large GPU holds at a time; it decides who computes a split, never its bits
+STEP_PROGRAMS = 2112  # most programs (a block of heads) of a step's partial kernels, some waves of a large GPU; decides who computes a split, never its bits
 
 
 def step_programs(pieces: int) -> int:

@@ -26,7 +26,7 @@ CAUSAL_KERNELS: dict[str, Kernel] = {
                 *integers("batch", "splits", "capacity", "heads", "group", "units"),
                 _SCALE,
             ),
-            ("BLOCK_R", "BLOCK_H", "BLOCK_G", "BLOCK_D", "STAGES", "PDL"),
+            ("BLOCK_R", "BLOCK_H", "BLOCK_G", "BLOCK_D", "STAGES", "TILES", "PDL"),
             tuple(f"{w}{g}" for w in HEAD_WIDTHS for g in ("", f"x{GROUP}")),
             scalar_loads=10,
         ),

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import address, launcher, pinned
@@ -67,19 +66,6 @@ def _tile(rows, tiles_n, BM: tl.constexpr):
 
 
 @triton.jit
-def _begin(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr):
-    """`begin`, and while it waits this program's rows of the weights (16-bit) go to the L2 cache, where there are few rows to multiply."""
-    if PDL:
-        gdc_launch_dependents()
-        if (PDL == 2) & (BM <= 32):
-            o_n, o_line = tl.arange(0, BN)[:, None], 64 * tl.arange(0, 16)[None, :]  # 128 bytes
-            for start in range(0, depth, 1024):
-                p_w = tl.where(m_n[:, None] & (start + o_line < depth), weight + o_n * depth + start + o_line, weight)
-                tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p_w.to(tl.int64)], tl.int32, is_pure=False, pack=1)
-        gdc_wait()
-
-
-@triton.jit
 def _product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """(BM,BN) float32 of x weight^T, rows of x `row` elements apart, all three from their tile's first row; GATED: of (x * gate) rounded."""
     o_m, o_n, o_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
@@ -115,10 +101,10 @@ def _put(out, b_y, m_m, m_n, row, BM: tl.constexpr, BN: tl.constexpr):
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_linear"))
 def layer_linear(x, weight, bias, out, rows, depth, columns, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (tiles,): out (rows, columns) = x weight^T + bias."""
+    begin(PDL)
     i_m, i_n = _tile(rows, tl.cdiv(columns, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
-    _begin(weight + column * depth, m_n, depth, BM, BN, PDL)
     b_y = _product(x + row * depth, x, weight + column * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK)
     _put(out + row * columns + column, _with_bias(bias + column, b_y, m_n, BN), m_m, m_n, columns, BM, BN)
 
@@ -126,10 +112,10 @@ def layer_linear(x, weight, bias, out, rows, depth, columns, BM: tl.constexpr, B
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_enter"))
 def layer_enter(x, weight, bias, out, rows, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (tiles,): out (rows, 2D) = x weight^T + bias with GELU on its left half."""
+    begin(PDL)
     i_m, i_n = _tile(rows, tl.cdiv(2 * depth, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < 2 * depth - i_n * BN
-    _begin(weight + column * depth, m_n, depth, BM, BN, PDL)
     b_y = _product(x + row * depth, x, weight + column * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK)
     b_y = _with_bias(bias + column, b_y, m_n, BN)
     if i_n * BN < depth:  # as a rounded product would give it
@@ -141,10 +127,10 @@ def layer_enter(x, weight, bias, out, rows, depth, BM: tl.constexpr, BN: tl.cons
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_logits"))
 def layer_logits(x, weight, out, rows, depth, columns, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (tiles,): out (rows, columns) float32 = x weight^T, not rounded."""
+    begin(PDL)
     i_m, i_n = _tile(rows, tl.cdiv(columns, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
-    _begin(weight + column * depth, m_n, depth, BM, BN, PDL)
     b_y = _product(x + row * depth, x, weight + column * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK)
     _put(out + row * columns + column, b_y, m_m, m_n, columns, BM, BN)
 
@@ -152,10 +138,10 @@ def layer_logits(x, weight, out, rows, depth, columns, BM: tl.constexpr, BN: tl.
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_tail"))
 def layer_tail(s, h, weight, bias, x, out, rows, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (tiles,): out = x + (s * g) weight^T + bias, g the right half of h (rows, 2D)."""
+    begin(PDL)
     i_m, i_n = _tile(rows, tl.cdiv(depth, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < depth - i_n * BN
-    _begin(weight + column * depth, m_n, depth, BM, BN, PDL)
     b_y = _product(s + row * depth, h + row * (2 * depth) + depth, weight + column * depth, m_m, m_n, depth, depth, 2 * depth, True, BM, BN, BK)
     o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
     b_x = tl.load(x + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
@@ -199,18 +185,18 @@ def layer_project_gain(
     weight: q (D rows), k, v (kv_width each), the feedback branch's q and k (D each), in this order. q and k are turned by cos, sin (rows, d / 2) float32,
     d = 8 units. Each output gets tiles of its own.
     """
+    begin(PDL)
     tiles = tl.cdiv(rows, BM) * (3 * tl.cdiv(depth, BN) + 2 * tl.cdiv(kv_width, BN))
     if tl.program_id(0) < tiles:
-        _project_tile(h, 2 * depth, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, BM, BN, BK, PDL)
+        _project_tile(h, 2 * depth, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, BM, BN, BK)
     else:
-        begin(PDL)
         _gain_rows(h, 2 * depth, gain, gain_bias, gamma, (tl.program_id(0) - tiles) * BM, rows, depth, gamma_max, BM, BK)
 
 
 @triton.jit
 def _project_tile(
     a, a_row, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, pairs,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """This program's tile of the projections of a, whose rows lie a_row elements apart."""
     n_q, n_k = tl.cdiv(depth, BN), tl.cdiv(kv_width, BN)
@@ -227,7 +213,6 @@ def _project_tile(
         out, bias, width, above, i_n = k, bias_k, kv_width, depth, i_n - n_q
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < width - i_n * BN
-    _begin(weight + (above + column) * depth, m_n, depth, BM, BN, PDL)
     b_y = _product(a + row * a_row, a, weight + (above + column) * depth, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK)
     b_y = _with_bias(bias + column, b_y, m_n, BN)
     if turns:

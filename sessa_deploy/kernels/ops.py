@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -72,13 +71,11 @@ def _check_causal(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tenso
     _check_past(k, tuple(k.shape[2:]), past_length, past_k=past_k, past_v=past_v)
 
 
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # not asked in a call: torch.compile cannot trace the question
 
 
 def _may_use_triton() -> bool:
-    return os.environ.get("SESSA_TRITON") != "0" and _has_triton()
+    return _HAS_TRITON and os.environ.get("SESSA_TRITON") != "0"
 
 
 def uses_triton(q: Tensor) -> bool:
@@ -292,7 +289,7 @@ def no_past(q: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     key = (q.device, q.dtype, q.shape[0], q.shape[-1])
     if keep and key in _NOTHING:
         return _NOTHING[key]
-    captured = q.is_cuda and torch.cuda.is_current_stream_capturing()  # zeros made now would appear in the graph's replays only
+    captured = keep and q.is_cuda and torch.cuda.is_current_stream_capturing()  # zeros made now would appear in the graph's replays only
     with torch.inference_mode(False) if keep else nullcontext():
         past_k, past_s = (torch.empty(q.shape[0], 0, q.shape[-1], dtype=q.dtype, device=q.device) for _ in range(2))
         made = (past_k, past_s, torch.zeros(q.shape[0], dtype=torch.int32, device=q.device))

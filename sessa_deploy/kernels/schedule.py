@@ -11,14 +11,15 @@ _SEQUENCES = tl.constexpr(32)  # lengths looked at together
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """Waits for the kernel before this one and lets the next one start; nothing may be read or written before. PDL: `launch.DEPENDENT_ARCH`.
+    """Waits for the kernel before this one, then lets the next one start; nothing may be read or written earlier. PDL: see `launch.DEPENDENT_ARCH`.
 
-    With programmatic dependent launch (CUDA programming guide, "Programmatic Dependent Launch and Synchronization") a kernel's programs are resident,
-    their parameters read, when its predecessor ends. Every program waits, so a kernel that has ended means that all before it have.
+    Launched with CUDA's programmatic dependent launch (programming guide, "Programmatic Dependent Launch and Synchronization"), a kernel's programs are
+    in place when its predecessor ends; launched without, this does nothing. Every program waits, so a kernel that ended means that all before it did.
+    The next one is let in only after the wait: in a chain of short kernels those that come much too early take the place of those that are due.
     """
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -50,3 +51,29 @@ def locate(item, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr
         end = tl.max(b_end, 0)
         start += _SEQUENCES
     return i_b, item - first
+
+
+@triton.jit
+def _sum(part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr):
+    o_s = tl.arange(0, BLOCK_S)
+    m_s = o_s < used
+    o_part = o_first + o_s
+    b_part = tl.load(part + o_part[:, None] * width + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
+    b_max = tl.load(stat + o_part * 2, mask=m_s, other=float("-inf"))
+    b_sum = tl.load(stat + o_part * 2 + 1, mask=m_s, other=0.0)
+    b_w = tl.where(m_s, tl.exp2(b_max - tl.max(b_max, 0)), 0.0)
+    return tl.sum(b_part * b_w[:, None], 0) / tl.sum(b_w * b_sum, 0)
+
+
+@triton.jit
+def add_splits(part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr):
+    """Columns o_d of the softmax-weighted sum over `used` splits from o_first on, at most BLOCK_S, in an order that `used` alone decides.
+
+    part (.., width), stat (.., 2) = (maximum in log2 units, sum of weights), float32.
+    """
+    FEW: tl.constexpr = BLOCK_S // 8
+    if used <= FEW:  # a short sequence in a large cache
+        b_acc = _sum(part, stat, o_first, used, width, o_d, m_d, FEW)
+    else:
+        b_acc = _sum(part, stat, o_first, used, width, o_d, m_d, BLOCK_S)
+    return b_acc

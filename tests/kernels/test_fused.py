@@ -38,7 +38,7 @@ def make(width: int, heads: int, kv_heads: int, rope: bool, dtype: torch.dtype) 
     layer = SessaLayer(width, heads, kv_heads, use_forward_rope=rope)
     with torch.no_grad():
         for p in layer.parameters():
-            p += 0.1 * torch.randn_like(p)
+            p += 0.1 * min(1.0, 48 / width) ** 0.5 * torch.randn_like(p)  # as wide layers are initialised, or their gradients leave float16
     gain = copy.deepcopy(layer.mixer.gamma_bias.data), copy.deepcopy(layer.mixer.gamma_ctx.weight.data)
     layer = layer.to(DEVICE, dtype)
     if dtype != torch.float64:

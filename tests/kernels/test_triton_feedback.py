@@ -157,7 +157,8 @@ def test_full_set(width: int, dtype: str) -> None:
     for tokens in (1, 2, 63, 64, 65, 100, 257, 1000):
         for routing in ROUTINGS:
             for sign in (1.0, -1.0):
-                x = make(routing, 2, tokens, 130 if tokens % 2 else 0, width, DTYPES[dtype], sign)
+                batch = 16 if tokens <= 2 else 2  # with a few numbers in all, dgamma's largest and plain's error would be accidents
+                x = make(routing, batch, tokens, 130 if tokens % 2 else 0, width, DTYPES[dtype], sign)
                 verify(x, backward=sign > 0 or routing == "alternating")
 
 
