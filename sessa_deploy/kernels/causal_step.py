@@ -59,11 +59,13 @@ def causal_step_partial(
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (ceil(Hkv / BLOCK_H) * ceil(group / BLOCK_G), at most B * splits): as in feedback_step.py. part (B,Hq,splits,d), stat (B,Hq,splits,2) = (maximum in log2 units, sum).
+    """Grid (ceil(Hkv / BLOCK_H) * ceil(group / BLOCK_G), at most B * splits), shared out as in feedback_step.py.
 
-    heads = Hkv, group = Hq / Hkv, scale = d^-1/2 * log2(e); units = d / 8, and the strides are in units of 8 elements too. A tile is
-    (BLOCK_R, BLOCK_H, BLOCK_D): rows, key/value heads, lanes, of which a split takes TILES at a time, and serves BLOCK_G (1 or 4) query heads of each. Each row slot is on its own until the
-    end, so that nothing crosses warps inside the loop; tensors of another rank in there would cost a trip through shared memory each.
+    part (B,Hq,splits,d), stat (B,Hq,splits,2) = (maximum in log2 units, sum). heads = Hkv, group = Hq / Hkv,
+    scale = d^-1/2 * log2(e); units = d / 8, and the strides are in units of 8 elements too. A tile is
+    (BLOCK_R, BLOCK_H, BLOCK_D): rows, key/value heads, lanes; a split takes TILES of them at a time, and serves BLOCK_G (1 or 4) query heads of each.
+    Each row slot is on its own until the end, so that nothing crosses warps inside the loop; tensors of another rank in there would cost a trip through
+    shared memory each.
     """
     begin(PDL)
     every = tl.num_programs(1) >= batch * splits
@@ -145,7 +147,7 @@ def _one_split(
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("causal_step_combine"))
 def causal_step_combine(part, stat, past_length, out, capacity, splits, rows, units, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False):
-    """Grid (Hq, ceil(d / BLOCK_D), B): o (B,Hq,d), the sum of the splits over its weight; BLOCK_S covers every split, each of which takes `rows` rows at a time."""
+    """Grid (Hq, ceil(d / BLOCK_D), B): o (B,Hq,d), the sum of the splits over its weight; BLOCK_S covers every split, rows is what one takes at a time."""
     begin(PDL)
     i_b = tl.program_id(2)
     width = units * 8
@@ -197,7 +199,8 @@ def step(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_l
     out, scale = torch.empty_like(q), width**-0.5 * LOG2E
     blocks = triton.cdiv(heads, partial["BLOCK_H"]) * triton.cdiv(group, partial["BLOCK_G"])
     launcher(causal_step_partial, device, dtype, partial)(
-        (blocks, launch.step_programs(batch * splits)), address(q), address(k), address(v), address(past_k), address(past_v), address(past_length), at["part"], at["stat"],
+        (blocks, launch.step_programs(batch * splits)),
+        address(q), address(k), address(v), address(past_k), address(past_v), address(past_length), at["part"], at["stat"],
         *strides(past_k), *strides(past_v), batch, splits, capacity, heads, group, width // MULTIPLE, scale,
     )  # fmt: skip
     launcher(causal_step_combine, device, dtype, combine)(

@@ -33,8 +33,9 @@ def feedback_step_partial(
     With a program for every split each takes its own; with fewer they share out those that have rows, so that short sequences of a large batch leave
     no programs idle. Which program computes a split changes no bit of it.
 
-    A tile is (BLOCK_R, BLOCK_C, BLOCK_L): rows, chunks of D, lanes; a split takes TILES of them at a time. Wide rows have all warps side by side along the lanes and share one maximum, sum
-    and accumulator. Narrow rows (OWN) have warps along the rows: each row slot keeps its own, and nothing crosses warps until the end.
+    A tile is (BLOCK_R, BLOCK_C, BLOCK_L): rows, chunks of D, lanes; a split takes TILES of them at a time. Wide rows have all warps
+    side by side along the lanes and share one maximum, sum and accumulator. Narrow rows (OWN) have warps along the rows:
+    each row slot keeps its own, and nothing crosses warps until the end.
     """
     begin(PDL)
     every = tl.num_programs(0) >= batch * splits
@@ -101,7 +102,7 @@ def feedback_step_combine(
     part, stat, past_length, gamma, f, out, capacity, splits, rows, width,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (B, ceil(D / BLOCK_D)): s = f + gamma * (sum of the splits); BLOCK_S covers every split, each of which takes `rows` rows at a time."""
+    """Grid (B, ceil(D / BLOCK_D)): s = f + gamma * (sum of the splits); BLOCK_S covers every split, rows is what one takes at a time."""
     begin(PDL)
     i_d = tl.program_id(1)
     i_b = tl.program_id(0).to(tl.int64)

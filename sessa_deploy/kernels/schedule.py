@@ -24,7 +24,7 @@ def begin(PDL: tl.constexpr):
 
 @triton.jit
 def _pieces(past_length, o_b, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """Splits of sequences o_b that have work: one a tile of rows, `splits` at most, LEAST at least; 0 from `batch` on."""
+    """Splits of sequences o_b that have work: one for every `rows` rows, `splits` at most, LEAST at least; 0 from `batch` on."""
     b_length = tl.minimum(tl.load(past_length + o_b, mask=o_b < batch, other=0), capacity)
     b_n = tl.maximum(tl.minimum(tl.cdiv(b_length, rows), splits), LEAST)
     return tl.where(o_b < batch, b_n, 0)
