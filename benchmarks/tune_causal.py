@@ -44,14 +44,14 @@ def step_candidates(variant: str, dtype: str) -> list[Tiles]:
     """Tiles of 2 to 8 KiB in which a thread has one or two 16-byte pieces of a row, and 3 to 5 stages."""
     _, kv_heads, width = heads_of(variant)
     size, found = 4 if dtype == "fp32" else 2, []
-    for rows, block, warps, stages in itertools.product((2, 4, 8, 16), (1, 2, 4, 8, 16), (2, 4, 8), (3, 4, 5)):
+    for rows, block, warps, stages, group in itertools.product((2, 4, 8, 16), (1, 2, 4, 8, 16), (2, 4, 8), (3, 4, 5), (1, 2, 4)):
         tile = rows * block * width * size
         pieces = tile / (16 * 32 * warps)
         if block > kv_heads or pieces not in (1, 2) or not 2048 <= tile <= 8192 or (tile == 8192 and stages == 5):
             continue
         if "x" in variant and (pieces == 2 or stages == 5):  # four accumulators already
             continue
-        found.append({"BLOCK_R": rows, "BLOCK_H": block, "BLOCK_G": 4 if "x" in variant else 1, "BLOCK_D": width, "STAGES": stages,
+        found.append({"BLOCK_R": rows, "BLOCK_H": block, "BLOCK_G": 4 if "x" in variant else 1, "BLOCK_D": width, "STAGES": stages, "TILES": group,
                       "num_warps": warps, "num_stages": 1})  # fmt: skip
     return found
 
@@ -92,19 +92,20 @@ class StepCase:
         self.out = torch.empty_like(self.q)
 
     def launches(self, partial: Tiles, combine: Tiles) -> list[Callable[[], None]]:
-        splits = causal_step.splits_of(self.capacity, partial["BLOCK_R"], combine["BLOCK_S"])
+        rows = partial["BLOCK_R"] * partial["TILES"]
+        splits = causal_step.splits_of(self.capacity, rows, combine["BLOCK_S"])
         part = torch.empty(self.batch * self.heads * splits * self.width, device="cuda")
         stat = torch.empty(self.batch * self.heads * splits * 2, device="cuda")
         scale, group, units = self.width**-0.5 * causal_step.LOG2E, self.heads // self.kv_heads, self.width // 8
         blocks = -(-self.kv_heads // partial["BLOCK_H"]) * -(-group // partial["BLOCK_G"])
 
         def one(past: torch.Tensor) -> None:
-            causal_step.causal_step_partial[(blocks, splits, self.batch)](
+            causal_step.causal_step_partial[(blocks, launch.step_programs(self.batch * splits))](
                 self.q, self.k, self.v, past[0], past[1], self.length, part, stat, *causal_step.strides(past[0]), *causal_step.strides(past[1]),
-                self.capacity, self.kv_heads, group, units, scale, **partial,
+                self.batch, splits, self.capacity, self.kv_heads, group, units, scale, **partial,
             )  # fmt: skip
             causal_step.causal_step_combine[(self.heads, -(-self.width // combine["BLOCK_D"]), self.batch)](
-                part, stat, self.length, self.out, self.capacity, splits, partial["BLOCK_R"], units, **combine
+                part, stat, self.length, self.out, self.capacity, splits, rows, units, **combine
             )
 
         return [lambda past=past: one(past) for past in self.past]  # type: ignore[misc]
@@ -223,7 +224,7 @@ def main() -> None:
             results += steps
             for r in steps[:6] + steps[-1:]:
                 figures = " ".join(f"{x:.2f}({u:.1f})" for x, u in zip(r["shares"], r["us"], strict=True))
-                tile = f"R,H,G,stages,warps={short(r['tiles'])} S,D,warps={r['combine']['BLOCK_S']} {r['combine']['BLOCK_D']} {r['combine']['num_warps']}"
+                tile = f"R,H,G,stages,tiles,warps={short(r['tiles'])} S,D,warps={r['combine']['BLOCK_S']} {r['combine']['BLOCK_D']} {r['combine']['num_warps']}"
                 print(f"step {dtype} {variant} {tile}: {r['score']:.3f} | share(us) {figures}", flush=True)
             if args.write and steps:
                 launch.pin("causal_step_partial", arch, targets, variant, pinned_splits(steps, arch)["tiles"])

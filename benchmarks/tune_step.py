@@ -78,7 +78,8 @@ class Case:
         self.out = torch.empty_like(self.f)
 
     def launches(self, partial: dict[str, Any], combine: dict[str, Any], splits_max: int) -> list[Callable[[], None]]:
-        splits = max(1, min(splits_max, -(-self.capacity // partial["BLOCK_R"])))
+        rows = partial["BLOCK_R"] * partial["TILES"]
+        splits = max(1, min(splits_max, -(-self.capacity // rows)))
         part = torch.empty(self.batch, splits, self.width, device="cuda")
         stat = torch.empty(self.batch, splits, 2, device="cuda")
         scale = self.width**-0.5 * feedback_step.LOG2E
@@ -86,12 +87,12 @@ class Case:
         def one(past: torch.Tensor) -> None:
             k, s = past[0], past[1]
             strides = (k.stride(0), k.stride(1), s.stride(0), s.stride(1))
-            feedback_step.feedback_step_partial[(self.batch, splits)](
-                self.q, k, s, self.length, part, stat, *strides, self.capacity, self.width, scale, **partial
+            feedback_step.feedback_step_partial[(launch.step_programs(self.batch * splits),)](
+                self.q, k, s, self.length, part, stat, *strides, self.batch, splits, self.capacity, self.width, scale, **partial
             )
             if combine:
                 feedback_step.feedback_step_combine[(self.batch, -(-self.width // combine["BLOCK_D"]))](
-                    part, stat, self.length, self.gamma, self.f, self.out, self.capacity, splits, partial["BLOCK_R"], self.width, **combine
+                    part, stat, self.length, self.gamma, self.f, self.out, self.capacity, splits, rows, self.width, **combine
                 )
 
         return [lambda past=past: one(past) for past in self.past]  # type: ignore[misc]
@@ -101,15 +102,15 @@ def candidates(variant: str, dtype: str, quick: bool) -> list[dict[str, Any]]:
     """Tiles worth trying for a width: a lane block of 16-byte loads for 1, 2 or 4 warps, 1 to 4 rows a warp at 1024, 2 to 5 stages, 96 KiB at most."""
     width, size = int(variant), 4 if dtype == "fp32" else 2
     found = []
-    for across, down, rows, stages in itertools.product((1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8), (2, 3, 4, 5)):
+    for across, down, rows, stages, group in itertools.product((1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8), (2, 3, 4, 5), (1, 2, 4)):
         lanes, warps, tile = across * 512 // size, across * down, down * rows * width * size
         chunks = width // lanes
         if not 1 <= chunks <= 8 or chunks * rows > 8 or not 2 <= warps <= 8 or not 4096 <= tile <= 32768 or 2 * (stages - 1) * tile > 98304:
             continue
         # Warps side by side along D keep rows inside a thread and need no sum across warps at the end; narrow rows leave no room for that.
-        if quick and (stages not in (3, 4) or tile not in (8192, 16384) or (down > 1 and width * size > 1024)):
+        if quick and (group != 2 or stages not in (3, 4) or tile not in (8192, 16384) or (down > 1 and width * size > 1024)):
             continue
-        tile_of = {"BLOCK_R": down * rows, "BLOCK_C": chunks, "BLOCK_L": lanes, "STAGES": stages, "OWN": int(down > 1)}
+        tile_of = {"BLOCK_R": down * rows, "BLOCK_C": chunks, "BLOCK_L": lanes, "STAGES": stages, "TILES": group, "OWN": int(down > 1)}
         found.append({**tile_of, "num_warps": warps, "num_stages": 1})
     return found
 
@@ -151,7 +152,7 @@ def main() -> None:
         mine = sorted((r for r in results if r["dtype"] == dtype and r["variant"] == variant), key=lambda r: -r["share"])
         for r in mine[:6] + mine[-1:]:
             t = r["tiles"]
-            tile = f"R={t['BLOCK_R']} C={t['BLOCK_C']} L={t['BLOCK_L']} stages={t['STAGES']} warps={t['num_warps']} splits={r['splits']}"
+            tile = f"R={t['BLOCK_R']} C={t['BLOCK_C']} L={t['BLOCK_L']} stages={t['STAGES']} tiles={t['TILES']} warps={t['num_warps']} splits={r['splits']}"
             shares, micros = (" ".join(texts) for texts in ((f"{x:.3f}" for x in r["shares"]), (f"{1e3 * m:.1f}" for m in r["ms"])))
             print(f"{dtype} {variant} {tile}: share {r['share']:.3f} | {shares} | us {micros}", flush=True)
         if args.write:
