@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -20,6 +22,31 @@ constexpr int kComputeMajor = 75;
 constexpr int kComputeMinor = 76;
 constexpr int kMaxDynamicShared = 8;
 constexpr int kStaticShared = 48 * 1024;
+constexpr int kProgrammaticSerialization = 6; // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+constexpr int kDependentSince = 12030;        // first driver that keeps the attribute in a captured stream
+
+// CUlaunchAttribute and CUlaunchConfig.
+struct LaunchAttribute
+{
+    int id;
+    char pad[4];
+    union
+    {
+        char bytes[64];
+        int allowed;
+    } value;
+};
+
+struct LaunchConfig
+{
+    unsigned grid[3];
+    unsigned block[3];
+    unsigned shared;
+    CUstream_st* stream;
+    LaunchAttribute* attributes;
+    unsigned count;
+};
+static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56, "as cuda.h lays them out");
 
 struct Driver
 {
@@ -31,6 +58,7 @@ struct Driver
     Result (*funcSetAttribute)(Function, int, int){};
     Result (*launchKernel)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream_st*, void**, void**){};
     Result (*getErrorName)(Result, char const**){};
+    Result (*launchKernelEx)(LaunchConfig const*, Function, void**, void**){}; // null where kernels cannot start before their predecessor ends
     std::string missing; // why the driver cannot be used, empty if it can
 };
 
@@ -62,6 +90,16 @@ Driver const& driver()
         bind(library, "cuFuncSetAttribute", d.funcSetAttribute, d.missing);
         bind(library, "cuLaunchKernel", d.launchKernel, d.missing);
         bind(library, "cuGetErrorName", d.getErrorName, d.missing);
+        Result (*version)(int*){};
+        int found = 0;
+        std::string ignored;
+        bind(library, "cuDriverGetVersion", version, ignored);
+        char const* const wanted = std::getenv("SESSA_PDL");
+        bool const off = wanted != nullptr && std::strcmp(wanted, "0") == 0;
+        if (!off && version != nullptr && version(&found) == 0 && found >= kDependentSince)
+        {
+            bind(library, "cuLaunchKernelEx", d.launchKernelEx, ignored);
+        }
         return d;
     }();
     return instance;
@@ -174,7 +212,7 @@ catch (...)
     return false;
 }
 
-bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* stream, std::string& error) noexcept
+bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* stream, std::string& error, bool early) noexcept
 try
 {
     constexpr int64_t kGridX = 2147483647;
@@ -202,8 +240,21 @@ try
     {
         pointers.push_back(&value);
     }
-    auto const result = driver().launchKernel(function, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z),
-        static_cast<unsigned>(cubin.warps) * 32, 1, 1, static_cast<unsigned>(cubin.shared), stream, pointers.data(), nullptr);
+    Result result = 0;
+    if (early && cubin.tile("PDL") == 1 && driver().launchKernelEx != nullptr)
+    {
+        LaunchAttribute dependent{};
+        dependent.id = kProgrammaticSerialization;
+        dependent.value.allowed = 1;
+        LaunchConfig const config{{static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
+            {static_cast<unsigned>(cubin.warps) * 32, 1, 1}, static_cast<unsigned>(cubin.shared), stream, &dependent, 1};
+        result = driver().launchKernelEx(&config, function, pointers.data(), nullptr);
+    }
+    else
+    {
+        result = driver().launchKernel(function, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z),
+            static_cast<unsigned>(cubin.warps) * 32, 1, 1, static_cast<unsigned>(cubin.shared), stream, pointers.data(), nullptr);
+    }
     return !failed(result, (std::string("launching ") + cubin.kernel).c_str(), error);
 }
 catch (...)

@@ -49,6 +49,7 @@ struct Grid
 };
 
 // Enqueues one kernel; neither allocates device memory nor synchronises once the cubin is loaded. False and a reason on failure.
-bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* stream, std::string& error) noexcept;
+// early: its programs may be in place before the kernel ahead of it in the stream ends, if the binary waits for that (schedule.py, begin).
+bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* stream, std::string& error, bool early = false) noexcept;
 
 } // namespace sessa

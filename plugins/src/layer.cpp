@@ -78,7 +78,7 @@ struct Product : Single
 
     bool launchTiles(Problem const& p, int64_t tiles, Arguments& a, CUstream_st* stream, std::string& error) const
     {
-        return launch(*kernel, {ceilDiv(rowsOf(p), kernel->tile("BM")) * tiles, 1, 1}, a, stream, error);
+        return launch(*kernel, {ceilDiv(rowsOf(p), kernel->tile("BM")) * tiles, 1, 1}, a, stream, error, early(p));
     }
 };
 
@@ -99,7 +99,7 @@ struct Rotary final : Single
     {
         Arguments a;
         a.add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(t.outs[1]).add(i32(p.tokens)).add(i32(p.pairs));
-        return launch(*kernel, {p.tokens, p.batch, 1}, a, stream, error);
+        return launch(*kernel, {p.tokens, p.batch, 1}, a, stream, error, early(p));
     }
 };
 
@@ -114,7 +114,7 @@ struct Norm final : Row
     {
         Arguments a;
         a.add(t.in[0]).add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(i32(p.width)).add(p.scale != 0.0F ? p.scale : kEps);
-        return launch(*kernel, {rowsOf(p), 1, 1}, a, stream, error);
+        return launch(*kernel, {rowsOf(p), 1, 1}, a, stream, error, early(p));
     }
 };
 

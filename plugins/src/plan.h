@@ -15,6 +15,7 @@ namespace sessa
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kStepPrograms = 2112; // launch.STEP_PROGRAMS
+constexpr int64_t kFewRows = 16;        // rows of a batch up to which kernels are short enough to gain from an early launch
 
 inline int64_t ceilDiv(int64_t a, int64_t b)
 {
@@ -34,6 +35,11 @@ inline char const* dtypeName(Storage storage)
 inline double scaleOf(Problem const& p)
 {
     return p.scale != 0.0F ? static_cast<double>(p.scale) : 1.0 / std::sqrt(static_cast<double>(p.width));
+}
+
+inline bool early(Problem const& p)
+{
+    return p.batch * p.tokens <= kFewRows;
 }
 
 inline bool refuse(std::string& error, std::string const& what, std::string const& got, std::string const& allowed)

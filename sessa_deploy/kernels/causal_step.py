@@ -17,7 +17,7 @@ from torch import Tensor
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.launch_causal import MULTIPLE, head_variant
-from sessa_deploy.kernels.schedule import add_splits, locate, pieces
+from sessa_deploy.kernels.schedule import add_splits, begin, locate, pieces
 
 LOG2E = 1.4426950408889634
 
@@ -57,6 +57,7 @@ def causal_step_partial(
     q, k, v, past_k, past_v, past_length, part, stat,
     stride_kb: tl.int64, stride_kr, stride_vb: tl.int64, stride_vr, batch, splits, capacity, heads, group, units, scale,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (ceil(Hkv / BLOCK_H) * ceil(group / BLOCK_G), at most B * splits), shared out as in feedback_step.py.
 
@@ -66,6 +67,7 @@ def causal_step_partial(
     Each row slot is on its own until the end, so that nothing crosses warps inside the loop; tensors of another rank in there would cost a trip through
     shared memory each.
     """
+    begin(PDL)
     every = tl.num_programs(1) >= batch * splits
     total = batch * splits
     if not every:
@@ -144,8 +146,9 @@ def _one_split(
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("causal_step_combine"))
-def causal_step_combine(part, stat, past_length, out, capacity, splits, rows, units, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+def causal_step_combine(part, stat, past_length, out, capacity, splits, rows, units, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (Hq, ceil(d / BLOCK_D), B): o (B,Hq,d), the sum of the splits over its weight; BLOCK_S covers every split, rows is what one takes at a time."""
+    begin(PDL)
     i_b = tl.program_id(2)
     width = units * 8
     length = tl.minimum(tl.load(past_length + i_b), capacity)

@@ -45,7 +45,10 @@ def arch_of(index: int) -> int:
 def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, variant: str) -> Options:
     """The pinned launch options of `names` on a device, for a storage dtype; variant is "fwd" or "bwd"."""
     arch = arch_of(device.index or 0)
-    return {name: launch.options(name, arch, DTYPE_NAMES[dtype], variant) for name in names}
+    found = {name: launch.options(name, arch, DTYPE_NAMES[dtype], variant) for name in names}
+    if INTERPRETED:  # which knows no dependent launch
+        return {name: {k: v for k, v in o.items() if k != "PDL"} for name, o in found.items()}
+    return found
 
 
 @lru_cache(maxsize=256)

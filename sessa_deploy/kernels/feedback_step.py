@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import DTYPE_NAMES, address, aligned, launcher, pinned, workspace
-from sessa_deploy.kernels.schedule import add_splits, locate, pieces
+from sessa_deploy.kernels.schedule import add_splits, begin, locate, pieces
 
 LOG2E = 1.4426950408889634
 
@@ -26,6 +26,7 @@ def feedback_step_partial(
     q, past_k, past_s, past_length, part, stat,
     stride_kb: tl.int64, stride_kr, stride_sb: tl.int64, stride_sr, batch, splits, capacity, width, scale,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr, OWN: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (at most B * splits,). part (B,splits,D) and stat (B,splits,2) = (maximum in log2 units, sum); scale = D^-1/2 * log2(e).
 
@@ -36,6 +37,7 @@ def feedback_step_partial(
     side by side along the lanes and share one maximum, sum and accumulator. Narrow rows (OWN) have warps along the rows:
     each row slot keeps its own, and nothing crosses warps until the end.
     """
+    begin(PDL)
     every = tl.num_programs(0) >= batch * splits
     total = batch * splits
     if not every:
@@ -98,9 +100,10 @@ def _one_split(
 @triton.jit(do_not_specialize=launch.do_not_specialize("feedback_step_combine"))
 def feedback_step_combine(
     part, stat, past_length, gamma, f, out, capacity, splits, rows, width,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (B, ceil(D / BLOCK_D)): s = f + gamma * (sum of the splits); BLOCK_S covers every split, rows is what one takes at a time."""
+    begin(PDL)
     i_d = tl.program_id(1)
     i_b = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.load(past_length + i_b), capacity)

@@ -25,8 +25,8 @@ class Param:
 class Kernel:
     """A @triton.jit function: where it lives, its run-time parameters in order, then its constexpr names.
 
-    variants: the keys of its pinned tiles, one binary for each (a number stands for a width, "bwd" for the backward).
-    lowered: whether the plugin runs it; it never runs a "bwd" variant.
+    constexprs: "PDL", if there, is no tile but says whether the binary may start before its predecessor ends. variants: the keys of its pinned tiles,
+    one binary for each (a number stands for a width, "bwd" for the backward). lowered: whether the plugin runs it; it never runs a "bwd" variant.
     dtypes: the storage dtypes it is compiled for; a kernel that sees no storage type has ("fp32",). scalar_loads: how many global loads
     narrower than 16 bytes its PTX may hold (a length, a gain, a statistic); lowering refuses more. wide: it must hold 16-byte loads too;
     not so where nobody promises that a row begins aligned.
@@ -90,7 +90,7 @@ KERNELS: dict[str, Kernel] = {
                 Param("width", "i32", True),
                 Param("scale", "fp32"),
             ),
-            ("BLOCK_R", "BLOCK_C", "BLOCK_L", "STAGES", "TILES", "OWN"),
+            ("BLOCK_R", "BLOCK_C", "BLOCK_L", "STAGES", "TILES", "OWN", "PDL"),
             ("256", "512", "1024", "2048", "4096"),
             scalar_loads=4,
         ),
@@ -107,7 +107,7 @@ KERNELS: dict[str, Kernel] = {
                 Param("rows", "i32"),
                 Param("width", "i32", True),
             ),
-            ("BLOCK_S", "BLOCK_D"),
+            ("BLOCK_S", "BLOCK_D", "PDL"),
             ("128",),
             scalar_loads=12,
         ),

@@ -7,7 +7,7 @@ from sessa_deploy.kernels.launch_kernels import Kernel, Param, integers, pointer
 _MODULE = "sessa_deploy.kernels.layer"
 WIDTHS = (1024, 2048, 4096)  # a row is padded to the next of these
 ROWS = (16, 64)  # rows (B T) up to which a product takes small tiles; beyond the last: "any"
-_TILES = ("BM", "BN", "BK")
+_TILES = ("BM", "BN", "BK", "PDL")
 _HALF = ("fp16", "bf16")  # a float32 engine keeps TensorRT's own layers
 _PRODUCTS = (*(str(r) for r in ROWS), "any")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
@@ -16,9 +16,9 @@ LAYER_KERNELS: dict[str, Kernel] = {
     k.name: k
     for k in (
         Kernel("layer_rotary", _MODULE, (Param("past_length", "*i32"), *pointers("limbs", "cos", "sin", type="*fp32"), *integers("tokens", "pairs")),
-               ("BD",), ("any",), dtypes=("fp32",), scalar_loads=16, wide=False),
+               ("BD", "PDL"), ("any",), dtypes=("fp32",), scalar_loads=16, wide=False),
         Kernel("layer_norm", _MODULE, (*pointers("x", "weight", "bias", "out"), Param("width", "i32", True), Param("eps", "fp32")),
-               ("BD",), tuple(map(str, WIDTHS)), dtypes=_HALF),
+               ("BD", "PDL"), tuple(map(str, WIDTHS)), dtypes=_HALF),
         Kernel("layer_linear", _MODULE, (*pointers("x", "weight", "bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS, dtypes=_HALF,
                scalar_loads=8),
         Kernel("layer_logits", _MODULE, (*pointers("x", "weight"), *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,

@@ -14,13 +14,15 @@ from torch import Tensor
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import address, launcher, pinned
 from sessa_deploy.kernels.launch_layer import product_variant
+from sessa_deploy.kernels.schedule import begin
 
 GROUP = tl.constexpr(8)  # tiles of rows whose programs are neighbours, so that they share a tile of weights in the cache
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_norm"))
-def layer_norm(x, weight, bias, out, width, eps, BD: tl.constexpr):
+def layer_norm(x, weight, bias, out, width, eps, BD: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (rows,), BD >= D: LayerNorm of each row."""
+    begin(PDL)
     p_x = x + tl.program_id(0).to(tl.int64) * width
     o_d = tl.arange(0, BD)
     m_d = o_d < width
@@ -34,8 +36,9 @@ def layer_norm(x, weight, bias, out, width, eps, BD: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_rotary"))
-def layer_rotary(past_length, limbs, cos, sin, tokens, pairs, BD: tl.constexpr):
+def layer_rotary(past_length, limbs, cos, sin, tokens, pairs, BD: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (T, B), BD >= d / 2: cos and sin (B,T,pairs) float32 at position past_length[b] + t; limbs (4,pairs): see rope.py, whose sums these are."""
+    begin(PDL)
     i_t, i_b = tl.program_id(0), tl.program_id(1)
     o_d = tl.arange(0, BD)
     m_d = o_d < pairs
@@ -96,8 +99,9 @@ def _put(out, b_y, m_m, m_n, row, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_linear"))
-def layer_linear(x, weight, bias, out, rows, depth, columns, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def layer_linear(x, weight, bias, out, rows, depth, columns, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (tiles,): out (rows, columns) = x weight^T + bias."""
+    begin(PDL)
     i_m, i_n = _tile(rows, tl.cdiv(columns, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
@@ -106,8 +110,9 @@ def layer_linear(x, weight, bias, out, rows, depth, columns, BM: tl.constexpr, B
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_enter"))
-def layer_enter(x, weight, bias, out, rows, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def layer_enter(x, weight, bias, out, rows, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (tiles,): out (rows, 2D) = x weight^T + bias with GELU on its left half."""
+    begin(PDL)
     i_m, i_n = _tile(rows, tl.cdiv(2 * depth, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < 2 * depth - i_n * BN
@@ -120,8 +125,9 @@ def layer_enter(x, weight, bias, out, rows, depth, BM: tl.constexpr, BN: tl.cons
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_logits"))
-def layer_logits(x, weight, out, rows, depth, columns, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def layer_logits(x, weight, out, rows, depth, columns, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (tiles,): out (rows, columns) float32 = x weight^T, not rounded."""
+    begin(PDL)
     i_m, i_n = _tile(rows, tl.cdiv(columns, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
@@ -130,8 +136,9 @@ def layer_logits(x, weight, out, rows, depth, columns, BM: tl.constexpr, BN: tl.
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_tail"))
-def layer_tail(s, h, weight, bias, x, out, rows, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def layer_tail(s, h, weight, bias, x, out, rows, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (tiles,): out = x + (s * g) weight^T + bias, g the right half of h (rows, 2D)."""
+    begin(PDL)
     i_m, i_n = _tile(rows, tl.cdiv(depth, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < depth - i_n * BN
@@ -171,13 +178,14 @@ def _gain_rows(a, a_row, weight, bias, gamma, first, rows, depth, gamma_max, BM:
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_project_gain"))
 def layer_project_gain(
     h, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, gain, gain_bias, q, k, v, q_b, k_b, gamma, rows, depth, kv_width, units, gamma_max,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles + row tiles,): all projections of a, the left half of h (rows, 2D), and gamma (rows,) float32 = gamma_max tanh(gain_bias + a . gain).
 
     weight: q (D rows), k, v (kv_width each), the feedback branch's q and k (D each), in this order. q and k are turned by cos, sin (rows, d / 2) float32,
     d = 8 units. Each output gets tiles of its own.
     """
+    begin(PDL)
     tiles = tl.cdiv(rows, BM) * (3 * tl.cdiv(depth, BN) + 2 * tl.cdiv(kv_width, BN))
     if tl.program_id(0) < tiles:
         _project_tile(h, 2 * depth, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, BM, BN, BK)
@@ -193,19 +201,19 @@ def _project_tile(
     """This program's tile of the projections of a, whose rows lie a_row elements apart."""
     n_q, n_k = tl.cdiv(depth, BN), tl.cdiv(kv_width, BN)
     i_m, i_n = _tile(rows, 3 * n_q + 2 * n_k, BM)
-    out, bias, width, begin = q, bias_q, depth, 0
+    out, bias, width, above = q, bias_q, depth, 0
     turns = i_n < n_q + n_k
     if i_n >= 2 * n_q + 2 * n_k:
-        out, bias, begin, i_n = k_b, bias_fb + depth, 2 * depth + 2 * kv_width, i_n - 2 * n_q - 2 * n_k
+        out, bias, above, i_n = k_b, bias_fb + depth, 2 * depth + 2 * kv_width, i_n - 2 * n_q - 2 * n_k
     elif i_n >= n_q + 2 * n_k:
-        out, bias, begin, i_n = q_b, bias_fb, depth + 2 * kv_width, i_n - n_q - 2 * n_k
+        out, bias, above, i_n = q_b, bias_fb, depth + 2 * kv_width, i_n - n_q - 2 * n_k
     elif i_n >= n_q + n_k:
-        out, bias, width, begin, i_n = v, bias_v, kv_width, depth + kv_width, i_n - n_q - n_k
+        out, bias, width, above, i_n = v, bias_v, kv_width, depth + kv_width, i_n - n_q - n_k
     elif i_n >= n_q:
-        out, bias, width, begin, i_n = k, bias_k, kv_width, depth, i_n - n_q
+        out, bias, width, above, i_n = k, bias_k, kv_width, depth, i_n - n_q
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < width - i_n * BN
-    b_y = _product(a + row * a_row, a, weight + (begin + column) * depth, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK)
+    b_y = _product(a + row * a_row, a, weight + (above + column) * depth, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK)
     b_y = _with_bias(bias + column, b_y, m_n, BN)
     if turns:
         b_y = _turned(cos + row * pairs, sin + row * pairs, b_y, m_m, m_n, i_n * BN, pairs, BM, BN)

@@ -1,11 +1,25 @@
-"""What the kernels of both decode steps share: which splits have rows to read, and how splits are added."""
+"""What the kernels of a decode step share: an early start on the GPU, and the list of splits that have rows to read."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _SEQUENCES = tl.constexpr(32)  # lengths looked at together
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Waits for the kernel before this one, then lets the next one start; nothing may be read or written earlier. PDL: see `launch.DEPENDENT_ARCH`.
+
+    Launched with CUDA's programmatic dependent launch (programming guide, "Programmatic Dependent Launch and Synchronization"), a kernel's programs are
+    in place when its predecessor ends; launched without, this does nothing. Every program waits, so a kernel that ended means that all before it did.
+    The next one is let in only after the wait: in a chain of short kernels those that come much too early take the place of those that are due.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

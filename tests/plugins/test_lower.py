@@ -123,6 +123,14 @@ def test_later_minors_are_served_where_they_are_pinned_alike(monkeypatch: pytest
     assert lower.shared_limit(lower.Unit("causal_prefill", 90, "fp16", "64")) == launch.SHARED_LIMIT[90]
 
 
+def test_early_starts_are_for_gpus_that_know_them() -> None:
+    """A GPU before sm_90 has no griddepcontrol; every kernel of a decode step asks for it where there is one."""
+    step = [k for k in launch.KERNELS.values() if "PDL" in k.constexprs]
+    assert {k.name for k in step} == {n for n in launch.KERNELS if n.startswith(("feedback_step", "causal_step", "layer_"))}
+    for k in step:
+        assert [launch.tiles(k.name, arch, k.dtypes[0], k.variants[0])["PDL"] for arch in launch.ARCHS] == [False] * 4 + [True] * 3
+
+
 def test_the_table_pins_every_unit() -> None:
     for unit in lower.units(launch.ARCHS):
         tiles = launch.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant)
