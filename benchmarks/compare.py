@@ -222,7 +222,7 @@ def parse() -> argparse.Namespace:
     add("--trt-bundle", type=Path, action="append", default=[], help="a bundle with an engine; may be given several times")
     add("--build", type=Path, help="build the engines that are missing in copies of the bundle in this folder")
     add("--opt-level", type=int, help="of those builds")
-    add("--max-prompt", type=int, default=2048, help="tokens of a prefill step of those builds")
+    add("--max-prompt", type=int, default=8192, help="tokens of a prefill step of those builds, all sequences together")
     add("--trt-python", help="interpreter, or a script that starts it, of the TensorRT peer")
     add("--ort-python", help="of the ONNX Runtime peer")
     add("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))

@@ -161,7 +161,8 @@ def engine_bundle(job: dict[str, Any], batch: int, capacity: int) -> Any:
         copy.parent.mkdir(parents=True, exist_ok=True)
         files: dict[str, Any] = {name: source.file(name) for name in source.names() if not name.startswith(f"{ENGINES_DIR}/")}
         write_bundle(copy, files, source.config, source.precision, source.versions, source.opset)
-    return build_engine(copy, batch, capacity, min(capacity, job["max_prompt"]), opt_level=job["opt_level"]).bundle
+    tokens = min(capacity, max(FILL_TOKENS // batch, job["max_prompt"] // batch))  # buffers are for all sequences together
+    return build_engine(copy, batch, capacity, tokens, opt_level=job["opt_level"]).bundle
 
 
 def decode(peer: Peer, point: Point, job: dict[str, Any]) -> np.ndarray:

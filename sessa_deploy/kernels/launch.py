@@ -27,7 +27,7 @@ ARCHS = (80, 86, 87, 89, 90, 100, 120)
 ALIGNMENT = 16  # bytes for a pointer, elements for a width or stride
 # Largest dynamic shared memory one block may ask for, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-DEPENDENT_ARCH = 90  # first compute capability with programmatic dependent launch, which kernels with the constexpr PDL are made for
+DEPENDENT_ARCH = 90  # first compute capability with programmatic dependent launch, which the variants that may start early are made for
 NOT_TILES = ("arch", "dtype", "variant", "tuned", "num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "spills")
 
 
@@ -94,8 +94,8 @@ def tiles(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
     """The constexprs alone, in the kernel's order."""
     entry = pinned(name, arch, dtype, variant)
     values = {k: v for k, v in entry.items() if k not in NOT_TILES}
-    if "PDL" in kernel(name).constexprs:
-        values["PDL"] = arch >= DEPENDENT_ARCH
+    if kernel(name).early:
+        values["PDL"] = arch >= DEPENDENT_ARCH and variant in kernel(name).early
     if set(values) != set(kernel(name).constexprs):
         raise ValueError(f"{name} takes {kernel(name).constexprs}, the table gives {tuple(values)}")
     return {k: values[k] for k in kernel(name).constexprs}

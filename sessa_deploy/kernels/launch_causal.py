@@ -8,6 +8,7 @@ HEAD_WIDTHS = (64, 128, 256)  # a head is padded to the next of these
 MULTIPLE = 8  # of a head's width and of every stride: what 16-byte loads of 16-bit storage need
 GROUP = 4  # query heads of one key/value head that a program of the decode step takes together, where there are several
 
+_STEPS = tuple(f"{w}{g}" for w in HEAD_WIDTHS for g in ("", f"x{GROUP}"))
 _STRIDES = (Param("stride_kb", "i64"), Param("stride_kr", "i32"), Param("stride_vb", "i64"), Param("stride_vr", "i32"))
 _SCALE = Param("scale", "fp32")
 
@@ -27,8 +28,9 @@ CAUSAL_KERNELS: dict[str, Kernel] = {
                 _SCALE,
             ),
             ("BLOCK_R", "BLOCK_H", "BLOCK_G", "BLOCK_D", "STAGES", "TILES", "PDL"),
-            tuple(f"{w}{g}" for w in HEAD_WIDTHS for g in ("", f"x{GROUP}")),
+            _STEPS,
             scalar_loads=10,
+            early=_STEPS,
         ),
         Kernel(
             "causal_step_combine",
@@ -37,6 +39,7 @@ CAUSAL_KERNELS: dict[str, Kernel] = {
             ("BLOCK_S", "BLOCK_D", "PDL"),
             ("any",),
             scalar_loads=8,
+            early=("any",),
         ),
         Kernel(
             "causal_prefill",

@@ -25,8 +25,8 @@ class Param:
 class Kernel:
     """A @triton.jit function: where it lives, its run-time parameters in order, then its constexpr names.
 
-    constexprs: "PDL", if there, is no tile but says whether the binary may start before its predecessor ends. variants: the keys of its pinned tiles,
-    one binary for each (a number stands for a width, "bwd" for the backward). lowered: whether the plugin runs it; it never runs a "bwd" variant.
+    variants: the keys of its pinned tiles, one binary for each (a number stands for a width, "bwd" for the backward). early: those whose binary may start
+    before its predecessor ends, by the constexpr "PDL", which is no tile. lowered: whether the plugin runs it; it never runs a "bwd" variant.
     dtypes: the storage dtypes it is compiled for; a kernel that sees no storage type has ("fp32",). scalar_loads: how many global loads
     narrower than 16 bytes its PTX may hold (a length, a gain, a statistic); lowering refuses more. wide: it must hold 16-byte loads too;
     not so where nobody promises that a row begins aligned.
@@ -41,11 +41,15 @@ class Kernel:
     dtypes: tuple[str, ...] = DTYPES
     scalar_loads: int = 0
     wide: bool = True
+    early: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for p in self.params:
             if not p.type.startswith("*") and p.type not in SCALARS:
                 raise ValueError(f"{self.name}.{p.name}: type {p.type!r} is neither a pointer nor one of {SCALARS}")
+
+
+STEP_WIDTHS = ("256", "512", "1024", "2048", "4096")  # rows of the decode step, padded to the next of these
 
 
 def pointers(*names: str, type: str = "*storage") -> tuple[Param, ...]:
@@ -91,8 +95,9 @@ KERNELS: dict[str, Kernel] = {
                 Param("scale", "fp32"),
             ),
             ("BLOCK_R", "BLOCK_C", "BLOCK_L", "STAGES", "TILES", "OWN", "PDL"),
-            ("256", "512", "1024", "2048", "4096"),
+            STEP_WIDTHS,
             scalar_loads=4,
+            early=STEP_WIDTHS,
         ),
         Kernel(
             "feedback_step_combine",
@@ -110,6 +115,7 @@ KERNELS: dict[str, Kernel] = {
             ("BLOCK_S", "BLOCK_D", "PDL"),
             ("128",),
             scalar_loads=12,
+            early=("128",),
         ),
         Kernel(
             "feedback_pack",
