@@ -13,7 +13,8 @@ import click
 @click.argument("bundle", type=click.Path())
 @click.option("--max-batch", type=int, default=1, show_default=True, help="Sequences at once.")
 @click.option("--max-context", type=int, help="Tokens the cache holds for each; default: the model's max_context.")
-@click.option("--max-prompt", type=int, default=512, show_default=True, help="Tokens of one prefill step; longer prompts go in chunks.")
+@click.option("--max-prompt", type=int, default=512, show_default=True,
+              help="Tokens of one prefill step; longer prompts go in chunks. Larger steps are faster and take more memory.")
 @click.option("--workspace", type=int, metavar="MIB", help="GPU memory TensorRT may take for scratch; default: what it likes.")
 @click.option("--opt-level", type=int, metavar="0..5", help="TensorRT's optimisation level; default: its own.")
 @click.option("--precision", metavar="fp32|fp16|bf16", help="Only the graph's own; export decides the precision.")
