@@ -49,7 +49,7 @@ def validate(
     begun = time.perf_counter()
     opened = Bundle.open(bundle)
     launch = launch or ProcessLaunch()
-    workers = workers or max(1, min(3, os.cpu_count() or 1))
+    workers, cores = workers or max(1, min(3, os.cpu_count() or 1)), len(os.sched_getaffinity(0))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sessa-parity-")) if dump is None else dump).absolute()
         if elsewhere is None:
@@ -65,7 +65,7 @@ def validate(
         weights = check_weights(opened.model, checkpoint, opened.precision, opened.config)
 
         def job(rung: str) -> RungJob:
-            threads = max(1, (os.cpu_count() or 1) // (1 if rung == ORACLE else workers)) if opened.config.d_model >= WIDE else 1
+            threads = max(1, cores // (1 if rung == ORACLE else workers)) if opened.config.d_model >= WIDE else 1
             return RungJob(rung, folder, opened.path.absolute(), None if rung in ENGINE_RUNGS else Path(checkpoint).absolute(), threads)
 
         launch_all([job(ORACLE)], launch, 1, progress)
@@ -97,7 +97,7 @@ def dump_engines(
     if not (folder / "cases.json").is_file():
         save_cases(build_cases(opened.config, seed, lengths), folder)
     rungs = resolve_backends(backends, opened)
-    jobs = [RungJob(rung, folder, opened.path.absolute(), None, max(1, os.cpu_count() or 1)) for rung in rungs]
+    jobs = [RungJob(rung, folder, opened.path.absolute(), None, len(os.sched_getaffinity(0))) for rung in rungs]
     died = launch_all(jobs, launch or ProcessLaunch(), 1, progress)
     for error in died.values():
         raise error

@@ -54,7 +54,8 @@ class ProcessLaunch:
         command = [python, "-m", "sessa_deploy.export.parity_rungs", "--rung", job.rung, "--folder", str(job.folder), "--bundle", str(job.bundle),
                    "--threads", str(job.threads), *(("--checkpoint", str(job.checkpoint)) if job.checkpoint else ())]
         threads = str(job.threads)
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        # passive: threads that spin while they wait take the cores of the rungs beside them, and of whatever else runs on the machine
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
         log = job.folder / f"{job.rung}.log"
         with log.open("w+", encoding="utf-8", errors="replace") as errors:
             try:
