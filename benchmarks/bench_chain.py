@@ -1,0 +1,146 @@
+"""A decode step as an engine runs it, from the plugin's kernels alone in one CUDA graph: no TensorRT is needed to see what a kernel costs or a change gives.
+
+    python benchmarks/bench_chain.py [--layers 24] [--points decode small ragged batch] [--json FILE]
+
+Prints milliseconds a step (replays one by one, and back to back), the share of the bandwidth floor (weights and valid cache rows once, at the bandwidth of
+a long copy), and what each kernel takes by PyTorch's profiler. float16, random weights; lengths stand still, nothing is appended. See compare.py for engines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tune_step import copy_bandwidth
+
+from sessa_deploy.kernels import causal_step, feedback_step, layer
+
+HALF = torch.float16
+# name -> capacity, cached tokens of each sequence
+POINTS: dict[str, tuple[int, list[int]]] = {
+    "decode": (32768, [4096]), "small": (256, [128]), "ragged": (8192, [4096] + [128] * 31), "batch": (8192, [4096] * 32),
+}  # fmt: skip
+
+
+class Chain:
+    """Weights of every layer and the head."""
+
+    def __init__(self, args: argparse.Namespace, device: str = "cuda") -> None:
+        self.args, self.device = args, device
+        d = args.width
+
+        def random(*shape: int, scale: float = 1.0, kind: torch.dtype = HALF) -> Tensor:
+            return (scale * torch.randn(shape, device=self.device)).to(kind)
+
+        self.random, self.limbs = random, torch.rand(4, d // args.heads // 2, device=self.device) / 64
+        scale = d**-0.5
+        self.layers = [
+            {"norm": (random(d), random(d)), "enter": (random(2 * d, d, scale=scale), random(2 * d)), "project": random(5 * d, d, scale=scale),
+             "biases": (random(d), random(d), random(d), random(2 * d)), "gain": random(d, kind=torch.float32, scale=scale),
+             "gain_bias": random(1, kind=torch.float32), "out": (random(d, d, scale=scale), random(d)), "tail": (random(d, d, scale=scale), random(d))}
+            for _ in range(args.layers)
+        ]  # fmt: skip
+        self.last, self.head = (random(d), random(d)), random(args.vocabulary, d, scale=scale)
+
+    def step(self, x: Tensor, length: Tensor, caches: list[list[Tensor]]) -> Tensor:
+        """Logits of one token a sequence, x (B,D)."""
+        rows, heads = x.shape[0], (x.shape[0], 1, self.args.heads, x.shape[1] // self.args.heads)
+        cos, sin = (t.view(rows, -1) for t in layer.rotary(length, self.limbs, 1))
+        for w, (k_f, v_f, k_b, s_b) in zip(self.layers, caches, strict=True):
+            h = layer.enter(layer.norm(x, *w["norm"], 1e-5), *w["enter"])
+            q, k, v, q_b, k_new, gamma = layer.project_gain(h, w["project"], w["biases"], cos, sin, w["gain"], w["gain_bias"], 0.999)
+            o = causal_step.step(q.view(heads), k.view(heads), v.view(heads), k_f, v_f, length)
+            f = layer.linear(o.view(x.shape), *w["out"])
+            s = feedback_step.step(q_b[:, None], k_new[:, None], gamma[:, None], f[:, None], k_b, s_b, length)
+            x = layer.tail(s.view(x.shape), h, *w["tail"], x)
+        return layer.linear(layer.norm(x, *self.last, 1e-5), self.head, None)
+
+    def caches(self, capacity: int, lengths: list[int]) -> list[list[Tensor]]:
+        """k_f, v_f, k_b, s of every layer, random up to each length."""
+        d, n = self.args.width, self.args.heads
+        made = []
+        for _ in range(self.args.layers):
+            four = [torch.empty(len(lengths), capacity, *row, device=self.device, dtype=HALF) for row in ((n, d // n), (n, d // n), (d,), (d,))]
+            for cache in four:
+                for b, rows in enumerate(lengths):
+                    cache[b, :rows].normal_()
+            made.append(four)
+        return made
+
+    def bytes(self, lengths: list[int]) -> int:
+        """What a step must read."""
+        return 2 * (self.args.layers * (9 * self.args.width**2 + 4 * sum(lengths) * self.args.width) + self.args.vocabulary * self.args.width)
+
+
+def kernels(graph: Any) -> dict[str, tuple[float, int]]:
+    """Kernel -> (median microseconds, launches a step)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    repeats, found = 3, dict[str, list[float]]()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(repeats):
+            graph.replay()
+        torch.cuda.synchronize()
+    for event in profiled.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name, []).append(event.device_time)
+    return {name: (statistics.median(times), len(times) // repeats) for name, times in sorted(found.items(), key=lambda item: -sum(item[1]))}
+
+
+def measure(chain: Chain, name: str, copy: float) -> dict[str, Any]:
+    """The figures of one point. copy: GB/s."""
+    capacity, lengths = POINTS[name]
+    caches = chain.caches(capacity, lengths)
+    x, length = chain.random(len(lengths), chain.args.width), torch.tensor(lengths, dtype=torch.int32, device=chain.device)
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        chain.step(x, length, caches)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        chain.step(x, length, caches)
+    times = []
+    for _ in range(45):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    begun = time.perf_counter()
+    for _ in range(40):
+        graph.replay()
+    torch.cuda.synchronize()
+    close = 1e3 * (time.perf_counter() - begun) / 40
+    floor = chain.bytes(lengths) / copy / 1e6
+    return {"point": name, "ms": statistics.median(times[5:]), "back_to_back_ms": close, "floor_ms": floor, "kernels": kernels(graph)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", nargs="+", choices=list(POINTS), default=list(POINTS))
+    for name, value in (("--width", 1024), ("--layers", 24), ("--heads", 16), ("--vocabulary", 50304)):
+        parser.add_argument(name, type=int, default=value)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    chain, results, copy = Chain(args), [], copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy bandwidth {copy:.0f} GB/s", flush=True)
+    for name in args.points:
+        row = measure(chain, name, copy)
+        results.append(row)
+        times = f"{row['ms']:.3f} ms, back to back {row['back_to_back_ms']:.3f}"
+        print(f"{name:7} {times}, floor {row['floor_ms']:.3f} ({row['floor_ms'] / row['back_to_back_ms']:.0%})", flush=True)
+        print("        " + "; ".join(f"{kernel} {us:.1f} us x{count}" for kernel, (us, count) in row["kernels"].items()), flush=True)
+        torch.cuda.empty_cache()
+    if args.json:
+        settings = {name: getattr(args, name) for name in ("width", "layers", "heads", "vocabulary")}
+        args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "copy_gbs": copy, "settings": settings, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
