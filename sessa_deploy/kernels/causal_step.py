@@ -69,13 +69,9 @@ def causal_step_partial(
     """
     begin(PDL)
     every = tl.num_programs(1) >= batch * splits
-    total = batch * splits
-    if not every:
-        total = pieces(past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
+    total = pieces(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
     for item in tl.range(tl.program_id(1), total, tl.num_programs(1), num_stages=1):
-        i_b, i_split = item // splits, item % splits
-        if not every:
-            i_b, i_split = locate(item, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
+        i_b, i_split = locate(item, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
         length = tl.minimum(tl.load(past_length + i_b), capacity)
         if (i_split * BLOCK_R * TILES < length) | (i_split == 0):  # without rows: the combination does not read this split
             _one_split(

@@ -39,13 +39,9 @@ def feedback_step_partial(
     """
     begin(PDL)
     every = tl.num_programs(0) >= batch * splits
-    total = batch * splits
-    if not every:
-        total = pieces(past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
+    total = pieces(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
     for item in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1):
-        i_b, i_split = item // splits, item % splits
-        if not every:
-            i_b, i_split = locate(item, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
+        i_b, i_split = locate(item, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
         _one_split(
             q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, i_b.to(tl.int64), i_split, splits, capacity, width, scale,
             BLOCK_R, BLOCK_C, BLOCK_L, STAGES, TILES, OWN,

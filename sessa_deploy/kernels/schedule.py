@@ -1,4 +1,4 @@
-"""What the kernels of a decode step share: an early start on the GPU, and the list of splits that have rows to read."""
+"""What the kernels of a decode step share: an early start on the GPU, who takes which split, and how splits are added."""
 
 from __future__ import annotations
 
@@ -31,26 +31,31 @@ def _pieces(past_length, o_b, batch, capacity, splits, rows, LEAST: tl.constexpr
 
 
 @triton.jit
-def pieces(past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """How many splits of the batch have work."""
-    total = 0
-    for start in range(0, batch, _SEQUENCES):
-        total += tl.sum(_pieces(past_length, start + tl.arange(0, _SEQUENCES), batch, capacity, splits, rows, LEAST), 0)
+def pieces(every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
+    """How many splits of the batch the programs share: with `every`, where each split has a program of its own, all of them; else those that have work."""
+    total = batch * splits
+    if not every:
+        total = 0
+        for start in range(0, batch, _SEQUENCES):
+            total += tl.sum(_pieces(past_length, start + tl.arange(0, _SEQUENCES), batch, capacity, splits, rows, LEAST), 0)
     return total
 
 
 @triton.jit
-def locate(item, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """(sequence, split) of the item-th split that has work, sequence by sequence."""
-    i_b, first, end, start = 0, 0, 0, 0
-    while (start < batch) & (end <= item):
-        b_end = end + tl.cumsum(_pieces(past_length, start + tl.arange(0, _SEQUENCES), batch, capacity, splits, rows, LEAST), 0)
-        b_before = b_end <= item
-        i_b += tl.sum(b_before.to(tl.int32), 0)
-        first = tl.maximum(first, tl.max(tl.where(b_before, b_end, 0), 0))
-        end = tl.max(b_end, 0)
-        start += _SEQUENCES
-    return i_b, item - first
+def locate(item, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
+    """(sequence, split) of the item-th split that `pieces` counts, sequence by sequence."""
+    i_b, i_split = item // splits, item % splits
+    if not every:
+        i_b, first, end, start = 0, 0, 0, 0
+        while (start < batch) & (end <= item):
+            b_end = end + tl.cumsum(_pieces(past_length, start + tl.arange(0, _SEQUENCES), batch, capacity, splits, rows, LEAST), 0)
+            b_before = b_end <= item
+            i_b += tl.sum(b_before.to(tl.int32), 0)
+            first = tl.maximum(first, tl.max(tl.where(b_before, b_end, 0), 0))
+            end = tl.max(b_end, 0)
+            start += _SEQUENCES
+        i_split = item - first
+    return i_b, i_split
 
 
 @triton.jit
