@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tune_step import copy_bandwidth
+from tune_step import capture, copy_bandwidth, graph_ms
 
+from sessa_deploy.config import SessaConfig
+from sessa_deploy.contract import CACHE_FIELDS, cache_row_shape
 from sessa_deploy.kernels import causal_step, feedback_step, layer
+from sessa_deploy.runtime import traffic
 
 HALF = torch.float16
 # name -> capacity, cached tokens of each sequence
@@ -31,51 +34,48 @@ POINTS: dict[str, tuple[int, list[int]]] = {
 class Chain:
     """Weights of every layer and the head."""
 
-    def __init__(self, args: argparse.Namespace, device: str = "cuda") -> None:
-        self.args, self.device = args, device
-        d = args.width
+    def __init__(self, config: SessaConfig, device: str = "cuda") -> None:
+        self.config, self.device, d = config, device, config.d_model
 
         def random(*shape: int, scale: float = 1.0, kind: torch.dtype = HALF) -> Tensor:
             return (scale * torch.randn(shape, device=self.device)).to(kind)
 
-        self.random, self.limbs = random, torch.rand(4, d // args.heads // 2, device=self.device) / 64
+        self.random, self.limbs = random, torch.rand(4, config.head_dim // 2, device=self.device) / 64
         scale = d**-0.5
         self.layers = [
             {"norm": (random(d), random(d)), "enter": (random(2 * d, d, scale=scale), random(2 * d)), "project": random(5 * d, d, scale=scale),
              "biases": (random(d), random(d), random(d), random(2 * d)), "gain": random(d, kind=torch.float32, scale=scale),
              "gain_bias": random(1, kind=torch.float32), "out": (random(d, d, scale=scale), random(d)), "tail": (random(d, d, scale=scale), random(d))}
-            for _ in range(args.layers)
+            for _ in range(config.n_layers)
         ]  # fmt: skip
-        self.last, self.head = (random(d), random(d)), random(args.vocabulary, d, scale=scale)
+        self.last, self.head = (random(d), random(d)), random(config.vocab_size, d, scale=scale)
 
     def step(self, x: Tensor, length: Tensor, caches: list[list[Tensor]]) -> Tensor:
         """Logits of one token a sequence, x (B,D)."""
-        rows, heads = x.shape[0], (x.shape[0], 1, self.args.heads, x.shape[1] // self.args.heads)
+        config, rows = self.config, x.shape[0]
+        heads = (rows, 1, config.n_heads, config.head_dim)
         cos, sin = (t.view(rows, -1) for t in layer.rotary(length, self.limbs, 1))
         for w, (k_f, v_f, k_b, s_b) in zip(self.layers, caches, strict=True):
-            h = layer.enter(layer.norm(x, *w["norm"], 1e-5), *w["enter"])
-            q, k, v, q_b, k_new, gamma = layer.project_gain(h, w["project"], w["biases"], cos, sin, w["gain"], w["gain_bias"], 0.999)
+            h = layer.enter(layer.norm(x, *w["norm"], config.layer_norm_eps), *w["enter"])
+            q, k, v, q_b, k_new, gamma = layer.project_gain(h, w["project"], w["biases"], cos, sin, w["gain"], w["gain_bias"], config.gamma_max)
             o = causal_step.step(q.view(heads), k.view(heads), v.view(heads), k_f, v_f, length)
             f = layer.linear(o.view(x.shape), *w["out"])
             s = feedback_step.step(q_b[:, None], k_new[:, None], gamma[:, None], f[:, None], k_b, s_b, length)
             x = layer.tail(s.view(x.shape), h, *w["tail"], x)
-        return layer.linear(layer.norm(x, *self.last, 1e-5), self.head, None)
+        return layer.linear(layer.norm(x, *self.last, config.layer_norm_eps), self.head, None)
 
     def caches(self, capacity: int, lengths: list[int]) -> list[list[Tensor]]:
         """k_f, v_f, k_b, s of every layer, random up to each length."""
-        d, n = self.args.width, self.args.heads
+        config = self.config
+        shapes = [cache_row_shape(field, config.d_model, config.kv_heads, config.head_dim) for field in CACHE_FIELDS]
         made = []
-        for _ in range(self.args.layers):
-            four = [torch.empty(len(lengths), capacity, *row, device=self.device, dtype=HALF) for row in ((n, d // n), (n, d // n), (d,), (d,))]
+        for _ in range(config.n_layers):
+            four = [torch.empty(len(lengths), capacity, *row, device=self.device, dtype=HALF) for row in shapes]
             for cache in four:
                 for b, rows in enumerate(lengths):
                     cache[b, :rows].normal_()
             made.append(four)
         return made
-
-    def bytes(self, lengths: list[int]) -> int:
-        """What a step must read."""
-        return 2 * (self.args.layers * (9 * self.args.width**2 + 4 * sum(lengths) * self.args.width) + self.args.vocabulary * self.args.width)
 
 
 def kernels(graph: Any) -> dict[str, tuple[float, int]]:
@@ -97,28 +97,16 @@ def measure(chain: Chain, name: str, copy: float) -> dict[str, Any]:
     """The figures of one point. copy: GB/s."""
     capacity, lengths = POINTS[name]
     caches = chain.caches(capacity, lengths)
-    x, length = chain.random(len(lengths), chain.args.width), torch.tensor(lengths, dtype=torch.int32, device=chain.device)
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(side):
-        chain.step(x, length, caches)
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        chain.step(x, length, caches)
-    times = []
-    for _ in range(45):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
+    x, length = chain.random(len(lengths), chain.config.d_model), torch.tensor(lengths, dtype=torch.int32, device=chain.device)
+    graph = capture([lambda: chain.step(x, length, caches)])
+    single = graph_ms(graph, 42)
     begun = time.perf_counter()
     for _ in range(40):
         graph.replay()
     torch.cuda.synchronize()
     close = 1e3 * (time.perf_counter() - begun) / 40
-    floor = chain.bytes(lengths) / copy / 1e6
-    return {"point": name, "ms": statistics.median(times[5:]), "back_to_back_ms": close, "floor_ms": floor, "kernels": kernels(graph)}
+    floor = traffic.step_bytes(chain.config, "fp16", [float(n) for n in lengths]) / copy / 1e6
+    return {"point": name, "ms": single, "back_to_back_ms": close, "floor_ms": floor, "kernels": kernels(graph)}
 
 
 def main() -> None:
@@ -128,7 +116,8 @@ def main() -> None:
         parser.add_argument(name, type=int, default=value)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    chain, results, copy = Chain(args), [], copy_bandwidth()
+    config = SessaConfig(d_model=args.width, n_layers=args.layers, n_heads=args.heads, vocab_size=args.vocabulary)
+    chain, results, copy = Chain(config), [], copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy bandwidth {copy:.0f} GB/s", flush=True)
     for name in args.points:
         row = measure(chain, name, copy)
@@ -138,8 +127,8 @@ def main() -> None:
         print("        " + "; ".join(f"{kernel} {us:.1f} us x{count}" for kernel, (us, count) in row["kernels"].items()), flush=True)
         torch.cuda.empty_cache()
     if args.json:
-        settings = {name: getattr(args, name) for name in ("width", "layers", "heads", "vocabulary")}
-        args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "copy_gbs": copy, "settings": settings, "results": results}, indent=1) + "\n")
+        about = {"gpu": torch.cuda.get_device_name(), "copy_gbs": copy, "config": config.to_dict()}
+        args.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

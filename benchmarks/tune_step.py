@@ -26,8 +26,8 @@ SHAPES: list[tuple[int, int, list[int]]] = [(32, 8192, [4096]), (1, 8192, [4096]
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def replay_ms(launches: list[Callable[[], None]], repeats: int = 15) -> float:
-    """Median milliseconds of one launch, from replays of a graph that holds all of them."""
+def capture(launches: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A graph of all launches, which have run once before."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for fn in launches:
@@ -37,6 +37,11 @@ def replay_ms(launches: list[Callable[[], None]], repeats: int = 15) -> float:
     with torch.cuda.graph(graph):
         for fn in launches:
             fn()
+    return graph
+
+
+def graph_ms(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
+    """Median milliseconds of a replay, the first two not counted."""
     times = []
     for _ in range(repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -44,8 +49,13 @@ def replay_ms(launches: list[Callable[[], None]], repeats: int = 15) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / len(launches))
+        times.append(begin.elapsed_time(end))
     return statistics.median(times[2:])
+
+
+def replay_ms(launches: list[Callable[[], None]], repeats: int = 15) -> float:
+    """Median milliseconds of one launch, from replays of a graph that holds all of them."""
+    return graph_ms(capture(launches), repeats) / len(launches)
 
 
 def copy_bandwidth() -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -22,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 def test_the_chain_computes_a_decode_step() -> None:
     from bench_chain import Chain
 
-    args = argparse.Namespace(width=32, layers=2, heads=2, vocabulary=40)
+    config = SessaConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=40)
     torch.manual_seed(0)
-    chain, lengths, capacity = Chain(args, DEVICE), [9, 0, 3], 12
-    model = SessaLM(SessaConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=40)).double()
+    chain, lengths, capacity = Chain(config, DEVICE), [9, 0, 3], 12
+    model = SessaLM(config).double()
     chain.limbs = torch.tensor(_limbs(16), device=DEVICE)
     state = model.state_dict()
     for i, w in enumerate(chain.layers):
