@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,18 @@ def paired_ms(calls: Sequence[Callable[[], object]], repeats: int = 9, warmup: i
             if turn >= warmup:
                 times[i].append(1e3 * (time.perf_counter() - start))
     return [statistics.median(t) for t in times], statistics.median(a / b for a, b in zip(times[0], times[1], strict=True))
+
+
+def run_logged(command: Sequence[str], log: Path, limit: float) -> int:
+    """Exit code of a process whose output goes to the file `log`; 124 if `limit` seconds did not suffice, 127 if it cannot be started (the log says why)."""
+    with log.open("w") as stream:
+        try:
+            return subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=limit, check=False).returncode
+        except subprocess.TimeoutExpired:
+            return 124
+        except OSError as error:
+            stream.write(f"{command[0]}: {error.strerror}\n")
+            return 127
 
 
 def _status_kib(field: str) -> int:

@@ -161,7 +161,7 @@ def engine_bundle(job: dict[str, Any], batch: int, capacity: int) -> Any:
         copy.parent.mkdir(parents=True, exist_ok=True)
         files: dict[str, Any] = {name: source.file(name) for name in source.names() if not name.startswith(f"{ENGINES_DIR}/")}
         write_bundle(copy, files, source.config, source.precision, source.versions, source.opset)
-    tokens = min(capacity, max(FILL_TOKENS // batch, job["max_prompt"] // batch))  # buffers are for all sequences together
+    tokens = max(1, min(capacity, job["max_prompt"] // batch))  # buffers are for all sequences together
     return build_engine(copy, batch, capacity, tokens, opt_level=job["opt_level"]).bundle
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import run_logged
 
 BATCH, CAPACITY, CHUNK = 3, 512, 96
 PROMPTS = ("def ", "import os\n\nclass ", "    return self.")
@@ -284,11 +285,7 @@ def run(args: argparse.Namespace) -> int:
         command += [] if args.opt_level is None else ["--opt-level", str(args.opt_level)]
         command += [] if args.layers is None else ["--layers", args.layers]
         begun, log = time.monotonic(), args.out / f"{name}.log"
-        with open(log, "w") as stream:
-            try:
-                code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, timeout=LIMITS[name], check=False).returncode
-            except subprocess.TimeoutExpired:
-                code = 124
+        code = run_logged(command, log, LIMITS[name])
         file = args.out / f"{name}.json"
         result = json.loads(file.read_text()) if file.is_file() else {"ok": False, "error": " / ".join(log.read_text(errors="replace").splitlines()[-4:])}
         rows.append((name, code, time.monotonic() - begun, result))

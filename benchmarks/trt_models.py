@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from common import run_logged
 from random_bundle import SIZES, VOCABULARY
 
 HERE = Path(__file__).parent
-STEPS = ("export", "build", "validate", "bench")
 
 
 def commands(args: argparse.Namespace, size: str, precision: str) -> dict[str, list[str]]:
@@ -51,14 +50,7 @@ def run(args: argparse.Namespace, size: str, precision: str) -> dict[str, Any]:
     result: dict[str, Any] = {"model": name, "backend": args.backend, "steps": {}}
     for step, command in commands(args, size, precision).items():
         log, begun = args.out / f"{name}.{step}.log", time.monotonic()
-        with log.open("w") as stream:
-            try:
-                code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=args.limit, check=False).returncode
-            except subprocess.TimeoutExpired:
-                code = 124
-            except OSError as error:
-                stream.write(f"{command[0]}: {error.strerror}\n")
-                code = 127
+        code = run_logged(command, log, args.limit)
         said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         result["steps"][step] = {"code": code, "seconds": time.monotonic() - begun, "said": said[-1][:300] if said else ""}
         (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -90,7 +82,7 @@ def main() -> int:
     models = [(size, precision) for size in args.sizes for precision in args.precisions]
     with ThreadPoolExecutor(max(1, args.jobs)) as pool:
         results = list(pool.map(lambda model: run(args, *model), models))
-    shown = [s for s in STEPS if s != "build" or args.backend == "trt"]
+    shown = list(commands(args, *models[0]))
     print(f"\n{'model':<12}" + "".join(f"{s:>16}" for s in shown))
     for result in results:
         steps = result["steps"]
