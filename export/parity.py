@@ -49,7 +49,8 @@ def validate(
     begun = time.perf_counter()
     opened = Bundle.open(bundle)
     launch = launch or ProcessLaunch()
-    workers, cores = workers or max(1, min(3, os.cpu_count() or 1)), len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
+    workers = workers or min(3, cores)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sessa-parity-")) if dump is None else dump).absolute()
         if elsewhere is None:

@@ -39,7 +39,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """validate ARGUMENTS -> (exit code, stdout, stderr), with rungs inside this process."""
     monkeypatch.setattr(parity_process, "ProcessLaunch", lambda python: parity_process.launch_here)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one rung at a time: they patch the same modules
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})  # one rung at a time: they patch the same modules
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         code = 0
