@@ -1,9 +1,10 @@
 """A decode step as an engine runs it, from the plugin's kernels alone in one CUDA graph: no TensorRT is needed to see what a kernel costs or a change gives.
 
-    python benchmarks/bench_chain.py [--layers 24] [--points decode small ragged batch] [--json FILE]
+    python benchmarks/bench_chain.py [--layers 24] [--points decode small ragged batch] [--plain] [--json FILE]
 
 Prints milliseconds a step (replays one by one, and back to back), the share of the bandwidth floor (weights and valid cache rows once, at the bandwidth of
-a long copy), and what each kernel takes by PyTorch's profiler. float16, random weights; lengths stand still, nothing is appended. See compare.py for engines.
+a long copy), and what each kernel takes by PyTorch's profiler (of kernels that start early it counts their waiting too: --plain tells). float16, random
+weights; lengths stand still, nothing is appended. See compare.py for engines.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tune_step import capture, copy_bandwidth, graph_ms
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CACHE_FIELDS, cache_row_shape
-from sessa_deploy.kernels import causal_step, feedback_step, layer
+from sessa_deploy.kernels import causal_step, feedback_launch, feedback_step, launch, layer
 from sessa_deploy.runtime import traffic
 
 HALF = torch.float16
@@ -93,9 +94,11 @@ def kernels(graph: Any) -> dict[str, tuple[float, int]]:
     return {name: (statistics.median(times), len(times) // repeats) for name, times in sorted(found.items(), key=lambda item: -sum(item[1]))}
 
 
-def measure(chain: Chain, name: str, copy: float) -> dict[str, Any]:
-    """The figures of one point. copy: GB/s."""
+def measure(chain: Chain, name: str, copy: float, plain: bool) -> dict[str, Any]:
+    """The figures of one point. copy: GB/s. plain: no kernel starts early; else as in the plugin."""
     capacity, lengths = POINTS[name]
+    feedback_launch.EARLY = not plain and len(lengths) <= launch.EARLY_ROWS
+    feedback_launch.pinned.cache_clear()
     caches = chain.caches(capacity, lengths)
     x, length = chain.random(len(lengths), chain.config.d_model), torch.tensor(lengths, dtype=torch.int32, device=chain.device)
     graph = capture([lambda: chain.step(x, length, caches)])
@@ -106,7 +109,7 @@ def measure(chain: Chain, name: str, copy: float) -> dict[str, Any]:
     torch.cuda.synchronize()
     close = 1e3 * (time.perf_counter() - begun) / 40
     floor = traffic.step_bytes(chain.config, "fp16", [float(n) for n in lengths]) / copy / 1e6
-    return {"point": name, "ms": single, "back_to_back_ms": close, "floor_ms": floor, "kernels": kernels(graph)}
+    return {"point": name, "ms": single, "back_to_back_ms": close, "floor_ms": floor, "early": feedback_launch.EARLY, "kernels": kernels(graph)}
 
 
 def main() -> None:
@@ -114,13 +117,14 @@ def main() -> None:
     parser.add_argument("--points", nargs="+", choices=list(POINTS), default=list(POINTS))
     for name, value in (("--width", 1024), ("--layers", 24), ("--heads", 16), ("--vocabulary", 50304)):
         parser.add_argument(name, type=int, default=value)
+    parser.add_argument("--plain", action="store_true", help="let no kernel start early")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     config = SessaConfig(d_model=args.width, n_layers=args.layers, n_heads=args.heads, vocab_size=args.vocabulary)
     chain, results, copy = Chain(config), [], copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy bandwidth {copy:.0f} GB/s", flush=True)
     for name in args.points:
-        row = measure(chain, name, copy)
+        row = measure(chain, name, copy, args.plain)
         results.append(row)
         times = f"{row['ms']:.3f} ms, back to back {row['back_to_back_ms']:.3f}"
         print(f"{name:7} {times}, floor {row['floor_ms']:.3f} ({row['floor_ms'] / row['back_to_back_ms']:.0%})", flush=True)

@@ -100,7 +100,7 @@ class StepCase:
         blocks = -(-self.kv_heads // partial["BLOCK_H"]) * -(-group // partial["BLOCK_G"])
 
         def one(past: torch.Tensor) -> None:
-            causal_step.causal_step_partial[(blocks, launch.step_programs(self.batch * splits))](
+            causal_step.causal_step_partial[(blocks, launch.step_programs(self.batch * splits, blocks))](
                 self.q, self.k, self.v, past[0], past[1], self.length, part, stat, *causal_step.strides(past[0]), *causal_step.strides(past[1]),
                 self.batch, splits, self.capacity, self.kv_heads, group, units, scale, **partial,
             )  # fmt: skip

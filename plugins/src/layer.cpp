@@ -14,6 +14,7 @@ constexpr int64_t kHeadMultiple = 8;
 constexpr int64_t kMaxDepth = 65536;
 constexpr int64_t kWidths[] = {1024, 2048, 4096}; // launch_layer.WIDTHS
 constexpr int64_t kRows[] = {16, 64};             // launch_layer.ROWS
+constexpr int64_t kSingle = 32;                   // layer.SINGLE
 constexpr float kEps = 1e-5F;
 constexpr float kGammaMax = 0.999F;
 
@@ -76,9 +77,10 @@ struct Product : Single
         return ceilDiv(columns, kernel->tile("BN"));
     }
 
-    bool launchTiles(Problem const& p, int64_t tiles, Arguments& a, CUstream_st* stream, std::string& error) const
+    // others: programs beside those of the tiles.
+    bool launchTiles(Problem const& p, int64_t tiles, Arguments& a, CUstream_st* stream, std::string& error, int64_t others = 0) const
     {
-        return launch(*kernel, {ceilDiv(rowsOf(p), kernel->tile("BM")) * tiles, 1, 1}, a, stream, error, early(p));
+        return launch(*kernel, {ceilDiv(rowsOf(p), kernel->tile("BM")) * tiles + others, 1, 1}, a, stream, error, early(p));
     }
 };
 
@@ -198,7 +200,9 @@ struct ProjectGain final : Product
             a.add(t.outs[i]);
         }
         a.add(i32(rowsOf(p))).add(i32(p.width)).add(i32(kvWidth)).add(i32(p.headWidth / kHeadMultiple)).add(p.scale != 0.0F ? p.scale : kGammaMax);
-        return launchTiles(p, 3 * columnTiles(p.width) + 2 * columnTiles(kvWidth) + 1, a, stream, error);
+        int64_t const tile = kernel->tile("BM");
+        int64_t const gains = tile <= kSingle ? rowsOf(p) : ceilDiv(rowsOf(p), tile);
+        return launchTiles(p, 3 * columnTiles(p.width) + 2 * columnTiles(kvWidth), a, stream, error, gains);
     }
 };
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.launch_causal import MULTIPLE, head_variant
-from sessa_deploy.kernels.schedule import add_splits, begin, locate, pieces
+from sessa_deploy.kernels.schedule import add_splits, begin, ends, groups, locate, pieces
 
 LOG2E = 1.4426950408889634
 
@@ -69,9 +69,10 @@ def causal_step_partial(
     """
     begin(PDL)
     every = tl.num_programs(1) >= batch * splits
-    total = pieces(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
+    b_end = ends(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
+    total = pieces(b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
     for item in tl.range(tl.program_id(1), total, tl.num_programs(1), num_stages=1):
-        i_b, i_split = locate(item, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
+        i_b, i_split = locate(item, b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
         length = tl.minimum(tl.load(past_length + i_b), capacity)
         if (i_split * BLOCK_R * TILES < length) | (i_split == 0):  # without rows: the combination does not read this split
             _one_split(
@@ -120,8 +121,8 @@ def _one_split(
             b_max3, b_sum3, b_acc3 = _with_new(b_q3, b_max3, b_sum3, b_acc3, b_k0, b_v0, o_r)
     p_k = past_k + i_b * stride_kb * 8 + o_hd[None, :, :]
     p_v = past_v + i_b * stride_vb * 8 + o_hd[None, :, :]
-    groups = tl.cdiv(tl.cdiv(length, BLOCK_R * TILES) - i_split, splits)
-    for i in tl.range(0, groups * TILES, num_stages=STAGES):
+    tiles = groups(i_split, length, splits, BLOCK_R * TILES) * TILES
+    for i in tl.range(0, tiles, num_stages=STAGES):
         o_row = (((i // TILES) * splits + i_split) * TILES + i % TILES) * BLOCK_R + o_r
         m_row = o_row < length
         mask = m_row[:, None, None] & m_hd[None, :, :]
@@ -195,7 +196,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_l
     out, scale = torch.empty_like(q), width**-0.5 * LOG2E
     blocks = triton.cdiv(heads, partial["BLOCK_H"]) * triton.cdiv(group, partial["BLOCK_G"])
     launcher(causal_step_partial, device, dtype, partial)(
-        (blocks, launch.step_programs(batch * splits)),
+        (blocks, launch.step_programs(batch * splits, blocks)),
         address(q), address(k), address(v), address(past_k), address(past_v), address(past_length), at["part"], at["stat"],
         *strides(past_k), *strides(past_v), batch, splits, capacity, heads, group, width // MULTIPLE, scale,
     )  # fmt: skip

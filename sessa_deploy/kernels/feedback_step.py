@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import DTYPE_NAMES, address, aligned, launcher, pinned, workspace
-from sessa_deploy.kernels.schedule import add_splits, begin, locate, pieces
+from sessa_deploy.kernels.schedule import add_splits, begin, ends, groups, locate, pieces
 
 LOG2E = 1.4426950408889634
 
@@ -39,9 +39,10 @@ def feedback_step_partial(
     """
     begin(PDL)
     every = tl.num_programs(0) >= batch * splits
-    total = pieces(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
+    b_end = ends(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
+    total = pieces(b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
     for item in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1):
-        i_b, i_split = locate(item, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
+        i_b, i_split = locate(item, b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
         _one_split(
             q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, i_b.to(tl.int64), i_split, splits, capacity, width, scale,
             BLOCK_R, BLOCK_C, BLOCK_L, STAGES, TILES, OWN,
@@ -66,8 +67,8 @@ def _one_split(
     b_max = tl.full([SLOTS], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([SLOTS], dtype=tl.float32)
     b_acc = tl.zeros([SLOTS, BLOCK_C, BLOCK_L], dtype=tl.float32)
-    groups = tl.cdiv(tl.cdiv(length, BLOCK_R * TILES) - i_split, splits)
-    for i in tl.range(0, groups * TILES, num_stages=STAGES):
+    tiles = groups(i_split, length, splits, BLOCK_R * TILES) * TILES
+    for i in tl.range(0, tiles, num_stages=STAGES):
         o_row = (((i // TILES) * splits + i_split) * TILES + i % TILES) * BLOCK_R + o_r
         m_row = o_row < length
         mask = m_row[:, None, None] & m_d[None, :, :]
@@ -106,9 +107,9 @@ def feedback_step_combine(
     used = tl.minimum(splits, tl.cdiv(length, rows))
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < width
+    b_f, b_gamma = tl.load(f + i_b * width + o_d, mask=m_d, other=0.0), tl.load(gamma + i_b)
     b_acc = add_splits(part, stat, i_b * splits, used, width, o_d, m_d, BLOCK_S)
-    b_f = tl.load(f + i_b * width + o_d, mask=m_d, other=0.0)
-    b_s = b_f.to(tl.float32) + tl.load(gamma + i_b) * b_acc
+    b_s = b_f.to(tl.float32) + b_gamma * b_acc
     tl.store(out + i_b * width + o_d, tl.where(length > 0, b_s.to(b_f.dtype), b_f), mask=m_d)
 
 

@@ -28,6 +28,7 @@ ALIGNMENT = 16  # bytes for a pointer, elements for a width or stride
 # Largest dynamic shared memory one block may ask for, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 DEPENDENT_ARCH = 90  # first compute capability with programmatic dependent launch, which the variants that may start early are made for
+EARLY_ROWS = 16  # rows B T up to which the plugin launches them so (plan.h, kFewRows)
 NOT_TILES = ("arch", "dtype", "variant", "tuned", "num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "spills")
 
 
@@ -141,12 +142,12 @@ def step_splits(capacity: int, rows: int) -> int:
     return max(1, min(STEP_MAX_SPLITS, -(-capacity // rows)))
 
 
-STEP_PROGRAMS = 2112  # most programs (a block of heads) of a step's partial kernels, some waves of a large GPU; decides who computes a split, never its bits
+STEP_PROGRAMS = 2112  # most programs of a step's partial kernels, some waves of a large GPU; decides who computes a split, never its bits
 
 
-def step_programs(pieces: int) -> int:
-    """Programs that share `pieces` = B * splits splits of the batch."""
-    return min(pieces, STEP_PROGRAMS)
+def step_programs(pieces: int, blocks: int = 1) -> int:
+    """Programs that share `pieces` = B * splits splits of the batch, in each of so many blocks of heads."""
+    return min(pieces, max(1, STEP_PROGRAMS // blocks))
 
 
 def pin(name: str, arch: int, dtypes: list[str], variant: str, entry: dict[str, Any], tuned: bool = True) -> None:

@@ -96,7 +96,7 @@ KERNELS: dict[str, Kernel] = {
             ),
             ("BLOCK_R", "BLOCK_C", "BLOCK_L", "STAGES", "TILES", "OWN", "PDL"),
             STEP_WIDTHS,
-            scalar_loads=4,
+            scalar_loads=6,
             early=STEP_WIDTHS,
         ),
         Kernel(

@@ -7,7 +7,7 @@ from sessa_deploy.kernels.launch_kernels import Kernel, Param, integers, pointer
 _MODULE = "sessa_deploy.kernels.layer"
 WIDTHS = (1024, 2048, 4096)  # a row is padded to the next of these
 ROWS = (16, 64)  # rows (B T) up to which a product takes small tiles; beyond the last: "any"
-_TILES = ("BM", "BN", "BK", "PDL")
+_TILES = ("BM", "BN", "BK", "KS", "PDL")
 _HALF = ("fp16", "bf16")  # a float32 engine keeps TensorRT's own layers
 _PRODUCTS = (*(str(r) for r in ROWS), "any")
 _FEW = _PRODUCTS[:1]  # short enough to gain from an early start

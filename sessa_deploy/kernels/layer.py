@@ -16,6 +16,8 @@ from sessa_deploy.kernels.feedback_launch import address, launcher, pinned
 from sessa_deploy.kernels.launch_layer import product_variant
 from sessa_deploy.kernels.schedule import begin
 
+SINGLE = tl.constexpr(32)  # rows of a tile up to which a gain's row has a program of its own (layer.cpp, kSingle)
+HELD = tl.constexpr(1024)  # elements of a tile up to which what is added to it is read ahead of the product: a few registers then, and no wait after it
 GROUP = tl.constexpr(8)  # tiles of rows whose programs are neighbours, so that they share a tile of weights in the cache
 
 
@@ -27,11 +29,10 @@ def layer_norm(x, weight, bias, out, width, eps, BD: tl.constexpr, PDL: tl.const
     o_d = tl.arange(0, BD)
     m_d = o_d < width
     b_x = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_w, b_b = tl.load(weight + o_d, mask=m_d, other=0.0), tl.load(bias + o_d, mask=m_d, other=0.0)
     b_c = tl.where(m_d, b_x - tl.sum(b_x, 0) / width, 0.0)
     b_scale = 1.0 / tl.sqrt(tl.sum(b_c * b_c, 0) / width + eps)
-    b_w = tl.load(weight + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_b = tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_y = b_c * b_scale * b_w + b_b
+    b_y = b_c * b_scale * b_w.to(tl.float32) + b_b.to(tl.float32)
     tl.store(out + tl.program_id(0).to(tl.int64) * width + o_d, b_y.to(out.dtype.element_ty), mask=m_d)
 
 
@@ -55,41 +56,66 @@ def layer_rotary(past_length, limbs, cos, sin, tokens, pairs, BD: tl.constexpr, 
 
 
 @triton.jit
-def _tile(rows, tiles_n, BM: tl.constexpr):
-    """(row tile, column tile) of this program: GROUP row tiles walk the columns together."""
-    i = tl.program_id(0)
+def _tile(i, rows, tiles_n, BM: tl.constexpr):
+    """(row tile, column tile) of the i-th program: GROUP row tiles walk the columns together."""
     tiles_m = tl.cdiv(rows, BM)
-    span = GROUP * tiles_n
-    first = i // span * GROUP
-    size = tl.minimum(tiles_m - first, GROUP)
-    return first + (i % span) % size, (i % span) // size
+    i_m, i_n = i * 0, i
+    if tiles_m > 1:  # divisions cost a fraction of a microsecond
+        span = GROUP * tiles_n
+        first = i // span * GROUP
+        size = tl.minimum(tiles_m - first, GROUP)
+        i_m, i_n = first + (i % span) % size, (i % span) // size
+    return i_m, i_n
 
 
 @triton.jit
-def _product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """(BM,BN) float32 of x weight^T, rows of x `row` elements apart, all three from their tile's first row; GATED: of (x * gate) rounded."""
-    o_m, o_n, o_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    p_x = x + o_m[:, None] * row + o_k[None, :]
-    p_g = gate + o_m[:, None] * gate_row + o_k[None, :]
-    p_w = weight + o_n[None, :] * depth + o_k[:, None]
-    b_acc = tl.zeros([BM, BN], dtype=tl.float32)
+def _product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """(BM,BN) float32 of x weight^T, rows of x `row` elements apart, all three from their tile's first row; GATED: of (x * gate) rounded.
+
+    KS > 1: BK is taken as KS parts, each with sums of its own, which go to a warp each and are added at the end: few rows make short sums of products
+    that wait for one another, and a warp's chain is 1 / KS as long.
+    """
+    o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
+    if KS == 1:
+        o_k = tl.arange(0, BK)
+        p_x = x + o_m[:, None] * row + o_k[None, :]
+        p_g = gate + o_m[:, None] * gate_row + o_k[None, :]
+        p_w = weight + o_n[None, :] * depth + o_k[:, None]
+        b_acc = tl.zeros([BM, BN], dtype=tl.float32)
+    else:
+        o_k = tl.arange(0, KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
+        p_x = x + o_m[None, :, None] * row + o_k[:, None, :]
+        p_g = gate + o_m[None, :, None] * gate_row + o_k[:, None, :]
+        p_w = weight + o_n[None, None, :] * depth + o_k[:, :, None]
+        b_acc = tl.zeros([KS, BM, BN], dtype=tl.float32)
     for start in range(0, depth, BK):
         m_k = o_k < depth - start
-        b_x = tl.load(p_x, mask=m_m[:, None] & m_k[None, :], other=0.0)
+        if KS == 1:
+            m_x, m_w = m_m[:, None] & m_k[None, :], m_n[None, :] & m_k[:, None]
+        else:
+            m_x, m_w = m_m[None, :, None] & m_k[:, None, :], m_n[None, None, :] & m_k[:, :, None]
+        b_x = tl.load(p_x, mask=m_x, other=0.0)
         if GATED:
-            b_g = tl.load(p_g, mask=m_m[:, None] & m_k[None, :], other=0.0)
+            b_g = tl.load(p_g, mask=m_x, other=0.0)
             b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
             p_g += BK
-        b_w = tl.load(p_w, mask=m_n[None, :] & m_k[:, None], other=0.0)
+        b_w = tl.load(p_w, mask=m_w, other=0.0)
         b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
         p_x += BK
         p_w += BK
+    if KS > 1:
+        b_acc = tl.sum(b_acc, 0)
     return b_acc
 
 
 @triton.jit
-def _with_bias(bias, b_y, m_n, BN: tl.constexpr):
-    return b_y + tl.load(bias + tl.arange(0, BN), mask=m_n, other=0.0).to(tl.float32)[None, :]
+def _bias(bias, m_n, BN: tl.constexpr):
+    return tl.load(bias + tl.arange(0, BN), mask=m_n, other=0.0)
+
+
+@triton.jit
+def _with_bias(b_y, b_bias):
+    return b_y + b_bias.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -99,25 +125,27 @@ def _put(out, b_y, m_m, m_n, row, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_linear"))
-def layer_linear(x, weight, bias, out, rows, depth, columns, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
+def layer_linear(x, weight, bias, out, rows, depth, columns, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (tiles,): out (rows, columns) = x weight^T + bias."""
     begin(PDL)
-    i_m, i_n = _tile(rows, tl.cdiv(columns, BN), BM)
+    i_m, i_n = _tile(tl.program_id(0), rows, tl.cdiv(columns, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
-    b_y = _product(x + row * depth, x, weight + column * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK)
-    _put(out + row * columns + column, _with_bias(bias + column, b_y, m_n, BN), m_m, m_n, columns, BM, BN)
+    b_bias = _bias(bias + column, m_n, BN)
+    b_y = _product(x + row * depth, x, weight + column * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS)
+    _put(out + row * columns + column, _with_bias(b_y, b_bias), m_m, m_n, columns, BM, BN)
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_enter"))
-def layer_enter(x, weight, bias, out, rows, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
+def layer_enter(x, weight, bias, out, rows, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (tiles,): out (rows, 2D) = x weight^T + bias with GELU on its left half."""
     begin(PDL)
-    i_m, i_n = _tile(rows, tl.cdiv(2 * depth, BN), BM)
+    i_m, i_n = _tile(tl.program_id(0), rows, tl.cdiv(2 * depth, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < 2 * depth - i_n * BN
-    b_y = _product(x + row * depth, x, weight + column * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK)
-    b_y = _with_bias(bias + column, b_y, m_n, BN)
+    b_bias = _bias(bias + column, m_n, BN)
+    b_y = _product(x + row * depth, x, weight + column * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS)
+    b_y = _with_bias(b_y, b_bias)
     if i_n * BN < depth:  # as a rounded product would give it
         b_h = b_y.to(out.dtype.element_ty).to(tl.float32)
         b_y = tl.where((i_n * BN + tl.arange(0, BN) < depth)[None, :], b_h * (0.5 + 0.5 * tl.erf(b_h * 0.7071067811865476)), b_y)
@@ -125,51 +153,62 @@ def layer_enter(x, weight, bias, out, rows, depth, BM: tl.constexpr, BN: tl.cons
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_logits"))
-def layer_logits(x, weight, out, rows, depth, columns, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
+def layer_logits(x, weight, out, rows, depth, columns, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (tiles,): out (rows, columns) float32 = x weight^T, not rounded."""
     begin(PDL)
-    i_m, i_n = _tile(rows, tl.cdiv(columns, BN), BM)
+    i_m, i_n = _tile(tl.program_id(0), rows, tl.cdiv(columns, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
-    b_y = _product(x + row * depth, x, weight + column * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK)
+    b_y = _product(x + row * depth, x, weight + column * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS)
     _put(out + row * columns + column, b_y, m_m, m_n, columns, BM, BN)
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_tail"))
-def layer_tail(s, h, weight, bias, x, out, rows, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
+def layer_tail(s, h, weight, bias, x, out, rows, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (tiles,): out = x + (s * g) weight^T + bias, g the right half of h (rows, 2D)."""
     begin(PDL)
-    i_m, i_n = _tile(rows, tl.cdiv(depth, BN), BM)
+    i_m, i_n = _tile(tl.program_id(0), rows, tl.cdiv(depth, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < depth - i_n * BN
-    b_y = _product(s + row * depth, h + row * (2 * depth) + depth, weight + column * depth, m_m, m_n, depth, depth, 2 * depth, True, BM, BN, BK)
     o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
-    b_x = tl.load(x + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
-    _put(out + row * depth + column, _with_bias(bias + column, b_y, m_n, BN) + b_x.to(tl.float32), m_m, m_n, depth, BM, BN)
+    b_bias = _bias(bias + column, m_n, BN)
+    if BM * BN <= HELD:
+        b_x = tl.load(x + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
+    b_y = _product(s + row * depth, h + row * (2 * depth) + depth, weight + column * depth, m_m, m_n, depth, depth, 2 * depth, True, BM, BN, BK, KS)
+    if BM * BN > HELD:
+        b_x = tl.load(x + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
+    _put(out + row * depth + column, _with_bias(b_y, b_bias) + b_x.to(tl.float32), m_m, m_n, depth, BM, BN)
 
 
 @triton.jit
-def _turned(cos, sin, b_y, m_m, m_n, first, pairs, BM: tl.constexpr, BN: tl.constexpr):
-    """b_y with the interleaved pairs of each head turned; cos, sin: from the tile's first row, first: its first column."""
+def _angles(cos, sin, m_m, first, pairs, BM: tl.constexpr, BN: tl.constexpr):
+    """cos and sin (BM, BN / 2) of a tile; cos, sin: from its first row, first: its first column."""
     o_p = tl.arange(0, BN // 2)
     o_p = tl.max_contiguous(tl.multiple_of((first // 2 + o_p) % pairs, 4), 4)  # what the remainder hides: pairs and first / 2 are multiples of 4
     o_t = tl.arange(0, BM)[:, None] * pairs + o_p[None, :]
-    b_cos, b_sin = tl.load(cos + o_t, mask=m_m[:, None], other=0.0), tl.load(sin + o_t, mask=m_m[:, None], other=0.0)
+    return tl.load(cos + o_t, mask=m_m[:, None], other=0.0), tl.load(sin + o_t, mask=m_m[:, None], other=0.0)
+
+
+@triton.jit
+def _turned(b_y, b_cos, b_sin, BM: tl.constexpr, BN: tl.constexpr):
+    """b_y (BM, BN) with the interleaved pairs of each head turned."""
     b_even, b_odd = tl.split(tl.reshape(b_y, [BM, BN // 2, 2]))
     return tl.reshape(tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos), [BM, BN])
 
 
 @triton.jit
-def _gain_rows(a, a_row, weight, bias, gamma, first, rows, depth, gamma_max, BM: tl.constexpr, BK: tl.constexpr):
-    """gamma_max tanh(bias + a . weight) of BM rows of a, which lie a_row elements apart."""
-    o_m, o_k = first + tl.arange(0, BM), tl.arange(0, BK)
+def _gain_rows(a, a_row, weight, bias, gamma, first, rows, depth, gamma_max, ROWS: tl.constexpr, BK: tl.constexpr):
+    """gamma_max tanh(bias + a . weight) of ROWS rows of a, which lie a_row elements apart."""
+    o_m, o_k = first + tl.arange(0, ROWS), tl.arange(0, BK)
     m_m = o_m < rows
-    b_acc = tl.zeros([BM, BK], dtype=tl.float32)
+    b_bias = tl.load(bias)
+    b_acc = tl.zeros([ROWS, BK], dtype=tl.float32)
     for start in range(0, depth, BK):
         m_k = o_k < depth - start
+        b_w = tl.load(weight + start + o_k, mask=m_k, other=0.0)
         b_a = tl.load(a + o_m.to(tl.int64)[:, None] * a_row + start + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
-        b_acc += b_a.to(tl.float32) * tl.load(weight + start + o_k, mask=m_k, other=0.0)[None, :]
-    b_z = tl.load(bias) + tl.sum(b_acc, 1)
+        b_acc += b_a.to(tl.float32) * b_w[None, :]
+    b_z = b_bias + tl.sum(b_acc, 1)
     b_e = tl.exp(-2.0 * tl.abs(b_z))  # from the decaying exponential: no overflow, and NaN stays NaN
     b_t = (1.0 - b_e) / (1.0 + b_e)
     tl.store(gamma + o_m, gamma_max * tl.where(b_z < 0, -b_t, b_t), mask=m_m)
@@ -178,29 +217,33 @@ def _gain_rows(a, a_row, weight, bias, gamma, first, rows, depth, gamma_max, BM:
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_project_gain"))
 def layer_project_gain(
     h, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, gain, gain_bias, q, k, v, q_b, k_b, gamma, rows, depth, kv_width, units, gamma_max,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (tiles + row tiles,): all projections of a, the left half of h (rows, 2D), and gamma (rows,) float32 = gamma_max tanh(gain_bias + a . gain).
+    """Grid (gains + tiles,): all projections of a, the left half of h (rows, 2D), and gamma (rows,) float32 = gamma_max tanh(gain_bias + a . gain).
 
-    weight: q (D rows), k, v (kv_width each), the feedback branch's q and k (D each), in this order. q and k are turned by cos, sin (rows, d / 2) float32,
-    d = 8 units. Each output gets tiles of its own.
+    The first `gains` programs take a row each where tiles have at most SINGLE rows, else as many rows as a tile. weight: q (D rows), k, v (kv_width
+    each), the feedback branch's q and k (D each), in this order. q and k are turned by cos, sin (rows, d / 2) float32, d = 8 units. Each output gets
+    tiles of its own.
     """
     begin(PDL)
-    tiles = tl.cdiv(rows, BM) * (3 * tl.cdiv(depth, BN) + 2 * tl.cdiv(kv_width, BN))
-    if tl.program_id(0) < tiles:
-        _project_tile(h, 2 * depth, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, BM, BN, BK)
+    ROWS: tl.constexpr = 1 if BM <= SINGLE else BM
+    gains = tl.cdiv(rows, ROWS)
+    if tl.program_id(0) < gains:
+        _gain_rows(h, 2 * depth, gain, gain_bias, gamma, tl.program_id(0) * ROWS, rows, depth, gamma_max, ROWS, 1024 if ROWS == 1 else BK)
     else:
-        _gain_rows(h, 2 * depth, gain, gain_bias, gamma, (tl.program_id(0) - tiles) * BM, rows, depth, gamma_max, BM, BK)
+        _project_tile(
+            h, 2 * depth, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, gains, BM, BN, BK, KS
+        )  # fmt: skip
 
 
 @triton.jit
 def _project_tile(
-    a, a_row, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, pairs,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    a, a_row, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, pairs, first,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile of the projections of a, whose rows lie a_row elements apart."""
+    """This program's tile of the projections of a, whose rows lie a_row elements apart; program `first` has the first."""
     n_q, n_k = tl.cdiv(depth, BN), tl.cdiv(kv_width, BN)
-    i_m, i_n = _tile(rows, 3 * n_q + 2 * n_k, BM)
+    i_m, i_n = _tile(tl.program_id(0) - first, rows, 3 * n_q + 2 * n_k, BM)
     out, bias, width, above = q, bias_q, depth, 0
     turns = i_n < n_q + n_k
     if i_n >= 2 * n_q + 2 * n_k:
@@ -213,10 +256,15 @@ def _project_tile(
         out, bias, width, above, i_n = k, bias_k, kv_width, depth, i_n - n_q
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < width - i_n * BN
-    b_y = _product(a + row * a_row, a, weight + (above + column) * depth, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK)
-    b_y = _with_bias(bias + column, b_y, m_n, BN)
+    b_bias = _bias(bias + column, m_n, BN)
+    if BM * BN <= HELD:
+        b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m & turns, i_n * BN, pairs, BM, BN)
+    b_y = _product(a + row * a_row, a, weight + (above + column) * depth, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS)
+    b_y = _with_bias(b_y, b_bias)
     if turns:
-        b_y = _turned(cos + row * pairs, sin + row * pairs, b_y, m_m, m_n, i_n * BN, pairs, BM, BN)
+        if BM * BN > HELD:
+            b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m, i_n * BN, pairs, BM, BN)
+        b_y = _turned(b_y, b_cos, b_sin, BM, BN)
     _put(out + row * width + column, b_y, m_m, m_n, width, BM, BN)
 
 
@@ -291,7 +339,8 @@ def project_gain(
     kv, tiles = biases[1].numel(), tiles_of("layer_project_gain", rows, h.device, h.dtype)
     out = [torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in (depth, kv, kv, depth, depth)]
     out.append(torch.empty(rows, dtype=torch.float32, device=h.device))
-    grid = (triton.cdiv(rows, tiles["BM"]) * (3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"]) + 1),)
+    gains = rows if tiles["BM"] <= SINGLE.value else triton.cdiv(rows, tiles["BM"])
+    grid = (gains + triton.cdiv(rows, tiles["BM"]) * (3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])),)
     _run("layer_project_gain", layer_project_gain, product_variant(rows), grid, h.device, h.dtype, h, weight, *biases, cos, sin, gain, gain_bias, *out,
          rows, depth, kv, cos.shape[1] // 4, gamma_max)
     return tuple(out)

@@ -31,31 +31,52 @@ def _pieces(past_length, o_b, batch, capacity, splits, rows, LEAST: tl.constexpr
 
 
 @triton.jit
-def pieces(every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """How many splits of the batch the programs share: with `every`, where each split has a program of its own, all of them; else those that have work."""
+def ends(every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
+    """For each of the first sequences, how many splits that have work end with it; zeros with `every`, where each split has a program of its own."""
+    b_end = tl.zeros([_SEQUENCES], dtype=tl.int32)
+    if not every:
+        b_end = tl.cumsum(_pieces(past_length, tl.arange(0, _SEQUENCES), batch, capacity, splits, rows, LEAST), 0)
+    return b_end
+
+
+@triton.jit
+def pieces(b_end, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
+    """How many splits of the batch the programs share: with `every` all of them, else those that have work. b_end: of `ends`."""
     total = batch * splits
     if not every:
-        total = 0
-        for start in range(0, batch, _SEQUENCES):
+        total = tl.max(b_end, 0)
+        for start in range(_SEQUENCES, batch, _SEQUENCES):
             total += tl.sum(_pieces(past_length, start + tl.arange(0, _SEQUENCES), batch, capacity, splits, rows, LEAST), 0)
     return total
 
 
 @triton.jit
-def locate(item, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """(sequence, split) of the item-th split that `pieces` counts, sequence by sequence."""
-    i_b, i_split = item // splits, item % splits
-    if not every:
-        i_b, first, end, start = 0, 0, 0, 0
+def locate(item, b_end, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
+    """(sequence, split) of the item-th split that `pieces` counts, sequence by sequence. b_end: of `ends`."""
+    if every:
+        i_b, i_split = item // splits, item % splits
+    else:
+        i_b = tl.sum((b_end <= item).to(tl.int32), 0)
+        first = tl.max(tl.where(b_end <= item, b_end, 0), 0)
+        end, start = tl.max(b_end, 0), _SEQUENCES
         while (start < batch) & (end <= item):
-            b_end = end + tl.cumsum(_pieces(past_length, start + tl.arange(0, _SEQUENCES), batch, capacity, splits, rows, LEAST), 0)
-            b_before = b_end <= item
-            i_b += tl.sum(b_before.to(tl.int32), 0)
-            first = tl.maximum(first, tl.max(tl.where(b_before, b_end, 0), 0))
-            end = tl.max(b_end, 0)
+            b_more = end + tl.cumsum(_pieces(past_length, start + tl.arange(0, _SEQUENCES), batch, capacity, splits, rows, LEAST), 0)
+            i_b += tl.sum((b_more <= item).to(tl.int32), 0)
+            first = tl.maximum(first, tl.max(tl.where(b_more <= item, b_more, 0), 0))
+            end = tl.max(b_more, 0)
             start += _SEQUENCES
         i_split = item - first
     return i_b, i_split
+
+
+@triton.jit
+def groups(i_split, length, splits, rows):
+    """How many groups of `rows` rows split i_split takes of a sequence: groups i_split, i_split + splits, ..."""
+    left = tl.cdiv(length, rows) - i_split
+    n = (left > 0).to(tl.int32)
+    if left > splits:  # a division costs a fraction of a microsecond
+        n = tl.cdiv(left, splits)
+    return n
 
 
 @triton.jit

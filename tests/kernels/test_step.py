@@ -56,6 +56,11 @@ def test_ragged_poisoned(width: int, dtype: torch.dtype) -> None:
     assert torch.equal(s[0], inputs[3][0])  # nothing to attend to: s is f, bit for bit
 
 
+def test_more_splits_than_are_added_together() -> None:
+    """Capacity 600 at this width is 75 splits; the sequences use all, some whole chunks of them, and one."""
+    check(case(528, 600, [600, 256, 5], torch.float16))
+
+
 @pytest.mark.parametrize("logit", [30.0, 1000.0])
 def test_large_logits(logit: float) -> None:
     check(case(64, 40, [40, 17, 3], torch.float32, logit=logit))
