@@ -15,6 +15,7 @@ from sessa_deploy.runtime.trt_kernels import APPEND, ARGMAX, FINISH, Image
 
 _NAN_WORD = {"fp32": 0x7FC00000, "fp16": 0x7E007E00, "bf16": 0x7FC07FC0}
 _WORD, _ALIGNMENT = 4, 16
+_TENSOR_ALIGNMENT = 256  # bytes, of an input or output of an engine
 
 
 class Entry:
@@ -54,12 +55,16 @@ class Buffers:
         self.row_bytes = sum(entry.row for entry in self.entries)
         self.id_type = np.dtype(id_dtype)
         self._splits = kernels[ARGMAX].splits
-        self.ids, self.length, self.new = cuda.allocate(batch * chunk * self.id_type.itemsize), cuda.allocate(4 * batch), cuda.allocate(4 * batch)
-        self.logits, self._picked = cuda.allocate(4 * batch * config.vocab_size), cuda.allocate(4 * batch)
+        # new_length and ids side by side, so that one copy brings both
+        self._ids_at = -(-4 * batch // _TENSOR_ALIGNMENT) * _TENSOR_ALIGNMENT
+        self.new, self.length = cuda.allocate(self._ids_at + batch * chunk * self.id_type.itemsize), cuda.allocate(4 * batch)
+        self.ids = self.new + self._ids_at
+        self.logits = cuda.allocate(4 * batch * config.vocab_size)
         self._best, self._where = cuda.allocate(4 * batch * self._splits), cuda.allocate(4 * batch * self._splits)
         self._table = cuda.allocate(24 * len(self.entries))
-        self._host_ids = self._host(batch * chunk, self.id_type)
-        self._host_new, self._host_length, self._host_picked = (self._host(batch, np.int32) for _ in range(3))
+        self._host_fed = self._host(self._ids_at + batch * chunk * self.id_type.itemsize, np.uint8)
+        self._host_new, self._host_ids = self._host_fed[: 4 * batch].view(np.int32), self._host_fed[self._ids_at :].view(self.id_type)
+        self._host_length, self._host_picked = (self._host(batch, np.int32) for _ in range(2))
         self._host_logits = self._host(batch * config.vocab_size, np.float32)
         table = self._host(3 * len(self.entries), np.int64)
         table[:] = [word for e in self.entries for word in (e.fresh, e.cache, e.row // _WORD)]
@@ -89,18 +94,20 @@ class Buffers:
 
     def feed(self, tokens: int) -> None:
         """Enqueue what was put to the device."""
-        self.cuda.to_device(self.ids, self._host_ids.ctypes.data, self.batch * tokens * self.id_type.itemsize)
-        self.cuda.to_device(self.new, self._host_new.ctypes.data, 4 * self.batch)
+        self.cuda.to_device(self.new, self._host_fed.ctypes.data, self._ids_at + self.batch * tokens * self.id_type.itemsize)
 
     def finish(self, tokens: int) -> None:
-        """Enqueue what follows the engine: append its new rows, pick the most likely tokens, advance the lengths, send the tokens home."""
+        """Enqueue what follows the engine: append its new rows, pick the most likely tokens, advance the lengths.
+
+        The last kernel writes the tokens to the host's memory itself: a copy of its own would cost a decode step some microseconds.
+        """
         ptr = "ptr"
         batch, lengths = self.batch, ((ptr, self.length), (ptr, self.new))
         self.cuda.launch(self._kernels[APPEND], (tokens, batch, len(self.entries)), ((ptr, self._table), *lengths, ("i32", tokens), ("i32", self.capacity)))
         self.cuda.launch(self._kernels[ARGMAX], (batch, self._splits, 1),
                          ((ptr, self.logits), (ptr, self._best), (ptr, self._where), ("i32", self.config.vocab_size)))
-        self.cuda.launch(self._kernels[FINISH], (batch, 1, 1), ((ptr, self._best), (ptr, self._where), *lengths, (ptr, self._picked)))
-        self.cuda.to_host(self._host_picked.ctypes.data, self._picked, 4 * batch)
+        picked = (ptr, self._host_picked.ctypes.data)
+        self.cuda.launch(self._kernels[FINISH], (batch, 1, 1), ((ptr, self._best), (ptr, self._where), *lengths, picked))
 
     def picked(self) -> NDArray[np.int64]:
         """Wait for the step; its most likely tokens (B,), -1 where the logits were not finite."""

@@ -72,7 +72,7 @@ class Cuda:
         return address.value
 
     def allocate_host(self, size: int) -> int:
-        """Address of `size` page-locked bytes on the host."""
+        """Address of `size` page-locked bytes on the host, which kernels may use as it is (unified addressing)."""
         address = Handle()
         self.call("cuMemAllocHost_v2", ctypes.byref(address), ctypes.c_size_t(max(size, 1)))
         self._memory[int(address.value or 0)] = True

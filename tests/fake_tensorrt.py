@@ -38,6 +38,7 @@ class HostCuda:
 
     def __init__(self, free: int = 8 << 30) -> None:
         self.blocks: dict[int, Any] = {}
+        self.host: set[int] = set()
         self.recording: list[Callable[[], None]] | None = None
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.replays = self.launches = self.read_back = 0
@@ -59,7 +60,9 @@ class HostCuda:
         self.blocks[address] = block
         return address
 
-    allocate_host = allocate
+    def allocate_host(self, size: int) -> int:
+        self.host.add(address := self.allocate(size))
+        return address
 
     def do(self, work: Callable[[], None]) -> None:
         """Run now, or record where a graph is captured."""
@@ -89,6 +92,7 @@ class HostCuda:
         assert params == len(arguments) + 2, "Triton's two hidden pointers come last"
         self.launches += 1
         values = [value for _, value in arguments]
+        assert entry != FINISH or values[-1] in self.host, "the tokens are written to the host's memory"
         work = {APPEND: _append, ARGMAX: _argmax, FINISH: _finish}[entry]
         self.do(lambda: work(grid, *values))
 
