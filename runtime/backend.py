@@ -87,23 +87,26 @@ class Backend(ABC):
         return
 
     def _checked(self, input_ids: IntArray, new_length: IntArray) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        # A decode step waits for this: few passes over small arrays, most of them Python's own.
         ids, new = np.asarray(input_ids), np.asarray(new_length)
         if ids.ndim != 2 or len(ids) != self.batch or ids.dtype.kind not in "iu":
             raise UserError("input_ids has the wrong shape", got=f"{ids.shape} {ids.dtype}", allowed=f"({self.batch},T) integers")
-        if new.shape != (self.batch,) or new.dtype.kind not in "iu" or new.min() < 0 or new.max() > ids.shape[1]:
-            raise UserError("new_length is wrong", got=new.tolist(), allowed=f"{self.batch} integers in 0..{ids.shape[1]}")
-        tokens = int(new.max())
+        counts = new.tolist()
+        if new.shape != (self.batch,) or new.dtype.kind not in "iu" or min(counts) < 0 or max(counts) > ids.shape[1]:
+            raise UserError("new_length is wrong", got=counts, allowed=f"{self.batch} integers in 0..{ids.shape[1]}")
+        tokens = max(counts)
         if tokens == 0:
-            raise UserError("a step without a new token", got=f"new_length {new.tolist()}", allowed="at least one token")
-        wanted = self.length.astype(np.int64) + new
+            raise UserError("a step without a new token", got=f"new_length {counts}", allowed="at least one token")
+        wanted = self.length + new
         if wanted.max() > self.capacity:
             row = int(wanted.argmax())
-            raise UserError("the context is full", got=f"{int(self.length[row])} cached and {int(new[row])} new tokens in sequence {row}",
+            raise UserError("the context is full", got=f"{int(self.length[row])} cached and {counts[row]} new tokens in sequence {row}",
                             allowed=f"a capacity of {self.capacity} tokens", fix="raise the capacity (--capacity) or shorten the prompt")
-        counts = np.arange(tokens) < new[:, None]
-        fed: NDArray[np.int64] = np.where(counts, ids[:, :tokens], 0).astype(np.int64)
-        if fed.min() < 0 or fed.max() >= self.config.vocab_size:
+        fed: NDArray[np.int64] = ids[:, :tokens].astype(np.int64, copy=False)
+        if min(counts) < tokens:
+            fed = np.where(np.arange(tokens) < new[:, None], fed, 0)
+        if fed.view(np.uint64).max() >= self.config.vocab_size:  # a negative one is large there
             wrong = fed[(fed < 0) | (fed >= self.config.vocab_size)][0]
             raise UserError("a token id is outside the vocabulary", got=int(wrong), allowed=f"0..{self.config.vocab_size - 1}",
                             fix="encode the prompt with the bundle's tokenizer")
-        return fed, new.astype(np.int32)
+        return fed, new.astype(np.int32, copy=False)

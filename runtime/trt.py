@@ -55,7 +55,7 @@ class TrtBackend(Backend):
         size = trt_api.scratch_size(self.engine)
         scratch = self._cuda.allocate(size)
         self._prefill, self._decode = (self._context(profile, scratch, size) for profile in (trt_plan.PREFILL, trt_plan.DECODE))
-        self._on_device: NDArray[np.int32] | None = None  # lengths the device holds; None: unknown
+        self._on_device: bytes | None = None  # lengths the device holds, as an int32 array's bytes; None: unknown
         self._use_graph, self._graph, self._steps = graph, 0, 0
 
     def step_greedy(self, input_ids: IntArray, new_length: IntArray) -> NDArray[np.int64]:
@@ -63,12 +63,14 @@ class TrtBackend(Backend):
         if ids.shape[1] > 1:
             return super().step_greedy(input_ids, new_length)
         self._enqueue(ids, new, self.length)
-        picked = self._own().picked()
-        if (picked[new > 0] < 0).any():
-            self._on_device = None
-            raise SessaError("the model produced logits that are not finite; fix: run sessa-deploy validate on the bundle")
+        picked: NDArray[np.int64] = self._own().picked()
+        if picked.min() < 0:
+            if (picked[new > 0] < 0).any():
+                self._on_device = None
+                raise SessaError("the model produced logits that are not finite; fix: run sessa-deploy validate on the bundle")
+            picked = np.maximum(picked, 0)
         self.length += new
-        return np.maximum(picked, 0)
+        return picked
 
     def _forward(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
         logits = np.zeros((self.batch, self.config.vocab_size), np.float32)
@@ -85,7 +87,7 @@ class TrtBackend(Backend):
         """One step of at most max_prompt tokens on the stream; rows stand at `length` before it."""
         buffers, tokens = self._own(), ids.shape[1]
         self._cuda.enter()
-        if self._on_device is None or (self._on_device != length).any():
+        if self._on_device != length.tobytes():
             buffers.set_length(length)
         self._on_device = None
         buffers.put(ids, new)
@@ -100,7 +102,8 @@ class TrtBackend(Backend):
             if not self._graph:
                 self._graph = self._cuda.capture(lambda: self._record(self._decode, 1))
             self._cuda.replay(self._graph)
-        self._on_device = length + new
+        # the device is at work by now
+        self._on_device = (length + new).tobytes()
         self.bytes_moved += int(new.sum()) * buffers.row_bytes
 
     def _record(self, context: Any, tokens: int) -> None:
