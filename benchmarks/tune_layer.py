@@ -21,12 +21,15 @@ import triton
 from sessa_deploy.kernels import launch, layer
 from sessa_deploy.kernels.feedback_launch import address, arch_of, launcher
 
-# BM, BN, BK, warps, stages
-SMALL = [(16, 16, 128, 4, 4), (16, 16, 256, 4, 2), (16, 16, 256, 4, 3), (16, 16, 256, 2, 3), (16, 16, 256, 8, 3), (16, 16, 512, 4, 2), (16, 32, 128, 4, 3),
-         (16, 32, 128, 4, 5), (16, 32, 256, 4, 3), (16, 32, 256, 8, 3), (16, 64, 128, 4, 4), (16, 16, 1024, 8, 1), (16, 16, 128, 2, 6)]  # fmt: skip
-MIDDLE = [(m, *rest) for m in (32, 64) for rest in ((16, 256, 4, 3), (32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (32, 64, 4, 6), (16, 128, 4, 4))]
-LARGE = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (256, 128, 64, 8, 3),
-         (64, 256, 64, 4, 3), (64, 256, 64, 4, 4), (64, 256, 64, 8, 3), (128, 64, 64, 4, 4), (128, 64, 64, 8, 4), (128, 128, 128, 8, 2)]  # fmt: skip
+# BM, BN, BK, KS, warps, stages
+SMALL = [(16, 16, 128, 1, 4, 4), (16, 16, 256, 1, 4, 3), (16, 16, 256, 2, 2, 3), (16, 16, 256, 4, 4, 3), (16, 16, 256, 4, 4, 4),
+         (16, 16, 512, 4, 4, 3), (16, 16, 512, 8, 8, 3), (16, 16, 128, 2, 2, 6), (16, 8, 256, 4, 4, 4), (16, 8, 128, 4, 4, 4), (16, 32, 256, 4, 4, 3),
+         (16, 64, 128, 1, 4, 4)]  # fmt: skip
+MIDDLE = [(m, *rest) for m in (32, 64) for rest in ((16, 256, 1, 4, 3), (16, 256, 4, 4, 3), (32, 128, 1, 4, 4), (32, 256, 1, 4, 3), (64, 128, 1, 4, 3))]
+MIDDLE += [(16, 16, 256, 4, 4, 3), (16, 8, 256, 4, 4, 4), (32, 8, 256, 4, 4, 3)]
+LARGE = [(128, 256, 64, 1, 8, 3), (128, 256, 64, 1, 8, 4), (128, 128, 64, 1, 8, 3), (128, 128, 64, 1, 8, 4), (128, 128, 64, 1, 4, 3),
+         (256, 128, 64, 1, 8, 3), (64, 256, 64, 1, 4, 3), (64, 256, 64, 1, 4, 4), (64, 256, 64, 1, 8, 3), (128, 64, 64, 1, 4, 4), (128, 64, 64, 1, 8, 4),
+         (128, 128, 128, 1, 8, 2)]  # fmt: skip
 CASES = {"16": (1, SMALL), "64": (32, MIDDLE), "any": (8192, LARGE)}
 COPIES = {"16": 24, "64": 24, "any": 2}
 
@@ -58,11 +61,13 @@ class Case:
             "layer_project_gain": lambda w: (h, w, bias, bias, bias, bias, cos, sin, gain, gain, *parts, gamma, *tail, width, 8, 0.999),
         }[kernel]  # fmt: skip
 
-    def grid(self, tiles: dict[str, int]) -> tuple[int, ...]:
-        columns = triton.cdiv(self.columns, tiles["BN"]) if self.kernel != "layer_project_gain" else 5 * triton.cdiv(self.columns // 5, tiles["BN"]) + 1
-        return (triton.cdiv(self.rows, tiles["BM"]) * columns,)
+    def grid(self, tiles: dict[str, Any]) -> tuple[int, ...]:
+        tall = triton.cdiv(self.rows, tiles["BM"])
+        if self.kernel == "layer_project_gain":
+            return (layer.gain_programs(self.rows, tiles["BM"]) + 5 * tall * triton.cdiv(self.columns // 5, tiles["BN"]),)
+        return (tall * triton.cdiv(self.columns, tiles["BN"]),)
 
-    def time(self, options: dict[str, int] | None) -> float:
+    def time(self, options: dict[str, Any] | None) -> float:
         """Microseconds a launch; options None: torch.mm."""
         if options is None:
             steps = [lambda w=w: torch.mm(self.x, w.t()) for w in self.weights]
@@ -105,8 +110,11 @@ def main() -> int:
     pairs = [(n, v) for v in CASES for n in names if not (n == "layer_logits" and v == "any") and (not args.only or f"{n}:{v}" in args.only)]
     jobs = [(name, variant, c) for name, variant in pairs for c in CASES[variant][1]]
 
-    def options(c: tuple[int, ...]) -> dict[str, int]:
-        return dict(zip(("BM", "BN", "BK", "num_warps", "num_stages"), c, strict=True))
+    def tiles(c: tuple[int, ...]) -> dict[str, int]:
+        return dict(zip(("BM", "BN", "BK", "KS", "num_warps", "num_stages"), c, strict=True))
+
+    def options(c: tuple[int, ...]) -> dict[str, Any]:
+        return {**tiles(c), "PDL": False}
 
     def compile_one(job: tuple[str, str, tuple[int, ...]]) -> tuple[Any, str]:
         try:
@@ -136,7 +144,7 @@ def main() -> int:
             best = "  ".join(f"{t:.2f} {c}" for t, c in rows[:4])
             print(f"{name:14} {variant:>4} rows {case.rows:5}: cuBLAS {library:8.2f} us | {best}", flush=True)
             if args.pin and rows:
-                launch.pin(name, arch, [args.dtype] if args.dtype == "fp32" else ["fp16", "bf16"], variant, options(rows[0][1]))
+                launch.pin(name, arch, [args.dtype] if args.dtype == "fp32" else ["fp16", "bf16"], variant, tiles(rows[0][1]))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
     return 0

@@ -281,6 +281,11 @@ def tiles_of(kernel: str, rows: int, device: torch.device, dtype: torch.dtype) -
     return pinned((kernel,), device, dtype, product_variant(rows))[kernel]
 
 
+def gain_programs(rows: int, tile: int) -> int:
+    """Programs of layer_project_gain that compute the gains of so many rows, tiles being of `tile` rows."""
+    return rows if tile <= SINGLE.value else triton.cdiv(rows, tile)
+
+
 def rotary(past_length: Tensor, limbs: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """cos and sin (B,T,d/2) float32 at positions past_length (B,) + t; limbs (4,d/2) float32 of rope.py."""
     batch, pairs = past_length.shape[0], limbs.shape[1]
@@ -339,8 +344,7 @@ def project_gain(
     kv, tiles = biases[1].numel(), tiles_of("layer_project_gain", rows, h.device, h.dtype)
     out = [torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in (depth, kv, kv, depth, depth)]
     out.append(torch.empty(rows, dtype=torch.float32, device=h.device))
-    gains = rows if tiles["BM"] <= SINGLE.value else triton.cdiv(rows, tiles["BM"])
-    grid = (gains + triton.cdiv(rows, tiles["BM"]) * (3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])),)
+    grid = (gain_programs(rows, tiles["BM"]) + triton.cdiv(rows, tiles["BM"]) * (3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])),)
     _run("layer_project_gain", layer_project_gain, product_variant(rows), grid, h.device, h.dtype, h, weight, *biases, cos, sin, gain, gain_bias, *out,
          rows, depth, kv, cos.shape[1] // 4, gamma_max)
     return tuple(out)
