@@ -25,6 +25,7 @@ from torch.nn.attention.bias import causal_lower_right
 from tune_step import STORAGE, copy_bandwidth, replay_ms
 
 from sessa_deploy.kernels import causal_prefill, causal_step, launch
+from sessa_deploy.kernels.feedback_launch import launcher
 
 # (B, capacity, context of each sequence); (B, T, capacity, context). Head counts are chosen so that Hq d = 1024.
 STEP_SHAPES: list[tuple[int, int, list[int]]] = [(32, 8192, [4096]), (1, 32768, [4096]), (1, 256, [128]), (32, 8192, [128] * 31 + [4096])]
@@ -98,9 +99,10 @@ class StepCase:
         stat = torch.empty(self.batch * self.heads * splits * 2, device="cuda")
         scale, group, units = self.width**-0.5 * causal_step.LOG2E, self.heads // self.kv_heads, self.width // 8
         blocks = -(-self.kv_heads // partial["BLOCK_H"]) * -(-group // partial["BLOCK_G"])
+        held = launcher(causal_step.causal_step_partial, self.length.device, self.q.dtype, {"PDL": False, **partial}).resident
 
         def one(past: torch.Tensor) -> None:
-            causal_step.causal_step_partial[(blocks, launch.step_programs(self.batch * splits, blocks))](
+            causal_step.causal_step_partial[(blocks, launch.step_programs(self.batch * splits, blocks, held))](
                 self.q, self.k, self.v, past[0], past[1], self.length, part, stat, *causal_step.strides(past[0]), *causal_step.strides(past[1]),
                 self.batch, splits, self.capacity, self.kv_heads, group, units, scale, **partial,
             )  # fmt: skip

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from sessa_deploy.kernels import feedback_step, launch
+from sessa_deploy.kernels.feedback_launch import launcher
 
 # (B, capacity, context of each sequence)
 SHAPES: list[tuple[int, int, list[int]]] = [(32, 8192, [4096]), (1, 8192, [4096]), (1, 32768, [32768]), (32, 8192, [128] * 31 + [4096]), (8, 2048, [1500])]
@@ -93,11 +94,12 @@ class Case:
         part = torch.empty(self.batch, splits, self.width, device="cuda")
         stat = torch.empty(self.batch, splits, 2, device="cuda")
         scale = self.width**-0.5 * feedback_step.LOG2E
+        held = launcher(feedback_step.feedback_step_partial, self.length.device, self.q.dtype, {"PDL": False, **partial}).resident
 
         def one(past: torch.Tensor) -> None:
             k, s = past[0], past[1]
             strides = (k.stride(0), k.stride(1), s.stride(0), s.stride(1))
-            feedback_step.feedback_step_partial[(launch.step_programs(self.batch * splits),)](
+            feedback_step.feedback_step_partial[(launch.step_programs(self.batch * splits, 1, held),)](
                 self.q, k, s, self.length, part, stat, *strides, self.batch, splits, self.capacity, self.width, scale, **partial
             )
             if combine:

@@ -76,7 +76,7 @@ struct Step final : Plan
         Arguments second;
         second.add(part).add(stat).add(t.in[kPastLength]).add(t.out);
         second.add(i32(p.capacity)).add(i32(splits)).add(i32(rows)).add(units);
-        return launch(*partial, {blocks, std::min(p.batch * splits, std::max<int64_t>(1, kStepPrograms / blocks)), 1}, first, stream, error, early(p))
+        return launch(*partial, {blocks, stepPrograms(*partial, p.batch * splits, blocks), 1}, first, stream, error, early(p))
             && launch(*combine, {p.heads, ceilDiv(p.width, combine->tile("BLOCK_D")), p.batch}, second, stream, error, early(p));
     }
 

@@ -20,6 +20,7 @@ using Module = void*;
 using Function = void*;
 constexpr int kComputeMajor = 75;
 constexpr int kComputeMinor = 76;
+constexpr int kMultiprocessors = 16;
 constexpr int kMaxDynamicShared = 8;
 constexpr int kStaticShared = 48 * 1024;
 constexpr int kProgrammaticSerialization = 6; // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -58,6 +59,7 @@ struct Driver
     Result (*funcSetAttribute)(Function, int, int){};
     Result (*launchKernel)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream_st*, void**, void**){};
     Result (*getErrorName)(Result, char const**){};
+    Result (*occupancy)(int*, Function, int, size_t){}; // may be null
     Result (*launchKernelEx)(LaunchConfig const*, Function, void**, void**){}; // null where kernels cannot start before their predecessor ends
     std::string missing; // why the driver cannot be used, empty if it can
 };
@@ -93,6 +95,7 @@ Driver const& driver()
         Result (*version)(int*){};
         int found = 0;
         std::string ignored;
+        bind(library, "cuOccupancyMaxActiveBlocksPerMultiprocessor", d.occupancy, ignored);
         bind(library, "cuDriverGetVersion", version, ignored);
         char const* const wanted = std::getenv("SESSA_PDL");
         bool const off = wanted != nullptr && std::strcmp(wanted, "0") == 0;
@@ -117,11 +120,17 @@ bool failed(Result result, char const* what, std::string& error)
     return true;
 }
 
+struct Kernel
+{
+    Function function{};
+    int64_t resident{};
+};
+
 // Kernels by (context, binary). They stay until the context goes: an engine that is rebuilt finds them again.
 struct Loaded
 {
     std::mutex mutex;
-    std::map<std::pair<Context, Cubin const*>, Function> functions;
+    std::map<std::pair<Context, Cubin const*>, Kernel> kernels;
 };
 
 Loaded& loaded()
@@ -149,7 +158,17 @@ bool getContext(Context& context, std::string& error)
     return true;
 }
 
-bool getFunction(Cubin const& cubin, Function& function, std::string& error)
+int64_t countResident(Cubin const& cubin, Function function)
+{
+    int each = 0;
+    int device = 0;
+    int multiprocessors = 0;
+    bool const known = driver().occupancy != nullptr && driver().occupancy(&each, function, cubin.warps * 32, static_cast<size_t>(cubin.shared)) == 0
+        && driver().ctxGetDevice(&device) == 0 && driver().deviceGetAttribute(&multiprocessors, kMultiprocessors, device) == 0;
+    return known ? int64_t{each} * multiprocessors : 0;
+}
+
+bool getKernel(Cubin const& cubin, Kernel& kernel, std::string& error)
 {
     Context context{};
     if (!getContext(context, error))
@@ -157,25 +176,26 @@ bool getFunction(Cubin const& cubin, Function& function, std::string& error)
         return false;
     }
     std::lock_guard<std::mutex> const lock(loaded().mutex);
-    auto const found = loaded().functions.find({context, &cubin});
-    if (found != loaded().functions.end())
+    auto const found = loaded().kernels.find({context, &cubin});
+    if (found != loaded().kernels.end())
     {
-        function = found->second;
+        kernel = found->second;
         return true;
     }
     Module module{};
     std::string const name = std::string(cubin.kernel) + " for sm_" + std::to_string(cubin.arch);
     if (failed(driver().moduleLoadData(&module, cubin.data), ("loading " + name).c_str(), error)
-        || failed(driver().moduleGetFunction(&function, module, cubin.entry), ("finding " + name).c_str(), error))
+        || failed(driver().moduleGetFunction(&kernel.function, module, cubin.entry), ("finding " + name).c_str(), error))
     {
         return false;
     }
     bool const large = cubin.shared > kStaticShared;
-    if (large && failed(driver().funcSetAttribute(function, kMaxDynamicShared, cubin.shared), ("reserving shared memory of " + name).c_str(), error))
+    if (large && failed(driver().funcSetAttribute(kernel.function, kMaxDynamicShared, cubin.shared), ("reserving shared memory of " + name).c_str(), error))
     {
         return false;
     }
-    loaded().functions[{context, &cubin}] = function;
+    kernel.resident = countResident(cubin, kernel.function);
+    loaded().kernels[{context, &cubin}] = kernel;
     return true;
 }
 
@@ -204,12 +224,24 @@ catch (...)
 bool loadCubin(Cubin const& cubin, std::string& error) noexcept
 try
 {
-    Function function{};
-    return getFunction(cubin, function, error);
+    Kernel kernel;
+    return getKernel(cubin, kernel, error);
 }
 catch (...)
 {
     return false;
+}
+
+int64_t residentPrograms(Cubin const& cubin) noexcept
+try
+{
+    Kernel kernel;
+    std::string ignored;
+    return getKernel(cubin, kernel, ignored) ? kernel.resident : 0;
+}
+catch (...)
+{
+    return 0;
 }
 
 bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* stream, std::string& error, bool early) noexcept
@@ -217,7 +249,7 @@ try
 {
     constexpr int64_t kGridX = 2147483647;
     constexpr int64_t kGridYZ = 65535;
-    Function function{};
+    Kernel kernel;
     arguments.add<void*>(nullptr).add<void*>(nullptr); // Triton's global and profile scratch: the kernels use neither
     auto& values = arguments.values();
     if (static_cast<int32_t>(values.size()) != cubin.params)
@@ -230,7 +262,7 @@ try
         error = std::string(cubin.kernel) + " would need a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z);
         return false;
     }
-    if (!getFunction(cubin, function, error))
+    if (!getKernel(cubin, kernel, error))
     {
         return false;
     }
@@ -248,11 +280,11 @@ try
         dependent.value.allowed = 1;
         LaunchConfig const config{{static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
             {static_cast<unsigned>(cubin.warps) * 32, 1, 1}, static_cast<unsigned>(cubin.shared), stream, &dependent, 1};
-        result = driver().launchKernelEx(&config, function, pointers.data(), nullptr);
+        result = driver().launchKernelEx(&config, kernel.function, pointers.data(), nullptr);
     }
     else
     {
-        result = driver().launchKernel(function, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z),
+        result = driver().launchKernel(kernel.function, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z),
             static_cast<unsigned>(cubin.warps) * 32, 1, 1, static_cast<unsigned>(cubin.shared), stream, pointers.data(), nullptr);
     }
     return !failed(result, (std::string("launching ") + cubin.kernel).c_str(), error);

@@ -18,6 +18,9 @@ int32_t currentArch(std::string& error) noexcept;
 // Loads `cubin` into the current context, unless it is there already. False and a reason on failure.
 bool loadCubin(Cubin const& cubin, std::string& error) noexcept;
 
+// How many programs of `cubin`, which is loaded, the current context's device holds at once; 0 if the driver does not say.
+int64_t residentPrograms(Cubin const& cubin) noexcept;
+
 // Argument values of one launch, in the kernel's order; Triton's two hidden pointers are added by `launch`.
 class Arguments
 {

@@ -14,7 +14,7 @@ namespace sessa
 {
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kStepPrograms = 2112; // launch.STEP_PROGRAMS
+constexpr int64_t kStepPrograms = 2112; // launch.STEP_PROGRAMS, where the driver does not say what the device holds
 constexpr int64_t kFewRows = 16;        // rows of a batch up to which kernels are short enough to gain from an early launch
 
 inline int64_t ceilDiv(int64_t a, int64_t b)
@@ -40,6 +40,13 @@ inline double scaleOf(Problem const& p)
 inline bool early(Problem const& p)
 {
     return p.batch * p.tokens <= kFewRows;
+}
+
+// launch.step_programs: programs that share `pieces` splits of a batch in each of `blocks` blocks of heads.
+inline int64_t stepPrograms(Cubin const& partial, int64_t pieces, int64_t blocks)
+{
+    int64_t const held = residentPrograms(partial);
+    return std::min(pieces, std::max<int64_t>(1, (held > 0 ? held : kStepPrograms) / blocks));
 }
 
 inline bool refuse(std::string& error, std::string const& what, std::string const& got, std::string const& allowed)

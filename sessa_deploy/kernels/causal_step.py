@@ -17,7 +17,7 @@ from torch import Tensor
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.launch_causal import MULTIPLE, head_variant
-from sessa_deploy.kernels.schedule import add_splits, begin, ends, groups, locate, pieces
+from sessa_deploy.kernels.schedule import add_splits, begin, ends, groups, locate, pieces, seat
 
 LOG2E = 1.4426950408889634
 
@@ -71,14 +71,17 @@ def causal_step_partial(
     every = tl.num_programs(1) >= batch * splits
     b_end = ends(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
     total = pieces(b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
-    for item in tl.range(tl.program_id(1), total, tl.num_programs(1), num_stages=1):
-        i_b, i_split = locate(item, b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
-        length = tl.minimum(tl.load(past_length + i_b), capacity)
-        if (i_split * BLOCK_R * TILES < length) | (i_split == 0):  # without rows: the combination does not read this split
-            _one_split(
-                q, k, v, past_k, past_v, part, stat, stride_kb, stride_kr, stride_vb, stride_vr, i_b.to(tl.int64), i_split, splits, length, heads, group,
-                units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES, TILES,
-            )  # fmt: skip
+    turn = 0
+    for start in tl.range(0, total, tl.num_programs(1), num_stages=1):
+        item, turn = start + seat(tl.program_id(1), tl.num_programs(1), turn), 1 - turn
+        if item < total:
+            i_b, i_split = locate(item, b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
+            length = tl.minimum(tl.load(past_length + i_b), capacity)
+            if (i_split * BLOCK_R * TILES < length) | (i_split == 0):  # without rows: the combination does not read this split
+                _one_split(
+                    q, k, v, past_k, past_v, part, stat, stride_kb, stride_kr, stride_vb, stride_vr, i_b.to(tl.int64), i_split, splits, length, heads, group,
+                    units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES, TILES,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -195,8 +198,9 @@ def step(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_l
     at, _memory = workspace(device, {"part": (parts * width, torch.float32), "stat": (parts * 2, torch.float32)})
     out, scale = torch.empty_like(q), width**-0.5 * LOG2E
     blocks = triton.cdiv(heads, partial["BLOCK_H"]) * triton.cdiv(group, partial["BLOCK_G"])
-    launcher(causal_step_partial, device, dtype, partial)(
-        (blocks, launch.step_programs(batch * splits, blocks)),
+    run = launcher(causal_step_partial, device, dtype, partial)
+    run(
+        (blocks, launch.step_programs(batch * splits, blocks, run.resident)),
         address(q), address(k), address(v), address(past_k), address(past_v), address(past_length), at["part"], at["stat"],
         *strides(past_k), *strides(past_v), batch, splits, capacity, heads, group, width // MULTIPLE, scale,
     )  # fmt: skip

@@ -6,6 +6,7 @@ its launch table entry alone (`launch.py`), so it is compiled once from types an
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -95,11 +96,50 @@ def workspace(device: torch.device, buffers: dict[str, tuple[int, torch.dtype]])
     return Workspace(buffers).take(device)
 
 
-_LAUNCHERS: dict[tuple[Any, ...], Callable[..., None]] = {}
+class Launcher:
+    """Launches a kernel with one entry's options for a storage dtype, on the current stream of a device: a call takes (grid, *arguments).
+
+    resident: how many programs the device holds at once.
+    """
+
+    def __init__(self, kernel: Any, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> None:
+        self.kernel, self.index, self.options = kernel, device.index, options
+        self.resident = launch.STEP_PROGRAMS
+        if not INTERPRETED:
+            with torch.cuda.device(device):
+                binary, self._launch = _compiled(kernel, dtype, options)
+                self.resident = _resident(binary, device) or launch.STEP_PROGRAMS
+
+    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
+        if INTERPRETED:
+            self.kernel[grid](*arguments, **self.options)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(self.index)
+        x, y, z = (*grid, 1, 1)[:3]
+        if torch._C._cuda_getDevice() == self.index:
+            self._launch(stream, x, y, z, *arguments)
+        else:
+            with torch.cuda.device(self.index):
+                self._launch(stream, x, y, z, *arguments)
 
 
-def _compiled(kernel: Any, dtype: torch.dtype, options: dict[str, Any]) -> Callable[..., None]:
-    """A function of (stream, grid x, y, z, *arguments) that launches the kernel's binary on the current device."""
+_LAUNCHERS: dict[tuple[Any, ...], Launcher] = {}
+
+
+def _resident(binary: Any, device: torch.device) -> int:
+    """Programs of a compiled kernel that the device holds at once; 0 if its driver does not say."""
+    try:
+        occupancy = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveBlocksPerMultiprocessor
+    except (OSError, AttributeError):
+        return 0
+    each = ctypes.c_int()
+    threads, shared = 32 * binary.metadata.num_warps, ctypes.c_size_t(binary.metadata.shared)
+    failed = occupancy(ctypes.byref(each), ctypes.c_void_p(binary.function), threads, shared)
+    return 0 if failed else each.value * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _compiled(kernel: Any, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Callable[..., None]]:
+    """The kernel's binary, loaded, and a function of (stream, grid x, y, z, *arguments) that launches it on the current device."""
     description = launch.kernel(kernel.__name__)
     types = [launch.resolve(p.type, DTYPE_NAMES[dtype]) for p in description.params]
     # Examples carry the types; with the table's do_not_specialize, values select nothing.
@@ -117,28 +157,13 @@ def _compiled(kernel: Any, dtype: torch.dtype, options: dict[str, Any]) -> Calla
     def call(stream: int, x: int, y: int, z: int, *arguments: Any) -> None:
         launch_binary(x, y, z, stream, *fixed, *arguments, *constants)
 
-    return call
+    return binary, call
 
 
-def launcher(kernel: Any, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Callable[..., None]:
-    """A function of (grid, *arguments) that launches `kernel` with these options for a storage dtype, on the current stream of `device`."""
-    if INTERPRETED:
-        return lambda grid, *arguments: kernel[grid](*arguments, **options)
+def launcher(kernel: Any, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Launcher:
+    """The launcher of `kernel` with these options, made once; it keeps them, whose identity is in the key."""
     key = (kernel.__name__, device.index, dtype, id(options))
-    entry = _LAUNCHERS.get(key)
-    if entry is None:
-        with torch.cuda.device(device):
-            call = _compiled(kernel, dtype, options)
-        index = device.index
-
-        def entry(grid: tuple[int, ...], *arguments: Any, _keep: Any = options) -> None:
-            stream = torch._C._cuda_getCurrentRawStream(index)
-            x, y, z = (*grid, 1, 1)[:3]
-            if torch._C._cuda_getDevice() == index:
-                call(stream, x, y, z, *arguments)
-            else:
-                with torch.cuda.device(index):
-                    call(stream, x, y, z, *arguments)
-
-        _LAUNCHERS[key] = entry
-    return entry
+    found = _LAUNCHERS.get(key)
+    if found is None:
+        found = _LAUNCHERS[key] = Launcher(kernel, device, dtype, options)
+    return found

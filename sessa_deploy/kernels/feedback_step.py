@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import DTYPE_NAMES, address, aligned, launcher, pinned, workspace
-from sessa_deploy.kernels.schedule import add_splits, begin, ends, groups, locate, pieces
+from sessa_deploy.kernels.schedule import add_splits, begin, ends, groups, locate, pieces, seat
 
 LOG2E = 1.4426950408889634
 
@@ -41,12 +41,15 @@ def feedback_step_partial(
     every = tl.num_programs(0) >= batch * splits
     b_end = ends(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
     total = pieces(b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
-    for item in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1):
-        i_b, i_split = locate(item, b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
-        _one_split(
-            q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, i_b.to(tl.int64), i_split, splits, capacity, width, scale,
-            BLOCK_R, BLOCK_C, BLOCK_L, STAGES, TILES, OWN,
-        )  # fmt: skip
+    turn = 0
+    for start in tl.range(0, total, tl.num_programs(0), num_stages=1):
+        item, turn = start + seat(tl.program_id(0), tl.num_programs(0), turn), 1 - turn
+        if item < total:
+            i_b, i_split = locate(item, b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
+            _one_split(
+                q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, i_b.to(tl.int64), i_split, splits, capacity, width,
+                scale, BLOCK_R, BLOCK_C, BLOCK_L, STAGES, TILES, OWN,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -141,8 +144,9 @@ def step(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s:
     past_k, past_s = _in_place(past_k), _in_place(past_s)
     at, _memory = workspace(device, {"part": (batch * splits * width, torch.float32), "stat": (2 * batch * splits, torch.float32)})
     out = torch.empty_like(f)
-    launcher(feedback_step_partial, device, dtype, partial)(
-        (launch.step_programs(batch * splits),), address(q), address(past_k), address(past_s), address(past_length), at["part"], at["stat"],
+    run = launcher(feedback_step_partial, device, dtype, partial)
+    run(
+        (launch.step_programs(batch * splits, 1, run.resident),), address(q), address(past_k), address(past_s), address(past_length), at["part"], at["stat"],
         past_k.stride(0), past_k.stride(1), past_s.stride(0), past_s.stride(1), batch, splits, capacity, width, width**-0.5 * LOG2E,
     )  # fmt: skip
     launcher(feedback_step_combine, device, dtype, combine)(

@@ -142,12 +142,15 @@ def step_splits(capacity: int, rows: int) -> int:
     return max(1, min(STEP_MAX_SPLITS, -(-capacity // rows)))
 
 
-STEP_PROGRAMS = 2112  # most programs of a step's partial kernels, some waves of a large GPU; decides who computes a split, never its bits
+STEP_PROGRAMS = 2112  # where the device does not say how many programs it holds
 
 
-def step_programs(pieces: int, blocks: int = 1) -> int:
-    """Programs that share `pieces` = B * splits splits of the batch, in each of so many blocks of heads."""
-    return min(pieces, max(1, STEP_PROGRAMS // blocks))
+def step_programs(pieces: int, blocks: int, resident: int) -> int:
+    """Programs that share `pieces` = B * splits splits of the batch, in each of `blocks` blocks of heads, on a device that holds `resident` at once.
+
+    No more than it holds: one that finds nothing to read costs a place behind those that work. Decides who computes a split, never its bits.
+    """
+    return min(pieces, max(1, resident // blocks))
 
 
 def pin(name: str, arch: int, dtypes: list[str], variant: str, entry: dict[str, Any], tuned: bool = True) -> None:

@@ -70,6 +70,15 @@ def locate(item, b_end, every, past_length, batch, capacity, splits, rows, LEAST
 
 
 @triton.jit
+def seat(program, programs, turn):
+    """Which of the next `programs` splits a program takes: its own place, and on every other turn (1) the place from the end.
+
+    Long sequences that come first would else give the programs that got a long split the second splits too.
+    """
+    return program + turn * (programs - 1 - 2 * program)
+
+
+@triton.jit
 def groups(i_split, length, splits, rows):
     """How many groups of `rows` rows split i_split takes of a sequence: groups i_split, i_split + splits, ..."""
     left = tl.cdiv(length, rows) - i_split

@@ -72,9 +72,9 @@ def test_prefill_ragged_poisoned(tokens: int, heads: tuple[int, int], width: int
 def test_programs_that_share_out_the_splits_change_no_bit(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large batch has fewer programs than splits; its empty splits are passed over, but for the first of each sequence."""
     inputs = case(1, 30, [0, 30, 3, 0, 16, 5] + [1, 0] * 14 + [30, 0], (3, 1), 16, torch.float16)
-    monkeypatch.setattr(launch, "STEP_PROGRAMS", 10**6)
+    monkeypatch.setattr(launch, "step_programs", lambda pieces, blocks, resident: pieces)
     alone = run(*inputs)
-    monkeypatch.setattr(launch, "STEP_PROGRAMS", programs)
+    monkeypatch.setattr(launch, "step_programs", lambda pieces, blocks, resident: min(pieces, programs))
     assert torch.equal(run(*inputs), alone)
 
 

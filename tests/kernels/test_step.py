@@ -88,9 +88,9 @@ def test_programs_that_share_out_the_splits_change_no_bit(programs: int, monkeyp
     """A large batch has fewer programs than splits; its empty splits, and sequences without any, are passed over."""
     lengths = [0, 70, 3, 0, 16, 17, 33, 0] + [1, 0] * 14 + [70, 0]  # more sequences than are looked at together
     inputs = case(48, 70, lengths, torch.float16)
-    monkeypatch.setattr(launch, "STEP_PROGRAMS", 10**6)
+    monkeypatch.setattr(launch, "step_programs", lambda pieces, blocks, resident: pieces)
     alone = run(*inputs)
-    monkeypatch.setattr(launch, "STEP_PROGRAMS", programs)
+    monkeypatch.setattr(launch, "step_programs", lambda pieces, blocks, resident: min(pieces, programs))
     assert torch.equal(run(*inputs), alone)
 
 

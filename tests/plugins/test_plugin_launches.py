@@ -1,0 +1,168 @@
+"""What the plugin launches, without a GPU: the library runs on a libcuda of our own that writes every launch down; the kernels' Python side is its measure."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import plugin_harness as ph
+import pytest
+from plugin_harness import Built, sizes
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+pytestmark = [pytest.mark.trt, pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")]
+
+EACH, MULTIPROCESSORS = 6, 132  # what the driver below says of every kernel and of its device
+DRIVER = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+typedef void* handle; typedef int rc;
+static char context;
+struct function { char name[64]; unsigned asked; };
+rc cuCtxGetCurrent(handle* c) { *c = &context; return 0; }
+rc cuCtxGetDevice(int* d) { *d = 3; return 0; }
+rc cuDeviceGetAttribute(int* v, int what, int d) { *v = what == 75 ? 9 : what == 76 ? 0 : what == 16 ? MULTIPROCESSORS : -1; return d != 3; }
+rc cuModuleLoadData(handle* m, void const* image) { *m = (handle)image; return memcmp(image, "\x7f" "ELF", 4) ? 200 : 0; }
+rc cuModuleGetFunction(handle* f, handle m, char const* name)
+{
+    struct function* made = calloc(1, sizeof(struct function));
+    strncpy(made->name, name, 63);
+    *f = made;
+    return 0;
+}
+rc cuFuncSetAttribute(handle f, int what, int v) { return what == 8 ? 0 : 1; }
+rc cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, handle f, int threads, size_t shared)
+{
+    *n = EACH;
+    ((struct function*)f)->asked = threads + 65536 * (unsigned)(shared / 16);
+    return 0;
+}
+static rc note(struct function* f, unsigned const* grid, unsigned const* block, unsigned shared, int early)
+{
+    if (f->asked != block[0] + 65536 * (shared / 16) || block[1] != 1 || block[2] != 1) return 1; /* occupancy was asked of another launch */
+    printf("%s %u %u %u %d\n", f->name, grid[0], grid[1], grid[2], early);
+    return 0;
+}
+rc cuLaunchKernel(handle f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, handle q, void** a, void** extra)
+{
+    unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
+    return extra ? 1 : note(f, grid, block, shared, 0);
+}
+struct attribute { int id; char pad[4]; int allowed; char rest[60]; };
+struct config { unsigned grid[3], block[3], shared; handle stream; struct attribute* attributes; unsigned count; };
+rc cuLaunchKernelEx(struct config const* c, handle f, void** a, void** extra)
+{
+    if (c->count != 1 || c->attributes->id != 6 || c->attributes->allowed != 1 || extra) return 1;
+    return note(f, c->grid, c->block, c->shared, 1);
+}
+rc cuDriverGetVersion(int* v) { *v = 13000; return 0; }
+rc cuGetErrorName(rc code, char const** text) { *text = "bad"; return 0; }
+"""
+RUN = """
+import ctypes, json, sys
+sys.path.insert(0, sys.argv[1])
+import plugin_harness as ph
+major, library, cases = int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[5])
+harness = ctypes.CDLL(sys.argv[4])
+harness.harness_create.restype = ctypes.c_void_p
+harness.harness_create.argtypes = [ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_float]
+harness.harness_workspace.restype = ctypes.c_int64
+harness.harness_workspace.argtypes = harness.harness_shape.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ph.Shape]
+harness.harness_enqueue.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ph.Shape, ph.Pointers, ctypes.c_void_p]
+for op, shape in cases:
+    plugin, shape = harness.harness_create(library.encode(), op, ph.HALF, 0.5), ph.Shape(*shape)
+    assert plugin and harness.harness_workspace(plugin, op, ph.HALF, shape) >= 0 and harness.harness_shape(plugin, op, ph.HALF, shape) == 0
+    assert harness.harness_enqueue(plugin, op, ph.HALF, shape, ph.Pointers(*[4096] * 20), None) == 0
+"""
+
+
+def lines(monkeypatch: pytest.MonkeyPatch, batch: int, tokens: int, capacity: int, width: int, heads: int, kv_heads: int) -> list[tuple[int, Any, list[str]]]:
+    """(operation, its sizes, the launches of the Python side as the driver writes them) for one shape of a layer; decode steps where tokens is 1."""
+    import torch
+
+    from sessa_deploy.kernels import causal_step, feedback_step, launch, layer
+
+    noted: list[str] = []
+
+    class Writer:
+        resident = EACH * MULTIPROCESSORS
+
+        def __init__(self, kernel: Any, device: Any, dtype: Any, options: dict[str, Any]) -> None:
+            self.name = kernel.__name__
+            # whether kernels start early the Python side leaves to the plugin: the rule is the number of rows and that the binary can
+            self.early = bool(options.get("PDL")) and batch * tokens <= launch.EARLY_ROWS
+
+        def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
+            noted.append(" ".join(map(str, (self.name, *(*grid, 1, 1)[:3], int(self.early)))))
+
+    def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str) -> dict[str, Any]:
+        return {name: launch.options(name, 90, "fp32" if dtype == torch.float32 else "fp16", variant) for name in names}
+
+    for module in (causal_step, feedback_step, layer):
+        monkeypatch.setattr(module, "launcher", Writer)
+        monkeypatch.setattr(module, "pinned", pinned)
+    n, d = batch * tokens, width // heads
+    kv, columns = kv_heads * d, width + 48
+
+    def half(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float16)
+
+    def floats(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape)
+
+    length, x, h = torch.zeros(batch, dtype=torch.int32), half(n, width), half(n, 2 * width)
+    everything, biases = half(3 * width + 2 * kv, width), (half(width), half(kv), half(kv), half(2 * width))
+    tables = (floats(n, d // 2), floats(n, d // 2))
+    calls: list[tuple[int, Any, Any]] = [
+        (ph.ROTARY, sizes(batch, tokens, 1, width, 1, 1, d), lambda: layer.rotary(length, floats(4, d // 2), tokens)),
+        (ph.NORM, sizes(batch, tokens, 1, width), lambda: layer.norm(x, half(width), half(width), 1e-5)),
+        (ph.LINEAR_HEADS, sizes(batch, tokens, 1, width, heads, 1, d, width), lambda: layer.linear(x, half(width, width), half(width))),
+        (ph.LOGITS, sizes(batch, tokens, 1, width, columns=columns), lambda: layer.linear(x, half(columns, width), None)),
+        (ph.TAIL, sizes(batch, tokens, 1, width), lambda: layer.tail(x, h, half(width, width), half(width), x)),
+        (ph.ENTER, sizes(batch, tokens, 1, width), lambda: layer.enter(x, half(2 * width, width), half(2 * width))),
+        (ph.PROJECT_GAIN, sizes(batch, tokens, 1, width, heads, kv_heads, d, 3 * width + 2 * kv),
+         lambda: layer.project_gain(h, everything, biases, *tables, floats(width), floats(1), 0.5)),
+    ]  # fmt: skip
+    if tokens == 1:
+        past, row = half(batch, capacity, width), half(batch, 1, width)
+        past_kv, q, k = half(batch, capacity, kv_heads, d), half(batch, 1, heads, d), half(batch, 1, kv_heads, d)
+        calls += [
+            (ph.FEEDBACK, sizes(batch, 1, capacity, width), lambda: feedback_step.step(row, row, floats(batch, 1), row, past, past, length)),
+            (ph.CAUSAL, sizes(batch, 1, capacity, d, heads, kv_heads), lambda: causal_step.step(q, k, k, past_kv, past_kv, length)),
+        ]
+    found = []
+    for op, shape, call in calls:
+        noted.clear()
+        call()
+        found.append((op, list(shape), list(noted)))
+    return found
+
+
+SHAPES = [(1, 1, 4096, 1024, 16, 16), (32, 1, 2048, 1024, 16, 16), (17, 1, 96, 192, 6, 2), (3, 5, 1, 768, 12, 12), (1, 70, 1, 64, 2, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_plugin_launches_what_the_python_side_does(built: Built, shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels, grids and early starts; of a step's programs no more than the device holds, whatever the batch."""
+    import json
+
+    major, library, harness = built
+    (tmp_path / "cuda.c").write_text(f"#define EACH {EACH}\n#define MULTIPROCESSORS {MULTIPROCESSORS}\n{DRIVER}")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-w", "-o", "libcuda.so.1", "cuda.c"], cwd=tmp_path, check=True)
+    wanted = lines(monkeypatch, *shape)
+    cases = json.dumps([(op, sizes_of) for op, sizes_of, _ in wanted])
+    environment = {**os.environ, "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
+    environment.pop("SESSA_PDL", None)
+    command = [sys.executable, "-c", RUN, str(ph.HERE), str(major), str(library), harness._name, cases]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [line for _, _, all_of in wanted for line in all_of]
+    if shape[0] == 32:
+        partial = [line.split() for line in done.stdout.splitlines() if "step_partial" in line]
+        assert all(int(x) * int(y) <= EACH * MULTIPROCESSORS for _, x, y, *_ in partial) and len(partial) == 2
