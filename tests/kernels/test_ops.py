@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -217,3 +220,23 @@ def test_a_sequence_is_the_same_whatever_batch_it_is_in() -> None:
     for b in range(4):
         alone = ops.feedback_attention(**{n: x[b : b + 1] for n, x in p.items()})
         torch.testing.assert_close(alone[0], whole[b], rtol=1e-12, atol=1e-13)
+
+
+def test_how_many_programs_a_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's answer times the multiprocessors; 0 where it has none."""
+    pytest.importorskip("triton")
+    from sessa_deploy.kernels import feedback_launch
+
+    asked = []
+
+    def occupancy(each: Any, function: Any, threads: int, shared: Any) -> int:
+        asked.append((function.value, threads, shared.value))
+        each._obj.value = 6
+        return 0
+
+    binary = SimpleNamespace(function=77, metadata=SimpleNamespace(num_warps=2, shared=32800))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(feedback_launch.ctypes, "CDLL", lambda name: SimpleNamespace(cuOccupancyMaxActiveBlocksPerMultiprocessor=occupancy))
+    assert feedback_launch._resident(binary, torch.device("cuda", 0)) == 792 and asked == [(77, 64, 32800)]
+    monkeypatch.setattr(feedback_launch.ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert feedback_launch._resident(binary, torch.device("cuda", 0)) == 0
