@@ -102,7 +102,7 @@ class Backend(ABC):
             row = int(wanted.argmax())
             raise UserError("the context is full", got=f"{int(self.length[row])} cached and {counts[row]} new tokens in sequence {row}",
                             allowed=f"a capacity of {self.capacity} tokens", fix="raise the capacity (--capacity) or shorten the prompt")
-        fed: NDArray[np.int64] = ids[:, :tokens].astype(np.int64, copy=False)
+        fed: NDArray[np.int64] = np.ascontiguousarray(ids[:, :tokens], dtype=np.int64)
         if min(counts) < tokens:
             fed = np.where(np.arange(tokens) < new[:, None], fed, 0)
         if fed.view(np.uint64).max() >= self.config.vocab_size:  # a negative one is large there

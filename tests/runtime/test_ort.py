@@ -57,6 +57,22 @@ def test_chunked_ragged_prefill_over_poison(open_session, tiny, chunk):
     assert s.backend.length.tolist() == [4, 1, 14, 2]
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint64])
+def test_columns_beyond_the_new_tokens_are_not_looked_at(open_session, tiny, kind):
+    """Ids of any integer type; what lies behind a row's new tokens may be anything, also where the columns are cut."""
+    backend = open_session(4).backend
+    ids = np.full((4, 20), np.iinfo(kind).max, kind)
+    for row, prompt in enumerate(PROMPTS):
+        ids[row, : len(prompt)] = prompt
+    new = np.array([len(p) for p in PROMPTS])
+    logits = backend.step(ids, new)
+    for row, prompt in enumerate(PROMPTS):
+        close(logits[row], tiny.logits(prompt)[-1])
+    with pytest.raises(UserError, match="outside the vocabulary"):
+        backend.step(ids[:, -1:], np.array([0, 1, 0, 0]))
+    assert backend.length.tolist() == new.tolist()
+
+
 def test_caches_hold_what_the_oracle_says(open_session, tiny):
     s = open_session(2, chunk=4)
     s.prefill([PROMPTS[2], PROMPTS[3]])
