@@ -97,8 +97,7 @@ def kernels(graph: Any) -> dict[str, tuple[float, int]]:
 def measure(chain: Chain, name: str, copy: float, plain: bool) -> dict[str, Any]:
     """The figures of one point. copy: GB/s. plain: no kernel starts early; else as in the plugin."""
     capacity, lengths = POINTS[name]
-    feedback_launch.EARLY = not plain and len(lengths) <= launch.EARLY_ROWS
-    feedback_launch.pinned.cache_clear()
+    feedback_launch.start_early(not plain and len(lengths) <= launch.EARLY_ROWS)
     caches = chain.caches(capacity, lengths)
     x, length = chain.random(len(lengths), chain.config.d_model), torch.tensor(lengths, dtype=torch.int32, device=chain.device)
     graph = capture([lambda: chain.step(x, length, caches)])

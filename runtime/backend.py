@@ -45,10 +45,15 @@ class Backend(ABC):
         return logits
 
     def step_greedy(self, input_ids: IntArray, new_length: IntArray) -> NDArray[np.int64]:
-        """Like `step`, returning the most likely token (B,) alone; a backend on a device may find it there. Raises SessaError on NaN or Inf logits."""
-        logits = self.step(input_ids, new_length)
-        if not np.isfinite(logits[np.asarray(new_length) > 0].max(axis=-1)).all():
+        """Like `step`, returning the most likely token (B,) alone; a backend on a device may find it there.
+
+        Raises SessaError, with the lengths unchanged, on logits that are NaN or Inf.
+        """
+        ids, new = self._checked(input_ids, new_length)
+        logits = self._forward(ids, new)
+        if not np.isfinite(logits[new > 0].max(axis=-1)).all():
             raise SessaError("the model produced logits that are not finite; fix: run sessa-deploy validate on the bundle")
+        self.length += new
         return np.argmax(logits, axis=-1)
 
     def reset(self, rows: Iterable[int] | None = None) -> None:
@@ -106,7 +111,7 @@ class Backend(ABC):
         if min(counts) < tokens:
             fed = np.where(np.arange(tokens) < new[:, None], fed, 0)
         if fed.view(np.uint64).max() >= self.config.vocab_size:  # a negative one is large there
-            wrong = fed[(fed < 0) | (fed >= self.config.vocab_size)][0]
+            wrong = ids[:, :tokens][fed.view(np.uint64) >= self.config.vocab_size][0]
             raise UserError("a token id is outside the vocabulary", got=int(wrong), allowed=f"0..{self.config.vocab_size - 1}",
                             fix="encode the prompt with the bundle's tokenizer")
         return fed, new.astype(np.int32, copy=False)

@@ -1,7 +1,8 @@
 """TensorRT as a backend: caches that never leave the GPU, and each decode step one captured CUDA graph. numpy, tensorrt and the CUDA driver only.
 
-A step enqueues: ids and lengths to the device, the engine, append, argmax, advance, ids to the host. Lengths are read on the device, so every decode
-step is the same work on the same addresses and is recorded once; the host reads the ids, or the logits where somebody samples.
+A step enqueues: ids and lengths to the device, the engine, append, argmax, and a last kernel that advances the lengths and writes the ids to the host.
+Lengths are read on the device, so every decode step is the same work on the same addresses and is recorded once; the host reads the ids, or the logits
+where somebody samples.
 """
 
 from __future__ import annotations
@@ -66,7 +67,6 @@ class TrtBackend(Backend):
         picked: NDArray[np.int64] = self._own().picked()
         if picked.min() < 0:
             if (picked[new > 0] < 0).any():
-                self._on_device = None
                 raise SessaError("the model produced logits that are not finite; fix: run sessa-deploy validate on the bundle")
             picked = np.maximum(picked, 0)
         self.length += new
@@ -102,7 +102,7 @@ class TrtBackend(Backend):
             if not self._graph:
                 self._graph = self._cuda.capture(lambda: self._record(self._decode, 1))
             self._cuda.replay(self._graph)
-        # the device is at work by now
+        # after the launch, so that the host's time is the device's too
         self._on_device = (length + new).tobytes()
         self.bytes_moved += int(new.sum()) * buffers.row_bytes
 

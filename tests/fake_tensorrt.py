@@ -41,7 +41,7 @@ class HostCuda:
         self.host: set[int] = set()
         self.recording: list[Callable[[], None]] | None = None
         self.graphs: dict[int, list[Callable[[], None]]] = {}
-        self.replays = self.launches = self.read_back = 0
+        self.replays = self.launches = self.read_back = self.sent = 0
         self.free, self.closed = free, False
 
     def enter(self) -> None: ...
@@ -72,6 +72,7 @@ class HostCuda:
             self.recording.append(work)
 
     def to_device(self, target: int, source: int, size: int) -> None:
+        self.sent += 1
         self.do(lambda: ctypes.memmove(target, source, size))
 
     def to_host(self, target: int, source: int, size: int) -> None:
@@ -298,6 +299,7 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Seq
             return all(a <= x <= b for a, x, b in zip(low, shape, high, strict=True))
 
         def set_tensor_address(self, name: str, address: int) -> bool:
+            assert address % 256 == 0, f"{name} is not aligned as TensorRT asks"
             self.addresses[name] = address
             return True
 

@@ -15,7 +15,7 @@ namespace sessa
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kStepPrograms = 2112; // launch.STEP_PROGRAMS, where the driver does not say what the device holds
-constexpr int64_t kFewRows = 16;        // rows of a batch up to which kernels are short enough to gain from an early launch
+constexpr int64_t kFewRows = 16;        // launch.EARLY_ROWS: rows of a batch up to which kernels are short enough to gain from an early launch
 
 inline int64_t ceilDiv(int64_t a, int64_t b)
 {

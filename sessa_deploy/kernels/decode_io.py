@@ -61,8 +61,8 @@ def decode_argmax(logits, best, where, vocabulary, SPLITS: tl.constexpr, BLOCK: 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("decode_finish"))
 def decode_finish(best, where, past_length, new_length, ids, SPLITS: tl.constexpr):
-    """Grid (B,): ids[b] (int32) is the most likely token, the lowest id of equals, or -1 if a logit is NaN, +Inf or all are -Inf;
-    past_length[b] advances by new_length[b]."""
+    """Grid (B,): ids[b] (int32; may be page-locked memory of the host) is the most likely token, the lowest id of equals, or -1 if a logit is NaN, +Inf or
+    all are -Inf; past_length[b] advances by new_length[b]."""
     i_b = tl.program_id(0)
     o_s = i_b * SPLITS + tl.arange(0, SPLITS)
     b_best = tl.load(best + o_s)

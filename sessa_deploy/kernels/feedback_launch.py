@@ -21,7 +21,7 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
 ALIGN = 256  # bytes between buffers of a workspace
 
-EARLY = False  # benchmarks set it, before a first launch: kernels that may start early do, as the plugin launches those of few rows
+EARLY = False  # set by `start_early`
 
 Options = dict[str, dict[str, Any]]
 Address = int | Tensor
@@ -52,6 +52,13 @@ def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, var
     if INTERPRETED:  # which knows no dependent launch
         return {name: {k: v for k, v in o.items() if k != "PDL"} for name, o in found.items()}
     return {name: {**o, "launch_pdl": True} if EARLY and o.get("PDL") else o for name, o in found.items()}
+
+
+def start_early(on: bool) -> None:
+    """For benchmarks: whether kernels that may start early do from now on, as the plugin launches those of few rows."""
+    global EARLY
+    EARLY = on
+    pinned.cache_clear()
 
 
 @lru_cache(maxsize=256)

@@ -148,7 +148,8 @@ STEP_PROGRAMS = 2112  # where the device does not say how many programs it holds
 def step_programs(pieces: int, blocks: int, resident: int) -> int:
     """Programs that share `pieces` = B * splits splits of the batch, in each of `blocks` blocks of heads, on a device that holds `resident` at once.
 
-    No more than it holds: one that finds nothing to read costs a place behind those that work. Decides who computes a split, never its bits.
+    No more than it holds (but one for each block): a program that finds nothing to read costs a place behind those that work. Decides who computes a split,
+    never its bits.
     """
     return min(pieces, max(1, resident // blocks))
 

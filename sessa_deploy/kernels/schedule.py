@@ -73,7 +73,7 @@ def locate(item, b_end, every, past_length, batch, capacity, splits, rows, LEAST
 def seat(program, programs, turn):
     """Which of the next `programs` splits a program takes: its own place, and on every other turn (1) the place from the end.
 
-    Long sequences that come first would else give the programs that got a long split the second splits too.
+    Where the long sequences come first, the same low-numbered programs would else get the longer split on every turn.
     """
     return program + turn * (programs - 1 - 2 * program)
 

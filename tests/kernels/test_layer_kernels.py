@@ -30,10 +30,13 @@ def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, depth: 
     assert torch.isfinite(found).all() and error <= EPS[dtype] + 4 * depth**0.5 * 2.0**-23, error
 
 
+DEEP = [(r, 80) for r in ROWS] + [(1, 560), (33, 560)]  # rows, depth: the latter more than any tile takes at a time
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", ROWS)
-def test_products(rows: int, dtype: torch.dtype) -> None:
-    depth, columns = 80, 112
+@pytest.mark.parametrize(("rows", "depth"), DEEP)
+def test_products(rows: int, depth: int, dtype: torch.dtype) -> None:
+    columns = 112
     x, w, b = random(rows, depth, dtype=dtype), random(columns, depth, dtype=dtype), random(columns, dtype=dtype)
     close(layer.linear(x, w, b), x.double() @ w.double().T + b.double(), dtype, depth)
     logits = layer.linear(x, w, None)
@@ -42,9 +45,8 @@ def test_products(rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", ROWS)
-def test_tail(rows: int, dtype: torch.dtype) -> None:
-    depth = 80
+@pytest.mark.parametrize(("rows", "depth"), DEEP)
+def test_tail(rows: int, depth: int, dtype: torch.dtype) -> None:
     s, h, x = (random(rows, n, dtype=dtype, seed=i) for i, n in enumerate((depth, 2 * depth, depth)))
     w, b = random(depth, depth, dtype=dtype), random(depth, dtype=dtype, seed=9)
     gated = (s.double() * h[:, depth:].double()).to(dtype).double()
@@ -52,8 +54,7 @@ def test_tail(rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("heads", [(4, 2, 16), (2, 2, 24)])
+@pytest.mark.parametrize(("rows", "heads"), [*((r, h) for r in ROWS for h in ((4, 2, 16), (2, 2, 24))), (2, (26, 1, 40))])
 def test_projections(rows: int, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Five outputs, q and k turned, whatever part of a tile a head fills."""
     n_q, n_k, d = heads
@@ -97,10 +98,9 @@ def test_rotary_tables(head: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", ROWS)
-def test_entrance(rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("rows", "depth"), DEEP)
+def test_entrance(rows: int, depth: int, dtype: torch.dtype) -> None:
     """GELU on the left half of W_in's product, tiles that lie across the middle included."""
-    depth = 80
     x, w, b = random(rows, depth, dtype=dtype), random(2 * depth, depth, dtype=dtype, scale=0.3), random(2 * depth, dtype=dtype)
     y = (x.double() @ w.double().T + b.double()).to(dtype).double()
     close(layer.enter(x, w, b), torch.cat([torch.nn.functional.gelu(y[:, :depth]), y[:, depth:]], -1), dtype, 4 * depth)

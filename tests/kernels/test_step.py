@@ -56,9 +56,9 @@ def test_ragged_poisoned(width: int, dtype: torch.dtype) -> None:
     assert torch.equal(s[0], inputs[3][0])  # nothing to attend to: s is f, bit for bit
 
 
-def test_more_splits_than_are_added_together() -> None:
-    """Capacity 600 at this width is 75 splits; the sequences use all, some whole chunks of them, and one."""
-    check(case(528, 600, [600, 256, 5], torch.float16))
+def test_both_ways_to_add_splits() -> None:
+    """Capacity 600 at this width is 75 splits: 75 and 33 take the sum over BLOCK_S of them, 32 (BLOCK_S // 8) and 1 the small one."""
+    check(case(528, 600, [600, 264, 256, 5], torch.float16))
 
 
 @pytest.mark.parametrize("logit", [30.0, 1000.0])

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
 from sessa_deploy.runtime.device_cache import DeviceCache
 from sessa_deploy.runtime.ort import OrtBackend
@@ -71,6 +71,19 @@ def test_columns_beyond_the_new_tokens_are_not_looked_at(open_session, tiny, kin
     with pytest.raises(UserError, match="outside the vocabulary"):
         backend.step(ids[:, -1:], np.array([0, 1, 0, 0]))
     assert backend.length.tolist() == new.tolist()
+
+
+def test_a_greedy_step_with_bad_logits_leaves_the_lengths(open_session, tiny, monkeypatch):
+    backend = open_session(2).backend
+    ids, new = np.array([[1], [7]]), np.array([1, 1])
+    first = backend.step_greedy(ids, new)
+    assert first.tolist() == [int(tiny.logits([t])[-1].argmax()) for t in (1, 7)]
+    forward = backend._forward
+    monkeypatch.setattr(backend, "_forward", lambda *given: np.where([[True], [False]], forward(*given), np.nan))
+    assert backend.step_greedy(ids, np.array([1, 0])).shape == (2,)  # the bad row stands still
+    with pytest.raises(SessaError, match="not finite"):
+        backend.step_greedy(ids, new)
+    assert backend.length.tolist() == [2, 1]
 
 
 def test_caches_hold_what_the_oracle_says(open_session, tiny):
@@ -323,7 +336,7 @@ assert not {{"torch", "triton", "onnx"}} & set(sys.modules)
 
 def test_without_onnxruntime_the_command_is_named(tiny_bundle):
     code = f"""
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.runtime.session import Session
 for backend in ("ort", "auto"):
     try:

@@ -89,13 +89,29 @@ def test_text_equals_onnx_runtimes_with_and_without_a_graph(build: Callable[...,
         assert (cuda.replays > 0) == graph and cuda.closed
 
 
-def test_a_greedy_step_copies_nothing_back(build: Callable[..., Any]) -> None:
+def test_a_greedy_step_is_one_copy_in_and_none_out(build: Callable[..., Any]) -> None:
     backend, cuda, _ = build(graph=False)
     ids, new = np.ones((BATCH, 1), np.int64), np.ones(BATCH, np.int32)
     backend.step_greedy(ids, new)
-    before = cuda.read_back
+    before, sent = cuda.read_back, cuda.sent
     backend.step_greedy(ids, new)
-    assert cuda.read_back == before and backend.device_bytes() == 8 << 30
+    assert (cuda.read_back, cuda.sent) == (before, sent + 1) and backend.device_bytes() == 8 << 30
+    backend.rewind(0, 1)
+    backend.step_greedy(ids, new)
+    assert cuda.sent == sent + 3  # the lengths too, as the device's are others now
+
+
+def test_a_row_that_stands_still_may_have_bad_logits(build: Callable[..., Any]) -> None:
+    backend, cuda, _ = build(graph=False)
+    ids, new = np.ones((BATCH, 1), np.int64), np.ones(BATCH, np.int32)
+    backend.step_greedy(ids, new)
+    entry = backend._buffers.entries[0]
+    cuda.fill(entry.cache + CAPACITY * entry.row, 0x7FC00000, 16)  # the second sequence's first row
+    picked = backend.step_greedy(ids, np.array([1, 0, 1], np.int32))
+    assert backend._buffers.picked()[1] == -1 and picked[1] == 0 and backend.length.tolist() == [2, 1, 2]
+    with pytest.raises(SessaError, match="not finite"):
+        backend.step_greedy(ids, new)
+    assert backend.length.tolist() == [2, 1, 2]
 
 
 def test_logits_that_are_not_finite_raise_and_change_nothing(build: Callable[..., Any]) -> None:
