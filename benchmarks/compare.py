@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,16 +20,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS
+from common import RESULTS, run_logged
 from compare_worker import Point
+from random_bundle import SIZES, VOCABULARY
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from sessa_deploy.config import SessaConfig
 
-SIZES = {"125M": (768, 12, 12), "350M": (1024, 24, 16)}  # d_model, layers, heads
-VOCABULARY = 50304
 PEERS = {"official": "official layers, eager", "eager": "ours, eager", "compile": "ours, compiled", "graph": "ours, CUDA graph",
          "compile-graph": "ours, compiled, CUDA graph", "ort": "ONNX Runtime", "trt": "TensorRT"}  # fmt: skip
 ORDER = ("trt", "graph", "official", "eager", "ort", "compile-graph", "compile")  # of running: if the budget ends, it ends with the least
@@ -69,17 +67,12 @@ def work(peer: str, given: argparse.Namespace, config: SessaConfig, precision: s
            **{k: getattr(given, k) for k in ("warmup", "seconds", "steps", "max_seconds", "prefills", "opt_level", "max_prompt")}}  # fmt: skip
     (folder / f"{peer}.job.json").write_text(json.dumps(job))
     out, log = folder / f"{peer}.json", folder / f"{peer}.log"
-    began, reason = time.monotonic(), ""
-    with log.open("w") as stream:
-        try:
-            command = [str(python), str(HERE / "compare_worker.py"), str(folder / f"{peer}.job.json"), str(out)]
-            code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, timeout=limit, check=False).returncode
-        except subprocess.TimeoutExpired:
-            code, reason = 124, f"not reached in {limit:.0f} s"
-        except OSError as error:
-            code, reason = 127, f"{python}: {error.strerror}"
+    began = time.monotonic()
+    code = run_logged([str(python), str(HERE / "compare_worker.py"), str(folder / f"{peer}.job.json"), str(out)], log, limit)
     said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    reason = reason or (said[-1][:300] if said else "it said nothing") + (f" (exit code {code})" if code else "")
+    reason = (said[-1][:300] if said else "it said nothing") + (f" (exit code {code})" if code not in (0, 127) else "")
+    if code == 124:
+        reason = f"not reached in {limit:.0f} s"
     result: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"points": {}}
     for p in wanted:
         result["points"].setdefault(p.name, {"error": reason})

@@ -18,7 +18,7 @@ class Backend(ABC):
     """B sequences ("rows") of at most `capacity` cached tokens each.
 
     length: (B,) int32, tokens cached of each row. bytes_moved: bytes of cache rows that were copied since the start, appending included.
-    A subclass runs the graph in `_forward` and appends; lengths, checks and resets are here, so that no backend differs in them.
+    A subclass runs the graph in `_forward` (and `_pick`) and appends; lengths, checks and resets are here, so that no backend differs in them.
     """
 
     name = "none"
@@ -50,11 +50,13 @@ class Backend(ABC):
         Raises SessaError, with the lengths unchanged, on logits that are NaN or Inf.
         """
         ids, new = self._checked(input_ids, new_length)
-        logits = self._forward(ids, new)
-        if not np.isfinite(logits[new > 0].max(axis=-1)).all():
-            raise SessaError("the model produced logits that are not finite; fix: run sessa-deploy validate on the bundle")
+        picked = self._pick(ids, new)
+        if picked.min() < 0:
+            if (picked[new > 0] < 0).any():
+                raise SessaError("the model produced logits that are not finite; fix: run sessa-deploy validate on the bundle")
+            picked = np.maximum(picked, 0)
         self.length += new
-        return np.argmax(logits, axis=-1)
+        return picked
 
     def reset(self, rows: Iterable[int] | None = None) -> None:
         """Forget the tokens of `rows`, of every row by default."""
@@ -78,6 +80,11 @@ class Backend(ABC):
     @abstractmethod
     def _forward(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
         """Run ids (B,T) whose first new[b] count, with max(new) == T >= 1, append the new rows at `length`; logits (B,V)."""
+
+    def _pick(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Like `_forward`; the most likely tokens (B,), -1 where a row's largest logit is not finite."""
+        logits = self._forward(ids, new)
+        return np.where(np.isfinite(logits.max(axis=-1)), logits.argmax(axis=-1), -1)
 
     @abstractmethod
     def cached(self, row: int) -> dict[str, NDArray[np.generic]]:

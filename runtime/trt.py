@@ -17,7 +17,7 @@ from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, gr
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime import trt_api, trt_plan
-from sessa_deploy.runtime.backend import Backend, IntArray
+from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.trt_buffers import Buffers
 from sessa_deploy.runtime.trt_cuda import Cuda
@@ -59,17 +59,11 @@ class TrtBackend(Backend):
         self._on_device: bytes | None = None  # lengths the device holds, as an int32 array's bytes; None: unknown
         self._use_graph, self._graph, self._steps = graph, 0, 0
 
-    def step_greedy(self, input_ids: IntArray, new_length: IntArray) -> NDArray[np.int64]:
-        ids, new = self._checked(input_ids, new_length)
+    def _pick(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.int64]:
         if ids.shape[1] > 1:
-            return super().step_greedy(input_ids, new_length)
+            return super()._pick(ids, new)
         self._enqueue(ids, new, self.length)
         picked: NDArray[np.int64] = self._own().picked()
-        if picked.min() < 0:
-            if (picked[new > 0] < 0).any():
-                raise SessaError("the model produced logits that are not finite; fix: run sessa-deploy validate on the bundle")
-            picked = np.maximum(picked, 0)
-        self.length += new
         return picked
 
     def _forward(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:

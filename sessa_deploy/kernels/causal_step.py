@@ -17,7 +17,7 @@ from torch import Tensor
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.launch_causal import MULTIPLE, head_variant
-from sessa_deploy.kernels.schedule import add_splits, begin, ends, groups, locate, pieces, seat
+from sessa_deploy.kernels.schedule import add_splits, begin, groups, locate, pieces, seat
 
 LOG2E = 1.4426950408889634
 
@@ -69,8 +69,7 @@ def causal_step_partial(
     """
     begin(PDL)
     every = tl.num_programs(1) >= batch * splits
-    b_end = ends(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
-    total = pieces(b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
+    total, b_end = pieces(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
     turn = 0
     for start in tl.range(0, total, tl.num_programs(1), num_stages=1):
         item, turn = start + seat(tl.program_id(1), tl.num_programs(1), turn), 1 - turn

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from sessa_deploy.kernels import launch
+from sessa_deploy.runtime.driver import open_driver
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
@@ -104,18 +105,21 @@ def workspace(device: torch.device, buffers: dict[str, tuple[int, torch.dtype]])
 
 
 class Launcher:
-    """Launches a kernel with one entry's options for a storage dtype, on the current stream of a device: a call takes (grid, *arguments).
-
-    resident: how many programs the device holds at once.
-    """
+    """Launches a kernel with one entry's options for a storage dtype, on the current stream of a device: a call takes (grid, *arguments)."""
 
     def __init__(self, kernel: Any, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> None:
-        self.kernel, self.index, self.options = kernel, device.index, options
-        self.resident = launch.STEP_PROGRAMS
+        self.kernel, self.device, self.index, self.options = kernel, device, device.index, options
         if not INTERPRETED:
             with torch.cuda.device(device):
-                binary, self._launch = _compiled(kernel, dtype, options)
-                self.resident = _resident(binary, device) or launch.STEP_PROGRAMS
+                self._binary, self._launch = _compiled(kernel, dtype, options)
+
+    @cached_property
+    def resident(self) -> int:
+        """How many programs the device holds at once."""
+        if INTERPRETED:
+            return launch.STEP_PROGRAMS
+        with torch.cuda.device(self.device):
+            return _resident(self._binary, self.device) or launch.STEP_PROGRAMS
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         if INTERPRETED:
@@ -135,9 +139,8 @@ _LAUNCHERS: dict[tuple[Any, ...], Launcher] = {}
 
 def _resident(binary: Any, device: torch.device) -> int:
     """Programs of a compiled kernel that the device holds at once; 0 if its driver does not say."""
-    try:
-        occupancy = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveBlocksPerMultiprocessor
-    except (OSError, AttributeError):
+    occupancy = getattr(open_driver(), "cuOccupancyMaxActiveBlocksPerMultiprocessor", None)
+    if occupancy is None:
         return 0
     each = ctypes.c_int()
     threads, shared = 32 * binary.metadata.num_warps, ctypes.c_size_t(binary.metadata.shared)

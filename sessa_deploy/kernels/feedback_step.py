@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import DTYPE_NAMES, address, aligned, launcher, pinned, workspace
-from sessa_deploy.kernels.schedule import add_splits, begin, ends, groups, locate, pieces, seat
+from sessa_deploy.kernels.schedule import add_splits, begin, groups, locate, pieces, seat
 
 LOG2E = 1.4426950408889634
 
@@ -39,8 +39,7 @@ def feedback_step_partial(
     """
     begin(PDL)
     every = tl.num_programs(0) >= batch * splits
-    b_end = ends(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
-    total = pieces(b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
+    total, b_end = pieces(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
     turn = 0
     for start in tl.range(0, total, tl.num_programs(0), num_stages=1):
         item, turn = start + seat(tl.program_id(0), tl.num_programs(0), turn), 1 - turn

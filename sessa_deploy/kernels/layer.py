@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import address, launcher, pinned
+from sessa_deploy.kernels.fused_kernels import tanh, turn
 from sessa_deploy.kernels.launch_layer import product_variant
 from sessa_deploy.kernels.schedule import begin
 
@@ -190,13 +191,6 @@ def _angles(cos, sin, m_m, first, pairs, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _turned(b_y, b_cos, b_sin, BM: tl.constexpr, BN: tl.constexpr):
-    """b_y (BM, BN) with the interleaved pairs of each head turned."""
-    b_even, b_odd = tl.split(tl.reshape(b_y, [BM, BN // 2, 2]))
-    return tl.reshape(tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos), [BM, BN])
-
-
-@triton.jit
 def _gain_rows(a, a_row, weight, bias, gamma, first, rows, depth, gamma_max, ROWS: tl.constexpr, BK: tl.constexpr):
     """gamma_max tanh(bias + a . weight) of ROWS rows of a, which lie a_row elements apart."""
     o_m, o_k = first + tl.arange(0, ROWS), tl.arange(0, BK)
@@ -208,10 +202,7 @@ def _gain_rows(a, a_row, weight, bias, gamma, first, rows, depth, gamma_max, ROW
         b_w = tl.load(weight + start + o_k, mask=m_k, other=0.0)
         b_a = tl.load(a + o_m.to(tl.int64)[:, None] * a_row + start + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_acc += b_a.to(tl.float32) * b_w[None, :]
-    b_z = b_bias + tl.sum(b_acc, 1)
-    b_e = tl.exp(-2.0 * tl.abs(b_z))  # from the decaying exponential: no overflow, and NaN stays NaN
-    b_t = (1.0 - b_e) / (1.0 + b_e)
-    tl.store(gamma + o_m, gamma_max * tl.where(b_z < 0, -b_t, b_t), mask=m_m)
+    tl.store(gamma + o_m, gamma_max * tanh(b_bias + tl.sum(b_acc, 1)), mask=m_m)
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_project_gain"))
@@ -264,7 +255,7 @@ def _project_tile(
     if turns:
         if BM * BN > HELD:
             b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m, i_n * BN, pairs, BM, BN)
-        b_y = _turned(b_y, b_cos, b_sin, BM, BN)
+        b_y = turn(b_y, b_cos, b_sin, BM, BN)
     _put(out + row * width + column, b_y, m_m, m_n, width, BM, BN)
 
 

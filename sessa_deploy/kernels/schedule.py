@@ -31,28 +31,24 @@ def _pieces(past_length, o_b, batch, capacity, splits, rows, LEAST: tl.constexpr
 
 
 @triton.jit
-def ends(every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """For each of the first sequences, how many splits that have work end with it; zeros with `every`, where each split has a program of its own."""
+def pieces(every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
+    """(how many splits of the batch the programs share, for each of the first sequences how many of these end with it).
+
+    With `every`, where each split has a program of its own, all of them, and zeros; else those that have work.
+    """
+    total = batch * splits
     b_end = tl.zeros([_SEQUENCES], dtype=tl.int32)
     if not every:
         b_end = tl.cumsum(_pieces(past_length, tl.arange(0, _SEQUENCES), batch, capacity, splits, rows, LEAST), 0)
-    return b_end
-
-
-@triton.jit
-def pieces(b_end, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """How many splits of the batch the programs share: with `every` all of them, else those that have work. b_end: of `ends`."""
-    total = batch * splits
-    if not every:
         total = tl.max(b_end, 0)
         for start in range(_SEQUENCES, batch, _SEQUENCES):
             total += tl.sum(_pieces(past_length, start + tl.arange(0, _SEQUENCES), batch, capacity, splits, rows, LEAST), 0)
-    return total
+    return total, b_end
 
 
 @triton.jit
 def locate(item, b_end, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """(sequence, split) of the item-th split that `pieces` counts, sequence by sequence. b_end: of `ends`."""
+    """(sequence, split) of the item-th split that `pieces` counts, sequence by sequence. b_end: its second result."""
     if every:
         i_b, i_split = item // splits, item % splits
     else:

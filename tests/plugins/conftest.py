@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from plugin_harness import HERE, INCLUDES, PREBUILT, SOURCES, Built, Pointers, Shape, missing
+from plugin_harness import HERE, INCLUDES, PREBUILT, SOURCES, Built, load_harness, missing
 
 from sessa_deploy.plugins import library
 
@@ -38,13 +37,4 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         library.build(INCLUDES[major], SOURCES / "src/cuda", request.getfixturevalue("cubins"), out=folder)
         flags = ["-std=c++17", "-fPIC", "-shared", "-Wno-deprecated-declarations", "-isystem", str(INCLUDES[major]), f"-I{SOURCES / 'src/cuda'}"]
         subprocess.run(["g++", *flags, str(HERE / "harness.cpp"), "-o", str(folder / "harness.so"), "-ldl"], check=True)
-    harness = ctypes.CDLL(str(folder / "harness.so"))
-    harness.harness_create.restype = ctypes.c_void_p
-    harness.harness_create.argtypes = [ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_float]
-    harness.harness_workspace.restype = ctypes.c_int64
-    for name in ("harness_workspace", "harness_shape"):
-        getattr(harness, name).argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, Shape]
-    harness.harness_enqueue.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, Shape, Pointers, ctypes.c_void_p]
-    harness.harness_formats.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]
-    harness.harness_destroy.argtypes = [ctypes.c_void_p]
-    return major, folder / library.LIBRARY, harness
+    return major, folder / library.LIBRARY, load_harness(folder / "harness.so")

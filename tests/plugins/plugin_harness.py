@@ -39,3 +39,17 @@ def missing(major: int) -> str | None:
 
 def create(built: Built, op: int, storage: int = -1, scale: float = -1.0) -> int | None:
     return built[2].harness_create(str(built[1]).encode(), op, storage, scale)
+
+
+def load_harness(path: Path) -> ctypes.CDLL:
+    """harness.cpp, built, with the types of its functions."""
+    harness = ctypes.CDLL(str(path))
+    harness.harness_create.restype = ctypes.c_void_p
+    harness.harness_create.argtypes = [ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_float]
+    harness.harness_workspace.restype = ctypes.c_int64
+    for name in ("harness_workspace", "harness_shape"):
+        getattr(harness, name).argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, Shape]
+    harness.harness_enqueue.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, Shape, Pointers, ctypes.c_void_p]
+    harness.harness_formats.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]
+    harness.harness_destroy.argtypes = [ctypes.c_void_p]
+    return harness

@@ -77,18 +77,13 @@ rc cuDriverGetVersion(int* v) { *v = 13000; return 0; }
 rc cuGetErrorName(rc code, char const** text) { *text = "bad"; return 0; }
 """
 RUN = """
-import ctypes, json, sys
+import json, sys
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import plugin_harness as ph
-major, library, cases = int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[5])
-harness = ctypes.CDLL(sys.argv[4])
-harness.harness_create.restype = ctypes.c_void_p
-harness.harness_create.argtypes = [ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_float]
-harness.harness_workspace.restype = ctypes.c_int64
-harness.harness_workspace.argtypes = harness.harness_shape.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ph.Shape]
-harness.harness_enqueue.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ph.Shape, ph.Pointers, ctypes.c_void_p]
-for op, shape in cases:
-    plugin, shape = harness.harness_create(library.encode(), op, ph.HALF, -1.0), ph.Shape(*shape)
+library, harness = Path(sys.argv[2]), ph.load_harness(Path(sys.argv[3]))
+for op, shape in json.loads(sys.argv[4]):
+    plugin, shape = ph.create((0, library, harness), op, ph.HALF), ph.Shape(*shape)
     assert plugin and harness.harness_workspace(plugin, op, ph.HALF, shape) >= 0 and harness.harness_shape(plugin, op, ph.HALF, shape) == 0
     assert harness.harness_enqueue(plugin, op, ph.HALF, shape, ph.Pointers(*[4096] * 20), None) == 0
 """
@@ -187,7 +182,7 @@ def test_the_plugin_launches_what_the_python_side_does(
     """Kernels, grids, threads, sizes and early starts; of a step's programs no more than the device holds, whatever the batch, if its driver says that."""
     from sessa_deploy.kernels import launch
 
-    major, library, harness = built
+    _, library, harness = built
     held = EACH * MULTIPROCESSORS if says else launch.STEP_PROGRAMS
     kernels = "".join(f'{{"{k.name}", {len(k.params)}}}, ' for k in launch.KERNELS.values())
     defines = f"#define MULTIPROCESSORS {MULTIPROCESSORS}\n#define KERNELS {kernels}\n" + (f"#define EACH {EACH}\n" if says else "")
@@ -197,7 +192,7 @@ def test_the_plugin_launches_what_the_python_side_does(
     environment = {**os.environ, "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
     environment.pop("SESSA_PDL", None)
     cases = json.dumps([(op, sizes_of) for op, sizes_of, _ in wanted])
-    command = [sys.executable, "-c", RUN, str(ph.HERE), str(major), str(library), harness._name, cases]
+    command = [sys.executable, "-c", RUN, str(ph.HERE), str(library), harness._name, cases]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     found, expected = [read(line) for line in done.stdout.splitlines()], [one for _, _, all_of in wanted for one in all_of]

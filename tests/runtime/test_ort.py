@@ -336,7 +336,7 @@ assert not {{"torch", "triton", "onnx"}} & set(sys.modules)
 
 def test_without_onnxruntime_the_command_is_named(tiny_bundle):
     code = f"""
-from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.session import Session
 for backend in ("ort", "auto"):
     try:
