@@ -22,21 +22,22 @@ from tune_step import capture, copy_bandwidth, graph_ms
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CACHE_FIELDS, cache_row_shape
-from sessa_deploy.kernels import causal_step, feedback_launch, feedback_step, launch, layer
+from sessa_deploy.kernels import causal_step, feedback_launch, feedback_step, layer, mixer_step
 from sessa_deploy.runtime import traffic
 
 HALF = torch.float16
-# name -> capacity, cached tokens of each sequence
+# name -> capacity, cached tokens of each sequence: those of compare.py after half of the steps it takes before it rewinds
 POINTS: dict[str, tuple[int, list[int]]] = {
-    "decode": (32768, [4096]), "small": (256, [128]), "ragged": (8192, [4096] + [128] * 31), "batch": (8192, [4096] * 32),
+    "decode": (32768, [4128]), "small": (256, [160]), "ragged": (8192, [4128] + [160] * 31), "batch": (8192, [4128] * 32),
 }  # fmt: skip
 
 
 class Chain:
     """Weights of every layer and the head."""
 
-    def __init__(self, config: SessaConfig, device: str = "cuda") -> None:
+    def __init__(self, config: SessaConfig, device: str = "cuda", separate: bool = False) -> None:
         self.config, self.device, d = config, device, config.d_model
+        self.separate = separate  # attentions and output projection as kernels of their own
 
         def random(*shape: int, scale: float = 1.0, kind: torch.dtype = HALF) -> Tensor:
             return (scale * torch.randn(shape, device=self.device)).to(kind)
@@ -57,11 +58,15 @@ class Chain:
         heads = (rows, 1, config.n_heads, config.head_dim)
         cos, sin = (t.view(rows, -1) for t in layer.rotary(length, self.limbs, 1))
         for w, (k_f, v_f, k_b, s_b) in zip(self.layers, caches, strict=True):
-            h = layer.enter(layer.norm(x, *w["norm"], config.layer_norm_eps), *w["enter"])
+            h = layer.norm_enter(x, *w["norm"], config.layer_norm_eps, *w["enter"])
             q, k, v, q_b, k_new, gamma = layer.project_gain(h, w["project"], w["biases"], cos, sin, w["gain"], w["gain_bias"], config.gamma_max)
-            o = causal_step.step(q.view(heads), k.view(heads), v.view(heads), k_f, v_f, length)
-            f = layer.linear(o.view(x.shape), *w["out"])
-            s = feedback_step.step(q_b[:, None], k_new[:, None], gamma[:, None], f[:, None], k_b, s_b, length)
+            if self.separate:
+                o = causal_step.step(q.view(heads), k.view(heads), v.view(heads), k_f, v_f, length)
+                f = layer.linear(o.view(x.shape), *w["out"])
+                s = feedback_step.step(q_b[:, None], k_new[:, None], gamma[:, None], f[:, None], k_b, s_b, length)
+            else:
+                q, k, v = (t.view(rows, config.n_heads, config.head_dim) for t in (q, k, v))
+                s = mixer_step.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, k_b, s_b, length)
             x = layer.tail(s.view(x.shape), h, *w["tail"], x)
         return layer.linear(layer.norm(x, *self.last, config.layer_norm_eps), self.head, None)
 
@@ -97,7 +102,7 @@ def kernels(graph: Any) -> dict[str, tuple[float, int]]:
 def measure(chain: Chain, name: str, copy: float, plain: bool) -> dict[str, Any]:
     """The figures of one point. copy: GB/s. plain: no kernel starts early; else as in the plugin."""
     capacity, lengths = POINTS[name]
-    feedback_launch.start_early(not plain and len(lengths) <= launch.EARLY_ROWS)
+    feedback_launch.start_early(0 if plain else len(lengths))
     caches = chain.caches(capacity, lengths)
     x, length = chain.random(len(lengths), chain.config.d_model), torch.tensor(lengths, dtype=torch.int32, device=chain.device)
     graph = capture([lambda: chain.step(x, length, caches)])

@@ -20,6 +20,7 @@ from sessa_deploy.export.passes import drop_weights, set_nodes
 
 _MULTIPLE, _WIDEST = 16, 4096  # of D, for the kernels that hold a row
 _HEADS = 8  # of a head, for the rotation
+_MIXER_HEAD = 128  # widest head of the kernels that run both attentions at a time
 _LIMBS = 4  # of a frequency, see rope.py
 _MESSAGE_LIMIT = 2_000_000_000  # bytes; protobuf refuses 2 GiB
 
@@ -122,17 +123,16 @@ def rewrite(graph: GraphProto, config: SessaConfig, storage: int, folder: Path) 
 
 
 def _layer(work: _Rewrite, i: int, tables: list[str]) -> None:
-    """One layer: norm, W_in and GELU, projections and gain; out_proj; gate, W_out and residual."""
+    """One layer: norm, W_in and GELU; projections and gain; both attentions with out_proj between them; gate, W_out and residual."""
     config, nodes, stem, mixer = work.config, work.nodes, f"layers.{i}", f"layers.{i}.mixer"
     mine = [n for n in work.graph.node if n.name.startswith(f"{stem}/")]
     causal, feedback = (next(n for n in mine if n.op_type == op) for op in (contract.CAUSAL_OP, contract.FEEDBACK_OP))
     norm = nodes[f"{stem}.ln/LayerNormalization.0"]
     x = norm.input[0]
     residual = next(n for n in mine if n.op_type == "Add" and set(n.input) == {x, nodes[f"{stem}.W_out/Add.0"].output[0]})
-    y, h = (f"{stem}/{name}:0" for name in "yh")
-    work.add(contract.NORM_OP, f"{stem}/norm", list(norm.input), [y], config.layer_norm_eps)
+    h = f"{stem}/h:0"
     w_in = work.put(f"{stem}.W_in.rows", work.weight(f"{stem}.W_in.weight"))
-    work.add(contract.ENTER_OP, f"{stem}/W_in", [y, w_in, f"{stem}.W_in.bias"], [h])
+    work.add(contract.ENTER_OP, f"{stem}/W_in", [*norm.input, w_in, f"{stem}.W_in.bias"], [h], config.layer_norm_eps)
     gain = work.put(f"{mixer}.gain.weight", work.array(f"{mixer}.gamma_ctx.weight").reshape(-1).astype(np.float32))
     bias = work.put(f"{mixer}.gain.bias", work.array(f"{mixer}.gamma_bias").reshape(1).astype(np.float32))
     gamma = feedback.input[contract.FEEDBACK_INPUTS.index("gamma")]
@@ -144,13 +144,24 @@ def _layer(work: _Rewrite, i: int, tables: list[str]) -> None:
     inputs = [h, weight, *biases, f"{parts[3]}.bias", *tables, gain, bias]
     work.add(contract.PROJECT_GAIN_OP, f"{mixer}/projections", inputs, [*outputs, gamma], config.gamma_max)
     work.types[gamma] = TensorProto.FLOAT
-    f = feedback.input[contract.FEEDBACK_INPUTS.index("f")]
     if config.n_heads > 1:
         out_proj = work.put(f"{mixer}.out_proj.rows", work.weight(f"{mixer}.out_proj.weight"))
         none = work.put(f"{mixer}.out_proj.none", np.zeros(config.d_model, work.array(f"{stem}.W_in.bias").dtype))
-        work.add(contract.LINEAR_HEADS_OP, f"{mixer}/out_proj", [causal.output[0], out_proj, none], [f])
+        past_kb, past_s, length = feedback.input[contract.FEEDBACK_INPUTS.index("past_k") :]
+        if config.head_dim <= _MIXER_HEAD and _usual_scale(causal, config.head_dim) and _usual_scale(feedback, config.d_model):
+            inputs = [*causal.input[:5], out_proj, none, *feedback.input[:2], gamma, past_kb, past_s, length]
+            work.add(contract.MIXER_OP, f"{mixer}/mixer", inputs, [feedback.output[0]])
+        else:
+            f = feedback.input[contract.FEEDBACK_INPUTS.index("f")]
+            work.add(contract.LINEAR_HEADS_OP, f"{mixer}/out_proj", [causal.output[0], out_proj, none], [f])
     w_out = work.put(f"{stem}.W_out.rows", work.weight(f"{stem}.W_out.weight"))
     work.add(contract.TAIL_OP, f"{stem}/tail", [x, feedback.output[0], h, w_out, f"{stem}.W_out.bias"], [residual.output[0]])
+
+
+def _usual_scale(attention: NodeProto, width: int) -> bool:
+    """Whether an attention's scores are scaled by width^-1/2, as SessaMixer's are."""
+    scale = next((a.f for a in attention.attribute if a.name == contract.ATTR_SCALE), 0.0)
+    return scale == 0.0 or abs(scale * width**0.5 - 1.0) < 1e-6
 
 
 def _logits(work: _Rewrite) -> None:

@@ -73,6 +73,7 @@ class Cubin:
     vector_loads: int
     scalar_loads: int
     tuned: bool
+    early_rows: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -166,7 +167,7 @@ def compile_unit(unit: Unit, out: Path) -> Cubin:
         **asdict(unit), file=path.name, sha256=hashlib.sha256(binary).hexdigest(), size=len(binary), entry=meta.name, params=params,
         tiles=launch.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant), num_warps=meta.num_warps, num_stages=options["num_stages"], shared=meta.shared,
         registers=registers, spill_bytes=spill, global_scratch=meta.global_scratch_size or 0, vector_loads=vector, scalar_loads=scalar,
-        tuned=bool(pinned["tuned"]),
+        tuned=bool(pinned["tuned"]), early_rows=launch.early(unit.kernel, unit.arch, unit.dtype, unit.variant),
     )  # fmt: skip
     cubin.problems = problems(cubin, declared, int(pinned.get("spills", 0)), description.scalar_loads, description.wide)
     return cubin
@@ -225,12 +226,12 @@ def _triton_version() -> str:
 
 
 def _rows(cubins: Sequence[Cubin]) -> Iterator[str]:
-    """SESSA_CUBIN(index, file, kernel, arch, dtype, variant, entry, warps, shared, params, tiles...) for the C++ preprocessor."""
+    """SESSA_CUBIN(index, file, kernel, arch, dtype, variant, entry, warps, shared, params, early rows, tiles...) for the C++ preprocessor."""
     yield "// Written by sessa_deploy.plugins.lower: the binaries beside this file. Tiles are name, value pairs.\n"
     for i, c in enumerate(cubins):
         tiles = ", ".join(f'{{"{k}", {int(v)}}}' for k, v in c.tiles.items() if isinstance(v, int))
         what = f'"{c.file}", "{c.kernel}", {c.arch}, "{c.dtype}", "{c.variant}", "{c.entry}"'
-        yield f"SESSA_CUBIN({i}, {what}, {c.num_warps}, {c.shared}, {len(c.params)}, {tiles})\n"
+        yield f"SESSA_CUBIN({i}, {what}, {c.num_warps}, {c.shared}, {len(c.params)}, {c.early_rows}, {tiles})\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -76,13 +76,13 @@ struct Step final : Plan
         Arguments second;
         second.add(part).add(stat).add(t.in[kPastLength]).add(t.out);
         second.add(i32(p.capacity)).add(i32(splits)).add(i32(rows)).add(units);
-        return launch(*partial, {blocks, stepPrograms(*partial, p.batch * splits, blocks), 1}, first, stream, error, early(p))
-            && launch(*combine, {p.heads, ceilDiv(p.width, combine->tile("BLOCK_D")), p.batch}, second, stream, error, early(p));
+        return launch(*partial, {blocks, stepPrograms(*partial, p.batch * splits, blocks), 1}, first, stream, error, p.batch)
+            && launch(*combine, {p.heads, ceilDiv(p.width, combine->tile("BLOCK_D")), p.batch}, second, stream, error, p.batch);
     }
 
     Cubin const* partial{};
     Cubin const* combine{};
-    int64_t rows{}; // that a split takes at a time
+    int64_t rows{}; // that a split takes at least
     int64_t splits{};
     char* part{};
     char* stat{};

@@ -25,7 +25,8 @@ struct Cubin
     int32_t warps;
     int32_t shared; // bytes of dynamic shared memory
     int32_t params; // number of parameters, Triton's two hidden pointers included
-    std::array<Tile, 8> tiles;
+    int32_t earlyRows; // rows B T up to which it may start before its predecessor ends (launch.early); 0: never
+    std::array<Tile, 16> tiles;
     unsigned char const* data;
     size_t size;
 

@@ -244,7 +244,7 @@ catch (...)
     return 0;
 }
 
-bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* stream, std::string& error, bool early) noexcept
+bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* stream, std::string& error, int64_t rows) noexcept
 try
 {
     constexpr int64_t kGridX = 2147483647;
@@ -273,7 +273,7 @@ try
         pointers.push_back(&value);
     }
     Result result = 0;
-    if (early && cubin.tile("PDL") == 1 && driver().launchKernelEx != nullptr)
+    if (rows <= cubin.earlyRows && driver().launchKernelEx != nullptr)
     {
         LaunchAttribute dependent{};
         dependent.id = kProgrammaticSerialization;

@@ -44,6 +44,8 @@ private:
     std::vector<uint64_t> mValues;
 };
 
+constexpr int64_t kManyRows = INT64_MAX;
+
 struct Grid
 {
     int64_t x{1};
@@ -52,7 +54,7 @@ struct Grid
 };
 
 // Enqueues one kernel; neither allocates device memory nor synchronises once the cubin is loaded. False and a reason on failure.
-// early: its programs may be in place before the kernel ahead of it in the stream ends, if the binary waits for that (schedule.py, begin).
-bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* stream, std::string& error, bool early = false) noexcept;
+// rows: B T. Up to Cubin::earlyRows of them its programs may be in place before the kernel ahead of it in the stream ends (schedule.py, begin).
+bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* stream, std::string& error, int64_t rows = kManyRows) noexcept;
 
 } // namespace sessa

@@ -57,13 +57,13 @@ struct Step final : Plan
         Arguments second;
         second.add(part).add(stat).add(t.in[kPastLength]).add(t.in[kGamma]).add(t.in[kF]).add(t.out);
         second.add(capacity).add(static_cast<int32_t>(splits)).add(i32(rows)).add(width);
-        return launch(*partial, {stepPrograms(*partial, p.batch * splits, 1), 1, 1}, first, stream, error, early(p))
-            && launch(*combine, {p.batch, ceilDiv(width, combine->tile("BLOCK_D")), 1}, second, stream, error, early(p));
+        return launch(*partial, {stepPrograms(*partial, p.batch * splits, 1), 1, 1}, first, stream, error, p.batch)
+            && launch(*combine, {p.batch, ceilDiv(width, combine->tile("BLOCK_D")), 1}, second, stream, error, p.batch);
     }
 
     Cubin const* partial{};
     Cubin const* combine{};
-    int64_t rows{}; // that a split takes at a time
+    int64_t rows{}; // that a split takes at least
     int64_t splits{};
     char* part{};
     char* stat{};

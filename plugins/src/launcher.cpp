@@ -58,7 +58,7 @@ bool aligned(char const* name, void const* pointer, bool needed, std::string& er
 
 Op const& opAt(int32_t index) noexcept
 {
-    static Op const* const all[kOpCount]{&kFeedback, &kCausal, &kRotary, &kNorm, &kLinearHeads, &kLogits, &kTail, &kEnter, &kProjectGain};
+    static Op const* const all[kOpCount]{&kFeedback, &kCausal, &kRotary, &kNorm, &kLinearHeads, &kLogits, &kTail, &kEnter, &kProjectGain, &kMixer};
     return *all[index];
 }
 

@@ -51,7 +51,7 @@ enum class Kind : int32_t
     kInt,
 };
 
-constexpr int32_t kMaxInputs = 10;
+constexpr int32_t kMaxInputs = 13;
 constexpr int32_t kMaxOutputs = 6;
 
 struct Operand
@@ -90,7 +90,8 @@ extern Op const kLogits;
 extern Op const kTail;
 extern Op const kEnter;
 extern Op const kProjectGain;
-constexpr int32_t kOpCount = 9;
+extern Op const kMixer;
+constexpr int32_t kOpCount = 10;
 Op const& opAt(int32_t index) noexcept;
 
 struct Tensors

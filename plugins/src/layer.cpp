@@ -1,8 +1,6 @@
 // A layer around its attentions: norm, matrix products with what surrounds them, GELU and gain. For engines that would do this work in float32.
 #include "plan.h"
 
-#include <iterator>
-
 namespace sessa
 {
 namespace
@@ -13,15 +11,9 @@ constexpr int64_t kMaxWidth = 4096;
 constexpr int64_t kHeadMultiple = 8;
 constexpr int64_t kMaxDepth = 65536;
 constexpr int64_t kWidths[] = {1024, 2048, 4096}; // launch_layer.WIDTHS
-constexpr int64_t kRows[] = {16, 64};             // launch_layer.ROWS
 constexpr int64_t kSingle = 32;                   // layer.SINGLE
 constexpr float kEps = 1e-5F;
 constexpr float kGammaMax = 0.999F;
-
-int64_t rowsOf(Problem const& p)
-{
-    return p.batch * p.tokens;
-}
 
 // One kernel, no workspace.
 struct Single : Plan
@@ -54,13 +46,6 @@ struct Row : Single
     }
 };
 
-// launch_layer.product_variant
-std::string variant(int64_t rows)
-{
-    auto const* const small = std::find_if(std::begin(kRows), std::end(kRows), [&](int64_t r) { return rows <= r; });
-    return small == std::end(kRows) ? "any" : std::to_string(*small);
-}
-
 // A matrix product over all rows of the batch.
 struct Product : Single
 {
@@ -68,7 +53,7 @@ struct Product : Single
 
     bool find(Problem const& p, int32_t arch) override
     {
-        kernel = findCubin(name, arch, dtypeName(p.storage), variant(rowsOf(p)).c_str());
+        kernel = findCubin(name, arch, dtypeName(p.storage), productVariant(rowsOf(p)).c_str());
         return kernel != nullptr;
     }
 
@@ -80,7 +65,7 @@ struct Product : Single
     // others: programs beside those of the tiles.
     bool launchTiles(Problem const& p, int64_t tiles, Arguments& a, CUstream_st* stream, std::string& error, int64_t others = 0) const
     {
-        return launch(*kernel, {ceilDiv(rowsOf(p), kernel->tile("BM")) * tiles + others, 1, 1}, a, stream, error, early(p));
+        return launch(*kernel, {ceilDiv(rowsOf(p), kernel->tile("BM")) * tiles + others, 1, 1}, a, stream, error, rowsOf(p));
     }
 };
 
@@ -101,7 +86,7 @@ struct Rotary final : Single
     {
         Arguments a;
         a.add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(t.outs[1]).add(i32(p.tokens)).add(i32(p.pairs));
-        return launch(*kernel, {p.tokens, p.batch, 1}, a, stream, error, early(p));
+        return launch(*kernel, {p.tokens, p.batch, 1}, a, stream, error, rowsOf(p));
     }
 };
 
@@ -116,7 +101,7 @@ struct Norm final : Row
     {
         Arguments a;
         a.add(t.in[0]).add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(i32(p.width)).add(p.scale != 0.0F ? p.scale : kEps);
-        return launch(*kernel, {rowsOf(p), 1, 1}, a, stream, error, early(p));
+        return launch(*kernel, {rowsOf(p), 1, 1}, a, stream, error, rowsOf(p));
     }
 };
 
@@ -165,19 +150,52 @@ struct Tail final : Product
     }
 };
 
-struct Enter final : Product
+// One row goes through a kernel of its own, which norms it too.
+struct Enter final : Plan
 {
-    Enter()
-        : Product("layer_enter")
+    bool find(Problem const& p, int32_t arch) override
     {
+        char const* dtype = dtypeName(p.storage);
+        auto const width = i32(p.width);
+        bool const one = rowsOf(p) == 1;
+        norm = findCubinForWidth(one ? "layer_norm_enter" : "layer_norm", arch, dtype, width);
+        product = one ? norm : findCubin("layer_enter", arch, dtype, productVariant(rowsOf(p)).c_str());
+        return norm != nullptr && product != nullptr;
+    }
+
+    void layout(Problem const& p, Arena& arena, bool) override
+    {
+        normal = arena.take(storageBytes(p) * rowsOf(p) * p.width);
+    }
+
+    std::vector<Cubin const*> cubins() const override
+    {
+        return {norm, product};
     }
 
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
-        Arguments a;
-        a.add(t.in[0]).add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width));
-        return launchTiles(p, columnTiles(p.doubleWidth), a, stream, error);
+        auto const width = i32(p.width);
+        float const eps = p.scale != 0.0F ? p.scale : kEps;
+        int64_t const rows = rowsOf(p);
+        int64_t const tiles = ceilDiv(p.doubleWidth, product->tile("BN"));
+        Arguments first; // x and the norm's weights, and for one row all there is
+        first.add(t.in[0]).add(t.in[1]).add(t.in[2]);
+        if (product == norm)
+        {
+            first.add(t.in[3]).add(t.in[4]).add(t.outs[0]).add(width).add(eps);
+            return launch(*norm, {tiles, 1, 1}, first, stream, error, rows);
+        }
+        first.add(normal).add(width).add(eps);
+        Arguments second;
+        second.add(normal).add(t.in[3]).add(t.in[4]).add(t.outs[0]).add(i32(rows)).add(width);
+        return launch(*norm, {rows, 1, 1}, first, stream, error, rows)
+            && launch(*product, {ceilDiv(rows, product->tile("BM")) * tiles, 1, 1}, second, stream, error, rows);
     }
+
+    Cubin const* norm{};
+    Cubin const* product{};
+    char* normal{};
 };
 
 struct ProjectGain final : Product
@@ -257,7 +275,7 @@ bool checkProject(Problem const& p, std::string& error)
 
 bool checkEnter(Problem const& p, std::string& error)
 {
-    return checkProduct(p, error) && checkDouble(p, error);
+    return checkRow(p, error) && checkDouble(p, error);
 }
 
 bool checkProjectGain(Problem const& p, std::string& error)
@@ -301,7 +319,7 @@ template <Op const& op>
 std::vector<Problem> everyRows(Storage storage)
 {
     std::vector<Problem> all;
-    for (int64_t const tokens : {kRows[0], kRows[1], kRows[1] + 1})
+    for (int64_t const tokens : {kRows[0], kRows[1], kRows[2], kRows[2] + 1})
     {
         Problem p;
         p.op = &op;
@@ -312,6 +330,20 @@ std::vector<Problem> everyRows(Storage storage)
         p.columns = 80;
         p.storage = storage;
         all.push_back(p);
+    }
+    return all;
+}
+
+std::vector<Problem> everyEnter(Storage storage)
+{
+    std::vector<Problem> all = everyRows<kEnter>(storage);
+    for (int64_t const tokens : {1, 2})
+    {
+        for (Problem p : everyWidth<kEnter>(storage))
+        {
+            p.tokens = tokens;
+            all.push_back(p);
+        }
     }
     return all;
 }
@@ -336,8 +368,10 @@ Op const kTail{"SessaTail", 5,
         {"bias", "D", Kind::kStorage}},
     checkTail, make<Tail>, everyRows<kTail>, 1, {{"y", "BTD", Kind::kStorage}}};
 
-Op const kEnter{"SessaEnter", 3, {{"x", "BTD", Kind::kStorage}, {"weight", "ED", Kind::kStorage}, {"bias", "E", Kind::kStorage}}, checkEnter,
-    make<Enter>, everyRows<kEnter>, 1, {{"h", "BTE", Kind::kStorage}}};
+Op const kEnter{"SessaEnter", 5,
+    {{"x", "BTD", Kind::kStorage}, {"norm_weight", "D", Kind::kStorage}, {"norm_bias", "D", Kind::kStorage}, {"weight", "ED", Kind::kStorage},
+        {"bias", "E", Kind::kStorage}},
+    checkEnter, make<Enter>, everyEnter, 1, {{"h", "BTE", Kind::kStorage}}};
 
 Op const kProjectGain{"SessaProjectGain", 10,
     {{"h", "BTE", Kind::kStorage}, {"weight", "ND", Kind::kStorage}, {"bias_q", "HC", Kind::kStorage}, {"bias_k", "KC", Kind::kStorage},

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -15,7 +16,7 @@ namespace sessa
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kStepPrograms = 2112; // launch.STEP_PROGRAMS, where the driver does not say what the device holds
-constexpr int64_t kFewRows = 16;        // launch.EARLY_ROWS: rows of a batch up to which kernels are short enough to gain from an early launch
+constexpr int64_t kRows[] = {1, 16, 64};  // launch_layer.ROWS
 
 inline int64_t ceilDiv(int64_t a, int64_t b)
 {
@@ -37,16 +38,33 @@ inline double scaleOf(Problem const& p)
     return p.scale != 0.0F ? static_cast<double>(p.scale) : 1.0 / std::sqrt(static_cast<double>(p.width));
 }
 
-inline bool early(Problem const& p)
+inline int64_t storageBytes(Problem const& p)
 {
-    return p.batch * p.tokens <= kFewRows;
+    return p.storage == Storage::kFloat ? 4 : 2;
+}
+
+inline int64_t rowsOf(Problem const& p)
+{
+    return p.batch * p.tokens;
+}
+
+// launch_layer.product_variant
+inline std::string productVariant(int64_t rows)
+{
+    auto const* const small = std::find_if(std::begin(kRows), std::end(kRows), [&](int64_t r) { return rows <= r; });
+    return small == std::end(kRows) ? "any" : std::to_string(*small);
+}
+
+inline int64_t residentOr(Cubin const& partial, int64_t otherwise)
+{
+    int64_t const held = residentPrograms(partial);
+    return held > 0 ? held : otherwise;
 }
 
 // launch.step_programs: programs that share `pieces` splits of a batch in each of `blocks` blocks of heads.
 inline int64_t stepPrograms(Cubin const& partial, int64_t pieces, int64_t blocks)
 {
-    int64_t const held = residentPrograms(partial);
-    return std::min(pieces, std::max<int64_t>(1, (held > 0 ? held : kStepPrograms) / blocks));
+    return std::min(pieces, std::max<int64_t>(1, residentOr(partial, kStepPrograms) / blocks));
 }
 
 inline bool refuse(std::string& error, std::string const& what, std::string const& got, std::string const& allowed)

@@ -204,9 +204,9 @@ extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterf
     using sessa::Creator;
     using sessa::opAt;
     static Creator creators[] = {Creator(opAt(0)), Creator(opAt(1)), Creator(opAt(2)), Creator(opAt(3)), Creator(opAt(4)), Creator(opAt(5)),
-        Creator(opAt(6)), Creator(opAt(7)), Creator(opAt(8))};
+        Creator(opAt(6)), Creator(opAt(7)), Creator(opAt(8)), Creator(opAt(9))};
     static nvinfer1::IPluginCreatorInterface* const listed[] = {&creators[0], &creators[1], &creators[2], &creators[3], &creators[4], &creators[5],
-        &creators[6], &creators[7], &creators[8]};
+        &creators[6], &creators[7], &creators[8], &creators[9]};
     static_assert(sizeof(listed) / sizeof(listed[0]) == sessa::kOpCount, "a creator for every operation");
     nbCreators = sessa::kOpCount;
     return listed;

@@ -2,9 +2,9 @@
 
 o = sum_j softmax_j(q . k_j * d^-1/2) v_j over the past rows j < past_length[b] and the new row itself, for every query head.
 `causal_step_partial` gives each split of the past to one program, which keeps for each of its row slots a running maximum, a running sum and an
-unnormalised sum of values, all float32; split 0 also holds the new row. `causal_step_combine` adds the splits in a fixed order. Splits interleave
-groups of tiles, so that a short context in a large cache still spreads over many programs, and their number follows from the capacity and the
-tiles alone: a sequence's bits do not depend on the batch around it. Rows from past_length[b] on are never read.
+unnormalised sum of values, all float32; split 0 also holds the new row. `causal_step_combine` adds the splits in a fixed order. A split is a run of
+rows, as long as every other one of its sequence and no shorter than some tiles; how many there may be follows from the capacity and the tiles
+alone: a sequence's bits do not depend on the batch around it. Rows from past_length[b] on are never read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.launch_causal import MULTIPLE, head_variant
-from sessa_deploy.kernels.schedule import add_splits, begin, groups, locate, pieces, seat
+from sessa_deploy.kernels.schedule import add_splits, begin, locate, pieces, rows_each, seat
 
 LOG2E = 1.4426950408889634
 
@@ -63,42 +63,56 @@ def causal_step_partial(
 
     part (B,Hq,splits,d), stat (B,Hq,splits,2) = (maximum in log2 units, sum). heads = Hkv, group = Hq / Hkv,
     scale = d^-1/2 * log2(e); units = d / 8, and the strides are in units of 8 elements too. A tile is
-    (BLOCK_R, BLOCK_H, BLOCK_D): rows, key/value heads, lanes; a split takes TILES of them at a time, and serves BLOCK_G (1 or 4) query heads of each.
+    (BLOCK_R, BLOCK_H, BLOCK_D): rows, key/value heads, lanes; a split takes TILES of them at least, and serves BLOCK_G (1 or 4) query heads of each.
     Each row slot is on its own until the end, so that nothing crosses warps inside the loop; tensors of another rank in there would cost a trip through
     shared memory each.
     """
     begin(PDL)
-    every = tl.num_programs(1) >= batch * splits
+    share(
+        tl.program_id(1), tl.num_programs(1), tl.program_id(0), q, k, v, past_k, past_v, past_length, part, stat, stride_kb, stride_kr, stride_vb, stride_vr,
+        batch, splits, capacity, heads, group, units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES, TILES,
+    )  # fmt: skip
+
+
+@triton.jit
+def share(
+    program, programs, block, q, k, v, past_k, past_v, past_length, part, stat,
+    stride_kb, stride_kr, stride_vb, stride_vr, batch, splits, capacity, heads, group, units, scale,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """What one of `programs` programs that share a block of heads of the batch computes."""
+    every = programs >= batch * splits
     total, b_end = pieces(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
     turn = 0
-    for start in tl.range(0, total, tl.num_programs(1), num_stages=1):
-        item, turn = start + seat(tl.program_id(1), tl.num_programs(1), turn), 1 - turn
+    for start in tl.range(0, total, programs, num_stages=1):
+        item, turn = start + seat(program, programs, turn), 1 - turn
         if item < total:
             i_b, i_split = locate(item, b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
             length = tl.minimum(tl.load(past_length + i_b), capacity)
-            if (i_split * BLOCK_R * TILES < length) | (i_split == 0):  # without rows: the combination does not read this split
+            each = rows_each(length, splits, BLOCK_R * TILES)
+            if (i_split * each < length) | (i_split == 0):  # without rows: the combination does not read this split
                 _one_split(
-                    q, k, v, past_k, past_v, part, stat, stride_kb, stride_kr, stride_vb, stride_vr, i_b.to(tl.int64), i_split, splits, length, heads, group,
-                    units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES, TILES,
+                    block, q, k, v, past_k, past_v, part, stat, stride_kb, stride_kr, stride_vb, stride_vr, i_b.to(tl.int64), i_split, splits, each, length,
+                    heads, group, units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES,
                 )  # fmt: skip
 
 
 @triton.jit
 def _one_split(
-    q, k, v, past_k, past_v, part, stat,
-    stride_kb, stride_kr, stride_vb, stride_vr, i_b, i_split, splits, length, heads, group, units, scale,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
+    block, q, k, v, past_k, past_v, part, stat,
+    stride_kb, stride_kr, stride_vb, stride_vr, i_b, i_split, splits, each, length, heads, group, units, scale,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Split i_split of sequence i_b, for the heads of this program."""
+    """Split i_split of sequence i_b for one block of heads."""
     group_blocks = tl.cdiv(group, BLOCK_G)
     width = units * 8
     o_r = tl.arange(0, BLOCK_R)
-    o_h = (tl.program_id(0) // group_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    o_h = (block // group_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     o_d = tl.arange(0, BLOCK_D)
     m_h, m_d = o_h < heads, o_d < width
     m_hd = m_h[:, None] & m_d[None, :]
     o_hd = o_h[:, None] * width + o_d[None, :]
-    i_g = (tl.program_id(0) % group_blocks) * BLOCK_G
+    i_g = (block % group_blocks) * BLOCK_G
     o_q = (i_b * heads + o_h) * group + i_g  # query heads, the first of the BLOCK_G
     p_q = q + o_q[:, None] * width + o_d[None, :]
     b_q0 = tl.load(p_q, mask=m_hd, other=0.0).to(tl.float32) * scale
@@ -123,10 +137,11 @@ def _one_split(
             b_max3, b_sum3, b_acc3 = _with_new(b_q3, b_max3, b_sum3, b_acc3, b_k0, b_v0, o_r)
     p_k = past_k + i_b * stride_kb * 8 + o_hd[None, :, :]
     p_v = past_v + i_b * stride_vb * 8 + o_hd[None, :, :]
-    tiles = groups(i_split, length, splits, BLOCK_R * TILES) * TILES
-    for i in tl.range(0, tiles, num_stages=STAGES):
-        o_row = (((i // TILES) * splits + i_split) * TILES + i % TILES) * BLOCK_R + o_r
-        m_row = o_row < length
+    first = i_split * each
+    end = tl.minimum(first + each, length)
+    for start in tl.range(first, end, BLOCK_R, num_stages=STAGES):
+        o_row = start + o_r
+        m_row = o_row < end
         mask = m_row[:, None, None] & m_hd[None, :, :]
         o_row = o_row.to(tl.int64)[:, None, None] * 8
         b_k = tl.load(p_k + o_row * stride_kr, mask=mask, other=0.0).to(tl.float32)
@@ -146,12 +161,12 @@ def _one_split(
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("causal_step_combine"))
 def causal_step_combine(part, stat, past_length, out, capacity, splits, rows, units, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False):
-    """Grid (Hq, ceil(d / BLOCK_D), B): o (B,Hq,d), the sum of the splits over its weight; BLOCK_S covers every split, rows is what one takes at a time."""
+    """Grid (Hq, ceil(d / BLOCK_D), B): o (B,Hq,d), the sum of the splits over its weight; BLOCK_S covers every split, rows is what one takes at least."""
     begin(PDL)
     i_b = tl.program_id(2)
     width = units * 8
     length = tl.minimum(tl.load(past_length + i_b), capacity)
-    used = tl.maximum(tl.minimum(splits, tl.cdiv(length, rows)), 1)
+    used = tl.maximum(tl.cdiv(length, rows_each(length, splits, rows)), 1)
     i_q = i_b.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < width
@@ -171,7 +186,7 @@ def strides(x: Tensor) -> tuple[int, int]:
 
 
 def splits_of(capacity: int, rows: int, most: int) -> int:
-    """Splits of a past of `capacity` rows in tiles of `rows`: split i reads tiles i, i + splits, ... Nothing else decides."""
+    """Splits that a past of `capacity` rows may have, of `rows` at least. Nothing else decides."""
     return max(1, min(most, -(-capacity // rows)))
 
 

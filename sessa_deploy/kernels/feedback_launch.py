@@ -22,7 +22,7 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
 ALIGN = 256  # bytes between buffers of a workspace
 
-EARLY = False  # set by `start_early`
+EARLY = 0  # set by `start_early`
 
 Options = dict[str, dict[str, Any]]
 Address = int | Tensor
@@ -52,13 +52,14 @@ def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, var
     found = {name: launch.options(name, arch, DTYPE_NAMES[dtype], variant) for name in names}
     if INTERPRETED:  # which knows no dependent launch
         return {name: {k: v for k, v in o.items() if k != "PDL"} for name, o in found.items()}
-    return {name: {**o, "launch_pdl": True} if EARLY and o.get("PDL") else o for name, o in found.items()}
+    early = {name for name in names if 0 < EARLY <= launch.early(name, arch, DTYPE_NAMES[dtype], variant)}
+    return {name: {**o, "launch_pdl": True} if name in early else o for name, o in found.items()}
 
 
-def start_early(on: bool) -> None:
-    """For benchmarks: whether kernels that may start early do from now on, as the plugin launches those of few rows."""
+def start_early(rows: int) -> None:
+    """For benchmarks: from now on, kernels may start before their predecessors end as the plugin lets them in a batch of `rows` rows; 0: none does."""
     global EARLY
-    EARLY = on
+    EARLY = rows
     pinned.cache_clear()
 
 

@@ -2,9 +2,9 @@
 
 s = f + gamma * sum_j softmax_j(q . k_j * D^-1/2) s_j over the past rows j < past_length[b]; with an empty past, s = f exactly.
 `feedback_step_partial` gives each split of the past to one program, which keeps a running maximum, a running sum and an unnormalised
-sum of s rows, all float32; `feedback_step_combine` adds the splits in a fixed order. Splits interleave groups of tiles, so that a
-short context in a large cache still spreads over many programs, and their number follows from the capacity and the tiles alone:
-a sequence's bits do not depend on the batch around it. Rows from past_length[b] on are never read.
+sum of s rows, all float32; `feedback_step_combine` adds the splits in a fixed order. A split is a run of rows, as long as every other one of its
+sequence and no shorter than some tiles; how many there may be follows from the capacity and the tiles alone: a sequence's bits do not depend
+on the batch around it. Rows from past_length[b] on are never read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import DTYPE_NAMES, address, aligned, launcher, pinned, workspace
-from sessa_deploy.kernels.schedule import add_splits, begin, groups, locate, pieces, seat
+from sessa_deploy.kernels.schedule import add_splits, begin, locate, pieces, rows_each, seat
 
 LOG2E = 1.4426950408889634
 
@@ -33,16 +33,28 @@ def feedback_step_partial(
     With a program for every split each takes its own; with fewer they share out those that have rows, so that short sequences of a large batch leave
     no programs idle. Which program computes a split changes no bit of it.
 
-    A tile is (BLOCK_R, BLOCK_C, BLOCK_L): rows, chunks of D, lanes; a split takes TILES of them at a time. Wide rows have all warps
+    A tile is (BLOCK_R, BLOCK_C, BLOCK_L): rows, chunks of D, lanes; a split takes TILES of them at least. Wide rows have all warps
     side by side along the lanes and share one maximum, sum and accumulator. Narrow rows (OWN) have warps along the rows:
     each row slot keeps its own, and nothing crosses warps until the end.
     """
     begin(PDL)
-    every = tl.num_programs(0) >= batch * splits
+    share(
+        tl.program_id(0), tl.num_programs(0), q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, batch, splits, capacity,
+        width, scale, BLOCK_R, BLOCK_C, BLOCK_L, STAGES, TILES, OWN,
+    )  # fmt: skip
+
+
+@triton.jit
+def share(
+    program, programs, q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, batch, splits, capacity, width, scale,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    """What one of `programs` programs that share the batch computes."""
+    every = programs >= batch * splits
     total, b_end = pieces(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
     turn = 0
-    for start in tl.range(0, total, tl.num_programs(0), num_stages=1):
-        item, turn = start + seat(tl.program_id(0), tl.num_programs(0), turn), 1 - turn
+    for start in tl.range(0, total, programs, num_stages=1):
+        item, turn = start + seat(program, programs, turn), 1 - turn
         if item < total:
             i_b, i_split = locate(item, b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
             _one_split(
@@ -59,6 +71,7 @@ def _one_split(
 ):  # fmt: skip
     """Split i_split of sequence i_b."""
     length = tl.minimum(tl.load(past_length + i_b), capacity)
+    each = rows_each(length, splits, BLOCK_R * TILES)
     o_d = tl.arange(0, BLOCK_C)[:, None] * BLOCK_L + tl.arange(0, BLOCK_L)[None, :]
     o_r = tl.arange(0, BLOCK_R)
     m_d = o_d < width
@@ -69,10 +82,11 @@ def _one_split(
     b_max = tl.full([SLOTS], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([SLOTS], dtype=tl.float32)
     b_acc = tl.zeros([SLOTS, BLOCK_C, BLOCK_L], dtype=tl.float32)
-    tiles = groups(i_split, length, splits, BLOCK_R * TILES) * TILES
-    for i in tl.range(0, tiles, num_stages=STAGES):
-        o_row = (((i // TILES) * splits + i_split) * TILES + i % TILES) * BLOCK_R + o_r
-        m_row = o_row < length
+    first = i_split * each
+    end = tl.minimum(first + each, length)
+    for start in tl.range(first, end, BLOCK_R, num_stages=STAGES):
+        o_row = start + o_r
+        m_row = o_row < end
         mask = m_row[:, None, None] & m_d[None, :, :]
         o_row = o_row.to(tl.int64)[:, None, None]
         b_k = tl.load(p_k + o_row * stride_kr, mask=mask, other=0.0)
@@ -87,7 +101,7 @@ def _one_split(
         b_sum = b_sum * b_fade + (b_p if OWN else tl.sum(b_p, 0, keep_dims=True))
         b_acc = b_acc * b_fade[:, None, None] + (b_y if OWN else tl.sum(b_y, 0, keep_dims=True))
         b_max = b_new
-    if i_split * BLOCK_R * TILES < length:  # a split without rows writes nothing, and the combination does not read it
+    if first < length:  # a split without rows writes nothing, and the combination does not read it
         b_top = tl.max(b_max, 0)
         b_w = tl.where(b_max == float("-inf"), 0.0, tl.exp2(b_max - b_top))
         o_part = i_b * splits + i_split
@@ -101,12 +115,12 @@ def feedback_step_combine(
     part, stat, past_length, gamma, f, out, capacity, splits, rows, width,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (B, ceil(D / BLOCK_D)): s = f + gamma * (sum of the splits); BLOCK_S covers every split, rows is what one takes at a time."""
+    """Grid (B, ceil(D / BLOCK_D)): s = f + gamma * (sum of the splits); BLOCK_S covers every split, rows is what one takes at least."""
     begin(PDL)
     i_d = tl.program_id(1)
     i_b = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.load(past_length + i_b), capacity)
-    used = tl.minimum(splits, tl.cdiv(length, rows))
+    used = tl.cdiv(length, rows_each(length, splits, rows))
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < width
     b_f, b_gamma = tl.load(f + i_b * width + o_d, mask=m_d, other=0.0), tl.load(gamma + i_b)

@@ -18,17 +18,17 @@ from sessa_deploy.kernels.launch_decode import DECODE_KERNELS
 from sessa_deploy.kernels.launch_kernels import DTYPES, Kernel, Param, resolve  # noqa: F401 (the one place to look a launch up)
 from sessa_deploy.kernels.launch_kernels import KERNELS as FEEDBACK_KERNELS
 from sessa_deploy.kernels.launch_layer import LAYER_KERNELS
+from sessa_deploy.kernels.launch_mixer import MIXER_KERNELS
 
-KERNELS: dict[str, Kernel] = {**FEEDBACK_KERNELS, **CAUSAL_KERNELS, **LAYER_KERNELS, **DECODE_KERNELS}
+KERNELS: dict[str, Kernel] = {**FEEDBACK_KERNELS, **CAUSAL_KERNELS, **LAYER_KERNELS, **MIXER_KERNELS, **DECODE_KERNELS}
 
-# of the decode step, of the rest of feedback attention, of causal attention with a cache, of the runtime's own kernels, and of the layer around them
-TABLE_FILES = tuple(Path(__file__).with_name(f"launch_table{n}.json") for n in ("", "_feedback", "_causal", "_decode", "_layer"))
+# of the decode step, of the rest of feedback attention, of causal attention with a cache, of the runtime's own kernels, of the layer around them, of a mixer
+TABLE_FILES = tuple(Path(__file__).with_name(f"launch_table{n}.json") for n in ("", "_feedback", "_causal", "_decode", "_layer", "_mixer"))
 ARCHS = (80, 86, 87, 89, 90, 100, 120)
 ALIGNMENT = 16  # bytes for a pointer, elements for a width or stride
 # Largest dynamic shared memory one block may ask for, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 DEPENDENT_ARCH = 90  # first compute capability with programmatic dependent launch, which the variants that may start early are made for
-EARLY_ROWS = 16  # rows B T up to which the plugin launches them so (plan.h, kFewRows)
 NOT_TILES = ("arch", "dtype", "variant", "tuned", "num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "spills")
 
 
@@ -102,6 +102,11 @@ def tiles(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
     return {k: values[k] for k in kernel(name).constexprs}
 
 
+def early(name: str, arch: int, dtype: str, variant: str) -> int:
+    """Rows (B T) up to which the plugin lets this binary start before its predecessor has ended; 0 where it cannot."""
+    return kernel(name).early_rows if kernel(name).early and tiles(name, arch, dtype, variant)["PDL"] else 0
+
+
 def tuned(name: str, arch: int, dtype: str, variant: str) -> bool:
     """Whether the tiles were measured on that architecture, as against being the largest that fit."""
     return bool(pinned(name, arch, dtype, variant)["tuned"])
@@ -138,7 +143,7 @@ STEP_MAX_SPLITS = 256
 
 
 def step_splits(capacity: int, rows: int) -> int:
-    """Splits of a past of `capacity` rows, taken `rows` at a time; split i reads groups i, i + splits, i + 2 * splits, ..."""
+    """Splits that a past of `capacity` rows may have, of `rows` at least."""
     return max(1, min(STEP_MAX_SPLITS, -(-capacity // rows)))
 
 

@@ -26,7 +26,8 @@ class Kernel:
     """A @triton.jit function: where it lives, its run-time parameters in order, then its constexpr names.
 
     variants: the keys of its pinned tiles, one binary for each (a number stands for a width, "bwd" for the backward). early: those whose binary may start
-    before its predecessor ends, by the constexpr "PDL", which is no tile. lowered: whether the plugin runs it; it never runs a "bwd" variant.
+    before its predecessor ends, by the constexpr "PDL", which is no tile; early_rows: up to how many rows (B T) the plugin has it do so. lowered: whether
+    the plugin runs it; it never runs a "bwd" variant.
     dtypes: the storage dtypes it is compiled for; a kernel that sees no storage type has ("fp32",). scalar_loads: how many global loads
     narrower than 16 bytes its PTX may hold (a length, a gain, a statistic); lowering refuses more. wide: it must hold 16-byte loads too;
     not so where nobody promises that a row begins aligned.
@@ -42,6 +43,7 @@ class Kernel:
     scalar_loads: int = 0
     wide: bool = True
     early: tuple[str, ...] = ()
+    early_rows: int = 16  # kernels of more rows are longer, and hold places that their predecessors need (measured on an H200)
 
     def __post_init__(self) -> None:
         for p in self.params:

@@ -22,18 +22,24 @@ HELD = tl.constexpr(1024)  # elements of a tile up to which what is added to it 
 GROUP = tl.constexpr(8)  # tiles of rows whose programs are neighbours, so that they share a tile of weights in the cache
 
 
+@triton.jit
+def _normal(b_x, b_w, b_b, m_d, width, eps):
+    """LayerNorm of a row, float32."""
+    b_x = b_x.to(tl.float32)
+    b_c = tl.where(m_d, b_x - tl.sum(b_x, 0) / width, 0.0)
+    b_scale = 1.0 / tl.sqrt(tl.sum(b_c * b_c, 0) / width + eps)
+    return b_c * b_scale * b_w.to(tl.float32) + b_b.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_norm"))
 def layer_norm(x, weight, bias, out, width, eps, BD: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (rows,), BD >= D: LayerNorm of each row."""
-    begin(PDL)
     p_x = x + tl.program_id(0).to(tl.int64) * width
     o_d = tl.arange(0, BD)
     m_d = o_d < width
-    b_x = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_w, b_b = tl.load(weight + o_d, mask=m_d, other=0.0), tl.load(bias + o_d, mask=m_d, other=0.0)
-    b_c = tl.where(m_d, b_x - tl.sum(b_x, 0) / width, 0.0)
-    b_scale = 1.0 / tl.sqrt(tl.sum(b_c * b_c, 0) / width + eps)
-    b_y = b_c * b_scale * b_w.to(tl.float32) + b_b.to(tl.float32)
+    begin(PDL)
+    b_y = _normal(tl.load(p_x + o_d, mask=m_d, other=0.0), b_w, b_b, m_d, width, eps)
     tl.store(out + tl.program_id(0).to(tl.int64) * width + o_d, b_y.to(out.dtype.element_ty), mask=m_d)
 
 
@@ -70,26 +76,89 @@ def _tile(i, rows, tiles_n, BM: tl.constexpr):
 
 
 @triton.jit
-def _product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """(BM,BN) float32 of x weight^T, rows of x `row` elements apart, all three from their tile's first row; GATED: of (x * gate) rounded.
+def _ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr):
+    """The first AHEAD * BK columns of a tile of weights, as `_product` takes them; called before `begin`, so that they are here when the rows are."""
+    o_n = tl.arange(0, BN)
+    if AHEAD == 0:
+        b_w = 0.0
+    elif BM == 1:
+        o_k = tl.arange(0, AHEAD * BK)
+        b_w = tl.load(weight + o_n[:, None] * depth + o_k[None, :], mask=m_n[:, None] & (o_k < depth)[None, :], other=0.0)
+    else:
+        o_k = tl.arange(0, AHEAD * KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
+        b_w = tl.load(weight + o_n[None, None, :] * depth + o_k[:, :, None], mask=m_n[None, None, :] & (o_k < depth)[:, :, None], other=0.0)
+    return b_w
+
+
+@triton.jit
+def _row_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr):
+    """`_product` of one row: no matrix instruction, whose 16 rows would be 15 of zeros, and nothing goes through shared memory but the last sums."""
+    b_acc = tl.zeros([1, BN], dtype=tl.float32)
+    if AHEAD > 0:
+        b_first = _row(x, gate, tl.arange(0, AHEAD * BK), depth, GATED)
+        b_acc += tl.sum(b_w.to(tl.float32) * b_first[None, :], 1)[None, :]
+    o_n, o_k = tl.arange(0, BN), tl.arange(0, BK)
+    for start in range(AHEAD * BK, depth, BK):
+        b_x = _row(x, gate, start + o_k, depth, GATED)
+        b_v = tl.load(weight + o_n[:, None] * depth + (start + o_k)[None, :], mask=m_n[:, None] & (start + o_k < depth)[None, :], other=0.0)
+        b_acc += tl.sum(b_v.to(tl.float32) * b_x[None, :], 1)[None, :]
+    return b_acc
+
+
+@triton.jit
+def _row(x, gate, o_k, depth, GATED: tl.constexpr):
+    """Columns o_k of the row, float32."""
+    b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0)
+    if GATED:
+        b_x = (b_x.to(tl.float32) * tl.load(gate + o_k, mask=o_k < depth, other=0.0).to(tl.float32)).to(b_x.dtype)
+    return b_x.to(tl.float32)
+
+
+@triton.jit
+def _product(
+    x, gate, weight, b_w, m_m, m_n, depth, row, gate_row,
+    GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """(BM,BN) float32 of x weight^T, rows of x `row` elements apart, all three from their tile's first row; GATED: of (x * gate) rounded. b_w: of `_ahead`.
 
     KS > 1: BK is taken as KS parts, each with sums of its own, which go to a warp each and are added at the end: few rows make short sums of products
     that wait for one another, and a warp's chain is 1 / KS as long.
     """
+    if BM == 1:
+        b_acc = _row_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, AHEAD)
+    else:
+        b_acc = _tile_product(x, gate, weight, m_m, m_n, AHEAD * BK, depth, row, gate_row, GATED, BM, BN, BK, KS)
+        if AHEAD > 0:
+            o_k = tl.arange(0, AHEAD * KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
+            m_x = m_m[None, :, None] & (o_k < depth)[:, None, :]
+            o_m = tl.arange(0, BM)[None, :, None]
+            b_x = tl.load(x + o_m * row + o_k[:, None, :], mask=m_x, other=0.0)
+            if GATED:
+                b_g = tl.load(gate + o_m * gate_row + o_k[:, None, :], mask=m_x, other=0.0)
+                b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
+            b_acc += tl.sum(tl.dot(b_x, b_w, input_precision="ieee"), 0)
+    return b_acc
+
+
+@triton.jit
+def _tile_product(
+    x, gate, weight, m_m, m_n, first, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
+):
+    """`_product` of the columns from `first` on."""
     o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
     if KS == 1:
         o_k = tl.arange(0, BK)
-        p_x = x + o_m[:, None] * row + o_k[None, :]
-        p_g = gate + o_m[:, None] * gate_row + o_k[None, :]
-        p_w = weight + o_n[None, :] * depth + o_k[:, None]
+        p_x = x + first + o_m[:, None] * row + o_k[None, :]
+        p_g = gate + first + o_m[:, None] * gate_row + o_k[None, :]
+        p_w = weight + first + o_n[None, :] * depth + o_k[:, None]
         b_acc = tl.zeros([BM, BN], dtype=tl.float32)
     else:
         o_k = tl.arange(0, KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
-        p_x = x + o_m[None, :, None] * row + o_k[:, None, :]
-        p_g = gate + o_m[None, :, None] * gate_row + o_k[:, None, :]
-        p_w = weight + o_n[None, None, :] * depth + o_k[:, :, None]
+        p_x = x + first + o_m[None, :, None] * row + o_k[:, None, :]
+        p_g = gate + first + o_m[None, :, None] * gate_row + o_k[:, None, :]
+        p_w = weight + first + o_n[None, None, :] * depth + o_k[:, :, None]
         b_acc = tl.zeros([KS, BM, BN], dtype=tl.float32)
-    for start in range(0, depth, BK):
+    for start in range(first, depth, BK):
         m_k = o_k < depth - start
         if KS == 1:
             m_x, m_w = m_m[:, None] & m_k[None, :], m_n[None, :] & m_k[:, None]
@@ -126,56 +195,118 @@ def _put(out, b_y, m_m, m_n, row, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_linear"))
-def layer_linear(x, weight, bias, out, rows, depth, columns, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr = False):
+def layer_linear(
+    x, weight, bias, out, rows, depth, columns,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+):  # fmt: skip
     """Grid (tiles,): out (rows, columns) = x weight^T + bias."""
-    begin(PDL)
     i_m, i_n = _tile(tl.program_id(0), rows, tl.cdiv(columns, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
+    b_w = _ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_bias = _bias(bias + column, m_n, BN)
-    b_y = _product(x + row * depth, x, weight + column * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS)
+    begin(PDL)
+    b_y = _product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
     _put(out + row * columns + column, _with_bias(b_y, b_bias), m_m, m_n, columns, BM, BN)
 
 
-@triton.jit(do_not_specialize=launch.do_not_specialize("layer_enter"))
-def layer_enter(x, weight, bias, out, rows, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr = False):
-    """Grid (tiles,): out (rows, 2D) = x weight^T + bias with GELU on its left half."""
+@triton.jit
+def _half_gelu(b_y, first, depth, kind: tl.constexpr, BN: tl.constexpr):
+    """b_y (BM,BN), columns from `first` on, with GELU on those left of `depth`, as a rounded product would give it."""
+    if first < depth:
+        b_h = b_y.to(kind).to(tl.float32)
+        b_y = tl.where((first + tl.arange(0, BN) < depth)[None, :], b_h * (0.5 + 0.5 * tl.erf(b_h * 0.7071067811865476)), b_y)
+    return b_y
+
+
+@triton.jit(do_not_specialize=launch.do_not_specialize("layer_norm_enter"))
+def layer_norm_enter(x, norm_weight, norm_bias, weight, bias, out, depth, eps, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
+    """Grid (ceil(2D / BN),), BK >= D: `layer_norm` and `layer_enter` of one row, which every program normalises for itself."""
+    column = (tl.program_id(0) * BN).to(tl.int64)
+    o_n, o_k = tl.arange(0, BN), tl.arange(0, BK)
+    m_n, m_k = o_n < 2 * depth - tl.program_id(0) * BN, o_k < depth
+    b_w = tl.load(weight + column * depth + o_n[:, None] * depth + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
+    b_bias = _bias(bias + column, m_n, BN)
+    b_scale, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
     begin(PDL)
+    b_x = _normal(tl.load(x + o_k, mask=m_k, other=0.0), b_scale, b_shift, m_k, depth, eps).to(x.dtype.element_ty)
+    b_y = tl.sum(b_w.to(tl.float32) * b_x.to(tl.float32)[None, :], 1)[None, :]
+    b_y = _half_gelu(_with_bias(b_y, b_bias), tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
+    _put(out + column, b_y, tl.arange(0, 1) < 1, m_n, 2 * depth, 1, BN)
+
+
+@triton.jit(do_not_specialize=launch.do_not_specialize("layer_enter"))
+def layer_enter(
+    x, weight, bias, out, rows, depth,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+):  # fmt: skip
+    """Grid (tiles,): out (rows, 2D) = x weight^T + bias with GELU on its left half."""
     i_m, i_n = _tile(tl.program_id(0), rows, tl.cdiv(2 * depth, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < 2 * depth - i_n * BN
+    b_w = _ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_bias = _bias(bias + column, m_n, BN)
-    b_y = _product(x + row * depth, x, weight + column * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS)
+    begin(PDL)
+    b_y = _product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
     b_y = _with_bias(b_y, b_bias)
-    if i_n * BN < depth:  # as a rounded product would give it
-        b_h = b_y.to(out.dtype.element_ty).to(tl.float32)
-        b_y = tl.where((i_n * BN + tl.arange(0, BN) < depth)[None, :], b_h * (0.5 + 0.5 * tl.erf(b_h * 0.7071067811865476)), b_y)
+    b_y = _half_gelu(b_y, i_n * BN, depth, out.dtype.element_ty, BN)
     _put(out + row * (2 * depth) + column, b_y, m_m, m_n, 2 * depth, BM, BN)
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_logits"))
-def layer_logits(x, weight, out, rows, depth, columns, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr = False):
+def layer_logits(
+    x, weight, out, rows, depth, columns,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+):  # fmt: skip
     """Grid (tiles,): out (rows, columns) float32 = x weight^T, not rounded."""
-    begin(PDL)
     i_m, i_n = _tile(tl.program_id(0), rows, tl.cdiv(columns, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
-    b_y = _product(x + row * depth, x, weight + column * depth, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS)
+    b_w = _ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
+    begin(PDL)
+    b_y = _product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
     _put(out + row * columns + column, b_y, m_m, m_n, columns, BM, BN)
 
 
-@triton.jit(do_not_specialize=launch.do_not_specialize("layer_tail"))
-def layer_tail(s, h, weight, bias, x, out, rows, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr = False):
-    """Grid (tiles,): out = x + (s * g) weight^T + bias, g the right half of h (rows, 2D)."""
-    begin(PDL)
+@triton.jit(do_not_specialize=launch.do_not_specialize("layer_out"))
+def layer_out(
+    x, weight, bias, add, out, rows, depth,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+):  # fmt: skip
+    """Grid (tiles,): out (rows, D) = (x weight^T + bias), rounded, + add (rows, D) float32."""
     i_m, i_n = _tile(tl.program_id(0), rows, tl.cdiv(depth, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < depth - i_n * BN
     o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
+    b_w = _ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_bias = _bias(bias + column, m_n, BN)
+    begin(PDL)
+    if BM * BN <= HELD:
+        b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
+    b_y = _product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    if BM * BN > HELD:
+        b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
+    _put(out + row * depth + column, _with_bias(b_y, b_bias).to(out.dtype.element_ty).to(tl.float32) + b_add, m_m, m_n, depth, BM, BN)
+
+
+@triton.jit(do_not_specialize=launch.do_not_specialize("layer_tail"))
+def layer_tail(
+    s, h, weight, bias, x, out, rows, depth,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+):  # fmt: skip
+    """Grid (tiles,): out = x + (s * g) weight^T + bias, g the right half of h (rows, 2D)."""
+    i_m, i_n = _tile(tl.program_id(0), rows, tl.cdiv(depth, BN), BM)
+    row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
+    m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < depth - i_n * BN
+    o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
+    b_w = _ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
+    b_bias = _bias(bias + column, m_n, BN)
+    begin(PDL)
     if BM * BN <= HELD:
         b_x = tl.load(x + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
-    b_y = _product(s + row * depth, h + row * (2 * depth) + depth, weight + column * depth, m_m, m_n, depth, depth, 2 * depth, True, BM, BN, BK, KS)
+    b_y = _product(
+        s + row * depth, h + row * (2 * depth) + depth, weight + column * depth, b_w, m_m, m_n, depth, depth, 2 * depth, True, BM, BN, BK, KS, AHEAD
+    )  # fmt: skip
     if BM * BN > HELD:
         b_x = tl.load(x + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
     _put(out + row * depth + column, _with_bias(b_y, b_bias) + b_x.to(tl.float32), m_m, m_n, depth, BM, BN)
@@ -208,7 +339,7 @@ def _gain_rows(a, a_row, weight, bias, gamma, first, rows, depth, gamma_max, ROW
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_project_gain"))
 def layer_project_gain(
     h, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, gain, gain_bias, q, k, v, q_b, k_b, gamma, rows, depth, kv_width, units, gamma_max,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (gains + tiles,): all projections of a, the left half of h (rows, 2D), and gamma (rows,) float32 = gamma_max tanh(gain_bias + a . gain).
 
@@ -216,21 +347,22 @@ def layer_project_gain(
     each), the feedback branch's q and k (D each), in this order. q and k are turned by cos, sin (rows, d / 2) float32, d = 8 units. Each output gets
     tiles of its own.
     """
-    begin(PDL)
     ROWS: tl.constexpr = 1 if BM <= SINGLE else BM
     gains = tl.cdiv(rows, ROWS)
     if tl.program_id(0) < gains:
+        begin(PDL)
         _gain_rows(h, 2 * depth, gain, gain_bias, gamma, tl.program_id(0) * ROWS, rows, depth, gamma_max, ROWS, 1024 if ROWS == 1 else BK)
     else:
         _project_tile(
-            h, 2 * depth, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, gains, BM, BN, BK, KS
+            h, 2 * depth, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, gains,
+            BM, BN, BK, KS, AHEAD, PDL,
         )  # fmt: skip
 
 
 @triton.jit
 def _project_tile(
     a, a_row, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, pairs, first,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """This program's tile of the projections of a, whose rows lie a_row elements apart; program `first` has the first."""
     n_q, n_k = tl.cdiv(depth, BN), tl.cdiv(kv_width, BN)
@@ -247,10 +379,12 @@ def _project_tile(
         out, bias, width, above, i_n = k, bias_k, kv_width, depth, i_n - n_q
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < width - i_n * BN
+    b_w = _ahead(weight + (above + column) * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_bias = _bias(bias + column, m_n, BN)
+    begin(PDL)
     if BM * BN <= HELD:
         b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m & turns, i_n * BN, pairs, BM, BN)
-    b_y = _product(a + row * a_row, a, weight + (above + column) * depth, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS)
+    b_y = _product(a + row * a_row, a, weight + (above + column) * depth, b_w, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS, AHEAD)
     b_y = _with_bias(b_y, b_bias)
     if turns:
         if BM * BN > HELD:
@@ -304,6 +438,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def out_add(x: Tensor, weight: Tensor, bias: Tensor, add: Tensor) -> Tensor:
+    """x (rows, D) weight (D, D)^T + bias (D,), rounded, plus add (rows, D) float32."""
+    rows, depth = x.shape
+    tiles = tiles_of("layer_out", rows, x.device, x.dtype)
+    out = torch.empty_like(x)
+    grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(depth, tiles["BN"]),)
+    _run("layer_out", layer_out, product_variant(rows), grid, x.device, x.dtype, x, weight, bias, add, out, rows, depth)
+    return out
+
+
 def tail(s: Tensor, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     """x + (s * g) weight^T + bias for s, x (rows, D), g the right half of h (rows, 2D)."""
     rows, depth = s.shape
@@ -317,10 +461,23 @@ def tail(s: Tensor, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tenso
 def enter(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (rows, D) weight (2D, D)^T + bias (2D,) with GELU on its left half."""
     rows, depth = x.shape
-    tiles = tiles_of("layer_enter", rows, x.device, x.dtype)
+    variant = product_variant(max(rows, 2))  # one row has no variant: see `norm_enter`
+    tiles = pinned(("layer_enter",), x.device, x.dtype, variant)["layer_enter"]
     out = torch.empty(rows, 2 * depth, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(2 * depth, tiles["BN"]),)
-    _run("layer_enter", layer_enter, product_variant(rows), grid, x.device, x.dtype, x, weight, bias, out, rows, depth)
+    _run("layer_enter", layer_enter, variant, grid, x.device, x.dtype, x, weight, bias, out, rows, depth)
+    return out
+
+
+def norm_enter(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor) -> Tensor:
+    """`enter` of `norm` of x (rows, D); one row goes through a kernel of its own."""
+    if x.shape[0] > 1:
+        return enter(norm(x, norm_weight, norm_bias, eps), weight, bias)
+    depth, variant = x.shape[1], launch.width_variant("layer_norm_enter", x.shape[1])
+    tiles = pinned(("layer_norm_enter",), x.device, x.dtype, variant)["layer_norm_enter"]
+    out = torch.empty(1, 2 * depth, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(2 * depth, tiles["BN"]),)
+    _run("layer_norm_enter", layer_norm_enter, variant, grid, x.device, x.dtype, x, norm_weight, norm_bias, weight, bias, out, depth, eps)
     return out
 
 

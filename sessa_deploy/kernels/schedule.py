@@ -23,10 +23,16 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
+def rows_each(length, splits, rows):
+    """Rows a split takes of a sequence: `rows` at least, so that a short one has few splits, and no more than an even share."""
+    return tl.maximum(tl.cdiv(length, splits), rows)
+
+
+@triton.jit
 def _pieces(past_length, o_b, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """Splits of sequences o_b that have work: one for every `rows` rows, `splits` at most, LEAST at least; 0 from `batch` on."""
+    """Splits of sequences o_b that have work, LEAST at least; 0 from `batch` on."""
     b_length = tl.minimum(tl.load(past_length + o_b, mask=o_b < batch, other=0), capacity)
-    b_n = tl.maximum(tl.minimum(tl.cdiv(b_length, rows), splits), LEAST)
+    b_n = tl.maximum(tl.cdiv(b_length, rows_each(b_length, splits, rows)), LEAST)
     return tl.where(o_b < batch, b_n, 0)
 
 
@@ -72,16 +78,6 @@ def seat(program, programs, turn):
     Where the long sequences come first, the same low-numbered programs would else get the longer split on every turn.
     """
     return program + turn * (programs - 1 - 2 * program)
-
-
-@triton.jit
-def groups(i_split, length, splits, rows):
-    """How many groups of `rows` rows split i_split takes of a sequence: groups i_split, i_split + splits, ..."""
-    left = tl.cdiv(length, rows) - i_split
-    n = (left > 0).to(tl.int32)
-    if left > splits:  # a division costs a fraction of a microsecond
-        n = tl.cdiv(left, splits)
-    return n
 
 
 @triton.jit

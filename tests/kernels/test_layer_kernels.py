@@ -30,7 +30,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, depth: 
     assert torch.isfinite(found).all() and error <= EPS[dtype] + 4 * depth**0.5 * 2.0**-23, error
 
 
-DEEP = [(r, 80) for r in ROWS] + [(1, 560), (33, 560)]  # rows, depth: the latter more than any tile takes at a time
+DEEP = [(r, 80) for r in ROWS] + [(1, 560), (1, 1040), (33, 560)]  # rows, depth: the latter more than any tile takes at a time
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,3 +104,43 @@ def test_entrance(rows: int, depth: int, dtype: torch.dtype) -> None:
     x, w, b = random(rows, depth, dtype=dtype), random(2 * depth, depth, dtype=dtype, scale=0.3), random(2 * depth, dtype=dtype)
     y = (x.double() @ w.double().T + b.double()).to(dtype).double()
     close(layer.enter(x, w, b), torch.cat([torch.nn.functional.gelu(y[:, :depth]), y[:, depth:]], -1), dtype, 4 * depth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "depth"), DEEP)
+def test_output_projection(rows: int, depth: int, dtype: torch.dtype) -> None:
+    """The product is rounded before the float32 sum is added, as if it had been stored."""
+    x, w, b = random(rows, depth, dtype=dtype), random(depth, depth, dtype=dtype, scale=0.3), random(depth, dtype=dtype)
+    add = random(rows, depth, dtype=torch.float32, seed=3)
+    found = layer.out_add(x, w, b, add)
+    close(found, (x.double() @ w.double().T + b.double()).to(dtype).double() + add.double(), dtype, depth * 4)
+    assert torch.equal(layer.out_add(x, w, b, torch.zeros_like(add)), layer.linear(x, w, b)) or rows > 16  # other tiles there, hence other sums
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "depth"), [(1, 16), (1, 80), (1, 1040), (2, 80)])
+def test_norm_and_entrance(rows: int, depth: int, dtype: torch.dtype) -> None:
+    """One kernel for one row, two for more: the same numbers as norm and entrance one after the other."""
+    x, scale, shift = random(rows, depth, dtype=dtype), random(depth, dtype=dtype, seed=1), random(depth, dtype=dtype, seed=2)
+    w, b = random(2 * depth, depth, dtype=dtype, scale=0.3), random(2 * depth, dtype=dtype)
+    normal = layer.norm(x, scale, shift, 1e-5)
+    y = (normal.double() @ w.double().T + b.double()).to(dtype).double()
+    close(layer.norm_enter(x, scale, shift, 1e-5, w, b), torch.cat([torch.nn.functional.gelu(y[:, :depth]), y[:, depth:]], -1), dtype, 16 * depth)
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 4])
+@pytest.mark.parametrize(("rows", "depth"), [(1, 80), (1, 1040), (5, 80), (5, 1040)])
+def test_weights_read_ahead_change_nothing(rows: int, depth: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much of a product's weights its kernel reads before it waits for the rows."""
+    pinned = layer.pinned
+
+    def other(names: tuple[str, ...], *rest: object) -> dict[str, dict[str, object]]:
+        found = {name: dict(options) for name, options in pinned(names, *rest).items()}  # type: ignore[arg-type]
+        for options in found.values():
+            options |= {"AHEAD": ahead, "BK": 256}
+        return found
+
+    dtype = torch.float16
+    x, w, b = random(rows, depth, dtype=dtype), random(112, depth, dtype=dtype), random(112, dtype=dtype)
+    monkeypatch.setattr(layer, "pinned", other)
+    close(layer.linear(x, w, b), x.double() @ w.double().T + b.double(), dtype, depth)

@@ -146,7 +146,7 @@ def test_layers_give_the_bits_of_the_kernels(
         (ph.LINEAR_HEADS, -1, sizes(b, t, 1, width, n_q, 1, d, width), [x, square, row], (layer.linear(x, square, row),)),
         (ph.LOGITS, -1, sizes(b, t, 1, width, columns=columns), [x, wide], (layer.linear(x, wide, None),)),
         (ph.TAIL, -1, sizes(b, t, 1, width), [x, s, h, square, row], (layer.tail(s, h, square, row, x),)),
-        (ph.ENTER, -1, sizes(b, t, 1, width), [x, double, biases[3]], (layer.enter(x, double, biases[3]),)),
+        (ph.ENTER, 1e-5, sizes(b, t, 1, width), [x, row, row2, double, biases[3]], (layer.norm_enter(x, row, row2, 1e-5, double, biases[3]),)),
         (ph.PROJECT_GAIN, 0.999, heads_of_all, [h, everything, *biases, *tables, gain, one],
          layer.project_gain(h, everything, biases, *flat, gain, one, 0.999)),
     ]  # fmt: skip
@@ -155,3 +155,43 @@ def test_layers_give_the_bits_of_the_kernels(
         assert plugin is not None, NAMES[op]
         enqueue_and_compare(harness, plugin, op, HALF, shape, inputs, expected, lambda: capfd.readouterr().err)
         harness.harness_destroy(plugin)
+
+
+@pytest.mark.gpu
+@pytest.mark.trt
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+def test_the_mixer_gives_the_bits_of_its_kernels(built: Built, storage: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Decode steps as mixer_step.py computes them, chunks as the three operations one after the other; ragged, with poisoned rows beyond each length."""
+    import torch
+
+    from sessa_deploy.kernels import causal_launch, feedback_fwd, layer, mixer_step
+
+    major, _, harness = built
+    onnx, dtype = TYPES[storage], getattr(torch, storage)
+    torch.manual_seed(0)
+    plugin = create(built, ph.MIXER, storage=onnx)
+    if plugin is None:
+        assert (major, onnx) == (8, BFLOAT)
+        return
+    shapes = [(1, 1, 4096, 16, 16, 64), (3, 1, 300, 12, 4, 64), (40, 1, 70, 4, 4, 128), (70, 1, 33, 2, 1, 24), (3, 99, 130, 8, 8, 64), (1, 257, 1, 4, 2, 128)]
+    for b, t, p, heads, kv_heads, d in shapes:
+        width = heads * d
+        q = torch.randn(b, t, heads, d, device="cuda").to(dtype)
+        k, v = torch.randn(2, b, t, kv_heads, d, device="cuda").to(dtype)
+        q_b, k_b = torch.randn(2, b, t, width, device="cuda").to(dtype)
+        weight, bias = (0.1 * torch.randn(width, width, device="cuda")).to(dtype), torch.randn(width, device="cuda").to(dtype)
+        gamma = 1.998 * torch.rand(b, t, device="cuda") - 0.999
+        past, past_b = torch.randn(2, b, p, kv_heads, d, device="cuda").to(dtype), torch.randn(2, b, p, width, device="cuda").to(dtype)
+        length = lengths_and_poison(past, p)
+        for i, n in enumerate(length.tolist()):
+            past_b[:, i, n:] = torch.nan
+        if t == 1:
+            new = [x[:, 0] for x in (q, k, v)]
+            s = mixer_step.step(*new, *past, weight, bias, q_b[:, 0], gamma[:, 0], *past_b, length).view(b, 1, width)
+        else:
+            o = causal_launch.forward(q, k, v, past[0], past[1], length)
+            f = layer.linear(o.view(b * t, width), weight, bias).view(b, t, width)
+            s = feedback_fwd.forward(q_b, k_b, gamma, f, past_b[0], past_b[1], length, need_lse=False)[0]
+        inputs = [q, k, v, past[0], past[1], weight, bias, q_b, k_b, gamma, past_b[0], past_b[1], length]
+        enqueue_and_compare(harness, plugin, ph.MIXER, onnx, sizes(b, t, p, width, heads, kv_heads, d), inputs, (s,), lambda: capfd.readouterr().err)
+    harness.harness_destroy(plugin)

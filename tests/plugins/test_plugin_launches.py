@@ -111,7 +111,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, held: int, batch: int, tokens: int
     """(operation, its sizes, the launches of the Python side) for one shape of a layer, on a device that holds `held` programs; steps where tokens is 1."""
     import torch
 
-    from sessa_deploy.kernels import causal_step, feedback_step, launch, layer
+    from sessa_deploy.kernels import causal_step, feedback_step, launch, layer, mixer_step
 
     noted: list[Launch] = []
 
@@ -121,7 +121,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, held: int, batch: int, tokens: int
         def __init__(self, kernel: Any, device: Any, dtype: Any, options: dict[str, Any]) -> None:
             self.name, self.threads = kernel.__name__, 32 * options["num_warps"]
             # whether kernels start early the Python side leaves to the plugin: the rule is the number of rows and that the binary can
-            self.early = bool(options.get("PDL")) and batch * tokens <= launch.EARLY_ROWS
+            self.early = bool(options.get("PDL")) and batch * tokens <= launch.kernel(self.name).early_rows
 
         def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
             kinds = [p.type for p in launch.kernel(self.name).params]
@@ -131,7 +131,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, held: int, batch: int, tokens: int
     def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str) -> dict[str, Any]:
         return {name: launch.options(name, 90, "fp32" if dtype == torch.float32 else "fp16", variant) for name in names}
 
-    for module in (causal_step, feedback_step, layer):
+    for module in (causal_step, feedback_step, layer, mixer_step):
         monkeypatch.setattr(module, "launcher", Writer)
         monkeypatch.setattr(module, "pinned", pinned)
     n, d = batch * tokens, width // heads
@@ -152,7 +152,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, held: int, batch: int, tokens: int
         (ph.LINEAR_HEADS, sizes(batch, tokens, 1, width, heads, 1, d, width), lambda: layer.linear(x, half(width, width), half(width))),
         (ph.LOGITS, sizes(batch, tokens, 1, width, columns=columns), lambda: layer.linear(x, half(columns, width), None)),
         (ph.TAIL, sizes(batch, tokens, 1, width), lambda: layer.tail(x, h, half(width, width), half(width), x)),
-        (ph.ENTER, sizes(batch, tokens, 1, width), lambda: layer.enter(x, half(2 * width, width), half(2 * width))),
+        (ph.ENTER, sizes(batch, tokens, 1, width), lambda: layer.norm_enter(x, half(width), half(width), 1e-5, half(2 * width, width), half(2 * width))),
         (ph.PROJECT_GAIN, sizes(batch, tokens, 1, width, heads, kv_heads, d, 3 * width + 2 * kv),
          lambda: layer.project_gain(h, everything, biases, *tables, floats(width), floats(1), 0.999)),
     ]  # fmt: skip
@@ -162,6 +162,8 @@ def launches(monkeypatch: pytest.MonkeyPatch, held: int, batch: int, tokens: int
         calls += [
             (ph.FEEDBACK, sizes(batch, 1, capacity, width), lambda: feedback_step.step(row, row, floats(batch, 1), row, past, past, length)),
             (ph.CAUSAL, sizes(batch, 1, capacity, d, heads, kv_heads), lambda: causal_step.step(q, k, k, past_kv, past_kv, length)),
+            (ph.MIXER, sizes(batch, 1, capacity, width, heads, kv_heads, d),
+             lambda: mixer_step.step(q[:, 0], k[:, 0], k[:, 0], past_kv, past_kv, half(width, width), half(width), x, floats(batch), past, past, length)),
         ]
     found = []
     for op, shape, call in calls:
@@ -201,10 +203,16 @@ def test_the_plugin_launches_what_the_python_side_does(
         assert mine[4] == pytest.approx(theirs[4], rel=1e-6), mine[0]
     if shape[0] == 32:
         partial = [grid for name, grid, *_ in found if name.endswith("step_partial")]
-        assert len(partial) == 2 and all(x * y <= held for x, y, _ in partial)
+        assert len(partial) == 3 and all(x * y <= held for x, y, _ in partial)
 
 
 def test_rows_that_start_early_have_binaries_that_can() -> None:
+    """A product's tiles follow from its rows: each that the plugin may start early waits for its predecessor; and nothing starts early that does not wait."""
     from sessa_deploy.kernels import launch, launch_layer
 
-    assert launch_layer.ROWS[0] >= launch.EARLY_ROWS
+    for kernel in (k for k in launch.KERNELS.values() if k.lowered):
+        for variant in (v for v in kernel.variants if v != "bwd"):
+            waits = bool(kernel.early) and launch.tiles(kernel.name, 90, kernel.dtypes[0], variant)["PDL"]
+            assert waits or launch.early(kernel.name, 90, kernel.dtypes[0], variant) == 0
+        if kernel.early and {"16", "64", "any"} <= set(kernel.variants):
+            assert all(launch_layer.product_variant(rows) in kernel.early for rows in range(2, kernel.early_rows + 1)), kernel.name

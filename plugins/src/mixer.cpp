@@ -1,0 +1,284 @@
+// A layer's mixer: causal attention o, f = o weight^T + bias, and s = f + gamma * feedback attention's sum. Its decode step is mixer_step.py's.
+#include "plan.h"
+
+#include <iterator>
+#include <memory>
+
+namespace sessa
+{
+namespace
+{
+
+enum Input : int32_t
+{
+    kQ,
+    kK,
+    kV,
+    kPastK,
+    kPastV,
+    kWeight,
+    kBias,
+    kQB,
+    kKB,
+    kGamma,
+    kPastKB,
+    kPastS,
+    kPastLength,
+};
+
+constexpr int64_t kMultiple = 16;
+constexpr int64_t kHeadMultiple = 8;              // launch_causal.MULTIPLE
+constexpr int64_t kGroup = 4;                     // launch_causal.GROUP
+constexpr int64_t kWidths[] = {1024, 2048, 4096}; // launch_mixer.WIDTHS
+constexpr int64_t kHeads[] = {64, 128};           // launch_mixer.HEADS
+constexpr int64_t kMaxSplits = 256;               // launch.STEP_MAX_SPLITS
+
+// launch_mixer.mixer_variant; empty beyond the largest.
+std::string variant(Problem const& p)
+{
+    auto const* const width = std::find_if(std::begin(kWidths), std::end(kWidths), [&](int64_t w) { return p.width <= w; });
+    auto const* const head = std::find_if(std::begin(kHeads), std::end(kHeads), [&](int64_t h) { return p.headWidth <= h; });
+    if (width == std::end(kWidths) || head == std::end(kHeads))
+    {
+        return "";
+    }
+    return std::to_string(*width) + "." + std::to_string(*head) + (p.heads == p.kvHeads ? "" : "x" + std::to_string(kGroup));
+}
+
+struct Step final : Plan
+{
+    bool find(Problem const& p, int32_t arch) override
+    {
+        char const* dtype = dtypeName(p.storage);
+        partial = findCubin("mixer_step_partial", arch, dtype, variant(p).c_str());
+        combine = findCubin("mixer_step_combine", arch, dtype, "any");
+        out = findCubin("layer_out", arch, dtype, productVariant(p.batch).c_str());
+        return partial != nullptr && combine != nullptr && out != nullptr;
+    }
+
+    std::vector<Cubin const*> cubins() const override
+    {
+        return {partial, combine, out};
+    }
+
+    void layout(Problem const& p, Arena& arena, bool) override
+    {
+        rowsF = partial->tile("ROWS_F") * partial->tile("TILES_F");
+        rowsB = partial->tile("ROWS_B") * partial->tile("TILES_B");
+        splitsF = std::max<int64_t>(1, std::min<int64_t>(combine->tile("BLOCK_F"), ceilDiv(p.capacity, rowsF)));
+        splitsB = std::max<int64_t>(1, std::min(kMaxSplits, ceilDiv(p.capacity, rowsB)));
+        partF = arena.take(4 * p.batch * p.width * splitsF);
+        statF = arena.take(8 * p.batch * p.heads * splitsF);
+        partB = arena.take(4 * p.batch * p.width * splitsB);
+        statB = arena.take(8 * p.batch * splitsB);
+        o = arena.take(storageBytes(p) * p.batch * p.width);
+        add = arena.take(4 * p.batch * p.width);
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        int64_t const group = p.heads / p.kvHeads;
+        int64_t const blocks = ceilDiv(p.kvHeads, partial->tile("HEADS_F")) * ceilDiv(group, partial->tile("GROUP_F"));
+        int32_t const units = i32(p.headWidth / kHeadMultiple);
+        int64_t programsF = 0;
+        int64_t programsB = 0;
+        share(p, blocks, programsF, programsB);
+        Arguments first;
+        for (Input const i : {kQ, kK, kV, kPastK, kPastV, kQB, kPastKB, kPastS, kPastLength})
+        {
+            first.add(t.in[i]);
+        }
+        first.add(partF).add(statF).add(partB).add(statB).add(i32(p.batch)).add(i32(splitsF)).add(i32(splitsB)).add(i32(p.capacity)).add(i32(p.kvHeads));
+        first.add(i32(group)).add(units).add(i32(p.width)).add(scale(p.headWidth)).add(scale(p.width)).add(i32(programsF));
+        Arguments second;
+        second.add(partF).add(statF).add(partB).add(statB).add(t.in[kPastLength]).add(t.in[kGamma]).add(o).add(add).add(i32(p.capacity));
+        second.add(i32(splitsF)).add(i32(rowsF)).add(i32(splitsB)).add(i32(rowsB)).add(i32(p.heads)).add(units).add(i32(p.width));
+        Arguments third;
+        third.add(o).add(t.in[kWeight]).add(t.in[kBias]).add(add).add(t.out).add(i32(p.batch)).add(i32(p.width));
+        int64_t const lanes = combine->tile("BLOCK_D");
+        int64_t const tiles = ceilDiv(p.batch, out->tile("BM")) * ceilDiv(p.width, out->tile("BN"));
+        return launch(*partial, {programsF + programsB, 1, 1}, first, stream, error, p.batch)
+            && launch(*combine, {p.heads * ceilDiv(p.headWidth, lanes) + ceilDiv(p.width, lanes), p.batch, 1}, second, stream, error, p.batch)
+            && launch(*out, {tiles, 1, 1}, third, stream, error, p.batch);
+    }
+
+    static float scale(int64_t width)
+    {
+        return static_cast<float>(kLog2E / std::sqrt(static_cast<double>(width)));
+    }
+
+    // launch_mixer.shares: programs for causal and for feedback attention.
+    void share(Problem const& p, int64_t blocks, int64_t& programsF, int64_t& programsB) const
+    {
+        int64_t const held = residentOr(*partial, kStepPrograms);
+        int64_t const piecesF = p.batch * splitsF;
+        int64_t const piecesB = p.batch * splitsB;
+        programsF = piecesF * blocks;
+        programsB = piecesB;
+        if (programsF + programsB > held)
+        {
+            int64_t const widthF = p.kvHeads * p.headWidth;
+            programsF = blocks * std::min(piecesF, std::max<int64_t>(1, held * widthF / (widthF + p.width) / blocks));
+            programsB = std::min(piecesB, std::max<int64_t>(1, held - programsF));
+        }
+    }
+
+    Cubin const* partial{};
+    Cubin const* combine{};
+    Cubin const* out{};
+    int64_t rowsF{}; // that a split takes at least
+    int64_t rowsB{};
+    int64_t splitsF{};
+    int64_t splitsB{};
+    char* partF{};
+    char* statF{};
+    char* partB{};
+    char* statB{};
+    char* o{};
+    char* add{};
+};
+
+// Prefill and chunks: the three operations, one after the other.
+struct Chunk final : Plan
+{
+    bool find(Problem const& p, int32_t arch) override
+    {
+        causal = part(p, kCausal);
+        causal.width = p.headWidth;
+        linear = part(p, kLinearHeads);
+        linear.columns = p.width;
+        feedback = part(p, kFeedback);
+        plans.clear();
+        for (Problem const* one : {&causal, &linear, &feedback})
+        {
+            plans.emplace_back(one->op->plan(*one));
+            if (!plans.back()->find(*one, arch))
+            {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    std::vector<Cubin const*> cubins() const override
+    {
+        std::vector<Cubin const*> all;
+        for (auto const& plan : plans)
+        {
+            auto const its = plan->cubins();
+            all.insert(all.end(), its.begin(), its.end());
+        }
+        return all;
+    }
+
+    void layout(Problem const& p, Arena& arena, bool bound) override
+    {
+        o = arena.take(storageBytes(p) * p.batch * p.tokens * p.width);
+        f = arena.take(storageBytes(p) * p.batch * p.tokens * p.width);
+        plans[0]->layout(causal, arena, bound);
+        plans[1]->layout(linear, arena, bound);
+        plans[2]->layout(feedback, arena, bound);
+    }
+
+    bool run(Problem const&, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        void const* const forCausal[] = {t.in[kQ], t.in[kK], t.in[kV], t.in[kPastK], t.in[kPastV], t.in[kPastLength]};
+        void const* const forLinear[] = {o, t.in[kWeight], t.in[kBias]};
+        void const* const forFeedback[] = {t.in[kQB], t.in[kKB], t.in[kGamma], f, t.in[kPastKB], t.in[kPastS], t.in[kPastLength]};
+        return runPart(0, causal, forCausal, o, stream, error) && runPart(1, linear, forLinear, f, stream, error)
+            && runPart(2, feedback, forFeedback, t.out, stream, error);
+    }
+
+    static Problem part(Problem const& p, Op const& op)
+    {
+        Problem one = p;
+        one.op = &op;
+        one.scale = 0.0F;
+        return one;
+    }
+
+    bool runPart(size_t index, Problem const& p, void const* const* in, void* out, CUstream_st* stream, std::string& error) const
+    {
+        void* const outs[] = {out};
+        return plans[index]->run(p, {in, out, outs}, stream, error);
+    }
+
+    Problem causal;
+    Problem linear;
+    Problem feedback;
+    std::vector<std::unique_ptr<Plan>> plans;
+    char* o{};
+    char* f{};
+};
+
+bool checkMixer(Problem const& p, std::string& error)
+{
+    if (p.width < kMultiple || p.width > kWidths[2] || p.width % kMultiple != 0)
+    {
+        return refuse(error, "width D", std::to_string(p.width), "a multiple of 16 up to 4096");
+    }
+    if (p.headWidth < kHeadMultiple || p.headWidth > kHeads[1] || p.headWidth % kHeadMultiple != 0)
+    {
+        return refuse(error, "head width d", std::to_string(p.headWidth), "a multiple of 8 up to 128");
+    }
+    if (p.heads * p.headWidth != p.width)
+    {
+        return refuse(error, "heads x head width", std::to_string(p.heads * p.headWidth), "D = " + std::to_string(p.width));
+    }
+    bool const good = p.kvHeads >= 1 && p.heads % p.kvHeads == 0;
+    return good || refuse(error, "heads Hq, Hkv", std::to_string(p.heads) + ", " + std::to_string(p.kvHeads), "Hq a multiple of Hkv");
+}
+
+Plan* planMixer(Problem const& p)
+{
+    return p.tokens == 1 ? static_cast<Plan*>(new Step) : new Chunk;
+}
+
+// Every width, head and number of rows that selects binaries.
+std::vector<Problem> everyMixer(Storage storage)
+{
+    std::vector<Problem> all;
+    Problem p;
+    p.op = &kMixer;
+    p.storage = storage;
+    p.capacity = 1;
+    for (int64_t const width : kWidths)
+    {
+        for (int64_t const head : kHeads)
+        {
+            for (int64_t const group : {int64_t{1}, kGroup})
+            {
+                p.width = width;
+                p.headWidth = head;
+                p.heads = width / head;
+                p.kvHeads = p.heads / group;
+                for (int64_t const rows : {kRows[0], kRows[1], kRows[2], kRows[2] + 1})
+                {
+                    p.batch = rows;
+                    p.tokens = 1;
+                    all.push_back(p);
+                    std::swap(p.batch, p.tokens);
+                    p.tokens = std::max<int64_t>(p.tokens, 2);
+                    all.push_back(p);
+                }
+            }
+        }
+    }
+    p.width = 256; // narrow tiles of the solve
+    p.headWidth = 64;
+    p.heads = p.kvHeads = 4;
+    p.tokens = 2;
+    all.push_back(p);
+    return all;
+}
+
+} // namespace
+
+Op const kMixer{"SessaMixer", 13,
+    {{"q", "BTHC", Kind::kStorage}, {"k", "BTKC", Kind::kStorage}, {"v", "BTKC", Kind::kStorage}, {"past_k", "BPKC", Kind::kStorage},
+        {"past_v", "BPKC", Kind::kStorage}, {"weight", "DD", Kind::kStorage}, {"bias", "D", Kind::kStorage}, {"q_b", "BTD", Kind::kStorage},
+        {"k_b", "BTD", Kind::kStorage}, {"gamma", "BT", Kind::kFloat}, {"past_kb", "BPD", Kind::kStorage}, {"past_s", "BPD", Kind::kStorage},
+        {"past_length", "B", Kind::kInt}},
+    checkMixer, planMixer, everyMixer, 1, {{"s", "BTD", Kind::kStorage}}};
+
+} // namespace sessa
