@@ -15,11 +15,11 @@ from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import address, launcher, pinned
 from sessa_deploy.kernels.fused_kernels import tanh, turn
 from sessa_deploy.kernels.launch_layer import product_variant
+from sessa_deploy.kernels.layer_product import ahead, bias_of, place, product, put, with_bias
 from sessa_deploy.kernels.schedule import begin
 
 SINGLE = tl.constexpr(32)  # rows of a tile up to which a gain's row has a program of its own (layer.cpp, kSingle)
 HELD = tl.constexpr(1024)  # elements of a tile up to which what is added to it is read ahead of the product: a few registers then, and no wait after it
-GROUP = tl.constexpr(8)  # tiles of rows whose programs are neighbours, so that they share a tile of weights in the cache
 
 
 @triton.jit
@@ -62,152 +62,20 @@ def layer_rotary(past_length, limbs, cos, sin, tokens, pairs, BD: tl.constexpr, 
     tl.store(sin + o_out, tl.sin(b_angle), mask=m_d)
 
 
-@triton.jit
-def _tile(i, rows, tiles_n, BM: tl.constexpr):
-    """(row tile, column tile) of the i-th program: GROUP row tiles walk the columns together."""
-    tiles_m = tl.cdiv(rows, BM)
-    i_m, i_n = i * 0, i
-    if tiles_m > 1:  # divisions cost a fraction of a microsecond
-        span = GROUP * tiles_n
-        first = i // span * GROUP
-        size = tl.minimum(tiles_m - first, GROUP)
-        i_m, i_n = first + (i % span) % size, (i % span) // size
-    return i_m, i_n
-
-
-@triton.jit
-def _ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr):
-    """The first AHEAD * BK columns of a tile of weights, as `_product` takes them; called before `begin`, so that they are here when the rows are."""
-    o_n = tl.arange(0, BN)
-    if AHEAD == 0:
-        b_w = 0.0
-    elif BM == 1:
-        o_k = tl.arange(0, AHEAD * BK)
-        b_w = tl.load(weight + o_n[:, None] * depth + o_k[None, :], mask=m_n[:, None] & (o_k < depth)[None, :], other=0.0)
-    else:
-        o_k = tl.arange(0, AHEAD * KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
-        b_w = tl.load(weight + o_n[None, None, :] * depth + o_k[:, :, None], mask=m_n[None, None, :] & (o_k < depth)[:, :, None], other=0.0)
-    return b_w
-
-
-@triton.jit
-def _row_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr):
-    """`_product` of one row: no matrix instruction, whose 16 rows would be 15 of zeros, and nothing goes through shared memory but the last sums."""
-    b_acc = tl.zeros([1, BN], dtype=tl.float32)
-    if AHEAD > 0:
-        b_first = _row(x, gate, tl.arange(0, AHEAD * BK), depth, GATED)
-        b_acc += tl.sum(b_w.to(tl.float32) * b_first[None, :], 1)[None, :]
-    o_n, o_k = tl.arange(0, BN), tl.arange(0, BK)
-    for start in range(AHEAD * BK, depth, BK):
-        b_x = _row(x, gate, start + o_k, depth, GATED)
-        b_v = tl.load(weight + o_n[:, None] * depth + (start + o_k)[None, :], mask=m_n[:, None] & (start + o_k < depth)[None, :], other=0.0)
-        b_acc += tl.sum(b_v.to(tl.float32) * b_x[None, :], 1)[None, :]
-    return b_acc
-
-
-@triton.jit
-def _row(x, gate, o_k, depth, GATED: tl.constexpr):
-    """Columns o_k of the row, float32."""
-    b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0)
-    if GATED:
-        b_x = (b_x.to(tl.float32) * tl.load(gate + o_k, mask=o_k < depth, other=0.0).to(tl.float32)).to(b_x.dtype)
-    return b_x.to(tl.float32)
-
-
-@triton.jit
-def _product(
-    x, gate, weight, b_w, m_m, m_n, depth, row, gate_row,
-    GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """(BM,BN) float32 of x weight^T, rows of x `row` elements apart, all three from their tile's first row; GATED: of (x * gate) rounded. b_w: of `_ahead`.
-
-    KS > 1: BK is taken as KS parts, each with sums of its own, which go to a warp each and are added at the end: few rows make short sums of products
-    that wait for one another, and a warp's chain is 1 / KS as long.
-    """
-    if BM == 1:
-        b_acc = _row_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, AHEAD)
-    else:
-        b_acc = _tile_product(x, gate, weight, m_m, m_n, AHEAD * BK, depth, row, gate_row, GATED, BM, BN, BK, KS)
-        if AHEAD > 0:
-            o_k = tl.arange(0, AHEAD * KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
-            m_x = m_m[None, :, None] & (o_k < depth)[:, None, :]
-            o_m = tl.arange(0, BM)[None, :, None]
-            b_x = tl.load(x + o_m * row + o_k[:, None, :], mask=m_x, other=0.0)
-            if GATED:
-                b_g = tl.load(gate + o_m * gate_row + o_k[:, None, :], mask=m_x, other=0.0)
-                b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
-            b_acc += tl.sum(tl.dot(b_x, b_w, input_precision="ieee"), 0)
-    return b_acc
-
-
-@triton.jit
-def _tile_product(
-    x, gate, weight, m_m, m_n, first, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
-):
-    """`_product` of the columns from `first` on."""
-    o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
-    if KS == 1:
-        o_k = tl.arange(0, BK)
-        p_x = x + first + o_m[:, None] * row + o_k[None, :]
-        p_g = gate + first + o_m[:, None] * gate_row + o_k[None, :]
-        p_w = weight + first + o_n[None, :] * depth + o_k[:, None]
-        b_acc = tl.zeros([BM, BN], dtype=tl.float32)
-    else:
-        o_k = tl.arange(0, KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
-        p_x = x + first + o_m[None, :, None] * row + o_k[:, None, :]
-        p_g = gate + first + o_m[None, :, None] * gate_row + o_k[:, None, :]
-        p_w = weight + first + o_n[None, None, :] * depth + o_k[:, :, None]
-        b_acc = tl.zeros([KS, BM, BN], dtype=tl.float32)
-    for start in range(first, depth, BK):
-        m_k = o_k < depth - start
-        if KS == 1:
-            m_x, m_w = m_m[:, None] & m_k[None, :], m_n[None, :] & m_k[:, None]
-        else:
-            m_x, m_w = m_m[None, :, None] & m_k[:, None, :], m_n[None, None, :] & m_k[:, :, None]
-        b_x = tl.load(p_x, mask=m_x, other=0.0)
-        if GATED:
-            b_g = tl.load(p_g, mask=m_x, other=0.0)
-            b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
-            p_g += BK
-        b_w = tl.load(p_w, mask=m_w, other=0.0)
-        b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
-        p_x += BK
-        p_w += BK
-    if KS > 1:
-        b_acc = tl.sum(b_acc, 0)
-    return b_acc
-
-
-@triton.jit
-def _bias(bias, m_n, BN: tl.constexpr):
-    return tl.load(bias + tl.arange(0, BN), mask=m_n, other=0.0)
-
-
-@triton.jit
-def _with_bias(b_y, b_bias):
-    return b_y + b_bias.to(tl.float32)[None, :]
-
-
-@triton.jit
-def _put(out, b_y, m_m, m_n, row, BM: tl.constexpr, BN: tl.constexpr):
-    o_y = tl.arange(0, BM)[:, None] * row + tl.arange(0, BN)[None, :]
-    tl.store(out + o_y, b_y.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
-
-
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_linear"))
 def layer_linear(
     x, weight, bias, out, rows, depth, columns,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, columns) = x weight^T + bias."""
-    i_m, i_n = _tile(tl.program_id(0), rows, tl.cdiv(columns, BN), BM)
+    i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(columns, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
-    b_w = _ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
-    b_bias = _bias(bias + column, m_n, BN)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
+    b_bias = bias_of(bias + column, m_n, BN)
     begin(PDL)
-    b_y = _product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    _put(out + row * columns + column, _with_bias(b_y, b_bias), m_m, m_n, columns, BM, BN)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    put(out + row * columns + column, with_bias(b_y, b_bias), m_m, m_n, columns, BM, BN)
 
 
 @triton.jit
@@ -226,13 +94,13 @@ def layer_norm_enter(x, norm_weight, norm_bias, weight, bias, out, depth, eps, B
     o_n, o_k = tl.arange(0, BN), tl.arange(0, BK)
     m_n, m_k = o_n < 2 * depth - tl.program_id(0) * BN, o_k < depth
     b_w = tl.load(weight + column * depth + o_n[:, None] * depth + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
-    b_bias = _bias(bias + column, m_n, BN)
+    b_bias = bias_of(bias + column, m_n, BN)
     b_scale, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
     begin(PDL)
     b_x = _normal(tl.load(x + o_k, mask=m_k, other=0.0), b_scale, b_shift, m_k, depth, eps).to(x.dtype.element_ty)
     b_y = tl.sum(b_w.to(tl.float32) * b_x.to(tl.float32)[None, :], 1)[None, :]
-    b_y = _half_gelu(_with_bias(b_y, b_bias), tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
-    _put(out + column, b_y, tl.arange(0, 1) < 1, m_n, 2 * depth, 1, BN)
+    b_y = _half_gelu(with_bias(b_y, b_bias), tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
+    put(out + column, b_y, tl.arange(0, 1) < 1, m_n, 2 * depth, 1, BN)
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_enter"))
@@ -241,16 +109,16 @@ def layer_enter(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, 2D) = x weight^T + bias with GELU on its left half."""
-    i_m, i_n = _tile(tl.program_id(0), rows, tl.cdiv(2 * depth, BN), BM)
+    i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(2 * depth, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < 2 * depth - i_n * BN
-    b_w = _ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
-    b_bias = _bias(bias + column, m_n, BN)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
+    b_bias = bias_of(bias + column, m_n, BN)
     begin(PDL)
-    b_y = _product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    b_y = _with_bias(b_y, b_bias)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = with_bias(b_y, b_bias)
     b_y = _half_gelu(b_y, i_n * BN, depth, out.dtype.element_ty, BN)
-    _put(out + row * (2 * depth) + column, b_y, m_m, m_n, 2 * depth, BM, BN)
+    put(out + row * (2 * depth) + column, b_y, m_m, m_n, 2 * depth, BM, BN)
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_logits"))
@@ -259,13 +127,13 @@ def layer_logits(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, columns) float32 = x weight^T, not rounded."""
-    i_m, i_n = _tile(tl.program_id(0), rows, tl.cdiv(columns, BN), BM)
+    i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(columns, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
-    b_w = _ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     begin(PDL)
-    b_y = _product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    _put(out + row * columns + column, b_y, m_m, m_n, columns, BM, BN)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    put(out + row * columns + column, b_y, m_m, m_n, columns, BM, BN)
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_out"))
@@ -274,19 +142,19 @@ def layer_out(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, D) = (x weight^T + bias), rounded, + add (rows, D) float32."""
-    i_m, i_n = _tile(tl.program_id(0), rows, tl.cdiv(depth, BN), BM)
+    i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(depth, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < depth - i_n * BN
     o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
-    b_w = _ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
-    b_bias = _bias(bias + column, m_n, BN)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
+    b_bias = bias_of(bias + column, m_n, BN)
     begin(PDL)
     if BM * BN <= HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
-    b_y = _product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
     if BM * BN > HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
-    _put(out + row * depth + column, _with_bias(b_y, b_bias).to(out.dtype.element_ty).to(tl.float32) + b_add, m_m, m_n, depth, BM, BN)
+    put(out + row * depth + column, with_bias(b_y, b_bias).to(out.dtype.element_ty).to(tl.float32) + b_add, m_m, m_n, depth, BM, BN)
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_tail"))
@@ -295,21 +163,21 @@ def layer_tail(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out = x + (s * g) weight^T + bias, g the right half of h (rows, 2D)."""
-    i_m, i_n = _tile(tl.program_id(0), rows, tl.cdiv(depth, BN), BM)
+    i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(depth, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < depth - i_n * BN
     o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
-    b_w = _ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
-    b_bias = _bias(bias + column, m_n, BN)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
+    b_bias = bias_of(bias + column, m_n, BN)
     begin(PDL)
     if BM * BN <= HELD:
         b_x = tl.load(x + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
-    b_y = _product(
+    b_y = product(
         s + row * depth, h + row * (2 * depth) + depth, weight + column * depth, b_w, m_m, m_n, depth, depth, 2 * depth, True, BM, BN, BK, KS, AHEAD
     )  # fmt: skip
     if BM * BN > HELD:
         b_x = tl.load(x + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
-    _put(out + row * depth + column, _with_bias(b_y, b_bias) + b_x.to(tl.float32), m_m, m_n, depth, BM, BN)
+    put(out + row * depth + column, with_bias(b_y, b_bias) + b_x.to(tl.float32), m_m, m_n, depth, BM, BN)
 
 
 @triton.jit
@@ -366,7 +234,7 @@ def _project_tile(
 ):  # fmt: skip
     """This program's tile of the projections of a, whose rows lie a_row elements apart; program `first` has the first."""
     n_q, n_k = tl.cdiv(depth, BN), tl.cdiv(kv_width, BN)
-    i_m, i_n = _tile(tl.program_id(0) - first, rows, 3 * n_q + 2 * n_k, BM)
+    i_m, i_n = place(tl.program_id(0) - first, rows, 3 * n_q + 2 * n_k, BM)
     out, bias, width, above = q, bias_q, depth, 0
     turns = i_n < n_q + n_k
     if i_n >= 2 * n_q + 2 * n_k:
@@ -379,18 +247,18 @@ def _project_tile(
         out, bias, width, above, i_n = k, bias_k, kv_width, depth, i_n - n_q
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < width - i_n * BN
-    b_w = _ahead(weight + (above + column) * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
-    b_bias = _bias(bias + column, m_n, BN)
+    b_w = ahead(weight + (above + column) * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
+    b_bias = bias_of(bias + column, m_n, BN)
     begin(PDL)
     if BM * BN <= HELD:
         b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m & turns, i_n * BN, pairs, BM, BN)
-    b_y = _product(a + row * a_row, a, weight + (above + column) * depth, b_w, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS, AHEAD)
-    b_y = _with_bias(b_y, b_bias)
+    b_y = product(a + row * a_row, a, weight + (above + column) * depth, b_w, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS, AHEAD)
+    b_y = with_bias(b_y, b_bias)
     if turns:
         if BM * BN > HELD:
             b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m, i_n * BN, pairs, BM, BN)
         b_y = turn(b_y, b_cos, b_sin, BM, BN)
-    _put(out + row * width + column, b_y, m_m, m_n, width, BM, BN)
+    put(out + row * width + column, b_y, m_m, m_n, width, BM, BN)
 
 
 # --- the same from PyTorch, for tests and timings

@@ -11,8 +11,9 @@ _SEQUENCES = tl.constexpr(32)  # lengths looked at together
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """Waits for the kernel before this one, then lets the next one start; nothing may be read or written earlier. PDL: see `launch.DEPENDENT_ARCH`.
+    """Waits for the kernel before this one, then lets the next one start. PDL: see `launch.DEPENDENT_ARCH`.
 
+    Earlier, nothing may be written and nothing read but weights, which no kernel writes.
     Launched with CUDA's programmatic dependent launch (programming guide, "Programmatic Dependent Launch and Synchronization"), a kernel's programs are
     in place when its predecessor ends; launched without, this does nothing. Every program waits, so a kernel that ended means that all before it did.
     The next one is let in only after the wait: in a chain of short kernels those that come much too early take the place of those that are due.

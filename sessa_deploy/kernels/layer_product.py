@@ -1,0 +1,140 @@
+"""A tile of a matrix product x weight^T, as the kernels of layer.py make it: where it lies, its weights ahead of the rows, the sums, bias and store."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+GROUP = tl.constexpr(8)  # tiles of rows whose programs are neighbours, so that they share a tile of weights in the cache
+
+
+@triton.jit
+def place(i, rows, tiles_n, BM: tl.constexpr):
+    """(row tile, column tile) of the i-th program: GROUP row tiles walk the columns together."""
+    tiles_m = tl.cdiv(rows, BM)
+    i_m, i_n = i * 0, i
+    if tiles_m > 1:  # divisions cost a fraction of a microsecond
+        span = GROUP * tiles_n
+        first = i // span * GROUP
+        size = tl.minimum(tiles_m - first, GROUP)
+        i_m, i_n = first + (i % span) % size, (i % span) // size
+    return i_m, i_n
+
+
+@triton.jit
+def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr):
+    """The first AHEAD * BK columns of a tile of weights, as `product` takes them; called before `begin`, so that they are here when the rows are."""
+    o_n = tl.arange(0, BN)
+    if AHEAD == 0:
+        b_w = 0.0
+    elif BM == 1:
+        o_k = tl.arange(0, AHEAD * BK)
+        b_w = tl.load(weight + o_n[:, None] * depth + o_k[None, :], mask=m_n[:, None] & (o_k < depth)[None, :], other=0.0)
+    else:
+        o_k = tl.arange(0, AHEAD * KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
+        b_w = tl.load(weight + o_n[None, None, :] * depth + o_k[:, :, None], mask=m_n[None, None, :] & (o_k < depth)[:, :, None], other=0.0)
+    return b_w
+
+
+@triton.jit
+def _row_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr):
+    """`product` of one row: no matrix instruction, whose 16 rows would be 15 of zeros, and nothing goes through shared memory but the last sums."""
+    b_acc = tl.zeros([1, BN], dtype=tl.float32)
+    if AHEAD > 0:
+        b_first = _row(x, gate, tl.arange(0, AHEAD * BK), depth, GATED)
+        b_acc += tl.sum(b_w.to(tl.float32) * b_first[None, :], 1)[None, :]
+    o_n, o_k = tl.arange(0, BN), tl.arange(0, BK)
+    for start in range(AHEAD * BK, depth, BK):
+        b_x = _row(x, gate, start + o_k, depth, GATED)
+        b_v = tl.load(weight + o_n[:, None] * depth + (start + o_k)[None, :], mask=m_n[:, None] & (start + o_k < depth)[None, :], other=0.0)
+        b_acc += tl.sum(b_v.to(tl.float32) * b_x[None, :], 1)[None, :]
+    return b_acc
+
+
+@triton.jit
+def _row(x, gate, o_k, depth, GATED: tl.constexpr):
+    """Columns o_k of the row, float32."""
+    b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0)
+    if GATED:
+        b_x = (b_x.to(tl.float32) * tl.load(gate + o_k, mask=o_k < depth, other=0.0).to(tl.float32)).to(b_x.dtype)
+    return b_x.to(tl.float32)
+
+
+@triton.jit
+def product(
+    x, gate, weight, b_w, m_m, m_n, depth, row, gate_row,
+    GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """(BM,BN) float32 of x weight^T, rows of x `row` elements apart, all three from their tile's first row; GATED: of (x * gate) rounded. b_w: of `ahead`.
+
+    KS > 1: BK is taken as KS parts, each with sums of its own, which go to a warp each and are added at the end: few rows make short sums of products
+    that wait for one another, and a warp's chain is 1 / KS as long.
+    """
+    if BM == 1:
+        b_acc = _row_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, AHEAD)
+    else:
+        b_acc = _tile_product(x, gate, weight, m_m, m_n, AHEAD * BK, depth, row, gate_row, GATED, BM, BN, BK, KS)
+        if AHEAD > 0:
+            o_k = tl.arange(0, AHEAD * KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
+            m_x = m_m[None, :, None] & (o_k < depth)[:, None, :]
+            o_m = tl.arange(0, BM)[None, :, None]
+            b_x = tl.load(x + o_m * row + o_k[:, None, :], mask=m_x, other=0.0)
+            if GATED:
+                b_g = tl.load(gate + o_m * gate_row + o_k[:, None, :], mask=m_x, other=0.0)
+                b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
+            b_acc += tl.sum(tl.dot(b_x, b_w, input_precision="ieee"), 0)
+    return b_acc
+
+
+@triton.jit
+def _tile_product(
+    x, gate, weight, m_m, m_n, first, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
+):
+    """`product` of the columns from `first` on."""
+    o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
+    if KS == 1:
+        o_k = tl.arange(0, BK)
+        p_x = x + first + o_m[:, None] * row + o_k[None, :]
+        p_g = gate + first + o_m[:, None] * gate_row + o_k[None, :]
+        p_w = weight + first + o_n[None, :] * depth + o_k[:, None]
+        b_acc = tl.zeros([BM, BN], dtype=tl.float32)
+    else:
+        o_k = tl.arange(0, KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
+        p_x = x + first + o_m[None, :, None] * row + o_k[:, None, :]
+        p_g = gate + first + o_m[None, :, None] * gate_row + o_k[:, None, :]
+        p_w = weight + first + o_n[None, None, :] * depth + o_k[:, :, None]
+        b_acc = tl.zeros([KS, BM, BN], dtype=tl.float32)
+    for start in range(first, depth, BK):
+        m_k = o_k < depth - start
+        if KS == 1:
+            m_x, m_w = m_m[:, None] & m_k[None, :], m_n[None, :] & m_k[:, None]
+        else:
+            m_x, m_w = m_m[None, :, None] & m_k[:, None, :], m_n[None, None, :] & m_k[:, :, None]
+        b_x = tl.load(p_x, mask=m_x, other=0.0)
+        if GATED:
+            b_g = tl.load(p_g, mask=m_x, other=0.0)
+            b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
+            p_g += BK
+        b_w = tl.load(p_w, mask=m_w, other=0.0)
+        b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
+        p_x += BK
+        p_w += BK
+    if KS > 1:
+        b_acc = tl.sum(b_acc, 0)
+    return b_acc
+
+
+@triton.jit
+def bias_of(bias, m_n, BN: tl.constexpr):
+    return tl.load(bias + tl.arange(0, BN), mask=m_n, other=0.0)
+
+
+@triton.jit
+def with_bias(b_y, b_bias):
+    return b_y + b_bias.to(tl.float32)[None, :]
+
+
+@triton.jit
+def put(out, b_y, m_m, m_n, row, BM: tl.constexpr, BN: tl.constexpr):
+    o_y = tl.arange(0, BM)[:, None] * row + tl.arange(0, BN)[None, :]
+    tl.store(out + o_y, b_y.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
