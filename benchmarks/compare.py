@@ -174,7 +174,7 @@ def plot(table: dict[str, Rows], given: argparse.Namespace, title: str, path: Pa
                 axis.text(x, 0.02, "none", transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=7, color="#a00000")
                 continue
             axis.bar(x, ms, color=COLOURS[peer], width=0.8)
-            axis.text(x, ms, f"{ms:.3g}", ha="center", va="bottom", fontsize=8)
+            axis.text(x, ms, f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}", ha="center", va="bottom", fontsize=8)
         floor = next((row["floor_ms"] for row in rows.values() if "floor_ms" in row), None)
         if floor:
             axis.axhline(floor, color="black", linestyle="--", linewidth=1)

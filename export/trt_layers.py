@@ -132,7 +132,7 @@ def _layer(work: _Rewrite, i: int, tables: list[str]) -> None:
     residual = next(n for n in mine if n.op_type == "Add" and set(n.input) == {x, nodes[f"{stem}.W_out/Add.0"].output[0]})
     h = f"{stem}/h:0"
     w_in = work.put(f"{stem}.W_in.rows", work.weight(f"{stem}.W_in.weight"))
-    work.add(contract.ENTER_OP, f"{stem}/W_in", [*norm.input, w_in, f"{stem}.W_in.bias"], [h], config.layer_norm_eps)
+    work.add(contract.NORM_ENTER_OP, f"{stem}/W_in", [*norm.input, w_in, f"{stem}.W_in.bias"], [h], config.layer_norm_eps)
     gain = work.put(f"{mixer}.gain.weight", work.array(f"{mixer}.gamma_ctx.weight").reshape(-1).astype(np.float32))
     bias = work.put(f"{mixer}.gain.bias", work.array(f"{mixer}.gamma_bias").reshape(1).astype(np.float32))
     gamma = feedback.input[contract.FEEDBACK_INPUTS.index("gamma")]

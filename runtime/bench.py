@@ -82,8 +82,9 @@ def measure(
         result["share_of_floor"] = result["floor_ms"] / result["inter_token_ms"]["p50"]
     used = session.backend.device_bytes()  # engines keep the memory they took, so that what is in use at the end was the peak
     if used:
-        result["peak_device_bytes"] = used - device_before
         result["device_bytes_before"] = device_before
+    if used > device_before:  # else another process gave memory back meanwhile, and nobody knows what this one took
+        result["peak_device_bytes"] = used - device_before
     return result
 
 

@@ -13,9 +13,9 @@ DOMAIN_VERSION = 1
 FEEDBACK_OP = "SessaFeedbackAttention"
 CAUSAL_OP = "SessaCausalAttention"
 # Ops of engines only, never of a bundle's graph: a layer around its attentions (see plugins/README.md).
-ROTARY_OP, NORM_OP, ENTER_OP, PROJECT_GAIN_OP = "SessaRotary", "SessaNorm", "SessaEnter", "SessaProjectGain"
+ROTARY_OP, NORM_OP, NORM_ENTER_OP, PROJECT_GAIN_OP = "SessaRotary", "SessaNorm", "SessaNormEnter", "SessaProjectGain"
 LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, MIXER_OP = "SessaLinearHeads", "SessaLogits", "SessaTail", "SessaMixer"
-LAYER_OPS = (ROTARY_OP, NORM_OP, LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, ENTER_OP, PROJECT_GAIN_OP, MIXER_OP)
+LAYER_OPS = (ROTARY_OP, NORM_OP, LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, NORM_ENTER_OP, PROJECT_GAIN_OP, MIXER_OP)
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = ""
 ATTR_SCALE = "scale"

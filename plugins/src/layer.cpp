@@ -368,7 +368,7 @@ Op const kTail{"SessaTail", 5,
         {"bias", "D", Kind::kStorage}},
     checkTail, make<Tail>, everyRows<kTail>, 1, {{"y", "BTD", Kind::kStorage}}};
 
-Op const kEnter{"SessaEnter", 5,
+Op const kEnter{"SessaNormEnter", 5,
     {{"x", "BTD", Kind::kStorage}, {"norm_weight", "D", Kind::kStorage}, {"norm_bias", "D", Kind::kStorage}, {"weight", "ED", Kind::kStorage},
         {"bias", "E", Kind::kStorage}},
     checkEnter, make<Enter>, everyEnter, 1, {{"h", "BTE", Kind::kStorage}}};

@@ -105,7 +105,7 @@ def operators() -> list[Any]:
         make(contract.NORM_OP, lambda e, x, w, b: _norm(x, w, b, e)),
         make(contract.LOGITS_OP, lambda _, x, w: x @ w.T),
         make(contract.LINEAR_HEADS_OP, lambda _, x, w, b: x.reshape(*x.shape[:2], -1) @ w.T + b),
-        make(contract.ENTER_OP, lambda e, x, w, b, *rest: _enter(_norm(x, w, b, e), *rest)),
+        make(contract.NORM_ENTER_OP, lambda e, x, w, b, *rest: _enter(_norm(x, w, b, e), *rest)),
         make(contract.MIXER_OP, _mixer), make(contract.PROJECT_GAIN_OP, _project_gain),
         make(contract.TAIL_OP, lambda _, x, s, h, w, b: x + (s * h[..., h.shape[-1] // 2 :]) @ w.T + b),
     ]  # fmt: skip
@@ -138,7 +138,7 @@ def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_lo
     types = trt_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent)
     assert types is not None and contract.LOGITS not in {n.op_type for n in graph.node}
     counts = Counter(n.op_type for n in graph.node)
-    assert counts[contract.NORM_OP] == 1 and counts[contract.TAIL_OP] == counts[contract.ENTER_OP] == counts[contract.PROJECT_GAIN_OP] == 2
+    assert counts[contract.NORM_OP] == 1 and counts[contract.TAIL_OP] == counts[contract.NORM_ENTER_OP] == counts[contract.PROJECT_GAIN_OP] == 2
     both = 2 if config.n_heads > 1 else 0
     assert counts[contract.MIXER_OP] == both and counts[contract.CAUSAL_OP] == counts[contract.FEEDBACK_OP] == 2 - both
     assert counts[contract.LOGITS_OP] == 1

@@ -47,7 +47,7 @@ Op const kOps[] = {{"SessaFeedbackAttention", {"BTD", "BTD", "BT:f", "BTD", "BPD
     {"SessaRotary", {"BTD", "B:i", "RJ:f"}, {"BTJ:f", "BTJ:f"}}, {"SessaNorm", {"BTD", "D", "D"}, {"BTD"}},
     {"SessaLinearHeads", {"BTHC", "ND", "N"}, {"BTN"}}, {"SessaLogits", {"BTD", "ND"}, {"BTN:f"}},
     {"SessaTail", {"BTD", "BTD", "BTE", "DD", "D"}, {"BTD"}},
-    {"SessaEnter", {"BTD", "D", "D", "ED", "E"}, {"BTE"}},
+    {"SessaNormEnter", {"BTD", "D", "D", "ED", "E"}, {"BTE"}},
     {"SessaProjectGain", {"BTE", "ND", "HC", "KC", "KC", "E", "BTJ:f", "BTJ:f", "D:f", "I:f"}, {"BTHC", "BTKC", "BTKC", "BTD", "BTD", "BT:f"}},
     {"SessaMixer", {"BTHC", "BTKC", "BTKC", "BPKC", "BPKC", "DD", "D", "BTD", "BTD", "BT:f", "BPD", "BPD", "B:i"}, {"BTD"}}};
 char const* const kLetters = "BTPDHKCNEJIR"; // the order of `shape`
