@@ -1,4 +1,4 @@
-"""Launch every kernel of feedback attention once or twice at small sizes: the short run for compute-sanitizer (a support module, no tests).
+"""Launch the kernels of feedback attention and of a mixer's step once or twice, small: the short run for compute-sanitizer (a support module, no tests).
 
     compute-sanitizer --tool memcheck  python tests/kernels/sanitize.py [fp16|bf16|fp32 ...]
     compute-sanitizer --tool racecheck python tests/kernels/sanitize.py bf16
@@ -17,7 +17,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
 
-from sessa_deploy.kernels import feedback_bwd, feedback_fwd, feedback_step
+from sessa_deploy.kernels import feedback_bwd, feedback_fwd, feedback_step, layer, mixer_step
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -40,11 +40,31 @@ def once(dtype: torch.dtype, tokens: int, past: int, width: int, panel_bytes: in
     return all(bool(torch.isfinite(x.cpu()).all()) for x in (s, step, *grads))
 
 
+def mixer(dtype: torch.dtype, batch: int, capacity: int, heads: int, width: int) -> bool:
+    """A decode step of the mixer over pasts of different lengths, and the layer's entrance; whether all is finite."""
+    make = torch.Generator().manual_seed(capacity)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=make).to(dtype).cuda()
+
+    d, square, row = width // heads, normal(width, width), normal(width)
+    q, k, v = (normal(batch, heads, d) for _ in range(3))
+    past_k, past_v = (normal(batch, capacity, heads, d) for _ in range(2))
+    past_kb, past_s = (normal(batch, capacity, width) for _ in range(2))
+    length = torch.arange(batch, dtype=torch.int32).mul(7).clamp(max=capacity).cuda()
+    length[-1] = capacity
+    s = mixer_step.step(q, k, v, past_k, past_v, square, row, normal(batch, width), torch.rand(batch, generator=make).cuda(), past_kb, past_s, length)
+    h = layer.norm_enter(s, row, row, 1e-5, normal(2 * width, width), normal(2 * width))
+    return all(bool(torch.isfinite(x.cpu()).all()) for x in (s, h))
+
+
 def main() -> int:
     good = True
     for name in sys.argv[1:] or list(DTYPES):
         for tokens, past, width, panel_bytes in ((450, 70, 80, feedback_fwd.PANEL_BYTES), (300, 0, 1024, 1 << 10)):
             good &= once(DTYPES[name], tokens, past, width, panel_bytes)
+        for batch, capacity, heads, width in ((1, 70, 5, 80), (40, 33, 16, 1024)) if name != "fp32" else ():
+            good &= mixer(DTYPES[name], batch, capacity, heads, width)
     torch.cuda.synchronize()
     print("done" if good else "a result is not finite")
     return 0 if good else 1
