@@ -30,8 +30,9 @@ MIDDLE += [(16, 16, 256, 4, 4, 3), (16, 8, 256, 4, 4, 4), (32, 8, 256, 4, 4, 3)]
 LARGE = [(128, 256, 64, 1, 8, 3), (128, 256, 64, 1, 8, 4), (128, 128, 64, 1, 8, 3), (128, 128, 64, 1, 8, 4), (128, 128, 64, 1, 4, 3),
          (256, 128, 64, 1, 8, 3), (64, 256, 64, 1, 4, 3), (64, 256, 64, 1, 4, 4), (64, 256, 64, 1, 8, 3), (128, 64, 64, 1, 4, 4), (128, 64, 64, 1, 8, 4),
          (128, 128, 128, 1, 8, 2)]  # fmt: skip
-CASES = {"16": (1, SMALL), "64": (32, MIDDLE), "any": (8192, LARGE)}
-COPIES = {"16": 24, "64": 24, "any": 2}
+ONE = [(1, n, k, 1, w, 1) for n, k, w in ((4, 1024, 2), (4, 1024, 4), (8, 1024, 4), (8, 1024, 8), (16, 1024, 4), (16, 1024, 8), (32, 1024, 4), (8, 512, 4))]
+CASES = {"1": (1, ONE), "16": (8, SMALL), "64": (32, MIDDLE), "any": (8192, LARGE)}
+COPIES = {"1": 24, "16": 24, "64": 24, "any": 2}
 
 
 class Case:
@@ -52,10 +53,12 @@ class Case:
         self.weights = [make(self.columns, width) for _ in range(min(COPIES[variant], max(1, (6 << 30) // (2 * self.columns * width))))]
         out = make(rows, self.columns, kind=torch.float32 if kernel == "layer_logits" else dtype)
         cos, sin = make(rows, 32, kind=torch.float32), make(rows, 32, kind=torch.float32)
+        add = make(rows, width, kind=torch.float32)
         parts, gain, gamma = [make(rows, width) for _ in range(5)], make(width, kind=torch.float32), make(rows, kind=torch.float32)
         tail: tuple[Any, ...] = (rows, width)
         self.arguments = {
-            "layer_linear": lambda w: (x, w, bias, out, *tail, self.columns), "layer_enter": lambda w: (x, w, bias, out, *tail),
+            "layer_linear": lambda w: (x, w, bias, out, *tail, self.columns), "layer_out": lambda w: (x, w, bias, add, out, *tail),
+            "layer_enter": lambda w: (x, w, bias, out, *tail),
             "layer_logits": lambda w: (x, w, out, *tail, self.columns),
             "layer_tail": lambda w: (x, h, w, bias, x, out, *tail),
             "layer_project_gain": lambda w: (h, w, bias, bias, bias, bias, cos, sin, gain, gain, *parts, gamma, *tail, width, 8, 0.999),
@@ -106,12 +109,14 @@ def main() -> int:
     args = parser.parse_args()
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     begun, arch, found = time.perf_counter(), arch_of(0), []
-    names = ("layer_enter", "layer_project_gain", "layer_linear", "layer_tail", "layer_logits")
-    pairs = [(n, v) for v in CASES for n in names if not (n == "layer_logits" and v == "any") and (not args.only or f"{n}:{v}" in args.only)]
+    names = ("layer_enter", "layer_project_gain", "layer_linear", "layer_out", "layer_tail", "layer_logits")
+    without = {("layer_logits", "any"), ("layer_enter", "1")}
+    pairs = [(n, v) for v in CASES for n in names if (n, v) not in without and (not args.only or f"{n}:{v}" in args.only)]
     jobs = [(name, variant, c) for name, variant in pairs for c in CASES[variant][1]]
 
     def tiles(c: tuple[int, ...]) -> dict[str, int]:
-        return dict(zip(("BM", "BN", "BK", "KS", "num_warps", "num_stages"), c, strict=True))
+        """The launch table's entry; one row's weights are all read ahead, up to 1024 columns."""
+        return {**dict(zip(("BM", "BN", "BK", "KS"), c, strict=False)), "AHEAD": 1024 // c[2] if c[0] == 1 else 0, "num_warps": c[4], "num_stages": c[5]}
 
     def options(c: tuple[int, ...]) -> dict[str, Any]:
         return {**tiles(c), "PDL": False}

@@ -118,8 +118,9 @@ struct Step final : Plan
         if (programsF + programsB > held)
         {
             int64_t const widthF = p.kvHeads * p.headWidth;
-            programsF = blocks * std::min(piecesF, std::max<int64_t>(1, held * widthF / (widthF + p.width) / blocks));
-            programsB = std::min(piecesB, std::max<int64_t>(1, held - programsF));
+            int64_t const each = std::min(piecesF, std::max<int64_t>(1, held * widthF / (widthF + p.width) / blocks));
+            programsB = std::min(piecesB, std::max<int64_t>(1, held - each * blocks));
+            programsF = blocks * std::min(piecesF, std::max(each, (held - programsB) / blocks));
         }
     }
 

@@ -47,7 +47,7 @@ def arch_of(index: int) -> int:
 
 @lru_cache(maxsize=256)
 def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, variant: str) -> Options:
-    """The pinned launch options of `names` on a device, for a storage dtype; variant is "fwd" or "bwd"."""
+    """The pinned launch options of `names` on a device, for a storage dtype and a variant that all of them have."""
     arch = arch_of(device.index or 0)
     found = {name: launch.options(name, arch, DTYPE_NAMES[dtype], variant) for name in names}
     if INTERPRETED:  # which knows no dependent launch

@@ -161,7 +161,8 @@ def step_programs(pieces: int, blocks: int, resident: int) -> int:
 
 def pin(name: str, arch: int, dtypes: list[str], variant: str, entry: dict[str, Any], tuned: bool = True) -> None:
     """Rewrite the kernel's launch table so that (arch, dtypes, variant) of a kernel has these tiles, warps and stages; other entries stay."""
-    file = TABLE_FILES[0 if name.startswith("feedback_step") else 2 if name.startswith("causal_") else 4 if name.startswith("layer_") else 1]
+    prefixes = {"feedback_step": 0, "causal_": 2, "decode_": 3, "layer_": 4, "mixer_": 5}
+    file = TABLE_FILES[next((i for prefix, i in prefixes.items() if name.startswith(prefix)), 1)]
     table = json.loads(file.read_text(encoding="utf-8"))
     kept = []
     for row in table["kernels"].setdefault(name, []):

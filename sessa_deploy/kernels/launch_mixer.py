@@ -46,4 +46,5 @@ def shares(pieces_f: int, blocks: int, pieces_b: int, width_f: int, width_b: int
         return pieces_f * blocks, pieces_b
     programs_f = resident * width_f // (width_f + width_b)
     each = min(pieces_f, max(1, programs_f // blocks))
-    return each * blocks, min(pieces_b, max(1, resident - each * blocks))
+    programs_b = min(pieces_b, max(1, resident - each * blocks))
+    return min(pieces_f, max(each, (resident - programs_b) // blocks)) * blocks, programs_b

@@ -71,7 +71,7 @@ def layer_linear(
     i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(columns, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
-    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
     b_bias = bias_of(bias + column, m_n, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
@@ -112,7 +112,7 @@ def layer_enter(
     i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(2 * depth, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < 2 * depth - i_n * BN
-    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
     b_bias = bias_of(bias + column, m_n, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
@@ -130,7 +130,7 @@ def layer_logits(
     i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(columns, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
-    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
     put(out + row * columns + column, b_y, m_m, m_n, columns, BM, BN)
@@ -146,7 +146,7 @@ def layer_out(
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < depth - i_n * BN
     o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
-    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
     b_bias = bias_of(bias + column, m_n, BN)
     begin(PDL)
     if BM * BN <= HELD:
@@ -167,7 +167,7 @@ def layer_tail(
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < depth - i_n * BN
     o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
-    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
     b_bias = bias_of(bias + column, m_n, BN)
     begin(PDL)
     if BM * BN <= HELD:
@@ -247,7 +247,7 @@ def _project_tile(
         out, bias, width, above, i_n = k, bias_k, kv_width, depth, i_n - n_q
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < width - i_n * BN
-    b_w = ahead(weight + (above + column) * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
+    b_w = ahead(weight + (above + column) * depth, m_n, depth, BM, BN, BK, AHEAD)
     b_bias = bias_of(bias + column, m_n, BN)
     begin(PDL)
     if BM * BN <= HELD:

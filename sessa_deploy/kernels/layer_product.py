@@ -22,17 +22,17 @@ def place(i, rows, tiles_n, BM: tl.constexpr):
 
 
 @triton.jit
-def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr):
-    """The first AHEAD * BK columns of a tile of weights, as `product` takes them; called before `begin`, so that they are here when the rows are."""
-    o_n = tl.arange(0, BN)
-    if AHEAD == 0:
-        b_w = 0.0
-    elif BM == 1:
+def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr):
+    """The first AHEAD * BK columns of one row's tile of weights; called before `begin`, so that they are here when the row is.
+
+    Not for more rows: their tiles go through shared memory, and reading them ahead was slower.
+    """
+    tl.static_assert((AHEAD == 0) | (BM == 1), "weights ahead are for one row")
+    if AHEAD > 0:
         o_k = tl.arange(0, AHEAD * BK)
-        b_w = tl.load(weight + o_n[:, None] * depth + o_k[None, :], mask=m_n[:, None] & (o_k < depth)[None, :], other=0.0)
+        b_w = tl.load(weight + tl.arange(0, BN)[:, None] * depth + o_k[None, :], mask=m_n[:, None] & (o_k < depth)[None, :], other=0.0)
     else:
-        o_k = tl.arange(0, AHEAD * KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
-        b_w = tl.load(weight + o_n[None, None, :] * depth + o_k[:, :, None], mask=m_n[None, None, :] & (o_k < depth)[:, :, None], other=0.0)
+        b_w = 0.0
     return b_w
 
 
@@ -73,38 +73,29 @@ def product(
     if BM == 1:
         b_acc = _row_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, AHEAD)
     else:
-        b_acc = _tile_product(x, gate, weight, m_m, m_n, AHEAD * BK, depth, row, gate_row, GATED, BM, BN, BK, KS)
-        if AHEAD > 0:
-            o_k = tl.arange(0, AHEAD * KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
-            m_x = m_m[None, :, None] & (o_k < depth)[:, None, :]
-            o_m = tl.arange(0, BM)[None, :, None]
-            b_x = tl.load(x + o_m * row + o_k[:, None, :], mask=m_x, other=0.0)
-            if GATED:
-                b_g = tl.load(gate + o_m * gate_row + o_k[:, None, :], mask=m_x, other=0.0)
-                b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
-            b_acc += tl.sum(tl.dot(b_x, b_w, input_precision="ieee"), 0)
+        b_acc = _tile_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS)
     return b_acc
 
 
 @triton.jit
 def _tile_product(
-    x, gate, weight, m_m, m_n, first, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
+    x, gate, weight, m_m, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
 ):
-    """`product` of the columns from `first` on."""
+    """`product` of several rows."""
     o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
     if KS == 1:
         o_k = tl.arange(0, BK)
-        p_x = x + first + o_m[:, None] * row + o_k[None, :]
-        p_g = gate + first + o_m[:, None] * gate_row + o_k[None, :]
-        p_w = weight + first + o_n[None, :] * depth + o_k[:, None]
+        p_x = x + o_m[:, None] * row + o_k[None, :]
+        p_g = gate + o_m[:, None] * gate_row + o_k[None, :]
+        p_w = weight + o_n[None, :] * depth + o_k[:, None]
         b_acc = tl.zeros([BM, BN], dtype=tl.float32)
     else:
         o_k = tl.arange(0, KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
-        p_x = x + first + o_m[None, :, None] * row + o_k[:, None, :]
-        p_g = gate + first + o_m[None, :, None] * gate_row + o_k[:, None, :]
-        p_w = weight + first + o_n[None, None, :] * depth + o_k[:, :, None]
+        p_x = x + o_m[None, :, None] * row + o_k[:, None, :]
+        p_g = gate + o_m[None, :, None] * gate_row + o_k[:, None, :]
+        p_w = weight + o_n[None, None, :] * depth + o_k[:, :, None]
         b_acc = tl.zeros([KS, BM, BN], dtype=tl.float32)
-    for start in range(first, depth, BK):
+    for start in range(0, depth, BK):
         m_k = o_k < depth - start
         if KS == 1:
             m_x, m_w = m_m[:, None] & m_k[None, :], m_n[None, :] & m_k[:, None]

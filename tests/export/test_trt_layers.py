@@ -14,7 +14,8 @@ from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.export import trt_fuse, trt_graph, trt_layers
 
-SIZES = {"two heads a key": {"d_model": 32, "n_heads": 4, "n_kv_heads": 2}, "one head": {"d_model": 16, "n_heads": 1}}
+SIZES = {"two heads a key": {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "layer_norm_eps": 0.3}, "one head": {"d_model": 16, "n_heads": 1},
+         "wide heads": {"d_model": 272, "n_heads": 2}}  # fmt: skip
 
 
 def _norm(x: Any, weight: Any, bias: Any, scale: float) -> Any:
@@ -124,7 +125,7 @@ def exported(folder: Path, config: SessaConfig, all_logits: bool = False, inline
     return export_onnx(model, folder / "model.onnx", precision, all_logits=all_logits, inline_limit=inline_limit)
 
 
-@pytest.mark.parametrize(("size", "all_logits"), [("one head", False), ("two heads a key", True), ("two heads a key", False)])
+@pytest.mark.parametrize(("size", "all_logits"), [("one head", False), ("two heads a key", True), ("two heads a key", False), ("wide heads", False)])
 def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_logits: bool) -> None:
     import onnxruntime
     from onnx.reference import ReferenceEvaluator
@@ -139,8 +140,9 @@ def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_lo
     assert types is not None and contract.LOGITS not in {n.op_type for n in graph.node}
     counts = Counter(n.op_type for n in graph.node)
     assert counts[contract.NORM_OP] == 1 and counts[contract.TAIL_OP] == counts[contract.NORM_ENTER_OP] == counts[contract.PROJECT_GAIN_OP] == 2
-    both = 2 if config.n_heads > 1 else 0
+    both = 2 if size == "two heads a key" else 0  # a single head has no output projection, and the mixer's kernels end at heads of 128
     assert counts[contract.MIXER_OP] == both and counts[contract.CAUSAL_OP] == counts[contract.FEEDBACK_OP] == 2 - both
+    assert counts[contract.LINEAR_HEADS_OP] == (2 if size == "wide heads" else 0)
     assert counts[contract.LOGITS_OP] == 1
     assert counts[contract.ROTARY_OP] == 1 and not {"Cos", "Sin", "Floor"} & set(counts)
     assert not {"MatMul", "Gemm", "LayerNormalization", "Erf", "Softmax"} & set(counts)
@@ -160,6 +162,19 @@ def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_lo
         for row, count in enumerate((3, 2)):
             part = slice(None) if name == contract.LOGITS and not all_logits else slice(count)
             np.testing.assert_allclose(mine[row][part], theirs[row][part], rtol=2e-4, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("op", [contract.CAUSAL_OP, contract.FEEDBACK_OP])
+def test_attentions_with_a_scale_of_their_own_are_not_merged(tmp_path: Path, op: str) -> None:
+    config = SessaConfig(n_layers=1, vocab_size=11, max_context=8, d_model=32, n_heads=2)
+    path = exported(tmp_path, config)
+    graph = trt_graph.prepare(trt_graph.load(path)).model.graph
+    assert trt_layers.rotary(graph, onnx.TensorProto.FLOAT) is not None
+    node = next(n for n in graph.node if n.op_type == op)
+    next(a for a in node.attribute if a.name == contract.ATTR_SCALE).f = 0.5
+    assert trt_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent) is not None
+    counts = Counter(n.op_type for n in graph.node)
+    assert counts[contract.MIXER_OP] == 0 and counts[contract.LINEAR_HEADS_OP] == counts[contract.CAUSAL_OP] == counts[contract.FEEDBACK_OP] == 1
 
 
 def test_layers_without_kernels_stay_tensorrts(tmp_path: Path) -> None:

@@ -68,6 +68,11 @@ def test_prefill_ragged_poisoned(tokens: int, heads: tuple[int, int], width: int
     check(case(tokens, 100, [100, 0, 64, 1] if ON_GPU else [100, 0, 33], heads, width, dtype))
 
 
+def test_a_past_longer_than_all_splits_have_at_least() -> None:
+    """128 splits of 8 rows are 1024: of 1100 each takes 9."""
+    check(case(1, 1100, [1100], (2, 1), 64, torch.float16))
+
+
 @pytest.mark.parametrize("programs", [1, 3, 40])
 def test_programs_that_share_out_the_splits_change_no_bit(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large batch has fewer programs than splits; its empty splits are passed over, but for the first of each sequence."""

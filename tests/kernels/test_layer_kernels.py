@@ -114,24 +114,28 @@ def test_output_projection(rows: int, depth: int, dtype: torch.dtype) -> None:
     add = random(rows, depth, dtype=torch.float32, seed=3)
     found = layer.out_add(x, w, b, add)
     close(found, (x.double() @ w.double().T + b.double()).to(dtype).double() + add.double(), dtype, depth * 4)
-    assert torch.equal(layer.out_add(x, w, b, torch.zeros_like(add)), layer.linear(x, w, b)) or rows > 16  # other tiles there, hence other sums
+    if rows <= 16:  # with more, tiles and hence sums are others
+        assert torch.equal(found, (layer.linear(x, w, b).float() + add).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "depth"), [(1, 16), (1, 80), (1, 1040), (2, 80)])
 def test_norm_and_entrance(rows: int, depth: int, dtype: torch.dtype) -> None:
-    """One kernel for one row, two for more: the same numbers as norm and entrance one after the other."""
-    x, scale, shift = random(rows, depth, dtype=dtype), random(depth, dtype=dtype, seed=1), random(depth, dtype=dtype, seed=2)
+    """One kernel for one row, two for more: the same numbers as norm and entrance one after the other, of a row so small that epsilon counts."""
+    x, scale, shift = random(rows, depth, dtype=dtype, scale=3e-3), random(depth, dtype=dtype, seed=1), random(depth, dtype=dtype, seed=2)
     w, b = random(2 * depth, depth, dtype=dtype, scale=0.3), random(2 * depth, dtype=dtype)
     normal = layer.norm(x, scale, shift, 1e-5)
     y = (normal.double() @ w.double().T + b.double()).to(dtype).double()
-    close(layer.norm_enter(x, scale, shift, 1e-5, w, b), torch.cat([torch.nn.functional.gelu(y[:, :depth]), y[:, depth:]], -1), dtype, 16 * depth)
+    wanted = torch.cat([torch.nn.functional.gelu(y[:, :depth]), y[:, depth:]], -1)
+    found = layer.norm_enter(x, scale, shift, 1e-5, w, b)
+    close(found, wanted, dtype, 16)
+    assert (found == layer.enter(normal, w, b)).double().mean() > 0.9  # the norm is rounded before the product: nearly all elements agree to the bit
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 4])
-@pytest.mark.parametrize(("rows", "depth"), [(1, 80), (1, 1040), (5, 80), (5, 1040)])
-def test_weights_read_ahead_change_nothing(rows: int, depth: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However much of a product's weights its kernel reads before it waits for the rows."""
+@pytest.mark.parametrize("depth", [80, 1040])
+def test_weights_read_ahead_change_nothing(depth: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much of a row's product's weights its kernel reads before it waits for the row."""
     pinned = layer.pinned
 
     def other(names: tuple[str, ...], *rest: object) -> dict[str, dict[str, object]]:
@@ -141,6 +145,6 @@ def test_weights_read_ahead_change_nothing(rows: int, depth: int, ahead: int, mo
         return found
 
     dtype = torch.float16
-    x, w, b = random(rows, depth, dtype=dtype), random(112, depth, dtype=dtype), random(112, dtype=dtype)
+    x, w, b = random(1, depth, dtype=dtype), random(112, depth, dtype=dtype), random(112, dtype=dtype)
     monkeypatch.setattr(layer, "pinned", other)
     close(layer.linear(x, w, b), x.double() @ w.double().T + b.double(), dtype, depth)

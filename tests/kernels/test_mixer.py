@@ -10,7 +10,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from sessa_deploy.kernels import mixer_step  # noqa: E402
-from sessa_deploy.kernels.feedback_launch import Launcher, interpreted  # noqa: E402
+from sessa_deploy.kernels.feedback_launch import Workspace, interpreted  # noqa: E402
 from sessa_deploy.kernels.launch_mixer import mixer_variant, shares  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
@@ -58,7 +58,8 @@ SHAPES = [
     (8, 2, 64, 70, [70, 13]),  # four query heads a key
     (2, 1, 128, 20, [20, *[3] * 32]),  # more sequences than are looked at together, two query heads a key
     (3, 3, 24, 33, [33, 1]),  # narrower than any tile
-    (4, 4, 64, 700, [700]),  # more rows than splits times the rows of one
+    (4, 4, 64, 700, [700, 400]),  # many splits and not so many: two ways to add them
+    (1, 1, 16, 2100, [2100, 2049]),  # longer than all splits together have at least: each takes more
 ]
 
 
@@ -69,11 +70,18 @@ def test_a_step(shape: tuple[Any, ...]) -> None:
     assert torch.isfinite(s).all() and float((s.double() - wanted).abs().max()) <= 4e-3 * float(wanted.abs().max())
 
 
-@pytest.mark.parametrize("held", [1, 5, 64])
+@pytest.mark.parametrize("held", [1, 5, 20])
 def test_programs_that_share_out_the_splits_change_no_bit(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     a = case(4, 4, 64, 90, [90, 0, 17, 5])
-    every = mixer_step.step(**a)
-    monkeypatch.setattr(Launcher, "resident", held)
+    every, take = mixer_step.step(**a), Workspace.take
+
+    def poisoned(self: Workspace, device: torch.device) -> Any:  # a split that nobody computes must not find what it held before
+        at, memory = take(self, device)
+        memory.fill_(255)
+        return at, memory
+
+    monkeypatch.setattr(Workspace, "take", poisoned)
+    monkeypatch.setattr(mixer_step, "shares", lambda *sizes: shares(*sizes[:-1], held))
     assert torch.equal(mixer_step.step(**a), every)
 
 
@@ -93,6 +101,7 @@ def test_an_empty_past_adds_nothing() -> None:
 def test_shares_use_the_device_and_serve_every_split() -> None:
     assert shares(256, 2, 256, 1024, 1024, 792) == (512, 256)  # all fit
     assert shares(4096, 2, 8192, 1024, 1024, 792) == (396, 396)
+    assert shares(512, 4, 256, 1024, 4096, 528) == (272, 256)  # what feedback attention leaves over
     for pieces_f, blocks, pieces_b, width_f, width_b, held in ((8192, 2, 8192, 256, 1024, 792), (5, 16, 9000, 64, 4096, 3), (9000, 1, 7, 1024, 16, 100)):
         f, b = shares(pieces_f, blocks, pieces_b, width_f, width_b, held)
         assert f % blocks == 0 and blocks <= f <= pieces_f * blocks and 1 <= b <= pieces_b

@@ -61,6 +61,11 @@ def test_both_ways_to_add_splits() -> None:
     check(case(528, 600, [600, 264, 256, 5], torch.float16))
 
 
+def test_a_past_longer_than_all_splits_have_at_least() -> None:
+    """256 splits of 8 rows are 2048: of 2100 each takes 9, and 234 have any."""
+    check(case(528, 2100, [2100], torch.float16))
+
+
 @pytest.mark.parametrize("logit", [30.0, 1000.0])
 def test_large_logits(logit: float) -> None:
     check(case(64, 40, [40, 17, 3], torch.float32, logit=logit))

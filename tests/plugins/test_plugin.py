@@ -14,6 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import plugin_harness as ph
 import pytest
 from plugin_harness import BFLOAT, CAUSAL, FEEDBACK, FLOAT, HALF, NAMES, OPERANDS, Built, Pointers, create, sizes
 
@@ -77,6 +78,28 @@ def test_workspace(built: Built) -> None:
     assert step > harness.harness_workspace(causal, CAUSAL, HALF, sizes(1, 1, 4096, 64, 16, 16)) > 0
     harness.harness_destroy(feedback)
     harness.harness_destroy(causal)
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+def test_workspace_of_a_layer(built: Built) -> None:
+    """To the byte: what the kernels of a step of the mixer leave one another, what its chunks do, the normed rows of the entrance."""
+    harness, heads, d, p = built[2], 12, 768, 4096
+    mixer, enter, feedback = (create(built, op, storage=HALF) for op in (ph.MIXER, ph.ENTER, FEEDBACK))
+
+    def needs(batch: int, tokens: int, capacity: int) -> int:
+        return int(harness.harness_workspace(mixer, ph.MIXER, HALF, sizes(batch, tokens, capacity, d, heads, heads, d // heads)))
+
+    causal_splits, splits = 128, launch.STEP_MAX_SPLITS
+    parts = 4 * d * causal_splits + 8 * heads * causal_splits + 4 * d * splits + 8 * splits
+    assert needs(2, 1, p) == 2 * (parts + 2 * d + 4 * d)
+    chunk = harness.harness_workspace(feedback, FEEDBACK, HALF, sizes(2, 512, p, d)) + 2 * (2 * 512 * d * 2)
+    assert needs(2, 512, p) == chunk
+    for smaller in ((1, 512, p), (2, 511, p), (2, 512, p - 1), (2, 1, p), (1, 64, 1)):
+        assert needs(*smaller) <= chunk
+    assert harness.harness_workspace(enter, ph.ENTER, HALF, sizes(3, 5, 1, d)) == 3 * 5 * d * 2
+    for plugin in (mixer, enter, feedback):
+        harness.harness_destroy(plugin)
 
 
 @pytest.mark.trt

@@ -22,7 +22,7 @@ def enqueue_and_compare(
 
     size = harness.harness_workspace(plugin, op, onnx, shape)
     assert size >= 0 and harness.harness_shape(plugin, op, onnx, shape) == 0, err()
-    work = torch.full((max(size, 16),), 255, dtype=torch.uint8, device="cuda")
+    work = torch.full((max(size, 16) + 4096,), 255, dtype=torch.uint8, device="cuda")  # what lies behind must stay
     outs = [torch.full_like(x, torch.nan) for x in expected]
     pointers = Pointers(*(x.data_ptr() for x in (*inputs, *outs, work)))
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -39,6 +39,7 @@ def enqueue_and_compare(
         torch.cuda.synchronize()
         for i, (out, wanted) in enumerate(zip(outs, expected, strict=True)):
             assert torch.equal(out, wanted), (NAMES[op], list(shape), replay, i)
+        assert bool((work[max(size, 16) :] == 255).all()), (NAMES[op], list(shape))
     last = len(inputs) + len(outs) - 1
     pointers[last] = outs[-1].data_ptr() + 2
     assert harness.harness_enqueue(plugin, op, onnx, shape, pointers, None) != 0 and "is null or not 16-byte aligned" in err()

@@ -85,11 +85,12 @@ library, harness = Path(sys.argv[2]), ph.load_harness(Path(sys.argv[3]))
 for op, shape in json.loads(sys.argv[4]):
     plugin, shape = ph.create((0, library, harness), op, ph.HALF), ph.Shape(*shape)
     assert plugin and harness.harness_workspace(plugin, op, ph.HALF, shape) >= 0 and harness.harness_shape(plugin, op, ph.HALF, shape) == 0
-    assert harness.harness_enqueue(plugin, op, ph.HALF, shape, ph.Pointers(*[4096] * 20), None) == 0
+    assert harness.harness_enqueue(plugin, op, ph.HALF, shape, ph.Pointers(*((i + 1) << 36 for i in range(20))), None) == 0
+    print("next", flush=True)
 """
 
 
-Launch = tuple[str, tuple[int, ...], int, bool, list[float]]  # kernel, grid, threads, started early, arguments that are no pointers
+Launch = tuple[str, tuple[int, ...], int, bool, list[float], list[int]]  # kernel, grid, threads, started early, arguments that are no pointers, and those
 
 
 def read(line: str) -> Launch:
@@ -99,12 +100,20 @@ def read(line: str) -> Launch:
     name, x, y, z, threads, early, *words = line.split()
     kinds = [p.type for p in launch.kernel(name).params]
     assert len(words) == len(kinds)
-    scalars: list[float] = []
+    scalars, pointers = list[float](), list[int]()
     for kind, word in zip(kinds, words, strict=True):
         raw = int(word, 16).to_bytes(8, "little")
-        if not kind.startswith("*"):
+        if kind.startswith("*"):
+            pointers.append(int(word, 16))
+        else:
             scalars += struct.unpack({"fp32": "<f4x", "i32": "<i4x", "i64": "<q"}[kind], raw)
-    return name, (int(x), int(y), int(z)), int(threads), early == "1", scalars
+    return name, (int(x), int(y), int(z)), int(threads), early == "1", scalars, pointers
+
+
+def numbered(calls: list[Launch]) -> list[Launch]:
+    """The launches of one operation with its pointers numbered as they first appear: which kernel takes what from which."""
+    seen: dict[int, int] = {}
+    return [(*call[:5], [seen.setdefault(p, len(seen)) for p in call[5]]) for call in calls]
 
 
 def launches(monkeypatch: pytest.MonkeyPatch, held: int, batch: int, tokens: int, capacity: int, width: int, heads: int, kv_heads: int) -> list[Any]:
@@ -126,7 +135,8 @@ def launches(monkeypatch: pytest.MonkeyPatch, held: int, batch: int, tokens: int
         def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
             kinds = [p.type for p in launch.kernel(self.name).params]
             scalars = [float(x) for kind, x in zip(kinds, arguments, strict=True) if not kind.startswith("*")]
-            noted.append((self.name, (*grid, 1, 1)[:3], self.threads, self.early, scalars))
+            pointers = [x.data_ptr() if isinstance(x, torch.Tensor) else int(x) for kind, x in zip(kinds, arguments, strict=True) if kind.startswith("*")]
+            noted.append((self.name, (*grid, 1, 1)[:3], self.threads, self.early, scalars, pointers))
 
     def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str) -> dict[str, Any]:
         return {name: launch.options(name, 90, "fp32" if dtype == torch.float32 else "fp16", variant) for name in names}
@@ -143,7 +153,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, held: int, batch: int, tokens: int
     def floats(*shape: int) -> torch.Tensor:
         return torch.zeros(shape)
 
-    length, x, h = torch.zeros(batch, dtype=torch.int32), half(n, width), half(n, 2 * width)
+    length, x, s, h = torch.zeros(batch, dtype=torch.int32), half(n, width), half(n, width), half(n, 2 * width)
     everything, biases = half(3 * width + 2 * kv, width), (half(width), half(kv), half(kv), half(2 * width))
     tables = (floats(n, d // 2), floats(n, d // 2))
     calls: list[tuple[int, Any, Any]] = [
@@ -151,25 +161,25 @@ def launches(monkeypatch: pytest.MonkeyPatch, held: int, batch: int, tokens: int
         (ph.NORM, sizes(batch, tokens, 1, width), lambda: layer.norm(x, half(width), half(width), 1e-5)),
         (ph.LINEAR_HEADS, sizes(batch, tokens, 1, width, heads, 1, d, width), lambda: layer.linear(x, half(width, width), half(width))),
         (ph.LOGITS, sizes(batch, tokens, 1, width, columns=columns), lambda: layer.linear(x, half(columns, width), None)),
-        (ph.TAIL, sizes(batch, tokens, 1, width), lambda: layer.tail(x, h, half(width, width), half(width), x)),
+        (ph.TAIL, sizes(batch, tokens, 1, width), lambda: layer.tail(s, h, half(width, width), half(width), x)),
         (ph.ENTER, sizes(batch, tokens, 1, width), lambda: layer.norm_enter(x, half(width), half(width), 1e-5, half(2 * width, width), half(2 * width))),
         (ph.PROJECT_GAIN, sizes(batch, tokens, 1, width, heads, kv_heads, d, 3 * width + 2 * kv),
          lambda: layer.project_gain(h, everything, biases, *tables, floats(width), floats(1), 0.999)),
     ]  # fmt: skip
     if tokens == 1:
-        past, row = half(batch, capacity, width), half(batch, 1, width)
-        past_kv, q, k = half(batch, capacity, kv_heads, d), half(batch, 1, heads, d), half(batch, 1, kv_heads, d)
+        past_b, row, f = [half(batch, capacity, width) for _ in range(2)], half(batch, 1, width), half(batch, 1, width)
+        past, q, (k, v) = [half(batch, capacity, kv_heads, d) for _ in range(2)], half(batch, 1, heads, d), [half(batch, 1, kv_heads, d) for _ in range(2)]
         calls += [
-            (ph.FEEDBACK, sizes(batch, 1, capacity, width), lambda: feedback_step.step(row, row, floats(batch, 1), row, past, past, length)),
-            (ph.CAUSAL, sizes(batch, 1, capacity, d, heads, kv_heads), lambda: causal_step.step(q, k, k, past_kv, past_kv, length)),
+            (ph.FEEDBACK, sizes(batch, 1, capacity, width), lambda: feedback_step.step(row, x, floats(batch, 1), f, *past_b, length)),
+            (ph.CAUSAL, sizes(batch, 1, capacity, d, heads, kv_heads), lambda: causal_step.step(q, k, v, *past, length)),
             (ph.MIXER, sizes(batch, 1, capacity, width, heads, kv_heads, d),
-             lambda: mixer_step.step(q[:, 0], k[:, 0], k[:, 0], past_kv, past_kv, half(width, width), half(width), x, floats(batch), past, past, length)),
+             lambda: mixer_step.step(q[:, 0], k[:, 0], v[:, 0], *past, half(width, width), half(width), x, floats(batch), *past_b, length)),
         ]
     found = []
     for op, shape, call in calls:
         noted.clear()
         call()
-        found.append((op, list(shape), list(noted)))
+        found.append((op, list(shape), numbered(noted)))
     return found
 
 
@@ -197,10 +207,12 @@ def test_the_plugin_launches_what_the_python_side_does(
     command = [sys.executable, "-c", RUN, str(ph.HERE), str(library), harness._name, cases]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    found, expected = [read(line) for line in done.stdout.splitlines()], [one for _, _, all_of in wanted for one in all_of]
+    lines = [part.strip().splitlines() for part in done.stdout.split("next\n")]
+    found, expected = [x for part in lines for x in numbered([read(line) for line in part])], [one for _, _, all_of in wanted for one in all_of]
     assert [x[:4] for x in found] == [x[:4] for x in expected]
     for mine, theirs in zip(found, expected, strict=True):
         assert mine[4] == pytest.approx(theirs[4], rel=1e-6), mine[0]
+        assert mine[5] == theirs[5], mine[0]
     if shape[0] == 32:
         partial = [grid for name, grid, *_ in found if name.endswith("step_partial")]
         assert len(partial) == 3 and all(x * y <= held for x, y, _ in partial)
@@ -215,4 +227,5 @@ def test_rows_that_start_early_have_binaries_that_can() -> None:
             waits = bool(kernel.early) and launch.tiles(kernel.name, 90, kernel.dtypes[0], variant)["PDL"]
             assert waits or launch.early(kernel.name, 90, kernel.dtypes[0], variant) == 0
         if kernel.early and {"16", "64", "any"} <= set(kernel.variants):
-            assert all(launch_layer.product_variant(rows) in kernel.early for rows in range(2, kernel.early_rows + 1)), kernel.name
+            found = {launch_layer.product_variant(rows) for rows in range(1, kernel.early_rows + 1)}
+            assert found & set(kernel.variants) <= set(kernel.early), kernel.name
