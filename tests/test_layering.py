@@ -66,7 +66,7 @@ def test_verbs_import_nothing_heavy_before_they_are_called(path: Path) -> None:
 
 def test_only_kernels_import_triton_and_only_lowering_beside_them() -> None:
     users = {path.relative_to(ROOT).as_posix() for path in files("sessa_deploy", "export", "runtime", "plugins") if "triton" in foreign(path)}
-    kernels = tuple(f"sessa_deploy/kernels/{name}" for name in ("feedback", "causal", "fused", "layer", "decode_io", "schedule"))
+    kernels = tuple(f"sessa_deploy/kernels/{name}" for name in ("feedback", "causal", "fused", "layer", "mixer", "decode_io", "schedule"))
     assert all(name.startswith(kernels) or name == "plugins/lower.py" for name in users), users
 
 

@@ -124,14 +124,15 @@ def test_later_minors_are_served_where_they_are_pinned_alike(monkeypatch: pytest
 
 
 def test_early_starts_are_for_gpus_that_know_them() -> None:
-    """A GPU before sm_90 has no griddepcontrol; where there is one, the kernels of a decode step ask for it, but not a product of many rows."""
+    """A GPU before sm_90 has no griddepcontrol; where there is one, a decode step's kernels ask for it, but no product of more than 64 rows."""
     early = [k for k in launch.KERNELS.values() if k.early]
     assert {k.name for k in early} == {k.name for k in launch.KERNELS.values() if "PDL" in k.constexprs}
-    assert {k.name for k in early} == {n for n in launch.KERNELS if n.startswith(("feedback_step", "causal_step", "layer_"))}
+    assert {k.name for k in early} == {n for n in launch.KERNELS if n.startswith(("feedback_step", "causal_step", "mixer_step", "layer_"))}
     for k in early:
         for variant in k.variants:
             may = variant in k.early
-            assert may or variant in ("64", "any")
+            assert may or variant == "any"
+            assert launch.early(k.name, 90, k.dtypes[0], variant) == (k.early_rows if may else 0) and launch.early(k.name, 80, k.dtypes[0], variant) == 0
             assert [launch.tiles(k.name, arch, k.dtypes[0], variant)["PDL"] for arch in launch.ARCHS] == [False] * 4 + [may] * 3
 
 
