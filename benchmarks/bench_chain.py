@@ -1,6 +1,6 @@
 """A decode step as an engine runs it, from the plugin's kernels alone in one CUDA graph: no TensorRT is needed to see what a kernel costs or a change gives.
 
-    python benchmarks/bench_chain.py [--layers 24] [--points decode small ragged batch] [--plain] [--json FILE]
+    python benchmarks/bench_chain.py [--layers 24] [--points decode small ragged batch] [--plain] [--separate] [--json FILE]
 
 Prints milliseconds a step (replays one by one, and back to back), the share of the bandwidth floor (weights and valid cache rows once, at the bandwidth of
 a long copy), and what each kernel takes by PyTorch's profiler (of kernels that start early it counts their waiting too: --plain tells). float16, random
@@ -122,10 +122,11 @@ def main() -> None:
     for name, value in (("--width", 1024), ("--layers", 24), ("--heads", 16), ("--vocabulary", 50304)):
         parser.add_argument(name, type=int, default=value)
     parser.add_argument("--plain", action="store_true", help="let no kernel start early")
+    parser.add_argument("--separate", action="store_true", help="attentions and output projection as kernels of their own, as where there is no SessaMixer")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     config = SessaConfig(d_model=args.width, n_layers=args.layers, n_heads=args.heads, vocab_size=args.vocabulary)
-    chain, results, copy = Chain(config), [], copy_bandwidth()
+    chain, results, copy = Chain(config, separate=args.separate), [], copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy bandwidth {copy:.0f} GB/s", flush=True)
     for name in args.points:
         row = measure(chain, name, copy, args.plain)

@@ -94,7 +94,7 @@ class StepCase:
 
     def launches(self, partial: Tiles, combine: Tiles) -> list[Callable[[], None]]:
         rows = partial["BLOCK_R"] * partial["TILES"]
-        splits = causal_step.splits_of(self.capacity, rows, combine["BLOCK_S"])
+        splits = launch.step_splits(self.capacity, rows, combine["BLOCK_S"])
         part = torch.empty(self.batch * self.heads * splits * self.width, device="cuda")
         stat = torch.empty(self.batch * self.heads * splits * 2, device="cuda")
         scale, group, units = self.width**-0.5 * causal_step.LOG2E, self.heads // self.kv_heads, self.width // 8

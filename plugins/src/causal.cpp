@@ -18,21 +18,7 @@ enum Input : int32_t
 
 constexpr int64_t kMultiple = 8; // launch_causal.MULTIPLE: widths and strides are passed in these units
 constexpr int64_t kMaxWidth = 256;
-constexpr int64_t kWidths[] = {64, 128, kMaxWidth}; // launch_causal.HEAD_WIDTHS
-constexpr int64_t kGroup = 4;                       // launch_causal.GROUP
 constexpr int64_t kMaxHeads = 65535;
-
-// launch_causal.head_variant
-std::string variant(int64_t width, int64_t group)
-{
-    auto const* const padded = std::find_if(std::begin(kWidths), std::end(kWidths), [&](int64_t w) { return width <= w; });
-    return padded == std::end(kWidths) ? "" : std::to_string(*padded) + (group == 1 ? "" : "x" + std::to_string(kGroup));
-}
-
-float scaleLog2(Problem const& p)
-{
-    return static_cast<float>(scaleOf(p) * kLog2E);
-}
 
 // Batch and row stride of both pasts.
 void addStrides(Problem const& p, Arguments& a)
@@ -46,7 +32,7 @@ struct Step final : Plan
     bool find(Problem const& p, int32_t arch) override
     {
         char const* dtype = dtypeName(p.storage);
-        partial = findCubin("causal_step_partial", arch, dtype, variant(p.width, p.heads / p.kvHeads).c_str());
+        partial = findCubin("causal_step_partial", arch, dtype, headVariant(p.width, p.heads / p.kvHeads).c_str());
         combine = findCubin("causal_step_combine", arch, dtype, "any");
         return partial != nullptr && combine != nullptr;
     }
@@ -54,7 +40,7 @@ struct Step final : Plan
     void layout(Problem const& p, Arena& arena, bool) override
     {
         rows = partial->tile("BLOCK_R") * partial->tile("TILES");
-        splits = std::max<int64_t>(1, std::min<int64_t>(combine->tile("BLOCK_S"), ceilDiv(p.capacity, rows)));
+        splits = stepSplits(p.capacity, rows, combine->tile("BLOCK_S"));
         part = arena.take(4 * p.batch * p.heads * splits * p.width);
         stat = arena.take(8 * p.batch * p.heads * splits);
     }
@@ -72,7 +58,7 @@ struct Step final : Plan
         Arguments first;
         first.add(t.in[kQ]).add(t.in[kK]).add(t.in[kV]).add(t.in[kPastK]).add(t.in[kPastV]).add(t.in[kPastLength]).add(part).add(stat);
         addStrides(p, first);
-        first.add(i32(p.batch)).add(i32(splits)).add(i32(p.capacity)).add(i32(p.kvHeads)).add(i32(group)).add(units).add(scaleLog2(p));
+        first.add(i32(p.batch)).add(i32(splits)).add(i32(p.capacity)).add(i32(p.kvHeads)).add(i32(group)).add(units).add(scaleLog2(p.width, p.scale));
         Arguments second;
         second.add(part).add(stat).add(t.in[kPastLength]).add(t.out);
         second.add(i32(p.capacity)).add(i32(splits)).add(i32(rows)).add(units);
@@ -92,7 +78,7 @@ struct Prefill final : Plan
 {
     bool find(Problem const& p, int32_t arch) override
     {
-        kernel = findCubin("causal_prefill", arch, dtypeName(p.storage), variant(p.width, 1).c_str());
+        kernel = findCubin("causal_prefill", arch, dtypeName(p.storage), headVariant(p.width, 1).c_str());
         return kernel != nullptr;
     }
 
@@ -108,7 +94,7 @@ struct Prefill final : Plan
         Arguments a;
         a.add(t.in[kQ]).add(t.in[kK]).add(t.in[kV]).add(t.in[kPastK]).add(t.in[kPastV]).add(t.in[kPastLength]).add(t.out);
         addStrides(p, a);
-        a.add(i32(p.tokens)).add(i32(p.capacity)).add(i32(p.heads / p.kvHeads)).add(i32(p.width / kMultiple)).add(scaleLog2(p));
+        a.add(i32(p.tokens)).add(i32(p.capacity)).add(i32(p.heads / p.kvHeads)).add(i32(p.width / kMultiple)).add(scaleLog2(p.width, p.scale));
         return launch(*kernel, {ceilDiv(p.tokens, kernel->tile("BM")), p.heads, p.batch}, a, stream, error);
     }
 
@@ -133,7 +119,7 @@ Plan* planCausal(Problem const& p)
 std::vector<Problem> everyCausal(Storage storage)
 {
     std::vector<Problem> all;
-    for (int64_t const width : kWidths)
+    for (int64_t const width : kHeadWidths)
     {
         for (int64_t const heads : {int64_t{1}, kGroup})
         {

@@ -19,7 +19,6 @@ enum Input : int32_t
 
 constexpr int64_t kMultiple = 16;
 constexpr int64_t kMaxWidth = 4096;
-constexpr int64_t kMaxSplits = 256;               // launch.STEP_MAX_SPLITS
 constexpr int64_t kWide = 1024;                   // launch.WIDE
 constexpr int64_t kPanelBytes = int64_t{1} << 30; // feedback_fwd.PANEL_BYTES
 
@@ -36,7 +35,7 @@ struct Step final : Plan
     void layout(Problem const& p, Arena& arena, bool) override
     {
         rows = partial->tile("BLOCK_R") * partial->tile("TILES");
-        splits = std::max<int64_t>(1, std::min(kMaxSplits, ceilDiv(p.capacity, rows)));
+        splits = stepSplits(p.capacity, rows);
         part = arena.take(4 * p.batch * splits * p.width);
         stat = arena.take(8 * p.batch * splits);
     }
@@ -53,7 +52,7 @@ struct Step final : Plan
         int64_t const stride = p.capacity * p.width;
         Arguments first;
         first.add(t.in[kQ]).add(t.in[kPastK]).add(t.in[kPastS]).add(t.in[kPastLength]).add(part).add(stat);
-        first.add(stride).add(width).add(stride).add(width).add(i32(p.batch)).add(i32(splits)).add(capacity).add(width).add(static_cast<float>(scaleOf(p) * kLog2E));
+        first.add(stride).add(width).add(stride).add(width).add(i32(p.batch)).add(i32(splits)).add(capacity).add(width).add(scaleLog2(p.width, p.scale));
         Arguments second;
         second.add(part).add(stat).add(t.in[kPastLength]).add(t.in[kGamma]).add(t.in[kF]).add(t.out);
         second.add(capacity).add(static_cast<int32_t>(splits)).add(i32(rows)).add(width);
@@ -154,7 +153,7 @@ struct Forward final : Plan
             Arguments a;
             a.add(t.in[kQ]).add(t.in[kK]).add(pastTiles > 0 ? t.in[kPastK] : t.in[kK]).add(t.in[kPastLength]).add(lse).add(sync).add(e).add(peak).add(total).add(sync);
             a.add(i32(p.tokens)).add(i32(p.capacity)).add(i32(p.width)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles));
-            a.add(i32(row0)).add(i32(panel > 0 ? 0 : syncs)).add(static_cast<float>(scaleOf(p)));
+            a.add(i32(row0)).add(i32(panel > 0 ? 0 : syncs)).add(static_cast<float>(scaleOf(p.width, p.scale)));
             Arguments b;
             b.add(e).add(peak).add(total).add(t.in[kGamma]).add(t.in[kPastLength]).add(rowPeak).add(gain).add(lse).add(x).add(inverse).add(inverseLow);
             b.add(near).add(nearLow).add(nearScale).add(i32(p.tokens)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles)).add(i32(row0));

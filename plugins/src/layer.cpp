@@ -15,6 +15,11 @@ constexpr int64_t kSingle = 32;                   // layer.SINGLE
 constexpr float kEps = 1e-5F;
 constexpr float kGammaMax = 0.999F;
 
+float epsOf(Problem const& p)
+{
+    return p.scale != 0.0F ? p.scale : kEps;
+}
+
 // One kernel, no workspace.
 struct Single : Plan
 {
@@ -100,7 +105,7 @@ struct Norm final : Row
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         Arguments a;
-        a.add(t.in[0]).add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(i32(p.width)).add(p.scale != 0.0F ? p.scale : kEps);
+        a.add(t.in[0]).add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(i32(p.width)).add(epsOf(p));
         return launch(*kernel, {rowsOf(p), 1, 1}, a, stream, error, rowsOf(p));
     }
 };
@@ -176,17 +181,16 @@ struct Enter final : Plan
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         auto const width = i32(p.width);
-        float const eps = p.scale != 0.0F ? p.scale : kEps;
         int64_t const rows = rowsOf(p);
         int64_t const tiles = ceilDiv(p.doubleWidth, product->tile("BN"));
         Arguments first; // x and the norm's weights, and for one row all there is
         first.add(t.in[0]).add(t.in[1]).add(t.in[2]);
         if (product == norm)
         {
-            first.add(t.in[3]).add(t.in[4]).add(t.outs[0]).add(width).add(eps);
+            first.add(t.in[3]).add(t.in[4]).add(t.outs[0]).add(width).add(epsOf(p));
             return launch(*norm, {tiles, 1, 1}, first, stream, error, rows);
         }
-        first.add(normal).add(width).add(eps);
+        first.add(normal).add(width).add(epsOf(p));
         Arguments second;
         second.add(normal).add(t.in[3]).add(t.in[4]).add(t.outs[0]).add(i32(rows)).add(width);
         return launch(*norm, {rows, 1, 1}, first, stream, error, rows)

@@ -1,7 +1,6 @@
 // A layer's mixer: causal attention o, f = o weight^T + bias, and s = f + gamma * feedback attention's sum. Its decode step is mixer_step.py's.
 #include "plan.h"
 
-#include <iterator>
 #include <memory>
 
 namespace sessa
@@ -28,21 +27,13 @@ enum Input : int32_t
 
 constexpr int64_t kMultiple = 16;
 constexpr int64_t kHeadMultiple = 8;              // launch_causal.MULTIPLE
-constexpr int64_t kGroup = 4;                     // launch_causal.GROUP
+constexpr int64_t kMaxHead = 128;                 // launch_mixer.HEADS
 constexpr int64_t kWidths[] = {1024, 2048, 4096}; // launch_mixer.WIDTHS
-constexpr int64_t kHeads[] = {64, 128};           // launch_mixer.HEADS
-constexpr int64_t kMaxSplits = 256;               // launch.STEP_MAX_SPLITS
 
-// launch_mixer.mixer_variant; empty beyond the largest.
+// launch_mixer.mixer_variant
 std::string variant(Problem const& p)
 {
-    auto const* const width = std::find_if(std::begin(kWidths), std::end(kWidths), [&](int64_t w) { return p.width <= w; });
-    auto const* const head = std::find_if(std::begin(kHeads), std::end(kHeads), [&](int64_t h) { return p.headWidth <= h; });
-    if (width == std::end(kWidths) || head == std::end(kHeads))
-    {
-        return "";
-    }
-    return std::to_string(*width) + "." + std::to_string(*head) + (p.heads == p.kvHeads ? "" : "x" + std::to_string(kGroup));
+    return covering(kWidths, p.width) + "." + headVariant(p.headWidth, p.heads / p.kvHeads);
 }
 
 struct Step final : Plan
@@ -65,8 +56,8 @@ struct Step final : Plan
     {
         rowsF = partial->tile("ROWS_F") * partial->tile("TILES_F");
         rowsB = partial->tile("ROWS_B") * partial->tile("TILES_B");
-        splitsF = std::max<int64_t>(1, std::min<int64_t>(combine->tile("BLOCK_F"), ceilDiv(p.capacity, rowsF)));
-        splitsB = std::max<int64_t>(1, std::min(kMaxSplits, ceilDiv(p.capacity, rowsB)));
+        splitsF = stepSplits(p.capacity, rowsF, combine->tile("BLOCK_F"));
+        splitsB = stepSplits(p.capacity, rowsB);
         partF = arena.take(4 * p.batch * p.width * splitsF);
         statF = arena.take(8 * p.batch * p.heads * splitsF);
         partB = arena.take(4 * p.batch * p.width * splitsB);
@@ -89,7 +80,7 @@ struct Step final : Plan
             first.add(t.in[i]);
         }
         first.add(partF).add(statF).add(partB).add(statB).add(i32(p.batch)).add(i32(splitsF)).add(i32(splitsB)).add(i32(p.capacity)).add(i32(p.kvHeads));
-        first.add(i32(group)).add(units).add(i32(p.width)).add(scale(p.headWidth)).add(scale(p.width)).add(i32(programsF));
+        first.add(i32(group)).add(units).add(i32(p.width)).add(scaleLog2(p.headWidth, 0.0F)).add(scaleLog2(p.width, 0.0F)).add(i32(programsF));
         Arguments second;
         second.add(partF).add(statF).add(partB).add(statB).add(t.in[kPastLength]).add(t.in[kGamma]).add(o).add(add).add(i32(p.capacity));
         second.add(i32(splitsF)).add(i32(rowsF)).add(i32(splitsB)).add(i32(rowsB)).add(i32(p.heads)).add(units).add(i32(p.width));
@@ -102,15 +93,10 @@ struct Step final : Plan
             && launch(*out, {tiles, 1, 1}, third, stream, error, p.batch);
     }
 
-    static float scale(int64_t width)
-    {
-        return static_cast<float>(kLog2E / std::sqrt(static_cast<double>(width)));
-    }
-
     // launch_mixer.shares: programs for causal and for feedback attention.
     void share(Problem const& p, int64_t blocks, int64_t& programsF, int64_t& programsB) const
     {
-        int64_t const held = residentOr(*partial, kStepPrograms);
+        int64_t const held = heldPrograms(*partial);
         int64_t const piecesF = p.batch * splitsF;
         int64_t const piecesB = p.batch * splitsB;
         programsF = piecesF * blocks;
@@ -218,7 +204,7 @@ bool checkMixer(Problem const& p, std::string& error)
     {
         return refuse(error, "width D", std::to_string(p.width), "a multiple of 16 up to 4096");
     }
-    if (p.headWidth < kHeadMultiple || p.headWidth > kHeads[1] || p.headWidth % kHeadMultiple != 0)
+    if (p.headWidth < kHeadMultiple || p.headWidth > kMaxHead || p.headWidth % kHeadMultiple != 0)
     {
         return refuse(error, "head width d", std::to_string(p.headWidth), "a multiple of 8 up to 128");
     }
@@ -245,7 +231,7 @@ std::vector<Problem> everyMixer(Storage storage)
     p.capacity = 1;
     for (int64_t const width : kWidths)
     {
-        for (int64_t const head : kHeads)
+        for (int64_t const head : {int64_t{64}, kMaxHead})
         {
             for (int64_t const group : {int64_t{1}, kGroup})
             {

@@ -16,7 +16,12 @@ namespace sessa
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kStepPrograms = 2112; // launch.STEP_PROGRAMS, where the driver does not say what the device holds
-constexpr int64_t kRows[] = {1, 16, 64};  // launch_layer.ROWS
+constexpr int64_t kStepMaxSplits = 256; // launch.STEP_MAX_SPLITS
+
+// Keys of the launch tables: launch_layer.ROWS, launch_causal.HEAD_WIDTHS and GROUP.
+constexpr int64_t kRows[] = {1, 16, 64};
+constexpr int64_t kHeadWidths[] = {64, 128, 256};
+constexpr int64_t kGroup = 4;
 
 inline int64_t ceilDiv(int64_t a, int64_t b)
 {
@@ -33,9 +38,16 @@ inline char const* dtypeName(Storage storage)
     return storage == Storage::kFloat ? "fp32" : storage == Storage::kHalf ? "fp16" : "bf16";
 }
 
-inline double scaleOf(Problem const& p)
+// Factor of the scores; scale 0: width^-1/2.
+inline double scaleOf(int64_t width, float scale)
 {
-    return p.scale != 0.0F ? static_cast<double>(p.scale) : 1.0 / std::sqrt(static_cast<double>(p.width));
+    return scale != 0.0F ? static_cast<double>(scale) : 1.0 / std::sqrt(static_cast<double>(width));
+}
+
+// The same for exp2.
+inline float scaleLog2(int64_t width, float scale)
+{
+    return static_cast<float>(scaleOf(width, scale) * kLog2E);
 }
 
 inline int64_t storageBytes(Problem const& p)
@@ -48,23 +60,43 @@ inline int64_t rowsOf(Problem const& p)
     return p.batch * p.tokens;
 }
 
+// The first of ascending `sizes` that covers `value`, as a variant's key; `beyond` where none does.
+template <size_t N>
+std::string covering(int64_t const (&sizes)[N], int64_t value, char const* beyond = "")
+{
+    auto const* const found = std::find_if(std::begin(sizes), std::end(sizes), [&](int64_t s) { return value <= s; });
+    return found == std::end(sizes) ? beyond : std::to_string(*found);
+}
+
 // launch_layer.product_variant
 inline std::string productVariant(int64_t rows)
 {
-    auto const* const small = std::find_if(std::begin(kRows), std::end(kRows), [&](int64_t r) { return rows <= r; });
-    return small == std::end(kRows) ? "any" : std::to_string(*small);
+    return covering(kRows, rows, "any");
 }
 
-inline int64_t residentOr(Cubin const& partial, int64_t otherwise)
+// launch_causal.head_variant; group: query heads of one key/value head.
+inline std::string headVariant(int64_t width, int64_t group)
+{
+    return covering(kHeadWidths, width) + (group == 1 ? "" : "x" + std::to_string(kGroup));
+}
+
+// launch.step_splits
+inline int64_t stepSplits(int64_t capacity, int64_t rows, int64_t most = kStepMaxSplits)
+{
+    return std::max<int64_t>(1, std::min(most, ceilDiv(capacity, rows)));
+}
+
+// Programs of a step's kernel that the device holds at once.
+inline int64_t heldPrograms(Cubin const& partial)
 {
     int64_t const held = residentPrograms(partial);
-    return held > 0 ? held : otherwise;
+    return held > 0 ? held : kStepPrograms;
 }
 
 // launch.step_programs: programs that share `pieces` splits of a batch in each of `blocks` blocks of heads.
 inline int64_t stepPrograms(Cubin const& partial, int64_t pieces, int64_t blocks)
 {
-    return std::min(pieces, std::max<int64_t>(1, residentOr(partial, kStepPrograms) / blocks));
+    return std::min(pieces, std::max<int64_t>(1, heldPrograms(partial) / blocks));
 }
 
 inline bool refuse(std::string& error, std::string const& what, std::string const& got, std::string const& allowed)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.launch_causal import MULTIPLE, head_variant
-from sessa_deploy.kernels.schedule import add_splits, begin, locate, pieces, rows_each, seat
+from sessa_deploy.kernels.schedule import add_splits, begin, locate, pieces, rows_each, seat, splits_used
 
 LOG2E = 1.4426950408889634
 
@@ -166,7 +166,7 @@ def causal_step_combine(part, stat, past_length, out, capacity, splits, rows, un
     i_b = tl.program_id(2)
     width = units * 8
     length = tl.minimum(tl.load(past_length + i_b), capacity)
-    used = tl.maximum(tl.cdiv(length, rows_each(length, splits, rows)), 1)
+    used = tl.maximum(splits_used(length, splits, rows), 1)
     i_q = i_b.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < width
@@ -185,11 +185,6 @@ def strides(x: Tensor) -> tuple[int, int]:
     return x.stride(0) // MULTIPLE, x.stride(1) // MULTIPLE
 
 
-def splits_of(capacity: int, rows: int, most: int) -> int:
-    """Splits that a past of `capacity` rows may have, of `rows` at least. Nothing else decides."""
-    return max(1, min(most, -(-capacity // rows)))
-
-
 def step(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor) -> Tensor:
     """One decode step of causal attention on a GPU: o (B,1,Hq,d) over past rows j < past_length[b] and the new row.
 
@@ -205,7 +200,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_l
     partial = pinned(("causal_step_partial",), device, dtype, head_variant(width, group))["causal_step_partial"]
     combine = pinned(("causal_step_combine",), device, dtype, "any")["causal_step_combine"]
     rows = partial["BLOCK_R"] * partial["TILES"]
-    splits = splits_of(capacity, rows, combine["BLOCK_S"])
+    splits = launch.step_splits(capacity, rows, combine["BLOCK_S"])
     q, k, v, past_length = aligned(q), aligned(k), aligned(v), past_length.to(torch.int32).contiguous()
     past_k, past_v = in_place(past_k), in_place(past_v)
     parts = batch * q_heads * splits

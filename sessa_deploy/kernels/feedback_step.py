@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import DTYPE_NAMES, address, aligned, launcher, pinned, workspace
-from sessa_deploy.kernels.schedule import add_splits, begin, locate, pieces, rows_each, seat
+from sessa_deploy.kernels.schedule import add_splits, begin, locate, pieces, rows_each, seat, splits_used
 
 LOG2E = 1.4426950408889634
 
@@ -120,7 +120,7 @@ def feedback_step_combine(
     i_d = tl.program_id(1)
     i_b = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.load(past_length + i_b), capacity)
-    used = tl.cdiv(length, rows_each(length, splits, rows))
+    used = splits_used(length, splits, rows)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < width
     b_f, b_gamma = tl.load(f + i_b * width + o_d, mask=m_d, other=0.0), tl.load(gamma + i_b)

@@ -142,9 +142,9 @@ def width_variant(name: str, width: int) -> str:
 STEP_MAX_SPLITS = 256
 
 
-def step_splits(capacity: int, rows: int) -> int:
+def step_splits(capacity: int, rows: int, most: int = STEP_MAX_SPLITS) -> int:
     """Splits that a past of `capacity` rows may have, of `rows` at least."""
-    return max(1, min(STEP_MAX_SPLITS, -(-capacity // rows)))
+    return max(1, min(most, -(-capacity // rows)))
 
 
 STEP_PROGRAMS = 2112  # where the device does not say how many programs it holds

@@ -8,6 +8,7 @@ _MODULE = "sessa_deploy.kernels.layer"
 WIDTHS = (1024, 2048, 4096)  # a row is padded to the next of these
 ROWS = (1, 16, 64)  # rows (B T) up to which a product takes small tiles; beyond the last: "any"
 _TILES = ("BM", "BN", "BK", "KS", "AHEAD", "PDL")
+_WIDTHS = tuple(map(str, WIDTHS))
 _HALF = ("fp16", "bf16")  # a float32 engine keeps TensorRT's own layers
 _PRODUCTS = (*(str(r) for r in ROWS), "any")
 _FEW = _PRODUCTS[:-1]  # short enough to gain from an early start
@@ -20,10 +21,10 @@ LAYER_KERNELS: dict[str, Kernel] = {
         Kernel("layer_rotary", _MODULE, (Param("past_length", "*i32"), *pointers("limbs", "cos", "sin", type="*fp32"), *integers("tokens", "pairs")),
                ("BD", "PDL"), ("any",), dtypes=("fp32",), scalar_loads=16, wide=False, early=("any",), early_rows=_EARLY_ROWS),
         Kernel("layer_norm", _MODULE, (*pointers("x", "weight", "bias", "out"), Param("width", "i32", True), Param("eps", "fp32")),
-               ("BD", "PDL"), tuple(map(str, WIDTHS)), dtypes=_HALF, early=tuple(map(str, WIDTHS)), early_rows=_EARLY_ROWS),
+               ("BD", "PDL"), _WIDTHS, dtypes=_HALF, early=_WIDTHS, early_rows=_EARLY_ROWS),
         Kernel("layer_norm_enter", _MODULE,
                (*pointers("x", "norm_weight", "norm_bias", "weight", "bias", "out"), Param("depth", "i32", True), Param("eps", "fp32")),
-               ("BN", "BK", "PDL"), tuple(map(str, WIDTHS)), dtypes=_HALF, scalar_loads=16, early=tuple(map(str, WIDTHS))),
+               ("BN", "BK", "PDL"), _WIDTHS, dtypes=_HALF, scalar_loads=16, early=_WIDTHS),
         Kernel("layer_linear", _MODULE, (*pointers("x", "weight", "bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS, dtypes=_HALF,
                scalar_loads=8, early=_FEW, early_rows=1),
         Kernel("layer_logits", _MODULE, (*pointers("x", "weight"), *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,

@@ -6,6 +6,8 @@ the store. What surrounds a product is done on its way: the rotary turn of q and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.feedback_launch import address, launcher, pinned
 from sessa_deploy.kernels.fused_kernels import tanh, turn
 from sessa_deploy.kernels.launch_layer import product_variant
-from sessa_deploy.kernels.layer_product import ahead, bias_of, place, product, put, with_bias
+from sessa_deploy.kernels.layer_product import ahead, bias_of, place, product, put, tile_of, with_bias
 from sessa_deploy.kernels.schedule import begin
 
 SINGLE = tl.constexpr(32)  # rows of a tile up to which a gain's row has a program of its own (layer.cpp, kSingle)
@@ -68,9 +70,7 @@ def layer_linear(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, columns) = x weight^T + bias."""
-    i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(columns, BN), BM)
-    row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
-    m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
+    row, column, m_m, m_n = tile_of(rows, columns, BM, BN)
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
     b_bias = bias_of(bias + column, m_n, BN)
     begin(PDL)
@@ -91,9 +91,9 @@ def _half_gelu(b_y, first, depth, kind: tl.constexpr, BN: tl.constexpr):
 def layer_norm_enter(x, norm_weight, norm_bias, weight, bias, out, depth, eps, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (ceil(2D / BN),), BK >= D: `layer_norm` and `layer_enter` of one row, which every program normalises for itself."""
     column = (tl.program_id(0) * BN).to(tl.int64)
-    o_n, o_k = tl.arange(0, BN), tl.arange(0, BK)
-    m_n, m_k = o_n < 2 * depth - tl.program_id(0) * BN, o_k < depth
-    b_w = tl.load(weight + column * depth + o_n[:, None] * depth + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
+    o_k = tl.arange(0, BK)
+    m_n, m_k = tl.arange(0, BN) < 2 * depth - tl.program_id(0) * BN, o_k < depth
+    b_w = ahead(weight + column * depth, m_n, depth, 1, BN, BK, 1)
     b_bias = bias_of(bias + column, m_n, BN)
     b_scale, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
     begin(PDL)
@@ -116,8 +116,7 @@ def layer_enter(
     b_bias = bias_of(bias + column, m_n, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    b_y = with_bias(b_y, b_bias)
-    b_y = _half_gelu(b_y, i_n * BN, depth, out.dtype.element_ty, BN)
+    b_y = _half_gelu(with_bias(b_y, b_bias), i_n * BN, depth, out.dtype.element_ty, BN)
     put(out + row * (2 * depth) + column, b_y, m_m, m_n, 2 * depth, BM, BN)
 
 
@@ -127,13 +126,35 @@ def layer_logits(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, columns) float32 = x weight^T, not rounded."""
-    i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(columns, BN), BM)
-    row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
-    m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
+    row, column, m_m, m_n = tile_of(rows, columns, BM, BN)
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
     put(out + row * columns + column, b_y, m_m, m_n, columns, BM, BN)
+
+
+@triton.jit
+def _square(
+    x, h, weight, bias, add, rows, depth,
+    GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of x weight^T + bias, weight (D,D), D = depth, that of add (rows, D), its first row and column, and masks.
+
+    GATED: of (x * g) weight^T + bias, g the right half of h (rows, 2D).
+    """
+    row, column, m_m, m_n = tile_of(rows, depth, BM, BN)
+    o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
+    b_bias = bias_of(bias + column, m_n, BN)
+    begin(PDL)
+    if BM * BN <= HELD:
+        b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
+    b_y = product(
+        x + row * depth, h + row * (2 * depth) + depth, weight + column * depth, b_w, m_m, m_n, depth, depth, 2 * depth, GATED, BM, BN, BK, KS, AHEAD
+    )  # fmt: skip
+    if BM * BN > HELD:
+        b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
+    return with_bias(b_y, b_bias), b_add, row, column, m_m, m_n
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_out"))
@@ -142,19 +163,8 @@ def layer_out(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, D) = (x weight^T + bias), rounded, + add (rows, D) float32."""
-    i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(depth, BN), BM)
-    row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
-    m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < depth - i_n * BN
-    o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
-    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
-    b_bias = bias_of(bias + column, m_n, BN)
-    begin(PDL)
-    if BM * BN <= HELD:
-        b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
-    b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    if BM * BN > HELD:
-        b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
-    put(out + row * depth + column, with_bias(b_y, b_bias).to(out.dtype.element_ty).to(tl.float32) + b_add, m_m, m_n, depth, BM, BN)
+    b_y, b_add, row, column, m_m, m_n = _square(x, x, weight, bias, add, rows, depth, False, BM, BN, BK, KS, AHEAD, PDL)
+    put(out + row * depth + column, b_y.to(out.dtype.element_ty).to(tl.float32) + b_add, m_m, m_n, depth, BM, BN)
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("layer_tail"))
@@ -163,21 +173,8 @@ def layer_tail(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out = x + (s * g) weight^T + bias, g the right half of h (rows, 2D)."""
-    i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(depth, BN), BM)
-    row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
-    m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < depth - i_n * BN
-    o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
-    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
-    b_bias = bias_of(bias + column, m_n, BN)
-    begin(PDL)
-    if BM * BN <= HELD:
-        b_x = tl.load(x + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
-    b_y = product(
-        s + row * depth, h + row * (2 * depth) + depth, weight + column * depth, b_w, m_m, m_n, depth, depth, 2 * depth, True, BM, BN, BK, KS, AHEAD
-    )  # fmt: skip
-    if BM * BN > HELD:
-        b_x = tl.load(x + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
-    put(out + row * depth + column, with_bias(b_y, b_bias) + b_x.to(tl.float32), m_m, m_n, depth, BM, BN)
+    b_y, b_x, row, column, m_m, m_n = _square(s, h, weight, bias, x, rows, depth, True, BM, BN, BK, KS, AHEAD, PDL)
+    put(out + row * depth + column, b_y + b_x.to(tl.float32), m_m, m_n, depth, BM, BN)
 
 
 @triton.jit
@@ -269,9 +266,12 @@ def _run(kernel: str, fn: object, variant: str, grid: tuple[int, ...], device: t
     launcher(fn, device, dtype, options)(grid, *(address(x) if isinstance(x, Tensor) else x for x in arguments))
 
 
-def tiles_of(kernel: str, rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
-    """The pinned tiles of a product for so many rows."""
-    return pinned((kernel,), device, dtype, product_variant(rows))[kernel]
+def _run_product(fn: Any, x: Tensor, columns: int, *arguments: Tensor | int, variant: str | None = None) -> None:
+    """A product's kernel over all tiles of (rows of x, columns); variant None: the one for so many rows."""
+    name, variant = fn.__name__, variant or product_variant(x.shape[0])
+    tiles = pinned((name,), x.device, x.dtype, variant)[name]
+    grid = (triton.cdiv(x.shape[0], tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
+    _run(name, fn, variant, grid, x.device, x.dtype, *arguments)
 
 
 def gain_programs(rows: int, tile: int) -> int:
@@ -297,43 +297,35 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (rows, K) weight (N, K)^T + bias (N,) in the storage type; without a bias the logits, float32."""
-    (rows, depth), columns, kernel = x.shape, weight.shape[0], "layer_linear" if bias is not None else "layer_logits"
-    tiles = tiles_of(kernel, rows, x.device, x.dtype)
-    grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
+    (rows, depth), columns = x.shape, weight.shape[0]
     out = torch.empty(rows, columns, dtype=x.dtype if bias is not None else torch.float32, device=x.device)
     between = () if bias is None else (bias,)
-    _run(kernel, layer_logits if bias is None else layer_linear, product_variant(rows), grid, x.device, x.dtype, x, weight, *between, out, rows, depth, columns)
+    _run_product(layer_logits if bias is None else layer_linear, x, columns, x, weight, *between, out, rows, depth, columns)
     return out
 
 
 def out_add(x: Tensor, weight: Tensor, bias: Tensor, add: Tensor) -> Tensor:
     """x (rows, D) weight (D, D)^T + bias (D,), rounded, plus add (rows, D) float32."""
     rows, depth = x.shape
-    tiles = tiles_of("layer_out", rows, x.device, x.dtype)
     out = torch.empty_like(x)
-    grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(depth, tiles["BN"]),)
-    _run("layer_out", layer_out, product_variant(rows), grid, x.device, x.dtype, x, weight, bias, add, out, rows, depth)
+    _run_product(layer_out, x, depth, x, weight, bias, add, out, rows, depth)
     return out
 
 
 def tail(s: Tensor, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     """x + (s * g) weight^T + bias for s, x (rows, D), g the right half of h (rows, 2D)."""
     rows, depth = s.shape
-    tiles = tiles_of("layer_tail", rows, s.device, s.dtype)
     out = torch.empty_like(x)
-    grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(depth, tiles["BN"]),)
-    _run("layer_tail", layer_tail, product_variant(rows), grid, s.device, s.dtype, s, h, weight, bias, x, out, rows, depth)
+    _run_product(layer_tail, s, depth, s, h, weight, bias, x, out, rows, depth)
     return out
 
 
 def enter(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (rows, D) weight (2D, D)^T + bias (2D,) with GELU on its left half."""
     rows, depth = x.shape
-    variant = product_variant(max(rows, 2))  # one row has no variant: see `norm_enter`
-    tiles = pinned(("layer_enter",), x.device, x.dtype, variant)["layer_enter"]
     out = torch.empty(rows, 2 * depth, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(2 * depth, tiles["BN"]),)
-    _run("layer_enter", layer_enter, variant, grid, x.device, x.dtype, x, weight, bias, out, rows, depth)
+    few = product_variant(max(rows, 2))  # one row has no variant: see `norm_enter`
+    _run_product(layer_enter, x, 2 * depth, x, weight, bias, out, rows, depth, variant=few)
     return out
 
 
@@ -357,10 +349,11 @@ def project_gain(
     biases of q, k, v and both feedback halves; cos, sin (rows, d / 2), gain (D,), gain_bias (1,) float32.
     """
     rows, depth = h.shape[0], h.shape[1] // 2
-    kv, tiles = biases[1].numel(), tiles_of("layer_project_gain", rows, h.device, h.dtype)
+    kv, variant = biases[1].numel(), product_variant(rows)
+    tiles = pinned(("layer_project_gain",), h.device, h.dtype, variant)["layer_project_gain"]
     out = [torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in (depth, kv, kv, depth, depth)]
     out.append(torch.empty(rows, dtype=torch.float32, device=h.device))
     grid = (gain_programs(rows, tiles["BM"]) + triton.cdiv(rows, tiles["BM"]) * (3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])),)
-    _run("layer_project_gain", layer_project_gain, product_variant(rows), grid, h.device, h.dtype, h, weight, *biases, cos, sin, gain, gain_bias, *out,
+    _run("layer_project_gain", layer_project_gain, variant, grid, h.device, h.dtype, h, weight, *biases, cos, sin, gain, gain_bias, *out,
          rows, depth, kv, cos.shape[1] // 4, gamma_max)
     return tuple(out)

@@ -22,6 +22,15 @@ def place(i, rows, tiles_n, BM: tl.constexpr):
 
 
 @triton.jit
+def tile_of(rows, columns, BM: tl.constexpr, BN: tl.constexpr):
+    """This program's tile of (rows, columns): its first row and column, 64 bit, and which of its rows and columns exist."""
+    i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(columns, BN), BM)
+    row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
+    m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < columns - i_n * BN
+    return row, column, m_m, m_n
+
+
+@triton.jit
 def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr):
     """The first AHEAD * BK columns of one row's tile of weights; called before `begin`, so that they are here when the row is.
 

@@ -13,15 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels import causal_step, feedback_step, launch
+from sessa_deploy.kernels import launch
 from sessa_deploy.kernels.causal_step import LOG2E
+from sessa_deploy.kernels.causal_step import share as share_causal
 from sessa_deploy.kernels.feedback_launch import address, launcher, pinned, workspace
+from sessa_deploy.kernels.feedback_step import share as share_feedback
 from sessa_deploy.kernels.launch_causal import MULTIPLE
 from sessa_deploy.kernels.launch_mixer import mixer_variant, shares
 from sessa_deploy.kernels.layer import out_add
-from sessa_deploy.kernels.schedule import add_splits, begin, rows_each
-
-_causal, _feedback = causal_step.share, feedback_step.share
+from sessa_deploy.kernels.schedule import add_splits, begin, splits_used
 
 
 @triton.jit(do_not_specialize=launch.do_not_specialize("mixer_step_partial"))
@@ -42,12 +42,12 @@ def mixer_step_partial(
     if program < programs_f:
         blocks = tl.cdiv(heads, HEADS_F) * tl.cdiv(group, GROUP_F)
         row = heads * units
-        _causal(
+        share_causal(
             program // blocks, programs_f // blocks, program % blocks, q, k, v, past_k, past_v, past_length, part_f, stat_f, capacity.to(tl.int64) * row, row,
             capacity.to(tl.int64) * row, row, batch, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, GROUP_F, LANES_F, STAGES_F, TILES_F,
         )  # fmt: skip
     else:
-        _feedback(
+        share_feedback(
             program - programs_f, tl.num_programs(0) - programs_f, q_b, past_kb, past_s, past_length, part_b, stat_b, capacity.to(tl.int64) * width, width,
             capacity.to(tl.int64) * width, width, batch, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, TILES_B, OWN_B,
         )  # fmt: skip
@@ -72,14 +72,14 @@ def mixer_step_combine(
         i_q = i_b * heads + program // parts
         o_d = (program % parts) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_d = o_d < head
-        used = tl.maximum(tl.cdiv(length, rows_each(length, splits_f, rows_f)), 1)
+        used = tl.maximum(splits_used(length, splits_f, rows_f), 1)
         b_o = add_splits(part_f, stat_f, i_q * splits_f, used, head, o_d, m_d, BLOCK_F)
         tl.store(o + i_q * head + o_d, b_o.to(o.dtype.element_ty), mask=m_d)
     else:
         o_d = (program - heads * parts) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_d = o_d < width
         b_gamma = tl.load(gamma + i_b)
-        used = tl.cdiv(length, rows_each(length, splits_b, rows_b))
+        used = splits_used(length, splits_b, rows_b)
         b_add = b_gamma * add_splits(part_b, stat_b, i_b * splits_b, used, width, o_d, m_d, BLOCK_B)
         tl.store(add + i_b * width + o_d, tl.where(length > 0, b_add, 0.0), mask=m_d)
 
@@ -99,7 +99,7 @@ def step(
     partial = pinned(("mixer_step_partial",), device, dtype, mixer_variant(width, head, group))["mixer_step_partial"]
     combine = pinned(("mixer_step_combine",), device, dtype, "any")["mixer_step_combine"]
     rows_f, rows_b = partial["ROWS_F"] * partial["TILES_F"], partial["ROWS_B"] * partial["TILES_B"]
-    splits_f = causal_step.splits_of(capacity, rows_f, combine["BLOCK_F"])
+    splits_f = launch.step_splits(capacity, rows_f, combine["BLOCK_F"])
     splits_b = launch.step_splits(capacity, rows_b)
     blocks = triton.cdiv(heads, partial["HEADS_F"]) * triton.cdiv(group, partial["GROUP_F"])
     run = launcher(mixer_step_partial, device, dtype, partial)

@@ -30,10 +30,16 @@ def rows_each(length, splits, rows):
 
 
 @triton.jit
+def splits_used(length, splits, rows):
+    """How many splits of a sequence have rows."""
+    return tl.cdiv(length, rows_each(length, splits, rows))
+
+
+@triton.jit
 def _pieces(past_length, o_b, batch, capacity, splits, rows, LEAST: tl.constexpr):
     """Splits of sequences o_b that have work, LEAST at least; 0 from `batch` on."""
     b_length = tl.minimum(tl.load(past_length + o_b, mask=o_b < batch, other=0), capacity)
-    b_n = tl.maximum(tl.cdiv(b_length, rows_each(b_length, splits, rows)), LEAST)
+    b_n = tl.maximum(splits_used(b_length, splits, rows), LEAST)
     return tl.where(o_b < batch, b_n, 0)
 
 

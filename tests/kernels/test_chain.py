@@ -18,12 +18,13 @@ from sessa_deploy.rope import _limbs
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
-def test_the_chain_computes_a_decode_step() -> None:
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_chain_computes_a_decode_step(separate: bool) -> None:
     from bench_chain import Chain
 
     config = SessaConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=40)
     torch.manual_seed(0)
-    chain, lengths, capacity = Chain(config, DEVICE), [9, 0, 3], 12
+    chain, lengths, capacity = Chain(config, DEVICE, separate), [9, 0, 3], 12
     model = SessaLM(config).double()
     chain.limbs = torch.tensor(_limbs(16), device=DEVICE)
     state = model.state_dict()

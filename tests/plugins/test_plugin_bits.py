@@ -45,13 +45,14 @@ def enqueue_and_compare(
     assert harness.harness_enqueue(plugin, op, onnx, shape, pointers, None) != 0 and "is null or not 16-byte aligned" in err()
 
 
-def lengths_and_poison(past: Any, capacity: int) -> Any:
-    """Random lengths for a past (2,B,P,...) on the GPU, whose rows beyond them become NaN."""
+def lengths_and_poison(capacity: int, *pasts: Any) -> Any:
+    """Random lengths for pasts (2,B,P,...) on the GPU, whose rows beyond them become NaN."""
     import torch
 
-    length = torch.randint(0, capacity + 1, past.shape[1:2], device="cuda", dtype=torch.int32)
-    for i, n in enumerate(length.tolist()):
-        past[:, i, n:] = torch.nan
+    length = torch.randint(0, capacity + 1, pasts[0].shape[1:2], device="cuda", dtype=torch.int32)
+    for past in pasts:
+        for i, n in enumerate(length.tolist()):
+            past[:, i, n:] = torch.nan
     return length
 
 
@@ -77,7 +78,7 @@ def test_feedback_gives_the_bits_of_the_torch_op(built: Built, storage: str, cap
     for b, t, p, d in ((3, 1, 300, 768), (2, 1, 1, 48), (1, 1, 4096, 4096), (1, 257, 0, 256), (3, 100, 130, 768), (1, 1000, 64, 1024)):
         q, k, f = torch.randn(3, b, t, d, device="cuda").to(dtype)
         past = torch.randn(2, b, p, d, device="cuda").to(dtype)
-        length = lengths_and_poison(past, p)
+        length = lengths_and_poison(p, past)
         gamma = 1.998 * torch.rand(b, t, device="cuda") - 0.999
         op: Callable[..., torch.Tensor] = feedback_step.step if t == 1 else lambda *a: feedback_fwd.forward(*a, need_lse=False)[0]
         inputs = [q, k, gamma, f, past[0], past[1], length]
@@ -107,7 +108,7 @@ def test_causal_gives_the_bits_of_the_torch_op(built: Built, storage: str, capfd
         q = torch.randn(b, t, heads, d, device="cuda").to(dtype)
         k, v = torch.randn(2, b, t, kv_heads, d, device="cuda").to(dtype)
         past = torch.randn(2, b, p, kv_heads, d, device="cuda").to(dtype)
-        inputs = [q, k, v, past[0], past[1], lengths_and_poison(past, p)]
+        inputs = [q, k, v, past[0], past[1], lengths_and_poison(p, past)]
         expected = causal_launch.forward(*inputs)
         enqueue_and_compare(harness, plugin, CAUSAL, onnx, sizes(b, t, p, d, heads, kv_heads), inputs, (expected,), lambda: capfd.readouterr().err)
     harness.harness_destroy(plugin)
@@ -183,9 +184,7 @@ def test_the_mixer_gives_the_bits_of_its_kernels(built: Built, storage: str, cap
         weight, bias = (0.1 * torch.randn(width, width, device="cuda")).to(dtype), torch.randn(width, device="cuda").to(dtype)
         gamma = 1.998 * torch.rand(b, t, device="cuda") - 0.999
         past, past_b = torch.randn(2, b, p, kv_heads, d, device="cuda").to(dtype), torch.randn(2, b, p, width, device="cuda").to(dtype)
-        length = lengths_and_poison(past, p)
-        for i, n in enumerate(length.tolist()):
-            past_b[:, i, n:] = torch.nan
+        length = lengths_and_poison(p, past, past_b)
         if t == 1:
             new = [x[:, 0] for x in (q, k, v)]
             s = mixer_step.step(*new, *past, weight, bias, q_b[:, 0], gamma[:, 0], *past_b, length).view(b, 1, width)
