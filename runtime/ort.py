@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sessa_deploy.checks import integer
 from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, PRECISIONS, cache_entries, graph_inputs, graph_outputs, past_name
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime import driver
@@ -145,8 +146,7 @@ def cuda_is_usable() -> bool:
 
 def open_session(bundle: Bundle, provider: str = "cpu", threads: int | None = None) -> Any:
     """An onnxruntime.InferenceSession on the bundle's graph, checked against the contract. Raises UserError as OrtBackend does."""
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise UserError("threads is out of range", got=repr(threads), allowed="an integer >= 1")
+    threads = None if threads is None else integer("threads", threads, 1)
     if provider == "cpu" and bundle.precision == "bf16":
         raise UserError("a bf16 bundle does not run on a CPU", got=str(bundle.path), allowed="fp32 or fp16 on a CPU; bf16 with ort-cuda or trt",
                         fix="sessa-deploy export CHECKPOINT --out BUNDLE --precision fp32")
