@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sessa_deploy.checks import integer
 from sessa_deploy.errors import UserError
 from sessa_deploy.train_begin import resume, start
 from sessa_deploy.train_log import Row
@@ -43,8 +44,7 @@ def train(run: Run, stop_at: int | None = None, on_row: Callable[[Row, float], N
     at hand, save the run once and raise Interrupted, a KeyboardInterrupt. Raises UserError when the loss stops being finite, when memory or the disk is
     full, or when stop_at is no integer >= 1; what was saved before stays.
     """
-    if stop_at is not None and (isinstance(stop_at, bool) or not hasattr(stop_at, "__index__") or stop_at < 1):
-        raise UserError("stop_at is out of range", got=repr(stop_at), allowed="an integer >= 1")
+    stop_at = None if stop_at is None else integer("stop_at", stop_at, 1)
     options = run.options
     pending: list[tuple[int, Tensor, Tensor, float, float, float | None]] = []
     end = options.steps if stop_at is None else min(stop_at, options.steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 import os
 import re
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sessa_deploy.checks import as_integer, as_number, integer
 from sessa_deploy.errors import UserError
 
 MAX_SEED = 2**64 - 1  # what torch.manual_seed takes
@@ -85,15 +85,13 @@ class TrainOptions:
 
     def _set_integer(self, name: str, low: int, high: int, allowed: str) -> None:
         value = getattr(self, name)
-        number = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else None
-        if number is None or not low <= number <= high:
-            raise UserError(f"{name} is out of range", got=repr(value), allowed=allowed if number is None or number <= high else f"an integer in {low}..{high}")
-        object.__setattr__(self, name, number)
+        beyond = (as_integer(value) or low) > high
+        object.__setattr__(self, name, integer(name, value, low, high, None if beyond else allowed))
 
     def _set_number(self, name: str, low: float, high: float, closed: bool) -> None:
         value = getattr(self, name)
-        number = float(value) if hasattr(value, "__float__") and not isinstance(value, bool) else math.nan
-        if not math.isfinite(number) or not (low < number or (closed and low == number)) or not number < high:
+        number = as_number(value)
+        if number is None or not (low < number or (closed and low == number)) or not number < high:
             allowed = f"a number in {'[' if closed else '('}{low:g}, {high:g})"
             if high == math.inf:
                 allowed = f"a number {'>=' if closed else '>'} {low:g}, and finite"
