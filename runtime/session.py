@@ -140,7 +140,7 @@ class Session:
         """Generate behind prompts[b] in sequence b, yielding each token as it is drawn.
 
         max_new_tokens: for each sequence; None goes on until a stop or until the capacity is full. sampling: one for all or one a prompt;
-        None is greedy. stop_tokens: ids that end a sequence; None takes the model's eos_token_id. stop: strings that end it, not shown.
+        None is greedy. stop_tokens: ids that end a sequence; None takes the model's eos_token_ids. stop: strings that end it, not shown.
         The iterator may be dropped at any time; the conversation then holds the tokens drawn so far.
         Raises UserError, before anything is computed, on bad input and when a prompt and max_new_tokens together exceed the capacity.
         """
@@ -154,8 +154,7 @@ class Session:
             raise UserError("stop is wrong", got=repr(stop), allowed="a list of non-empty strings")
         if stop:
             _ = self.tokenizer
-        eos = self.config.eos_token_id
-        ends = frozenset(int(t) for t in stop_tokens) if stop_tokens is not None else frozenset(() if eos is None else (eos,))
+        ends = frozenset(self.config.eos_token_ids if stop_tokens is None else (int(t) for t in stop_tokens))
         feeds = self._encode_all(prompts, new_tokens=max_new_tokens or 1)
         self._turn += 1
         return self._stream(self._turn, feeds, max_new_tokens, params, ends, stop)
