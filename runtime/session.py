@@ -163,7 +163,7 @@ class Session:
             raise UserError("stop is wrong", got=repr(stop), allowed="a list of non-empty strings")
         if stop:
             _ = self.tokenizer
-        ends = _token_set(self.config.eos_token_id if stop_tokens is None else stop_tokens)
+        ends = _token_set(self.config.eos_token_ids if stop_tokens is None else stop_tokens)
         feeds = self._encode_all(prompts, [limit or 1 for limit in limits])
         self._turn += 1
         return self._stream(self._turn, feeds, limits, params, ends, stop)

@@ -85,11 +85,10 @@ class Tokenizer:
             added = {int(entry["id"]): bool(entry.get("special")) for entry in data.get("added_tokens") or []}
             self._byte_level = (data.get("decoder") or {}).get("type") == "ByteLevel"
             self._neutralise(data)
-        except BaseException as error:  # the library raises bare Exception on any malformed file, and its panics are not even that
-            if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+        except BaseException as error:  # the library raises bare Exception on any malformed file, and a PanicException beside Exception's tree
+            if isinstance(error, MemoryError) or (not isinstance(error, Exception) and type(error).__name__ != "PanicException"):
                 raise
-            raise UserError(f"{source} is not a tokenizers JSON that tokenizers {metadata.version('tokenizers')} reads", got=str(error)[:300],
-                            fix="pip install -U tokenizers, or save it with tokenizers' Tokenizer.save") from None
+            raise _refusal(text, source, error) from None
         self._text = text
         self._special = frozenset(i for i, special in added.items() if special)
         self._added = frozenset(added)
@@ -131,8 +130,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, special ones included."""
-        return int(self._library.get_vocab_size(with_added_tokens=True))
+        """Rows that an embedding needs for its tokens: the largest id + 1, special ones included."""
+        return int(max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)) + 1
 
     def to_json(self) -> str:
         """The tokenizers JSON it was made from."""
@@ -185,6 +184,20 @@ class Tokenizer:
     def stream(self, context: Sequence[int] = ()) -> StreamDecoder:
         """A decoder for tokens as they are generated; `context` is what precedes them (it decides about a leading space)."""
         return StreamDecoder(self, context)
+
+
+def _refusal(text: str, source: str, error: BaseException) -> UserError:
+    """Says whether the file is none of its kind or of a newer kind than the library that is installed."""
+    import tokenizers
+
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        data = None
+    if isinstance(data, dict) and isinstance(data.get("version"), str) and isinstance(data.get("model"), dict):
+        return UserError(f"{source} cannot be read by tokenizers {tokenizers.__version__}", got=str(error)[:300], allowed="what this version knows",
+                         fix="pip install -U tokenizers; where that is the newest already, copy or download the file again")
+    return UserError(f"{source} is not a tokenizers JSON", got=str(error)[:300], fix="save it with tokenizers' Tokenizer.save")
 
 
 class StreamDecoder:

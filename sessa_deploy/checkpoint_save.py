@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sessa_deploy.checkpoint_files import INDEX_FILE, WEIGHTS_FILE
+from sessa_deploy.checkpoint_tokenizer import check_tokenizer
 from sessa_deploy.config import CONFIG_FILE
 from sessa_deploy.contract import PRECISIONS, TOKENIZER_FILE
 from sessa_deploy.errors import UserError
 from sessa_deploy.model import SessaLM
+from sessa_deploy.reading import JSON_LIMIT, read_plain
 from sessa_deploy.runtime.publish import Staging, locked
 from sessa_deploy.safetensors_check import shorten
 
@@ -106,23 +108,17 @@ def _kept_files(folder: Path) -> list[Path]:
 
 
 def _tokenizer_text(tokenizer: Any, vocab_size: int) -> str:
-    import tokenizers
-
     if hasattr(tokenizer, "to_str"):
-        text = tokenizer.to_str(pretty=True)
+        text, source = tokenizer.to_str(pretty=True), "the tokenizer"
     else:
-        text = str(tokenizer)
+        text, source = str(tokenizer), "the tokenizer"
         if not text.lstrip().startswith("{"):
+            source = text
             try:
-                text = Path(tokenizer).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
+                text = read_plain(tokenizer, JSON_LIMIT).decode("utf-8")
+            except UnicodeDecodeError as error:
                 raise UserError("the tokenizer cannot be read", got=error, allowed="a tokenizers JSON file") from None
-    try:
-        size = max(tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    except Exception as error:  # the library raises a bare Exception
-        raise UserError("the tokenizer is not a tokenizers JSON", got=error) from None
-    if size > vocab_size:
-        raise UserError("the tokenizer has more tokens than the model", got=size, allowed=f"at most vocab_size {vocab_size}")
+    check_tokenizer(text.encode("utf-8", "surrogatepass"), vocab_size, source)
     return text if text.endswith("\n") else text + "\n"
 
 
