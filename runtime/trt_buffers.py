@@ -41,7 +41,7 @@ def check_rows(config: SessaConfig, precision: str) -> None:
 class Buffers:
     """Device and page-locked memory of `batch` sequences of `capacity` rows, steps of at most `chunk` tokens.
 
-    id_dtype: numpy's name of the type the engine takes token ids in. cuda: a trt_cuda.Cuda. kernels: from trt_kernels.images.
+    id_dtype: numpy's name of the type the engine takes token ids in. cuda: a sessa_deploy.cuda.Cuda. kernels: from trt_kernels.images.
     """
 
     def __init__(self, cuda: Any, config: SessaConfig, precision: str, batch: int, capacity: int, chunk: int, id_dtype: str, kernels: dict[str, Image]) -> None:
