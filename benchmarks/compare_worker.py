@@ -22,7 +22,8 @@ import numpy as np
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import PRECISIONS
-from sessa_deploy.runtime import driver, environment, traffic
+from sessa_deploy.cuda import used_memory
+from sessa_deploy.runtime import environment, traffic
 
 WINDOW = 64  # steps before the context is rewound to where it began
 WARM_STEPS = 3
@@ -200,17 +201,12 @@ def prefill(peer: Peer, point: Point, job: dict[str, Any]) -> np.ndarray:
     return np.array(times)
 
 
-def used() -> int | None:
-    """Bytes of the GPU's memory in use, None where there is none."""
-    return driver.DeviceMemory().used() if driver.devices() else None
-
-
 def measure(peer: Peer, point: Point, job: dict[str, Any], before: int | None) -> dict[str, Any]:
     """The figures of one point."""
     seconds = prefill(peer, point, job) if point.prompt else decode(peer, point, job)
     ms, tokens = 1e3 * seconds, point.batch * (point.prompt or 1)
     mean = (min(WINDOW, point.capacity - max(point.contexts)) - 1) / 2
-    now = used()
+    now = used_memory()
     return {
         **{f"p{q}_ms": float(np.percentile(ms, q)) for q in (50, 95, 99)}, "min_ms": float(ms.min()), "count": len(ms),
         "tokens_per_second": tokens * len(ms) / float(seconds.sum()),
@@ -233,7 +229,7 @@ def main() -> int:
     job, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     points = [Point(p["name"], p["capacity"], tuple(p["contexts"]), p["prompt"]) for p in job["points"]]
     result: dict[str, Any] = {"points": {}, "bandwidth": traffic.copy_bandwidth()}
-    before, room = used(), None
+    before, room = used_memory(), None
     peer = make(job)
     for point in points:
         began = time.perf_counter()

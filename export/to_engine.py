@@ -18,14 +18,14 @@ from typing import Any
 
 from sessa_deploy import contract
 from sessa_deploy.checks import integer
+from sessa_deploy.cuda import Cuda, devices, driver_version
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.export import trt_check, trt_fuse, trt_graph, trt_layers, trt_limits
 from sessa_deploy.export.trt_limits import DEFAULT_PROMPT, Machine, Shapes
 from sessa_deploy.plugins import library
-from sessa_deploy.runtime import driver, trt_api, trt_plan
+from sessa_deploy.runtime import trt_api, trt_plan
 from sessa_deploy.runtime.bundle import Bundle, add_files, hash_file
 from sessa_deploy.runtime.trt_buffers import check_rows
-from sessa_deploy.runtime.trt_cuda import Cuda
 
 Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all or 0)
 _POLL = 0.1  # seconds
@@ -87,11 +87,11 @@ def build_engine(
 
 def this_machine(trt: Any) -> Machine:
     """The first GPU, its free memory, and the versions. Raises UserError where there is none."""
-    found = driver.devices()
+    found = devices()
     if not found:
         raise UserError("there is no CUDA GPU here", got="no device from the driver", allowed="the GPU that will run the engine", fix="build on that machine")
     free, total = _free_memory()
-    return Machine(found[0].name, found[0].arch, free, total, trt.__version__, driver.driver_version() or "unknown")
+    return Machine(found[0].name, found[0].arch, free, total, trt.__version__, driver_version() or "unknown")
 
 
 def timing_cache_file(machine: Machine) -> Path:

@@ -24,8 +24,8 @@ from sessa_deploy.contract import (
     graph_outputs,
     past_name,
 )
+from sessa_deploy.cuda import devices
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime import driver
 from sessa_deploy.runtime.backend import Backend, bounded_chunk, last_rows
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.device_cache import DeviceCache
@@ -105,9 +105,11 @@ class OrtBackend(Backend):
         self._own(self._host or self._device).poison(self.length)
 
     def device_bytes(self) -> int:
-        return 0 if self._device is None else self._device.memory.used()
+        return 0 if self._device is None else self._device.used()
 
     def close(self) -> None:
+        if self._device is not None:
+            self._device.close()
         self._host = self._device = self.session = None
 
     @staticmethod
@@ -157,12 +159,12 @@ def why_no_cuda(runtime: Any) -> str:
             ctypes.CDLL(str(folder / f"libonnxruntime_providers_{name}.so"), ctypes.RTLD_GLOBAL)
     except OSError as error:
         return str(error)
-    return "" if driver.devices() else "no GPU"
+    return "" if devices() else "no GPU"
 
 
 def cuda_is_usable() -> bool:
     """Whether ONNX Runtime has its CUDA provider and the driver shows a GPU."""
-    return CUDA in load().get_available_providers() and bool(driver.devices())
+    return CUDA in load().get_available_providers() and bool(devices())
 
 
 def open_session(bundle: Bundle, provider: str = "cpu", threads: int | None = None) -> Any:

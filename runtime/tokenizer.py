@@ -6,7 +6,6 @@ import codecs
 import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 

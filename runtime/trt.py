@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sessa_deploy.contract import ALL_LOGITS_RANK, INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, graph_inputs, graph_outputs
+from sessa_deploy.cuda import Cuda
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime import trt_api, trt_plan
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.trt_buffers import Buffers
-from sessa_deploy.runtime.trt_cuda import Cuda
 from sessa_deploy.runtime.trt_kernels import images
 
 

@@ -42,7 +42,7 @@ class Buffers:
     """Device and page-locked memory of `batch` sequences of `capacity` rows, steps of at most `chunk` tokens.
 
     id_dtype: numpy's name of the type the engine takes token ids in. all_logits: the engine
-    gives (B,T,V), not (B,V). cuda: a trt_cuda.Cuda. kernels: from trt_kernels.images.
+    gives (B,T,V), not (B,V). cuda: a sessa_deploy.cuda.Cuda. kernels: from trt_kernels.images.
     """
 
     def __init__(self, cuda: Any, config: SessaConfig, precision: str, batch: int, capacity: int, chunk: int, id_dtype: str, kernels: dict[str, Image],

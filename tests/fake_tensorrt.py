@@ -32,7 +32,7 @@ _NUMPY = {DataType.FLOAT: np.float32, DataType.HALF: np.float16, DataType.INT32:
 
 
 class HostCuda:
-    """trt_cuda.Cuda on host memory. Memory starts as 0xFF: NaN, and lengths of -1."""
+    """sessa_deploy.cuda.Cuda on host memory. Memory starts as 0xFF: NaN, and lengths of -1."""
 
     arch, stream = 90, 7
 

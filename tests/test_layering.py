@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+GROUND = ("checks", "config", "contract", "cuda", "errors", "files", "reading")
 HEAVY = {"torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib"}
-STDLIB_ONLY = (*(f"sessa_deploy/{name}.py" for name in ("checks", "contract", "config", "errors", "files", "reading", "checkpoint_layout", "__init__")),
+STDLIB_ONLY = (*(f"sessa_deploy/{name}.py" for name in GROUND), "sessa_deploy/checkpoint_layout.py", "sessa_deploy/__init__.py",
                "sessa_deploy/kernels/launch.py")
 RUNTIME_MAY = {"numpy", "tokenizers", "rich", "platformdirs", "onnxruntime", "tensorrt"}
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt"}
@@ -56,7 +57,7 @@ def test_runtime_never_reaches_torch_triton_or_onnx(path: Path) -> None:
     assert foreign(path) <= RUNTIME_MAY
     assert len(foreign(path) & ENGINE_LIBRARIES) <= 1, "one engine library a module"
     ours = {name for name in imports(path) if name.startswith("sessa_deploy.")}
-    allowed = tuple(f"sessa_deploy.{name}" for name in ("runtime", "checks", "contract", "config", "errors", "files", "reading", "plugins.library", "__version__"))
+    allowed = tuple(f"sessa_deploy.{name}" for name in ("runtime", *GROUND, "plugins.library", "__version__"))
     assert all(name.startswith(allowed) for name in ours), sorted(ours)
 
 

@@ -6,7 +6,6 @@ its launch table entry alone (`launch.py`), so it is compiled once from types an
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Any
@@ -15,8 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
+from sessa_deploy.cuda import resident_blocks
 from sessa_deploy.kernels import launch
-from sessa_deploy.runtime.driver import open_driver
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
@@ -140,13 +139,8 @@ _LAUNCHERS: dict[tuple[Any, ...], Launcher] = {}
 
 def _resident(binary: Any, device: torch.device) -> int:
     """Programs of a compiled kernel that the device holds at once; 0 if its driver does not say."""
-    occupancy = getattr(open_driver(), "cuOccupancyMaxActiveBlocksPerMultiprocessor", None)
-    if occupancy is None:
-        return 0
-    each = ctypes.c_int()
-    threads, shared = 32 * binary.metadata.num_warps, ctypes.c_size_t(binary.metadata.shared)
-    failed = occupancy(ctypes.byref(each), ctypes.c_void_p(binary.function), threads, shared)
-    return 0 if failed else each.value * torch.cuda.get_device_properties(device).multi_processor_count
+    each = resident_blocks(binary.function, 32 * binary.metadata.num_warps, binary.metadata.shared)
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _compiled(kernel: Any, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Callable[..., None]]:

@@ -225,6 +225,7 @@ def test_a_sequence_is_the_same_whatever_batch_it_is_in() -> None:
 def test_how_many_programs_a_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's answer times the multiprocessors; 0 where it has none."""
     pytest.importorskip("triton")
+    from sessa_deploy import cuda
     from sessa_deploy.kernels import feedback_launch
 
     asked = []
@@ -236,7 +237,7 @@ def test_how_many_programs_a_device_holds(monkeypatch: pytest.MonkeyPatch) -> No
 
     binary = SimpleNamespace(function=77, metadata=SimpleNamespace(num_warps=2, shared=32800))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    monkeypatch.setattr(feedback_launch, "open_driver", lambda: SimpleNamespace(cuOccupancyMaxActiveBlocksPerMultiprocessor=occupancy))
+    monkeypatch.setattr(cuda, "open_driver", lambda: SimpleNamespace(cuOccupancyMaxActiveBlocksPerMultiprocessor=occupancy))
     assert feedback_launch._resident(binary, torch.device("cuda", 0)) == 792 and asked == [(77, 64, 32800)]
-    monkeypatch.setattr(feedback_launch, "open_driver", lambda: SimpleNamespace())
+    monkeypatch.setattr(cuda, "open_driver", lambda: SimpleNamespace())
     assert feedback_launch._resident(binary, torch.device("cuda", 0)) == 0
