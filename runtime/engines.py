@@ -9,7 +9,7 @@ from sessa_deploy.contract import ENGINES_DIR
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
-from sessa_deploy.runtime.environment import importable
+from sessa_deploy.runtime.environment import check_threads, importable
 
 BACKENDS = ("auto", "ort", "ort-cuda", "trt")
 ON_A_GPU = ("ort-cuda", "trt")
@@ -19,6 +19,7 @@ def open_backend(bundle: Bundle, name: str = "auto", batch: int = 1, capacity: i
     """Open a bundle on a backend. Raises UserError naming what is missing and the command that installs it."""
     if name not in BACKENDS:
         raise UserError("no such backend", got=repr(name), allowed=", ".join(BACKENDS))
+    threads = check_threads(threads)
     if name == "auto":
         name = choose(bundle)
     if name == "trt":

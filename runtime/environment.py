@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import operator
 import os
 import platform
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy import __version__
+from sessa_deploy.errors import UserError
 from sessa_deploy.runtime import driver
 
 _PROBE_SECONDS = 60.0
@@ -53,6 +55,46 @@ def _is_imported_from(module: str, distribution: metadata.Distribution) -> bool:
     return spec is not None and spec.origin is not None and Path(str(distribution.locate_file(module))) == Path(spec.origin).parent
 
 
+def cores() -> int:
+    """The cores this process may use: those of its affinity."""
+    return len(os.sched_getaffinity(0))
+
+
+def default_threads() -> int:
+    """How many threads suit this process: its cores, or fewer where its control group grants less processor time than they have."""
+    return min(cores(), _granted() or cores())
+
+
+def _granted(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Cores' worth of time, rounded up, that control groups (version 2, else 1) grant this process; None where nothing limits it."""
+    quotas = []
+    try:
+        inside = next((line.partition("::")[2].strip("/") for line in own.read_text(encoding="utf-8").splitlines() if line.startswith("0::")), "")
+    except OSError:
+        inside = ""
+    folder = root / inside
+    pairs = [(at / "cpu.max", None) for at in (folder, *folder.parents) if at.is_relative_to(root)]
+    for quota, period in [*pairs, (root / "cpu/cpu.cfs_quota_us", root / "cpu/cpu.cfs_period_us")]:
+        try:
+            text = quota.read_text(encoding="utf-8") + " " + (period.read_text(encoding="utf-8") if period else "")
+            time, of = text.split()
+            if time != "max" and int(time) > 0:  # version 1 says -1 for no limit
+                quotas.append(max(1, -(-int(time) // int(of))))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return min(quotas, default=None)
+
+
+def check_threads(threads: object) -> int | None:
+    """threads as an int, or None for what suits this process. Raises UserError where it is no integer in 1..`cores()`."""
+    if threads is None:
+        return None
+    most = cores()
+    if isinstance(threads, bool) or not hasattr(threads, "__index__") or not 1 <= operator.index(threads) <= most:
+        raise UserError("threads is out of range", got=repr(threads), allowed=f"an integer in 1..{most}, the cores this process may use")
+    return operator.index(threads)
+
+
 def processor() -> dict[str, Any]:
     """Model name, the cores this process may use, and memory in bytes."""
     model = platform.processor() or platform.machine()
@@ -64,7 +106,7 @@ def processor() -> dict[str, Any]:
     except OSError:
         model = model or "unknown"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"model": model, "cores": len(os.sched_getaffinity(0)), "memory": memory}
+    return {"model": model, "cores": cores(), "memory": memory}
 
 
 def gpus() -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from sessa_deploy.runtime import driver
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.device_cache import DeviceCache
+from sessa_deploy.runtime.environment import check_threads, default_threads
 from sessa_deploy.runtime.host_cache import HostCache
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -32,7 +32,7 @@ _NUMBERED_AS_CUDA = ("cudart", "nvrtc", "cublasLt", "cublas")
 class OrtBackend(Backend):
     """A bundle's model.onnx in ONNX Runtime, on provider "cpu" or "cuda".
 
-    threads: CPU threads, None for all this process may use. Raises UserError if ONNX Runtime or the provider is missing, if the precision
+    threads: CPU threads, None for all this process may use, and never more. Raises UserError if ONNX Runtime or the provider is missing, if the precision
     does not run there, or if the graph is not the contract's.
     """
 
@@ -145,14 +145,13 @@ def cuda_is_usable() -> bool:
 
 def open_session(bundle: Bundle, provider: str = "cpu", threads: int | None = None) -> Any:
     """An onnxruntime.InferenceSession on the bundle's graph, checked against the contract. Raises UserError as OrtBackend does."""
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise UserError("threads is out of range", got=repr(threads), allowed="an integer >= 1")
+    threads = check_threads(threads)
     if provider == "cpu" and bundle.precision == "bf16":
         raise UserError("a bf16 bundle does not run on a CPU", got=str(bundle.path), allowed="fp32 or fp16 on a CPU; bf16 with ort-cuda or trt",
                         fix="sessa-deploy export CHECKPOINT --out BUNDLE --precision fp32")
     runtime = load()
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
     # Threads that spin fight whatever else runs: a step of the demo on two busy cores took 16 ms with and 4.7 ms without, at best 2.6 and 2.0 ms.

@@ -7,22 +7,22 @@ from typing import Any
 
 import click
 
-_BACKENDS = ["auto", "ort", "ort-cuda", "trt"]
+from sessa_deploy.cli.options import BACKEND, FILE, NOT_NEGATIVE, PATH, POSITIVE, POSITIVE_INT, THREADS
 
 
 @click.command("bench")
-@click.argument("bundle", type=click.Path())
-@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the figures to this file; - for standard output.")
-@click.option("--backend", type=click.Choice(_BACKENDS), default="auto", show_default=True, help="What runs the graph.")
-@click.option("--batch", type=int, default=1, show_default=True, help="Sequences decoded together.")
-@click.option("--prompt-tokens", type=int, default=128, show_default=True, help="Context at which decoding starts.")
-@click.option("--window", type=int, default=128, show_default=True, help="Tokens decoded before the context is rewound to there.")
-@click.option("--steps", type=int, default=1000, show_default=True, help="Decode at least this many steps,")
-@click.option("--seconds", type=float, default=3.0, show_default=True, help="and for at least this long,")
-@click.option("--max-seconds", type=float, default=60.0, show_default=True, help="but for no longer than this.")
-@click.option("--capacity", type=int, help="Tokens a cache holds; default: the model's max_context, or what prompt and window need.")
-@click.option("--threads", type=int, help="CPU threads; default: all.")
-@click.option("--bandwidth", type=float, help="Memory bandwidth in GB/s, which sets the floor; default on a GPU: measured by a copy.")
+@click.argument("bundle", type=PATH)
+@click.option("--json", "json_file", type=FILE, help="Write the figures to this file; - for standard output.")
+@click.option("--backend", type=BACKEND, default="auto", show_default=True, help="What runs the graph.")
+@click.option("--batch", type=POSITIVE_INT, default=1, show_default=True, help="Sequences decoded together.")
+@click.option("--prompt-tokens", type=POSITIVE_INT, default=128, show_default=True, help="Context at which decoding starts.")
+@click.option("--window", type=POSITIVE_INT, default=128, show_default=True, help="Tokens decoded before the context is rewound to there.")
+@click.option("--steps", type=POSITIVE_INT, default=1000, show_default=True, help="Decode at least this many steps,")
+@click.option("--seconds", type=NOT_NEGATIVE, default=3.0, show_default=True, help="and for at least this long,")
+@click.option("--max-seconds", type=NOT_NEGATIVE, default=60.0, show_default=True, help="but for no longer than this.")
+@click.option("--capacity", type=POSITIVE_INT, help="Tokens a cache holds; default: the model's max_context, or what prompt and window need.")
+@click.option("--threads", type=THREADS, help="CPU threads, no more than the cores there are; default: all.")
+@click.option("--bandwidth", type=POSITIVE, help="Memory bandwidth in GB/s, which sets the floor; default on a GPU: measured by a copy.")
 def command(
     bundle: str, json_file: str | None, backend: str, batch: int, prompt_tokens: int, window: int, steps: int, seconds: float, max_seconds: float,
     capacity: int | None, threads: int | None, bandwidth: float | None,

@@ -6,24 +6,23 @@ import shlex
 
 import click
 
+from sessa_deploy.cli.options import OPSET, PATH, PRECISION
+
 
 @click.command("export")
-@click.argument("checkpoint", type=click.Path())
-@click.option("--out", type=click.Path(), required=True, help="The bundle's folder; an older bundle there is replaced in one step.")
-@click.option("--precision", default="fp32", show_default=True, metavar="fp32|fp16|bf16", help="Storage type of weights, caches and activations.")
-@click.option("--opset", default="17", show_default=True, metavar="N", help="ONNX opset of the graph, 17 to 23; TensorRT 8.6 reads 17.")
-@click.option("--config", "config_file", type=click.Path(), help="config.json of a checkpoint that has none beside it.")
+@click.argument("checkpoint", type=PATH)
+@click.option("--out", type=PATH, required=True, help="The bundle's folder; an older bundle there is replaced in one step.")
+@click.option("--precision", type=PRECISION, default="fp32", show_default=True, help="Storage type of weights, caches and activations.")
+@click.option("--opset", type=OPSET, default=17, show_default=True, help="ONNX opset of the graph, 17 to 23; TensorRT 8.6 reads 17.")
+@click.option("--config", "config_file", type=PATH, help="config.json of a checkpoint that has none beside it.")
 @click.option("--all-logits", is_flag=True, help="Logits (B,T,V) of every position instead of the last one's.")
-def command(checkpoint: str, out: str, precision: str, opset: str, config_file: str | None, all_logits: bool) -> None:
+def command(checkpoint: str, out: str, precision: str, opset: int, config_file: str | None, all_logits: bool) -> None:
     """Export CHECKPOINT (a folder, .safetensors, .pt or .pth) as a bundle: model.onnx, tokenizer.json and a manifest with checksums.
 
     One model.onnx serves ONNX Runtime as it is and TensorRT through the plugin. The same checkpoint gives the same bytes on any machine.
     """
-    from sessa_deploy.contract import OPSETS
     from sessa_deploy.errors import UserError
 
-    if not opset.isdigit():
-        raise UserError("--opset is not a number", got=opset, allowed=f"{OPSETS[0]} to {OPSETS[-1]}")
     try:
         from sessa_deploy.config import SessaConfig
         from sessa_deploy.export.to_onnx import export_bundle
@@ -44,6 +43,6 @@ def command(checkpoint: str, out: str, precision: str, opset: str, config_file: 
             bars.update(tasks[what], total=1.0 if what == "writing" or share >= 1.0 else None, completed=share)
 
         config = SessaConfig.load(config_file) if config_file else None
-        path = export_bundle(checkpoint, out, precision, int(opset), all_logits, progress, config)
+        path = export_bundle(checkpoint, out, precision, opset, all_logits, progress, config)
     click.echo(f"bundle: {path}")
     click.echo(f"next: sessa-deploy validate {shlex.quote(str(path))} --checkpoint {shlex.quote(checkpoint)}")

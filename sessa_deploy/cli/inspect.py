@@ -8,9 +8,11 @@ from typing import Any
 
 import click
 
+from sessa_deploy.cli.options import PATH
+
 
 @click.command("inspect")
-@click.argument("path", type=click.Path())
+@click.argument("path", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--all", "show_all", is_flag=True, help="List every tensor and node; otherwise the first of them.")
 @click.option("--no-verify", is_flag=True, help="Skip loading the checkpoint, or checking the bundle's checksums.")

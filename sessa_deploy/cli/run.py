@@ -8,24 +8,25 @@ import time
 
 import click
 
-_BACKENDS = ["auto", "ort", "ort-cuda", "trt"]
+from sessa_deploy.cli.options import BACKEND, COUNT, NOT_NEGATIVE, PATH, POSITIVE, POSITIVE_INT, PROBABILITY, SEED, SHARE, TEXT, THREADS
+
 _DEFAULT_TOKENS = 128
 
 
 @click.command("run")
-@click.argument("bundle", type=click.Path())
+@click.argument("bundle", type=PATH)
 @click.option("--prompt", required=True, help="Text to continue; - reads it from standard input.")
-@click.option("--max-new-tokens", type=int, help="Stop after this many tokens; default: 128, or fewer where the capacity ends.")
-@click.option("--temperature", type=float, help="0 is greedy; default: 0, or 1 where --top-k, --top-p or --min-p is given.")
-@click.option("--top-k", type=int, default=0, help="Keep the k most likely tokens; 0 keeps all.")
-@click.option("--top-p", type=float, default=1.0, help="Keep the smallest set of tokens with this probability.")
-@click.option("--min-p", type=float, default=0.0, help="Drop tokens less likely than this share of the most likely one.")
-@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: make tokens seen before less likely.")
-@click.option("--seed", type=int, help="Of the random stream; the same seed draws the same text.")
-@click.option("--backend", type=click.Choice(_BACKENDS), default="auto", show_default=True, help="What runs the graph.")
-@click.option("--stop", multiple=True, help="End where this text appears; may be given several times.")
-@click.option("--capacity", type=int, help="Tokens the cache holds; default: the model's max_context.")
-@click.option("--threads", type=int, help="CPU threads; default: all.")
+@click.option("--max-new-tokens", type=POSITIVE_INT, help="Stop after this many tokens; default: 128, or fewer where the capacity ends.")
+@click.option("--temperature", type=NOT_NEGATIVE, help="0 is greedy; default: 0, or 1 where --top-k, --top-p or --min-p is given.")
+@click.option("--top-k", type=COUNT, default=0, help="Keep the k most likely tokens; 0 keeps all.")
+@click.option("--top-p", type=PROBABILITY, default=1.0, help="Keep the smallest set of tokens with this probability.")
+@click.option("--min-p", type=SHARE, default=0.0, help="Drop tokens less likely than this share of the most likely one.")
+@click.option("--repetition-penalty", type=POSITIVE, default=1.0, help="Above 1: make tokens seen before less likely.")
+@click.option("--seed", type=SEED, help="Of the random stream; the same seed draws the same text.")
+@click.option("--backend", type=BACKEND, default="auto", show_default=True, help="What runs the graph.")
+@click.option("--stop", type=TEXT, multiple=True, help="End where this text appears; may be given several times.")
+@click.option("--capacity", type=POSITIVE_INT, help="Tokens the cache holds; default: the model's max_context.")
+@click.option("--threads", type=THREADS, help="CPU threads, no more than the cores there are; default: all.")
 def command(
     bundle: str, prompt: str, max_new_tokens: int | None, temperature: float | None, top_k: int, top_p: float, min_p: float, repetition_penalty: float,
     seed: int | None, backend: str, stop: tuple[str, ...], capacity: int | None, threads: int | None,

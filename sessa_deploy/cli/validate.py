@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sessa_deploy.cli.options import BACKEND, PLACE, POSITIVE_INT, SEED
 from sessa_deploy.errors import ParityError, UserError
 
 if TYPE_CHECKING:
@@ -21,18 +22,18 @@ if TYPE_CHECKING:
 
 
 @click.command("validate", short_help="Prove a bundle's numbers against its checkpoint, rung by rung.")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="The checkpoint the bundle was exported from.")
-@click.option("--backend", "backends", multiple=True, default=("auto",), show_default=True, metavar="NAME",
+@click.argument("bundle", type=PLACE)
+@click.option("--checkpoint", type=PLACE, help="The checkpoint the bundle was exported from.")
+@click.option("--backend", "backends", type=BACKEND, multiple=True, default=("auto",), show_default=True, metavar="NAME",
               help="Engine to judge: auto, ort, ort-cuda or trt. Repeat it for several.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every figure as JSON.")
-@click.option("--report", "report_file", type=click.Path(path_type=Path), help="Write one HTML file with plots and tables.")
-@click.option("--dump", type=click.Path(path_type=Path), metavar="DIR",
+@click.option("--json", "json_file", type=PLACE, help="Write every figure as JSON.")
+@click.option("--report", "report_file", type=PLACE, help="Write one HTML file with plots and tables.")
+@click.option("--dump", type=PLACE, metavar="DIR",
               help="Keep cases and tensors in DIR. Without --checkpoint: run the engines only, for a later --compare.")
-@click.option("--compare", type=click.Path(path_type=Path), metavar="DIR", help="Judge the tensors in DIR, dumped by another machine or interpreter.")
-@click.option("--python", "python", type=click.Path(path_type=Path), help="Interpreter for the engines' rungs, where they need another one.")
-@click.option("--length", "lengths", multiple=True, type=click.IntRange(min=1), help="Judge a prefill of this many tokens too. Repeat it for several.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the token ids.")
+@click.option("--compare", type=PLACE, metavar="DIR", help="Judge the tensors in DIR, dumped by another machine or interpreter.")
+@click.option("--python", "python", type=PLACE, help="Interpreter for the engines' rungs, where they need another one.")
+@click.option("--length", "lengths", multiple=True, type=POSITIVE_INT, help="Judge a prefill of this many tokens too. Repeat it for several.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the token ids.")
 @click.option("--record/--no-record", "record", default=True, show_default=True, help="Write parity.json into the bundle.")
 def command(
     bundle: Path, checkpoint: Path | None, backends: tuple[str, ...], json_file: Path | None, report_file: Path | None, dump: Path | None,
