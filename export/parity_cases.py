@@ -19,6 +19,7 @@ import numpy as np
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
+from sessa_deploy.files import whole, write_whole
 
 CASES_FILE, CASES_IDS_FILE = "cases.json", "cases.npz"
 CASES_SCHEMA = 1
@@ -155,20 +156,16 @@ def _longest(steps: Sequence[Step]) -> int:
 
 
 def save_cases(cases: Cases, folder: str | Path) -> None:
-    """Write cases.npz and cases.json into `folder`, the JSON last and both by rename."""
+    """Write cases.npz and cases.json into `folder`, the JSON last and each whole or not at all. Raises UserError if that fails."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {f"{case.name}/{j}/{key}": getattr(step, key) for case in cases.cases for j, step in enumerate(case.steps) for key in ("input_ids", "new_length")}
-    part = folder / (CASES_IDS_FILE + ".part")
-    with part.open("wb") as handle:
-        np.savez(handle, **arrays)
-    part.replace(folder / CASES_IDS_FILE)
+    with whole(folder / CASES_IDS_FILE, what="the cases", sync=False) as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
     fields = ("name", "kind", "capacity", "poison", "generated")
     listing = [{**{f: getattr(case, f) for f in fields}, "steps": len(case.steps)} for case in cases.cases]
     text = json.dumps({"schema": CASES_SCHEMA, "seed": cases.seed, "chosen_by": cases.chosen_by, "digest": cases.digest(), "cases": listing}, indent=1)
-    part = folder / (CASES_FILE + ".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(folder / CASES_FILE)
+    write_whole(folder / CASES_FILE, text + "\n", what="the cases", sync=False)
 
 
 def load_cases(folder: str | Path) -> Cases:

@@ -25,6 +25,7 @@ from sessa_deploy.contract import MODEL_FILE, PRECISIONS
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.export.parity_cases import Case, load_cases, save_cases
 from sessa_deploy.export.parity_drive import Engine, Tensors, drive_graph, drive_session
+from sessa_deploy.files import whole, write_whole
 from sessa_deploy.runtime.bundle import Bundle
 
 ORACLE, PLAIN, TORCH = "float64", "plain", "torch"
@@ -69,9 +70,7 @@ def run_rung(job: RungJob, report: Report | None = None, engine: Engine | None =
         header |= {"cases": cases.digest(), "versions": engine.versions, "headroom": None}
         header |= _run_modes(out, bundle, cases.cases, engine, report or _silent)
     header["seconds"] = round(time.perf_counter() - begun, 3)
-    part = out / (HEADER_FILE + ".part")
-    part.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
-    part.replace(out / HEADER_FILE)
+    write_whole(out / HEADER_FILE, json.dumps(header, indent=1) + "\n", what=f"the header of {job.rung}", sync=False)
     return header
 
 
@@ -100,10 +99,8 @@ def _run_modes(out: Path, bundle: Bundle, cases: tuple[Case, ...], engine: Engin
 
 
 def _save(path: Path, tensors: Tensors) -> None:
-    part = path.with_suffix(".part")
-    with part.open("wb") as handle:
-        np.savez(handle, **tensors)  # type: ignore[arg-type]
-    part.replace(path)
+    with whole(path, what="the rung's tensors", sync=False) as stream:
+        np.savez(stream, **tensors)  # type: ignore[arg-type]
 
 
 def _run_torch(job: RungJob, bundle: Bundle, report: Report) -> dict[str, Any]:

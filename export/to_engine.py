@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import threading
 import time
@@ -22,6 +21,7 @@ from sessa_deploy.cuda import Cuda, devices, driver_version
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.export import trt_check, trt_fuse, trt_graph, trt_layers, trt_limits
 from sessa_deploy.export.trt_limits import DEFAULT_PROMPT, Machine, Shapes
+from sessa_deploy.files import write_whole
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime import trt_api, trt_plan
 from sessa_deploy.runtime.bundle import Bundle, add_files, hash_file
@@ -303,8 +303,6 @@ def _save_timings(config: Any, path: Path) -> None:
     cache = config.get_timing_cache()
     if cache is None:
         return
-    part = path.with_suffix(f".part{os.getpid()}")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(bytes(cache.serialize()))
-        os.replace(part, path)
+        write_whole(path, bytes(cache.serialize()))

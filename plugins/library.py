@@ -16,6 +16,7 @@ from typing import Any
 
 from sessa_deploy.contract import CAUSAL_OP, FEEDBACK_OP, LAYER_OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION
 from sessa_deploy.errors import UserError
+from sessa_deploy.files import whole
 
 LIBRARY = "libsessa_plugin.so"
 ENVIRONMENT = "SESSA_PLUGIN_LIBRARY"  # a path that goes before every other place
@@ -159,9 +160,8 @@ def build(
         major = int(found[-1].split("-- TensorRT ")[1].split()[0])
         target = (Path(out) if out is not None else user_folder() / f"trt{major}") / LIBRARY
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".part{os.getpid()}")
-        shutil.copyfile(Path(work) / LIBRARY, part)
-        os.replace(part, target)
+        with open(Path(work) / LIBRARY, "rb") as built, whole(target, "--out", "the library") as stream:
+            shutil.copyfileobj(built, stream)
     check(target)
     return target
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy.errors import UserError
+from sessa_deploy.files import write_whole
 from sessa_deploy.kernels import launch
 
 SCHEMA = 1
@@ -160,7 +161,7 @@ def compile_unit(unit: Unit, out: Path) -> Cubin:
     vector, scalar = count_loads(kernel.asm["ptx"])
     binary, meta, description = kernel.asm["cubin"], kernel.metadata, launch.kernel(unit.kernel)
     path = out / f"{unit.stem}.cubin"
-    path.write_bytes(binary)
+    write_whole(path, binary, "--out", "the binary", sync=False)
     params = [{"name": p.name, "type": launch.resolve(p.type, unit.dtype), "divisible": launch.ALIGNMENT if p.divisible else 1} for p in description.params]
     params += [{"name": n, "type": t, "divisible": 1} for n, t in HIDDEN]
     declared = len(re.findall(r"^\s*\.param\b", kernel.asm["ptx"].split(".visible .entry", 1)[1].split(")", 1)[0], re.MULTILINE))
@@ -221,9 +222,9 @@ def lower(archs: Sequence[int], out: Path, kernels: Sequence[str] | None = None,
     for stale in out.glob("*.cubin"):
         if stale.name not in names:
             stale.unlink()
-    (out / TABLE).write_text("".join(_rows(cubins)), encoding="utf-8")
+    write_whole(out / TABLE, "".join(_rows(cubins)), "--out", "the table")
     manifest = {"schema": SCHEMA, "triton": triton.__version__, "cubins": [asdict(c) for c in cubins]}
-    (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_whole(out / MANIFEST, json.dumps(manifest, indent=1) + "\n", "--out", "the table")
     return cubins
 
 

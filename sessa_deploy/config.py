@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy.errors import UserError, one_line
+from sessa_deploy.files import write_whole
 from sessa_deploy.reading import read_json
 
 CONFIG_FILE = "config.json"
@@ -155,8 +156,7 @@ class SessaConfig:
     def save(self, folder: str | Path) -> Path:
         """Write config.json into `folder`; returns its path."""
         path = Path(folder) / CONFIG_FILE
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        return path
+        return write_whole(path, json.dumps(self.to_dict(), indent=2) + "\n", what="the configuration")
 
     @classmethod
     def load(cls, path: str | Path, note: Note | None = None) -> SessaConfig:
