@@ -68,25 +68,28 @@ MAJOR = Row((("8", 8), ("10", 10), ("11", 11)), ("", "7", "9", "12", "0", "-8", 
 
 TABLE: dict[str, dict[str, Row]] = {
     "train": {
-        "--data": place("nowhere", "/dev/null"), "--out": place("/dev/null", "text/a.txt", "/proc/run"), "--resume": FLAG, "--init-from": place("nowhere", "text"),
-        "--config": place(), "--steps": COUNT, "--stop-at": COUNT, "--max-seconds": POSITIVE, "--d-model": COUNT, "--n-layers": COUNT, "--n-heads": COUNT,
+        "--data": place("nowhere", "/dev/null"), "--out": place("/dev/null", "text/a.txt", "/proc/run"), "--resume": FLAG,
+        "--init-from": place("nowhere", "text"), "--config": place(), "--steps": COUNT, "--stop-at": COUNT, "--max-seconds": POSITIVE,
+        "--d-model": COUNT, "--n-layers": COUNT, "--n-heads": COUNT,
         "--n-kv-heads": COUNT, "--gamma-max": number([0.5, -3.0], [], ("0", "1", "-1", "1.5")), "--tie-word-embeddings": FLAG, "--context": COUNT,
         "--batch-size": COUNT, "--accumulate": COUNT, "--lr": POSITIVE, "--warmup": FROM_ZERO, "--weight-decay": NOT_NEGATIVE, "--grad-clip": POSITIVE,
         "--seed": SEED, "--tokenizer": place("nowhere", "text", "text/a.txt"),
-        "--extensions": Row((("py", ("py",)), (".py,md", ("py", "md")), ("tar.gz, txt", ("tar.gz", "txt"))), ("", " ", ",", "py,", ",py", "py,,md", ".", "a/b"), ("rs",)),
+        "--extensions": Row((("py", ("py",)), (".py,md", ("py", "md")), ("tar.gz, txt", ("tar.gz", "txt"))),
+                            ("", " ", ",", "py,", ",py", "py,,md", ".", "a/b"), ("rs",)),
         "--held-out": number([1e-9, 0.5, 0.999999], [0.0, 1.0, -0.1, 1.5]),
         "--device": Row(tuple((x, x) for x in ("auto", "cpu", "cuda", "cuda:0", "cuda:7")),
-                        ("", " ", "mps", "meta", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "cuda:\u0663", "xla", "toaster", "cuda:99999999999999999999", "cpu\n"),
+                        ("", " ", "mps", "meta", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "cuda:\u0663", "xla", "toaster", "cuda:" + "9" * 20,
+                         "cpu\n"),
                         ("cuda:999",)),
         "--precision": choice("auto", "fp32", "bf16"), "--store": choice("fp32", "fp16", "bf16"), "--eval-every": COUNT, "--save-every": COUNT,
     },
     "export": {
-        "CHECKPOINT": place("nowhere"), "--out": place(), "--precision": choice("fp32", "fp16", "bf16"), "--opset": integer(17, 23), "--config": place("nowhere"),
-        "--all-logits": FLAG,
+        "CHECKPOINT": place("nowhere"), "--out": place(), "--precision": choice("fp32", "fp16", "bf16"), "--opset": integer(17, 23),
+        "--config": place("nowhere"), "--all-logits": FLAG,
     },
     "validate": {
-        "BUNDLE": place("nowhere"), "--checkpoint": place(), "--backend": BACKEND, "--json": place(), "--report": place(), "--dump": place(), "--compare": place(),
-        "--python": place(), "--length": COUNT, "--seed": SEED, "--record": FLAG,
+        "BUNDLE": place("nowhere"), "--checkpoint": place(), "--backend": BACKEND, "--json": place(), "--report": place(), "--dump": place(),
+        "--compare": place(), "--python": place(), "--length": COUNT, "--seed": SEED, "--record": FLAG,
     },
     "build": {
         "BUNDLE": place(), "--max-batch": COUNT, "--max-context": COUNT, "--max-prompt": COUNT, "--workspace": COUNT, "--opt-level": integer(0, 5),
@@ -113,8 +116,9 @@ TABLE: dict[str, dict[str, Row]] = {
 
 # What completes a command line, so that the value under test is all that is wrong with it; text/ is there, with a little text.
 COMPLETE: dict[str, dict[str, str]] = {
-    "train": {"--data": "text", "--out": "run"}, "export": {"CHECKPOINT": "checkpoint", "--out": "bundle"}, "validate": {"BUNDLE": "bundle", "--checkpoint": "checkpoint"},
-    "build": {"BUNDLE": "bundle"}, "run": {"BUNDLE": "bundle", "--prompt": "x"}, "bench": {"BUNDLE": "bundle"}, "inspect": {"PATH": "checkpoint"},
+    "train": {"--data": "text", "--out": "run"}, "export": {"CHECKPOINT": "checkpoint", "--out": "bundle"},
+    "validate": {"BUNDLE": "bundle", "--checkpoint": "checkpoint"}, "build": {"BUNDLE": "bundle"},
+    "run": {"BUNDLE": "bundle", "--prompt": "x"}, "bench": {"BUNDLE": "bundle"}, "inspect": {"PATH": "checkpoint"},
 }
 
 
