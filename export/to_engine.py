@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy import contract
+from sessa_deploy.checks import integer
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.export import trt_check, trt_fuse, trt_graph, trt_layers, trt_limits
 from sessa_deploy.export.trt_limits import DEFAULT_PROMPT, Machine, Shapes
@@ -56,7 +57,7 @@ def build_engine(
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     shapes = trt_limits.shapes_for(bundle.config, max_batch, max_context, max_prompt)
-    _check_options(workspace, opt_level, layers)
+    workspace, opt_level = _check_options(workspace, opt_level, layers)
     trt = trt_api.load()
     layers = layers or ("tensorrt" if trt_api.strongly_typed(trt) else "plugin")
     _check_precision(trt, bundle, precision)
@@ -254,14 +255,12 @@ def _present(bundle: Bundle, folder: str) -> trt_plan.EngineInfo | None:
         return None
 
 
-def _check_options(workspace: int | None, opt_level: int | None, layers: str | None) -> None:
+def _check_options(workspace: int | None, opt_level: int | None, layers: str | None) -> tuple[int | None, int | None]:
     if layers is not None and layers not in trt_limits.LAYERS:
         raise UserError("--layers is none of ours", got=repr(layers), allowed=", ".join(trt_limits.LAYERS))
     low, high = trt_limits.OPT_LEVELS
-    if opt_level is not None and (isinstance(opt_level, bool) or not isinstance(opt_level, int) or not low <= opt_level <= high):
-        raise UserError("--opt-level is out of range", got=repr(opt_level), allowed=f"{low}..{high}")
-    if workspace is not None and (isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 1):
-        raise UserError("--workspace is out of range", got=repr(workspace), allowed="MiB, at least 1")
+    return (None if workspace is None else integer("--workspace", workspace, 1, allowed="MiB, at least 1"),
+            None if opt_level is None else integer("--opt-level", opt_level, low, high, allowed=f"{low}..{high}"))
 
 
 def _check_precision(trt: Any, bundle: Bundle, asked: str | None) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sessa_deploy.checks import integer
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CAUSAL_OP, MODEL_DATA_FILE, MODEL_FILE, PRECISIONS, cache_entries, cache_row_shape
 from sessa_deploy.errors import UserError
@@ -45,9 +46,8 @@ class Machine:
 def shapes_for(config: SessaConfig, max_batch: int = 1, max_context: int | None = None, max_prompt: int = DEFAULT_PROMPT) -> Shapes:
     """Checked shapes; max_context None is the model's own. Raises UserError on a number below 1."""
     capacity = config.max_context if max_context is None else max_context
-    for name, value in (("--max-batch", max_batch), ("--max-context", capacity), ("--max-prompt", max_prompt)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{name} is out of range", got=repr(value), allowed="an integer >= 1")
+    max_batch, capacity = integer("--max-batch", max_batch, 1), integer("--max-context", capacity, 1)
+    max_prompt = integer("--max-prompt", max_prompt, 1)
     return Shapes(max_batch, capacity, min(max_prompt, capacity))
 
 

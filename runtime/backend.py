@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from sessa_deploy.checks import as_integer, integer
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import SessaError, UserError
 
@@ -26,9 +27,7 @@ class Backend(ABC):
 
     def __init__(self, config: SessaConfig, batch: int = 1, capacity: int | None = None) -> None:
         capacity = config.max_context if capacity is None else capacity
-        for what, value in (("max_batch", batch), ("capacity", capacity)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{what} is out of range", got=repr(value), allowed="an integer >= 1")
+        batch, capacity = integer("max_batch", batch, 1), integer("capacity", capacity, 1)
         self.config, self.batch, self.capacity = config, batch, capacity
         self.length: NDArray[np.int32] = np.zeros(batch, dtype=np.int32)
         self.bytes_moved = 0
@@ -61,17 +60,21 @@ class Backend(ABC):
     def reset(self, rows: Iterable[int] | None = None) -> None:
         """Forget the tokens of `rows`, of every row by default."""
         for row in range(self.batch) if rows is None else rows:
-            self.length[row] = 0
+            self.length[self._row(row)] = 0
 
     def rewind(self, row: int, length: int) -> None:
         """Forget all but the first `length` tokens of a row. Raises UserError if it holds fewer."""
-        if not 0 <= length <= int(self.length[row]):
-            raise UserError("a sequence cannot be rewound to there", got=length, allowed=f"0..{int(self.length[row])}")
-        self.length[row] = length
+        row, held = self._row(row), as_integer(length)
+        if held is None or not 0 <= held <= int(self.length[row]):
+            raise UserError("a sequence cannot be rewound to there", got=repr(length), allowed=f"0..{int(self.length[row])}")
+        self.length[row] = held
 
     def room(self, row: int) -> int:
         """Tokens that still fit into a row."""
-        return self.capacity - int(self.length[row])
+        return self.capacity - int(self.length[self._row(row)])
+
+    def _row(self, row: object) -> int:
+        return integer("the sequence", row, 0, self.batch - 1)
 
     def device_bytes(self) -> int:
         """Device memory in use, all processes' together; 0 on a CPU."""

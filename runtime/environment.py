@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import operator
 import os
 import platform
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy import __version__
-from sessa_deploy.errors import UserError
+from sessa_deploy.checks import integer
 from sessa_deploy.process import python
 from sessa_deploy.runtime import driver
 
@@ -91,9 +90,7 @@ def check_threads(threads: object) -> int | None:
     if threads is None:
         return None
     most = cores()
-    if isinstance(threads, bool) or not hasattr(threads, "__index__") or not 1 <= operator.index(threads) <= most:
-        raise UserError("threads is out of range", got=repr(threads), allowed=f"an integer in 1..{most}, the cores this process may use")
-    return operator.index(threads)
+    return integer("threads", threads, 1, most, f"an integer in 1..{most}, the cores this process may use")
 
 
 def processor() -> dict[str, Any]:
