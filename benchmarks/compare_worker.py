@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import time
 import traceback
@@ -22,6 +21,7 @@ import numpy as np
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import PRECISIONS
+from sessa_deploy.files import write_whole
 from sessa_deploy.runtime import driver, environment, traffic
 
 WINDOW = 64  # steps before the context is rewound to where it began
@@ -250,9 +250,7 @@ def main() -> int:
             result["points"][point.name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
             room = None
         result |= {"notes": peer.notes(), "environment": environment.describe()}
-        part = out.with_suffix(".part")
-        part.write_text(json.dumps(result))
-        os.replace(part, out)
+        write_whole(out, json.dumps(result), what="the result")
     peer.close()
     return 0
 

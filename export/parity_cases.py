@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from sessa_deploy.config import SessaConfig
+from sessa_deploy.contract import MAX_POSITION
 from sessa_deploy.errors import UserError
+from sessa_deploy.files import whole, write_whole
 
 CASES_FILE, CASES_IDS_FILE = "cases.json", "cases.npz"
 CASES_SCHEMA = 1
@@ -115,11 +117,16 @@ class Cases:
         return h.hexdigest()
 
 
-def build_cases(config: SessaConfig, seed: int = 0, lengths: Sequence[int] = LENGTHS, generate: int = 24) -> Cases:
+def build_cases(config: SessaConfig, seed: int = 0, lengths: Sequence[int] = LENGTHS, generate: int = 24, also: Sequence[int] = ()) -> Cases:
     """Prefill at the odd lengths, step-by-step decode, greedy generation, chunked prefill, a ragged batch and poisoned caches.
 
-    Lengths beyond config.max_context are left out or cut to it. Ids are uniform over the vocabulary, from `seed` alone.
+    Lengths beyond config.max_context are left out or cut to it; those in `also` are judged as they are, since a session may be opened for more tokens
+    than that. Ids are uniform over the vocabulary, from `seed` alone. Raises UserError on a length that rotary positions do not reach.
     """
+    for n in also:
+        if config.use_forward_rope and n > MAX_POSITION:
+            raise UserError("no rotary position is that far out", got=f"a length of {n}", allowed=f"at most {MAX_POSITION} tokens",
+                            fix="choose another --length")
     rng = np.random.default_rng([seed, config.vocab_size, config.max_context])
     limit = config.max_context
 
@@ -137,7 +144,7 @@ def build_cases(config: SessaConfig, seed: int = 0, lengths: Sequence[int] = LEN
                 seen += cut
         return out
 
-    cases = [Case(f"prefill-{n}", "prefill", (step(n),)) for n in dict.fromkeys(lengths) if n <= limit]
+    cases = [Case(f"prefill-{n}", "prefill", (step(n),)) for n in dict.fromkeys((*(n for n in lengths if n <= limit), *also))]
     cases.append(Case("decode", "decode", tuple(fit([(1,)] * (BLOCK_EDGE + 2)))))
     cases.append(Case("chunked", "chunked", tuple(fit([(64,), (65,), (1,), (63,), (2,), (62,)]))))
     ragged = fit([(65, 1, 0, 63), (2, 64, 64, 0), (1, 1, 1, 1), (0, 1, 1, 1), (1, 0, 1, 0), (5, 3, 0, 1), (1, 1, 1, 1)])
@@ -155,20 +162,16 @@ def _longest(steps: Sequence[Step]) -> int:
 
 
 def save_cases(cases: Cases, folder: str | Path) -> None:
-    """Write cases.npz and cases.json into `folder`, the JSON last and both by rename."""
+    """Write cases.npz and cases.json into `folder`, the JSON last and each whole or not at all. Raises UserError if that fails."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {f"{case.name}/{j}/{key}": getattr(step, key) for case in cases.cases for j, step in enumerate(case.steps) for key in ("input_ids", "new_length")}
-    part = folder / (CASES_IDS_FILE + ".part")
-    with part.open("wb") as handle:
-        np.savez(handle, **arrays)
-    part.replace(folder / CASES_IDS_FILE)
+    with whole(folder / CASES_IDS_FILE, what="the cases", sync=False) as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
     fields = ("name", "kind", "capacity", "poison", "generated")
     listing = [{**{f: getattr(case, f) for f in fields}, "steps": len(case.steps)} for case in cases.cases]
     text = json.dumps({"schema": CASES_SCHEMA, "seed": cases.seed, "chosen_by": cases.chosen_by, "digest": cases.digest(), "cases": listing}, indent=1)
-    part = folder / (CASES_FILE + ".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(folder / CASES_FILE)
+    write_whole(folder / CASES_FILE, text + "\n", what="the cases", sync=False)
 
 
 def load_cases(folder: str | Path) -> Cases:

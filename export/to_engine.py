@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import threading
 import time
@@ -21,6 +20,7 @@ from sessa_deploy.checks import integer
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.export import trt_check, trt_fuse, trt_graph, trt_layers, trt_limits
 from sessa_deploy.export.trt_limits import DEFAULT_PROMPT, Machine, Shapes
+from sessa_deploy.files import write_whole
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime import driver, trt_api, trt_plan
 from sessa_deploy.runtime.bundle import Bundle, add_files, hash_file
@@ -216,7 +216,7 @@ def _in_thread(trt: Any, work: Callable[[], Any], config: Any, progress: Progres
     try:
         while not over.wait(_POLL):  # an event: an interrupted Thread.join takes the thread for ended
             progress(*state)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         cancel.set()
         if monitor is not None:  # the builder stops at its next step; without a monitor the caller ends the process
             over.wait(30.0)
@@ -302,8 +302,6 @@ def _save_timings(config: Any, path: Path) -> None:
     cache = config.get_timing_cache()
     if cache is None:
         return
-    part = path.with_suffix(f".part{os.getpid()}")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(bytes(cache.serialize()))
-        os.replace(part, path)
+        write_whole(path, bytes(cache.serialize()))

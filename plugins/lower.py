@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +24,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sessa_deploy.errors import SessaError
+from sessa_deploy.files import scratch, write_whole
 from sessa_deploy.kernels import launch
+from sessa_deploy.process import ending_cleanly
 
 SCHEMA = 1
 MANIFEST = "cubins.json"
@@ -158,7 +160,7 @@ def compile_unit(unit: Unit, out: Path) -> Cubin:
     vector, scalar = count_loads(kernel.asm["ptx"])
     binary, meta, description = kernel.asm["cubin"], kernel.metadata, launch.kernel(unit.kernel)
     path = out / f"{unit.stem}.cubin"
-    path.write_bytes(binary)
+    write_whole(path, binary, "--out", "the binary", sync=False)
     params = [{"name": p.name, "type": launch.resolve(p.type, unit.dtype), "divisible": launch.ALIGNMENT if p.divisible else 1} for p in description.params]
     params += [{"name": n, "type": t, "divisible": 1} for n, t in HIDDEN]
     declared = len(re.findall(r"^\s*\.param\b", kernel.asm["ptx"].split(".visible .entry", 1)[1].split(")", 1)[0], re.MULTILINE))
@@ -204,18 +206,18 @@ def lower(archs: Sequence[int], out: Path, kernels: Sequence[str] | None = None,
     """Compile every unit into `out` (made if absent) and write cubins.json and cubins.inc; returns the entries, problems included."""
     out.mkdir(parents=True, exist_ok=True)
     wanted = units(archs, kernels)
-    with tempfile.TemporaryDirectory(prefix="sessa-lower-") as cache:
+    with scratch("sessa-lower-") as cache:
         workers = max(1, min(jobs or os.cpu_count() or 1, len(wanted)))
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(cache,))
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(str(cache),))
         with pool:
             cubins = list(pool.map(compile_unit, wanted, [out] * len(wanted)))
     names = {c.file for c in cubins}
     for stale in out.glob("*.cubin"):
         if stale.name not in names:
             stale.unlink()
-    (out / TABLE).write_text("".join(_rows(cubins)), encoding="utf-8")
+    write_whole(out / TABLE, "".join(_rows(cubins)), "--out", "the table")
     manifest = {"schema": SCHEMA, "triton": _triton_version(), "cubins": [asdict(c) for c in cubins]}
-    (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_whole(out / MANIFEST, json.dumps(manifest, indent=1) + "\n", "--out", "the table")
     return cubins
 
 
@@ -250,7 +252,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: --arch: got {args.arch}; allowed: some of {','.join(map(str, launch.ARCHS))}", file=sys.stderr)
         return 2
     begun = time.monotonic()
-    cubins = lower(archs, args.out, args.kernel, args.jobs)
+    try:
+        cubins = lower(archs, args.out, args.kernel, args.jobs)
+    except SessaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     for arch in archs:
         mine = [c for c in cubins if c.arch == arch]
         untuned = sorted({c.kernel for c in mine if not c.tuned})
@@ -265,4 +271,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending_cleanly():
+        sys.exit(main())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy.errors import UserError
+from sessa_deploy.files import write_whole
 
 CONFIG_FILE = "config.json"
 # Keys that other tools write into config.json and that say nothing about the arithmetic.
@@ -106,8 +107,7 @@ class SessaConfig:
     def save(self, folder: str | Path) -> Path:
         """Write config.json into `folder`; returns its path."""
         path = Path(folder) / CONFIG_FILE
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        return path
+        return write_whole(path, json.dumps(self.to_dict(), indent=2) + "\n", what="the configuration")
 
     @classmethod
     def load(cls, path: str | Path) -> SessaConfig:
