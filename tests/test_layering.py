@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib"}
-STDLIB_ONLY = (*(f"sessa_deploy/{name}.py" for name in ("checks", "contract", "config", "errors", "files", "process", "__init__")), "sessa_deploy/kernels/launch.py")
+STDLIB_ONLY = (*(f"sessa_deploy/{name}.py" for name in ("checks", "contract", "config", "errors", "files", "process", "__init__")),
+                "sessa_deploy/kernels/launch.py")
 RUNTIME_MAY = {"numpy", "tokenizers", "rich", "platformdirs", "onnxruntime", "tensorrt"}
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt"}
 

@@ -329,7 +329,8 @@ def test_a_signal_saves_once_and_says_how_to_go_on(
         assert call("train", "--data", text, *SMALL, "--steps", 8, "--save-every", 4, "--out", tmp_path / "run") == code
     seen = capsys.readouterr().err
     assert saves == [4] and "Traceback" not in seen
-    assert seen.splitlines()[-1] == f"interrupted; saved at step 4, continue with: sessa-deploy train --resume --out {tmp_path / 'run'}"
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert seen.splitlines()[-1] == f"{word}; saved at step 4, continue with: sessa-deploy train --resume --out {tmp_path / 'run'}"
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert call("train", "--resume", "--out", tmp_path / "run") == 0 and len(read_log(tmp_path / "run")) == 8
     assert issubclass(Interrupted, KeyboardInterrupt)

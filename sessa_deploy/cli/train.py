@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,9 @@ def command(ctx: click.Context, **given: Any) -> None:
     try:
         report = _train(run, stop_at)
     except Interrupted as stop:
-        click.echo(f"interrupted; saved at step {stop.step}, continue with: sessa-deploy train --resume --out {folder}", err=True)
-        sys.exit(128 + stop.signal)
+        word = "interrupted" if stop.signal == signal.SIGINT else "terminated"
+        click.echo(f"{word}; saved at step {stop.step}, continue with: sessa-deploy train --resume --out {folder}", err=True)
+        ctx.exit(128 + stop.signal)
     _show(report)
     click.echo(f"checkpoint: {checkpoint}")
     click.echo(f"next: sessa-deploy export {shlex.quote(str(checkpoint))} --out {shlex.quote(str(Path(out) / 'bundle'))}")

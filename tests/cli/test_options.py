@@ -30,6 +30,7 @@ class Row:
     refused: tuple[str, ...] = ()
     late: tuple[str, ...] = ()
     flag: bool = False
+    alone: bool = False  # its value may be left out
 
 
 def integer(low: int, high: int | None = None) -> Row:
@@ -57,6 +58,7 @@ def text(*refused: str) -> Row:
 
 
 FLAG = Row(flag=True)
+JSON = Row(place().taken, place().refused, alone=True)
 FREE = text()  # any text, the empty one too, is the verb's to judge
 SEED = integer(0, 2**64 - 1)
 THREADS = integer(1, CORES)
@@ -88,7 +90,7 @@ TABLE: dict[str, dict[str, Row]] = {
         "--config": place("nowhere"), "--all-logits": FLAG,
     },
     "validate": {
-        "BUNDLE": place("nowhere"), "--checkpoint": place(), "--backend": BACKEND, "--json": place(), "--report": place(), "--dump": place(),
+        "BUNDLE": place("nowhere"), "--checkpoint": place(), "--config": place(), "--backend": BACKEND, "--json": place(), "--report": place(), "--dump": place(),
         "--compare": place(), "--python": place(), "--length": COUNT, "--seed": SEED, "--record": FLAG,
     },
     "build": {
@@ -104,14 +106,14 @@ TABLE: dict[str, dict[str, Row]] = {
         "BUNDLE": place("nowhere"), "--json": place("."), "--backend": BACKEND, "--batch": COUNT, "--prompt-tokens": COUNT, "--window": COUNT, "--steps": COUNT,
         "--seconds": NOT_NEGATIVE, "--max-seconds": NOT_NEGATIVE, "--capacity": COUNT, "--threads": THREADS, "--bandwidth": POSITIVE,
     },
-    "inspect": {"PATH": place("nowhere"), "--json": FLAG, "--all": FLAG, "--no-verify": FLAG},
+    "inspect": {"PATH": place("nowhere"), "--json": JSON, "--all": FLAG, "--no-verify": FLAG},
     "plugin build": {
         "--tensorrt-include": place(), "--cuda-include": place(), "--cubins": place(), "--out": place(),
         "--arch": Row((("90", "90"), ("80,86", "80,86")), ("", ",", "90,", "sm_90", "9.0", "75", "90,75", " 90", "90;86", "9" * 500)),
     },
     "plugin path": {"--tensorrt": MAJOR},
     "plugin check": {"PATH": place("nowhere"), "--tensorrt": MAJOR},
-    "doctor": {"--json": FLAG},
+    "doctor": {"--json": JSON},
 }
 
 # What completes a command line, so that the value under test is all that is wrong with it; text/ is there, with a little text.
@@ -217,7 +219,7 @@ def test_what_is_refused(here: Path, capsys: pytest.CaptureFixture[str], verb: s
     if row.flag:
         assert option in refusal(here, capsys, [*verb.split(), *line(verb, option, None)[:-1], f"{option}=1"])
         return
-    if option.startswith("-"):
+    if option.startswith("-") and not row.alone:
         assert option in refusal(here, capsys, [*verb.split(), *line(verb, option, None)])  # and no value behind it
     for given in (*row.refused, *row.late):
         error = refusal(here, capsys, [*verb.split(), *line(verb, option, given)])
