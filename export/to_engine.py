@@ -72,7 +72,8 @@ def build_engine(
     prepared, layers = _prepared(bundle, trt, layers)
     names = [n for n in (contract.MODEL_FILE, contract.MODEL_DATA_FILE) if n in bundle]
     weights = sum(bundle.file(n).stat().st_size for n in names)
-    trt_limits.require_memory(bundle.config, bundle.precision, weights, shapes, machine.free, tuple(prepared.inlined))
+    all_logits = any(x.name == contract.LOGITS and len(x.type.tensor_type.shape.dim) == contract.ALL_LOGITS_RANK for x in prepared.model.graph.output)
+    trt_limits.require_memory(bundle.config, bundle.precision, weights, shapes, machine.free, tuple(prepared.inlined), all_logits)
     begun = time.monotonic()
     plan = _build(trt, bundle, prepared, shapes, machine, workspace, opt_level, verbose, progress or (lambda what, done, of: None))
     info = trt_plan.EngineInfo(

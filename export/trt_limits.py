@@ -61,8 +61,9 @@ def engine_key(bundle: Bundle, plugin_sha256: str, shapes: Shapes, machine: Mach
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def estimate(config: SessaConfig, precision: str, weights: int, shapes: Shapes, inlined: tuple[str, ...] = (CAUSAL_OP,)) -> dict[str, int]:
-    """Bytes of GPU memory a build needs at its peak, by what takes them. weights: bytes of the graph.
+def estimate(config: SessaConfig, precision: str, weights: int, shapes: Shapes, inlined: tuple[str, ...] = (CAUSAL_OP,),
+             all_logits: bool = False) -> dict[str, int]:
+    """Bytes of GPU memory a build needs at its peak, by what takes them. weights: bytes of the graph. all_logits: it gives those of every token.
 
     A build holds the weights about twice (as read, as laid out for the kernels) and runs both profiles on real buffers. An inlined causal attention
     keeps float32 scores (B,Hq,T,P+T) and float32 keys and values of the whole capacity; feedback attention's workspace holds (B,T,P+T) routing tiles.
@@ -72,7 +73,7 @@ def estimate(config: SessaConfig, precision: str, weights: int, shapes: Shapes, 
     parts = {
         "weights": 2 * weights,
         "caches": b * p * row,
-        "activations": b * t * (row + 12 * 4 * config.d_model) + 4 * b * config.vocab_size,
+        "activations": b * t * (row + 12 * 4 * config.d_model) + 4 * b * config.vocab_size * (t if all_logits else 1),
         "feedback workspace": 4 * b * t * (p + t),
     }
     if CAUSAL_OP in inlined:
@@ -80,11 +81,12 @@ def estimate(config: SessaConfig, precision: str, weights: int, shapes: Shapes, 
     return parts
 
 
-def require_memory(config: SessaConfig, precision: str, weights: int, shapes: Shapes, free: int, inlined: tuple[str, ...] = (CAUSAL_OP,)) -> int:
+def require_memory(config: SessaConfig, precision: str, weights: int, shapes: Shapes, free: int, inlined: tuple[str, ...] = (CAUSAL_OP,),
+                   all_logits: bool = False) -> int:
     """The estimate's sum in bytes. Raises UserError that says what to lower, and to what, if it exceeds the free memory."""
 
     def need(**changes: int) -> int:
-        return sum(estimate(config, precision, weights, dataclasses.replace(shapes, **changes), inlined).values())
+        return sum(estimate(config, precision, weights, dataclasses.replace(shapes, **changes), inlined, all_logits).values())
 
     total, room = need(), int(free * _HEADROOM)
     if total <= room:
@@ -101,7 +103,7 @@ def require_memory(config: SessaConfig, precision: str, weights: int, shapes: Sh
         fix = "use a GPU with more memory, or export with --precision fp16"
     else:
         fix = " or ".join(hints) or "lower --max-batch, --max-context and --max-prompt together"
-    largest = max(estimate(config, precision, weights, shapes, inlined).items(), key=lambda pair: pair[1])
+    largest = max(estimate(config, precision, weights, shapes, inlined, all_logits).items(), key=lambda pair: pair[1])
     raise UserError("the engine will not fit into the GPU's memory", fix=fix, allowed=f"{_gib(room)} free",
                     got=f"about {_gib(total)} needed, most of it for {largest[0]} ({_gib(largest[1])})")  # fmt: skip
 

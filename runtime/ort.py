@@ -11,10 +11,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, PRECISIONS, cache_entries, graph_inputs, graph_outputs, past_name
+from sessa_deploy.contract import (
+    ALL_LOGITS_RANK,
+    INPUT_IDS,
+    LAST_LOGITS_RANK,
+    LOGITS,
+    NEW_LENGTH,
+    PAST_LENGTH,
+    PRECISIONS,
+    cache_entries,
+    graph_inputs,
+    graph_outputs,
+    past_name,
+)
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime import driver
-from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.backend import Backend, bounded_chunk, last_rows
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.device_cache import DeviceCache
 from sessa_deploy.runtime.environment import check_threads, default_threads
@@ -45,12 +57,22 @@ class OrtBackend(Backend):
         self._host: HostCache | None = None
         self._device: DeviceCache | None = None
         if provider == "cpu":
-            self._host = HostCache(bundle.config, batch, self.capacity, np.dtype(PRECISIONS[bundle.precision].numpy))
+            self._host = HostCache(bundle.config, self.batch, self.capacity, np.dtype(PRECISIONS[bundle.precision].numpy))
         else:
             self.best_chunk = _DEVICE_CHUNK
-            self._device = DeviceCache(bundle.config, batch, self.capacity, bundle.precision, self.session)
+            self._device = DeviceCache(bundle.config, self.batch, self.capacity, bundle.precision, self.session)
+        self.all_logits = next(len(x.shape) for x in self.session.get_outputs() if x.name == LOGITS) == ALL_LOGITS_RANK
+        if self.all_logits:
+            self.best_chunk = bounded_chunk(self.best_chunk, self.batch, self.config.vocab_size)
 
     def _forward(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
+        return last_rows(self._run(ids, new), new)
+
+    def _forward_all(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
+        return self._run(ids, new)
+
+    def _run(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
+        """One step of the graph; its logits (B,V) or (B,T,V), zero in the sequences that were not computed."""
         if self._device is not None:
             logits = self._device.run(ids, self.length, new)
             self.bytes_moved = self._device.bytes_moved
@@ -66,7 +88,7 @@ class OrtBackend(Backend):
         self.bytes_moved = host.bytes_moved
         if first == 0 and last == self.batch:
             return np.asarray(found, np.float32)
-        logits = np.zeros((self.batch, found.shape[-1]), np.float32)
+        logits = np.zeros((self.batch, *found.shape[1:]), np.float32)
         logits[first:last] = found
         return logits
 
@@ -187,7 +209,7 @@ def _check_graph(bundle: Bundle, inputs: Sequence[Any], outputs: Sequence[Any]) 
     wrong = [f"{n}: {found.get(n, 'absent')}" for n in sorted({*expected, *found}) if expected.get(n) != found.get(n)]
     names = {value.name: value for value in outputs}
     wrong += [f"{n}: absent" for n in graph_outputs(layers) if n not in names]
-    if LOGITS in names and len(names[LOGITS].shape) != 2:
+    if LOGITS in names and len(names[LOGITS].shape) not in (LAST_LOGITS_RANK, ALL_LOGITS_RANK):
         wrong.append(f"{LOGITS}: {len(names[LOGITS].shape)} dimensions")
     if wrong:
         raise UserError("the graph's inputs and outputs are not what the manifest's config says", got="; ".join(wrong[:5]),

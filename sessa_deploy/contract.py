@@ -30,6 +30,7 @@ INPUT_IDS = "input_ids"  # (B,T) int64
 PAST_LENGTH = "past_length"  # (B,) int32
 NEW_LENGTH = "new_length"  # (B,) int32, 0..T
 LOGITS = "logits"  # (B,V) float32, or (B,T,V) on request
+LAST_LOGITS_RANK, ALL_LOGITS_RANK = 2, 3
 CACHE_FIELDS = ("k_f", "v_f", "k_b", "s")
 DIM_BATCH, DIM_TOKENS, DIM_PAST = "B", "T", "P"
 

@@ -337,6 +337,10 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Seq
             kinds = {"tensor(float)": DataType.FLOAT, "tensor(float16)": DataType.HALF, "tensor(int32)": DataType.INT32}
             return kinds.get(self.kinds[name], DataType.INT32 if major < 10 else DataType.INT64)
 
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            shapes = {x.name: x.shape for x in [*self.session.get_inputs(), *self.session.get_outputs()]}
+            return tuple(n if isinstance(n, int) else -1 for n in shapes[name])
+
         def create_engine_inspector(self) -> Any:
             layers = [{"Name": "body", "LayerType": "Other", "Inputs": []}]
             layers += [{"Name": f"Reformatting CopyNode for {n}", "LayerType": "Reformat", "Inputs": [{"Name": f"{n} [profile 1]"}]} for n in reformat]

@@ -56,7 +56,8 @@ def test_runtime_never_reaches_torch_triton_or_onnx(path: Path) -> None:
     assert foreign(path) <= RUNTIME_MAY
     assert len(foreign(path) & ENGINE_LIBRARIES) <= 1, "one engine library a module"
     ours = {name for name in imports(path) if name.startswith("sessa_deploy.")}
-    allowed = tuple(f"sessa_deploy.{name}" for name in ("runtime", "checks", "contract", "config", "errors", "files", "process", "plugins.library", "__version__"))
+    names = ("runtime", "checks", "contract", "config", "errors", "files", "process", "plugins.library", "__version__")
+    allowed = tuple(f"sessa_deploy.{name}" for name in names)
     assert all(name.startswith(allowed) for name in ours), sorted(ours)
 
 

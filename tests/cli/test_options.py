@@ -67,6 +67,10 @@ BACKEND = choice("auto", "ort", "ort-cuda", "trt")
 POSITIVE = number([1e-300, 0.5, 3.0, 1e300], [0.0, -0.0, -1e-300, -1.0])
 NOT_NEGATIVE = number([0.0, 1e-300, 1e300], [-1e-300, -1.0])
 MAJOR = Row((("8", 8), ("10", 10), ("11", 11)), ("", "7", "9", "12", "0", "-8", "8.0", "ten", " 8", "1e1"))
+SAMPLING = {
+    "--temperature": NOT_NEGATIVE, "--top-k": FROM_ZERO, "--top-p": number([1e-300, 0.5, 1.0], [0.0, -0.5, 1.0000001, 2.0]),
+    "--min-p": number([0.0, 0.5, 0.999999], [-1e-9, 1.0, 2.0]), "--repetition-penalty": POSITIVE, "--seed": SEED,
+}
 
 TABLE: dict[str, dict[str, Row]] = {
     "train": {
@@ -90,17 +94,24 @@ TABLE: dict[str, dict[str, Row]] = {
         "--config": place("nowhere"), "--all-logits": FLAG,
     },
     "validate": {
-        "BUNDLE": place("nowhere"), "--checkpoint": place(), "--config": place(), "--backend": BACKEND, "--json": place(), "--report": place(), "--dump": place(),
-        "--compare": place(), "--python": place(), "--length": COUNT, "--seed": SEED, "--record": FLAG,
+        "BUNDLE": place("nowhere"), "--checkpoint": place(), "--config": place(), "--backend": BACKEND, "--json": place(),
+        "--report": place(), "--dump": place(), "--compare": place(), "--python": place(), "--length": COUNT, "--seed": SEED, "--record": FLAG,
     },
     "build": {
         "BUNDLE": place(), "--max-batch": COUNT, "--max-context": COUNT, "--max-prompt": COUNT, "--workspace": COUNT, "--opt-level": integer(0, 5),
         "--precision": choice("fp32", "fp16", "bf16"), "--layers": choice("plugin", "tensorrt"), "--plugin": place(), "--force": FLAG, "--verbose": FLAG,
     },
     "run": {
-        "BUNDLE": place("nowhere"), "--prompt": FREE, "--max-new-tokens": COUNT, "--temperature": NOT_NEGATIVE, "--top-k": FROM_ZERO,
-        "--top-p": number([1e-300, 0.5, 1.0], [0.0, -0.5, 1.0000001, 2.0]), "--min-p": number([0.0, 0.5, 0.999999], [-1e-9, 1.0, 2.0]),
-        "--repetition-penalty": POSITIVE, "--seed": SEED, "--backend": BACKEND, "--stop": text(""), "--capacity": COUNT, "--threads": THREADS,
+        "BUNDLE": place("nowhere"), "--prompt": FREE, "--prompt-file": place("nowhere"),
+        "--prompt-ids": Row((("1 2 3", "1 2 3"), ("[1, 2]", "[1, 2]")), ("", " ", "x", "1.5", "-1", "1e3", "0x10", "\u0663", "1;2", "9" * 5000)),
+        "--json": FLAG, "--max-new-tokens": COUNT, **SAMPLING, "--backend": BACKEND, "--stop": text(""), "--capacity": COUNT, "--threads": THREADS,
+    },
+    "chat": {
+        "BUNDLE": place("nowhere"), "--max-new-tokens": COUNT, **SAMPLING, "--backend": BACKEND, "--stop": text(""), "--capacity": COUNT, "--threads": THREADS,
+    },
+    "score": {
+        "BUNDLE": place("nowhere"), "--text": place("nowhere"), "--ids": place(), "--json": FLAG, "--backend": BACKEND, "--capacity": COUNT, "--stride": COUNT,
+        "--threads": THREADS,
     },
     "bench": {
         "BUNDLE": place("nowhere"), "--json": place("."), "--backend": BACKEND, "--batch": COUNT, "--prompt-tokens": COUNT, "--window": COUNT, "--steps": COUNT,
@@ -120,7 +131,8 @@ TABLE: dict[str, dict[str, Row]] = {
 COMPLETE: dict[str, dict[str, str]] = {
     "train": {"--data": "text", "--out": "run"}, "export": {"CHECKPOINT": "checkpoint", "--out": "bundle"},
     "validate": {"BUNDLE": "bundle", "--checkpoint": "checkpoint"}, "build": {"BUNDLE": "bundle"},
-    "run": {"BUNDLE": "bundle", "--prompt": "x"}, "bench": {"BUNDLE": "bundle"}, "inspect": {"PATH": "checkpoint"},
+    "run": {"BUNDLE": "bundle", "--prompt": "x"}, "chat": {"BUNDLE": "bundle"}, "score": {"BUNDLE": "bundle", "--text": "text/a.txt"},
+    "bench": {"BUNDLE": "bundle"}, "inspect": {"PATH": "checkpoint"},
 }
 
 
