@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sessa_deploy.config import SessaConfig
+from sessa_deploy.contract import MAX_POSITION
 from sessa_deploy.errors import UserError
 from sessa_deploy.files import whole, write_whole
 
@@ -116,11 +117,16 @@ class Cases:
         return h.hexdigest()
 
 
-def build_cases(config: SessaConfig, seed: int = 0, lengths: Sequence[int] = LENGTHS, generate: int = 24) -> Cases:
+def build_cases(config: SessaConfig, seed: int = 0, lengths: Sequence[int] = LENGTHS, generate: int = 24, also: Sequence[int] = ()) -> Cases:
     """Prefill at the odd lengths, step-by-step decode, greedy generation, chunked prefill, a ragged batch and poisoned caches.
 
-    Lengths beyond config.max_context are left out or cut to it. Ids are uniform over the vocabulary, from `seed` alone.
+    Lengths beyond config.max_context are left out or cut to it; those in `also` are judged as they are, since a session may be opened for more tokens
+    than that. Ids are uniform over the vocabulary, from `seed` alone. Raises UserError on a length that rotary positions do not reach.
     """
+    for n in also:
+        if config.use_forward_rope and n > MAX_POSITION:
+            raise UserError("no rotary position is that far out", got=f"a length of {n}", allowed=f"at most {MAX_POSITION} tokens",
+                            fix="choose another --length")
     rng = np.random.default_rng([seed, config.vocab_size, config.max_context])
     limit = config.max_context
 
@@ -138,7 +144,7 @@ def build_cases(config: SessaConfig, seed: int = 0, lengths: Sequence[int] = LEN
                 seen += cut
         return out
 
-    cases = [Case(f"prefill-{n}", "prefill", (step(n),)) for n in dict.fromkeys(lengths) if n <= limit]
+    cases = [Case(f"prefill-{n}", "prefill", (step(n),)) for n in dict.fromkeys((*(n for n in lengths if n <= limit), *also))]
     cases.append(Case("decode", "decode", tuple(fit([(1,)] * (BLOCK_EDGE + 2)))))
     cases.append(Case("chunked", "chunked", tuple(fit([(64,), (65,), (1,), (63,), (2,), (62,)]))))
     ragged = fit([(65, 1, 0, 63), (2, 64, 64, 0), (1, 1, 1, 1), (0, 1, 1, 1), (1, 0, 1, 0), (5, 3, 0, 1), (1, 1, 1, 1)])

@@ -1,8 +1,8 @@
-"""A rung of parity as a process: `python -m sessa_deploy.export.parity_rungs --rung ort --bundle BUNDLE --folder DIR`.
+"""A rung of parity, as a process of its own: `python -m sessa_deploy.export.parity_rungs --rung ort --bundle BUNDLE --folder DIR`.
 
 It reads the cases in DIR and writes DIR/<rung>/<mode>.<case>.npz and, last, DIR/<rung>/header.json. Torch rungs need --checkpoint; an engine's rung
 imports numpy and that engine only, so it runs on a machine or under an interpreter without torch.
-Progress goes to stdout as JSON lines; a user's error goes to stderr as one line, exit code 2.
+Progress goes to stdout as JSON lines, the first of them when the work begins; an error of the user or the machine goes to stderr as one line, exit code 2.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import MODEL_FILE, PRECISIONS
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.export.parity_cases import Case, load_cases, save_cases
@@ -34,19 +35,21 @@ ENGINE_RUNGS = ("ort", "ort-cuda", "trt")
 DECODE_KINDS = ("decode", "ragged", "greedy")
 HEADER_FILE = "header.json"
 HEADER_SCHEMA = 1
+_PLACE = "folder for temporary files (TMPDIR), or --dump"
 
 Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class RungJob:
-    """What one rung computes: cases in `folder`, the bundle, the checkpoint for torch rungs, and threads for the arithmetic."""
+    """What one rung computes: cases in `folder`, the bundle, the checkpoint for torch rungs (and its config.json, where it has none), and threads."""
 
     rung: str
     folder: Path
     bundle: Path
     checkpoint: Path | None = None
     threads: int = 1
+    config: Path | None = None
 
 
 def run_rung(job: RungJob, report: Report | None = None, engine: Engine | None = None) -> dict[str, Any]:
@@ -70,7 +73,7 @@ def run_rung(job: RungJob, report: Report | None = None, engine: Engine | None =
         header |= {"cases": cases.digest(), "versions": engine.versions, "headroom": None}
         header |= _run_modes(out, bundle, cases.cases, engine, report or _silent)
     header["seconds"] = round(time.perf_counter() - begun, 3)
-    write_whole(out / HEADER_FILE, json.dumps(header, indent=1) + "\n", what=f"the header of {job.rung}", sync=False)
+    write_whole(out / HEADER_FILE, json.dumps(header, indent=1) + "\n", option=_PLACE, what=f"the header of {job.rung}", sync=False)
     return header
 
 
@@ -99,7 +102,7 @@ def _run_modes(out: Path, bundle: Bundle, cases: tuple[Case, ...], engine: Engin
 
 
 def _save(path: Path, tensors: Tensors) -> None:
-    with whole(path, what="the rung's tensors", sync=False) as stream:
+    with whole(path, option=_PLACE, what="the rung's tensors", sync=False) as stream:
         np.savez(stream, **tensors)  # type: ignore[arg-type]
 
 
@@ -116,7 +119,7 @@ def _run_torch(job: RungJob, bundle: Bundle, report: Report) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     torch.set_float32_matmul_precision("highest")
     out, versions = job.folder / job.rung, {"torch": str(torch.__version__), "numpy": np.__version__}
-    model = load_checkpoint(job.checkpoint, dtype="fp64" if job.rung == ORACLE else bundle.precision)
+    model = load_checkpoint(job.checkpoint, SessaConfig.load(job.config) if job.config else None, dtype="fp64" if job.rung == ORACLE else bundle.precision)
     cases = load_cases(job.folder)
     if job.rung == ORACLE and cases.chosen_by != "oracle":
         cases = rungs.choose_tokens(model, cases)
@@ -182,12 +185,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bundle", required=True, type=Path)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--config", type=Path)
     args = parser.parse_args(arguments)
+
+    def report(done: int, of: int) -> None:
+        print(json.dumps({"done": done, "of": of}), flush=True)
+
+    report(0, 0)
     try:
-        run_rung(RungJob(**vars(args)), lambda done, of: print(json.dumps({"done": done, "of": of}), flush=True))
+        run_rung(RungJob(**vars(args)), report)
     except SessaError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except (OSError, MemoryError, ImportError) as error:  # of the machine: no verdict on the numbers
+        print(UserError(f"the rung {args.rung} cannot go on", got=f"{type(error).__name__}: {error}"), file=sys.stderr)
+        return 2
     return 0
 
 

@@ -217,7 +217,7 @@ def _in_thread(trt: Any, work: Callable[[], Any], config: Any, progress: Progres
     try:
         while not over.wait(_POLL):  # an event: an interrupted Thread.join takes the thread for ended
             progress(*state)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         cancel.set()
         if monitor is not None:  # the builder stops at its next step; without a monitor the caller ends the process
             over.wait(30.0)

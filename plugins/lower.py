@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,9 +25,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sessa_deploy.errors import UserError
-from sessa_deploy.files import write_whole
+from sessa_deploy.errors import SessaError
+from sessa_deploy.files import scratch, write_whole
 from sessa_deploy.kernels import launch
+from sessa_deploy.process import ending_cleanly
 
 SCHEMA = 1
 MANIFEST = "cubins.json"
@@ -213,9 +213,9 @@ def lower(archs: Sequence[int], out: Path, kernels: Sequence[str] | None = None,
 
     out.mkdir(parents=True, exist_ok=True)
     wanted = units(archs, kernels)
-    with tempfile.TemporaryDirectory(prefix="sessa-lower-") as cache:
+    with scratch("sessa-lower-") as cache:
         workers = max(1, min(jobs or os.cpu_count() or 1, len(wanted)))
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(cache,))
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(str(cache),))
         with pool:
             cubins = list(pool.map(compile_unit, wanted, [out] * len(wanted)))
     names = {c.file for c in cubins}
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     try:
         cubins = lower(archs, args.out, args.kernel, args.jobs)
-    except UserError as error:
+    except SessaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     for arch in archs:
@@ -272,4 +272,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending_cleanly():
+        sys.exit(main())

@@ -83,7 +83,10 @@ class DeviceCache:
             self._values.append(value)
 
     def run(self, ids: NDArray[np.int64], length: NDArray[np.int32], new: NDArray[np.int32]) -> NDArray[np.float32]:
-        """One step over all sequences: logits (B,V), or (B,T,V) of a graph with all of them, and the new rows appended at `length`. ids (B,T) with T == max(new)."""
+        """One step over all sequences: logits (B,V), or (B,T,V) of a graph with all of them, and the new rows appended at `length`.
+
+        ids (B,T) with T == max(new).
+        """
         binding, tokens = self._binding, ids.shape[1]
         binding.bind_cpu_input(INPUT_IDS, ids)
         binding.bind_cpu_input(PAST_LENGTH, length.copy())

@@ -16,6 +16,7 @@ from typing import Any
 from sessa_deploy import __version__
 from sessa_deploy.checks import integer
 from sessa_deploy.cuda import devices, driver_version
+from sessa_deploy.process import python
 
 _PROBE_SECONDS = 60.0
 # distribution names under which one library is installed
@@ -121,7 +122,7 @@ def providers() -> tuple[list[str], str | None]:
 def probe(code: str) -> tuple[Any, str | None]:
     """(the JSON that `code` prints last, None), or (None, the last line of its error), from a fresh interpreter."""
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False)
+        done = subprocess.run(python(code), capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, str(error)
     if done.returncode != 0:

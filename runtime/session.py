@@ -89,10 +89,15 @@ class Session:
         self.backend.close()
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether the bundle has a tokenizer, and text is therefore taken and given."""
+        return self._tokenizer is not None
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer. Raises UserError if it has none."""
         if self._tokenizer is None:
-            raise UserError(f"the bundle has no {TOKENIZER_FILE}", got=str(self.bundle.path), allowed="prompts as token ids",
+            raise UserError(f"the bundle has no {TOKENIZER_FILE}", got=str(self.bundle.path), allowed="prompts as token ids (--prompt-ids)",
                             fix=f"put a {TOKENIZER_FILE} into the checkpoint and run: sessa-deploy export")
         return self._tokenizer
 

@@ -42,6 +42,8 @@ TOKENIZER_FILE = "tokenizer.json"
 PARITY_FILE = "parity.json"
 ENGINES_DIR = "engines"
 
+MAX_POSITION = 2**18  # rotary tables are exact below it (see rope.py), and max_context is no limit of the graph
+
 DEFAULT_OPSET = 17
 OPSETS = tuple(range(17, 24))
 

@@ -20,6 +20,7 @@ import shlex
 import shutil
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,18 @@ def whole(path: str | Path, option: str | None = None, what: str = "the file", s
         if cause.errno == errno.EPIPE:
             raise cause from None
         raise _cannot(path, cause, option, what) from None
+
+
+@contextlib.contextmanager
+def scratch(prefix: str) -> Iterator[Path]:
+    """A temporary folder that is gone after the block. Raises UserError where there is no place for one."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UserError("there is no place for temporary files", got=error.strerror or error, allowed="a folder with room that may be written",
+                        fix="set TMPDIR to one") from None
+    with folder as name:
+        yield Path(name)
 
 
 def check_target(path: str | Path, option: str | None = None, what: str = "the file") -> None:

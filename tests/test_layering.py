@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = ("checks", "config", "contract", "cuda", "errors", "files", "reading")
+GROUND = ("checks", "config", "contract", "cuda", "errors", "files", "process", "reading")
 HEAVY = {"torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib"}
 STDLIB_ONLY = (*(f"sessa_deploy/{name}.py" for name in GROUND), "sessa_deploy/checkpoint_layout.py", "sessa_deploy/__init__.py",
                "sessa_deploy/kernels/launch.py")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from sessa_deploy.cli.options import BACKEND, FILE, NOT_NEGATIVE, PATH, POSITIVE, POSITIVE_INT, THREADS
+from sessa_deploy.cli.output import check_outputs, to_stdout, write_json
 
 
 @click.command("bench")
@@ -28,11 +28,9 @@ def command(
     capacity: int | None, threads: int | None, bandwidth: float | None,
 ) -> None:
     """Measure BUNDLE: time to the first token, time between tokens (p50, p95, p99), tokens a second, and what memory they took."""
-    import json
     from dataclasses import replace
 
     from sessa_deploy.cuda import devices, used_memory
-    from sessa_deploy.errors import UserError
     from sessa_deploy.runtime import traffic
     from sessa_deploy.runtime.bench import BenchOptions, measure
     from sessa_deploy.runtime.bundle import Bundle
@@ -40,6 +38,7 @@ def command(
     from sessa_deploy.runtime.report import count_progress
     from sessa_deploy.runtime.session import Session
 
+    check_outputs({"--json": (json_file, "the figures")})
     given = None if bandwidth is None else bandwidth * 1e9
     options = BenchOptions(prompt_tokens, window, steps, seconds, max_seconds, bandwidth=given)
     opened = Bundle.open(bundle)
@@ -52,19 +51,12 @@ def command(
     with Session(opened, name, max_batch=batch, capacity=capacity, threads=threads) as session, count_progress("decoding", 0) as progress:
         result = measure(session, options, progress, before)
     result["settings"] |= {"threads": threads, "bandwidth_is": "given" if given else "measured by a copy" if options.bandwidth else None}
-    text = json.dumps(result, indent=2) + "\n"
-    if json_file == "-":
-        click.echo(text, nl=False)
-        return
-    _show(result)
+    _show(result, aside=to_stdout(json_file))
     if json_file is not None:
-        try:
-            Path(json_file).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError("the figures cannot be written", got=f"{json_file} ({error.strerror})", fix="choose another --json") from None
+        write_json(json_file, result)
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(result: dict[str, Any], aside: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -75,7 +67,7 @@ def _show(result: dict[str, Any]) -> None:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for name, row in (("first token, ms", first), ("between tokens, ms", between)):
         table.add_row(name, *(f"{row[q]:.3f}" for q in ("p50", "p95", "p99")), str(row["count"]))
-    console = Console()
+    console = Console(stderr=aside)
     console.print(table)
     line = f"{result['tokens_per_second']:.1f} tokens/s decoded, {result['prefill_tokens_per_second']:.0f} tokens/s of prompt, "
     line += f"{result['achieved_bytes_per_second'] / 1e9:.2f} GB/s of weights and valid cache rows"

@@ -54,11 +54,11 @@ def command(
 
             built = build_engine(bundle, max_batch, max_context, max_prompt, None if workspace is None else workspace << 20, opt_level, precision,
                                  Path(plugin) if plugin else None, force, verbose, progress, layers)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
         # TensorRT 8.6 cannot be told to stop: leave without waiting for its thread. The bundle is as it was.
-        click.echo("interrupted; the bundle is as it was", err=True)
+        click.echo(f"{'interrupted' if isinstance(stop, KeyboardInterrupt) else 'terminated'}; the bundle is as it was", err=True)
         sys.stderr.flush()
-        os._exit(130)
+        os._exit(130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0))
     info = built.info
     state = f"built in {info.seconds:.0f} s" if built.fresh else "already there, nothing to do (--force builds anew)"
     click.echo(f"engine: {built.bundle.path}/{built.folder} ({info.plan_size / 2**20:.0f} MiB, {info.gpu}), {state}")

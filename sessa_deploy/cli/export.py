@@ -22,7 +22,9 @@ def command(checkpoint: str, out: str, precision: str, opset: int, config_file: 
     One model.onnx serves ONNX Runtime as it is and TensorRT through the plugin. The same checkpoint gives the same bytes on any machine.
     """
     from sessa_deploy.errors import UserError
+    from sessa_deploy.files import refuse_inside_bundle
 
+    refuse_inside_bundle(out, "--out", "the bundle", itself=False)
     try:
         from sessa_deploy.config import SessaConfig
         from sessa_deploy.export.to_onnx import export_bundle
@@ -48,4 +50,5 @@ def command(checkpoint: str, out: str, precision: str, opset: int, config_file: 
     for line in notes:
         click.echo(f"note: {line}", err=True)
     click.echo(f"bundle: {path}")
-    click.echo(f"next: sessa-deploy validate {shlex.quote(str(path))} --checkpoint {shlex.quote(checkpoint)}")
+    more = f" --config {shlex.quote(config_file)}" if config_file else ""
+    click.echo(f"next: sessa-deploy validate {shlex.quote(str(path))} --checkpoint {shlex.quote(checkpoint)}{more}")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from sessa_deploy.cli.options import PATH
+from sessa_deploy.cli.options import FILE, PATH
+from sessa_deploy.cli.output import JsonCommand, check_outputs, to_stdout, write_json
 
 
-@click.command("inspect")
+@click.command("inspect", cls=JsonCommand)
 @click.argument("path", type=PATH)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--json", "json_file", type=FILE, metavar="[FILE]", help="Print JSON instead of tables, or write it to a file too.")
 @click.option("--all", "show_all", is_flag=True, help="List every tensor and node; otherwise the first of them.")
 @click.option("--no-verify", is_flag=True, help="Skip loading the checkpoint, or checking the bundle's checksums.")
-def command(path: str, as_json: bool, show_all: bool, no_verify: bool) -> None:
+def command(path: str, json_file: str | None, show_all: bool, no_verify: bool) -> None:
     """Show what PATH holds: a checkpoint (folder, .safetensors, .pt), an .onnx file or a bundle.
 
     Exits with 2 when a checkpoint would not load or a bundle does not match its manifest.
@@ -24,11 +24,12 @@ def command(path: str, as_json: bool, show_all: bool, no_verify: bool) -> None:
     from sessa_deploy.describe import describe
     from sessa_deploy.errors import UserError
 
+    check_outputs({"--json": (json_file, "the findings")})
     found = describe(path, verify=not no_verify)
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
+    if not to_stdout(json_file):
         _show(found, show_all)
+    if json_file is not None:
+        write_json(json_file, found, "the findings")
     if found["verified"] is False:
         raise UserError(found["problem"])
 

@@ -22,7 +22,11 @@ def build(tensorrt_include: str | None, cuda_include: str | None, cubins: str | 
     """Build the library with CMake and a C++ compiler; no CUDA compiler and no GPU are needed."""
     from pathlib import Path
 
+    from sessa_deploy.files import check_folder
     from sessa_deploy.plugins import library
+
+    if out is not None:
+        check_folder(out, "--out", "the library's folder")
 
     def folder(text: str | None) -> Path | None:
         return Path(text) if text else None

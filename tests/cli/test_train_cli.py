@@ -58,6 +58,15 @@ def test_bad_input_is_one_line_and_exit_two(text: Path, tmp_path: Path, capsys: 
     assert words in error and "\n" not in error
 
 
+@pytest.mark.parametrize("package", ["matplotlib", "torch"])
+def test_a_package_that_is_missing_is_named_before_the_work(text: Path, tmp_path: Path, package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None\nfrom sessa_deploy.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", "--data", str(text), "--out", str(tmp_path / "run"), *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert f"no {package}" in done.stderr and "pip install 'sessa-deploy[train]'" in done.stderr
+
+
 def test_a_killed_run_leaves_a_whole_checkpoint(text: Path, tmp_path: Path) -> None:
     """SIGKILL while it saves after every step: what lies there loads, and the run resumes."""
     out = tmp_path / "run"
