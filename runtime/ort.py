@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, PRECISIONS, cache_entries, graph_inputs, graph_outputs, past_name
 from sessa_deploy.errors import UserError
+from sessa_deploy.process import command
 from sessa_deploy.runtime import driver
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
@@ -168,7 +169,7 @@ def open_session(bundle: Bundle, provider: str = "cpu", threads: int | None = No
     try:
         session = runtime.InferenceSession(str(bundle.model), options, providers=providers)
     except Exception as error:  # its exception classes differ between versions and derive from nothing in common
-        raise UserError("ONNX Runtime cannot load the graph", got=str(error)[:300], fix=f"sessa-deploy export CHECKPOINT --out {bundle.path}") from None
+        raise UserError("ONNX Runtime cannot load the graph", got=str(error)[:300], fix=command("export", "CHECKPOINT", "--out", bundle.path)) from None
     finally:
         if provider == "cuda":
             runtime.set_default_logger_severity(_WARNINGS)  # its default
@@ -191,4 +192,4 @@ def _check_graph(bundle: Bundle, inputs: Sequence[Any], outputs: Sequence[Any]) 
         wrong.append(f"{LOGITS}: {len(names[LOGITS].shape)} dimensions")
     if wrong:
         raise UserError("the graph's inputs and outputs are not what the manifest's config says", got="; ".join(wrong[:5]),
-                        fix=f"sessa-deploy export CHECKPOINT --out {bundle.path}")
+                        fix=command("export", "CHECKPOINT", "--out", bundle.path))
