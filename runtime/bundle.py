@@ -19,6 +19,7 @@ from typing import Any
 from sessa_deploy.config import CONFIG_FILE, SessaConfig
 from sessa_deploy.contract import BUNDLE_SCHEMA, DEFAULT_OPSET, EXPORT_PRECISIONS, MANIFEST_FILE, MODEL_FILE
 from sessa_deploy.errors import UserError
+from sessa_deploy.process import command
 from sessa_deploy.runtime.publish import Staging, displaced, is_staging, locked, place
 from sessa_deploy.runtime.report import byte_progress
 
@@ -169,7 +170,7 @@ def hash_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
 
 
 def _mend(path: Path) -> str:
-    return f"write the bundle anew: sessa-deploy export CHECKPOINT --out {path}"
+    return f"write the bundle anew: {command('export', 'CHECKPOINT', '--out', path)}"
 
 
 def _bad(what: str, path: Path, got: object = None, allowed: object = None, fix: str | None = None) -> UserError:
@@ -216,11 +217,11 @@ def _read_manifest(path: Path) -> bytes:
         raise UserError("that folder is what a killed export left, not a bundle", got=str(path), fix="sessa-deploy export CHECKPOINT --out BUNDLE")
     if not path.is_dir():
         older = displaced(Path(os.path.realpath(path)))
-        fix = f"an interrupted export left the older bundle aside: mv {older} {path}" if older else "sessa-deploy export CHECKPOINT --out BUNDLE"
-        raise UserError("no bundle", got=str(path), allowed="a folder that holds manifest.json", fix=fix)
+        fix = f"an interrupted export left the older bundle aside: {shlex.join(('mv', str(older), str(path)))}" if older else None
+        raise UserError("no bundle", got=str(path), allowed="a folder that holds manifest.json", fix=fix or command("export", "CHECKPOINT", "--out", path))
     if not (path / MANIFEST_FILE).exists() and (path / CONFIG_FILE).is_file():
         raise UserError("that is a checkpoint, not a bundle", got=str(path), allowed="a folder that export wrote",
-                        fix=f"sessa-deploy export {shlex.quote(str(path))} --out BUNDLE")
+                        fix=command("export", path, "--out", "BUNDLE"))
     try:
         _regular(path, MANIFEST_FILE)
         with open(path / MANIFEST_FILE, "rb") as stream:

@@ -26,6 +26,7 @@ from sessa_deploy.contract import (
 )
 from sessa_deploy.cuda import devices
 from sessa_deploy.errors import UserError
+from sessa_deploy.process import command
 from sessa_deploy.runtime.backend import Backend, bounded_chunk, last_rows
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.device_cache import DeviceCache
@@ -192,7 +193,7 @@ def open_session(bundle: Bundle, provider: str = "cpu", threads: int | None = No
     try:
         session = runtime.InferenceSession(str(bundle.model), options, providers=providers)
     except Exception as error:  # its exception classes differ between versions and derive from nothing in common
-        raise UserError("ONNX Runtime cannot load the graph", got=str(error)[:300], fix=f"sessa-deploy export CHECKPOINT --out {bundle.path}") from None
+        raise UserError("ONNX Runtime cannot load the graph", got=str(error)[:300], fix=command("export", "CHECKPOINT", "--out", bundle.path)) from None
     finally:
         if provider == "cuda":
             runtime.set_default_logger_severity(_WARNINGS)  # its default
@@ -215,4 +216,4 @@ def _check_graph(bundle: Bundle, inputs: Sequence[Any], outputs: Sequence[Any]) 
         wrong.append(f"{LOGITS}: {len(names[LOGITS].shape)} dimensions")
     if wrong:
         raise UserError("the graph's inputs and outputs are not what the manifest's config says", got="; ".join(wrong[:5]),
-                        fix=f"sessa-deploy export CHECKPOINT --out {bundle.path}")
+                        fix=command("export", "CHECKPOINT", "--out", bundle.path))

@@ -18,6 +18,7 @@ from sessa_deploy.contract import ALL_LOGITS_RANK, INPUT_IDS, LOGITS, NEW_LENGTH
 from sessa_deploy.cuda import Cuda
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.plugins import library
+from sessa_deploy.process import command
 from sessa_deploy.runtime import trt_api, trt_plan
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
@@ -50,7 +51,7 @@ class TrtBackend(Backend):
         self._runtime = self._trt.Runtime(self._log)
         self.engine = self._runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
-            raise UserError("TensorRT cannot load the engine", got=self._reasons(), fix=f"sessa-deploy build {bundle.path} --force")
+            raise UserError("TensorRT cannot load the engine", got=self._reasons(), fix=command("build", bundle.path, "--force"))
         kinds = self._kinds(bundle)
         self.all_logits = len(self.engine.get_tensor_shape(LOGITS)) == ALL_LOGITS_RANK
         self._buffers = Buffers(self._cuda, bundle.config, bundle.precision, self.batch, self.info.capacity, self.info.max_prompt, str(kinds[INPUT_IDS]),
@@ -172,7 +173,7 @@ class TrtBackend(Backend):
         wrong = [n for n, allowed in wanted.items() if n not in kinds or kinds[n] not in allowed] + [n for n in kinds if n not in wanted]
         if wrong:
             got = ", ".join(f"{n}: {kinds.get(n, 'absent')}" for n in wrong[:5])
-            raise UserError("the engine's inputs and outputs are not what the manifest's config says", got=got, fix=f"sessa-deploy build {bundle.path} --force")
+            raise UserError("the engine's inputs and outputs are not what the manifest's config says", got=got, fix=command("build", bundle.path, "--force"))
         return kinds
 
     def _failure(self, what: str) -> SessaError:
@@ -184,7 +185,7 @@ class TrtBackend(Backend):
 
 
 def _check_limits(bundle: Bundle, info: trt_plan.EngineInfo, batch: int, capacity: int) -> None:
-    mend = f"sessa-deploy build {bundle.path}"
+    mend = command("build", bundle.path)
     if batch > info.max_batch:
         raise UserError("the engine was built for fewer sequences", got=f"max_batch {batch}", allowed=f"1..{info.max_batch}", fix=f"{mend} --max-batch {batch}")
     if capacity > info.capacity:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sessa_deploy.contract import ENGINES_DIR
 from sessa_deploy.errors import UserError
+from sessa_deploy.process import command
 from sessa_deploy.runtime.bundle import Bundle
 
 ENGINE_SCHEMA = 2
@@ -69,7 +70,7 @@ def engines(bundle: Bundle) -> dict[str, EngineInfo]:
 def choose(bundle: Bundle, tensorrt: str, arch: str) -> tuple[str, EngineInfo]:
     """(folder, description) of the engine for this TensorRT and this GPU. Raises UserError that says which of the two differs."""
     present = engines(bundle)
-    mend = f"sessa-deploy build {bundle.path}"
+    mend = command("build", bundle.path)
     if not present:
         raise UserError("the bundle has no TensorRT engine", got=str(bundle.path), fix=mend)
     for folder, info in present.items():
@@ -91,12 +92,12 @@ def read_plan(bundle: Bundle, folder: str, info: EngineInfo) -> bytes:
     digest = hashlib.sha256(data).hexdigest()
     if digest != bundle.sha256(name) or digest != info.plan_sha256:
         raise UserError(f"{name} does not match its checksum", got=f"sha256 {digest[:16]}...", allowed=f"{info.plan_sha256[:16]}...",
-                        fix=f"sessa-deploy build {bundle.path} --force")
+                        fix=command("build", bundle.path, "--force"))
     return data
 
 
 def _read(bundle: Bundle, name: str) -> EngineInfo:
-    mend = f"sessa-deploy build {bundle.path} --force"
+    mend = command("build", bundle.path, "--force")
     try:
         data: Any = json.loads(bundle.file(name).read_text(encoding="utf-8"))
         wrong = [k for k, kind in _KINDS.items() if not isinstance(data.get(k), kind) or isinstance(data.get(k), bool)] + sorted(set(data) - set(_KINDS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,11 @@ from typing import Any
 
 _TERMINATED = (signal.SIGTERM, signal.SIGHUP)
 _GRACE = 5.0  # seconds between asking a program to end and ending it
+
+
+def command(*words: object) -> str:
+    """A command of ours as a shell takes it, whatever stands in its paths: "sessa-deploy build 'my bundle' --force"."""
+    return shlex.join(("sessa-deploy", *map(str, words)))
 
 
 def python(code: str, *arguments: str, interpreter: str | Path | None = None) -> list[str]:
