@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 @click.option("--compare", type=click.Path(path_type=Path), metavar="DIR", help="Judge the tensors in DIR, dumped by another machine or interpreter.")
 @click.option("--python", "python", type=click.Path(path_type=Path), help="Interpreter for the engines' rungs, where they need another one.")
 @click.option("--length", "lengths", multiple=True, type=click.IntRange(min=1), help="Judge a prefill of this many tokens too. Repeat it for several.")
+@click.option("--text", "texts", multiple=True, metavar="FILE", help="Judge a text too, encoded by the bundle's tokenizer; - for standard input.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the token ids.")
 @click.option("--record/--no-record", "record", default=True, show_default=True, help="Write parity.json into the bundle.")
 def command(
     bundle: Path, checkpoint: Path | None, backends: tuple[str, ...], json_file: Path | None, report_file: Path | None, dump: Path | None,
-    compare: Path | None, python: Path | None, lengths: tuple[int, ...], seed: int, record: bool,
+    compare: Path | None, python: Path | None, lengths: tuple[int, ...], texts: tuple[str, ...], seed: int, record: bool,
 ) -> None:
     """Prove the numbers of BUNDLE against its checkpoint, rung by rung.
 
@@ -45,26 +46,30 @@ def command(
     """
     if dump is not None and compare is not None:
         raise UserError("--dump and --compare exclude each other", got="both", fix="give one of them")
+    if texts and compare is not None:
+        raise UserError("--text and --compare exclude each other", got="both", allowed="the cases that were dumped", fix="give --text where --dump is given")
     from rich.console import Console
 
+    from sessa_deploy.cli.inputs import encoded_texts
     from sessa_deploy.export import parity
     from sessa_deploy.export.parity_cases import LENGTHS
     from sessa_deploy.export.parity_process import ProcessLaunch
 
     notes = Console(stderr=True)
     all_lengths, launch = (*LENGTHS, *lengths), ProcessLaunch(python)
+    judged = encoded_texts(bundle, texts)
     if checkpoint is None:
         if dump is None:
             raise UserError("validate needs the checkpoint", got="no --checkpoint", fix="add --checkpoint CHECKPOINT, or --dump DIR to run the engines only")
         with _Bars(notes) as progress:
-            rungs = parity.dump_engines(bundle, dump, backends, seed=seed, lengths=all_lengths, launch=launch, progress=progress)
+            rungs = parity.dump_engines(bundle, dump, backends, seed=seed, lengths=all_lengths, launch=launch, progress=progress, texts=judged)
         click.echo(f"dumped: {', '.join(rungs)} in {dump}")
         click.echo(f"next: sessa-deploy validate {bundle} --checkpoint CHECKPOINT --compare {dump}")
         return
     try:
         with _Bars(notes) as progress:
             report = parity.validate(bundle, checkpoint, backends, dump=dump, elsewhere=compare, lengths=all_lengths, seed=seed, launch=launch,
-                                     progress=progress)
+                                     progress=progress, texts=judged)
     except ParityError as error:
         click.echo(f"parity: FAILED at {error}")
         sys.exit(1)
