@@ -10,7 +10,7 @@ from importlib import metadata
 
 import numpy as np
 
-from sessa_deploy.contract import graph_outputs
+from sessa_deploy.contract import ALL_LOGITS_RANK, LOGITS, graph_outputs
 from sessa_deploy.export.parity_drive import Engine, GraphStep, Tensors
 from sessa_deploy.export.parity_rungs import check_engine
 from sessa_deploy.runtime.backend import Backend
@@ -46,6 +46,11 @@ class BackendSession:
         if self._poison:
             self.backend.poison()
         return np.asarray(self.backend.step(input_ids, new_length))
+
+    def step_all(self, input_ids: np.ndarray, new_length: np.ndarray) -> np.ndarray:
+        if self._poison:
+            self.backend.poison()
+        return np.asarray(self.backend.step_all(input_ids, new_length))
 
     def step_greedy(self, input_ids: np.ndarray, new_length: np.ndarray) -> np.ndarray:
         if self._poison:
@@ -101,6 +106,16 @@ def open_trt(bundle: Bundle, threads: int) -> Engine:
 
 
 OPENERS: dict[str, Callable[[Bundle, int], Engine]] = {"ort": open_ort, "ort-cuda": open_ort_cuda, "trt": open_trt}
+
+
+def has_all_logits(bundle: Bundle) -> bool:
+    """Whether the graph gives the logits of every token; False too where onnx is not installed, and then only each step's last are judged."""
+    try:
+        import onnx
+    except ImportError:
+        return False
+    outputs = onnx.load(str(bundle.model), load_external_data=False).graph.output
+    return any(x.name == LOGITS and len(x.type.tensor_type.shape.dim) == ALL_LOGITS_RANK for x in outputs)
 
 
 def _versions(*distributions: str) -> dict[str, str]:

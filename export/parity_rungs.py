@@ -124,6 +124,7 @@ def _run_torch(job: RungJob, bundle: Bundle, report: Report) -> dict[str, Any]:
     if job.rung == ORACLE and cases.chosen_by != "oracle":
         cases = rungs.choose_tokens(model, cases)
         save_cases(cases, job.folder)
+    every = any(case.all_logits for case in cases.cases)
     with rungs.record_headroom(model) as headroom:
         if job.rung == ORACLE:
             for i, case in enumerate(cases.cases):
@@ -132,9 +133,9 @@ def _run_torch(job: RungJob, bundle: Bundle, report: Report) -> dict[str, Any]:
             found: dict[str, Any] = {"modes": {"graph": [case.name for case in cases.cases]}, "nonzero_padding": {}}
         elif job.rung == PLAIN:
             with rungs.replaced_ops(reference.plain, reference.plain_causal):
-                found = _run_modes(out, bundle, cases.cases, Engine(rungs.TorchGraph(model), None, {}), report)
+                found = _run_modes(out, bundle, cases.cases, Engine(rungs.TorchGraph(model, every), None, {}), report)
         else:
-            found = _run_modes(out, bundle, cases.cases, Engine(rungs.TorchGraph(model), rungs.TorchSession(model), {}), report)
+            found = _run_modes(out, bundle, cases.cases, Engine(rungs.TorchGraph(model, every), rungs.TorchSession(model), {}), report)
     return {"cases": cases.digest(), "versions": versions, "headroom": headroom, **found}
 
 

@@ -127,16 +127,16 @@ def choose_tokens(model: SessaLM, cases: Cases) -> Cases:
 
 
 class TorchGraph:
-    """SessaLM.graph as a GraphStep (see parity_drive): numpy in the storage type in, numpy out."""
+    """SessaLM.graph as a GraphStep (see parity_drive): numpy in the storage type in, numpy out. all_logits: logits (B,T,V)."""
 
-    def __init__(self, model: SessaLM) -> None:
-        self.model, self.dtype = model, model.embedding.weight.dtype
+    def __init__(self, model: SessaLM, all_logits: bool = False) -> None:
+        self.model, self.dtype, self.all_logits = model, model.embedding.weight.dtype, all_logits
 
     @torch.no_grad()
     def __call__(self, feeds: Tensors) -> Tensors:
         ids, past_length, new_length = (torch.from_numpy(np.ascontiguousarray(feeds[n])) for n in (INPUT_IDS, PAST_LENGTH, NEW_LENGTH))
         past = [torch.from_numpy(feeds[past_name(i, f)]).to(self.dtype) for i, f in cache_entries(self.model.config.n_layers)]
-        out = self.model.graph(ids, past_length, new_length, past)
+        out = self.model.graph(ids, past_length, new_length, past, self.all_logits)
         return {name: to_numpy(x) for name, x in zip(graph_outputs(self.model.config.n_layers), out, strict=True)}
 
 
@@ -158,6 +158,10 @@ class TorchSession:
     @torch.no_grad()
     def step(self, input_ids: np.ndarray, new_length: np.ndarray) -> np.ndarray:
         return to_numpy(self.model.prefill(torch.from_numpy(input_ids), self.caches, torch.from_numpy(new_length)))
+
+    @torch.no_grad()
+    def step_all(self, input_ids: np.ndarray, new_length: np.ndarray) -> np.ndarray:
+        return to_numpy(self.model.prefill(torch.from_numpy(input_ids), self.caches, torch.from_numpy(new_length), all_logits=True))
 
     def rows(self, sequence: int) -> dict[str, np.ndarray]:
         return {past_name(i, f): to_numpy(getattr(self.caches[i], f)[sequence]) for i, f in cache_entries(self.model.config.n_layers)}

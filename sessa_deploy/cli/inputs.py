@@ -86,6 +86,37 @@ def tell_ignored(session: Any) -> None:
         click.echo(note, err=True)
 
 
+def encoded_texts(bundle: str | Path, files: tuple[str, ...]) -> dict[str, list[int]]:
+    """text-1, text-2, ... -> token ids of files as a bundle's tokenizer encodes them, cut to the model's context with a note on standard error.
+
+    Raises UserError on a text that cannot be read or is empty, and on a bundle without a tokenizer.
+    """
+    if not files:
+        return {}
+    from sessa_deploy.contract import TOKENIZER_FILE
+    from sessa_deploy.runtime.bundle import Bundle
+    from sessa_deploy.runtime.report import ignored_note
+    from sessa_deploy.runtime.tokenizer import Tokenizer
+
+    opened, found = Bundle.open(bundle), {}
+    tokenizer, config = Tokenizer(opened.file(TOKENIZER_FILE)), opened.config
+    notes = [ignored_note(tokenizer)]
+    for number, name in enumerate(files, start=1):
+        ids = tokenizer.encode_first(read_text(name, "--text"), config.bos_token_id)
+        if not ids:
+            raise UserError("the text is empty", got=name, allowed="at least one token", fix="name a file of text for --text")
+        wrong = next((token for token in ids if token >= config.vocab_size), None)
+        if wrong is not None:
+            raise UserError("the text has a token outside the vocabulary", got=wrong, allowed=f"0..{config.vocab_size - 1}",
+                            fix="export with the tokenizer the model was trained with")
+        if len(ids) > config.max_context:
+            notes.append(f"note: text-{number} ({name}): the first {config.max_context} of its {len(ids)} tokens are judged (max_context)")
+        found[f"text-{number}"] = ids[: config.max_context]
+    for note in filter(None, notes):
+        click.echo(note, err=True)
+    return found
+
+
 def harmless(text: str) -> str:
     """Control characters of a model's text made visible, so that they do not command the terminal."""
     return "".join(c if c in "\n\t" or (ord(c) >= 32 and not 0x7F <= ord(c) < 0xA0) else f"\\x{ord(c):02x}" for c in text)
