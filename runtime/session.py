@@ -67,7 +67,7 @@ class Session:
             raise UserError("chunk is out of range", got=repr(chunk), allowed="an integer >= 1")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.config, self._progress = self.bundle.config, progress
-        self._tokenizer = Tokenizer(self.bundle.file(TOKENIZER_FILE)) if TOKENIZER_FILE in self.bundle else None
+        self._tokenizer = _tokenizer(self.bundle) if TOKENIZER_FILE in self.bundle else None
         self.backend = backend if isinstance(backend, Backend) else open_backend(self.bundle, backend, max_batch, capacity, threads)
         self.chunk = self.backend.best_chunk if chunk is None else chunk
         self.max_batch, self.capacity = self.backend.batch, self.backend.capacity
@@ -242,6 +242,11 @@ class Session:
             if self._progress is not None:
                 self._progress(min(start + self.chunk, longest), longest)
         return logits
+
+
+def _tokenizer(bundle: Bundle) -> Tokenizer:
+    """The bundle's tokenizer, of the very bytes that match the manifest."""
+    return Tokenizer.from_json(bundle.read(TOKENIZER_FILE).decode("utf-8", "surrogateescape"), str(bundle.file(TOKENIZER_FILE)))
 
 
 class _Row:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from sessa_deploy.contract import PRECISIONS, TOKENIZER_FILE
 from sessa_deploy.errors import UserError
 from sessa_deploy.model import SessaLM
 from sessa_deploy.reading import JSON_LIMIT, read_plain
-from sessa_deploy.runtime.publish import Staging, locked
+from sessa_deploy.runtime.publish import Staging, is_staging, locked
 from sessa_deploy.safetensors_check import shorten
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -44,16 +45,21 @@ def save_checkpoint(
     state = {name: x.detach() for name, x in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    with Staging(folder) as staging:
-        model.config.save(staging.folder)
-        if tokenizer is not None:
-            (staging.folder / TOKENIZER_FILE).write_text(_tokenizer_text(tokenizer, model.config.vocab_size), encoding="utf-8")
-            kept = [x for x in kept if x.name != TOKENIZER_FILE]
-        _write_weights(staging.folder, state, storage, max_shard_bytes)
-        for file in kept:
-            shutil.copy2(file, staging.folder / file.name)
-        with locked(folder.parent):
-            staging.publish(CONFIG_FILE)
+    try:
+        with Staging(folder) as staging:
+            model.config.save(staging.folder)
+            if tokenizer is not None:
+                (staging.folder / TOKENIZER_FILE).write_text(_tokenizer_text(tokenizer, model.config.vocab_size), encoding="utf-8")
+                kept = [x for x in kept if x.name != TOKENIZER_FILE]
+            _write_weights(staging.folder, state, storage, max_shard_bytes)
+            for file in kept:
+                shutil.copy2(file, staging.folder / file.name)
+            with locked(folder):
+                stale = [x.name for x in folder.iterdir() if _OWN_FILES.match(x.name) and not (staging.folder / x.name).exists()] if folder.is_dir() else []
+                staging.publish(CONFIG_FILE, stale)
+    except (OSError, SafetensorError) as error:
+        raise UserError("the checkpoint cannot be written", got=f"{folder} ({getattr(error, 'strerror', None) or error})",
+                        fix="free space there, or choose another folder") from None
     return folder
 
 
@@ -88,7 +94,7 @@ def _kept_files(folder: Path) -> list[Path]:
         return []
     if not folder.is_dir() or folder.is_symlink():
         raise UserError("the checkpoint's place is taken", got=f"{folder} is not a plain folder", fix="name another folder")
-    entries = sorted(folder.iterdir())
+    entries = sorted(x for x in folder.iterdir() if not is_staging(x))
     strange = [x.name for x in entries if x.is_symlink() or not x.is_file()]
     if entries and (strange or not (folder / CONFIG_FILE).is_file()):
         raise UserError(f"{folder} is not a checkpoint folder and is not overwritten", got=shorten(strange or [x.name for x in entries]),

@@ -64,7 +64,11 @@ def command(ctx: click.Context, **given: Any) -> None:
         if given["data"] is None:
             raise UserError("there is nothing to train on", got="no --data", allowed="a folder of text", fix="--data FOLDER")
         shape = {name: given.pop(name) for name in _SHAPE}
-        run = start(TrainOptions(extensions=extensions, **given), **shape)
+        try:
+            run = start(TrainOptions(extensions=extensions, **given), **shape)
+        except UserError as error:
+            flags = ["--" + name.replace("_", "-") for name in shape if name in error.what.split()]
+            raise error if error.fix or not flags else UserError(error.what, error.got, error.allowed, f"change {' or '.join(flags)}") from None
     report = _train(run, stop_at)
     _show(report)
     checkpoint = Path(out) / CHECKPOINT_DIR
