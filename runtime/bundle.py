@@ -76,7 +76,7 @@ class Bundle:
     def read(self, name: str) -> bytes:
         """The bytes of a file of the manifest. Raises UserError if there is none, or if what was read does not match its checksum."""
         with open_plain(self.file(name)) as stream:
-            data = stream.read(self.manifest["files"][name]["size"] + 1)
+            data = stream.read(os.fstat(stream.fileno()).st_size + 1)
         if hashlib.sha256(data).hexdigest() != self.sha256(name):
             raise mismatch(self.path, name, hashlib.sha256(data).hexdigest(), self.sha256(name))
         return data
