@@ -21,6 +21,7 @@ from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import MAX_POSITION
 from sessa_deploy.errors import UserError
 from sessa_deploy.files import whole, write_whole
+from sessa_deploy.reading import read_json
 
 CASES_FILE, CASES_IDS_FILE = "cases.json", "cases.npz"
 CASES_SCHEMA = 1
@@ -194,7 +195,7 @@ def load_cases(folder: str | Path) -> Cases:
     folder = Path(folder)
     mend = "make the folder with `sessa-deploy validate BUNDLE --checkpoint CHECKPOINT --dump DIR`"
     try:
-        data: dict[str, Any] = json.loads((folder / CASES_FILE).read_text(encoding="utf-8"))
+        data: dict[str, Any] = read_json(folder / CASES_FILE)
         if data.get("schema") != CASES_SCHEMA:
             raise UserError(f"{folder / CASES_FILE} has another schema", got=data.get("schema"), allowed=CASES_SCHEMA, fix=mend)
         with np.load(folder / CASES_IDS_FILE, allow_pickle=False) as arrays:
@@ -203,8 +204,9 @@ def load_cases(folder: str | Path) -> Cases:
                      tuple(Step(arrays[f"{entry['name']}/{j}/input_ids"], arrays[f"{entry['name']}/{j}/new_length"]) for j in range(entry["steps"])),
                      entry["capacity"], entry["poison"], entry["generated"], entry.get("all_logits", False))
                 for entry in data["cases"]), data["seed"], data["chosen_by"])
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        digest = data["digest"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{folder} holds no readable parity cases", got=error, allowed=f"{CASES_FILE} and {CASES_IDS_FILE}", fix=mend) from None
-    if cases.digest() != data["digest"]:
-        raise UserError(f"the cases in {folder} are damaged", got="another digest", allowed=data["digest"], fix=mend)
+    if cases.digest() != digest:
+        raise UserError(f"the cases in {folder} are damaged", got="another digest", allowed=digest, fix=mend)
     return cases

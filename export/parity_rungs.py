@@ -27,6 +27,7 @@ from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.export.parity_cases import Case, load_cases, save_cases
 from sessa_deploy.export.parity_drive import Engine, Tensors, drive_graph, drive_session
 from sessa_deploy.files import whole, write_whole
+from sessa_deploy.reading import read_json
 from sessa_deploy.runtime.bundle import Bundle
 
 ORACLE, PLAIN, TORCH = "float64", "plain", "torch"
@@ -160,8 +161,8 @@ def read_header(folder: Path, rung: str) -> dict[str, Any]:
     """The header of a rung in `folder`. Raises UserError if it is absent or not one."""
     path = folder / rung / HEADER_FILE
     try:
-        header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        header: dict[str, Any] = read_json(path)
+    except UserError as error:
         raise UserError(f"{path} is not a rung's header", got=error, fix="run that rung again: a killed one leaves none") from None
     if not isinstance(header, dict) or header.get("schema") != HEADER_SCHEMA:
         raise UserError(f"{path} has another schema", got=header.get("schema") if isinstance(header, dict) else header, allowed=HEADER_SCHEMA)

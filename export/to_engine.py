@@ -23,7 +23,6 @@ from sessa_deploy.export import trt_check, trt_fuse, trt_graph, trt_layers, trt_
 from sessa_deploy.export.trt_limits import DEFAULT_PROMPT, Machine, Shapes
 from sessa_deploy.files import write_whole
 from sessa_deploy.plugins import library
-from sessa_deploy.process import command
 from sessa_deploy.runtime import trt_api, trt_plan
 from sessa_deploy.runtime.bundle import Bundle, add_files, hash_file
 from sessa_deploy.runtime.trt_buffers import check_rows
@@ -234,7 +233,7 @@ def _prepared(bundle: Bundle, trt: Any, layers: str) -> tuple[trt_graph.Prepared
     prepared = trt_graph.prepare(trt_graph.load(bundle.model))
     wrong = trt_graph.complaints(prepared.model, trt_api.version(trt))
     if wrong:
-        fix = command("export", "CHECKPOINT", "--out", bundle.path, "--opset", 17)
+        fix = bundle.export_hint(" --opset 17")
         raise UserError(f"TensorRT {trt.__version__} cannot read this graph", got=" / ".join(wrong), fix=fix)
     graph, folder = prepared.model.graph, bundle.model.parent
     trt_fuse.unmasked_rows(graph)
@@ -266,7 +265,7 @@ def _check_options(workspace: int | None, opt_level: int | None, layers: str | N
 
 
 def _check_precision(trt: Any, bundle: Bundle, asked: str | None) -> None:
-    mend = command("export", "CHECKPOINT", "--out", bundle.path, "--precision")
+    mend = bundle.export_hint(" --precision")
     if asked is not None and trt_api.strongly_typed(trt):
         what = f"TensorRT {trt.__version__} networks are strongly typed: the exported graph decides the precision, the build cannot"
         raise UserError(what, got=f"--precision {asked}", allowed=f"none; this graph is {bundle.precision}", fix=f"{mend} {asked}")

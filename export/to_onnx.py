@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sessa_deploy import __version__, contract
 from sessa_deploy.config import Note, SessaConfig
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import UserError, one_line
 from sessa_deploy.export import passes
 from sessa_deploy.export.capture import EXPORTER_OPSET, capture
 from sessa_deploy.export.onnx_functions import functions
@@ -81,6 +81,8 @@ def export_bundle(
         if tokenizer is not None:
             (writer.folder / contract.TOKENIZER_FILE).write_bytes(tokenizer)
         writer.commit(model.config, precision, _versions(), opset)
+    if writer.kept and note is not None:
+        note(one_line(f"{out}: left as they are, since they are not the bundle's: {', '.join(writer.kept[:6])}{' ...' if len(writer.kept) > 6 else ''}"))
     return Path(out)
 
 

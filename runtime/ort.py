@@ -26,7 +26,6 @@ from sessa_deploy.contract import (
 )
 from sessa_deploy.cuda import devices
 from sessa_deploy.errors import UserError
-from sessa_deploy.process import command
 from sessa_deploy.runtime.backend import Backend, bounded_chunk, last_rows
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.device_cache import DeviceCache
@@ -193,10 +192,11 @@ def open_session(bundle: Bundle, provider: str = "cpu", threads: int | None = No
     try:
         session = runtime.InferenceSession(str(bundle.model), options, providers=providers)
     except Exception as error:  # its exception classes differ between versions and derive from nothing in common
-        raise UserError("ONNX Runtime cannot load the graph", got=str(error)[:300], fix=command("export", "CHECKPOINT", "--out", bundle.path)) from None
+        raise UserError("ONNX Runtime cannot load the graph", got=str(error)[:300], fix=bundle.export_hint()) from None
     finally:
         if provider == "cuda":
             runtime.set_default_logger_severity(_WARNINGS)  # its default
+    bundle.require_unchanged()  # what was checked is what was loaded
     if provider == "cuda" and CUDA not in session.get_providers():
         cuda = getattr(runtime, "cuda_version", "")
         raise UserError("the CUDA provider of ONNX Runtime did not start", got=why_no_cuda(runtime) or ", ".join(session.get_providers()),
@@ -216,4 +216,4 @@ def _check_graph(bundle: Bundle, inputs: Sequence[Any], outputs: Sequence[Any]) 
         wrong.append(f"{LOGITS}: {len(names[LOGITS].shape)} dimensions")
     if wrong:
         raise UserError("the graph's inputs and outputs are not what the manifest's config says", got="; ".join(wrong[:5]),
-                        fix=command("export", "CHECKPOINT", "--out", bundle.path))
+                        fix=bundle.export_hint())

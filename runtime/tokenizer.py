@@ -6,6 +6,7 @@ import codecs
 import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ class Tokenizer:
         except BaseException as error:  # the library raises bare Exception on any malformed file, and a PanicException beside Exception's tree
             if isinstance(error, MemoryError) or (not isinstance(error, Exception) and type(error).__name__ != "PanicException"):
                 raise
-            raise _refusal(text, source, error) from None
+            raise UserError(f"{source} is not a tokenizers JSON that tokenizers {metadata.version('tokenizers')} reads", got=str(error)[:300],
+                            fix="pip install -U tokenizers, or save it with tokenizers' Tokenizer.save") from None
         self._text = text
         self._special = frozenset(i for i, special in added.items() if special)
         self._added = frozenset(added)
@@ -183,20 +185,6 @@ class Tokenizer:
     def stream(self, context: Sequence[int] = ()) -> StreamDecoder:
         """A decoder for tokens as they are generated; `context` is what precedes them (it decides about a leading space)."""
         return StreamDecoder(self, context)
-
-
-def _refusal(text: str, source: str, error: BaseException) -> UserError:
-    """Says whether the file is none of its kind or of a newer kind than the library that is installed."""
-    import tokenizers
-
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        data = None
-    if isinstance(data, dict) and isinstance(data.get("version"), str) and isinstance(data.get("model"), dict):
-        return UserError(f"{source} cannot be read by tokenizers {tokenizers.__version__}", got=str(error)[:300], allowed="what this version knows",
-                         fix="pip install -U tokenizers; where that is the newest already, copy or download the file again")
-    return UserError(f"{source} is not a tokenizers JSON", got=str(error)[:300], fix="save it with tokenizers' Tokenizer.save")
 
 
 class StreamDecoder:

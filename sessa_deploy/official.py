@@ -131,7 +131,8 @@ def _globals(path: Path) -> list[str]:
     """Names that a bare pickle would import, read off its instructions without following any."""
     names: list[str] = []
     words: list[str] = []
-    with open_plain(path) as file, contextlib.suppress(Exception):  # it ends where the pickle is damaged
+    with open_plain(path) as file, warnings.catch_warnings(), contextlib.suppress(Exception):  # it ends where the pickle is damaged
+        warnings.simplefilter("ignore")
         for instruction, value, _ in pickletools.genops(file.read(_GLOBALS_WITHIN)):
             if instruction.name in ("GLOBAL", "INST"):
                 names.append(str(value).replace(" ", "."))

@@ -47,7 +47,7 @@ def read_plain(path: str | Path, limit: int) -> bytes:
     """The bytes of a plain file of at most `limit` bytes. Raises UserError as `open_plain` does, and on a larger one."""
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
-        data = file.read(limit + 1) if size <= limit else b""
+        data = file.read(size + 1) if size <= limit else b""  # a larger number would be reserved at once
     if size > limit or len(data) > limit:
         raise UserError(f"{path} is too large", got=f"{max(size, len(data))} bytes", allowed=f"at most {limit} bytes")
     return data

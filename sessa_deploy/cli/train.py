@@ -93,7 +93,11 @@ def command(ctx: click.Context, **given: Any) -> None:
         shape = {name: given.pop(name) for name in _SHAPE}
         if given["init_from"] is not None:
             shape = {name: value for name, value in shape.items() if name in explicit}
-        run = start(TrainOptions(**given), **shape)
+        try:
+            run = start(TrainOptions(**given), **shape)
+        except UserError as error:
+            flags = ["--" + name.replace("_", "-") for name in shape if name in error.what.split()]
+            raise error if error.fix or not flags else UserError(error.what, error.got, error.allowed, f"change {' or '.join(flags)}") from None
     checkpoint, folder = Path(out) / CHECKPOINT_DIR, shlex.quote(str(out))
     try:
         report = _train(run, stop_at)

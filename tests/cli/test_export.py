@@ -75,7 +75,7 @@ def small_tokenizer(size: int) -> str:
     ('{"version": "1.0"}', ("is not a tokenizers JSON",)), ("{}", ("is not a tokenizers JSON",)), ("[1]", ("is not a tokenizers JSON",)),
     (small_tokenizer(300), ("300 tokens", "vocab_size 257")),
     (small_tokenizer(20).replace('"w19": 19', '"w19": 999'), ("1000 tokens", "vocab_size 257")),  # ids with a gap
-    (small_tokenizer(20).replace("WordLevel", "FromTheFuture"), ("cannot be read by tokenizers", "pip install -U tokenizers")),
+    (small_tokenizer(20).replace("WordLevel", "FromTheFuture"), ("is not a tokenizers JSON", "pip install -U tokenizers")),
     ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", ("Git LFS pointer", "git lfs pull")),
 ])
 def test_a_tokenizer_that_does_not_fit_is_refused_before_any_work(
