@@ -12,14 +12,12 @@ import json
 import sys
 import time
 import traceback
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from compare_peer import Peer, Point
 
-from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import PRECISIONS
 from sessa_deploy.cuda import used_memory
 from sessa_deploy.files import write_whole
@@ -28,57 +26,6 @@ from sessa_deploy.runtime import environment, traffic
 WINDOW = 64  # steps before the context is rewound to where it began
 WARM_STEPS = 3
 FILL_TOKENS = 4096  # tokens of all sequences together in one step of a prefill that only fills caches
-
-
-@dataclass(frozen=True)
-class Point:
-    """What is timed. contexts: cached tokens of each sequence when decoding starts; prompt: tokens of a prefill instead, 0 for decoding."""
-
-    name: str
-    capacity: int
-    contexts: tuple[int, ...]
-    prompt: int = 0
-
-    @property
-    def batch(self) -> int:
-        """Sequences."""
-        return len(self.contexts)
-
-
-class Peer(ABC):
-    """Something that decodes greedily. Opened for a batch and a capacity; `begin` says where each sequence stands."""
-
-    def __init__(self, job: dict[str, Any]) -> None:
-        self.job, self.config, self.precision = job, SessaConfig.from_dict(job["config"]), str(job["precision"])
-        self.device = str(job["device"])
-
-    @abstractmethod
-    def open(self, batch: int, capacity: int) -> None:
-        """Make room for `batch` sequences of `capacity` tokens."""
-
-    @abstractmethod
-    def begin(self, contexts: tuple[int, ...]) -> None:
-        """Fill the caches so that sequence b holds contexts[b] tokens."""
-
-    @abstractmethod
-    def rewind(self) -> None:
-        """Back to the contexts of `begin`."""
-
-    @abstractmethod
-    def step(self) -> list[int]:
-        """Feed each sequence its last token; the next ones, on the host."""
-
-    @abstractmethod
-    def prompt(self, tokens: int) -> list[int]:
-        """Forget everything, feed every sequence a prompt of `tokens` tokens; the first new ones, on the host."""
-
-    def notes(self) -> dict[str, Any]:
-        """What else the figures must be read with."""
-        return {}
-
-    def close(self) -> None:
-        """Free the caches."""
-        return
 
 
 class Runtime(Peer):

@@ -13,6 +13,7 @@ import pytest
 from sessa_deploy import cuda as binding
 from sessa_deploy.cuda import Cuda, Device
 from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.runtime import traffic
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
 
@@ -143,6 +144,21 @@ def test_what_there_is(library: Any, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(binding, "open_driver", lambda: None)
     assert (binding.driver_version(), binding.devices(), binding.used_memory(), binding.resident_blocks(kernel.handle, 64, 0)) == (None, [], None, 0)
     cuda.close()
+
+
+def test_bandwidth_counts_what_is_read_and_written(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten runs of four copies, the fastest counts; no memory is kept, and a GPU without room for it has no figure."""
+    clock = iter(range(100))
+    monkeypatch.setattr(binding, "open_driver", lambda: library)
+    monkeypatch.setattr(traffic, "_COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(traffic.time, "perf_counter", lambda: next(clock) ** 2)
+    assert traffic.copy_bandwidth() == 4 * 2 * 2**20  # the first run took a second, the others longer
+    library.still_allocated.restype = ctypes.c_uint64
+    assert library.still_allocated() == 0
+    monkeypatch.setattr(traffic, "_COPY_BYTES", 1 << 33)
+    assert traffic.copy_bandwidth() is None
+    monkeypatch.setattr(binding, "open_driver", lambda: None)
+    assert traffic.copy_bandwidth() is None
 
 
 def test_errors_carry_the_drivers_words_and_a_failed_capture_ends(cuda: Cuda) -> None:
