@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib"}
-STDLIB_ONLY = ("sessa_deploy/contract.py", "sessa_deploy/config.py", "sessa_deploy/errors.py", "sessa_deploy/__init__.py", "sessa_deploy/kernels/launch.py")
+STDLIB_ONLY = ("sessa_deploy/contract.py", "sessa_deploy/cuda_arch.py", "sessa_deploy/config.py", "sessa_deploy/errors.py", "sessa_deploy/__init__.py",
+               "sessa_deploy/kernels/launch.py", "plugins/ops.py")
 RUNTIME_MAY = {"numpy", "tokenizers", "rich", "platformdirs", "onnxruntime", "tensorrt"}
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt"}
 
@@ -55,7 +56,7 @@ def test_runtime_never_reaches_torch_triton_or_onnx(path: Path) -> None:
     assert foreign(path) <= RUNTIME_MAY
     assert len(foreign(path) & ENGINE_LIBRARIES) <= 1, "one engine library a module"
     ours = {name for name in imports(path) if name.startswith("sessa_deploy.")}
-    allowed = tuple(f"sessa_deploy.{name}" for name in ("runtime", "contract", "config", "errors", "plugins.library", "__version__"))
+    allowed = tuple(f"sessa_deploy.{name}" for name in ("runtime", "contract", "config", "cuda_arch", "errors", "plugins.library", "__version__"))
     assert all(name.startswith(allowed) for name in ours), sorted(ours)
 
 
