@@ -174,6 +174,26 @@ def test_every_attribute_is_refused_by_its_own_name() -> None:
         ops.op(contract.MIXER_OP).node_attributes(1, scale=0.5)
 
 
+def test_the_readme_lists_what_there_is() -> None:
+    """Every operation with its operands in order, its attribute and its limits' numbers, as people read them."""
+    text = (ph.SOURCES / "README.md").read_text(encoding="utf-8")
+    assert max(len(line) for line in text.splitlines()) <= 160 and f"`state` = {ops.STATE_VERSION}" in text
+    for one in ops.OPS:
+        rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith(f"| {one.name} |")]
+        listed = next((line for line in text.splitlines() if line.startswith(f"- {one.name}: ")), "")
+        at = text.index(f"- {one.name}: ") if listed else text.index(f"| {one.name} |")
+        names = re.findall(r"\b[a-z_]+\b", text[at : at + 900])
+        positions = iter(names)
+        assert all(x.name in positions for x in one.inputs), one.name
+        if one.name not in (contract.FEEDBACK_OP, contract.CAUSAL_OP):
+            own, stated = [a.name for a in one.attributes], [row[3].strip() for row in rows if len(row) == 4]
+            assert stated == (own or [""]), one.name
+            assert all(x.name in rows[0][2] for x in one.outputs), one.name
+    for attribute in ops.ATTRIBUTES:
+        of = ", ".join(o.name for o in ops.OPS if attribute in o.attributes)
+        assert f"| {attribute.name} | {'the two attentions' if attribute == ops.SCALE else of} | float |" in text
+
+
 def test_cmake_writes_the_tables_before_anything_else(tmp_path: Path) -> None:
     """A Python without sessa_deploy is an error with words, before the kernels are lowered."""
     if shutil.which("cmake") is None or shutil.which("g++") is None:
