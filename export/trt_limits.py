@@ -15,7 +15,7 @@ from sessa_deploy.contract import CAUSAL_OP, MODEL_DATA_FILE, MODEL_FILE, PRECIS
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.bundle import Bundle
 
-RECIPE = 4  # goes up when to_engine.py asks TensorRT for something else
+RECIPE_VERSION = 5  # goes up when to_engine.py asks TensorRT for something else
 DEFAULT_PROMPT = 512
 OPT_LEVELS = (0, 5)
 LAYERS = ("plugin", "tensorrt")  # who computes what stands around the attentions
@@ -43,22 +43,35 @@ class Machine:
     driver: str
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How an engine is built: for which shapes, where, with which of TensorRT's options, and who computes what stands around the attentions.
+
+    workspace: bytes TensorRT may take for scratch, None: what it likes; opt_level: None: TensorRT's own; key: see `keyed`.
+    """
+
+    shapes: Shapes
+    machine: Machine
+    workspace: int | None = None
+    opt_level: int | None = None
+    layers: str = LAYERS[0]
+    key: str = ""
+
+    def keyed(self, bundle: Bundle, plugin_sha256: str) -> Recipe:
+        """The same with its key: sha256 of everything that shapes a plan: graph, plugin, shapes, TensorRT, driver, architecture, options."""
+        graph = {name: bundle.sha256(name) for name in (MODEL_FILE, MODEL_DATA_FILE) if name in bundle}
+        parts = {"recipe": RECIPE_VERSION, "graph": graph, "plugin": plugin_sha256, "shapes": dataclasses.asdict(self.shapes), "precision": bundle.precision,
+                 "tensorrt": self.machine.tensorrt, "driver": self.machine.driver, "arch": self.machine.arch, "workspace": self.workspace,
+                 "opt_level": self.opt_level, "layers": self.layers}  # fmt: skip
+        return dataclasses.replace(self, key=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest())
+
+
 def shapes_for(config: SessaConfig, max_batch: int = 1, max_context: int | None = None, max_prompt: int = DEFAULT_PROMPT) -> Shapes:
     """Checked shapes; max_context None is the model's own. Raises UserError on a number below 1."""
     capacity = config.max_context if max_context is None else max_context
     max_batch, capacity = integer("--max-batch", max_batch, 1), integer("--max-context", capacity, 1)
     max_prompt = integer("--max-prompt", max_prompt, 1)
     return Shapes(max_batch, capacity, min(max_prompt, capacity))
-
-
-def engine_key(bundle: Bundle, plugin_sha256: str, shapes: Shapes, machine: Machine, workspace: int | None, opt_level: int | None,
-               layers: str = LAYERS[0]) -> str:
-    """sha256 of everything that shapes a plan: graph, plugin, shapes, TensorRT, driver, architecture, and how it is built."""
-    graph = {name: bundle.sha256(name) for name in (MODEL_FILE, MODEL_DATA_FILE) if name in bundle}
-    parts = {"recipe": RECIPE, "graph": graph, "plugin": plugin_sha256, "shapes": dataclasses.asdict(shapes), "precision": bundle.precision,
-             "tensorrt": machine.tensorrt, "driver": machine.driver, "arch": machine.arch, "workspace": workspace, "opt_level": opt_level,
-             "layers": layers}  # fmt: skip
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def estimate(config: SessaConfig, precision: str, weights: int, shapes: Shapes, inlined: tuple[str, ...] = (CAUSAL_OP,),

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sessa_deploy.cuda_arch import nearest
 from sessa_deploy.errors import SessaError
 from sessa_deploy.files import scratch, write_whole
 from sessa_deploy.kernels import launch
@@ -33,7 +34,6 @@ from sessa_deploy.process import ending_cleanly
 SCHEMA = 1
 MANIFEST = "cubins.json"
 TABLE = "cubins.inc"
-TEGRA = 87  # shares no binaries with the desktop GPUs of its major
 HIDDEN = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))  # what Triton 3.6 and 3.7 append to every kernel's parameters
 LOAD = re.compile(r"\bld\.global(?:\.[A-Za-z0-9_:]+)*?(?:\.(v[248]))?\.([a-z]+)(\d+)\s")
 ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\b[^;]*?,\s*\[[^\]]*\],\s*(0x[0-9a-f]+|\d+)")
@@ -90,15 +90,15 @@ def units(archs: Sequence[int], kernels: Sequence[str] | None = None) -> list[Un
 def served_by(unit: Unit, archs: Sequence[int]) -> int | None:
     """The one of `archs` whose binary the unit's architecture runs, as the very launch options are pinned for both; None: it needs its own.
 
-    A binary runs on later minors of its major, though not across desktop GPUs and Tegra (sm_87); the plugin's C++ takes the nearest one by the same rule.
+    The plugin's C++ takes the nearest one by the same rule (cuda_arch.serves).
     """
-    earlier = [a for a in archs if a // 10 == unit.arch // 10 and a < unit.arch and a != TEGRA]
-    if unit.arch == TEGRA or not earlier:
+    before = nearest([a for a in archs if a != unit.arch], unit.arch)
+    if before is None:
         return None
-    nearest = Unit(unit.kernel, max(earlier), unit.dtype, unit.variant)
-    if _options(nearest) != _options(unit):
+    earlier = Unit(unit.kernel, before, unit.dtype, unit.variant)
+    if _options(earlier) != _options(unit):
         return None
-    return served_by(nearest, archs) or nearest.arch
+    return served_by(earlier, archs) or before
 
 
 def _options(unit: Unit) -> dict[str, Any]:

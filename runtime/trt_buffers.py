@@ -9,7 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, PRECISIONS, cache_entries, cache_row_shape, new_name, past_name
+from sessa_deploy.contract import (
+    INPUT_IDS,
+    LOGITS,
+    MAX_WIDTH,
+    NEW_LENGTH,
+    PAST_LENGTH,
+    PRECISIONS,
+    WIDTH_MULTIPLE,
+    cache_entries,
+    cache_row_shape,
+    new_name,
+    past_name,
+)
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.trt_kernels import APPEND, ARGMAX, FINISH, Image
 
@@ -29,13 +41,13 @@ class Entry:
 
 
 def check_rows(config: SessaConfig, precision: str) -> None:
-    """Raise UserError unless every cached row is a multiple of 16 bytes, which the kernels rely on."""
+    """Raise UserError unless D is within what the kernels hold and every cached row a multiple of 16 bytes, which they rely on."""
     for field in ("k_f", "k_b"):
         row = int(np.prod(cache_row_shape(field, config.d_model, config.kv_heads, config.head_dim))) * PRECISIONS[precision].itemsize
-        if row % _ALIGNMENT or (field == "k_b" and config.d_model % _ALIGNMENT):
+        if row % _ALIGNMENT or (field == "k_b" and (config.d_model % WIDTH_MULTIPLE or config.d_model > MAX_WIDTH)):
             got = f"d_model={config.d_model}, n_kv_heads={config.kv_heads}, {precision}: {field} rows of {row} bytes"
-            raise UserError("this model's width does not run in TensorRT", got=got, allowed="d_model a multiple of 16, cached rows of a multiple of 16 bytes",
-                            fix="use --backend ort")  # fmt: skip
+            allowed = f"d_model a multiple of {WIDTH_MULTIPLE} up to {MAX_WIDTH}, cached rows of a multiple of {_ALIGNMENT} bytes"
+            raise UserError("this model's width does not run in TensorRT", got=got, allowed=allowed, fix="use --backend ort")  # fmt: skip
 
 
 class Buffers:
