@@ -233,7 +233,7 @@ def _prepared(bundle: Bundle, trt: Any, layers: str) -> tuple[trt_graph.Prepared
     prepared = trt_graph.prepare(trt_graph.load(bundle.model))
     wrong = trt_graph.complaints(prepared.model, trt_api.version(trt))
     if wrong:
-        fix = f"sessa-deploy export CHECKPOINT --out {bundle.path} --opset 17"
+        fix = bundle.export_hint(" --opset 17")
         raise UserError(f"TensorRT {trt.__version__} cannot read this graph", got=" / ".join(wrong), fix=fix)
     graph, folder = prepared.model.graph, bundle.model.parent
     trt_fuse.unmasked_rows(graph)
@@ -265,7 +265,7 @@ def _check_options(workspace: int | None, opt_level: int | None, layers: str | N
 
 
 def _check_precision(trt: Any, bundle: Bundle, asked: str | None) -> None:
-    mend = f"sessa-deploy export CHECKPOINT --out {bundle.path} --precision"
+    mend = bundle.export_hint(" --precision")
     if asked is not None and trt_api.strongly_typed(trt):
         what = f"TensorRT {trt.__version__} networks are strongly typed: the exported graph decides the precision, the build cannot"
         raise UserError(what, got=f"--precision {asked}", allowed=f"none; this graph is {bundle.precision}", fix=f"{mend} {asked}")

@@ -190,10 +190,11 @@ def open_session(bundle: Bundle, provider: str = "cpu", threads: int | None = No
     try:
         session = runtime.InferenceSession(str(bundle.model), options, providers=providers)
     except Exception as error:  # its exception classes differ between versions and derive from nothing in common
-        raise UserError("ONNX Runtime cannot load the graph", got=str(error)[:300], fix=f"sessa-deploy export CHECKPOINT --out {bundle.path}") from None
+        raise UserError("ONNX Runtime cannot load the graph", got=str(error)[:300], fix=bundle.export_hint()) from None
     finally:
         if provider == "cuda":
             runtime.set_default_logger_severity(_WARNINGS)  # its default
+    bundle.require_unchanged()  # what was checked is what was loaded
     if provider == "cuda" and CUDA not in session.get_providers():
         cuda = getattr(runtime, "cuda_version", "")
         raise UserError("the CUDA provider of ONNX Runtime did not start", got=why_no_cuda(runtime) or ", ".join(session.get_providers()),
@@ -213,4 +214,4 @@ def _check_graph(bundle: Bundle, inputs: Sequence[Any], outputs: Sequence[Any]) 
         wrong.append(f"{LOGITS}: {len(names[LOGITS].shape)} dimensions")
     if wrong:
         raise UserError("the graph's inputs and outputs are not what the manifest's config says", got="; ".join(wrong[:5]),
-                        fix=f"sessa-deploy export CHECKPOINT --out {bundle.path}")
+                        fix=bundle.export_hint())

@@ -71,7 +71,7 @@ class Session:
         chunk = None if chunk is None else integer("chunk", chunk, 1)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.config, self._progress = self.bundle.config, progress
-        self._tokenizer = Tokenizer(self.bundle.file(TOKENIZER_FILE)) if TOKENIZER_FILE in self.bundle else None
+        self._tokenizer = _tokenizer(self.bundle) if TOKENIZER_FILE in self.bundle else None
         self.backend = backend if isinstance(backend, Backend) else open_backend(self.bundle, backend, max_batch, capacity, threads)
         self.chunk = self.backend.best_chunk if chunk is None else chunk
         self.max_batch, self.capacity = self.backend.batch, self.backend.capacity
@@ -154,7 +154,7 @@ class Session:
         """Generate behind prompts[b] in sequence b, yielding each token as it is drawn. A prompt of None leaves its sequence alone.
 
         max_new_tokens: one for all or one a prompt; None goes on until a stop or until the capacity is full. sampling: one for all or one a
-        prompt; None is greedy. stop_tokens: ids that end a sequence; None takes the model's eos_token_id, all of them. stop: strings that end it, not shown.
+        prompt; None is greedy. stop_tokens: ids that end a sequence; None takes the model's eos_token_ids. stop: strings that end it, not shown.
         The iterator may be dropped at any time; the conversation then holds the tokens drawn so far.
         Raises UserError, before anything is computed, on bad input and when a prompt and max_new_tokens together exceed the capacity.
         """
@@ -168,7 +168,7 @@ class Session:
             raise UserError("stop is wrong", got=repr(stop), allowed="a list of non-empty strings")
         if stop:
             _ = self.tokenizer
-        ends = _token_set(self.config.eos_token_id if stop_tokens is None else stop_tokens)
+        ends = _token_set(self.config.eos_token_ids if stop_tokens is None else stop_tokens)
         feeds = self._encode_all(prompts, [limit or 1 for limit in limits])
         self._turn += 1
         return self._stream(self._turn, feeds, limits, params, ends, stop)
@@ -288,6 +288,11 @@ def _limits(max_new_tokens: int | Sequence[int | None] | None, prompts: int) -> 
             raise UserError("max_new_tokens has the wrong length", got=len(max_new_tokens), allowed=f"one, or one for each of {prompts} prompts")
         return [None if limit is None else integer("max_new_tokens", limit, 1) for limit in max_new_tokens]
     return [None if max_new_tokens is None else integer("max_new_tokens", max_new_tokens, 1)] * prompts
+
+
+def _tokenizer(bundle: Bundle) -> Tokenizer:
+    """The bundle's tokenizer, of the very bytes that match the manifest."""
+    return Tokenizer.from_json(bundle.read(TOKENIZER_FILE).decode("utf-8", "surrogateescape"), str(bundle.file(TOKENIZER_FILE)))
 
 
 class _Row:

@@ -131,8 +131,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, special ones included."""
-        return int(self._library.get_vocab_size(with_added_tokens=True))
+        """Rows that an embedding needs for its tokens: the largest id + 1, special ones included."""
+        return int(max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)) + 1
 
     def to_json(self) -> str:
         """The tokenizers JSON it was made from."""

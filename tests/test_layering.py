@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib"}
-STDLIB_ONLY = (*(f"sessa_deploy/{name}.py" for name in ("checks", "contract", "config", "errors", "files", "process", "__init__")),
-                "sessa_deploy/kernels/launch.py")
+GROUND = ("checks", "contract", "config", "errors", "files", "process", "reading", "checkpoint_layout", "__init__")
+STDLIB_ONLY = (*(f"sessa_deploy/{name}.py" for name in GROUND), "sessa_deploy/kernels/launch.py")
 RUNTIME_MAY = {"numpy", "tokenizers", "rich", "platformdirs", "onnxruntime", "tensorrt"}
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt"}
 
@@ -56,7 +56,7 @@ def test_runtime_never_reaches_torch_triton_or_onnx(path: Path) -> None:
     assert foreign(path) <= RUNTIME_MAY
     assert len(foreign(path) & ENGINE_LIBRARIES) <= 1, "one engine library a module"
     ours = {name for name in imports(path) if name.startswith("sessa_deploy.")}
-    names = ("runtime", "checks", "contract", "config", "errors", "files", "process", "plugins.library", "__version__")
+    names = ("runtime", "checks", "contract", "config", "errors", "files", "process", "reading", "plugins.library", "__version__")
     allowed = tuple(f"sessa_deploy.{name}" for name in names)
     assert all(name.startswith(allowed) for name in ours), sorted(ours)
 

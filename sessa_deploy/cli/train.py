@@ -93,7 +93,7 @@ def command(ctx: click.Context, **given: Any) -> None:
         shape = {name: given.pop(name) for name in _SHAPE}
         if given["init_from"] is not None:
             shape = {name: value for name, value in shape.items() if name in explicit}
-        run = start(TrainOptions(**given), **shape)
+        run = start(TrainOptions(**given), lambda text: click.echo(f"note: {text}", err=True), **shape)
     checkpoint, folder = Path(out) / CHECKPOINT_DIR, shlex.quote(str(out))
     try:
         report = _train(run, stop_at)

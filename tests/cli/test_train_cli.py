@@ -47,7 +47,7 @@ def test_train_stop_and_resume(text: Path, tmp_path: Path, capsys: pytest.Captur
     (["--data", "NOWHERE"], "no such data"),
     (["--resume"], "no run to resume"),
     (["--resume", "--lr", "1", "--d-model", "8"], "a resumed run keeps its settings: got --d-model, --lr"),
-    (["--data", "TEXT", "--n-heads", "3"], "d_model is not divisible by n_heads"),
+    (["--data", "TEXT", "--n-heads", "3"], "a multiple of n_heads; fix: change --d-model or --n-heads"),
     (["--data", "TEXT", "--gamma-max", "1"], "gamma_max is out of range"),
     (["--data", "TEXT", "--tokenizer", "none.json"], "no tokenizer"),
     (["--data", "TEXT", "--device", "tpu9"], "no such device"),
