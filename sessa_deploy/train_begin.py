@@ -23,7 +23,7 @@ from sessa_deploy.train_run import RESUME_FILE, RUN_FILES, Run
 
 # What resume.pt must hold; a run that began with a checkpoint says so under "origin".
 _STATE = ("options", "config", "step", "seconds", "tokenizer", "corpus", "model", "optimizer", "torch_rng")
-_SHAPE = ("d_model", "n_layers", "n_heads", "n_kv_heads", "gamma_max", "tie_word_embeddings")
+SHAPE = ("d_model", "n_layers", "n_heads", "n_kv_heads", "gamma_max", "tie_word_embeddings")
 
 
 def start(options: TrainOptions, note: Note | None = None, **shape: Any) -> Run:
@@ -114,7 +114,7 @@ def _config(values: dict[str, Any]) -> SessaConfig:
     try:
         return SessaConfig(**values)
     except UserError as error:  # it may speak of config.json, and there is none
-        named = [name for name in _SHAPE if re.search(rf"\b{name}\b", f"{error.what} {error.got}")]
+        named = [name for name in SHAPE if re.search(rf"\b{name}\b", f"{error.what} {error.got}")]
         fix = f"change {' or '.join('--' + name.replace('_', '-') for name in named)}" if named else None
         raise UserError(error.what, error.got, error.allowed, fix) from None
 
