@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from sessa_deploy.contract import CACHE_FIELDS, LOGITS, MODEL_FILE, PARITY_FILE
 from sessa_deploy.errors import UserError
 from sessa_deploy.export.parity_cases import CASES_FILE, LENGTHS, Case, Cases, build_cases, load_cases, save_cases
 from sessa_deploy.export.parity_drive import Tensors, layer_name
-from sessa_deploy.export.parity_engines import resolve_backends
+from sessa_deploy.export.parity_engines import has_all_logits, resolve_backends
 from sessa_deploy.export.parity_metrics import TokenCheck, Yardstick, check_tokens, compare, position_errors
 from sessa_deploy.export.parity_process import Launch, ProcessLaunch, Progress, RungError, launch_all, silent
 from sessa_deploy.export.parity_rungs import ENGINE_RUNGS, HEADER_FILE, ORACLE, PLAIN, TORCH, RungJob, read_header, read_tensors
@@ -37,13 +37,13 @@ WIDE = 512  # from this width on, matrix products gain from more than one thread
 def validate(
     bundle: str | Path, checkpoint: str | Path, backends: Sequence[str] = ("auto",), *, dump: str | Path | None = None, elsewhere: str | Path | None = None,
     lengths: Sequence[int] = LENGTHS, seed: int = 0, launch: Launch | None = None, workers: int | None = None, progress: Progress = silent,
-    record: bool = False, also: Sequence[int] = (), config: str | Path | None = None,
+    record: bool = False, also: Sequence[int] = (), config: str | Path | None = None, texts: Mapping[str, Sequence[int]] | None = None,
 ) -> Report:
     """Judge a bundle against the checkpoint it was exported from.
 
     backends: engines to run as rungs ("ort", ..., or "auto": those that run here). dump: keep cases and tensors in this folder. elsewhere: judge the rungs
-    found in this folder, which other machines wrote, instead of running engines here. lengths, seed: of the cases; also: prefills judged whether or not
-    max_context is shorter. config: config.json of a checkpoint that has none. launch, workers: how rungs are started and how many side by side.
+    found in this folder, which other machines wrote, instead of running engines here. lengths, seed, also, texts: of the cases, see build_cases.
+    config: config.json of a checkpoint that has none. launch, workers: how rungs are started and how many side by side.
     Raises UserError on bad input, ParityError on a checkpoint of another shape; disagreement is in the report.
     """
     from sessa_deploy.export.parity_weights import check_weights  # torch and onnx, which dump_engines does without
@@ -58,7 +58,7 @@ def validate(
         if elsewhere is None:
             rungs = [TORCH, *resolve_backends(backends, opened)]
             sources = {rung: folder for rung in rungs}
-            save_cases(build_cases(opened.config, seed, lengths, also=also), folder)
+            save_cases(build_cases(opened.config, seed, lengths, also=also, texts=texts, all_logits=has_all_logits(opened)), folder)
         else:
             given = load_cases(elsewhere)
             save_cases(Cases(given.cases, given.seed, "oracle"), folder)
@@ -92,7 +92,7 @@ def record(bundle: str | Path, report: Report) -> Bundle:
 
 def dump_engines(
     bundle: str | Path, folder: str | Path, backends: Sequence[str] = ("auto",), *, seed: int = 0, lengths: Sequence[int] = LENGTHS,
-    launch: Launch | None = None, progress: Progress = silent, also: Sequence[int] = (),
+    launch: Launch | None = None, progress: Progress = silent, also: Sequence[int] = (), texts: Mapping[str, Sequence[int]] | None = None,
 ) -> list[str]:
     """Write the engines' tensors into `folder`, for a comparison on the machine that has the checkpoint; returns the rungs written.
 
@@ -100,10 +100,10 @@ def dump_engines(
     """
     opened, folder = Bundle.open(bundle), Path(folder).absolute()
     if not (folder / CASES_FILE).is_file():
-        save_cases(build_cases(opened.config, seed, lengths, also=also), folder)
-    elif also:
-        raise UserError("the folder holds cases already", got=f"{folder / CASES_FILE}", allowed="further lengths for new cases only",
-                        fix="name another folder, or leave --length out")
+        save_cases(build_cases(opened.config, seed, lengths, also=also, texts=texts, all_logits=has_all_logits(opened)), folder)
+    elif also or texts:
+        raise UserError("the folder holds cases already", got=f"{folder / CASES_FILE}", allowed="further lengths and texts for new cases only",
+                        fix="name another --dump, or leave --length and --text out")
     rungs = resolve_backends(backends, opened)
     jobs = [RungJob(rung, folder, opened.path.absolute(), None, len(os.sched_getaffinity(0))) for rung in rungs]
     died = launch_all(jobs, launch or ProcessLaunch(), 1, progress)
@@ -148,7 +148,8 @@ def _judge(bundle: Bundle, cases: Cases, sources: dict[str, Path], headers: dict
                 continue
             own = read_tensors(sources[rung], rung, mode, case.name)
             judged[rung, mode] += _compare_case(oracle, plain, own, pooled, case, rows, logit_rows, bundle, rung, mode)
-            tokens[rung, mode].append((case.name, logit_rows, oracle[LOGITS], own.get(LOGITS), own["token"]))
+            kept = slice(None) if LOGITS in own else case.last_rows()  # a runner that picks tokens itself picks one a step
+            tokens[rung, mode].append((case.name, logit_rows[kept], oracle[LOGITS][kept], own.get(LOGITS), own["token"]))
             if case.name in plotted and mode == next(iter(headers[rung]["modes"])):
                 positions[case.name][rung] = _positions(oracle, own, config.n_layers)
     headers = {rung: headers[rung] for rung in (ORACLE, PLAIN, *rungs)}

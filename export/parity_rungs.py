@@ -26,12 +26,13 @@ from sessa_deploy.contract import MODEL_FILE, PRECISIONS
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.export.parity_cases import Case, load_cases, save_cases
 from sessa_deploy.export.parity_drive import Engine, Tensors, drive_graph, drive_session
+from sessa_deploy.export.parity_engines import ENGINE_RUNGS, open_engine
 from sessa_deploy.files import whole, write_whole
+from sessa_deploy.reading import read_json
 from sessa_deploy.runtime.bundle import Bundle
 
 ORACLE, PLAIN, TORCH = "float64", "plain", "torch"
 TORCH_RUNGS = (ORACLE, PLAIN, TORCH)
-ENGINE_RUNGS = ("ort", "ort-cuda", "trt")
 DECODE_KINDS = ("decode", "ragged", "greedy")
 HEADER_FILE = "header.json"
 HEADER_SCHEMA = 1
@@ -114,7 +115,6 @@ def _run_torch(job: RungJob, bundle: Bundle, report: Report) -> dict[str, Any]:
 
     from sessa_deploy.checkpoint import load_checkpoint
     from sessa_deploy.export import parity_torch as rungs
-    from sessa_deploy.kernels import reference
 
     torch.set_num_threads(job.threads)
     torch.set_float32_matmul_precision("highest")
@@ -124,6 +124,7 @@ def _run_torch(job: RungJob, bundle: Bundle, report: Report) -> dict[str, Any]:
     if job.rung == ORACLE and cases.chosen_by != "oracle":
         cases = rungs.choose_tokens(model, cases)
         save_cases(cases, job.folder)
+    every = any(case.all_logits for case in cases.cases)
     with rungs.record_headroom(model) as headroom:
         if job.rung == ORACLE:
             for i, case in enumerate(cases.cases):
@@ -131,36 +132,19 @@ def _run_torch(job: RungJob, bundle: Bundle, report: Report) -> dict[str, Any]:
                 report(i + 1, len(cases.cases))
             found: dict[str, Any] = {"modes": {"graph": [case.name for case in cases.cases]}, "nonzero_padding": {}}
         elif job.rung == PLAIN:
-            with rungs.replaced_ops(reference.plain, reference.plain_causal):
-                found = _run_modes(out, bundle, cases.cases, Engine(rungs.TorchGraph(model), None, {}), report)
+            with rungs.using_ops(model, rungs.PLAIN_OPS):
+                found = _run_modes(out, bundle, cases.cases, Engine(rungs.TorchGraph(model, every), None, {}), report)
         else:
-            found = _run_modes(out, bundle, cases.cases, Engine(rungs.TorchGraph(model), rungs.TorchSession(model), {}), report)
+            found = _run_modes(out, bundle, cases.cases, Engine(rungs.TorchGraph(model, every), rungs.TorchSession(model), {}), report)
     return {"cases": cases.digest(), "versions": versions, "headroom": headroom, **found}
-
-
-def check_engine(rung: str, bundle: Bundle) -> None:
-    """Raise UserError where an engine cannot run this bundle's precision at all."""
-    if rung not in ENGINE_RUNGS:
-        raise UserError("no such backend", got=rung, allowed=", ".join(("auto", *ENGINE_RUNGS)))
-    if rung == "ort" and bundle.precision == "bf16":
-        raise UserError("a bf16 bundle cannot be validated on a CPU", got=bundle.path.name, allowed="fp32 or fp16 on a CPU; bf16 with ort-cuda or trt",
-                        fix="sessa-deploy export CHECKPOINT --out BUNDLE --precision fp32")
-
-
-def open_engine(rung: str, bundle: Bundle, threads: int) -> Engine:
-    """The engine behind a rung's name. Raises UserError if it is not known or cannot be used here."""
-    check_engine(rung, bundle)
-    from sessa_deploy.export.parity_engines import OPENERS
-
-    return OPENERS[rung](bundle, threads)
 
 
 def read_header(folder: Path, rung: str) -> dict[str, Any]:
     """The header of a rung in `folder`. Raises UserError if it is absent or not one."""
     path = folder / rung / HEADER_FILE
     try:
-        header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        header: dict[str, Any] = read_json(path)
+    except UserError as error:
         raise UserError(f"{path} is not a rung's header", got=error, fix="run that rung again: a killed one leaves none") from None
     if not isinstance(header, dict) or header.get("schema") != HEADER_SCHEMA:
         raise UserError(f"{path} has another schema", got=header.get("schema") if isinstance(header, dict) else header, allowed=HEADER_SCHEMA)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sessa_deploy.contract import CAUSAL_OP, FEEDBACK_OP, LAYER_OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from sessa_deploy.contract import ENGINE_OPS as OPS
+from sessa_deploy.contract import PLUGIN_NAMESPACE, PLUGIN_VERSION
 from sessa_deploy.errors import UserError
 from sessa_deploy.files import scratch, whole
 from sessa_deploy.process import run_group
@@ -20,7 +21,6 @@ from sessa_deploy.process import run_group
 LIBRARY = "libsessa_plugin.so"
 ENVIRONMENT = "SESSA_PLUGIN_LIBRARY"  # a path that goes before every other place
 MAJORS = (11, 10, 8)
-OPS = (FEEDBACK_OP, CAUSAL_OP, *LAYER_OPS)  # what the library brings
 BUILD = "sessa-deploy plugin build"
 _HERE = Path(__file__).resolve().parent
 

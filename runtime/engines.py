@@ -45,3 +45,12 @@ def _trt() -> Any:
     if not importable("tensorrt"):
         raise UserError("TensorRT is not installed", got="backend trt", fix="pip install tensorrt, or use --backend ort")
     return importlib.import_module("sessa_deploy.runtime.trt")
+
+
+def most_sequences(bundle: Bundle, name: str) -> int | None:
+    """Sequences that the bundle's engines take at once on a backend ("auto": the one it would choose); None where any number goes."""
+    if (choose(bundle) if name == "auto" else name) != "trt":
+        return None
+    from sessa_deploy.runtime.trt_plan import engines
+
+    return min((info.max_batch for info in engines(bundle).values()), default=None)

@@ -15,8 +15,8 @@ from typing import Any
 
 from sessa_deploy import __version__
 from sessa_deploy.checks import integer
+from sessa_deploy.cuda import devices, driver_version
 from sessa_deploy.process import python
-from sessa_deploy.runtime import driver
 
 _PROBE_SECONDS = 60.0
 # distribution names under which one library is installed
@@ -110,7 +110,7 @@ def processor() -> dict[str, Any]:
 def gpus() -> list[dict[str, Any]]:
     """The GPUs the driver shows, with NVIDIA's driver version and clocks (MHz) where nvidia-smi tells them."""
     told = _nvidia_smi()
-    return [{"index": d.index, "name": d.name, "arch": d.arch, "memory": d.memory, **told.get(d.index, {})} for d in driver.devices()]
+    return [{"index": d.index, "name": d.name, "arch": d.arch, "memory": d.memory, **told.get(d.index, {})} for d in devices()]
 
 
 def providers() -> tuple[list[str], str | None]:
@@ -138,7 +138,7 @@ def describe() -> dict[str, Any]:
     """What a measurement should carry with it: versions, processor, GPUs."""
     names = ("numpy", "onnxruntime", "tensorrt")
     return {"python": platform.python_version(), "platform": platform.platform(), "cpu": processor(), "gpus": gpus(),
-            "cuda_driver": driver.driver_version(), "packages": {"sessa-deploy": __version__, **{n: _version(n) for n in names}}}
+            "cuda_driver": driver_version(), "packages": {"sessa-deploy": __version__, **{n: _version(n) for n in names}}}
 
 
 def _version(name: str) -> str | None:

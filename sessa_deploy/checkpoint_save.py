@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sessa_deploy.checkpoint_files import INDEX_FILE, WEIGHTS_FILE
+from sessa_deploy.checkpoint_tokenizer import check_tokenizer
 from sessa_deploy.config import CONFIG_FILE
 from sessa_deploy.contract import PRECISIONS, TOKENIZER_FILE
 from sessa_deploy.errors import UserError
 from sessa_deploy.model import SessaLM
-from sessa_deploy.runtime.publish import Staging, locked
+from sessa_deploy.reading import JSON_LIMIT, read_plain
+from sessa_deploy.runtime.publish import Staging, is_staging, locked
 from sessa_deploy.safetensors_check import shorten
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -57,8 +59,9 @@ def save_checkpoint(
             for file in kept:
                 if file.name not in texts:
                     shutil.copy2(file, staging.folder / file.name)
-            with locked(folder.parent):
-                staging.publish(CONFIG_FILE)
+            with locked(folder):
+                stale = [x.name for x in folder.iterdir() if _OWN_FILES.match(x.name) and not (staging.folder / x.name).exists()] if folder.is_dir() else []
+                staging.publish(CONFIG_FILE, stale)
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         fix = "free space there" if "space" in reason.lower() or "quota" in reason.lower() else "name another folder"
@@ -97,7 +100,7 @@ def _kept_files(folder: Path) -> list[Path]:
         return []
     if not folder.is_dir() or folder.is_symlink():
         raise UserError("the checkpoint's place is taken", got=f"{folder} is not a plain folder", fix="name another folder")
-    entries = sorted(folder.iterdir())
+    entries = sorted(x for x in folder.iterdir() if not is_staging(x))
     strange = [x.name for x in entries if x.is_symlink() or not x.is_file()]
     if entries and (strange or not (folder / CONFIG_FILE).is_file()):
         raise UserError(f"{folder} is not a checkpoint folder and is not overwritten", got=shorten(strange or [x.name for x in entries]),
@@ -106,23 +109,17 @@ def _kept_files(folder: Path) -> list[Path]:
 
 
 def _tokenizer_text(tokenizer: Any, vocab_size: int) -> str:
-    import tokenizers
-
     if hasattr(tokenizer, "to_str"):
-        text = tokenizer.to_str(pretty=True)
+        text, source = tokenizer.to_str(pretty=True), "the tokenizer"
     else:
-        text = str(tokenizer)
+        text, source = str(tokenizer), "the tokenizer"
         if not text.lstrip().startswith("{"):
+            source = text
             try:
-                text = Path(tokenizer).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
+                text = read_plain(tokenizer, JSON_LIMIT).decode("utf-8")
+            except UnicodeDecodeError as error:
                 raise UserError("the tokenizer cannot be read", got=error, allowed="a tokenizers JSON file") from None
-    try:
-        size = max(tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    except Exception as error:  # the library raises a bare Exception
-        raise UserError("the tokenizer is not a tokenizers JSON", got=error) from None
-    if size > vocab_size:
-        raise UserError("the tokenizer has more tokens than the model", got=size, allowed=f"at most vocab_size {vocab_size}")
+    check_tokenizer(text.encode("utf-8", "surrogatepass"), vocab_size, source)
     return text if text.endswith("\n") else text + "\n"
 
 

@@ -112,8 +112,9 @@ def split_files(files: Sequence[tuple[str, bytes]], fraction: float) -> tuple[li
             raise UserError("too little text to hold any of it out", got=f"{len(content)} byte in {name}", allowed="2 bytes or more", fix="give more text")
         most = min(len(content) - 1, max(1, int(len(content) * (1 - fraction))))
         cut = content.rfind(b"\n", 0, most) + 1 or most
-        while cut > 1 and content[cut] & 0xC0 == 0x80 and content[cut - 1] >= 0x80:  # a character of UTF-8 stays whole
-            cut -= 1
+        # a character of UTF-8 stays whole: one has at most 4 bytes, and those after its first are 10xxxxxx
+        near = [at for at in (*range(cut, max(0, cut - 4), -1), *range(cut + 1, min(len(content), cut + 4))) if content[at] & 0xC0 != 0x80]
+        cut = near[0] if near else cut
         return [(name, content[:cut])], [(f"{name} (tail)", content[cut:])]
     held = {name for name, _ in files if is_held_out(name, fraction)}
     ranked = sorted((name for name, _ in files), key=_rank)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def resume(out: str | Path, **changes: Any) -> Run:
         raise UserError("there is no run to resume", got=path, allowed="a folder that train wrote", fix="leave --resume out to start one")
     check_folder(out, "--out", "the run's folder")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of a pickle that is refused anyhow
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file may raise anything, and nothing in it is executed
         raise _unreadable(path, f"{type(error).__name__}: {str(error)[:120]}") from None
     lacks = [name for name in _STATE if name not in state] if isinstance(state, dict) else ["state"]

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+GROUND = ("checks", "config", "contract", "cuda", "cuda_arch", "errors", "files", "process", "reading")
 HEAVY = {"torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib"}
-GROUND = ("checks", "contract", "config", "errors", "files", "process")
-STDLIB_ONLY = (*(f"sessa_deploy/{name}.py" for name in (*GROUND, "__init__")), "sessa_deploy/kernels/launch.py")
+STDLIB_ONLY = (*(f"sessa_deploy/{name}.py" for name in GROUND), "sessa_deploy/checkpoint_layout.py", "sessa_deploy/__init__.py",
+               "sessa_deploy/kernels/launch.py", "plugins/ops.py")
 RUNTIME_MAY = {"numpy", "tokenizers", "rich", "platformdirs", "onnxruntime", "tensorrt"}
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt"}
 

@@ -32,6 +32,8 @@ VERBS: dict[str, str] = {
     "validate": "Prove a bundle's numbers against its checkpoint, rung by rung.",
     "build": "Build a TensorRT engine into a bundle.",
     "run": "Generate text from a bundle, streaming tokens.",
+    "chat": "Talk to a bundle: turns continue one text on the caches it has.",
+    "score": "Score a text: log-likelihood, bits per byte, perplexity.",
     "bench": "Measure first-token and inter-token latency of a bundle.",
     "inspect": "Show what a checkpoint, an ONNX file or a bundle holds.",
     "plugin": "Build, find and check the TensorRT plugin library.",

@@ -30,7 +30,8 @@ def command(
     """Measure BUNDLE: time to the first token, time between tokens (p50, p95, p99), tokens a second, and what memory they took."""
     from dataclasses import replace
 
-    from sessa_deploy.runtime import driver, traffic
+    from sessa_deploy.cuda import devices, used_memory
+    from sessa_deploy.runtime import traffic
     from sessa_deploy.runtime.bench import BenchOptions, measure
     from sessa_deploy.runtime.bundle import Bundle
     from sessa_deploy.runtime.engines import ON_A_GPU, choose
@@ -43,9 +44,9 @@ def command(
     opened = Bundle.open(bundle)
     name = choose(opened) if backend == "auto" else backend
     before = 0
-    if name in ON_A_GPU and driver.devices():
+    if name in ON_A_GPU and devices():
         options = options if given else replace(options, bandwidth=traffic.copy_bandwidth())
-        before = driver.DeviceMemory().used()
+        before = used_memory() or 0
     capacity = max(opened.config.max_context, prompt_tokens + window) if capacity is None else capacity
     with Session(opened, name, max_batch=batch, capacity=capacity, threads=threads) as session, count_progress("decoding", 0) as progress:
         result = measure(session, options, progress, before)

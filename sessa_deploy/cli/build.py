@@ -60,6 +60,8 @@ def command(
         sys.stderr.flush()
         os._exit(130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0))
     info = built.info
+    for line in built.notes:
+        click.echo(line)
     state = f"built in {info.seconds:.0f} s" if built.fresh else "already there, nothing to do (--force builds anew)"
     click.echo(f"engine: {built.bundle.path}/{built.folder} ({info.plan_size / 2**20:.0f} MiB, {info.gpu}), {state}")
     click.echo(f"next: sessa-deploy run {shlex.quote(str(built.bundle.path))} --backend trt --prompt ...")

@@ -17,7 +17,7 @@ from sessa_deploy.cli.options import OPSET, PATH, PRECISION
 @click.option("--config", "config_file", type=PATH, help="config.json of a checkpoint that has none beside it.")
 @click.option("--all-logits", is_flag=True, help="Logits (B,T,V) of every position instead of the last one's.")
 def command(checkpoint: str, out: str, precision: str, opset: int, config_file: str | None, all_logits: bool) -> None:
-    """Export CHECKPOINT (a folder, .safetensors, .pt or .pth) as a bundle: model.onnx, tokenizer.json and a manifest with checksums.
+    """Export CHECKPOINT (a folder, .safetensors, .pt, .pth, .bin or .ckpt) as a bundle: model.onnx, tokenizer.json and a manifest with checksums.
 
     One model.onnx serves ONNX Runtime as it is and TensorRT through the plugin. The same checkpoint gives the same bytes on any machine.
     """
@@ -35,6 +35,7 @@ def command(checkpoint: str, out: str, precision: str, opset: int, config_file: 
 
     console = Console(stderr=True)
     labels = {"reading": "reading the checkpoint", "tracing": "tracing the model", "writing": "writing model.onnx"}
+    notes: list[str] = []
     columns = (TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks = {what: bars.add_task(label, total=None, start=False) for what, label in labels.items()}
@@ -44,8 +45,10 @@ def command(checkpoint: str, out: str, precision: str, opset: int, config_file: 
             # No one knows how far reading and tracing are: their bars pulse until they are done.
             bars.update(tasks[what], total=1.0 if what == "writing" or share >= 1.0 else None, completed=share)
 
-        config = SessaConfig.load(config_file) if config_file else None
-        path = export_bundle(checkpoint, out, precision, opset, all_logits, progress, config)
+        config = SessaConfig.load(config_file, notes.append) if config_file else None
+        path = export_bundle(checkpoint, out, precision, opset, all_logits, progress, config, note=notes.append)
+    for line in notes:
+        click.echo(f"note: {line}", err=True)
     click.echo(f"bundle: {path}")
     more = f" --config {shlex.quote(config_file)}" if config_file else ""
     click.echo(f"next: sessa-deploy validate {shlex.quote(str(path))} --checkpoint {shlex.quote(checkpoint)}{more}")

@@ -95,6 +95,9 @@ class Number(click.FloatRange):
     def __init__(self, low: float | None = None, high: float | None = None, low_open: bool = False, high_open: bool = False) -> None:
         super().__init__(low, high, min_open=low_open, max_open=high_open)
 
+    def _describe_range(self) -> str:
+        return "finite" if self.min is None and self.max is None else super()._describe_range()
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)) or (isinstance(value, str) and not _NUMBER.match(value)):
             raise refuse(param, value, "is not a finite number", self.allowed())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,9 @@ _SHAPE = ("d_model", "n_layers", "n_heads", "n_kv_heads", "gamma_max", "tie_word
 @click.option("--grad-clip", type=POSITIVE, default=1.0, show_default=True, help="Largest gradient norm.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random weights and of the order of the text.")
 @click.option("--tokenizer", type=PATH, help="A tokenizers JSON; default: that of --init-from, or bytes.")
-@click.option("--extensions", type=EXTENSIONS, help="Keep only files that end in these, as in py,md.")
+@click.option("--extensions", type=EXTENSIONS, metavar="EXT,EXT", help="Keep only files that end in these, as in py,md.")
 @click.option("--held-out", type=FRACTION, default=0.05, show_default=True, help="Fraction of files held out.")
-@click.option("--device", type=DEVICE, default="auto", show_default=True, help="auto is the first GPU where there is one.")
+@click.option("--device", type=DEVICE, metavar="auto|cpu|cuda|cuda:N", default="auto", show_default=True, help="auto is the first GPU where there is one.")
 @click.option("--precision", type=OneOf(("auto", "fp32", "bf16")), default="auto", show_default=True, help="bf16 autocast on a GPU, or float32.")
 @click.option("--store", type=OneOf(("fp32", "fp16", "bf16")), default="fp32", show_default=True, help="Storage type of the checkpoint.")
 @click.option("--eval-every", type=POSITIVE_INT, default=500, show_default=True, help="Steps between two looks at the held-out text.")
@@ -93,13 +93,18 @@ def command(ctx: click.Context, **given: Any) -> None:
         shape = {name: given.pop(name) for name in _SHAPE}
         if given["init_from"] is not None:
             shape = {name: value for name, value in shape.items() if name in explicit}
-        run = start(TrainOptions(**given), **shape)
+        try:
+            run = start(TrainOptions(**given), **shape)
+        except UserError as error:
+            flags = ["--" + name.replace("_", "-") for name in shape if name in error.what.split()]
+            raise error if error.fix or not flags else UserError(error.what, error.got, error.allowed, f"change {' or '.join(flags)}") from None
     checkpoint, folder = Path(out) / CHECKPOINT_DIR, shlex.quote(str(out))
     try:
         report = _train(run, stop_at)
     except Interrupted as stop:
-        click.echo(f"interrupted; saved at step {stop.step}, continue with: sessa-deploy train --resume --out {folder}", err=True)
-        sys.exit(128 + stop.signal)
+        word = "interrupted" if stop.signal == signal.SIGINT else "terminated"
+        click.echo(f"{word}; saved at step {stop.step}, continue with: sessa-deploy train --resume --out {folder}", err=True)
+        ctx.exit(128 + stop.signal)
     _show(report)
     click.echo(f"checkpoint: {checkpoint}")
     click.echo(f"next: sessa-deploy export {shlex.quote(str(checkpoint))} --out {shlex.quote(str(Path(out) / 'bundle'))}")

@@ -36,11 +36,12 @@ if TYPE_CHECKING:
 @click.option("--compare", type=PLACE, metavar="DIR", help="Judge the tensors in DIR, dumped by another machine or interpreter.")
 @click.option("--python", "python", type=PLACE, help="Interpreter for the engines' rungs, where they need another one.")
 @click.option("--length", "lengths", multiple=True, type=POSITIVE_INT, help="Judge a prefill of this many tokens too, even beyond max_context. Repeat it.")
+@click.option("--text", "texts", multiple=True, metavar="FILE", help="Judge a text too, encoded by the bundle's tokenizer; - for standard input.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the token ids.")
 @click.option("--record/--no-record", "record", default=True, show_default=True, help="Write parity.json into the bundle.")
 def command(
     bundle: Path, checkpoint: Path | None, config: Path | None, backends: tuple[str, ...], json_file: Path | None, report_file: Path | None,
-    dump: Path | None, compare: Path | None, python: Path | None, lengths: tuple[int, ...], seed: int, record: bool,
+    dump: Path | None, compare: Path | None, python: Path | None, lengths: tuple[int, ...], texts: tuple[str, ...], seed: int, record: bool,
 ) -> None:
     """Prove the numbers of BUNDLE against its checkpoint, rung by rung.
 
@@ -48,11 +49,14 @@ def command(
     caches), and names the first output that diverges. Exit code 0: passed, 1: failed, 2: bad input.
     """
     _check(checkpoint, dump, compare)
+    if texts and compare is not None:
+        raise UserError("--text and --compare exclude each other", got="both", allowed="the cases that were dumped", fix="give --text where --dump is given")
     check_outputs({"--json": (json_file, "the figures"), "--report": (report_file, "the report")})
     if dump is not None:
         check_folder(dump, "--dump", "the folder of tensors")
     from rich.console import Console
 
+    from sessa_deploy.cli.inputs import encoded_texts
     from sessa_deploy.export import parity
     from sessa_deploy.export.parity_process import ProcessLaunch
     from sessa_deploy.runtime.environment import importable
@@ -60,10 +64,11 @@ def command(
     if report_file is not None and not importable("matplotlib"):
         raise UserError("the report needs a package that is not installed", got="no matplotlib", fix="pip install 'sessa-deploy[export]'")
     notes, launch = Console(stderr=True), ProcessLaunch(python)
+    judged = encoded_texts(bundle, texts)
     if checkpoint is None:
         assert dump is not None  # _check
         with _Bars(notes) as progress:
-            rungs = parity.dump_engines(bundle, dump, backends, seed=seed, launch=launch, progress=progress, also=lengths)
+            rungs = parity.dump_engines(bundle, dump, backends, seed=seed, launch=launch, progress=progress, also=lengths, texts=judged)
         click.echo(f"dumped: {', '.join(rungs)} in {dump}")
         click.echo(f"next: sessa-deploy validate {shlex.quote(str(bundle))} --checkpoint CHECKPOINT --compare {shlex.quote(str(dump))}")
         return
@@ -71,7 +76,7 @@ def command(
     try:
         with _Bars(notes) as progress:
             report = parity.validate(bundle, checkpoint, backends, dump=dump, elsewhere=compare, seed=seed, launch=launch, progress=progress, also=lengths,
-                                     config=config)
+                                     config=config, texts=judged)
     except ParityError as error:
         line = f"parity: FAILED at {error}"
         _deliver(False, [*_writes(json_file, {"passed": False, "line": line}), lambda: click.echo(line, err=aside)])

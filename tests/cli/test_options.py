@@ -30,6 +30,7 @@ class Row:
     refused: tuple[str, ...] = ()
     late: tuple[str, ...] = ()
     flag: bool = False
+    alone: bool = False  # its value may be left out
 
 
 def integer(low: int, high: int | None = None) -> Row:
@@ -57,6 +58,7 @@ def text(*refused: str) -> Row:
 
 
 FLAG = Row(flag=True)
+JSON = Row(place().taken, place().refused, alone=True)
 FREE = text()  # any text, the empty one too, is the verb's to judge
 SEED = integer(0, 2**64 - 1)
 THREADS = integer(1, CORES)
@@ -65,56 +67,72 @@ BACKEND = choice("auto", "ort", "ort-cuda", "trt")
 POSITIVE = number([1e-300, 0.5, 3.0, 1e300], [0.0, -0.0, -1e-300, -1.0])
 NOT_NEGATIVE = number([0.0, 1e-300, 1e300], [-1e-300, -1.0])
 MAJOR = Row((("8", 8), ("10", 10), ("11", 11)), ("", "7", "9", "12", "0", "-8", "8.0", "ten", " 8", "1e1"))
+SAMPLING = {
+    "--temperature": NOT_NEGATIVE, "--top-k": FROM_ZERO, "--top-p": number([1e-300, 0.5, 1.0], [0.0, -0.5, 1.0000001, 2.0]),
+    "--min-p": number([0.0, 0.5, 0.999999], [-1e-9, 1.0, 2.0]), "--repetition-penalty": POSITIVE, "--seed": SEED,
+}
 
 TABLE: dict[str, dict[str, Row]] = {
     "train": {
-        "--data": place("nowhere", "/dev/null"), "--out": place("/dev/null", "text/a.txt", "/proc/run"), "--resume": FLAG, "--init-from": place("nowhere", "text"),
-        "--config": place(), "--steps": COUNT, "--stop-at": COUNT, "--max-seconds": POSITIVE, "--d-model": COUNT, "--n-layers": COUNT, "--n-heads": COUNT,
+        "--data": place("nowhere", "/dev/null"), "--out": place("/dev/null", "text/a.txt", "/proc/run"), "--resume": FLAG,
+        "--init-from": place("nowhere", "text"), "--config": place(), "--steps": COUNT, "--stop-at": COUNT, "--max-seconds": POSITIVE,
+        "--d-model": COUNT, "--n-layers": COUNT, "--n-heads": COUNT,
         "--n-kv-heads": COUNT, "--gamma-max": number([0.5, -3.0], [], ("0", "1", "-1", "1.5")), "--tie-word-embeddings": FLAG, "--context": COUNT,
         "--batch-size": COUNT, "--accumulate": COUNT, "--lr": POSITIVE, "--warmup": FROM_ZERO, "--weight-decay": NOT_NEGATIVE, "--grad-clip": POSITIVE,
         "--seed": SEED, "--tokenizer": place("nowhere", "text", "text/a.txt"),
-        "--extensions": Row((("py", ("py",)), (".py,md", ("py", "md")), ("tar.gz, txt", ("tar.gz", "txt"))), ("", " ", ",", "py,", ",py", "py,,md", ".", "a/b"), ("rs",)),
+        "--extensions": Row((("py", ("py",)), (".py,md", ("py", "md")), ("tar.gz, txt", ("tar.gz", "txt"))),
+                            ("", " ", ",", "py,", ",py", "py,,md", ".", "a/b"), ("rs",)),
         "--held-out": number([1e-9, 0.5, 0.999999], [0.0, 1.0, -0.1, 1.5]),
         "--device": Row(tuple((x, x) for x in ("auto", "cpu", "cuda", "cuda:0", "cuda:7")),
-                        ("", " ", "mps", "meta", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "cuda:\u0663", "xla", "toaster", "cuda:99999999999999999999", "cpu\n"),
+                        ("", " ", "mps", "meta", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "cuda:\u0663", "xla", "toaster", "cuda:" + "9" * 20,
+                         "cpu\n"),
                         ("cuda:999",)),
         "--precision": choice("auto", "fp32", "bf16"), "--store": choice("fp32", "fp16", "bf16"), "--eval-every": COUNT, "--save-every": COUNT,
     },
     "export": {
-        "CHECKPOINT": place("nowhere"), "--out": place(), "--precision": choice("fp32", "fp16", "bf16"), "--opset": integer(17, 23), "--config": place("nowhere"),
-        "--all-logits": FLAG,
+        "CHECKPOINT": place("nowhere"), "--out": place(), "--precision": choice("fp32", "fp16", "bf16"), "--opset": integer(17, 23),
+        "--config": place("nowhere"), "--all-logits": FLAG,
     },
     "validate": {
-        "BUNDLE": place("nowhere"), "--checkpoint": place(), "--backend": BACKEND, "--json": place(), "--report": place(), "--dump": place(), "--compare": place(),
-        "--python": place(), "--length": COUNT, "--seed": SEED, "--record": FLAG,
+        "BUNDLE": place("nowhere"), "--checkpoint": place(), "--config": place(), "--backend": BACKEND, "--json": place(),
+        "--report": place(), "--dump": place(), "--compare": place(), "--python": place(), "--length": COUNT, "--seed": SEED, "--record": FLAG,
     },
     "build": {
         "BUNDLE": place(), "--max-batch": COUNT, "--max-context": COUNT, "--max-prompt": COUNT, "--workspace": COUNT, "--opt-level": integer(0, 5),
         "--precision": choice("fp32", "fp16", "bf16"), "--layers": choice("plugin", "tensorrt"), "--plugin": place(), "--force": FLAG, "--verbose": FLAG,
     },
     "run": {
-        "BUNDLE": place("nowhere"), "--prompt": FREE, "--max-new-tokens": COUNT, "--temperature": NOT_NEGATIVE, "--top-k": FROM_ZERO,
-        "--top-p": number([1e-300, 0.5, 1.0], [0.0, -0.5, 1.0000001, 2.0]), "--min-p": number([0.0, 0.5, 0.999999], [-1e-9, 1.0, 2.0]),
-        "--repetition-penalty": POSITIVE, "--seed": SEED, "--backend": BACKEND, "--stop": text(""), "--capacity": COUNT, "--threads": THREADS,
+        "BUNDLE": place("nowhere"), "--prompt": FREE, "--prompt-file": place("nowhere"),
+        "--prompt-ids": Row((("1 2 3", "1 2 3"), ("[1, 2]", "[1, 2]")), ("", " ", "x", "1.5", "-1", "1e3", "0x10", "\u0663", "1;2", "9" * 5000)),
+        "--json": FLAG, "--max-new-tokens": COUNT, **SAMPLING, "--backend": BACKEND, "--stop": text(""), "--capacity": COUNT, "--threads": THREADS,
+    },
+    "chat": {
+        "BUNDLE": place("nowhere"), "--max-new-tokens": COUNT, **SAMPLING, "--backend": BACKEND, "--stop": text(""), "--capacity": COUNT, "--threads": THREADS,
+    },
+    "score": {
+        "BUNDLE": place("nowhere"), "--text": place("nowhere"), "--ids": place(), "--json": FLAG, "--backend": BACKEND, "--capacity": COUNT, "--stride": COUNT,
+        "--threads": THREADS,
     },
     "bench": {
         "BUNDLE": place("nowhere"), "--json": place("."), "--backend": BACKEND, "--batch": COUNT, "--prompt-tokens": COUNT, "--window": COUNT, "--steps": COUNT,
         "--seconds": NOT_NEGATIVE, "--max-seconds": NOT_NEGATIVE, "--capacity": COUNT, "--threads": THREADS, "--bandwidth": POSITIVE,
     },
-    "inspect": {"PATH": place("nowhere"), "--json": FLAG, "--all": FLAG, "--no-verify": FLAG},
+    "inspect": {"PATH": place("nowhere"), "--json": JSON, "--all": FLAG, "--no-verify": FLAG},
     "plugin build": {
         "--tensorrt-include": place(), "--cuda-include": place(), "--cubins": place(), "--out": place(),
         "--arch": Row((("90", "90"), ("80,86", "80,86")), ("", ",", "90,", "sm_90", "9.0", "75", "90,75", " 90", "90;86", "9" * 500)),
     },
     "plugin path": {"--tensorrt": MAJOR},
     "plugin check": {"PATH": place("nowhere"), "--tensorrt": MAJOR},
-    "doctor": {"--json": FLAG},
+    "doctor": {"--json": JSON},
 }
 
 # What completes a command line, so that the value under test is all that is wrong with it; text/ is there, with a little text.
 COMPLETE: dict[str, dict[str, str]] = {
-    "train": {"--data": "text", "--out": "run"}, "export": {"CHECKPOINT": "checkpoint", "--out": "bundle"}, "validate": {"BUNDLE": "bundle", "--checkpoint": "checkpoint"},
-    "build": {"BUNDLE": "bundle"}, "run": {"BUNDLE": "bundle", "--prompt": "x"}, "bench": {"BUNDLE": "bundle"}, "inspect": {"PATH": "checkpoint"},
+    "train": {"--data": "text", "--out": "run"}, "export": {"CHECKPOINT": "checkpoint", "--out": "bundle"},
+    "validate": {"BUNDLE": "bundle", "--checkpoint": "checkpoint"}, "build": {"BUNDLE": "bundle"},
+    "run": {"BUNDLE": "bundle", "--prompt": "x"}, "chat": {"BUNDLE": "bundle"}, "score": {"BUNDLE": "bundle", "--text": "text/a.txt"},
+    "bench": {"BUNDLE": "bundle"}, "inspect": {"PATH": "checkpoint"},
 }
 
 
@@ -213,7 +231,7 @@ def test_what_is_refused(here: Path, capsys: pytest.CaptureFixture[str], verb: s
     if row.flag:
         assert option in refusal(here, capsys, [*verb.split(), *line(verb, option, None)[:-1], f"{option}=1"])
         return
-    if option.startswith("-"):
+    if option.startswith("-") and not row.alone:
         assert option in refusal(here, capsys, [*verb.split(), *line(verb, option, None)])  # and no value behind it
     for given in (*row.refused, *row.late):
         error = refusal(here, capsys, [*verb.split(), *line(verb, option, given)])
