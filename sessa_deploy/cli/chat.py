@@ -26,7 +26,7 @@ _HELP = "/reset begins anew, /more lets the answer go on, /quit or Ctrl-D ends, 
 @click.option("--max-new-tokens", type=inputs.AT_LEAST_ONE, default=_DEFAULT_TOKENS, show_default=True, help="Longest answer, in tokens.")
 @inputs.sampling_options
 @inputs.backend_option
-@click.option("--stop", multiple=True, help="End an answer where this text appears; may be given several times.")
+@inputs.stop_option
 @click.option("--capacity", type=inputs.AT_LEAST_ONE, help="Tokens the conversation may have; default: the model's max_context.")
 @inputs.threads_option
 def command(

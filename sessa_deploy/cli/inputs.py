@@ -35,6 +35,17 @@ def threads_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--threads", type=AT_LEAST_ONE, help="CPU threads; default: all.")(command)
 
 
+def stop_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--stop, several times."""
+    return click.option("--stop", multiple=True, callback=_not_empty, help="End where this text appears; may be given several times.")(command)
+
+
+def _not_empty(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in value:
+        raise click.BadParameter("an empty text would end everything at once", ctx=ctx, param=param)
+    return value
+
+
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How tokens are drawn, as `sampling` takes it."""
     for option in reversed((

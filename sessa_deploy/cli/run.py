@@ -42,7 +42,7 @@ class _InOrder(inputs.JsonFlag):
 @click.option("--max-new-tokens", type=inputs.AT_LEAST_ONE, help="Stop after this many tokens; default: 128, or fewer where the capacity ends.")
 @inputs.sampling_options
 @inputs.backend_option
-@click.option("--stop", multiple=True, help="End where this text appears; may be given several times.")
+@inputs.stop_option
 @click.option("--capacity", type=inputs.AT_LEAST_ONE, help="Tokens the cache holds; default: the model's max_context.")
 @inputs.threads_option
 @click.pass_context
