@@ -48,6 +48,7 @@ def command(ctx: click.Context, **given: Any) -> None:
     The run's folder holds checkpoint/, resume.pt, log.csv, loss.png and report.json. Ctrl-C saves; --resume continues the loss curve exactly (on a CPU).
     """
     from sessa_deploy.errors import UserError
+    from sessa_deploy.runtime.report import ignored_note
     from sessa_deploy.train import CHECKPOINT_DIR, TrainOptions, resume, start
 
     source = click.core.ParameterSource.COMMANDLINE
@@ -65,6 +66,9 @@ def command(ctx: click.Context, **given: Any) -> None:
             raise UserError("there is nothing to train on", got="no --data", allowed="a folder of text", fix="--data FOLDER")
         shape = {name: given.pop(name) for name in _SHAPE}
         run = start(TrainOptions(extensions=extensions, **given), **shape)
+    note = ignored_note(run.tokenizer)
+    if note:
+        click.echo(note, err=True)
     report = _train(run, stop_at)
     _show(report)
     checkpoint = Path(out) / CHECKPOINT_DIR
