@@ -71,6 +71,7 @@ def command(ctx: click.Context, **given: Any) -> None:
     try:
         import matplotlib  # noqa: F401 - at the end of a run it would be missed too late
 
+        from sessa_deploy.runtime.report import ignored_note
         from sessa_deploy.train import CHECKPOINT_DIR, Interrupted, TrainOptions, resume, start
         from sessa_deploy.train_begin import SHAPE
     except ModuleNotFoundError as error:
@@ -94,6 +95,9 @@ def command(ctx: click.Context, **given: Any) -> None:
         if given["init_from"] is not None:
             shape = {name: value for name, value in shape.items() if name in explicit}
         run = start(TrainOptions(**given), lambda text: click.echo(f"note: {text}", err=True), **shape)
+    note = ignored_note(run.tokenizer)
+    if note:
+        click.echo(note, err=True)
     checkpoint, folder = Path(out) / CHECKPOINT_DIR, shlex.quote(str(out))
     try:
         report = _train(run, stop_at)
