@@ -7,6 +7,7 @@ Host clock, token ids back on the host after every step, append and argmax inclu
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import sys
@@ -173,7 +174,11 @@ def make(job: dict[str, Any]) -> Peer:
 
 
 def main() -> int:
-    job, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", type=Path, help="what compare.py wants, JSON")
+    parser.add_argument("result", type=Path, help="where the figures go, JSON")
+    given = parser.parse_args()
+    job, out = json.loads(given.job.read_text()), given.result
     points = [Point(p["name"], p["capacity"], tuple(p["contexts"]), p["prompt"]) for p in job["points"]]
     result: dict[str, Any] = {"points": {}, "bandwidth": traffic.copy_bandwidth()}
     before, room = used_memory(), None

@@ -32,9 +32,10 @@ BLOCK = 64  # rows solved at once in the feedback body; a power of two
 _LOWEST = {"float": "-3.4028234e38", "double": "-1.7976931348623157e308"}
 _NUMBER = {"float": onnx.TensorProto.FLOAT, "double": onnx.TensorProto.DOUBLE}
 
-_FEEDBACK = """
+# How both begin: constants, lengths, and which rows of the past count.
+_HEAD = """
 <domain: "$domain", opset_import: ["" : $opset]>
-$op <scale, storage> (q, k, gamma, f, past_k, past_s, past_length) => (s)
+$op <scale, storage> ($inputs) => ($output)
 {
     zero = Constant <value = int64 {0}> ()
     one = Constant <value = int64 {1}> ()
@@ -46,12 +47,21 @@ $op <scale, storage> (q, k, gamma, f, past_k, past_s, past_length) => (s)
 
     shape_past = Shape (past_k)
     past = Gather <axis = 0> (shape_past, one)
-    shape_new = Shape (q)
+    shape_new = Shape ($new)
     tokens = Gather <axis = 0> (shape_new, one)
     length = Cast <to = 7> (past_length)
     length_col = Unsqueeze (length, axis1)
     past_row = Range (zero, past, one)
     live = Less (past_row, length_col)
+"""
+
+
+def _begin(inputs: str, output: str, new: str) -> str:
+    """_HEAD with the names of inputs and output, and that of the input whose second dimension is T."""
+    return string.Template(_HEAD).safe_substitute(inputs=inputs, output=output, new=new)
+
+
+_FEEDBACK = _begin("q, k, gamma, f, past_k, past_s, past_length", "s", new="q") + """\
     live3 = Unsqueeze (live, axis1)
 
     q_w = $load (q)
@@ -174,26 +184,7 @@ $inverse
 }
 """
 
-_CAUSAL = """
-<domain: "$domain", opset_import: ["" : $opset]>
-$op <scale, storage> (q, k, v, past_k, past_v, past_length) => (o)
-{
-    zero = Constant <value = int64 {0}> ()
-    one = Constant <value = int64 {1}> ()
-    axis1 = Constant <value = int64[1] {1}> ()
-    axis2 = Constant <value = int64[1] {2}> ()
-    lowest = Constant <value = $work {$lowest}> ()
-    nought = Constant <value = $work {0.0}> ()
-    $scale
-
-    shape_past = Shape (past_k)
-    past = Gather <axis = 0> (shape_past, one)
-    shape_new = Shape (k)
-    tokens = Gather <axis = 0> (shape_new, one)
-    length = Cast <to = 7> (past_length)
-    length_col = Unsqueeze (length, axis1)
-    past_row = Range (zero, past, one)
-    live = Less (past_row, length_col)
+_CAUSAL = _begin("q, k, v, past_k, past_v, past_length", "o", new="k") + """\
     axes12 = Constant <value = int64[2] {1, 2}> ()
     live4 = Unsqueeze (live, axes12)
     row = Range (zero, tokens, one)

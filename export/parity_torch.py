@@ -19,7 +19,6 @@ from sessa_deploy.contract import (
     LOGITS,
     NEW_LENGTH,
     PAST_LENGTH,
-    PRECISIONS,
     cache_entries,
     cache_row_shape,
     graph_outputs,
@@ -32,11 +31,6 @@ from sessa_deploy.model import Ops, Rows, SessaCache, SessaLM
 
 ORACLE_OPS, PLAIN_OPS = Ops(reference.plain_causal, reference.recurrence), Ops(reference.plain_causal, reference.plain)
 Headroom = dict[str, list[float]]
-
-
-def numpy_storage(precision: str) -> np.dtype:
-    """The numpy dtype that holds a storage type exactly (float32 for bfloat16)."""
-    return np.dtype("float32" if precision == "bf16" else PRECISIONS[precision].numpy)
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
