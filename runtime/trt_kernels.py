@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sessa_deploy.cuda_arch import nearest
+from sessa_deploy.cuda_arch import mend, nearest
 from sessa_deploy.errors import UserError
 
 APPEND, ARGMAX, FINISH = "decode_append", "decode_argmax", "decode_finish"
@@ -78,4 +78,4 @@ def _from_folder(path: Path, name: str, arch: int) -> Image:
 
 
 def _no_binary(path: Path, name: str, arch: int) -> UserError:
-    return UserError(f"no binary of {name} for this GPU", got=f"sm_{arch} in {path}", fix=f"{_MEND} --arch {arch}")
+    return UserError(f"no binary of {name} for this GPU", got=f"sm_{arch} in {path}", fix=mend(arch))

@@ -61,12 +61,13 @@ def test_what_it_prints(bundle: str, capsys: pytest.CaptureFixture[str], monkeyp
 
     def fake_build(*args: object) -> to_engine.Built:
         asked.append(args[:9])
-        return to_engine.Built(to_engine.Bundle.open(bundle), "engines/x", info, fresh=len(asked) == 1)
+        return to_engine.Built(to_engine.Bundle.open(bundle), "engines/x", info, fresh=len(asked) == 1, notes=("layers: by TensorRT (why)",))
 
     monkeypatch.setattr(to_engine, "build_engine", fake_build)
     main(["build", bundle, "--max-batch", "2", "--workspace", "64", "--opt-level", "3"])
     out = capsys.readouterr().out
     assert f"engine: {bundle}/engines/x (3 MiB, Fake GPU), built in 12 s" in out and "run" in out
+    assert out.startswith("layers: by TensorRT (why)\n")
     assert asked[0] == (bundle, 2, None, 512, 64 << 20, 3, None, None, False)
     main(["build", bundle])
     assert "nothing to do" in capsys.readouterr().out

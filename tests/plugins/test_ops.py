@@ -41,6 +41,7 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def test_which_binary_serves_which_device() -> None:
     """Later minors of a major, but no Tegra with a desktop GPU, and no binary of sm_90a, sm_100a, sm_120a anywhere else."""
+    assert cuda_arch.ARCHS == launch.ARCHS
     served = {a: [b for b in ARCHS if cuda_arch.serves(a, b)] for a in ARCHS}
     assert served[75] == [75] and served[80] == [80, 86, 88, 89] and served[86] == [86, 88, 89] and served[87] == [87] and served[89] == [89]
     assert all(served[a] == [a] for a in ARCHS if a >= 90)
@@ -65,7 +66,8 @@ def test_everyone_who_looks_for_a_binary_asks_that_rule(tmp_path: Path) -> None:
         if cuda_arch.serves(made, device):
             assert trt_kernels.images(folder, device)[trt_kernels.FINISH].entry == trt_kernels.FINISH
         else:
-            with pytest.raises(UserError, match=f"no binary of decode_append for this GPU: got sm_{device} in"):
+            fix = f"sessa-deploy plugin build --arch {device}$" if device in launch.ARCHS else "use --backend ort; the kernels are compiled for sm_80, 86, "
+            with pytest.raises(UserError, match=f"no binary of decode_append for this GPU: got sm_{device} in .*; fix: {fix}"):
                 trt_kernels.images(folder, device)
         if device in launch.ARCHS and made != device:
             unit = lower.Unit("decode_append", device, "fp32", "any")
