@@ -103,6 +103,14 @@ def test_a_state_dict_with_a_configuration_elsewhere(do: Do) -> None:
     assert words[-2:] == ["--config", "shape/config.json"] and out.splitlines()[-1].startswith("parity: PASSED")
 
 
+def test_a_bundle_of_all_logits(do: Do) -> None:
+    code, out, err = do("export", "check point", "--all-logits", "--out", "all logits")
+    assert code == 0, err
+    words, out = follow(do, out)
+    assert words[:2] == ["validate", "all logits"] and out.splitlines()[-1].startswith("parity: PASSED")
+    assert do("run", "all logits", "--prompt", "a", *SHORT)[0] == 0
+
+
 def test_tensors_dumped_here_and_judged_there(do: Do) -> None:
     assert do("export", "check point", "--out", "my bundle")[0] == 0
     code, out, err = do("validate", "my bundle", "--dump", "my tensors", "--backend", "ort")

@@ -117,7 +117,7 @@ def test_a_verb_that_is_told_to_end_leaves_no_temporary_files_and_no_children(nu
     (tmp_path / "tmp").mkdir()
     program = ("import subprocess, sys, time\nfrom sessa_deploy import cli, describe\nfrom sessa_deploy.files import scratch, whole\n"
                "from sessa_deploy.process import run_group\n"
-               "def work(path, verify):\n"
+               "def work(*_, **__):\n"
                "    with scratch('sessa-test-') as folder, whole(folder.parent / 'out') as stream:\n"
                "        (folder / 'tensors').write_bytes(bytes(1000)); stream.write(bytes(1000)); stream.flush()\n"
                f"        run_group(['sh', '-c', 'echo $$ > {tmp_path}/pid; sleep 60 & wait'])\n"
@@ -136,7 +136,7 @@ def test_a_verb_that_is_told_to_end_leaves_no_temporary_files_and_no_children(nu
 
 def test_nohup_is_respected() -> None:
     program = ("import os, signal\nfrom sessa_deploy import cli, describe\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-               "describe.describe = lambda path, verify: os.kill(os.getpid(), signal.SIGHUP) or 1 / 0\ncli.main(['inspect', 'x'])")
+               "describe.describe = lambda *_, **__: os.kill(os.getpid(), signal.SIGHUP) or 1 / 0\ncli.main(['inspect', 'x'])")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "ZeroDivisionError" in done.stderr
 
