@@ -23,9 +23,9 @@ import numpy as np
 
 from sessa_deploy.contract import MODEL_FILE, PRECISIONS
 from sessa_deploy.errors import SessaError, UserError
-from sessa_deploy.reading import read_json
 from sessa_deploy.export.parity_cases import Case, load_cases, save_cases
 from sessa_deploy.export.parity_drive import Engine, Tensors, drive_graph, drive_session
+from sessa_deploy.reading import read_json
 from sessa_deploy.runtime.bundle import Bundle
 
 ORACLE, PLAIN, TORCH = "float64", "plain", "torch"
