@@ -21,7 +21,7 @@ from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import MAX_POSITION
 from sessa_deploy.errors import UserError
 from sessa_deploy.files import whole, write_whole
-from sessa_deploy.reading import read_json
+from sessa_deploy.reading import JSON_LIMIT, read_plain
 
 CASES_FILE, CASES_IDS_FILE = "cases.json", "cases.npz"
 CASES_SCHEMA = 1
@@ -177,6 +177,10 @@ def _longest(steps: Sequence[Step]) -> int:
     return int(np.sum([step.new_length for step in steps], axis=0).max())
 
 
+class _OtherSchemaError(UserError):
+    pass
+
+
 def save_cases(cases: Cases, folder: str | Path) -> None:
     """Write cases.npz and cases.json into `folder`, the JSON last and each whole or not at all. Raises UserError if that fails."""
     folder = Path(folder)
@@ -195,9 +199,9 @@ def load_cases(folder: str | Path) -> Cases:
     folder = Path(folder)
     mend = "make the folder with `sessa-deploy validate BUNDLE --checkpoint CHECKPOINT --dump DIR`"
     try:
-        data: dict[str, Any] = read_json(folder / CASES_FILE)
+        data: dict[str, Any] = json.loads(read_plain(folder / CASES_FILE, JSON_LIMIT))
         if data.get("schema") != CASES_SCHEMA:
-            raise UserError(f"{folder / CASES_FILE} has another schema", got=data.get("schema"), allowed=CASES_SCHEMA, fix=mend)
+            raise _OtherSchemaError(f"{folder / CASES_FILE} has another schema", got=data.get("schema"), allowed=CASES_SCHEMA, fix=mend)
         with np.load(folder / CASES_IDS_FILE, allow_pickle=False) as arrays:
             cases = Cases(tuple(
                 Case(entry["name"], entry["kind"],
@@ -205,7 +209,10 @@ def load_cases(folder: str | Path) -> Cases:
                      entry["capacity"], entry["poison"], entry["generated"], entry.get("all_logits", False))
                 for entry in data["cases"]), data["seed"], data["chosen_by"])
         digest = data["digest"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, zipfile.BadZipFile, zlib.error) as error:
+    except _OtherSchemaError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError, UserError, zipfile.BadZipFile,
+            zlib.error) as error:
         raise UserError(f"{folder} holds no readable parity cases", got=error, allowed=f"{CASES_FILE} and {CASES_IDS_FILE}", fix=mend) from None
     if cases.digest() != digest:
         raise UserError(f"the cases in {folder} are damaged", got="another digest", allowed=digest, fix=mend)
