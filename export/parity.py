@@ -20,7 +20,7 @@ from typing import Any
 
 from sessa_deploy import __version__
 from sessa_deploy.contract import CACHE_FIELDS, LOGITS, MODEL_FILE, PARITY_FILE
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import UserError, need
 from sessa_deploy.export.parity_cases import LENGTHS, Case, Cases, build_cases, load_cases, save_cases
 from sessa_deploy.export.parity_drive import Tensors, layer_name
 from sessa_deploy.export.parity_engines import resolve_backends
@@ -44,6 +44,7 @@ def validate(
     found in this folder, which other machines wrote, instead of running engines here. lengths, seed: of the cases. launch, workers: how rungs are
     started and how many side by side. Raises UserError on bad input, ParityError on a checkpoint of another shape; disagreement is in the report.
     """
+    need("torch", "onnx", "safetensors")
     from sessa_deploy.export.parity_weights import check_weights  # torch and onnx, which dump_engines does without
 
     begun = time.perf_counter()

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from sessa_deploy.contract import MODEL_FILE, PRECISIONS
-from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.errors import SessaError, UserError, packages_named
 from sessa_deploy.export.parity_cases import Case, load_cases, save_cases
 from sessa_deploy.export.parity_drive import Engine, Tensors, drive_graph, drive_session
 from sessa_deploy.runtime.bundle import Bundle
@@ -187,7 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
     try:
-        run_rung(RungJob(**vars(args)), lambda done, of: print(json.dumps({"done": done, "of": of}), flush=True))
+        with packages_named():
+            run_rung(RungJob(**vars(args)), lambda done, of: print(json.dumps({"done": done, "of": of}), flush=True))
     except SessaError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy.contract import CAUSAL_OP, FEEDBACK_OP, LAYER_OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import UserError, need
 
 LIBRARY = "libsessa_plugin.so"
 ENVIRONMENT = "SESSA_PLUGIN_LIBRARY"  # a path that goes before every other place
@@ -143,6 +143,8 @@ def build(
     cmake = shutil.which("cmake")
     if cmake is None:
         raise UserError("the plugin needs CMake to build", got="no cmake on PATH", allowed="CMake 3.18 or later", fix="pip install cmake")
+    if cubins is None:
+        need("triton", "torch")
     options = {"TENSORRT_INCLUDE_DIR": tensorrt_include, "CUDA_INCLUDE_DIR": cuda_include, "SESSA_CUBIN_DIR": cubins}
     for name, path in options.items():
         if path is not None and not Path(path).is_dir():

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, PRECISIONS, cache_entries, graph_inputs, graph_outputs, past_name
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import UserError, packages_named
 from sessa_deploy.runtime import driver
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
@@ -97,10 +97,8 @@ class OrtBackend(Backend):
 
 def load() -> Any:
     """The onnxruntime module. Raises UserError with the command that installs it."""
-    try:
+    with packages_named():
         import onnxruntime
-    except ImportError as error:
-        raise UserError("ONNX Runtime cannot be imported", got=str(error), fix="pip install onnxruntime (on a GPU: pip install onnxruntime-gpu)") from None
     return onnxruntime
 
 

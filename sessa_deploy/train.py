@@ -24,7 +24,7 @@ from torch import Tensor
 from sessa_deploy.checkpoint import load_checkpoint, save_checkpoint
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.data import Batches, Corpus, load_corpus
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import UserError, need
 from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.tokenizer import Tokenizer, byte_level_tokenizer
 from sessa_deploy.train_log import Row, read_log, write_log, write_plot, write_report, write_whole
@@ -234,6 +234,7 @@ def start(options: TrainOptions, **shape: Any) -> Run:
 
     Raises UserError if `out` already holds a run, or on anything the options, the text or the shape get wrong.
     """
+    need("safetensors", "matplotlib")  # what the end of the run writes with
     out = Path(options.out)
     if (out / RESUME_FILE).exists():
         raise UserError("the run's folder already holds a run", got=out, fix="continue it with --resume, or name another --out")
@@ -251,6 +252,7 @@ def resume(out: str | Path, **changes: Any) -> Run:
 
     Raises UserError if there is no run, if resume.pt is damaged, or if the text has changed.
     """
+    need("safetensors", "matplotlib")
     path = Path(out) / RESUME_FILE
     if not path.is_file():
         raise UserError("there is no run to resume", got=path, allowed="a folder that train wrote", fix="leave --resume out to start one")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from sessa_deploy import __version__
-from sessa_deploy.errors import SessaError
+from sessa_deploy.errors import SessaError, packages_named
 
 # verb -> (module in this package, one line for --help), in the order in which a user meets them.
 VERBS: dict[str, str] = {
@@ -60,7 +60,8 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point. A SessaError becomes one line on stderr and its exit code; anything else is a bug and keeps its traceback."""
     try:
-        code = cli.main(args=args, prog_name="sessa-deploy", standalone_mode=False)
+        with packages_named():
+            code = cli.main(args=args, prog_name="sessa-deploy", standalone_mode=False)
         if isinstance(code, int) and code:  # what a verb gave to ctx.exit
             sys.exit(code)
     except SessaError as error:

@@ -24,13 +24,11 @@ def command(checkpoint: str, out: str, precision: str, opset: str, config_file: 
 
     if not opset.isdigit():
         raise UserError("--opset is not a number", got=opset, allowed=f"{OPSETS[0]} to {OPSETS[-1]}")
-    try:
-        from sessa_deploy.config import SessaConfig
-        from sessa_deploy.export.to_onnx import export_bundle
-    except ModuleNotFoundError as error:
-        raise UserError("export needs a package that is not installed", got=f"no {error.name}", fix="pip install 'sessa-deploy[export]'") from None
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from sessa_deploy.config import SessaConfig
+    from sessa_deploy.export.to_onnx import export_bundle
 
     console = Console(stderr=True)
     labels = {"reading": "reading the checkpoint", "tracing": "tracing the model", "writing": "writing model.onnx"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sessa_deploy.errors import ParityError, UserError
+from sessa_deploy.errors import ParityError, UserError, need
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,6 +45,8 @@ def command(
     """
     if dump is not None and compare is not None:
         raise UserError("--dump and --compare exclude each other", got="both", fix="give one of them")
+    if report_file is not None:
+        need("matplotlib")
     from rich.console import Console
 
     from sessa_deploy.export import parity
