@@ -17,7 +17,8 @@ import click
 def command(checkpoint: str, out: str, precision: str, opset: str, config_file: str | None, all_logits: bool) -> None:
     """Export CHECKPOINT (a folder, .safetensors, .pt or .pth) as a bundle: model.onnx, tokenizer.json and a manifest with checksums.
 
-    One model.onnx serves ONNX Runtime as it is and TensorRT through the plugin. The same checkpoint gives the same bytes on any machine.
+    One model.onnx serves ONNX Runtime as it is and TensorRT through the plugin. The same checkpoint and versions of torch and onnxscript give
+    the same bytes on any machine; the manifest names the versions.
     """
     from sessa_deploy.contract import OPSETS
     from sessa_deploy.errors import UserError
