@@ -71,8 +71,8 @@ def resolve(work: Path) -> None:
         begun = time.monotonic()
         bound = ["-c", ROOT / "constraints.txt"] if constrained else []
         # fast-deps: metadata is read out of gigabytes of wheels without fetching them, where the index can do that
-        done = run([pip, "-m", "pip", "--python", str(pythons[version]), "install", "--dry-run", "--ignore-installed", "--quiet", "--use-feature=fast-deps", *bound,
-                    f"{wheel}[{extra}]"], clean=True)
+        done = run([pip, "-m", "pip", "--python", str(pythons[version]), "install", "--dry-run", "--ignore-installed", "--quiet",
+                    "--use-feature=fast-deps", *bound, f"{wheel}[{extra}]"], clean=True)
         what = f"Python {version} [{extra}]{' with constraints.txt' if constrained else ''}"
         took = f"{time.monotonic() - begun:.0f} s"
         if done.returncode and extra == "tensorrt" and ELSEWHERE in done.stdout + done.stderr:
@@ -104,7 +104,8 @@ def packages(work: Path) -> None:
     if tracked - held:
         sys.exit(f"the sdist lacks {sorted(tracked - held)}")
     rooms = {"export": "sessa_deploy/export", "runtime": "sessa_deploy/runtime", "plugins": "sessa_deploy/plugins", "sessa_deploy": "sessa_deploy"}
-    wanted = {rooms[p.split("/")[0]] + p[len(p.split("/")[0]):] for p in tracked if p.split("/")[0] in rooms and p.endswith((".py", ".json", ".cpp", ".h", ".txt"))}
+    sources = [path.partition("/") for path in tracked if path.endswith((".py", ".json", ".cpp", ".h", ".txt"))]
+    wanted = {f"{rooms[room]}/{rest}" for room, _, rest in sources if room in rooms}
     lacking = wanted - set(zipfile.ZipFile(wheel).namelist())
     if lacking:
         sys.exit(f"the wheel lacks {sorted(lacking)}")

@@ -96,9 +96,9 @@ def dump_engines(
     Uses the cases in the folder, or makes them (then generated tokens are seeded ones). Needs neither torch nor the checkpoint.
     """
     opened, folder = Bundle.open(bundle), Path(folder).absolute()
+    rungs = resolve_backends(backends, opened)
     if not (folder / "cases.json").is_file():
         save_cases(build_cases(opened.config, seed, lengths), folder)
-    rungs = resolve_backends(backends, opened)
     jobs = [RungJob(rung, folder, opened.path.absolute(), None, len(os.sched_getaffinity(0))) for rung in rungs]
     died = launch_all(jobs, launch or ProcessLaunch(), 1, progress)
     for error in died.values():
