@@ -20,7 +20,7 @@ from typing import Any
 from sessa_deploy import __version__
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CACHE_FIELDS, LOGITS, MODEL_FILE, PARITY_FILE
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import UserError, need
 from sessa_deploy.export.parity_cases import CASES_FILE, LENGTHS, Case, Cases, build_cases, load_cases, save_cases
 from sessa_deploy.export.parity_drive import Tensors, layer_name
 from sessa_deploy.export.parity_engines import has_all_logits, resolve_backends
@@ -46,6 +46,7 @@ def validate(
     config: config.json of a checkpoint that has none. launch, workers: how rungs are started and how many side by side.
     Raises UserError on bad input, ParityError on a checkpoint of another shape; disagreement is in the report.
     """
+    need("torch", "onnx", "safetensors")
     from sessa_deploy.export.parity_weights import check_weights  # torch and onnx, which dump_engines does without
 
     begun = time.perf_counter()
@@ -99,12 +100,12 @@ def dump_engines(
     Uses the cases in the folder, or makes them (then generated tokens are seeded ones). Needs neither torch nor the checkpoint.
     """
     opened, folder = Bundle.open(bundle), Path(folder).absolute()
+    rungs = resolve_backends(backends, opened)
     if not (folder / CASES_FILE).is_file():
         save_cases(build_cases(opened.config, seed, lengths, also=also, texts=texts, all_logits=has_all_logits(opened)), folder)
     elif also or texts:
         raise UserError("the folder holds cases already", got=f"{folder / CASES_FILE}", allowed="further lengths and texts for new cases only",
                         fix="name another --dump, or leave --length and --text out")
-    rungs = resolve_backends(backends, opened)
     jobs = [RungJob(rung, folder, opened.path.absolute(), None, len(os.sched_getaffinity(0))) for rung in rungs]
     died = launch_all(jobs, launch or ProcessLaunch(), 1, progress)
     for error in died.values():

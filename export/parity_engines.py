@@ -11,7 +11,7 @@ from importlib import metadata
 import numpy as np
 
 from sessa_deploy.contract import ALL_LOGITS_RANK, LOGITS, graph_outputs
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import UserError, need
 from sessa_deploy.export.parity_drive import Engine, GraphStep, Tensors
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
@@ -156,5 +156,6 @@ def resolve_backends(wanted: Sequence[str], bundle: Bundle) -> list[str]:
 
             name = choose(bundle)
         check_engine(name, bundle)
+        need("tensorrt" if name == "trt" else "onnxruntime")
         names.append(name)
     return list(dict.fromkeys(names))

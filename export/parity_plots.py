@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sessa_deploy.contract import CACHE_FIELDS
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import packages_named
 from sessa_deploy.export.parity_metrics import UNFIT, Comparison
 from sessa_deploy.export.parity_rungs import ORACLE, PLAIN
 from sessa_deploy.export.parity_verdict import FP16_MAX, Report
@@ -21,10 +21,8 @@ _TINY = 1e-17
 
 
 def _pyplot() -> Any:
-    try:
+    with packages_named():
         import matplotlib
-    except ImportError:
-        raise UserError("matplotlib is not installed", got="--report", fix="pip install matplotlib, or leave --report out") from None
     matplotlib.use("Agg", force=False)
     import matplotlib.pyplot as plt
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import MODEL_FILE, PRECISIONS
-from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.errors import SessaError, UserError, packages_named
 from sessa_deploy.export.parity_cases import Case, load_cases, save_cases
 from sessa_deploy.export.parity_drive import Engine, Tensors, drive_graph, drive_session
 from sessa_deploy.export.parity_engines import ENGINE_RUNGS, open_engine
@@ -177,7 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     report(0, 0)
     try:
-        run_rung(RungJob(**vars(args)), report)
+        with packages_named():
+            run_rung(RungJob(**vars(args)), report)
     except SessaError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from sessa_deploy.contract import ENGINES_DIR
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import MissingPackage, UserError, install_command
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.environment import check_threads, importable
@@ -43,7 +43,7 @@ def _trt() -> Any:
     if not importable("sessa_deploy.runtime.trt"):
         raise UserError("this version has no TensorRT backend", got="backend trt", allowed="auto, ort, ort-cuda", fix="use --backend ort")
     if not importable("tensorrt"):
-        raise UserError("TensorRT is not installed", got="backend trt", fix="pip install tensorrt, or use --backend ort")
+        raise MissingPackage("TensorRT is not installed", got="backend trt", fix=f"{install_command('tensorrt')}, or use --backend ort")
     return importlib.import_module("sessa_deploy.runtime.trt")
 
 

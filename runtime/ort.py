@@ -25,7 +25,7 @@ from sessa_deploy.contract import (
     past_name,
 )
 from sessa_deploy.cuda import devices
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import UserError, packages_named
 from sessa_deploy.runtime.backend import Backend, bounded_chunk, last_rows
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.device_cache import DeviceCache
@@ -121,10 +121,8 @@ class OrtBackend(Backend):
 
 def load() -> Any:
     """The onnxruntime module. Raises UserError with the command that installs it."""
-    try:
+    with packages_named():
         import onnxruntime
-    except ImportError as error:
-        raise UserError("ONNX Runtime cannot be imported", got=str(error), fix="pip install onnxruntime (on a GPU: pip install onnxruntime-gpu)") from None
     return onnxruntime
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.errors import MissingPackage, SessaError, UserError, install_command
 
-INSTALL = "pip install tensorrt"
+INSTALL = install_command("tensorrt")
 _SEVERITY_SHOWN = ("INTERNAL_ERROR", "ERROR")
 
 
@@ -21,7 +21,7 @@ def load() -> Any:
     try:
         import tensorrt
     except (ImportError, OSError) as error:
-        raise UserError("TensorRT cannot be imported", got=str(error), allowed="TensorRT 8.6, 10 or 11", fix=INSTALL) from None
+        raise MissingPackage("TensorRT cannot be imported", got=str(error), allowed="TensorRT 8.6, 10 or 11", fix=INSTALL) from None
     if version(tensorrt)[:2] < (8, 6):
         raise UserError("TensorRT is too old", got=tensorrt.__version__, allowed="8.6, 10 or 11", fix=f"{INSTALL} --upgrade")
     return tensorrt

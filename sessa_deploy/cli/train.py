@@ -67,15 +67,9 @@ def command(ctx: click.Context, **given: Any) -> None:
     (on a CPU).
     """
     from sessa_deploy.errors import UserError
-
-    try:
-        import matplotlib  # noqa: F401 - at the end of a run it would be missed too late
-
-        from sessa_deploy.runtime.report import ignored_note
-        from sessa_deploy.train import CHECKPOINT_DIR, Interrupted, TrainOptions, resume, start
-        from sessa_deploy.train_begin import SHAPE
-    except ModuleNotFoundError as error:
-        raise UserError("train needs a package that is not installed", got=f"no {error.name}", fix="pip install 'sessa-deploy[train]'") from None
+    from sessa_deploy.runtime.report import ignored_note
+    from sessa_deploy.train import CHECKPOINT_DIR, Interrupted, TrainOptions, resume, start
+    from sessa_deploy.train_begin import SHAPE
 
     source = click.core.ParameterSource.COMMANDLINE
     explicit = {name for name in given if ctx.get_parameter_source(name) == source}

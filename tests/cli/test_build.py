@@ -37,7 +37,7 @@ def test_missing_things_are_one_line_with_the_command(
 ) -> None:
     assert "no bundle" in error_of(capsys, str(tmp_path / "nowhere"))
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert "pip install tensorrt" in error_of(capsys, bundle)
+    assert "pip install 'sessa-deploy[tensorrt]'" in error_of(capsys, bundle)
     from fake_tensorrt import HostCuda, make
 
     monkeypatch.setitem(sys.modules, "tensorrt", make("8.6.0", HostCuda()))

@@ -388,7 +388,7 @@ for backend in ("ort", "auto"):
         print(error)
 """
     lines = run_blocked(code, "onnxruntime").splitlines()
-    assert len(lines) == 2 and all("pip install onnxruntime" in line for line in lines)
+    assert len(lines) == 2 and all("pip install 'sessa-deploy[ort]'" in line for line in lines)
 
 
 def test_overwritten_rows_are_what_a_step_reads(tiny_bundle):

@@ -154,7 +154,7 @@ main(["doctor"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert "pip install onnxruntime" in done.stdout and "ready: nothing yet" in done.stdout
+    assert "pip install 'sessa-deploy[ort]'" in done.stdout and "ready: nothing yet" in done.stdout
 
 
 def test_bench_counts_the_sessions_own_device_memory_and_reads_clocks_while_it_runs(tiny_bundle, monkeypatch):

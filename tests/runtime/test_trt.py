@@ -195,7 +195,7 @@ def test_a_plan_is_loaded_only_where_it_belongs(build: Callable[..., Any], monke
 
 def test_tensorrt_or_plugin_missing_is_one_line(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(UserError, match="pip install tensorrt"):
+    with pytest.raises(UserError, match=r"pip install .sessa-deploy\[tensorrt\]"):
         TrtBackend(tiny_bundle)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make("8.6.0", HostCuda()))
     monkeypatch.setenv(library.ENVIRONMENT, str(tmp_path / "none.so"))
