@@ -248,8 +248,8 @@ def limits_h() -> str:
         "HeadMultiple": launch_causal.MULTIPLE, "Group": launch_causal.GROUP, "Single": SINGLE,
     }  # fmt: skip
     lists = {
-        "Archs": cuda_arch.ARCHS, "Rows": launch_layer.ROWS, "HeadWidths": launch_causal.HEAD_WIDTHS, "LayerWidths": launch_layer.WIDTHS, "MixerWidths": launch_mixer.WIDTHS,
-        "MixerHeads": launch_mixer.HEADS, "StepWidths": widths,
+        "Archs": cuda_arch.ARCHS, "Rows": launch_layer.ROWS, "HeadWidths": launch_causal.HEAD_WIDTHS, "LayerWidths": launch_layer.WIDTHS,
+        "MixerWidths": launch_mixer.WIDTHS, "MixerHeads": launch_mixer.HEADS, "StepWidths": widths,
     }  # fmt: skip
     texts = {"PluginVersion": contract.PLUGIN_VERSION, "PluginNamespace": contract.PLUGIN_NAMESPACE}
     lines = [_HEAD, "#pragma once\n\n#include <cstdint>\n\nnamespace sessa\n{\n\n"]
