@@ -5,6 +5,7 @@ The oracle shares as little as it can with what it judges: each sequence alone, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,7 +61,8 @@ def record_headroom(model: SessaLM) -> Iterator[Headroom]:
 
     def watch(key: str, i: int, x: Tensor) -> None:
         peak = float(x.detach().abs().max()) if x.numel() else 0.0
-        found[key][i] = peak if not peak <= found[key][i] else found[key][i]  # keeps NaN
+        if not (peak <= found[key][i] or math.isnan(found[key][i])):  # a NaN is taken, and stays
+            found[key][i] = peak
 
     def watched(i: int, original: Callable[..., Rows]) -> Callable[..., Rows]:
         def step(*args: Any) -> Rows:
