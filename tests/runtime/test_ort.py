@@ -354,3 +354,17 @@ def test_overwritten_rows_are_what_a_step_reads(tiny_bundle):
     backend.length[:] = (10, 9)
     assert np.array_equal(backend.cached(0)["past.1.s"], rows) and np.array_equal(backend.cached(1)["past.0.k_f"].reshape(-1)[:72], rows.reshape(-1)[:72])
     assert np.isfinite(backend.step(np.array([[1], [2]]), np.array([1, 1]))).all()
+
+
+@pytest.mark.parametrize(("precision", "why", "said"), [("fp32", "Failed to allocate memory", "cannot hold the caches: got Failed to allocate"),
+                                                        ("bf16", "no such numpy type", "cannot hold bfloat16 caches")])
+def test_a_device_without_room_for_the_caches_is_one_line_and_let_go(tiny_bundle, monkeypatch, precision, why, said):
+    def fail(*_):
+        raise RuntimeError(why)
+
+    session, closed = OrtBackend(tiny_bundle, 1).session, []
+    monkeypatch.setattr("onnxruntime.OrtValue.ortvalue_from_shape_and_type", fail)
+    monkeypatch.setattr("sessa_deploy.runtime.device_cache.HostMemory.close", lambda self: closed.append(self))
+    with pytest.raises(UserError, match=said) as caught:
+        DeviceCache(tiny_bundle.config, 1, 64, precision, session, "cpu")
+    assert "\n" not in str(caught.value) and len(closed) == 1
