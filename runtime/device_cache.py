@@ -74,6 +74,7 @@ class DeviceCache:
             try:
                 value = onnxruntime.OrtValue.ortvalue_from_shape_and_type([batch, capacity, *shape], self._kind, device, 0)
             except Exception as error:  # its exception classes differ between versions
+                self.close()
                 raise _refused(str(error), precision, onnxruntime.__version__) from None
             if batch > 1:
                 self._binding.bind_ortvalue_input(past_name(layer, field), value)

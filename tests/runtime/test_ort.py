@@ -320,8 +320,9 @@ def test_fp16_runs_on_a_cpu_and_bf16_is_refused_there(bundles, tiny):
             Session(bf16, backend)
 
 
-@pytest.mark.parametrize("kind", ["garbage", "another model", "cuda", "threads"])
-def test_what_cannot_run_is_refused_in_one_line(tiny_bundle, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "said"), [("garbage", "cannot load the graph"), ("another model", "not what the manifest's config says"),
+                                            ("cuda", "no CUDA provider"), ("threads", "threads is out of range: got 0")])
+def test_what_cannot_run_is_refused_in_one_line(tiny_bundle, tmp_path, monkeypatch, kind, said):
     bundle, more = tiny_bundle, {"backend": "ort"}
     if kind == "garbage":
         bundle = write_bundle(tmp_path / "b", {"model.onnx": b"no graph"}, bundle.config, "fp32", {})
@@ -329,16 +330,13 @@ def test_what_cannot_run_is_refused_in_one_line(tiny_bundle, tmp_path, kind):
         data = {**bundle.config.to_dict(), "n_layers": 3}
         bundle = write_bundle(tmp_path / "b", {"model.onnx": bundle.model}, type(bundle.config).from_dict(data), "fp32", {})
     elif kind == "cuda":
-        import onnxruntime
-
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            pytest.skip("this ONNX Runtime has CUDA")
+        monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
         more = {"backend": "ort-cuda"}
     else:
         more["threads"] = 0
     with pytest.raises(UserError) as caught:
         Session(bundle, **more)
-    assert "\n" not in str(caught.value)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 BLOCKED = """
@@ -399,3 +397,17 @@ def test_overwritten_rows_are_what_a_step_reads(tiny_bundle):
     backend.length[:] = (10, 9)
     assert np.array_equal(backend.cached(0)["past.1.s"], rows) and np.array_equal(backend.cached(1)["past.0.k_f"].reshape(-1)[:72], rows.reshape(-1)[:72])
     assert np.isfinite(backend.step(np.array([[1], [2]]), np.array([1, 1]))).all()
+
+
+@pytest.mark.parametrize(("precision", "why", "said"), [("fp32", "Failed to allocate memory", "cannot hold the caches: got Failed to allocate"),
+                                                        ("bf16", "no such numpy type", "cannot hold bfloat16 caches")])
+def test_a_device_without_room_for_the_caches_is_one_line_and_let_go(tiny_bundle, monkeypatch, precision, why, said):
+    def fail(*_):
+        raise RuntimeError(why)
+
+    session, closed = OrtBackend(tiny_bundle, 1).session, []
+    monkeypatch.setattr("onnxruntime.OrtValue.ortvalue_from_shape_and_type", fail)
+    monkeypatch.setattr("sessa_deploy.runtime.device_cache.HostMemory.close", lambda self: closed.append(self))
+    with pytest.raises(UserError, match=said) as caught:
+        DeviceCache(tiny_bundle.config, 1, 64, precision, session, "cpu")
+    assert "\n" not in str(caught.value) and len(closed) == 1
