@@ -18,7 +18,7 @@ from sessa_deploy.process import command
 from sessa_deploy.reading import open_plain, parse_json
 from sessa_deploy.runtime.bundle import Bundle
 
-ENGINE_SCHEMA = 2
+ENGINE_SCHEMA = 3  # 3: plans hold plugins of state 2 (plugins/ops.py), older ones cannot be loaded
 PLAN_FILE, ENGINE_FILE = "model.plan", "engine.json"
 _TEXTS = ("key", "plan_sha256", "tensorrt", "arch", "gpu", "driver", "precision", "plugin_sha256", "layers")
 _INTEGERS = ("schema_version", "plan_size", "max_batch", "capacity", "max_prompt")

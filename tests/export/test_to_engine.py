@@ -26,7 +26,7 @@ from sessa_deploy.export import to_engine, trt_check, trt_limits
 from sessa_deploy.export.trt_limits import Machine, Recipe, Shapes
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime import trt_plan
-from sessa_deploy.runtime.bundle import Bundle, write_bundle
+from sessa_deploy.runtime.bundle import Bundle, add_files, write_bundle
 
 HERE = Machine("Fake GPU 1", "sm_90", 1 << 34, 1 << 34, "8.6.0", "12.8")
 
@@ -145,6 +145,17 @@ def test_the_same_engine_is_kept_and_any_change_builds(fake: Callable[..., Any],
     assert first.fresh and not again.fresh and again.info == first.info
     assert to_engine.build_engine(first.bundle.path, force=True).fresh and to_engine.build_engine(first.bundle.path, max_batch=2).fresh
     assert list(trt_plan.engines(Bundle.open(first.bundle.path))) == [first.folder]
+
+
+def test_an_engine_of_before_is_refused_with_the_command(fake: Callable[..., Any], bundle: Callable[..., Bundle]) -> None:
+    """Its plan holds plugins in a form that the library no longer reads: said before TensorRT sees it, and the next build replaces it."""
+    fake()
+    built = to_engine.build_engine(bundle())
+    old = {**json.loads(built.info.to_json()), "schema_version": 2}
+    path = add_files(built.bundle, {f"{built.folder}/{trt_plan.ENGINE_FILE}": json.dumps(old).encode()}).path
+    with pytest.raises(UserError, match=r"of this version: got schema_version 2; allowed: schema_version 3; fix: sessa-deploy build .* --force"):
+        trt_plan.choose(Bundle.open(path), "8.6.0", "sm_90")
+    assert to_engine.build_engine(path).fresh and trt_plan.choose(Bundle.open(path), "8.6.0", "sm_90")[0] == built.folder
 
 
 def test_the_key_covers_everything(bundle: Callable[..., Bundle]) -> None:
