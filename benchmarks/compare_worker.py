@@ -38,11 +38,11 @@ class Runtime(Peer):
         from sessa_deploy.runtime.bundle import Bundle
 
         if self.job["peer"] == "trt":
-            from sessa_deploy.runtime.trt import TrtBackend
+            from sessa_deploy.runtime.trt.backend import TrtBackend
 
             self.backend = TrtBackend(engine_bundle(self.job, batch, capacity), batch=batch)
         else:
-            from sessa_deploy.runtime.ort import OrtBackend
+            from sessa_deploy.runtime.ort.backend import OrtBackend
 
             if not self.job["bundle"]:
                 raise RuntimeError("no --bundle")
@@ -93,7 +93,7 @@ def engine_bundle(job: dict[str, Any], batch: int, capacity: int) -> Any:
     """A bundle whose engine for this GPU holds exactly `capacity` tokens, built where the job allows it."""
     from sessa_deploy.contract import ENGINES_DIR
     from sessa_deploy.runtime.bundle import Bundle, write_bundle
-    from sessa_deploy.runtime.trt_plan import engines
+    from sessa_deploy.runtime.trt.plan import engines
 
     places = [*job["trt_bundles"], *([job["bundle"]] if job["bundle"] else [])]
     for place in places:

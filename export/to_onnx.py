@@ -14,10 +14,10 @@ from torch import Tensor
 from sessa_deploy import __version__, contract
 from sessa_deploy.config import Note, SessaConfig
 from sessa_deploy.errors import UserError, one_line
-from sessa_deploy.export import passes
-from sessa_deploy.export.capture import EXPORTER_OPSET, capture
-from sessa_deploy.export.onnx_functions import functions
-from sessa_deploy.export.writer import INLINE_LIMIT, Weight, write_model
+from sessa_deploy.export.graph import passes
+from sessa_deploy.export.graph.capture import EXPORTER_OPSET, capture
+from sessa_deploy.export.graph.functions import functions
+from sessa_deploy.export.graph.writer import INLINE_LIMIT, Weight, write_model
 from sessa_deploy.model import SessaLM
 
 # Lowest IR version that goes with each opset, so that old readers take the file: TensorRT 8.6 knows 8, the first with functions.

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from sessa_deploy.export.parity_process import Progress
-    from sessa_deploy.export.parity_verdict import Report
+    from sessa_deploy.export.parity.process import Progress
+    from sessa_deploy.export.parity.verdict import Report
 
 
 @click.command("validate", short_help="Prove a bundle's numbers against its checkpoint, rung by rung.")
@@ -60,7 +60,7 @@ def command(
 
     from sessa_deploy.cli.inputs import encoded_texts
     from sessa_deploy.export import parity
-    from sessa_deploy.export.parity_process import ProcessLaunch
+    from sessa_deploy.export.parity.process import ProcessLaunch
 
     notes, launch = Console(stderr=True), ProcessLaunch(python)
     judged = encoded_texts(bundle, texts)
@@ -82,7 +82,7 @@ def command(
         return
     writes = _writes(json_file, report.to_dict())
     if report_file is not None:
-        from sessa_deploy.export.parity_report import render
+        from sessa_deploy.export.parity.report import render
 
         writes.append(lambda: write_text(report_file, render(report), "--report", "the report"))
     if record:

@@ -12,8 +12,8 @@ from sessa_deploy import contract
 from sessa_deploy.cli import main
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.plugins import library
-from sessa_deploy.runtime import trt_plan
 from sessa_deploy.runtime.bundle import write_bundle
+from sessa_deploy.runtime.trt import plan as trt_plan
 
 pytest.importorskip("onnx")
 CONFIG = SessaConfig(d_model=16, n_layers=1, n_heads=2, vocab_size=61, max_context=32)

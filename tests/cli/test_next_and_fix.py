@@ -18,7 +18,7 @@ from sessa_deploy.checkpoint import save_checkpoint
 from sessa_deploy.cli import VERBS, cli, main
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import MODEL_FILE
-from sessa_deploy.export import parity_process
+from sessa_deploy.export.parity import process as parity_process
 from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
 from sessa_deploy.runtime.publish import STAGING_MARK

@@ -21,9 +21,9 @@ from sessa_deploy.cli.output import JsonCommand
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import MODEL_FILE
 from sessa_deploy.errors import UserError
-from sessa_deploy.export import parity_process
-from sessa_deploy.export.parity_process import ProcessLaunch, RungError, launch_all
-from sessa_deploy.export.parity_rungs import RungJob
+from sessa_deploy.export.parity import process as parity_process
+from sessa_deploy.export.parity.process import ProcessLaunch, RungError, launch_all
+from sessa_deploy.export.parity.rungs import RungJob
 from sessa_deploy.process import python, run_group
 from sessa_deploy.runtime import environment
 from sessa_deploy.runtime.bundle import write_bundle
@@ -150,7 +150,7 @@ def test_no_child_takes_packages_from_the_working_directory(tmp_path: Path, monk
         (tmp_path / name).write_text("raise SystemExit('the wrong one')")
     monkeypatch.chdir(tmp_path)
     assert environment.probe("import random, json, sessa_deploy; print(json.dumps(sessa_deploy.__version__))") == (cli.__version__, None)
-    command = python("import sessa_deploy.export.parity_rungs as r, random; print(sys.argv[1:])", "a b", "-c")
+    command = python("import sessa_deploy.export.parity.rungs as r, random; print(sys.argv[1:])", "a b", "-c")
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "['a b', '-c']\n"
     seen: list[str] = []
     done = subprocess.run([sys.executable, "-m", "sessa_deploy.cli"], capture_output=True, text=True, check=False)

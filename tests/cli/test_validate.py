@@ -17,7 +17,7 @@ from sessa_deploy.checkpoint import save_checkpoint
 from sessa_deploy.cli import main
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import MODEL_FILE, PARITY_FILE
-from sessa_deploy.export import parity_process
+from sessa_deploy.export.parity import process as parity_process
 from sessa_deploy.export.to_onnx import export_bundle
 from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
@@ -144,8 +144,8 @@ def test_text_is_judged_beside_the_built_cases(run: Run, tmp_path: Path) -> None
 def test_a_wrong_row_of_all_logits_is_found(tmp_path: Path, material: tuple[Path, Path]) -> None:
     """The graph's logits of a prompt's first token are another's; the last row is right."""
     from sessa_deploy.export import parity
-    from sessa_deploy.export.parity_drive import Engine
-    from sessa_deploy.export.parity_engines import open_ort
+    from sessa_deploy.export.parity.drive import Engine
+    from sessa_deploy.export.parity.engines import open_ort
 
     bundle = export_bundle(material[1], tmp_path / "bundle", all_logits=True)
 

@@ -19,9 +19,9 @@ from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import MAX_POSITION, PARITY_FILE
 from sessa_deploy.errors import ParityError, UserError
 from sessa_deploy.export import parity
-from sessa_deploy.export.parity_cases import build_cases
-from sessa_deploy.export.parity_process import launch_here
-from sessa_deploy.export.parity_verdict import Failure, Report
+from sessa_deploy.export.parity.cases import build_cases
+from sessa_deploy.export.parity.process import launch_here
+from sessa_deploy.export.parity.verdict import Failure, Report
 from sessa_deploy.export.to_onnx import export_bundle
 from sessa_deploy.model import SessaLM
 

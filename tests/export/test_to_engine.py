@@ -22,11 +22,13 @@ from fake_tensorrt import HostCuda
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import SessaError, UserError
-from sessa_deploy.export import to_engine, trt_check, trt_limits
-from sessa_deploy.export.trt_limits import Machine, Recipe, Shapes
+from sessa_deploy.export import to_engine
+from sessa_deploy.export.trt import check as trt_check
+from sessa_deploy.export.trt import limits as trt_limits
+from sessa_deploy.export.trt.limits import Machine, Recipe, Shapes
 from sessa_deploy.plugins import library
-from sessa_deploy.runtime import trt_plan
 from sessa_deploy.runtime.bundle import Bundle, add_files, write_bundle
+from sessa_deploy.runtime.trt import plan as trt_plan
 
 HERE = Machine("Fake GPU 1", "sm_90", 1 << 34, 1 << 34, "8.6.0", "12.8")
 

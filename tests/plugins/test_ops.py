@@ -18,7 +18,7 @@ from sessa_deploy import contract, cuda_arch
 from sessa_deploy.errors import UserError
 from sessa_deploy.kernels import launch
 from sessa_deploy.plugins import library, lower, ops
-from sessa_deploy.runtime import trt_kernels
+from sessa_deploy.runtime.trt import kernels as trt_kernels
 
 ARCHS = (75, 80, 86, 87, 88, 89, 90, 100, 101, 103, 110, 120, 121)
 compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")

@@ -159,7 +159,7 @@ main(["doctor"])
 
 def test_bench_counts_the_sessions_own_device_memory_and_reads_clocks_while_it_runs(tiny_bundle, monkeypatch):
     from sessa_deploy.runtime import bench, environment
-    from sessa_deploy.runtime.ort import OrtBackend
+    from sessa_deploy.runtime.ort.backend import OrtBackend
     from sessa_deploy.runtime.session import Session
 
     monkeypatch.setattr(OrtBackend, "device_bytes", lambda self: 1000)

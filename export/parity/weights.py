@@ -21,7 +21,7 @@ from sessa_deploy.checkpoint_save import cast
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import PRECISIONS
 from sessa_deploy.errors import ParityError
-from sessa_deploy.export.passes import TRANSPOSED
+from sessa_deploy.export.graph.passes import TRANSPOSED
 
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
 

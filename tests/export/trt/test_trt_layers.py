@@ -14,7 +14,9 @@ import pytest
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
-from sessa_deploy.export import trt_fuse, trt_graph, trt_layers
+from sessa_deploy.export.trt import fuse as trt_fuse
+from sessa_deploy.export.trt import graph as trt_graph
+from sessa_deploy.export.trt import layers as trt_layers
 
 SIZES = {"two heads a key": {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "layer_norm_eps": 0.3}, "one head": {"d_model": 16, "n_heads": 1},
          "wide heads": {"d_model": 272, "n_heads": 2}}  # fmt: skip

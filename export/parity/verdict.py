@@ -9,7 +9,7 @@ from typing import Any
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CACHE_FIELDS
-from sessa_deploy.export.parity_metrics import PASS, UNFIT_VERDICT, Comparison, TokenCheck, plain_number
+from sessa_deploy.export.parity.metrics import PASS, UNFIT_VERDICT, Comparison, TokenCheck, plain_number
 
 REPORT_SCHEMA = 1
 FP16_MAX = 65504.0

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sessa_deploy.export import parity_plots as plots
-from sessa_deploy.export.parity_metrics import FACTOR, NEAR_TIE, PASS, UNFIT, Comparison, floor_eps
-from sessa_deploy.export.parity_rungs import ORACLE, PLAIN
-from sessa_deploy.export.parity_verdict import FP16_MAX, Report
+from sessa_deploy.export.parity import plots
+from sessa_deploy.export.parity.metrics import FACTOR, NEAR_TIE, PASS, UNFIT, Comparison, floor_eps
+from sessa_deploy.export.parity.rungs import ORACLE, PLAIN
+from sessa_deploy.export.parity.verdict import FP16_MAX, Report
 from sessa_deploy.files import write_whole
 
 _STYLE = """

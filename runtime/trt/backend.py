@@ -19,11 +19,12 @@ from sessa_deploy.cuda import Cuda
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.plugins import library
 from sessa_deploy.process import command
-from sessa_deploy.runtime import trt_api, trt_plan
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
-from sessa_deploy.runtime.trt_buffers import Buffers
-from sessa_deploy.runtime.trt_kernels import images
+from sessa_deploy.runtime.trt import api as trt_api
+from sessa_deploy.runtime.trt import plan as trt_plan
+from sessa_deploy.runtime.trt.buffers import Buffers
+from sessa_deploy.runtime.trt.kernels import images
 
 
 class TrtBackend(Backend):

@@ -19,15 +19,15 @@ from sessa_deploy import model as model_module
 from sessa_deploy.checkpoint import load_checkpoint, save_checkpoint
 from sessa_deploy.contract import LOGITS, MODEL_FILE
 from sessa_deploy.errors import UserError
-from sessa_deploy.export.parity_drive import Engine, Tensors
-from sessa_deploy.export.parity_engines import BackendSession, open_ort
-from sessa_deploy.export.parity_rungs import RungJob
-from sessa_deploy.export.parity_torch import TorchGraph, using_ops
+from sessa_deploy.export.parity.drive import Engine, Tensors
+from sessa_deploy.export.parity.engines import BackendSession, open_ort
+from sessa_deploy.export.parity.models import TorchGraph, using_ops
+from sessa_deploy.export.parity.rungs import RungJob
 from sessa_deploy.kernels import reference
 from sessa_deploy.model import Ops, SessaLM, SessaMixer
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
-from sessa_deploy.runtime.host_cache import HostCache
+from sessa_deploy.runtime.ort.host_cache import HostCache
 
 BAD_LAYER = 1
 
@@ -355,7 +355,7 @@ def test_a_device_that_picks_another_token(material: tuple[Path, Path, Path]) ->
 
 
 def test_an_engine_that_dies(material: tuple[Path, Path, Path]) -> None:
-    from sessa_deploy.export.parity_process import RungError
+    from sessa_deploy.export.parity.process import RungError
 
     def engine(job: RungJob) -> Engine:
         raise RungError("the engine refused the graph")

@@ -1,4 +1,4 @@
-"""A rung of parity, as a process of its own: `python -m sessa_deploy.export.parity_rungs --rung ort --bundle BUNDLE --folder DIR`.
+"""A rung of parity, as a process of its own: `python -m sessa_deploy.export.parity.rungs --rung ort --bundle BUNDLE --folder DIR`.
 
 It reads the cases in DIR and writes DIR/<rung>/<mode>.<case>.npz and, last, DIR/<rung>/header.json. Torch rungs need --checkpoint; an engine's rung
 imports numpy and that engine only, so it runs on a machine or under an interpreter without torch.
@@ -24,9 +24,9 @@ import numpy as np
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import MODEL_FILE, PRECISIONS
 from sessa_deploy.errors import SessaError, UserError, packages_named
-from sessa_deploy.export.parity_cases import Case, load_cases, save_cases
-from sessa_deploy.export.parity_drive import Engine, Tensors, drive_graph, drive_session
-from sessa_deploy.export.parity_engines import ENGINE_RUNGS, open_engine
+from sessa_deploy.export.parity.cases import Case, load_cases, save_cases
+from sessa_deploy.export.parity.drive import Engine, Tensors, drive_graph, drive_session
+from sessa_deploy.export.parity.engines import ENGINE_RUNGS, open_engine
 from sessa_deploy.files import whole, write_whole
 from sessa_deploy.reading import read_json
 from sessa_deploy.runtime.bundle import Bundle
@@ -114,7 +114,7 @@ def _run_torch(job: RungJob, bundle: Bundle, report: Report) -> dict[str, Any]:
     import torch
 
     from sessa_deploy.checkpoint import load_checkpoint
-    from sessa_deploy.export import parity_torch as rungs
+    from sessa_deploy.export.parity import models as rungs
 
     torch.set_num_threads(job.threads)
     torch.set_float32_matmul_precision("highest")
@@ -163,7 +163,7 @@ def read_tensors(folder: Path, rung: str, mode: str, case: str) -> Tensors:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of a rung's process."""
-    parser = argparse.ArgumentParser(prog="python -m sessa_deploy.export.parity_rungs", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m sessa_deploy.export.parity.rungs", description=__doc__)
     parser.add_argument("--rung", required=True, choices=(*TORCH_RUNGS, *ENGINE_RUNGS))
     parser.add_argument("--folder", required=True, type=Path)
     parser.add_argument("--bundle", required=True, type=Path)

@@ -11,7 +11,7 @@ from ort_ops import causal, op_model, recurrence, session
 from rule import check
 
 from sessa_deploy import contract
-from sessa_deploy.export.onnx_functions import causal_function, feedback_function, functions
+from sessa_deploy.export.graph.functions import causal_function, feedback_function, functions
 from sessa_deploy.kernels import reference
 
 Arrays = dict[str, np.ndarray]

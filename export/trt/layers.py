@@ -16,7 +16,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.export.passes import drop_weights, set_nodes
+from sessa_deploy.export.graph.passes import drop_weights, set_nodes
 from sessa_deploy.plugins import ops
 
 _MESSAGE_LIMIT = 2_000_000_000  # bytes; protobuf refuses 2 GiB

@@ -12,7 +12,8 @@ import pytest
 
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.export import trt_fuse, trt_graph
+from sessa_deploy.export.trt import fuse as trt_fuse
+from sessa_deploy.export.trt import graph as trt_graph
 
 CONFIG = SessaConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, max_context=32)
 

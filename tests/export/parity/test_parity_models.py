@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sessa_deploy import model as model_module
 from sessa_deploy.contract import cache_entries, cache_row_shape
-from sessa_deploy.export.parity_torch import record_headroom, using_ops
+from sessa_deploy.export.parity.models import record_headroom, using_ops
 from sessa_deploy.kernels import reference
 from sessa_deploy.model import KERNELS, Ops, SessaLM
 

@@ -28,9 +28,9 @@ from sessa_deploy.cuda import devices
 from sessa_deploy.errors import UserError, packages_named
 from sessa_deploy.runtime.backend import Backend, bounded_chunk, last_rows
 from sessa_deploy.runtime.bundle import Bundle
-from sessa_deploy.runtime.device_cache import DeviceCache
 from sessa_deploy.runtime.environment import check_threads, default_threads
-from sessa_deploy.runtime.host_cache import HostCache
+from sessa_deploy.runtime.ort.device_cache import DeviceCache
+from sessa_deploy.runtime.ort.host_cache import HostCache
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _INT32, _TYPES = "tensor(int32)", {"fp32": "tensor(float)", "fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}

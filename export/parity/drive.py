@@ -16,7 +16,7 @@ import numpy as np
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, cache_entries, cache_row_shape, new_name, past_name
 from sessa_deploy.errors import SessaError, UserError
-from sessa_deploy.export.parity_cases import POISON, Case
+from sessa_deploy.export.parity.cases import POISON, Case
 
 Tensors = dict[str, np.ndarray]
 GraphStep = Callable[[Tensors], Tensors]

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import GraphProto, NodeProto, helper, numpy_helper
 
-from sessa_deploy.export.passes import drop_weights, set_nodes
+from sessa_deploy.export.graph.passes import drop_weights, set_nodes
 
 _INLINE_LIMIT = 1 << 30  # bytes of merged weights kept inside the message, which protobuf limits to 2 GiB
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "proj_fb")

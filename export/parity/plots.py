@@ -11,9 +11,9 @@ import numpy as np
 
 from sessa_deploy.contract import CACHE_FIELDS
 from sessa_deploy.errors import packages_named
-from sessa_deploy.export.parity_metrics import UNFIT, Comparison
-from sessa_deploy.export.parity_rungs import ORACLE, PLAIN
-from sessa_deploy.export.parity_verdict import FP16_MAX, Report
+from sessa_deploy.export.parity.metrics import UNFIT, Comparison
+from sessa_deploy.export.parity.rungs import ORACLE, PLAIN
+from sessa_deploy.export.parity.verdict import FP16_MAX, Report
 
 COLOURS = {PLAIN: "#8a8f98", "torch": "#3b6fb6", "ort": "#e07b39", "ort-cuda": "#3f9b5f", "trt": "#9a5fb0"}
 FAILED = "#c62f3b"

@@ -23,7 +23,7 @@ from sessa_deploy.contract import (
     past_name,
 )
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.trt_kernels import APPEND, ARGMAX, FINISH, Image
+from sessa_deploy.runtime.trt.kernels import APPEND, ARGMAX, FINISH, Image
 
 _NAN_WORD = {"fp32": 0x7FC00000, "fp16": 0x7E007E00, "bf16": 0x7FC07FC0}
 _WORD, _ALIGNMENT = 4, 16

@@ -12,7 +12,7 @@ import numpy as np
 
 from sessa_deploy.contract import ALL_LOGITS_RANK, LOGITS, graph_outputs
 from sessa_deploy.errors import UserError, need
-from sessa_deploy.export.parity_drive import Engine, GraphStep, Tensors
+from sessa_deploy.export.parity.drive import Engine, GraphStep, Tensors
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
 
@@ -68,7 +68,7 @@ def _session(bundle: Bundle, name: str, threads: int) -> BackendSession:
 
 
 def _ort_graph(bundle: Bundle, provider: str, threads: int) -> GraphStep:
-    from sessa_deploy.runtime.ort import open_session
+    from sessa_deploy.runtime.ort.backend import open_session
 
     session, names = open_session(bundle, provider, threads), graph_outputs(bundle.config.n_layers)
 
@@ -93,12 +93,12 @@ def open_trt(bundle: Bundle, threads: int) -> Engine:
     """TensorRT, through the backend only: its engines are built for caches of fixed capacity. Decode steps also without the CUDA graph."""
 
     def eager(batch: int, capacity: int) -> Backend:
-        from sessa_deploy.runtime.trt import TrtBackend
+        from sessa_deploy.runtime.trt.backend import TrtBackend
 
         return TrtBackend(bundle, batch, capacity, graph=False)
 
-    from sessa_deploy.runtime import trt_api
-    from sessa_deploy.runtime.trt_plan import engines
+    from sessa_deploy.runtime.trt import api as trt_api
+    from sessa_deploy.runtime.trt.plan import engines
 
     smallest = min((info.max_batch for info in engines(bundle).values()), default=None)
     versions = {**_versions(), "tensorrt": str(trt_api.load().__version__)}

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
-from sessa_deploy.export import trt_graph
+from sessa_deploy.export.trt import graph as trt_graph
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sessa_deploy.errors import ParityError, SessaError, UserError
-from sessa_deploy.export.parity_rungs import ENGINE_RUNGS, RungJob, run_rung
+from sessa_deploy.export.parity.rungs import ENGINE_RUNGS, RungJob, run_rung
 from sessa_deploy.files import write_whole
 from sessa_deploy.process import python
 
@@ -64,7 +64,7 @@ class ProcessLaunch:
         other = self.engine_python if job.rung in ENGINE_RUNGS else None
         options = {"--rung": job.rung, "--folder": job.folder, "--bundle": job.bundle, "--threads": job.threads, "--checkpoint": job.checkpoint,
                    "--config": job.config}
-        command = python("from sessa_deploy.export.parity_rungs import main; sys.exit(main())",
+        command = python("from sessa_deploy.export.parity.rungs import main; sys.exit(main())",
                          *(str(x) for pair in options.items() if pair[1] is not None for x in pair), interpreter=other)
         threads = str(job.threads)
         # passive: threads that spin while they wait take the cores of the rungs beside them, and of whatever else runs on the machine

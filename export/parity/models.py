@@ -25,8 +25,8 @@ from sessa_deploy.contract import (
     graph_outputs,
     past_name,
 )
-from sessa_deploy.export.parity_cases import Case, Cases
-from sessa_deploy.export.parity_drive import Tensors, layer_name, poison_rows
+from sessa_deploy.export.parity.cases import Case, Cases
+from sessa_deploy.export.parity.drive import Tensors, layer_name, poison_rows
 from sessa_deploy.kernels import reference
 from sessa_deploy.model import Ops, Rows, SessaCache, SessaLM
 

@@ -17,13 +17,13 @@ from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import LOGITS, PARITY_FILE
 from sessa_deploy.errors import ParityError, UserError
 from sessa_deploy.export import parity
-from sessa_deploy.export.parity_cases import Case, Step, build_cases, load_cases, save_cases
-from sessa_deploy.export.parity_drive import Engine, Tensors, drive_graph, layer_name
-from sessa_deploy.export.parity_engines import open_ort
-from sessa_deploy.export.parity_metrics import Yardstick, check_tokens, compare, cosine, kl_divergence
-from sessa_deploy.export.parity_process import ProcessLaunch
-from sessa_deploy.export.parity_report import render, write_report
-from sessa_deploy.export.parity_rungs import RungJob, read_header, read_tensors
+from sessa_deploy.export.parity.cases import Case, Step, build_cases, load_cases, save_cases
+from sessa_deploy.export.parity.drive import Engine, Tensors, drive_graph, layer_name
+from sessa_deploy.export.parity.engines import open_ort
+from sessa_deploy.export.parity.metrics import Yardstick, check_tokens, compare, cosine, kl_divergence
+from sessa_deploy.export.parity.process import ProcessLaunch
+from sessa_deploy.export.parity.report import render, write_report
+from sessa_deploy.export.parity.rungs import RungJob, read_header, read_tensors
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
 
 ROWS = np.stack([np.zeros(8, dtype=np.int64), np.arange(8)], axis=1)
@@ -183,7 +183,7 @@ def test_the_driver_hands_over_poison_and_keeps_valid_rows() -> None:
 def test_dump_on_a_machine_without_torch_and_compare(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
     bundle, checkpoint, _ = material
     blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'triton', 'onnx', 'safetensors', 'onnxscript'])); "
-    run = f"from sessa_deploy.export.parity import dump_engines; from sessa_deploy.export.parity_process import launch_here; \
+    run = f"from sessa_deploy.export.parity.prove import dump_engines; from sessa_deploy.export.parity.process import launch_here; \
 print(dump_engines({str(bundle)!r}, {str(tmp_path / 'there')!r}, ['ort'], lengths={LENGTHS}, launch=launch_here))"
     subprocess.run([sys.executable, "-c", blocked + run], check=True, timeout=120)
     assert read_header(tmp_path / "there", "ort")["modes"].keys() == {"graph", "session", "greedy"}

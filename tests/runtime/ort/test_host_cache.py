@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.host_cache import HostCache, bucket
+from sessa_deploy.runtime.ort.host_cache import HostCache, bucket
 
 CONFIG = SessaConfig(d_model=8, n_layers=2, n_heads=4, n_kv_heads=1, vocab_size=4)
 

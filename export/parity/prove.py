@@ -21,13 +21,13 @@ from sessa_deploy import __version__
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CACHE_FIELDS, LOGITS, MODEL_FILE, PARITY_FILE
 from sessa_deploy.errors import UserError, need
-from sessa_deploy.export.parity_cases import CASES_FILE, LENGTHS, Case, Cases, build_cases, load_cases, save_cases
-from sessa_deploy.export.parity_drive import Tensors, layer_name
-from sessa_deploy.export.parity_engines import has_all_logits, resolve_backends
-from sessa_deploy.export.parity_metrics import TokenCheck, Yardstick, check_tokens, compare, position_errors
-from sessa_deploy.export.parity_process import Launch, ProcessLaunch, Progress, RungError, launch_all, silent
-from sessa_deploy.export.parity_rungs import ENGINE_RUNGS, HEADER_FILE, ORACLE, PLAIN, TORCH, RungJob, read_header, read_tensors
-from sessa_deploy.export.parity_verdict import Failure, Report, first_divergence
+from sessa_deploy.export.parity.cases import CASES_FILE, LENGTHS, Case, Cases, build_cases, load_cases, save_cases
+from sessa_deploy.export.parity.drive import Tensors, layer_name
+from sessa_deploy.export.parity.engines import has_all_logits, resolve_backends
+from sessa_deploy.export.parity.metrics import TokenCheck, Yardstick, check_tokens, compare, position_errors
+from sessa_deploy.export.parity.process import Launch, ProcessLaunch, Progress, RungError, launch_all, silent
+from sessa_deploy.export.parity.rungs import ENGINE_RUNGS, HEADER_FILE, ORACLE, PLAIN, TORCH, RungJob, read_header, read_tensors
+from sessa_deploy.export.parity.verdict import Failure, Report, first_divergence
 from sessa_deploy.files import scratch
 from sessa_deploy.runtime.bundle import Bundle, add_files
 
@@ -47,7 +47,7 @@ def validate(
     Raises UserError on bad input, ParityError on a checkpoint of another shape; disagreement is in the report.
     """
     need("torch", "onnx", "safetensors")
-    from sessa_deploy.export.parity_weights import check_weights  # torch and onnx, which dump_engines does without
+    from sessa_deploy.export.parity.weights import check_weights  # torch and onnx, which dump_engines does without
 
     begun = time.perf_counter()
     opened = Bundle.open(bundle)

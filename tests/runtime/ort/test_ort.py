@@ -14,8 +14,8 @@ import pytest
 
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
-from sessa_deploy.runtime.device_cache import DeviceCache
-from sessa_deploy.runtime.ort import OrtBackend
+from sessa_deploy.runtime.ort.backend import OrtBackend
+from sessa_deploy.runtime.ort.device_cache import DeviceCache
 from sessa_deploy.runtime.sampling import SamplingParams
 from sessa_deploy.runtime.session import Session
 
@@ -252,7 +252,7 @@ def test_caches_that_do_not_fit_are_refused_in_one_line(tiny_bundle):
 def test_cuda_libraries_of_pip_are_loaded_in_order_and_others_are_not(tmp_path, monkeypatch):
     import types
 
-    from sessa_deploy.runtime import ort
+    from sessa_deploy.runtime.ort import backend as ort
 
     wanted = ["nvidia/cu13/lib/libcudart.so.13", "nvidia/cu13/lib/libcublasLt.so.13", "nvidia/cu13/lib/libcurand.so.10", "nvidia/cudnn/lib/libcudnn.so.9"]
     others = ["nvidia/cublas/lib/libcublasLt.so.12", "nvidia/curand/lib/libcurand.so.10", "nvidia/cu13/lib/libcufft.so.12"]
@@ -407,7 +407,7 @@ def test_a_device_without_room_for_the_caches_is_one_line_and_let_go(tiny_bundle
 
     session, closed = OrtBackend(tiny_bundle, 1).session, []
     monkeypatch.setattr("onnxruntime.OrtValue.ortvalue_from_shape_and_type", fail)
-    monkeypatch.setattr("sessa_deploy.runtime.device_cache.HostMemory.close", lambda self: closed.append(self))
+    monkeypatch.setattr("sessa_deploy.runtime.ort.device_cache.HostMemory.close", lambda self: closed.append(self))
     with pytest.raises(UserError, match=said) as caught:
         DeviceCache(tiny_bundle.config, 1, 64, precision, session, "cpu")
     assert "\n" not in str(caught.value) and len(closed) == 1
