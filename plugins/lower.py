@@ -2,8 +2,9 @@
 
     python -m sessa_deploy.plugins.lower --arch 80,86,87,89,90,100,120 --out DIR
 
-needs torch and triton, and no GPU. DIR receives `<kernel>.sm<arch>.<dtype>.<variant>.cubin`, `cubins.json` (every parameter in order, Triton's
-two hidden scratch pointers last, tiles, shared memory, warps, registers, spills) and `cubins.inc`, the same table for the plugin's C++.
+needs torch and Triton 3.6 or 3.7 (`launch.TRITON_VERSIONS`), and no GPU. DIR receives `<kernel>.sm<arch>.<dtype>.<variant>.cubin`,
+`cubins.json` (every parameter in order, Triton's two hidden scratch pointers last, tiles, shared memory, warps, registers, spills) and
+`cubins.inc`, the same table for the plugin's C++.
 Exit code 1: a cubin needs more shared memory than its architecture has, spills more than its pinned entry states, or loads scalars where
 vectors belong. Line information is left out, so that no path of the building machine is in a cubin.
 """
@@ -17,7 +18,6 @@ import multiprocessing
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,13 +25,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sessa_deploy.cuda_arch import nearest
+from sessa_deploy.errors import SessaError
+from sessa_deploy.files import scratch, write_whole
 from sessa_deploy.kernels import launch
+from sessa_deploy.process import ending_cleanly
 
 SCHEMA = 1
 MANIFEST = "cubins.json"
 TABLE = "cubins.inc"
-TEGRA = 87  # shares no binaries with the desktop GPUs of its major
-HIDDEN = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))  # what Triton 3.6 appends to every kernel's parameters
+HIDDEN = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))  # what Triton 3.6 and 3.7 append to every kernel's parameters
 LOAD = re.compile(r"\bld\.global(?:\.[A-Za-z0-9_:]+)*?(?:\.(v[248]))?\.([a-z]+)(\d+)\s")
 ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\b[^;]*?,\s*\[[^\]]*\],\s*(0x[0-9a-f]+|\d+)")
 
@@ -87,15 +90,15 @@ def units(archs: Sequence[int], kernels: Sequence[str] | None = None) -> list[Un
 def served_by(unit: Unit, archs: Sequence[int]) -> int | None:
     """The one of `archs` whose binary the unit's architecture runs, as the very launch options are pinned for both; None: it needs its own.
 
-    A binary runs on later minors of its major, though not across desktop GPUs and Tegra (sm_87); the plugin's C++ takes the nearest one by the same rule.
+    The plugin's C++ takes the nearest one by the same rule (cuda_arch.serves).
     """
-    earlier = [a for a in archs if a // 10 == unit.arch // 10 and a < unit.arch and a != TEGRA]
-    if unit.arch == TEGRA or not earlier:
+    before = nearest([a for a in archs if a != unit.arch], unit.arch)
+    if before is None:
         return None
-    nearest = Unit(unit.kernel, max(earlier), unit.dtype, unit.variant)
-    if _options(nearest) != _options(unit):
+    earlier = Unit(unit.kernel, before, unit.dtype, unit.variant)
+    if _options(earlier) != _options(unit):
         return None
-    return served_by(nearest, archs) or nearest.arch
+    return served_by(earlier, archs) or before
 
 
 def _options(unit: Unit) -> dict[str, Any]:
@@ -158,18 +161,18 @@ def compile_unit(unit: Unit, out: Path) -> Cubin:
     vector, scalar = count_loads(kernel.asm["ptx"])
     binary, meta, description = kernel.asm["cubin"], kernel.metadata, launch.kernel(unit.kernel)
     path = out / f"{unit.stem}.cubin"
-    path.write_bytes(binary)
+    write_whole(path, binary, "--out", "the binary", sync=False)
     params = [{"name": p.name, "type": launch.resolve(p.type, unit.dtype), "divisible": launch.ALIGNMENT if p.divisible else 1} for p in description.params]
     params += [{"name": n, "type": t, "divisible": 1} for n, t in HIDDEN]
     declared = len(re.findall(r"^\s*\.param\b", kernel.asm["ptx"].split(".visible .entry", 1)[1].split(")", 1)[0], re.MULTILINE))
-    pinned = launch.pinned(unit.kernel, unit.arch, unit.dtype, unit.variant)
     cubin = Cubin(
         **asdict(unit), file=path.name, sha256=hashlib.sha256(binary).hexdigest(), size=len(binary), entry=meta.name, params=params,
         tiles=launch.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant), num_warps=meta.num_warps, num_stages=options["num_stages"], shared=meta.shared,
         registers=registers, spill_bytes=spill, global_scratch=meta.global_scratch_size or 0, vector_loads=vector, scalar_loads=scalar,
-        tuned=bool(pinned["tuned"]), early_rows=launch.early(unit.kernel, unit.arch, unit.dtype, unit.variant),
+        tuned=launch.tuned(unit.kernel, unit.arch, unit.dtype, unit.variant), early_rows=launch.early(unit.kernel, unit.arch, unit.dtype, unit.variant),
     )  # fmt: skip
-    cubin.problems = problems(cubin, declared, int(pinned.get("spills", 0)), description.scalar_loads, description.wide)
+    allowed = launch.spills(unit.kernel, unit.arch, unit.dtype, unit.variant, launch.triton_version())
+    cubin.problems = problems(cubin, declared, allowed, description.scalar_loads, description.wide)
     return cubin
 
 
@@ -201,28 +204,28 @@ def _prepare(cache: str) -> None:
 
 
 def lower(archs: Sequence[int], out: Path, kernels: Sequence[str] | None = None, jobs: int | None = None) -> list[Cubin]:
-    """Compile every unit into `out` (made if absent) and write cubins.json and cubins.inc; returns the entries, problems included."""
+    """Compile every unit into `out` (made if absent) and write cubins.json and cubins.inc; returns the entries, problems included.
+
+    Raises UserError where the installed Triton is none of `launch.TRITON_VERSIONS`.
+    """
+    launch.triton_version()
+    import triton
+
     out.mkdir(parents=True, exist_ok=True)
     wanted = units(archs, kernels)
-    with tempfile.TemporaryDirectory(prefix="sessa-lower-") as cache:
+    with scratch("sessa-lower-") as cache:
         workers = max(1, min(jobs or os.cpu_count() or 1, len(wanted)))
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(cache,))
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(str(cache),))
         with pool:
             cubins = list(pool.map(compile_unit, wanted, [out] * len(wanted)))
     names = {c.file for c in cubins}
     for stale in out.glob("*.cubin"):
         if stale.name not in names:
             stale.unlink()
-    (out / TABLE).write_text("".join(_rows(cubins)), encoding="utf-8")
-    manifest = {"schema": SCHEMA, "triton": _triton_version(), "cubins": [asdict(c) for c in cubins]}
-    (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_whole(out / TABLE, "".join(_rows(cubins)), "--out", "the table")
+    manifest = {"schema": SCHEMA, "triton": triton.__version__, "cubins": [asdict(c) for c in cubins]}
+    write_whole(out / MANIFEST, json.dumps(manifest, indent=1) + "\n", "--out", "the table")
     return cubins
-
-
-def _triton_version() -> str:
-    from importlib.metadata import version
-
-    return version("triton")
 
 
 def _rows(cubins: Sequence[Cubin]) -> Iterator[str]:
@@ -250,11 +253,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: --arch: got {args.arch}; allowed: some of {','.join(map(str, launch.ARCHS))}", file=sys.stderr)
         return 2
     begun = time.monotonic()
-    cubins = lower(archs, args.out, args.kernel, args.jobs)
+    try:
+        cubins = lower(archs, args.out, args.kernel, args.jobs)
+    except SessaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     for arch in archs:
         mine = [c for c in cubins if c.arch == arch]
-        untuned = sorted({c.kernel for c in mine if not c.tuned})
-        note = f"  untuned: {', '.join(untuned)}" if untuned else ""
+        untuned = [c for c in mine if not c.tuned]
+        note = f"  untuned {len(untuned)}: {', '.join(sorted({c.kernel for c in untuned}))}" if untuned else ""
         largest = max((c.shared for c in mine), default=0)
         print(f"sm_{arch}: {len(mine)} cubins, {sum(c.size for c in mine) / 2**20:.1f} MiB, shared up to {largest} bytes{note}")
     bad = [(c, p) for c in cubins for p in c.problems]
@@ -265,4 +272,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending_cleanly():
+        sys.exit(main())

@@ -6,7 +6,11 @@ Importing this package is cheap: torch is imported only when a name that needs i
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+if not os.path.isdir(os.path.join(__path__[0], "runtime")):  # imported out of a clone, where the other rooms lie beside this folder
+    __path__.append(os.path.dirname(__path__[0]))
 
 __version__ = "0.1.0"
 
@@ -51,4 +55,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    from sessa_deploy.errors import packages_named
+
+    with packages_named():
+        return getattr(importlib.import_module(_LAZY[name]), name)

@@ -6,7 +6,6 @@ its launch table entry alone (`launch.py`), so it is compiled once from types an
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Any
@@ -15,8 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
+from sessa_deploy.cuda import resident_blocks
 from sessa_deploy.kernels import launch
-from sessa_deploy.runtime.driver import open_driver
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
@@ -28,6 +27,7 @@ Options = dict[str, dict[str, Any]]
 Address = int | Tensor
 
 
+launch.triton_version()  # every kernel's module imports this one: another Triton is refused before anything of it is used
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as the kernels' decorators, which look once; a knob costs a microsecond to read
 
 
@@ -140,13 +140,33 @@ _LAUNCHERS: dict[tuple[Any, ...], Launcher] = {}
 
 def _resident(binary: Any, device: torch.device) -> int:
     """Programs of a compiled kernel that the device holds at once; 0 if its driver does not say."""
-    occupancy = getattr(open_driver(), "cuOccupancyMaxActiveBlocksPerMultiprocessor", None)
-    if occupancy is None:
-        return 0
-    each = ctypes.c_int()
-    threads, shared = 32 * binary.metadata.num_warps, ctypes.c_size_t(binary.metadata.shared)
-    failed = occupancy(ctypes.byref(each), ctypes.c_void_p(binary.function), threads, shared)
-    return 0 if failed else each.value * torch.cuda.get_device_properties(device).multi_processor_count
+    each = resident_blocks(binary.function, 32 * binary.metadata.num_warps, binary.metadata.shared)
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def bind(kernel: Any, binary: Any, constants: list[Any]) -> Callable[..., None]:
+    """A function of (stream, grid x, y, z, *arguments) that launches the loaded binary on the current device; constants: its constexprs in order.
+
+    Raises ValueError if the kernel wants Triton's scratch memory.
+    """
+    run, function = binary.run, binary.function
+    if binary.metadata.global_scratch_size or binary.metadata.profile_scratch_size:
+        raise ValueError(f"sessa: {kernel.__name__} wants Triton's scratch memory, which its launch does not provide")
+    # What CudaLauncher.__call__ passes on: cooperative and dependent launch, then metadata and three hooks' arguments beside two scratch buffers.
+    first, launch_binary = (function, run.launch_cooperative_grid, run.launch_pdl), run.launch
+    if launch.triton_version() == (3, 6):  # one function a signature, compiled for it
+        fixed: tuple[Any, ...] = (*first, None, None, binary.packed_metadata, None, None, None)
+
+        def call(stream: int, x: int, y: int, z: int, *arguments: Any) -> None:
+            launch_binary(x, y, z, stream, *fixed, *arguments, *constants)
+
+    else:  # 3.7: one function for all, which is told the signature
+        fixed = (*first, binary.packed_metadata, None, None, None, None, None, run.arg_annotations, run.kernel_signature)
+
+        def call(stream: int, x: int, y: int, z: int, *arguments: Any) -> None:
+            launch_binary(x, y, z, stream, *fixed, (*arguments, *constants))
+
+    return call
 
 
 def _compiled(kernel: Any, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Callable[..., None]]:
@@ -157,18 +177,7 @@ def _compiled(kernel: Any, dtype: torch.dtype, options: dict[str, Any]) -> tuple
     examples = [TORCH_TYPES[t[1:]] if t.startswith("*") else 1.0 if t == "fp32" else 16 for t in types]
     binary = kernel.warmup(*examples, grid=(1,), **options)
     binary = binary.result() if hasattr(binary, "result") else binary
-    run, function = binary.run, binary.function
-    constants = [options[name] for name in description.constexprs]
-    if binary.metadata.global_scratch_size or binary.metadata.profile_scratch_size:
-        raise ValueError(f"sessa: {kernel.__name__} wants Triton's scratch memory, which its launch does not provide")
-    # What CudaLauncher.__call__ of Triton 3.6 passes on: cooperative and dependent launch, two scratch buffers, metadata, three hooks' arguments.
-    fixed = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, binary.packed_metadata, None, None, None)
-    launch_binary = run.launch
-
-    def call(stream: int, x: int, y: int, z: int, *arguments: Any) -> None:
-        launch_binary(x, y, z, stream, *fixed, *arguments, *constants)
-
-    return binary, call
+    return binary, bind(kernel, binary, [options[name] for name in description.constexprs])
 
 
 def launcher(kernel: Any, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Launcher:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback_launch import INTERPRETED
+from sessa_deploy.kernels.feedback_launch import INTERPRETED, bind
 
 ROWS = 32  # rows that one row of partial sums stands for
 Tiles = dict[str, Any]
@@ -51,19 +51,7 @@ def _compiled(kernel: Any, arguments: tuple[Any, ...], options: Tiles) -> Callab
     examples = [x.dtype if isinstance(x, Tensor) else 1.0 if isinstance(x, float) else 16 for x in arguments]
     binary = kernel.warmup(*examples, grid=(1,), **options)
     binary = binary.result() if hasattr(binary, "result") else binary
-    run, function = binary.run, binary.function
-    if binary.metadata.global_scratch_size or binary.metadata.profile_scratch_size:
-        raise ValueError(f"sessa: {kernel.__name__} wants Triton's scratch memory, which its launch does not provide")
-    # what CudaLauncher.__call__ of Triton 3.6 passes on: cooperative and dependent launch, two scratch buffers, metadata, three hooks' arguments
-    fixed = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, binary.packed_metadata, None, None, None)
-    constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
-    launch_binary = run.launch
-
-    def call(stream: int, grid: tuple[int, ...], values: list[Any]) -> None:
-        x, y, z = (*grid, 1, 1)[:3]
-        launch_binary(x, y, z, stream, *fixed, *values, *constants)
-
-    return call
+    return bind(kernel, binary, [options[name] for name in kernel.arg_names[len(arguments) :]])
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: Tiles) -> None:
@@ -74,19 +62,20 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], optio
     index = arguments[0].device.index
     key: list[Any] = [kernel.__name__, index, id(options)]
     values = []
-    for x in arguments:
-        if isinstance(x, Tensor):
-            values.append(x.data_ptr())
-            key.append(x.dtype)
+    for value in arguments:
+        if isinstance(value, Tensor):
+            values.append(value.data_ptr())
+            key.append(value.dtype)
         else:
-            values.append(x)
+            values.append(value)
     entry = _BINARIES.get(tuple(key))
     if entry is None:
         with torch.cuda.device(index):
             entry = _BINARIES[tuple(key)] = (_compiled(kernel, arguments, options), options)
     stream = torch._C._cuda_getCurrentRawStream(index)
+    x, y, z = (*grid, 1, 1)[:3]
     if torch._C._cuda_getDevice() == index:
-        entry[0](stream, grid, values)
+        entry[0](stream, x, y, z, *values)
     else:
         with torch.cuda.device(index):
-            entry[0](stream, grid, values)
+            entry[0](stream, x, y, z, *values)

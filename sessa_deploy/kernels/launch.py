@@ -3,16 +3,18 @@
 Both sides read this file, so that what the JIT launches is the binary that `sessa_deploy.plugins.lower` wrote: the decorator takes
 `do_not_specialize(kernel)`, the call takes `options(kernel, arch, dtype, variant)`, and lowering takes `signature`, `divisible` and the
 same options. A parameter promised divisible by 16 must be so at every launch (pointers too), or Triton emits scalar loads and no cp.async.
-The tiles live in TABLE_FILES, which benchmarks/tune.py rewrites. Standard library only.
+The tiles live in TABLE_FILES, which benchmarks/tune.py rewrites. Standard library only; `triton_version` alone imports Triton.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from sessa_deploy.errors import UserError
 from sessa_deploy.kernels.launch_causal import CAUSAL_KERNELS
 from sessa_deploy.kernels.launch_decode import DECODE_KERNELS
 from sessa_deploy.kernels.launch_kernels import DTYPES, Kernel, Param, resolve  # noqa: F401 (the one place to look a launch up)
@@ -24,12 +26,38 @@ KERNELS: dict[str, Kernel] = {**FEEDBACK_KERNELS, **CAUSAL_KERNELS, **LAYER_KERN
 
 # of the decode step, of the rest of feedback attention, of causal attention with a cache, of the runtime's own kernels, of the layer around them, of a mixer
 TABLE_FILES = tuple(Path(__file__).with_name(f"launch_table{n}.json") for n in ("", "_feedback", "_causal", "_decode", "_layer", "_mixer"))
+TRITON_VERSIONS = ((3, 6), (3, 7))  # each one's launch is known to feedback_launch.py, each one's hidden parameters and spills to lowering
+TUNED_WITH = (3, 6)  # the Triton that the tiles were measured with
 ARCHS = (80, 86, 87, 89, 90, 100, 120)
 ALIGNMENT = 16  # bytes for a pointer, elements for a width or stride
 # Largest dynamic shared memory one block may ask for, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 DEPENDENT_ARCH = 90  # first compute capability with programmatic dependent launch, which the variants that may start early are made for
 NOT_TILES = ("arch", "dtype", "variant", "tuned", "num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "spills")
+
+
+@lru_cache(maxsize=1)
+def triton_version() -> tuple[int, int]:
+    """(major, minor) of the installed Triton, one of TRITON_VERSIONS: what is asked before a kernel is compiled, launched or lowered.
+
+    Binaries, and the private call that launches them, differ from minor to minor. Raises UserError for any other version, and without Triton.
+    """
+    from importlib import import_module
+
+    try:
+        version = str(import_module("triton").__version__)
+    except ModuleNotFoundError as error:
+        version = "none installed" if error.name == "triton" else f"one that needs {error.name}"
+    except ImportError as error:
+        version = f"one that does not load ({error})"
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    found = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if found not in TRITON_VERSIONS:
+        allowed = " and ".join(f"{major}.{minor}" for major, minor in TRITON_VERSIONS)
+        first, (major, minor) = TRITON_VERSIONS[0], TRITON_VERSIONS[-1]
+        raise UserError("the kernels cannot use this Triton", got=version, allowed=allowed,
+                        fix=f"pip install 'triton>={first[0]}.{first[1]},<{major}.{minor + 1}'")  # fmt: skip
+    return found
 
 
 def kernel(name: str) -> Kernel:
@@ -110,6 +138,15 @@ def early(name: str, arch: int, dtype: str, variant: str) -> int:
 def tuned(name: str, arch: int, dtype: str, variant: str) -> bool:
     """Whether the tiles were measured on that architecture, as against being the largest that fit."""
     return bool(pinned(name, arch, dtype, variant)["tuned"])
+
+
+def spills(name: str, arch: int, dtype: str, variant: str, version: tuple[int, int]) -> int:
+    """Bytes that the binary may spill to local memory when this Triton compiles it. An entry states one number, or one for each version where they differ.
+
+    Both versions take the same tiles; their compilers do not give the same registers.
+    """
+    stated = pinned(name, arch, dtype, variant).get("spills", 0)
+    return int(stated.get(f"{version[0]}.{version[1]}", 0) if isinstance(stated, dict) else stated)
 
 
 def has(name: str, arch: int, dtype: str, variant: str) -> bool:

@@ -67,7 +67,8 @@ def locate(item, b_end, every, past_length, batch, capacity, splits, rows, LEAST
     else:
         i_b = tl.sum((b_end <= item).to(tl.int32), 0)
         first = tl.max(tl.where(b_end <= item, b_end, 0), 0)
-        end, start = tl.max(b_end, 0), _SEQUENCES
+        end = tl.max(b_end, 0)
+        start = _SEQUENCES  # on a line of its own: in a tuple, Triton 3.7's interpreter leaves it a constant, which cannot be added to a block
         while (start < batch) & (end <= item):
             b_more = end + tl.cumsum(_pieces(past_length, start + tl.arange(0, _SEQUENCES), batch, capacity, splits, rows, LEAST), 0)
             i_b += tl.sum((b_more <= item).to(tl.int32), 0)

@@ -27,7 +27,7 @@ def _use_interpreter() -> None:
 
 
 def _give_bfloat16(interpreter: Any) -> None:
-    """Triton 3.6's interpreter keeps bfloat16 as bits: it cuts where a GPU rounds to nearest, and multiplies the bits as integers."""
+    """Triton's interpreter (3.6 and 3.7) keeps bfloat16 as bits: it cuts where a GPU rounds to nearest, and multiplies the bits as integers."""
     import numpy as np
     import triton.language as tl
 

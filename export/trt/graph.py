@@ -1,0 +1,210 @@
+"""From a bundle's model.onnx to the graph TensorRT's parser gets: ops a plugin claims lose their function bodies, any other body is inlined.
+
+Nothing here touches a weight's bytes: they are taken out while the graph is rewritten and put back. onnx only; neither torch nor TensorRT.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+import onnx.inliner
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+
+from sessa_deploy import contract
+from sessa_deploy.errors import UserError
+from sessa_deploy.plugins import ops
+
+PLUGIN_OPS = (contract.FEEDBACK_OP, contract.CAUSAL_OP)  # of a bundle's graph, which the plugin library may compute
+_PAST_INPUT = "past_k"  # whose shape the graph states
+_SMALL = 1024  # bytes; constants up to this size stay in place, shape inference reads them
+_OLD_PARSER_OPSET = 17  # the last one that TensorRT 8.6 knows
+# Operators of our graphs that TensorRT 8.6's parser imports; everything else is named to the user before TensorRT sees it.
+_OLD_PARSER_OPS = frozenset(
+    word
+    for line in (
+        "Abs Add And ArgMax Cast Ceil Clip Concat Constant ConstantOfShape Cos CumSum Div Einsum Equal Erf Exp Expand Flatten Floor Gather GatherElements",
+        "GatherND Gemm Greater GreaterOrEqual Identity If IsInf IsNaN LayerNormalization Less LessOrEqual Log Loop MatMul Max Mean Min Mod Mul Neg Not OneHot",
+        "Or Pad Pow Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Relu Reshape Round ScatterElements ScatterND Shape Sigmoid",
+        "Sign Sin Size Slice Softmax Softplus Split Sqrt Squeeze Sub Sum Tan Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor",
+    )
+    for word in line.split()
+)
+# Operators one of whose inputs is a shape, and the first such input.
+_SHAPE_INPUTS = {"Range": 0, "ConstantOfShape": 0, **dict.fromkeys(("Reshape", "Expand", "Tile", "Slice", "Split", "Squeeze", "Unsqueeze", "Pad", "TopK"), 1)}
+_OLD_PARSER_CONSTANT = {"Squeeze": 1, "Unsqueeze": 1, "ReduceSum": 1}  # inputs (axes) that must be constants there
+
+
+@dataclass
+class PreparedGraph:
+    """A graph for the parser. types: value name -> ONNX element type; inlined: ops that run without a plugin; direct: cache inputs a plugin reads;
+    reasons: why an op is inlined, where the plugin's limits say so."""
+
+    model: ModelProto
+    types: dict[str, int] = field(default_factory=dict)
+    inlined: list[str] = field(default_factory=list)
+    direct: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def load(path: Path) -> ModelProto:
+    """model.onnx with its weights, those in a data file beside it left there. Raises UserError if it is no ONNX model."""
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError is not one class across its versions
+        raise UserError("the graph cannot be read", got=f"{path} ({error})", fix="sessa-deploy export CHECKPOINT --out BUNDLE") from None
+    if not model.graph.node:
+        raise UserError("the graph is empty", got=str(path), fix="sessa-deploy export CHECKPOINT --out BUNDLE")
+    return model
+
+
+def claims(model: ModelProto, available: Collection[str] = PLUGIN_OPS) -> tuple[str, ...]:
+    """Ops of the graph to leave to plugins: those `available` whose kernels take the graph's widths. The others' bodies are inlined."""
+    refused = refusals(model)
+    return tuple(op for op in PLUGIN_OPS if op in available and op not in refused)
+
+
+def refusals(model: ModelProto) -> dict[str, str]:
+    """Op of the graph -> which of the plugin's limits its widths break, for those that do."""
+    dims = {x.name: x.type.tensor_type.shape.dim for x in model.graph.input}
+    found: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.domain != contract.DOMAIN or node.op_type not in PLUGIN_OPS:
+            continue
+        op = ops.op(node.op_type)
+        at = next(i for i, x in enumerate(op.inputs) if x.name == _PAST_INPUT)
+        stated = zip(op.inputs[at].shape, dims.get(node.input[at], ()), strict=False)
+        wrong = op.refusal({letter: dim.dim_value for letter, dim in stated if dim.dim_value})  # what is not known here, the plugin will say
+        if wrong:
+            found[node.op_type] = wrong
+    return found
+
+
+def prepare(model: ModelProto, claimed: Collection[str] | None = None) -> PreparedGraph:
+    """Drop the bodies of `claimed` ops (None: what `claims` says) and inline every other one, whose nodes are then called `CALL/Operator.n`.
+
+    Every node has a name afterwards. The model is taken apart: use the result instead. Raises UserError if an op of ours has neither a plugin nor a body.
+    """
+    reasons = refusals(model)
+    claimed = claims(model) if claimed is None else claimed
+    bodies = {f.name: len(f.node) for f in model.functions if f.domain == contract.DOMAIN}
+    calls = [(n.name, n.op_type) for n in model.graph.node]
+    ours = sorted({n.op_type for n in model.graph.node if n.domain == contract.DOMAIN})
+    lost = [op for op in ours if op not in claimed and op not in bodies]
+    if lost:
+        raise UserError("the graph uses an op that has neither a plugin nor a body", got=", ".join(lost), fix="sessa-deploy export CHECKPOINT --out BUNDLE")
+    kept = [f for f in model.functions if f.name not in claimed]
+    del model.functions[:]
+    model.functions.extend(kept)
+    weights = _take_weights(model.graph)
+    if kept:
+        model = onnx.inliner.inline_local_functions(model)
+        _name_nodes(model.graph, calls, {f.name: len(f.node) for f in kept})
+    _storage_of_plugins(model.graph, claimed)
+    types = _types(onnx.shape_inference.infer_shapes(model).graph)
+    del model.graph.value_info[:]
+    _put_weights(model.graph, weights)
+    pasts = {x.name for x in model.graph.input} - {contract.INPUT_IDS, contract.PAST_LENGTH, contract.NEW_LENGTH}
+    direct = sorted({x for n in model.graph.node if n.op_type in claimed for x in n.input if x in pasts})
+    inlined = [op for op in ours if op not in claimed]
+    return PreparedGraph(model, types, inlined, direct, {op: reasons[op] for op in inlined if op in reasons})
+
+
+def complaints(model: ModelProto, tensorrt: tuple[int, ...], claimed: Collection[str] = PLUGIN_OPS) -> list[str]:
+    """What this TensorRT's parser cannot take, one line each with the node's name; empty for 10 and later, whose parsers say it themselves."""
+    if tensorrt[0] >= 10:
+        return []
+    found = []
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if opset > _OLD_PARSER_OPSET:
+        found.append(f"the graph is of opset {opset}, TensorRT 8.6 reads up to {_OLD_PARSER_OPSET}: export with --opset {_OLD_PARSER_OPSET}")
+    constants = {x.name for x in model.graph.initializer}
+    for node in _nodes(model.graph):
+        constants.update(node.output if node.op_type == "Constant" else ())
+        if node.op_type in claimed:
+            continue
+        if node.op_type not in _OLD_PARSER_OPS:
+            found.append(f"{node.name}: TensorRT 8.6 has no {node.op_type}")
+        at = _OLD_PARSER_CONSTANT.get(node.op_type)
+        if at is not None and len(node.input) > at and node.input[at] and node.input[at] not in constants:
+            found.append(f"{node.name}: the axes of {node.op_type} must be constant in TensorRT 8.6")
+        if node.op_type == "Constant" and any(a.name in ("value_int", "value_ints") for a in node.attribute):
+            found.append(f"{node.name}: TensorRT 8.6 reads integers of Constant from a tensor only")
+        if node.op_type == "Shape" and node.attribute:
+            found.append(f"{node.name}: TensorRT 8.6 ignores start and end of Shape")
+    found += [f"{name}: its shape depends on lengths or ids, not on shapes alone" for name in data_dependent_shapes(model.graph)]
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.BFLOAT16:
+            found.append(f"{tensor.name}: TensorRT 8.6 has no bfloat16: export with --precision fp16 or fp32")
+            break
+    return found
+
+
+def data_dependent_shapes(graph: GraphProto) -> list[str]:
+    """Names of nodes whose output shape follows from the values of input_ids, past_length or new_length: TensorRT would read them on the host."""
+    data, found = {contract.INPUT_IDS, contract.PAST_LENGTH, contract.NEW_LENGTH}, []
+    for node in graph.node:
+        if node.op_type == "Shape":
+            continue
+        if any(x in data for x in list(node.input)[_SHAPE_INPUTS.get(node.op_type, len(node.input)) :]):
+            found.append(node.name)
+        if any(x in data for x in node.input):
+            data.update(node.output)
+    return found
+
+
+def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """All nodes, those of nested graphs too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield from _nodes(attribute.g)
+
+
+def _take_weights(graph: GraphProto) -> dict[str, TensorProto]:
+    """Take the data of large initializers out of the graph; their names, types and shapes stay."""
+    taken = {}
+    for i, tensor in enumerate(graph.initializer):
+        if tensor.data_location == TensorProto.EXTERNAL or len(tensor.raw_data) > _SMALL:
+            whole = TensorProto()
+            whole.CopyFrom(tensor)
+            taken[tensor.name] = whole
+            graph.initializer[i].CopyFrom(TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type))
+    return taken
+
+
+def _put_weights(graph: GraphProto, weights: dict[str, TensorProto]) -> None:
+    for i, tensor in enumerate(graph.initializer):
+        if tensor.name in weights:
+            graph.initializer[i].CopyFrom(weights.pop(tensor.name))
+
+
+def _name_nodes(graph: GraphProto, calls: Iterable[tuple[str, str]], bodies: dict[str, int]) -> None:
+    """Name the nodes that came in place of a call after that call; the inliner keeps their order and gives them none."""
+    nodes, at = list(graph.node), 0
+    for name, op in calls:
+        count, counts = bodies.get(op, 0), Counter[str]()
+        for node in nodes[at : at + count]:
+            node.name = f"{name}/{node.op_type}.{counts[node.op_type]}"
+            counts[node.op_type] += 1
+        at += count or 1
+    for i, node in enumerate(nodes):
+        node.name = node.name or f"{node.op_type}.{i}"
+
+
+def _storage_of_plugins(graph: GraphProto, claimed: Collection[str]) -> None:
+    """State the types of the plugins' outputs, so that type inference goes on behind them."""
+    for node in graph.node:
+        if node.op_type in claimed:
+            storage = next((a.i for a in node.attribute if a.name == contract.ATTR_STORAGE), TensorProto.FLOAT)
+            graph.value_info.extend(onnx.helper.make_tensor_value_info(x, storage, None) for x in node.output)
+
+
+def _types(graph: GraphProto) -> dict[str, int]:
+    values = [*graph.input, *graph.output, *graph.value_info]
+    types = {v.name: v.type.tensor_type.elem_type for v in values if v.type.HasField("tensor_type")}
+    return {**types, **{t.name: t.data_type for t in graph.initializer}}
