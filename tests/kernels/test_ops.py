@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sessa_deploy.kernels import cpu, ops, reference
+from sessa_deploy.kernels import blocked, ops, reference
 
 EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
@@ -60,7 +57,7 @@ def check_rule(p: dict[str, Tensor], got: Tensor) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 257])
 def test_blocked_op_equals_the_recurrence(tokens: int, past: int) -> None:
     p = problem(2, tokens, 16, past)
-    torch.testing.assert_close(cpu.feedback_forward(**p, block=64)[0], reference.recurrence(**p), rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(blocked.feedback_forward(**p, block=64)[0], reference.recurrence(**p), rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(ops.feedback_attention(**p), reference.plain(**p), rtol=1e-10, atol=1e-11)
 
 
@@ -69,7 +66,7 @@ def test_blocked_op_equals_the_recurrence(tokens: int, past: int) -> None:
        seed=st.integers(0, 999))
 def test_any_shape_and_block(batch: int, tokens: int, past: int, width: int, block: int, seed: int) -> None:
     p = problem(batch, tokens, width, past, seed=seed)
-    torch.testing.assert_close(cpu.feedback_forward(**p, block=block)[0], reference.recurrence(**p), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(blocked.feedback_forward(**p, block=block)[0], reference.recurrence(**p), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", EPS)
@@ -139,7 +136,7 @@ def test_causal_attention_equals_plain(heads: tuple[int, int], past: int) -> Non
     past_k[0], past_v[0] = torch.nan, torch.nan
     want = reference.plain_causal(q, k, v, past_k, past_v, length)
     torch.testing.assert_close(ops.causal_attention(q, k, v, past_k, past_v, length), want)
-    torch.testing.assert_close(cpu.causal_forward(q, k, v, past_k, past_v, length, block=32), want)
+    torch.testing.assert_close(blocked.causal_forward(q, k, v, past_k, past_v, length, block=32), want)
     k[1, 50:], v[2, 60:] = torch.nan, torch.inf
     dirty = ops.causal_attention(q, k, v, past_k, past_v, length)
     torch.testing.assert_close(dirty[1, :50], want[1, :50])
@@ -220,23 +217,3 @@ def test_a_sequence_is_the_same_whatever_batch_it_is_in() -> None:
     for b in range(4):
         alone = ops.feedback_attention(**{n: x[b : b + 1] for n, x in p.items()})
         torch.testing.assert_close(alone[0], whole[b], rtol=1e-12, atol=1e-13)
-
-
-def test_how_many_programs_a_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver's answer times the multiprocessors; 0 where it has none."""
-    pytest.importorskip("triton")
-    from sessa_deploy.kernels import feedback_launch
-
-    asked = []
-
-    def occupancy(each: Any, function: Any, threads: int, shared: Any) -> int:
-        asked.append((function.value, threads, shared.value))
-        each._obj.value = 6
-        return 0
-
-    binary = SimpleNamespace(function=77, metadata=SimpleNamespace(num_warps=2, shared=32800))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    monkeypatch.setattr(feedback_launch, "open_driver", lambda: SimpleNamespace(cuOccupancyMaxActiveBlocksPerMultiprocessor=occupancy))
-    assert feedback_launch._resident(binary, torch.device("cuda", 0)) == 792 and asked == [(77, 64, 32800)]
-    monkeypatch.setattr(feedback_launch, "open_driver", lambda: SimpleNamespace())
-    assert feedback_launch._resident(binary, torch.device("cuda", 0)) == 0

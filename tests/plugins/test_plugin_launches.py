@@ -95,10 +95,10 @@ Launch = tuple[str, tuple[int, ...], int, bool, list[float], list[int]]  # kerne
 
 def read(line: str) -> Launch:
     """A launch as the driver wrote it."""
-    from sessa_deploy.kernels import launch
+    from sessa_deploy.kernels.launch import table
 
     name, x, y, z, threads, early, *words = line.split()
-    kinds = [p.type for p in launch.kernel(name).params]
+    kinds = [p.type for p in table.kernel(name).params]
     assert len(words) == len(kinds)
     scalars, pointers = list[float](), list[int]()
     for kind, word in zip(kinds, words, strict=True):
@@ -120,7 +120,10 @@ def launches(monkeypatch: pytest.MonkeyPatch, held: int, batch: int, tokens: int
     """(operation, its sizes, the launches of the Python side) for one shape of a layer, on a device that holds `held` programs; steps where tokens is 1."""
     import torch
 
-    from sessa_deploy.kernels import causal_step, feedback_step, launch, layer, mixer_step
+    from sessa_deploy.kernels.causal import step as causal
+    from sessa_deploy.kernels.engine import layer, mixer
+    from sessa_deploy.kernels.feedback import step as feedback
+    from sessa_deploy.kernels.launch import table
 
     noted: list[Launch] = []
 
@@ -130,18 +133,18 @@ def launches(monkeypatch: pytest.MonkeyPatch, held: int, batch: int, tokens: int
         def __init__(self, kernel: Any, device: Any, dtype: Any, options: dict[str, Any]) -> None:
             self.name, self.threads = kernel.__name__, 32 * options["num_warps"]
             # whether kernels start early the Python side leaves to the plugin: the rule is the number of rows and that the binary can
-            self.early = bool(options.get("PDL")) and batch * tokens <= launch.kernel(self.name).early_rows
+            self.early = bool(options.get("PDL")) and batch * tokens <= table.kernel(self.name).early_rows
 
         def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
-            kinds = [p.type for p in launch.kernel(self.name).params]
+            kinds = [p.type for p in table.kernel(self.name).params]
             scalars = [float(x) for kind, x in zip(kinds, arguments, strict=True) if not kind.startswith("*")]
             pointers = [x.data_ptr() if isinstance(x, torch.Tensor) else int(x) for kind, x in zip(kinds, arguments, strict=True) if kind.startswith("*")]
             noted.append((self.name, (*grid, 1, 1)[:3], self.threads, self.early, scalars, pointers))
 
-    def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str) -> dict[str, Any]:
-        return {name: launch.options(name, 90, "fp32" if dtype == torch.float32 else "fp16", variant) for name in names}
+    def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str, early: int = 0) -> dict[str, Any]:
+        return {name: table.options(name, 90, "fp32" if dtype == torch.float32 else "fp16", variant) for name in names}
 
-    for module in (causal_step, feedback_step, layer, mixer_step):
+    for module in (causal, feedback, layer, mixer):
         monkeypatch.setattr(module, "launcher", Writer)
         monkeypatch.setattr(module, "pinned", pinned)
     n, d = batch * tokens, width // heads
@@ -170,10 +173,10 @@ def launches(monkeypatch: pytest.MonkeyPatch, held: int, batch: int, tokens: int
         past_b, row, f = [half(batch, capacity, width) for _ in range(2)], half(batch, 1, width), half(batch, 1, width)
         past, q, (k, v) = [half(batch, capacity, kv_heads, d) for _ in range(2)], half(batch, 1, heads, d), [half(batch, 1, kv_heads, d) for _ in range(2)]
         calls += [
-            (ph.FEEDBACK, sizes(batch, 1, capacity, width), lambda: feedback_step.step(row, x, floats(batch, 1), f, *past_b, length)),
-            (ph.CAUSAL, sizes(batch, 1, capacity, d, heads, kv_heads), lambda: causal_step.step(q, k, v, *past, length)),
+            (ph.FEEDBACK, sizes(batch, 1, capacity, width), lambda: feedback.step(row, x, floats(batch, 1), f, *past_b, length)),
+            (ph.CAUSAL, sizes(batch, 1, capacity, d, heads, kv_heads), lambda: causal.step(q, k, v, *past, length)),
             (ph.MIXER, sizes(batch, 1, capacity, width, heads, kv_heads, d),
-             lambda: mixer_step.step(q[:, 0], k[:, 0], v[:, 0], *past, half(width, width), half(width), x, floats(batch), *past_b, length)),
+             lambda: mixer.step(q[:, 0], k[:, 0], v[:, 0], *past, half(width, width), half(width), x, floats(batch), *past_b, length)),
         ]
     found = []
     for op, shape, call in calls:
@@ -192,11 +195,12 @@ def test_the_plugin_launches_what_the_python_side_does(
     built: Built, shape: tuple[int, ...], says: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels, grids, threads, sizes and early starts; of a step's programs no more than the device holds, whatever the batch, if its driver says that."""
-    from sessa_deploy.kernels import launch
+    from sessa_deploy.kernels.launch import table
+    from sessa_deploy.kernels.launch.limits import STEP_PROGRAMS
 
     _, library, harness = built
-    held = EACH * MULTIPROCESSORS if says else launch.STEP_PROGRAMS
-    kernels = "".join(f'{{"{k.name}", {len(k.params)}}}, ' for k in launch.KERNELS.values())
+    held = EACH * MULTIPROCESSORS if says else STEP_PROGRAMS
+    kernels = "".join(f'{{"{k.name}", {len(k.params)}}}, ' for k in table.kernels().values())
     defines = f"#define MULTIPROCESSORS {MULTIPROCESSORS}\n#define KERNELS {kernels}\n" + (f"#define EACH {EACH}\n" if says else "")
     (tmp_path / "cuda.c").write_text(defines + DRIVER)
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-w", "-o", "libcuda.so.1", "cuda.c"], cwd=tmp_path, check=True)
@@ -220,12 +224,13 @@ def test_the_plugin_launches_what_the_python_side_does(
 
 def test_rows_that_start_early_have_binaries_that_can() -> None:
     """A product's tiles follow from its rows: each that the plugin may start early waits for its predecessor; and nothing starts early that does not wait."""
-    from sessa_deploy.kernels import launch, launch_layer
+    from sessa_deploy.kernels.engine.spec import product_variant
+    from sessa_deploy.kernels.launch import table
 
-    for kernel in (k for k in launch.KERNELS.values() if k.lowered):
+    for kernel in (k for k in table.kernels().values() if k.lowered):
         for variant in (v for v in kernel.variants if v != "bwd"):
-            waits = bool(kernel.early) and launch.tiles(kernel.name, 90, kernel.dtypes[0], variant)["PDL"]
-            assert waits or launch.early(kernel.name, 90, kernel.dtypes[0], variant) == 0
+            waits = bool(kernel.early) and table.tiles(kernel.name, 90, kernel.dtypes[0], variant)["PDL"]
+            assert waits or table.early(kernel.name, 90, kernel.dtypes[0], variant) == 0
         if kernel.early and {"16", "64", "any"} <= set(kernel.variants):
-            found = {launch_layer.product_variant(rows) for rows in range(1, kernel.early_rows + 1)}
+            found = {product_variant(rows) for rows in range(1, kernel.early_rows + 1)}
             assert found & set(kernel.variants) <= set(kernel.early), kernel.name
