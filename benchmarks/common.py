@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sessa_deploy.files import write_whole
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -76,8 +78,7 @@ def write(name: str, rows: Any) -> Path:
     """Write results/<name>.json with the machine beside the rows."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-    return path
+    return write_whole(path, json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", what="the results")
 
 
 def line_plot(name: str, series: dict[str, tuple[list[float], list[float]]], xlabel: str, ylabel: str, title: str) -> Path:

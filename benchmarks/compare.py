@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, run_logged
-from compare_worker import Point
+from compare_peer import Point
 from random_bundle import SIZES, VOCABULARY
 from rich import box
 from rich.console import Console

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import torch
-from compare_worker import Peer
+from compare_peer import Peer
 from torch import Tensor, nn
 
 from sessa_deploy.contract import CACHE_FIELDS, PRECISIONS

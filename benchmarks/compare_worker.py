@@ -9,75 +9,23 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import time
 import traceback
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from compare_peer import Peer, Point
 
-from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import PRECISIONS
-from sessa_deploy.runtime import driver, environment, traffic
+from sessa_deploy.cuda import used_memory
+from sessa_deploy.files import write_whole
+from sessa_deploy.runtime import environment, traffic
 
 WINDOW = 64  # steps before the context is rewound to where it began
 WARM_STEPS = 3
 FILL_TOKENS = 4096  # tokens of all sequences together in one step of a prefill that only fills caches
-
-
-@dataclass(frozen=True)
-class Point:
-    """What is timed. contexts: cached tokens of each sequence when decoding starts; prompt: tokens of a prefill instead, 0 for decoding."""
-
-    name: str
-    capacity: int
-    contexts: tuple[int, ...]
-    prompt: int = 0
-
-    @property
-    def batch(self) -> int:
-        """Sequences."""
-        return len(self.contexts)
-
-
-class Peer(ABC):
-    """Something that decodes greedily. Opened for a batch and a capacity; `begin` says where each sequence stands."""
-
-    def __init__(self, job: dict[str, Any]) -> None:
-        self.job, self.config, self.precision = job, SessaConfig.from_dict(job["config"]), str(job["precision"])
-        self.device = str(job["device"])
-
-    @abstractmethod
-    def open(self, batch: int, capacity: int) -> None:
-        """Make room for `batch` sequences of `capacity` tokens."""
-
-    @abstractmethod
-    def begin(self, contexts: tuple[int, ...]) -> None:
-        """Fill the caches so that sequence b holds contexts[b] tokens."""
-
-    @abstractmethod
-    def rewind(self) -> None:
-        """Back to the contexts of `begin`."""
-
-    @abstractmethod
-    def step(self) -> list[int]:
-        """Feed each sequence its last token; the next ones, on the host."""
-
-    @abstractmethod
-    def prompt(self, tokens: int) -> list[int]:
-        """Forget everything, feed every sequence a prompt of `tokens` tokens; the first new ones, on the host."""
-
-    def notes(self) -> dict[str, Any]:
-        """What else the figures must be read with."""
-        return {}
-
-    def close(self) -> None:
-        """Free the caches."""
-        return
 
 
 class Runtime(Peer):
@@ -200,17 +148,12 @@ def prefill(peer: Peer, point: Point, job: dict[str, Any]) -> np.ndarray:
     return np.array(times)
 
 
-def used() -> int | None:
-    """Bytes of the GPU's memory in use, None where there is none."""
-    return driver.DeviceMemory().used() if driver.devices() else None
-
-
 def measure(peer: Peer, point: Point, job: dict[str, Any], before: int | None) -> dict[str, Any]:
     """The figures of one point."""
     seconds = prefill(peer, point, job) if point.prompt else decode(peer, point, job)
     ms, tokens = 1e3 * seconds, point.batch * (point.prompt or 1)
     mean = (min(WINDOW, point.capacity - max(point.contexts)) - 1) / 2
-    now = used()
+    now = used_memory()
     return {
         **{f"p{q}_ms": float(np.percentile(ms, q)) for q in (50, 95, 99)}, "min_ms": float(ms.min()), "count": len(ms),
         "tokens_per_second": tokens * len(ms) / float(seconds.sum()),
@@ -233,7 +176,7 @@ def main() -> int:
     job, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     points = [Point(p["name"], p["capacity"], tuple(p["contexts"]), p["prompt"]) for p in job["points"]]
     result: dict[str, Any] = {"points": {}, "bandwidth": traffic.copy_bandwidth()}
-    before, room = used(), None
+    before, room = used_memory(), None
     peer = make(job)
     for point in points:
         began = time.perf_counter()
@@ -250,9 +193,7 @@ def main() -> int:
             result["points"][point.name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
             room = None
         result |= {"notes": peer.notes(), "environment": environment.describe()}
-        part = out.with_suffix(".part")
-        part.write_text(json.dumps(result))
-        os.replace(part, out)
+        write_whole(out, json.dumps(result), what="the result")
     peer.close()
     return 0
 

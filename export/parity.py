@@ -11,23 +11,24 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from sessa_deploy import __version__
+from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CACHE_FIELDS, LOGITS, MODEL_FILE, PARITY_FILE
 from sessa_deploy.errors import UserError
-from sessa_deploy.export.parity_cases import LENGTHS, Case, Cases, build_cases, load_cases, save_cases
+from sessa_deploy.export.parity_cases import CASES_FILE, LENGTHS, Case, Cases, build_cases, load_cases, save_cases
 from sessa_deploy.export.parity_drive import Tensors, layer_name
-from sessa_deploy.export.parity_engines import resolve_backends
+from sessa_deploy.export.parity_engines import has_all_logits, resolve_backends
 from sessa_deploy.export.parity_metrics import TokenCheck, Yardstick, check_tokens, compare, position_errors
 from sessa_deploy.export.parity_process import Launch, ProcessLaunch, Progress, RungError, launch_all, silent
 from sessa_deploy.export.parity_rungs import ENGINE_RUNGS, HEADER_FILE, ORACLE, PLAIN, TORCH, RungJob, read_header, read_tensors
 from sessa_deploy.export.parity_verdict import Failure, Report, first_divergence
+from sessa_deploy.files import scratch
 from sessa_deploy.runtime.bundle import Bundle, add_files
 
 WIDE = 512  # from this width on, matrix products gain from more than one thread
@@ -36,13 +37,14 @@ WIDE = 512  # from this width on, matrix products gain from more than one thread
 def validate(
     bundle: str | Path, checkpoint: str | Path, backends: Sequence[str] = ("auto",), *, dump: str | Path | None = None, elsewhere: str | Path | None = None,
     lengths: Sequence[int] = LENGTHS, seed: int = 0, launch: Launch | None = None, workers: int | None = None, progress: Progress = silent,
-    record: bool = False,
+    record: bool = False, also: Sequence[int] = (), config: str | Path | None = None, texts: Mapping[str, Sequence[int]] | None = None,
 ) -> Report:
     """Judge a bundle against the checkpoint it was exported from.
 
     backends: engines to run as rungs ("ort", ..., or "auto": those that run here). dump: keep cases and tensors in this folder. elsewhere: judge the rungs
-    found in this folder, which other machines wrote, instead of running engines here. lengths, seed: of the cases. launch, workers: how rungs are
-    started and how many side by side. Raises UserError on bad input, ParityError on a checkpoint of another shape; disagreement is in the report.
+    found in this folder, which other machines wrote, instead of running engines here. lengths, seed, also, texts: of the cases, see build_cases.
+    config: config.json of a checkpoint that has none. launch, workers: how rungs are started and how many side by side.
+    Raises UserError on bad input, ParityError on a checkpoint of another shape; disagreement is in the report.
     """
     from sessa_deploy.export.parity_weights import check_weights  # torch and onnx, which dump_engines does without
 
@@ -52,22 +54,24 @@ def validate(
     cores = len(os.sched_getaffinity(0))
     workers = workers or min(3, cores)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sessa-parity-")) if dump is None else dump).absolute()
+        folder = (stack.enter_context(scratch("sessa-parity-")) if dump is None else Path(dump)).absolute()
         if elsewhere is None:
             rungs = [TORCH, *resolve_backends(backends, opened)]
             sources = {rung: folder for rung in rungs}
-            save_cases(build_cases(opened.config, seed, lengths), folder)
+            save_cases(build_cases(opened.config, seed, lengths, also=also, texts=texts, all_logits=has_all_logits(opened)), folder)
         else:
             given = load_cases(elsewhere)
             save_cases(Cases(given.cases, given.seed, "oracle"), folder)
             sources = _found_elsewhere(Path(elsewhere).absolute(), opened, given)
             sources.setdefault(TORCH, folder)
             rungs = sorted(sources, key=[TORCH, *ENGINE_RUNGS].index)
-        weights = check_weights(opened.model, checkpoint, opened.precision, opened.config)
+        given_config = None if config is None else Path(config).absolute()
+        weights = check_weights(opened.model, checkpoint, opened.precision, opened.config, None if given_config is None else SessaConfig.load(given_config))
 
         def job(rung: str) -> RungJob:
             threads = max(1, cores // (1 if rung == ORACLE else workers)) if opened.config.d_model >= WIDE else 1
-            return RungJob(rung, folder, opened.path.absolute(), None if rung in ENGINE_RUNGS else Path(checkpoint).absolute(), threads)
+            return RungJob(rung, folder, opened.path.absolute(), None if rung in ENGINE_RUNGS else Path(checkpoint).absolute(), threads,
+                          None if rung in ENGINE_RUNGS else given_config)
 
         launch_all([job(ORACLE)], launch, 1, progress)
         died = launch_all([job(r) for r in (PLAIN, *rungs) if r == PLAIN or sources[r] == folder], launch, workers, progress)
@@ -88,15 +92,18 @@ def record(bundle: str | Path, report: Report) -> Bundle:
 
 def dump_engines(
     bundle: str | Path, folder: str | Path, backends: Sequence[str] = ("auto",), *, seed: int = 0, lengths: Sequence[int] = LENGTHS,
-    launch: Launch | None = None, progress: Progress = silent,
+    launch: Launch | None = None, progress: Progress = silent, also: Sequence[int] = (), texts: Mapping[str, Sequence[int]] | None = None,
 ) -> list[str]:
     """Write the engines' tensors into `folder`, for a comparison on the machine that has the checkpoint; returns the rungs written.
 
     Uses the cases in the folder, or makes them (then generated tokens are seeded ones). Needs neither torch nor the checkpoint.
     """
     opened, folder = Bundle.open(bundle), Path(folder).absolute()
-    if not (folder / "cases.json").is_file():
-        save_cases(build_cases(opened.config, seed, lengths), folder)
+    if not (folder / CASES_FILE).is_file():
+        save_cases(build_cases(opened.config, seed, lengths, also=also, texts=texts, all_logits=has_all_logits(opened)), folder)
+    elif also or texts:
+        raise UserError("the folder holds cases already", got=f"{folder / CASES_FILE}", allowed="further lengths and texts for new cases only",
+                        fix="name another --dump, or leave --length and --text out")
     rungs = resolve_backends(backends, opened)
     jobs = [RungJob(rung, folder, opened.path.absolute(), None, len(os.sched_getaffinity(0))) for rung in rungs]
     died = launch_all(jobs, launch or ProcessLaunch(), 1, progress)
@@ -141,7 +148,8 @@ def _judge(bundle: Bundle, cases: Cases, sources: dict[str, Path], headers: dict
                 continue
             own = read_tensors(sources[rung], rung, mode, case.name)
             judged[rung, mode] += _compare_case(oracle, plain, own, pooled, case, rows, logit_rows, bundle, rung, mode)
-            tokens[rung, mode].append((case.name, logit_rows, oracle[LOGITS], own.get(LOGITS), own["token"]))
+            kept = slice(None) if LOGITS in own else case.last_rows()  # a runner that picks tokens itself picks one a step
+            tokens[rung, mode].append((case.name, logit_rows[kept], oracle[LOGITS][kept], own.get(LOGITS), own["token"]))
             if case.name in plotted and mode == next(iter(headers[rung]["modes"])):
                 positions[case.name][rung] = _positions(oracle, own, config.n_layers)
     headers = {rung: headers[rung] for rung in (ORACLE, PLAIN, *rungs)}

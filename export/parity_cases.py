@@ -11,18 +11,22 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sessa_deploy.config import SessaConfig
+from sessa_deploy.contract import MAX_POSITION
 from sessa_deploy.errors import UserError
+from sessa_deploy.files import whole, write_whole
+from sessa_deploy.reading import read_json
 
 CASES_FILE, CASES_IDS_FILE = "cases.json", "cases.npz"
 CASES_SCHEMA = 1
 LENGTHS = (1, 2, 63, 64, 65, 257)
+TEXT_CHUNK = 256
 BLOCK_EDGE = 64  # lengths around it cross the edges of every blocked implementation
 POISON = (np.nan, np.inf, -np.inf)
 
@@ -42,6 +46,7 @@ class Case:
     capacity: rows P of the past handed to the graph in every step, or None for views of exact length (P = 0 in the first step).
     poison: fill the rows of the past beyond each length with NaN and Inf.
     generated: the steps from this one on carry one token each that the oracle chooses greedily; None if all ids are seeded.
+    all_logits: judge the logits after every token, of a graph that gives them all, not only those after each step's last.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Case:
     capacity: int | None = None
     poison: bool = False
     generated: int | None = None
+    all_logits: bool = False
 
     @property
     def batch(self) -> int:
@@ -75,12 +81,18 @@ class Case:
         return np.array([(b, t) for b, n in enumerate(self.lengths) for t in range(n)], dtype=np.int64).reshape(-1, 2)
 
     def logit_rows(self) -> np.ndarray:
-        """(N,3): step, sequence and position of each row of the canonical logits: those at new_length - 1, where new_length > 0."""
+        """(N,3): step, sequence and position of each row of the canonical logits: those at new_length - 1, where new_length > 0, or all of them."""
         seen, out = np.zeros(self.batch, dtype=np.int64), []
         for i, step in enumerate(self.steps):
+            for b, count in enumerate(step.new_length.tolist()):
+                out += [(i, b, seen[b] + t) for t in (range(count) if self.all_logits else range(max(count - 1, 0), count))]
             seen = seen + step.new_length
-            out += [(i, b, seen[b] - 1) for b in range(self.batch) if step.new_length[b] > 0]
         return np.array(out, dtype=np.int64).reshape(-1, 3)
+
+    def last_rows(self) -> np.ndarray:
+        """(N,) bool: which of logit_rows are the last of their step and sequence."""
+        rows = self.logit_rows()
+        return np.append((rows[1:, :2] != rows[:-1, :2]).any(axis=1), True)[: len(rows)]
 
     def alone(self, sequence: int) -> Case:
         """The steps in which one sequence has new tokens, as a case of one sequence; its other rows and steps are left out."""
@@ -109,17 +121,24 @@ class Cases:
         """sha256 over everything that a rung reads, so that tensors of other cases are never compared."""
         h = hashlib.sha256()
         for case in self.cases:
-            h.update(json.dumps([case.name, case.kind, case.capacity, case.poison, case.generated]).encode())
+            h.update(json.dumps([case.name, case.kind, case.capacity, case.poison, case.generated, *([True] if case.all_logits else [])]).encode())
             for step in case.steps:
                 h.update(repr(step.input_ids.shape).encode() + step.input_ids.astype("<i8").tobytes() + step.new_length.astype("<i4").tobytes())
         return h.hexdigest()
 
 
-def build_cases(config: SessaConfig, seed: int = 0, lengths: Sequence[int] = LENGTHS, generate: int = 24) -> Cases:
+def build_cases(config: SessaConfig, seed: int = 0, lengths: Sequence[int] = LENGTHS, generate: int = 24, also: Sequence[int] = (),
+                texts: Mapping[str, Sequence[int]] | None = None, all_logits: bool = False) -> Cases:
     """Prefill at the odd lengths, step-by-step decode, greedy generation, chunked prefill, a ragged batch and poisoned caches.
 
-    Lengths beyond config.max_context are left out or cut to it. Ids are uniform over the vocabulary, from `seed` alone.
+    Lengths beyond config.max_context are left out or cut to it; those in `also` are judged as they are, since a session may be opened for more tokens
+    than that. Ids are uniform over the vocabulary, from `seed` alone. texts: name -> token ids of real text, each fed in chunks of TEXT_CHUNK and cut
+    to max_context. all_logits: judge the logits of every token. Raises UserError on a length that rotary positions do not reach.
     """
+    for n in also:
+        if config.use_forward_rope and n > MAX_POSITION:
+            raise UserError("no rotary position is that far out", got=f"a length of {n}", allowed=f"at most {MAX_POSITION} tokens",
+                            fix="choose another --length")
     rng = np.random.default_rng([seed, config.vocab_size, config.max_context])
     limit = config.max_context
 
@@ -137,7 +156,7 @@ def build_cases(config: SessaConfig, seed: int = 0, lengths: Sequence[int] = LEN
                 seen += cut
         return out
 
-    cases = [Case(f"prefill-{n}", "prefill", (step(n),)) for n in dict.fromkeys(lengths) if n <= limit]
+    cases = [Case(f"prefill-{n}", "prefill", (step(n),)) for n in dict.fromkeys((*(n for n in lengths if n <= limit), *also))]
     cases.append(Case("decode", "decode", tuple(fit([(1,)] * (BLOCK_EDGE + 2)))))
     cases.append(Case("chunked", "chunked", tuple(fit([(64,), (65,), (1,), (63,), (2,), (62,)]))))
     ragged = fit([(65, 1, 0, 63), (2, 64, 64, 0), (1, 1, 1, 1), (0, 1, 1, 1), (1, 0, 1, 0), (5, 3, 0, 1), (1, 1, 1, 1)])
@@ -147,7 +166,11 @@ def build_cases(config: SessaConfig, seed: int = 0, lengths: Sequence[int] = LEN
     prompt = min(33, max(1, limit - generate))
     greedy = fit([(prompt,), *[(1,)] * min(generate, limit - prompt)])
     cases.append(Case("greedy", "greedy", tuple(greedy), generated=1 if len(greedy) > 1 else None))
-    return Cases(tuple(cases), seed)
+    for name, given in (texts or {}).items():
+        ids = np.asarray(given[:limit], dtype=np.int64)
+        parts = [ids[at : at + TEXT_CHUNK] for at in range(0, len(ids), TEXT_CHUNK)]
+        cases.append(Case(name, "text", tuple(Step(part[None], np.array([len(part)], dtype=np.int32)) for part in parts)))
+    return Cases(tuple(dataclasses.replace(case, all_logits=all_logits) for case in cases), seed)
 
 
 def _longest(steps: Sequence[Step]) -> int:
@@ -155,20 +178,16 @@ def _longest(steps: Sequence[Step]) -> int:
 
 
 def save_cases(cases: Cases, folder: str | Path) -> None:
-    """Write cases.npz and cases.json into `folder`, the JSON last and both by rename."""
+    """Write cases.npz and cases.json into `folder`, the JSON last and each whole or not at all. Raises UserError if that fails."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {f"{case.name}/{j}/{key}": getattr(step, key) for case in cases.cases for j, step in enumerate(case.steps) for key in ("input_ids", "new_length")}
-    part = folder / (CASES_IDS_FILE + ".part")
-    with part.open("wb") as handle:
-        np.savez(handle, **arrays)
-    part.replace(folder / CASES_IDS_FILE)
-    fields = ("name", "kind", "capacity", "poison", "generated")
+    with whole(folder / CASES_IDS_FILE, what="the cases", sync=False) as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
+    fields = ("name", "kind", "capacity", "poison", "generated", "all_logits")
     listing = [{**{f: getattr(case, f) for f in fields}, "steps": len(case.steps)} for case in cases.cases]
     text = json.dumps({"schema": CASES_SCHEMA, "seed": cases.seed, "chosen_by": cases.chosen_by, "digest": cases.digest(), "cases": listing}, indent=1)
-    part = folder / (CASES_FILE + ".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(folder / CASES_FILE)
+    write_whole(folder / CASES_FILE, text + "\n", what="the cases", sync=False)
 
 
 def load_cases(folder: str | Path) -> Cases:
@@ -176,17 +195,18 @@ def load_cases(folder: str | Path) -> Cases:
     folder = Path(folder)
     mend = "make the folder with `sessa-deploy validate BUNDLE --checkpoint CHECKPOINT --dump DIR`"
     try:
-        data: dict[str, Any] = json.loads((folder / CASES_FILE).read_text(encoding="utf-8"))
+        data: dict[str, Any] = read_json(folder / CASES_FILE)
         if data.get("schema") != CASES_SCHEMA:
             raise UserError(f"{folder / CASES_FILE} has another schema", got=data.get("schema"), allowed=CASES_SCHEMA, fix=mend)
         with np.load(folder / CASES_IDS_FILE, allow_pickle=False) as arrays:
             cases = Cases(tuple(
                 Case(entry["name"], entry["kind"],
                      tuple(Step(arrays[f"{entry['name']}/{j}/input_ids"], arrays[f"{entry['name']}/{j}/new_length"]) for j in range(entry["steps"])),
-                     entry["capacity"], entry["poison"], entry["generated"])
+                     entry["capacity"], entry["poison"], entry["generated"], entry.get("all_logits", False))
                 for entry in data["cases"]), data["seed"], data["chosen_by"])
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        digest = data["digest"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{folder} holds no readable parity cases", got=error, allowed=f"{CASES_FILE} and {CASES_IDS_FILE}", fix=mend) from None
-    if cases.digest() != data["digest"]:
-        raise UserError(f"the cases in {folder} are damaged", got="another digest", allowed=data["digest"], fix=mend)
+    if cases.digest() != digest:
+        raise UserError(f"the cases in {folder} are damaged", got="another digest", allowed=digest, fix=mend)
     return cases

@@ -32,6 +32,9 @@ class SessionRunner(Protocol):
     def step(self, input_ids: np.ndarray, new_length: np.ndarray) -> np.ndarray:
         """Feed input_ids (B,T), of which new_length (B,) count; returns logits (B,V)."""
 
+    def step_all(self, input_ids: np.ndarray, new_length: np.ndarray) -> np.ndarray:
+        """Like `step`; returns logits (B,T,V). Called for cases with all logits."""
+
     def rows(self, sequence: int) -> dict[str, np.ndarray]:
         """The cached rows of one sequence by graph name past.{i}.{field}, at least as many as it has tokens; empty if they cannot be read."""
 
@@ -88,7 +91,10 @@ def drive_graph(step: GraphStep, case: Case, config: SessaConfig, storage: np.dt
             count = int(item.new_length[b])
             if count:
                 row = np.asarray(out[LOGITS][b])
-                logits.append(row[count - 1] if row.ndim == 2 else row)  # a graph exported with all logits
+                if case.all_logits:
+                    logits += list(row[:count])
+                else:
+                    logits.append(row[count - 1] if row.ndim == 2 else row)  # a graph exported with all logits
             for i, field in entries:
                 new = out[new_name(i, field)]
                 caches[past_name(i, field)][b, length[b] : length[b] + count] = new[b, :count]
@@ -124,9 +130,14 @@ def drive_session(runner: SessionRunner, case: Case, config: SessaConfig, greedy
                 chosen = np.full(batch, -1)
             tokens += [int(x) for x in chosen[live]]
             continue
-        logits = runner.step(item.input_ids, item.new_length)
-        found += [np.array(logits[b]) for b in live]
-        tokens += [int(np.argmax(logits[b])) for b in live]
+        if case.all_logits:
+            every = runner.step_all(item.input_ids, item.new_length)
+            rows = [np.array(every[b, t]) for b in live for t in range(item.new_length[b])]
+        else:
+            logits = runner.step(item.input_ids, item.new_length)
+            rows = [np.array(logits[b]) for b in live]
+        found += rows
+        tokens += [int(np.argmax(row)) for row in rows]
     tensors: Tensors = {"token": np.array(tokens, dtype=np.int64)}
     if not greedy:
         tensors[LOGITS] = np.stack(found)
@@ -143,6 +154,8 @@ def _drive_apart(runner: SessionRunner, case: Case, config: SessaConfig, greedy:
     per_layer = [name for name in parts[0][1] if name not in (LOGITS, "token")]
     tensors = {name: np.concatenate([part[name] for _, part in parts]) for name in per_layer}
     rows = case.logit_rows()
+    if greedy:  # a token a step, whatever logits there are
+        rows = rows[case.last_rows()]
     for name in (n for n in (LOGITS, "token") if n in parts[0][1]):
         merged = np.empty((len(rows), *parts[0][1][name].shape[1:]), dtype=parts[0][1][name].dtype)
         for b, part in parts:

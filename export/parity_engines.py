@@ -1,6 +1,6 @@
 """The engines that parity can drive, by name. Each opener imports its engine only when it is called; none imports torch.
 
-A new backend becomes a rung by its name in ENGINE_RUNGS (parity_rungs), here and in runtime.engines.
+A new backend becomes a rung by its name in OPENERS and in runtime.engines.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from importlib import metadata
 
 import numpy as np
 
-from sessa_deploy.contract import graph_outputs
+from sessa_deploy.contract import ALL_LOGITS_RANK, LOGITS, graph_outputs
+from sessa_deploy.errors import UserError
 from sessa_deploy.export.parity_drive import Engine, GraphStep, Tensors
-from sessa_deploy.export.parity_rungs import check_engine
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
 
@@ -46,6 +46,11 @@ class BackendSession:
         if self._poison:
             self.backend.poison()
         return np.asarray(self.backend.step(input_ids, new_length))
+
+    def step_all(self, input_ids: np.ndarray, new_length: np.ndarray) -> np.ndarray:
+        if self._poison:
+            self.backend.poison()
+        return np.asarray(self.backend.step_all(input_ids, new_length))
 
     def step_greedy(self, input_ids: np.ndarray, new_length: np.ndarray) -> np.ndarray:
         if self._poison:
@@ -101,6 +106,32 @@ def open_trt(bundle: Bundle, threads: int) -> Engine:
 
 
 OPENERS: dict[str, Callable[[Bundle, int], Engine]] = {"ort": open_ort, "ort-cuda": open_ort_cuda, "trt": open_trt}
+ENGINE_RUNGS = tuple(OPENERS)
+
+
+def check_engine(rung: str, bundle: Bundle) -> None:
+    """Raise UserError where an engine cannot run this bundle's precision at all."""
+    if rung not in OPENERS:
+        raise UserError("no such backend", got=rung, allowed=", ".join(("auto", *ENGINE_RUNGS)))
+    if rung == "ort" and bundle.precision == "bf16":
+        raise UserError("a bf16 bundle cannot be validated on a CPU", got=bundle.path.name, allowed="fp32 or fp16 on a CPU; bf16 with ort-cuda or trt",
+                        fix="sessa-deploy export CHECKPOINT --out BUNDLE --precision fp32")
+
+
+def open_engine(rung: str, bundle: Bundle, threads: int) -> Engine:
+    """The engine behind a rung's name. Raises UserError if it is not known or cannot be used here."""
+    check_engine(rung, bundle)
+    return OPENERS[rung](bundle, threads)
+
+
+def has_all_logits(bundle: Bundle) -> bool:
+    """Whether the graph gives the logits of every token; False too where onnx is not installed, and then only each step's last are judged."""
+    try:
+        import onnx
+    except ImportError:
+        return False
+    outputs = onnx.load(str(bundle.model), load_external_data=False).graph.output
+    return any(x.name == LOGITS and len(x.type.tensor_type.shape.dim) == ALL_LOGITS_RANK for x in outputs)
 
 
 def _versions(*distributions: str) -> dict[str, str]:

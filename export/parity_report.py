@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sessa_deploy.errors import UserError
 from sessa_deploy.export import parity_plots as plots
 from sessa_deploy.export.parity_metrics import FACTOR, NEAR_TIE, PASS, UNFIT, Comparison, floor_eps
 from sessa_deploy.export.parity_rungs import ORACLE, PLAIN
 from sessa_deploy.export.parity_verdict import FP16_MAX, Report
+from sessa_deploy.files import write_whole
 
 _STYLE = """
 :root{--ink:#1d222b;--soft:#5b626e;--line:#e3e6eb;--paper:#fff;--wash:#f6f7f9;--good:#1e7d4a;--bad:#c62f3b}
@@ -36,16 +35,8 @@ details summary{cursor:pointer;font-weight:600}
 
 
 def write_report(report: Report, path: str | Path) -> Path:
-    """Write the report as one HTML file, by rename. Raises UserError if that fails or matplotlib is missing."""
-    path, text = Path(path), render(report)
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError("the report cannot be written", got=f"{path} ({error.strerror})", fix="choose another --report FILE.html") from None
-    return path
+    """Write the report as one HTML file, whole or not at all. Raises UserError if that fails or matplotlib is missing."""
+    return write_whole(path, render(report), "--report", "the report")
 
 
 def render(report: Report) -> str:

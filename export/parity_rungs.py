@@ -1,8 +1,8 @@
-"""A rung of parity as a process: `python -m sessa_deploy.export.parity_rungs --rung ort --bundle BUNDLE --folder DIR`.
+"""A rung of parity, as a process of its own: `python -m sessa_deploy.export.parity_rungs --rung ort --bundle BUNDLE --folder DIR`.
 
 It reads the cases in DIR and writes DIR/<rung>/<mode>.<case>.npz and, last, DIR/<rung>/header.json. Torch rungs need --checkpoint; an engine's rung
 imports numpy and that engine only, so it runs on a machine or under an interpreter without torch.
-Progress goes to stdout as JSON lines; a user's error goes to stderr as one line, exit code 2.
+Progress goes to stdout as JSON lines, the first of them when the work begins; an error of the user or the machine goes to stderr as one line, exit code 2.
 """
 
 from __future__ import annotations
@@ -21,31 +21,36 @@ from typing import Any
 
 import numpy as np
 
+from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import MODEL_FILE, PRECISIONS
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.export.parity_cases import Case, load_cases, save_cases
 from sessa_deploy.export.parity_drive import Engine, Tensors, drive_graph, drive_session
+from sessa_deploy.export.parity_engines import ENGINE_RUNGS, open_engine
+from sessa_deploy.files import whole, write_whole
+from sessa_deploy.reading import read_json
 from sessa_deploy.runtime.bundle import Bundle
 
 ORACLE, PLAIN, TORCH = "float64", "plain", "torch"
 TORCH_RUNGS = (ORACLE, PLAIN, TORCH)
-ENGINE_RUNGS = ("ort", "ort-cuda", "trt")
 DECODE_KINDS = ("decode", "ragged", "greedy")
 HEADER_FILE = "header.json"
 HEADER_SCHEMA = 1
+_PLACE = "folder for temporary files (TMPDIR), or --dump"
 
 Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class RungJob:
-    """What one rung computes: cases in `folder`, the bundle, the checkpoint for torch rungs, and threads for the arithmetic."""
+    """What one rung computes: cases in `folder`, the bundle, the checkpoint for torch rungs (and its config.json, where it has none), and threads."""
 
     rung: str
     folder: Path
     bundle: Path
     checkpoint: Path | None = None
     threads: int = 1
+    config: Path | None = None
 
 
 def run_rung(job: RungJob, report: Report | None = None, engine: Engine | None = None) -> dict[str, Any]:
@@ -69,9 +74,7 @@ def run_rung(job: RungJob, report: Report | None = None, engine: Engine | None =
         header |= {"cases": cases.digest(), "versions": engine.versions, "headroom": None}
         header |= _run_modes(out, bundle, cases.cases, engine, report or _silent)
     header["seconds"] = round(time.perf_counter() - begun, 3)
-    part = out / (HEADER_FILE + ".part")
-    part.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
-    part.replace(out / HEADER_FILE)
+    write_whole(out / HEADER_FILE, json.dumps(header, indent=1) + "\n", option=_PLACE, what=f"the header of {job.rung}", sync=False)
     return header
 
 
@@ -100,10 +103,8 @@ def _run_modes(out: Path, bundle: Bundle, cases: tuple[Case, ...], engine: Engin
 
 
 def _save(path: Path, tensors: Tensors) -> None:
-    part = path.with_suffix(".part")
-    with part.open("wb") as handle:
-        np.savez(handle, **tensors)  # type: ignore[arg-type]
-    part.replace(path)
+    with whole(path, option=_PLACE, what="the rung's tensors", sync=False) as stream:
+        np.savez(stream, **tensors)  # type: ignore[arg-type]
 
 
 def _run_torch(job: RungJob, bundle: Bundle, report: Report) -> dict[str, Any]:
@@ -114,16 +115,16 @@ def _run_torch(job: RungJob, bundle: Bundle, report: Report) -> dict[str, Any]:
 
     from sessa_deploy.checkpoint import load_checkpoint
     from sessa_deploy.export import parity_torch as rungs
-    from sessa_deploy.kernels import reference
 
     torch.set_num_threads(job.threads)
     torch.set_float32_matmul_precision("highest")
     out, versions = job.folder / job.rung, {"torch": str(torch.__version__), "numpy": np.__version__}
-    model = load_checkpoint(job.checkpoint, dtype="fp64" if job.rung == ORACLE else bundle.precision)
+    model = load_checkpoint(job.checkpoint, SessaConfig.load(job.config) if job.config else None, dtype="fp64" if job.rung == ORACLE else bundle.precision)
     cases = load_cases(job.folder)
     if job.rung == ORACLE and cases.chosen_by != "oracle":
         cases = rungs.choose_tokens(model, cases)
         save_cases(cases, job.folder)
+    every = any(case.all_logits for case in cases.cases)
     with rungs.record_headroom(model) as headroom:
         if job.rung == ORACLE:
             for i, case in enumerate(cases.cases):
@@ -131,36 +132,19 @@ def _run_torch(job: RungJob, bundle: Bundle, report: Report) -> dict[str, Any]:
                 report(i + 1, len(cases.cases))
             found: dict[str, Any] = {"modes": {"graph": [case.name for case in cases.cases]}, "nonzero_padding": {}}
         elif job.rung == PLAIN:
-            with rungs.replaced_ops(reference.plain, reference.plain_causal):
-                found = _run_modes(out, bundle, cases.cases, Engine(rungs.TorchGraph(model), None, {}), report)
+            with rungs.using_ops(model, rungs.PLAIN_OPS):
+                found = _run_modes(out, bundle, cases.cases, Engine(rungs.TorchGraph(model, every), None, {}), report)
         else:
-            found = _run_modes(out, bundle, cases.cases, Engine(rungs.TorchGraph(model), rungs.TorchSession(model), {}), report)
+            found = _run_modes(out, bundle, cases.cases, Engine(rungs.TorchGraph(model, every), rungs.TorchSession(model), {}), report)
     return {"cases": cases.digest(), "versions": versions, "headroom": headroom, **found}
-
-
-def check_engine(rung: str, bundle: Bundle) -> None:
-    """Raise UserError where an engine cannot run this bundle's precision at all."""
-    if rung not in ENGINE_RUNGS:
-        raise UserError("no such backend", got=rung, allowed=", ".join(("auto", *ENGINE_RUNGS)))
-    if rung == "ort" and bundle.precision == "bf16":
-        raise UserError("a bf16 bundle cannot be validated on a CPU", got=bundle.path.name, allowed="fp32 or fp16 on a CPU; bf16 with ort-cuda or trt",
-                        fix="sessa-deploy export CHECKPOINT --out BUNDLE --precision fp32")
-
-
-def open_engine(rung: str, bundle: Bundle, threads: int) -> Engine:
-    """The engine behind a rung's name. Raises UserError if it is not known or cannot be used here."""
-    check_engine(rung, bundle)
-    from sessa_deploy.export.parity_engines import OPENERS
-
-    return OPENERS[rung](bundle, threads)
 
 
 def read_header(folder: Path, rung: str) -> dict[str, Any]:
     """The header of a rung in `folder`. Raises UserError if it is absent or not one."""
     path = folder / rung / HEADER_FILE
     try:
-        header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        header: dict[str, Any] = read_json(path)
+    except UserError as error:
         raise UserError(f"{path} is not a rung's header", got=error, fix="run that rung again: a killed one leaves none") from None
     if not isinstance(header, dict) or header.get("schema") != HEADER_SCHEMA:
         raise UserError(f"{path} has another schema", got=header.get("schema") if isinstance(header, dict) else header, allowed=HEADER_SCHEMA)
@@ -185,12 +169,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bundle", required=True, type=Path)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--config", type=Path)
     args = parser.parse_args(arguments)
+
+    def report(done: int, of: int) -> None:
+        print(json.dumps({"done": done, "of": of}), flush=True)
+
+    report(0, 0)
     try:
-        run_rung(RungJob(**vars(args)), lambda done, of: print(json.dumps({"done": done, "of": of}), flush=True))
+        run_rung(RungJob(**vars(args)), report)
     except SessaError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except (OSError, MemoryError, ImportError) as error:  # of the machine: no verdict on the numbers
+        print(UserError(f"the rung {args.rung} cannot go on", got=f"{type(error).__name__}: {error}"), file=sys.stderr)
+        return 2
     return 0
 
 

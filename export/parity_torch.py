@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sessa_deploy import model as model_module
 from sessa_deploy.contract import (
     CACHE_FIELDS,
     INPUT_IDS,
@@ -29,9 +28,9 @@ from sessa_deploy.contract import (
 from sessa_deploy.export.parity_cases import Case, Cases
 from sessa_deploy.export.parity_drive import Tensors, layer_name, poison_rows
 from sessa_deploy.kernels import reference
-from sessa_deploy.model import SessaCache, SessaLM
+from sessa_deploy.model import Ops, Rows, SessaCache, SessaLM
 
-Op = Callable[..., Tensor]
+ORACLE_OPS, PLAIN_OPS = Ops(reference.plain_causal, reference.recurrence), Ops(reference.plain_causal, reference.plain)
 Headroom = dict[str, list[float]]
 
 
@@ -47,19 +46,21 @@ def to_numpy(x: Tensor) -> np.ndarray:
 
 
 @contextmanager
-def replaced_ops(feedback: Op, causal: Op) -> Iterator[None]:
-    """Let the model call other implementations of its two ops inside the block."""
-    before = model_module.feedback_attention, model_module.causal_attention
-    model_module.feedback_attention, model_module.causal_attention = feedback, causal
+def using_ops(model: SessaLM, ops: Ops) -> Iterator[None]:
+    """Let this model, and no other, call these implementations of its two ops inside the block."""
+    before = [layer.mixer.ops for layer in model.layers]
     try:
+        for layer in model.layers:
+            layer.mixer.ops = ops
         yield
     finally:
-        model_module.feedback_attention, model_module.causal_attention = before
+        for layer, own in zip(model.layers, before, strict=True):
+            layer.mixer.ops = own
 
 
 @contextmanager
 def record_headroom(model: SessaLM) -> Iterator[Headroom]:
-    """Maxima per layer of |s| and |s * g| (the input of W_out, which no graph output shows) over everything run inside the block."""
+    """Maxima per layer of |s| and |s * g| (the input of W_out, which no graph output shows) over everything this model runs inside the block."""
     found: Headroom = {"s": [0.0] * model.config.n_layers, "s*g": [0.0] * model.config.n_layers}
     hooks = []
 
@@ -67,22 +68,24 @@ def record_headroom(model: SessaLM) -> Iterator[Headroom]:
         peak = float(x.detach().abs().max()) if x.numel() else 0.0
         found[key][i] = peak if not peak <= found[key][i] else found[key][i]  # keeps NaN
 
-    for i, layer in enumerate(model.layers):
-        hooks.append(layer.W_out.register_forward_pre_hook(lambda _, args, i=i: watch("s*g", i, args[0])))
-    original = model_module.SessaMixer.step
+    def watched(i: int, original: Callable[..., Rows]) -> Callable[..., Rows]:
+        def step(*args: Any) -> Rows:
+            rows = original(*args)
+            watch("s", i, rows.s)
+            return rows
 
-    def step(mixer: Any, *args: Any) -> Any:
-        rows = original(mixer, *args)
-        watch("s", next(i for i, layer in enumerate(model.layers) if layer.mixer is mixer), rows.s)
-        return rows
+        return step
 
-    model_module.SessaMixer.step = step  # type: ignore[method-assign, assignment]
     try:
+        for i, layer in enumerate(model.layers):
+            hooks.append(layer.W_out.register_forward_pre_hook(lambda _, args, i=i: watch("s*g", i, args[0])))
+            vars(layer.mixer)["step"] = watched(i, layer.mixer.step)  # on this mixer alone; a hook would not see `step`
         yield found
     finally:
-        model_module.SessaMixer.step = original  # type: ignore[method-assign]
         for hook in hooks:
             hook.remove()
+        for layer in model.layers:
+            vars(layer.mixer).pop("step", None)
 
 
 @torch.no_grad()
@@ -91,7 +94,7 @@ def oracle(model: SessaLM, case: Case) -> Tensors:
     config = model.config
     logits: list[np.ndarray] = []
     parts: dict[str, list[np.ndarray]] = {layer_name(i, f): [] for i, f in cache_entries(config.n_layers)}
-    with replaced_ops(reference.recurrence, reference.plain_causal):
+    with using_ops(model, ORACLE_OPS):
         for ids in case.sequences():
             if not len(ids):
                 logits.append(np.zeros((0, config.vocab_size)))
@@ -127,16 +130,16 @@ def choose_tokens(model: SessaLM, cases: Cases) -> Cases:
 
 
 class TorchGraph:
-    """SessaLM.graph as a GraphStep (see parity_drive): numpy in the storage type in, numpy out."""
+    """SessaLM.graph as a GraphStep (see parity_drive): numpy in the storage type in, numpy out. all_logits: logits (B,T,V)."""
 
-    def __init__(self, model: SessaLM) -> None:
-        self.model, self.dtype = model, model.embedding.weight.dtype
+    def __init__(self, model: SessaLM, all_logits: bool = False) -> None:
+        self.model, self.dtype, self.all_logits = model, model.embedding.weight.dtype, all_logits
 
     @torch.no_grad()
     def __call__(self, feeds: Tensors) -> Tensors:
         ids, past_length, new_length = (torch.from_numpy(np.ascontiguousarray(feeds[n])) for n in (INPUT_IDS, PAST_LENGTH, NEW_LENGTH))
         past = [torch.from_numpy(feeds[past_name(i, f)]).to(self.dtype) for i, f in cache_entries(self.model.config.n_layers)]
-        out = self.model.graph(ids, past_length, new_length, past)
+        out = self.model.graph(ids, past_length, new_length, past, self.all_logits)
         return {name: to_numpy(x) for name, x in zip(graph_outputs(self.model.config.n_layers), out, strict=True)}
 
 
@@ -158,6 +161,10 @@ class TorchSession:
     @torch.no_grad()
     def step(self, input_ids: np.ndarray, new_length: np.ndarray) -> np.ndarray:
         return to_numpy(self.model.prefill(torch.from_numpy(input_ids), self.caches, torch.from_numpy(new_length)))
+
+    @torch.no_grad()
+    def step_all(self, input_ids: np.ndarray, new_length: np.ndarray) -> np.ndarray:
+        return to_numpy(self.model.prefill(torch.from_numpy(input_ids), self.caches, torch.from_numpy(new_length), all_logits=True))
 
     def rows(self, sequence: int) -> dict[str, np.ndarray]:
         return {past_name(i, f): to_numpy(getattr(self.caches[i], f)[sequence]) for i, f in cache_entries(self.model.config.n_layers)}

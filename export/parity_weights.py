@@ -34,13 +34,14 @@ class WeightCheck:
     missing: tuple[tuple[str, str], ...]
 
 
-def check_weights(model: Path, checkpoint: str | Path, precision: str, config: SessaConfig) -> WeightCheck:
+def check_weights(model: Path, checkpoint: str | Path, precision: str, config: SessaConfig, given: SessaConfig | None = None) -> WeightCheck:
     """Look for every tensor of the checkpoint, cast to `precision`, among the float constants of an ONNX file.
 
+    config: the bundle's; given: the checkpoint's, where it has none of its own.
     A tensor must equal the constant of its own name (transposed, where the name says so); without one, any of equal or transposed bytes will do.
     Raises UserError like checkpoint.read_state, ParityError if the checkpoint's shape is not the bundle's.
     """
-    own, state = read_state(checkpoint, None)
+    own, state = read_state(checkpoint, given)
     require_same_shape(config, own, checkpoint)
     storage = getattr(torch, PRECISIONS[precision].torch)
     seen: set[bytes] = set()

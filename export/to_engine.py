@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import threading
 import time
@@ -17,27 +16,35 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy import contract
+from sessa_deploy.checks import integer
+from sessa_deploy.cuda import Cuda, devices, driver_version
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.export import trt_check, trt_fuse, trt_graph, trt_layers, trt_limits
-from sessa_deploy.export.trt_limits import DEFAULT_PROMPT, Machine, Shapes
+from sessa_deploy.export.trt_limits import DEFAULT_PROMPT, Machine, Recipe, Shapes
+from sessa_deploy.files import write_whole
 from sessa_deploy.plugins import library
-from sessa_deploy.runtime import driver, trt_api, trt_plan
+from sessa_deploy.runtime import trt_api, trt_plan
 from sessa_deploy.runtime.bundle import Bundle, add_files, hash_file
 from sessa_deploy.runtime.trt_buffers import check_rows
-from sessa_deploy.runtime.trt_cuda import Cuda
 
 Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all or 0)
 _POLL = 0.1  # seconds
+_FLOAT32 = "the graph is float32, and the library's kernels around the attentions store 16 bits"
+_WHO = {"plugin": "the plugin library", "tensorrt": "TensorRT"}
 
 
 @dataclass(frozen=True)
 class Built:
-    """bundle: with the engine in it; folder: the engine's, inside the bundle; fresh: False where the engine was there already."""
+    """bundle: with the engine in it; folder: the engine's, inside the bundle; fresh: False where the engine was there already.
+
+    notes: which roads were taken that nobody asked for, and why, one line each.
+    """
 
     bundle: Bundle
     folder: str
     info: trt_plan.EngineInfo
     fresh: bool
+    notes: tuple[str, ...] = ()
 
 
 def build_engine(
@@ -50,46 +57,54 @@ def build_engine(
     max_batch sequences of max_context tokens (None: the model's own), prompts in chunks of max_prompt. workspace: bytes TensorRT may take for scratch
     (None: what it likes). opt_level: 0..5. precision: refused unless it is the graph's own, which the graph alone decides. plugin: the library's path.
     layers: who computes what stands around the attentions, "plugin" or "tensorrt"; None: the plugin on 8.6, which would make 16-bit layers float32.
-    The plugin computes 16-bit layers only; of float32 ones the rotary tables.
+    The plugin computes 16-bit layers only; of float32 ones, where nothing is asked for, the rotary tables. What is asked for and cannot be had is refused;
+    which default was taken and why is in Built.notes.
     An engine whose key is the same is kept unless `force`. KeyboardInterrupt ends the build and leaves the bundle as it was.
     Raises UserError on what is missing, does not fit or is refused; SessaError if TensorRT fails.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     shapes = trt_limits.shapes_for(bundle.config, max_batch, max_context, max_prompt)
-    _check_options(workspace, opt_level, layers)
+    workspace, opt_level = _check_options(workspace, opt_level, layers)
     trt = trt_api.load()
-    layers = layers or ("tensorrt" if trt_api.strongly_typed(trt) else "plugin")
     _check_precision(trt, bundle, precision)
     check_rows(bundle.config, bundle.precision)
+    if layers == "plugin" and bundle.precision == "fp32":
+        raise _no_layers(bundle, _FLOAT32)
     plugin = library.load(trt, plugin)
     plugin_sha256, machine = hash_file(plugin), this_machine(trt)
-    key = trt_limits.engine_key(bundle, plugin_sha256, shapes, machine, workspace, opt_level, layers)
+    wanted = layers or ("tensorrt" if trt_api.strongly_typed(trt) else "plugin")
+    recipe = Recipe(shapes, machine, workspace, opt_level, wanted).keyed(bundle, plugin_sha256)
     folder = trt_plan.engine_folder(machine.arch, machine.tensorrt, bundle.precision)
     present = _present(bundle, folder)
-    if present is not None and present.key == key and not force:
+    if present is not None and present.key == recipe.key and layers in (None, present.layers) and not force:
         return Built(bundle, folder, present, fresh=False)
-    prepared, layers = _prepared(bundle, trt, layers)
+    prepared, taken, why = _prepared(bundle, trt, wanted)
+    if layers is not None and layers != taken:
+        raise _no_layers(bundle, why)
+    notes = [f"{op}: standard operators in place of the plugin ({prepared.reasons.get(op, 'the library does not bring it')})" for op in prepared.inlined]
+    notes += [f"layers: by {_WHO[taken]} ({why})"] if layers is None else []
     names = [n for n in (contract.MODEL_FILE, contract.MODEL_DATA_FILE) if n in bundle]
     weights = sum(bundle.file(n).stat().st_size for n in names)
-    trt_limits.require_memory(bundle.config, bundle.precision, weights, shapes, machine.free, tuple(prepared.inlined))
+    all_logits = any(x.name == contract.LOGITS and len(x.type.tensor_type.shape.dim) == contract.ALL_LOGITS_RANK for x in prepared.model.graph.output)
+    trt_limits.require_memory(bundle.config, bundle.precision, weights, shapes, machine.free, tuple(prepared.inlined), all_logits)
     begun = time.monotonic()
-    plan = _build(trt, bundle, prepared, shapes, machine, workspace, opt_level, verbose, progress or (lambda what, done, of: None))
+    plan = _build(trt, bundle, prepared, recipe, verbose, progress or (lambda what, done, of: None))
     info = trt_plan.EngineInfo(
-        key=key, plan_sha256=hashlib.sha256(plan).hexdigest(), plan_size=len(plan), tensorrt=machine.tensorrt, arch=machine.arch, gpu=machine.gpu,
+        key=recipe.key, plan_sha256=hashlib.sha256(plan).hexdigest(), plan_size=len(plan), tensorrt=machine.tensorrt, arch=machine.arch, gpu=machine.gpu,
         driver=machine.driver, precision=bundle.precision, max_batch=shapes.max_batch, capacity=shapes.capacity, max_prompt=shapes.max_prompt,
-        plugin_sha256=plugin_sha256, seconds=round(time.monotonic() - begun, 1), inlined=prepared.inlined, layers=layers,
+        plugin_sha256=plugin_sha256, seconds=round(time.monotonic() - begun, 1), inlined=prepared.inlined, layers=taken,
     )  # fmt: skip
     written = add_files(bundle, {f"{folder}/{trt_plan.PLAN_FILE}": plan, f"{folder}/{trt_plan.ENGINE_FILE}": info.to_json()})
-    return Built(written, folder, info, fresh=True)
+    return Built(written, folder, info, fresh=True, notes=tuple(notes))
 
 
 def this_machine(trt: Any) -> Machine:
     """The first GPU, its free memory, and the versions. Raises UserError where there is none."""
-    found = driver.devices()
+    found = devices()
     if not found:
         raise UserError("there is no CUDA GPU here", got="no device from the driver", allowed="the GPU that will run the engine", fix="build on that machine")
     free, total = _free_memory()
-    return Machine(found[0].name, found[0].arch, free, total, trt.__version__, driver.driver_version() or "unknown")
+    return Machine(found[0].name, found[0].arch, free, total, trt.__version__, driver_version() or "unknown")
 
 
 def timing_cache_file(machine: Machine) -> Path:
@@ -149,10 +164,7 @@ def keep_float32(trt: Any, network: Any, types: Mapping[str, int]) -> int:
     return pinned
 
 
-def _build(
-    trt: Any, bundle: Bundle, prepared: trt_graph.PreparedGraph, shapes: Shapes, machine: Machine, workspace: int | None, opt_level: int | None,
-    verbose: bool, progress: Progress,
-) -> bytes:
+def _build(trt: Any, bundle: Bundle, prepared: trt_graph.PreparedGraph, recipe: Recipe, verbose: bool, progress: Progress) -> bytes:
     """The plan's bytes, checked by the engine inspector."""
     log = trt_api.logger(trt, verbose)
     progress("reading the graph", 0, 0)
@@ -160,21 +172,21 @@ def _build(
     network = trt_api.create_network(trt, builder)
     parser = parse(trt, network, log, prepared, bundle.model)
     config = builder.create_builder_config()
-    add_profiles(builder, config, bundle, shapes)
+    add_profiles(builder, config, bundle, recipe.shapes)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     trt_api.plain_tactics(trt, config)
     trt_api.set_flag(trt, config, "TF32", on=False)  # fp32 means float32
     for flag in ("STRICT_NANS", "DISTRIBUTIVE_INDEPENDENCE"):  # 10 and later: a poisoned row stays one, and a sequence's bits are its own
         trt_api.set_flag(trt, config, flag)
-    if workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-    if opt_level is not None:
-        config.builder_optimization_level = opt_level
+    if recipe.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, recipe.workspace)
+    if recipe.opt_level is not None:
+        config.builder_optimization_level = recipe.opt_level
     if not trt_api.strongly_typed(trt) and bundle.precision == "fp16":
         trt_api.set_flag(trt, config, "FP16")
         trt_api.set_flag(trt, config, "OBEY_PRECISION_CONSTRAINTS")
         keep_float32(trt, network, prepared.types)
-    cache_file = timing_cache_file(machine)
+    cache_file = timing_cache_file(recipe.machine)
     timings = _load_timings(config, cache_file)
     plan = _in_thread(trt, lambda: builder.build_serialized_network(network, config), config, progress)
     if plan is None:
@@ -215,7 +227,7 @@ def _in_thread(trt: Any, work: Callable[[], Any], config: Any, progress: Progres
     try:
         while not over.wait(_POLL):  # an event: an interrupted Thread.join takes the thread for ended
             progress(*state)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         cancel.set()
         if monitor is not None:  # the builder stops at its next step; without a monitor the caller ends the process
             over.wait(30.0)
@@ -226,25 +238,34 @@ def _in_thread(trt: Any, work: Callable[[], Any], config: Any, progress: Progres
     return value
 
 
-def _prepared(bundle: Bundle, trt: Any, layers: str) -> tuple[trt_graph.PreparedGraph, str]:
-    """The graph for the parser, and who computes its layers: TensorRT where the library has no kernels for them."""
+def _prepared(bundle: Bundle, trt: Any, wanted: str) -> tuple[trt_graph.PreparedGraph, str, str]:
+    """The graph for the parser, who computes its layers, and why: TensorRT where the library has no kernels for them."""
     prepared = trt_graph.prepare(trt_graph.load(bundle.model))
     wrong = trt_graph.complaints(prepared.model, trt_api.version(trt))
     if wrong:
-        fix = f"sessa-deploy export CHECKPOINT --out {bundle.path} --opset 17"
+        fix = bundle.export_hint(" --opset 17")
         raise UserError(f"TensorRT {trt.__version__} cannot read this graph", got=" / ".join(wrong), fix=fix)
     graph, folder = prepared.model.graph, bundle.model.parent
     trt_fuse.unmasked_rows(graph)
     storage = contract.PRECISIONS[bundle.precision].onnx
-    if layers == "plugin":
+    why = f"TensorRT {trt.__version__} keeps a strongly typed graph's types; --layers plugin gives the library's"
+    if wanted == "plugin":
         prepared.types |= trt_layers.rotary(graph, storage) or {}
-    own = trt_layers.rewrite(graph, bundle.config, storage, folder) if layers == "plugin" and bundle.precision != "fp32" else None
-    if own is None:
-        same = trt_fuse.one_projection(graph, folder)
-        prepared.types |= {new: prepared.types[old] for new, old in same.items()}
-        return prepared, "tensorrt"
-    prepared.types |= own
-    return prepared, layers
+        try:
+            if bundle.precision == "fp32":
+                raise trt_layers.Unavailable(_FLOAT32)
+            prepared.types |= trt_layers.rewrite(graph, bundle.config, storage, folder)
+        except trt_layers.Unavailable as reason:
+            why = str(reason)
+        else:
+            return prepared, "plugin", f"TensorRT {trt.__version__} would compute them in float32; --layers tensorrt gives its own"
+    same = trt_fuse.one_projection(graph, folder)
+    prepared.types |= {new: prepared.types[old] for new, old in same.items()}
+    return prepared, "tensorrt", why
+
+
+def _no_layers(bundle: Bundle, why: str) -> UserError:
+    return UserError("--layers plugin cannot be had", got=why, allowed="tensorrt for this graph", fix=f"sessa-deploy build {bundle.path} --layers tensorrt")
 
 
 def _present(bundle: Bundle, folder: str) -> trt_plan.EngineInfo | None:
@@ -254,18 +275,16 @@ def _present(bundle: Bundle, folder: str) -> trt_plan.EngineInfo | None:
         return None
 
 
-def _check_options(workspace: int | None, opt_level: int | None, layers: str | None) -> None:
+def _check_options(workspace: int | None, opt_level: int | None, layers: str | None) -> tuple[int | None, int | None]:
     if layers is not None and layers not in trt_limits.LAYERS:
         raise UserError("--layers is none of ours", got=repr(layers), allowed=", ".join(trt_limits.LAYERS))
     low, high = trt_limits.OPT_LEVELS
-    if opt_level is not None and (isinstance(opt_level, bool) or not isinstance(opt_level, int) or not low <= opt_level <= high):
-        raise UserError("--opt-level is out of range", got=repr(opt_level), allowed=f"{low}..{high}")
-    if workspace is not None and (isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 1):
-        raise UserError("--workspace is out of range", got=repr(workspace), allowed="MiB, at least 1")
+    return (None if workspace is None else integer("--workspace", workspace, 1, allowed="MiB, at least 1"),
+            None if opt_level is None else integer("--opt-level", opt_level, low, high, allowed=f"{low}..{high}"))
 
 
 def _check_precision(trt: Any, bundle: Bundle, asked: str | None) -> None:
-    mend = f"sessa-deploy export CHECKPOINT --out {bundle.path} --precision"
+    mend = bundle.export_hint(" --precision")
     if asked is not None and trt_api.strongly_typed(trt):
         what = f"TensorRT {trt.__version__} networks are strongly typed: the exported graph decides the precision, the build cannot"
         raise UserError(what, got=f"--precision {asked}", allowed=f"none; this graph is {bundle.precision}", fix=f"{mend} {asked}")
@@ -303,8 +322,6 @@ def _save_timings(config: Any, path: Path) -> None:
     cache = config.get_timing_cache()
     if cache is None:
         return
-    part = path.with_suffix(f".part{os.getpid()}")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(bytes(cache.serialize()))
-        os.replace(part, path)
+        write_whole(path, bytes(cache.serialize()))

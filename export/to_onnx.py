@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -13,8 +12,8 @@ from onnx import ModelProto, helper
 from torch import Tensor
 
 from sessa_deploy import __version__, contract
-from sessa_deploy.config import SessaConfig
-from sessa_deploy.errors import UserError
+from sessa_deploy.config import Note, SessaConfig
+from sessa_deploy.errors import UserError, one_line
 from sessa_deploy.export import passes
 from sessa_deploy.export.capture import EXPORTER_OPSET, capture
 from sessa_deploy.export.onnx_functions import functions
@@ -61,27 +60,29 @@ def export_onnx(
 
 def export_bundle(
     checkpoint: str | Path, out: str | Path, precision: str = "fp32", opset: int = contract.DEFAULT_OPSET, all_logits: bool = False,
-    progress: Progress | None = None, config: SessaConfig | None = None, inline_limit: int = INLINE_LIMIT,
+    progress: Progress | None = None, config: SessaConfig | None = None, inline_limit: int = INLINE_LIMIT, note: Note | None = None,
 ) -> Path:
     """Export a checkpoint as the bundle `out`: model.onnx (and .data), tokenizer.json, manifest.json; whole or not at all. Returns `out`.
 
     config: where the checkpoint holds none. The checkpoint's own tokenizer.json is taken; without one the byte-level tokenizer is, if the
-    vocabulary is its size, else none. Raises UserError as load_checkpoint, export_onnx and the bundle's writer do.
+    vocabulary is its size, else none. note: hears a line of each thing that was passed over. Raises UserError as load_for_export, export_onnx and the
+    bundle's writer do.
     """
-    from sessa_deploy.checkpoint import load_checkpoint
+    from sessa_deploy.checkpoint import load_for_export
     from sessa_deploy.runtime.bundle import BundleWriter
 
     report = progress or (lambda what, share: None)
     _check(precision, opset)
     with BundleWriter(out) as writer:  # refuses a place that it may not replace before any work is done
         report("reading", 0.0)
-        model = load_checkpoint(checkpoint, config)
+        model, tokenizer = load_for_export(checkpoint, config, note)
         report("reading", 1.0)
         export_onnx(model, writer.folder / contract.MODEL_FILE, precision, opset, all_logits, progress, inline_limit)
-        tokenizer = _tokenizer(Path(checkpoint), model.config)
         if tokenizer is not None:
             (writer.folder / contract.TOKENIZER_FILE).write_bytes(tokenizer)
         writer.commit(model.config, precision, _versions(), opset)
+    if writer.kept and note is not None:
+        note(one_line(f"{out}: left as they are, since they are not the bundle's: {', '.join(writer.kept[:6])}{' ...' if len(writer.kept) > 6 else ''}"))
     return Path(out)
 
 
@@ -136,25 +137,6 @@ def _weight(state: dict[str, Tensor], name: str, stored: str, value: onnx.ValueI
         return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
     return Weight(stored, dims, kind, source.numel() * precision.itemsize, load)
-
-
-def _tokenizer(checkpoint: Path, config: SessaConfig) -> bytes | None:
-    """The checkpoint's tokenizer.json, else the byte-level one if the vocabulary is its size."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    path = folder / contract.TOKENIZER_FILE
-    if path.is_file():
-        try:
-            content = path.read_bytes()
-            json.loads(content)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as JSON", got=str(error), allowed="a tokenizers JSON") from None
-        return content
-    from sessa_deploy.runtime.tokenizer import byte_level_tokenizer
-
-    text = byte_level_tokenizer()
-    vocabulary = json.loads(text)
-    size = len(vocabulary["model"]["vocab"]) + sum(x["content"] not in vocabulary["model"]["vocab"] for x in vocabulary.get("added_tokens", []))
-    return text.encode() if size == config.vocab_size else None
 
 
 def _versions() -> dict[str, str]:

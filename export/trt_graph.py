@@ -16,11 +16,10 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from sessa_deploy import contract
 from sessa_deploy.errors import UserError
+from sessa_deploy.plugins import ops
 
-# What the plugin library brings, each with the widths its kernels take (plugins/README.md): the last dimension of q is a multiple, up to a limit.
-_PLUGIN_WIDTHS = {contract.FEEDBACK_OP: (16, 4096), contract.CAUSAL_OP: (8, 256)}
-PLUGIN_OPS = tuple(_PLUGIN_WIDTHS)
-_PAST_INPUT = {contract.FEEDBACK_OP: contract.FEEDBACK_INPUTS.index("past_k"), contract.CAUSAL_OP: contract.CAUSAL_INPUTS.index("past_k")}
+PLUGIN_OPS = (contract.FEEDBACK_OP, contract.CAUSAL_OP)  # of a bundle's graph, which the plugin library may compute
+_PAST_INPUT = "past_k"  # whose shape the graph states
 _SMALL = 1024  # bytes; constants up to this size stay in place, shape inference reads them
 _OLD_PARSER_OPSET = 17  # the last one that TensorRT 8.6 knows
 # Operators of our graphs that TensorRT 8.6's parser imports; everything else is named to the user before TensorRT sees it.
@@ -41,12 +40,14 @@ _OLD_PARSER_CONSTANT = {"Squeeze": 1, "Unsqueeze": 1, "ReduceSum": 1}  # inputs 
 
 @dataclass
 class PreparedGraph:
-    """A graph for the parser. types: value name -> ONNX element type; inlined: ops that run without a plugin; direct: cache inputs a plugin reads."""
+    """A graph for the parser. types: value name -> ONNX element type; inlined: ops that run without a plugin; direct: cache inputs a plugin reads;
+    reasons: why an op is inlined, where the plugin's limits say so."""
 
     model: ModelProto
     types: dict[str, int] = field(default_factory=dict)
     inlined: list[str] = field(default_factory=list)
     direct: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 def load(path: Path) -> ModelProto:
@@ -62,15 +63,24 @@ def load(path: Path) -> ModelProto:
 
 def claims(model: ModelProto, available: Collection[str] = PLUGIN_OPS) -> tuple[str, ...]:
     """Ops of the graph to leave to plugins: those `available` whose kernels take the graph's widths. The others' bodies are inlined."""
-    widths = {x.name: x.type.tensor_type.shape.dim[-1].dim_value for x in model.graph.input if x.type.tensor_type.shape.dim}
-    refused = set()
-    for node in model.graph.node:
-        if node.domain == contract.DOMAIN and node.op_type in _PLUGIN_WIDTHS:
-            multiple, limit = _PLUGIN_WIDTHS[node.op_type]
-            width = widths.get(node.input[_PAST_INPUT[node.op_type]], 0)  # 0: not known here, the plugin will say so
-            if width % multiple or width > limit:
-                refused.add(node.op_type)
+    refused = refusals(model)
     return tuple(op for op in PLUGIN_OPS if op in available and op not in refused)
+
+
+def refusals(model: ModelProto) -> dict[str, str]:
+    """Op of the graph -> which of the plugin's limits its widths break, for those that do."""
+    dims = {x.name: x.type.tensor_type.shape.dim for x in model.graph.input}
+    found: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.domain != contract.DOMAIN or node.op_type not in PLUGIN_OPS:
+            continue
+        op = ops.op(node.op_type)
+        at = next(i for i, x in enumerate(op.inputs) if x.name == _PAST_INPUT)
+        stated = zip(op.inputs[at].shape, dims.get(node.input[at], ()), strict=False)
+        wrong = op.refusal({letter: dim.dim_value for letter, dim in stated if dim.dim_value})  # what is not known here, the plugin will say
+        if wrong:
+            found[node.op_type] = wrong
+    return found
 
 
 def prepare(model: ModelProto, claimed: Collection[str] | None = None) -> PreparedGraph:
@@ -78,6 +88,7 @@ def prepare(model: ModelProto, claimed: Collection[str] | None = None) -> Prepar
 
     Every node has a name afterwards. The model is taken apart: use the result instead. Raises UserError if an op of ours has neither a plugin nor a body.
     """
+    reasons = refusals(model)
     claimed = claims(model) if claimed is None else claimed
     bodies = {f.name: len(f.node) for f in model.functions if f.domain == contract.DOMAIN}
     calls = [(n.name, n.op_type) for n in model.graph.node]
@@ -98,7 +109,8 @@ def prepare(model: ModelProto, claimed: Collection[str] | None = None) -> Prepar
     _put_weights(model.graph, weights)
     pasts = {x.name for x in model.graph.input} - {contract.INPUT_IDS, contract.PAST_LENGTH, contract.NEW_LENGTH}
     direct = sorted({x for n in model.graph.node if n.op_type in claimed for x in n.input if x in pasts})
-    return PreparedGraph(model, types, [op for op in ours if op not in claimed], direct)
+    inlined = [op for op in ours if op not in claimed]
+    return PreparedGraph(model, types, inlined, direct, {op: reasons[op] for op in inlined if op in reasons})
 
 
 def complaints(model: ModelProto, tensorrt: tuple[int, ...], claimed: Collection[str] = PLUGIN_OPS) -> list[str]:

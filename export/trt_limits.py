@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sessa_deploy.checks import integer
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CAUSAL_OP, MODEL_DATA_FILE, MODEL_FILE, PRECISIONS, cache_entries, cache_row_shape
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.bundle import Bundle
 
-RECIPE = 4  # goes up when to_engine.py asks TensorRT for something else
+RECIPE_VERSION = 5  # goes up when to_engine.py asks TensorRT for something else
 DEFAULT_PROMPT = 512
 OPT_LEVELS = (0, 5)
 LAYERS = ("plugin", "tensorrt")  # who computes what stands around the attentions
@@ -42,27 +43,40 @@ class Machine:
     driver: str
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How an engine is built: for which shapes, where, with which of TensorRT's options, and who computes what stands around the attentions.
+
+    workspace: bytes TensorRT may take for scratch, None: what it likes; opt_level: None: TensorRT's own; key: see `keyed`.
+    """
+
+    shapes: Shapes
+    machine: Machine
+    workspace: int | None = None
+    opt_level: int | None = None
+    layers: str = LAYERS[0]
+    key: str = ""
+
+    def keyed(self, bundle: Bundle, plugin_sha256: str) -> Recipe:
+        """The same with its key: sha256 of everything that shapes a plan: graph, plugin, shapes, TensorRT, driver, architecture, options."""
+        graph = {name: bundle.sha256(name) for name in (MODEL_FILE, MODEL_DATA_FILE) if name in bundle}
+        parts = {"recipe": RECIPE_VERSION, "graph": graph, "plugin": plugin_sha256, "shapes": dataclasses.asdict(self.shapes), "precision": bundle.precision,
+                 "tensorrt": self.machine.tensorrt, "driver": self.machine.driver, "arch": self.machine.arch, "workspace": self.workspace,
+                 "opt_level": self.opt_level, "layers": self.layers}  # fmt: skip
+        return dataclasses.replace(self, key=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest())
+
+
 def shapes_for(config: SessaConfig, max_batch: int = 1, max_context: int | None = None, max_prompt: int = DEFAULT_PROMPT) -> Shapes:
     """Checked shapes; max_context None is the model's own. Raises UserError on a number below 1."""
     capacity = config.max_context if max_context is None else max_context
-    for name, value in (("--max-batch", max_batch), ("--max-context", capacity), ("--max-prompt", max_prompt)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{name} is out of range", got=repr(value), allowed="an integer >= 1")
+    max_batch, capacity = integer("--max-batch", max_batch, 1), integer("--max-context", capacity, 1)
+    max_prompt = integer("--max-prompt", max_prompt, 1)
     return Shapes(max_batch, capacity, min(max_prompt, capacity))
 
 
-def engine_key(bundle: Bundle, plugin_sha256: str, shapes: Shapes, machine: Machine, workspace: int | None, opt_level: int | None,
-               layers: str = LAYERS[0]) -> str:
-    """sha256 of everything that shapes a plan: graph, plugin, shapes, TensorRT, driver, architecture, and how it is built."""
-    graph = {name: bundle.sha256(name) for name in (MODEL_FILE, MODEL_DATA_FILE) if name in bundle}
-    parts = {"recipe": RECIPE, "graph": graph, "plugin": plugin_sha256, "shapes": dataclasses.asdict(shapes), "precision": bundle.precision,
-             "tensorrt": machine.tensorrt, "driver": machine.driver, "arch": machine.arch, "workspace": workspace, "opt_level": opt_level,
-             "layers": layers}  # fmt: skip
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def estimate(config: SessaConfig, precision: str, weights: int, shapes: Shapes, inlined: tuple[str, ...] = (CAUSAL_OP,)) -> dict[str, int]:
-    """Bytes of GPU memory a build needs at its peak, by what takes them. weights: bytes of the graph.
+def estimate(config: SessaConfig, precision: str, weights: int, shapes: Shapes, inlined: tuple[str, ...] = (CAUSAL_OP,),
+             all_logits: bool = False) -> dict[str, int]:
+    """Bytes of GPU memory a build needs at its peak, by what takes them. weights: bytes of the graph. all_logits: it gives those of every token.
 
     A build holds the weights about twice (as read, as laid out for the kernels) and runs both profiles on real buffers. An inlined causal attention
     keeps float32 scores (B,Hq,T,P+T) and float32 keys and values of the whole capacity; feedback attention's workspace holds (B,T,P+T) routing tiles.
@@ -72,7 +86,7 @@ def estimate(config: SessaConfig, precision: str, weights: int, shapes: Shapes, 
     parts = {
         "weights": 2 * weights,
         "caches": b * p * row,
-        "activations": b * t * (row + 12 * 4 * config.d_model) + 4 * b * config.vocab_size,
+        "activations": b * t * (row + 12 * 4 * config.d_model) + 4 * b * config.vocab_size * (t if all_logits else 1),
         "feedback workspace": 4 * b * t * (p + t),
     }
     if CAUSAL_OP in inlined:
@@ -80,11 +94,12 @@ def estimate(config: SessaConfig, precision: str, weights: int, shapes: Shapes, 
     return parts
 
 
-def require_memory(config: SessaConfig, precision: str, weights: int, shapes: Shapes, free: int, inlined: tuple[str, ...] = (CAUSAL_OP,)) -> int:
+def require_memory(config: SessaConfig, precision: str, weights: int, shapes: Shapes, free: int, inlined: tuple[str, ...] = (CAUSAL_OP,),
+                   all_logits: bool = False) -> int:
     """The estimate's sum in bytes. Raises UserError that says what to lower, and to what, if it exceeds the free memory."""
 
     def need(**changes: int) -> int:
-        return sum(estimate(config, precision, weights, dataclasses.replace(shapes, **changes), inlined).values())
+        return sum(estimate(config, precision, weights, dataclasses.replace(shapes, **changes), inlined, all_logits).values())
 
     total, room = need(), int(free * _HEADROOM)
     if total <= room:
@@ -101,7 +116,7 @@ def require_memory(config: SessaConfig, precision: str, weights: int, shapes: Sh
         fix = "use a GPU with more memory, or export with --precision fp16"
     else:
         fix = " or ".join(hints) or "lower --max-batch, --max-context and --max-prompt together"
-    largest = max(estimate(config, precision, weights, shapes, inlined).items(), key=lambda pair: pair[1])
+    largest = max(estimate(config, precision, weights, shapes, inlined, all_logits).items(), key=lambda pair: pair[1])
     raise UserError("the engine will not fit into the GPU's memory", fix=fix, allowed=f"{_gib(room)} free",
                     got=f"about {_gib(total)} needed, most of it for {largest[0]} ({_gib(largest[1])})")  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import IO
 
 import onnx
 from onnx import ModelProto, TensorProto
+
+from sessa_deploy.files import whole
 
 # A protobuf must stay below 2 GiB; the margin is room for names and whatever a reader adds.
 INLINE_LIMIT = 2**31 - 2**24
@@ -34,31 +35,22 @@ def write_model(
 ) -> bool:
     """Write `model` with `weights` as further initializers to `path`, in one file, or beyond `inline_limit` bytes with path.data beside it.
 
-    advance hears of the bytes of each weight. The files appear by rename when both are whole. Returns whether the data file was written.
-    Raises OSError as the file system does.
+    advance hears of the bytes of each weight. The files appear when both are whole. Returns whether the data file was written.
+    Raises UserError if a file cannot be written.
     """
     weights = list(weights)
     data = path.with_name(path.name + ".data")
     external = sum(w.size for w in weights) + model.ByteSize() > inline_limit
-    stage, data_stage = (p.with_name(f".{p.name}.tmp-{os.getpid()}") for p in (path, data))
-    try:
+    with whole(path, what="the graph") as stream:
         if external:
-            with open(data_stage, "wb") as stream:
-                places = [_append(stream, w, advance) for w in weights]
-            tensors = [_external(w, data.name, place) for w, place in zip(weights, places, strict=True)]
-        with open(stage, "wb") as stream:
-            if external:
+            with whole(data, what="the weights") as data_stream:
+                places = [_append(data_stream, w, advance) for w in weights]
+                tensors = [_external(w, data.name, place) for w, place in zip(weights, places, strict=True)]
                 _write_proto(stream, model, [(t.SerializeToString(deterministic=True), None) for t in tensors], None)
-            else:
-                _write_proto(stream, model, [(_header(w), w) for w in weights], advance)
-        if external:
-            os.replace(data_stage, data)
-        os.replace(stage, path)
-        if not external:
-            data.unlink(missing_ok=True)
-    finally:
-        stage.unlink(missing_ok=True)
-        data_stage.unlink(missing_ok=True)
+        else:
+            _write_proto(stream, model, [(_header(w), w) for w in weights], advance)
+    if not external:
+        data.unlink(missing_ok=True)
     return external
 
 

@@ -6,21 +6,21 @@ import ctypes
 import importlib.metadata
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sessa_deploy.contract import CAUSAL_OP, FEEDBACK_OP, LAYER_OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from sessa_deploy.contract import ENGINE_OPS as OPS
+from sessa_deploy.contract import PLUGIN_NAMESPACE, PLUGIN_VERSION
 from sessa_deploy.errors import UserError
+from sessa_deploy.files import scratch, whole
+from sessa_deploy.process import run_group
 
 LIBRARY = "libsessa_plugin.so"
 ENVIRONMENT = "SESSA_PLUGIN_LIBRARY"  # a path that goes before every other place
 MAJORS = (11, 10, 8)
-OPS = (FEEDBACK_OP, CAUSAL_OP, *LAYER_OPS)  # what the library brings
 BUILD = "sessa-deploy plugin build"
 _HERE = Path(__file__).resolve().parent
 
@@ -149,26 +149,25 @@ def build(
             raise UserError(f"{name} is not a folder", got=str(path), allowed="an existing folder")
     if tensorrt_include is not None:
         include_major(Path(tensorrt_include))
-    with tempfile.TemporaryDirectory(prefix="sessa-plugin-") as work:
-        configure = [cmake, "-S", str(_HERE), "-B", work, f"-DSESSA_PYTHON={sys.executable}"]
+    with scratch("sessa-plugin-") as work:
+        configure = [cmake, "-S", str(_HERE), "-B", str(work), f"-DSESSA_PYTHON={sys.executable}"]
         configure += [f"-D{name}={Path(path).resolve()}" for name, path in options.items() if path is not None]
         configure += [f"-DSESSA_ARCHS={archs}"] if archs else []
         log = _run(configure, "configuring the plugin", say)
-        _run([cmake, "--build", work, "--parallel", str(os.cpu_count() or 1)], "compiling the plugin", say)
+        _run([cmake, "--build", str(work), "--parallel", str(os.cpu_count() or 1)], "compiling the plugin", say)
         found = [line for line in log.splitlines() if "-- TensorRT " in line]
         major = int(found[-1].split("-- TensorRT ")[1].split()[0])
         target = (Path(out) if out is not None else user_folder() / f"trt{major}") / LIBRARY
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".part{os.getpid()}")
-        shutil.copyfile(Path(work) / LIBRARY, part)
-        os.replace(part, target)
+        with open(work / LIBRARY, "rb") as built, whole(target, "--out", "the library") as stream:
+            shutil.copyfileobj(built, stream)
     check(target)
     return target
 
 
 def _run(command: list[str], what: str, say: Callable[[str], None]) -> str:
     say(what)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_group(command)
     if done.returncode != 0:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         raise UserError(f"{what} failed", got=" / ".join(lines[-12:])[-900:], allowed="exit code 0", fix=f"run it by hand: {' '.join(command)}")

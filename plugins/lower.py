@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,10 +25,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sessa_deploy.errors import UserError
+from sessa_deploy.cuda_arch import nearest
+from sessa_deploy.errors import SessaError
+from sessa_deploy.files import scratch, write_whole
 from sessa_deploy.kernels.launch import jit, table
-from sessa_deploy.kernels.launch.limits import ALIGNMENT, ARCHS, SHARED_LIMIT, TEGRA
+from sessa_deploy.kernels.launch.limits import ALIGNMENT, ARCHS, SHARED_LIMIT
 from sessa_deploy.kernels.launch.spec import resolve
+from sessa_deploy.process import ending_cleanly
 
 SCHEMA = 1
 MANIFEST = "cubins.json"
@@ -90,15 +92,15 @@ def units(archs: Sequence[int], kernels: Sequence[str] | None = None) -> list[Un
 def served_by(unit: Unit, archs: Sequence[int]) -> int | None:
     """The one of `archs` whose binary the unit's architecture runs, as the very launch options are pinned for both; None: it needs its own.
 
-    A binary runs on later minors of its major, though not across desktop GPUs and Tegra (sm_87); the plugin's C++ takes the nearest one by the same rule.
+    The plugin's C++ takes the nearest one by the same rule (cuda_arch.serves).
     """
-    earlier = [a for a in archs if a // 10 == unit.arch // 10 and a < unit.arch and a != TEGRA]
-    if unit.arch == TEGRA or not earlier:
+    before = nearest([a for a in archs if a != unit.arch], unit.arch)
+    if before is None:
         return None
-    nearest = Unit(unit.kernel, max(earlier), unit.dtype, unit.variant)
-    if _options(nearest) != _options(unit):
+    earlier = Unit(unit.kernel, before, unit.dtype, unit.variant)
+    if _options(earlier) != _options(unit):
         return None
-    return served_by(nearest, archs) or nearest.arch
+    return served_by(earlier, archs) or before
 
 
 def _options(unit: Unit) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def compile_unit(unit: Unit, out: Path) -> Cubin:
     vector, scalar = count_loads(kernel.asm["ptx"])
     binary, meta, description = kernel.asm["cubin"], kernel.metadata, table.kernel(unit.kernel)
     path = out / f"{unit.stem}.cubin"
-    path.write_bytes(binary)
+    write_whole(path, binary, "--out", "the binary", sync=False)
     params = [{"name": p.name, "type": resolve(p.type, unit.dtype), "divisible": ALIGNMENT if p.divisible else 1} for p in description.params]
     params += [{"name": n, "type": t, "divisible": 1} for n, t in HIDDEN]
     declared = len(re.findall(r"^\s*\.param\b", kernel.asm["ptx"].split(".visible .entry", 1)[1].split(")", 1)[0], re.MULTILINE))
@@ -213,18 +215,18 @@ def lower(archs: Sequence[int], out: Path, kernels: Sequence[str] | None = None,
 
     out.mkdir(parents=True, exist_ok=True)
     wanted = units(archs, kernels)
-    with tempfile.TemporaryDirectory(prefix="sessa-lower-") as cache:
+    with scratch("sessa-lower-") as cache:
         workers = max(1, min(jobs or os.cpu_count() or 1, len(wanted)))
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(cache,))
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(str(cache),))
         with pool:
             cubins = list(pool.map(compile_unit, wanted, [out] * len(wanted)))
     names = {c.file for c in cubins}
     for stale in out.glob("*.cubin"):
         if stale.name not in names:
             stale.unlink()
-    (out / TABLE).write_text("".join(_rows(cubins)), encoding="utf-8")
+    write_whole(out / TABLE, "".join(_rows(cubins)), "--out", "the table")
     manifest = {"schema": SCHEMA, "triton": triton.__version__, "cubins": [asdict(c) for c in cubins]}
-    (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_whole(out / MANIFEST, json.dumps(manifest, indent=1) + "\n", "--out", "the table")
     return cubins
 
 
@@ -255,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     try:
         cubins = lower(archs, args.out, args.kernel, args.jobs)
-    except UserError as error:
+    except SessaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     for arch in archs:
@@ -272,4 +274,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending_cleanly():
+        sys.exit(main())

@@ -8,27 +8,29 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from sessa_deploy.checks import as_integer, integer
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import SessaError, UserError
 
 IntArray = NDArray[np.integer]
+_MOST_LOGITS = 256 << 20  # bytes
 
 
 class Backend(ABC):
     """B sequences ("rows") of at most `capacity` cached tokens each.
 
     length: (B,) int32, tokens cached of each row. bytes_moved: bytes of cache rows that were copied since the start, appending included.
-    A subclass runs the graph in `_forward` (and `_pick`) and appends; lengths, checks and resets are here, so that no backend differs in them.
+    all_logits: whether the graph gives the logits of every new row (`export --all-logits`); else it gives each sequence's last.
+    A subclass runs the graph in `_forward` (and `_pick`, `_forward_all`) and appends; lengths, checks and resets are here, so that no backend differs in them.
     """
 
     name = "none"
+    all_logits = False
     best_chunk = 256  # on a CPU the demo's 4096 tokens take 3.3 s in chunks of 64 to 256, 4.3 s of 512, 14.6 s at once
 
     def __init__(self, config: SessaConfig, batch: int = 1, capacity: int | None = None) -> None:
         capacity = config.max_context if capacity is None else capacity
-        for what, value in (("max_batch", batch), ("capacity", capacity)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{what} is out of range", got=repr(value), allowed="an integer >= 1")
+        batch, capacity = integer("max_batch", batch, 1), integer("capacity", capacity, 1)
         self.config, self.batch, self.capacity = config, batch, capacity
         self.length: NDArray[np.int32] = np.zeros(batch, dtype=np.int32)
         self.bytes_moved = 0
@@ -42,6 +44,27 @@ class Backend(ABC):
         ids, new = self._checked(input_ids, new_length)
         logits = self._forward(ids, new)
         self.length += new
+        return logits
+
+    def step_all(self, input_ids: IntArray, new_length: IntArray) -> NDArray[np.float32]:
+        """Like `step`, with the logits (B,T,V) float32 after every new token, T = max(new_length); rows from new_length[b] on are unspecified.
+
+        A graph without all logits is fed one token a step.
+        """
+        ids, new = self._checked(input_ids, new_length)
+        if self.all_logits:
+            logits = self._forward_all(ids, new)
+            self.length += new
+            return logits
+        logits, before = np.zeros((*ids.shape, self.config.vocab_size), np.float32), self.length.copy()
+        try:
+            for t in range(ids.shape[1]):
+                live = (new > t).astype(np.int32)
+                logits[:, t] = self._forward(np.ascontiguousarray(ids[:, t : t + 1]), live)
+                self.length += live
+        except BaseException:
+            self.length[:] = before
+            raise
         return logits
 
     def step_greedy(self, input_ids: IntArray, new_length: IntArray) -> NDArray[np.int64]:
@@ -61,17 +84,21 @@ class Backend(ABC):
     def reset(self, rows: Iterable[int] | None = None) -> None:
         """Forget the tokens of `rows`, of every row by default."""
         for row in range(self.batch) if rows is None else rows:
-            self.length[row] = 0
+            self.length[self._row(row)] = 0
 
     def rewind(self, row: int, length: int) -> None:
         """Forget all but the first `length` tokens of a row. Raises UserError if it holds fewer."""
-        if not 0 <= length <= int(self.length[row]):
-            raise UserError("a sequence cannot be rewound to there", got=length, allowed=f"0..{int(self.length[row])}")
-        self.length[row] = length
+        row, held = self._row(row), as_integer(length)
+        if held is None or not 0 <= held <= int(self.length[row]):
+            raise UserError("a sequence cannot be rewound to there", got=repr(length), allowed=f"0..{int(self.length[row])}")
+        self.length[row] = held
 
     def room(self, row: int) -> int:
         """Tokens that still fit into a row."""
-        return self.capacity - int(self.length[row])
+        return self.capacity - int(self.length[self._row(row)])
+
+    def _row(self, row: object) -> int:
+        return integer("the sequence", row, 0, self.batch - 1)
 
     def device_bytes(self) -> int:
         """Device memory in use, all processes' together; 0 on a CPU."""
@@ -80,6 +107,10 @@ class Backend(ABC):
     @abstractmethod
     def _forward(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
         """Run ids (B,T) whose first new[b] count, with max(new) == T >= 1, append the new rows at `length`; logits (B,V)."""
+
+    def _forward_all(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Like `_forward`; logits (B,T,V). Only called where `all_logits` is true."""
+        raise NotImplementedError
 
     def _pick(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.int64]:
         """Like `_forward`; the most likely tokens (B,), -1 where a row's largest logit is not finite."""
@@ -122,3 +153,13 @@ class Backend(ABC):
             raise UserError("a token id is outside the vocabulary", got=int(wrong), allowed=f"0..{self.config.vocab_size - 1}",
                             fix="encode the prompt with the bundle's tokenizer")
         return fed, new.astype(np.int32, copy=False)
+
+
+def last_rows(logits: NDArray[np.float32], new: NDArray[np.int32]) -> NDArray[np.float32]:
+    """(B,V) of each sequence's last new row, from (B,T,V) of all or from (B,V), which is that already."""
+    return logits if logits.ndim == 2 else logits[np.arange(len(new)), np.maximum(new - 1, 0)]
+
+
+def bounded_chunk(chunk: int, batch: int, vocab_size: int) -> int:
+    """Tokens a step may take of a graph that gives all their logits (B,T,V) float32, so that these stay below 256 MiB."""
+    return max(1, min(chunk, _MOST_LOGITS // (4 * batch * vocab_size)))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sessa_deploy.checks import as_number, integer
 from sessa_deploy.contract import MODEL_FILE
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime import environment, traffic
@@ -40,14 +41,18 @@ class BenchOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "window", "steps", "prefills"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is out of range", got=getattr(self, name), allowed="an integer >= 1")
+        for name, low in (("prompt_tokens", 1), ("window", 1), ("steps", 1), ("prefills", 1), ("seed", 0)):
+            object.__setattr__(self, name, integer(name, getattr(self, name), low))
         for name in ("seconds", "max_seconds", "warmup"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} is out of range", got=getattr(self, name), allowed="seconds >= 0")
-        if self.bandwidth is not None and not self.bandwidth > 0:
-            raise UserError("bandwidth is out of range", got=self.bandwidth, allowed="more than 0")
+            found = as_number(getattr(self, name))
+            if found is None or not found >= 0:
+                raise UserError(f"{name} is out of range", got=repr(getattr(self, name)), allowed="seconds >= 0")
+            object.__setattr__(self, name, found)
+        if self.bandwidth is not None:
+            found = as_number(self.bandwidth)
+            if found is None or not found > 0:
+                raise UserError("bandwidth is out of range", got=repr(self.bandwidth), allowed="more than 0")
+            object.__setattr__(self, "bandwidth", found)
 
 
 def measure(

@@ -1,7 +1,8 @@
 """The folder that is deployed: a manifest with the checksum of every other file. Standard library only (rich for a progress bar).
 
 manifest.json: {"schema_version", "config", "precision", "opset", "files": {name: {"sha256", "size"}}, "versions"}
-Nothing of a bundle is loaded before every file matched; a bundle appears, changes and is replaced by one rename.
+Nothing of a bundle is loaded before every file that the manifest names matched, wherever links lead; other files in the folder are left alone and never
+loaded. A bundle appears, changes and is replaced by one rename, or, where others' files or a mount point forbid it, with its manifest last (see publish).
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ import hashlib
 import json
 import os
 import shlex
-import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sessa_deploy.config import CONFIG_FILE, SessaConfig
-from sessa_deploy.contract import BUNDLE_SCHEMA, DEFAULT_OPSET, EXPORT_PRECISIONS, MANIFEST_FILE, MODEL_FILE
+from sessa_deploy.config import SessaConfig
+from sessa_deploy.contract import BUNDLE_SCHEMA, DEFAULT_OPSET, MANIFEST_FILE, MODEL_DATA_FILE, MODEL_FILE
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.publish import Staging, displaced, is_staging, locked, place
+from sessa_deploy.process import command
+from sessa_deploy.reading import identity, open_plain
+from sessa_deploy.runtime.manifest import bad, check_name, in_cache, mend, mismatch, parse_manifest, read_manifest
+from sessa_deploy.runtime.publish import Staging, is_staging, locked, place, sweep
 from sessa_deploy.runtime.report import byte_progress
 
 _BLOCK = 1 << 20
-_MANIFEST_LIMIT = 16 << 20
+_LIMIT = 16 << 20
 _KEYS = ("schema_version", "config", "precision", "opset", "files", "versions")
 Source = Path | str | bytes
 
@@ -38,22 +41,23 @@ class Bundle:
         self.precision: str = manifest["precision"]
         self.opset: int = manifest["opset"]
         self.versions: dict[str, str] = manifest["versions"]
+        self._checked: dict[str, tuple[int, ...]] = {}  # name -> identity of the file whose contents matched
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> Bundle:
         """Read the manifest and check every file's name, size and SHA-256; `verify=False` leaves out reading the contents only.
 
-        Raises one UserError that names the first file at fault (changed, missing, extra, a link, a name that leaves the folder).
+        Raises one UserError that names the first file at fault (changed, missing, no plain file, a name that leaves the folder).
         """
         path = Path(path)
         for _ in range(3):
-            raw = _read_manifest(path)
+            raw = read_manifest(path)
             try:
-                bundle = cls(path, _parse(raw, path))
+                bundle = cls(path, parse_manifest(raw, path))
                 _check_files(bundle, contents=verify)
                 return bundle
             except UserError:
-                if _read_manifest(path) == raw:
+                if read_manifest(path) == raw:
                     raise
         raise UserError("the bundle keeps changing while it is read", got=str(path), fix="wait until the export or build is done")
 
@@ -67,8 +71,27 @@ class Bundle:
     def file(self, name: str) -> Path:
         """Path of a file of the manifest. Raises UserError if the bundle has none of that name."""
         if name not in self.manifest["files"]:
-            raise UserError(f"the bundle has no {name}", got=str(self.path), allowed=", ".join(self.names()), fix=_mend(self.path))
+            raise UserError(f"the bundle has no {name}", got=str(self.path), allowed=", ".join(self.names()), fix=mend(self.path))
         return self.path / name
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file of the manifest. Raises UserError if there is none, or if what was read does not match its checksum."""
+        with open_plain(self.file(name)) as stream:
+            data = stream.read(os.fstat(stream.fileno()).st_size + 1)
+        if hashlib.sha256(data).hexdigest() != self.sha256(name):
+            raise mismatch(self.path, name, hashlib.sha256(data).hexdigest(), self.sha256(name))
+        return data
+
+    def require_unchanged(self) -> None:
+        """Raise UserError unless the files checked by `open` are still the ones in place: for who loads a file by its path, after he did."""
+        for name, before in self._checked.items():
+            with open_plain(self.path / name) as stream:
+                if identity(os.fstat(stream.fileno())) != before and (digest := _digest(stream)) != self.sha256(name):
+                    raise mismatch(self.path, name, digest, self.sha256(name))
+
+    def export_hint(self, options: str = "") -> str:
+        """The command that writes this bundle anew, with further options; elsewhere, if it lies in a hub's cache."""
+        return command("export", "CHECKPOINT", "--out", "BUNDLE" if in_cache(self.path) else self.path) + options
 
     @property
     def model(self) -> Path:
@@ -85,13 +108,16 @@ class Bundle:
 class BundleWriter:
     """Writes a bundle in place: `with BundleWriter(out) as w: ...files into w.folder...; bundle = w.commit(config, precision, ...)`.
 
-    Leaving the block without `commit` leaves nothing behind. An existing bundle at `out` is replaced in one step; any other folder that
-    is not empty, and a bundle to which somebody added files, raise UserError before anything is written.
+    Leaving the block without `commit` leaves nothing behind. An existing bundle at `out` is replaced, and files in it that are not its own stay as they
+    are (`kept` names them after `commit`); any other folder that is not empty raises UserError before anything is written.
     """
 
     def __init__(self, out: str | Path) -> None:
-        self.target = Path(os.path.realpath(out))
-        _check_replaceable(self.target)
+        self.target = _resolve(out)
+        self.kept: list[str] = []
+        with _writing(self.target):
+            _recover(self.target)
+            _check_replaceable(self.target)
         self._staging = Staging(self.target)
 
     def __enter__(self) -> BundleWriter:
@@ -113,11 +139,13 @@ class BundleWriter:
             files = {name: _describe(self.folder / name) for name in _listing(self.folder)}
             manifest = {"schema_version": BUNDLE_SCHEMA, "config": config.to_dict(), "precision": precision, "opset": opset,
                         "files": files, "versions": {str(k): str(v) for k, v in sorted(versions.items())}}
-            _parse(json.dumps(manifest).encode(), self.target)
+            parse_manifest(json.dumps(manifest).encode(), self.target)
             _write_manifest(self.folder, manifest)
-            with locked(self.target.parent):
-                _check_replaceable(self.target)
-                self._staging.publish(MANIFEST_FILE)
+            with locked(self.target):
+                older = _check_replaceable(self.target)
+                self.kept = _foreign(self.target, older)
+                _require_room(self.target, [*files, MANIFEST_FILE], older, in_place=bool(self.kept) or self._staging.inside)
+                self._staging.publish(MANIFEST_FILE, older - set(files), keep=bool(self.kept))
         return Bundle(self.target, manifest)
 
 
@@ -136,44 +164,60 @@ def write_bundle(out: str | Path, files: Mapping[str, Source], config: SessaConf
 def add_files(bundle: Bundle | str | Path, files: Mapping[str, Source], remove: Iterable[str] = (), move: bool = False) -> Bundle:
     """Add files to a bundle or replace them (parity.json, engines/...), and remove others; the manifest changes in the same step.
 
-    The bundle on disk is the old one or the new one at every moment. Unchanged files are hard-linked, not copied. Returns the new Bundle.
+    The bundle on disk is the old one or the new one at every moment (see publish where it holds files that are not its own: they stay). Unchanged files are
+    hard-linked, not copied. Returns the new Bundle. Raises UserError on a bundle in a hub's cache, which is not ours to change.
     """
-    target = Path(os.path.realpath(bundle.path if isinstance(bundle, Bundle) else bundle))
+    target = _resolve(bundle.path if isinstance(bundle, Bundle) else bundle)
     gone = set(remove)
     if MODEL_FILE in gone | set(files):
-        raise UserError(f"{MODEL_FILE} of a finished bundle does not change", got=str(target), fix=_mend(target))
+        raise UserError(f"{MODEL_FILE} of a finished bundle does not change", got=str(target), fix=mend(target))
+    if in_cache(target):
+        raise UserError("a bundle in a download cache is not changed", got=str(target), allowed="a copy of it",
+                        fix=f"cp -rL {shlex.quote(str(target))} BUNDLE, and use BUNDLE")
+    with _writing(target):
+        _recover(target)
+    read_manifest(target)
     with _writing(target), Staging(target) as staging:
         _fill(staging.folder, files, move)
         described = {name: _describe(staging.folder / name) for name in files}
-        with locked(target.parent):
-            manifest = _parse(_read_manifest(target), target)
+        with locked(target):
+            manifest = parse_manifest(read_manifest(target), target)
+            own = set(manifest["files"])
             kept = {name: entry for name, entry in manifest["files"].items() if name not in files and name not in gone}
+            in_place = staging.inside or bool(_foreign(target, own))
+            _require_room(target, files, own, in_place)
             for name in kept:
-                _regular(target, name)
-                place(target / name, staging.folder / name, link=True)
+                with open_plain(target / name):
+                    pass
+                if not in_place:
+                    place(target / name, staging.folder / name, link=True)
             manifest["files"] = {**kept, **described}
             _write_manifest(staging.folder, manifest)
-            staging.publish(MANIFEST_FILE)
+            staging.publish(MANIFEST_FILE, (own & gone) - set(files), keep=in_place)
     return Bundle(target, manifest)
 
 
 def hash_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file, lower-case hexadecimal, read in blocks; `advance` hears of every block's bytes."""
+    """SHA-256 of a plain file, lower-case hexadecimal, read in blocks; `advance` hears of every block's bytes. Raises UserError like open_plain."""
+    with open_plain(path) as stream:
+        return _digest(stream, advance)
+
+
+def _digest(stream: Any, advance: Callable[[int], None] | None = None) -> str:
     digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
-    with open(path, "rb", buffering=0) as stream:
-        while count := stream.readinto(block):
-            digest.update(block[:count])
-            if advance is not None:
-                advance(count)
+    stream.seek(0)
+    while count := stream.readinto(block):
+        digest.update(block[:count])
+        if advance is not None:
+            advance(count)
     return digest.hexdigest()
 
 
-def _mend(path: Path) -> str:
-    return f"write the bundle anew: sessa-deploy export CHECKPOINT --out {path}"
-
-
-def _bad(what: str, path: Path, got: object = None, allowed: object = None, fix: str | None = None) -> UserError:
-    return UserError(f"bundle {path}: {what}", got=got, allowed=allowed, fix=fix or _mend(path))
+def _resolve(path: str | Path) -> Path:
+    try:
+        return Path(os.path.realpath(path))
+    except OSError as error:  # the folder one stands in is gone
+        raise UserError("no such place", got=f"{path} ({error.strerror})", fix="change to a folder that exists") from None
 
 
 @contextlib.contextmanager
@@ -191,7 +235,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def _fill(folder: Path, files: Mapping[str, Source], move: bool) -> None:
     for name, source in files.items():
-        _check_name(name, folder)
+        check_name(name, folder)
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, bytes):
@@ -211,93 +255,6 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_manifest(path: Path) -> bytes:
-    if is_staging(path):
-        raise UserError("that folder is what a killed export left, not a bundle", got=str(path), fix="sessa-deploy export CHECKPOINT --out BUNDLE")
-    if not path.is_dir():
-        older = displaced(Path(os.path.realpath(path)))
-        fix = f"an interrupted export left the older bundle aside: mv {older} {path}" if older else "sessa-deploy export CHECKPOINT --out BUNDLE"
-        raise UserError("no bundle", got=str(path), allowed="a folder that holds manifest.json", fix=fix)
-    if not (path / MANIFEST_FILE).exists() and (path / CONFIG_FILE).is_file():
-        raise UserError("that is a checkpoint, not a bundle", got=str(path), allowed="a folder that export wrote",
-                        fix=f"sessa-deploy export {shlex.quote(str(path))} --out BUNDLE")
-    try:
-        _regular(path, MANIFEST_FILE)
-        with open(path / MANIFEST_FILE, "rb") as stream:
-            raw = stream.read(_MANIFEST_LIMIT + 1)
-    except OSError as error:
-        raise _bad(f"{MANIFEST_FILE} cannot be read", path, got=error.strerror) from None
-    if len(raw) > _MANIFEST_LIMIT:
-        raise _bad(f"{MANIFEST_FILE} is too large", path, allowed=f"at most {_MANIFEST_LIMIT} bytes")
-    return raw
-
-
-def _parse(raw: bytes, path: Path) -> dict[str, Any]:
-    """The manifest, every field checked for type and range."""
-    try:
-        manifest = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise _bad(f"{MANIFEST_FILE} is not JSON", path, got=str(error)) from None
-    if not isinstance(manifest, dict):
-        raise _bad(f"{MANIFEST_FILE} is not a JSON object", path, got=type(manifest).__name__)
-    version = manifest.get("schema_version")
-    if type(version) is not int or version != BUNDLE_SCHEMA:
-        raise _bad(f"{MANIFEST_FILE} has another schema_version", path, got=repr(version), allowed=BUNDLE_SCHEMA)
-    missing = [key for key in _KEYS if key not in manifest]
-    if missing:
-        raise _bad(f"{MANIFEST_FILE} lacks keys", path, got=f"no {', '.join(missing)}", allowed=", ".join(_KEYS))
-    if manifest["precision"] not in EXPORT_PRECISIONS:
-        raise _bad(f"{MANIFEST_FILE} has an unknown precision", path, got=repr(manifest["precision"]), allowed=", ".join(EXPORT_PRECISIONS))
-    if type(manifest["opset"]) is not int:
-        raise _bad(f"{MANIFEST_FILE} has a bad opset", path, got=repr(manifest["opset"]), allowed="an integer")
-    files, versions = manifest["files"], manifest["versions"]
-    if not isinstance(files, dict) or MODEL_FILE not in files:
-        raise _bad(f"{MANIFEST_FILE} does not list {MODEL_FILE}", path)
-    if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
-        raise _bad(f"{MANIFEST_FILE} has bad versions", path, allowed="an object of strings")
-    try:
-        SessaConfig.from_dict(manifest["config"], source="config")
-    except UserError as error:
-        raise _bad(f"{MANIFEST_FILE} holds a bad config", path, got=f"{error.what} ({error.got})", allowed=error.allowed) from None
-    for name, entry in files.items():
-        _check_name(name, path)
-        digest, size = (entry.get("sha256"), entry.get("size")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-            raise _bad(f"{MANIFEST_FILE} has no checksum for {name}", path, got=repr(digest), allowed="64 lower-case hexadecimal digits")
-        if type(size) is not int or size < 0:
-            raise _bad(f"{MANIFEST_FILE} has no size for {name}", path, got=repr(size), allowed="bytes")
-    return manifest
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
-
-
-def _check_name(name: str, path: Path) -> None:
-    parts = PurePosixPath(name).parts
-    odd = any(ord(c) < 32 or c in "\\:" for c in name)
-    if not name or odd or name != "/".join(parts) or name == MANIFEST_FILE or any(p in ("..", ".", "/") for p in parts):
-        raise _bad(f"{name!r} is no name for a bundle's file", path, allowed="a relative path inside the folder, with forward slashes")
-
-
-def _regular(path: Path, name: str) -> os.stat_result:
-    """lstat of path/name, every part of which must be what it claims: folders and a plain file, no links."""
-    here, info = path, None
-    for part in PurePosixPath(name).parts:
-        here = here / part
-        try:
-            info = os.lstat(here)
-        except OSError:
-            raise _bad(f"{name} is missing", path) from None
-        if stat.S_ISLNK(info.st_mode):
-            raise _bad(f"{name} is a symbolic link or lies behind one", path, allowed="plain files")
-    if info is None or not stat.S_ISREG(info.st_mode):
-        raise _bad(f"{name} is not a plain file", path)
-    return info
-
-
 def _listing(path: Path) -> Iterator[str]:
     """Names of everything below `path` but the manifest and folders, links included, sorted."""
     for root, folders, names in os.walk(path):
@@ -309,39 +266,89 @@ def _listing(path: Path) -> Iterator[str]:
                 yield relative
 
 
+def _foreign(path: Path, own: Collection[str]) -> list[str]:
+    """What lies in a folder beside its own files and the manifest, sorted; a folder that holds nothing of its own is named with a slash, not looked into."""
+    folders = {str(parent) for name in own for parent in PurePosixPath(name).parents}
+    found: list[str] = []
+    for root, inner, names in os.walk(path):
+        below = {name: Path(root, name).relative_to(path).as_posix() for name in (*inner, *names)}
+        found += [f"{below[n]}/" for n in inner if below[n] not in folders and not is_staging(n)]
+        found += [below[n] for n in names if below[n] not in own and below[n] != MANIFEST_FILE]
+        inner[:] = [n for n in inner if below[n] in folders]
+    return sorted(found)
+
+
+def _require_room(target: Path, files: Iterable[str], own: Collection[str], in_place: bool) -> None:
+    """Raise UserError if files that go into a folder one by one would strike something that is not the bundle's."""
+    for name in files if in_place else ():
+        here = target
+        for part in PurePosixPath(name).parts[:-1]:
+            here = here / part
+            if here.is_symlink() or (os.path.lexists(here) and not here.is_dir()):
+                raise UserError("something else stands where the bundle has a folder", got=str(here), fix="choose another place, or remove it yourself")
+        if (target / name).is_dir() or (os.path.lexists(target / name) and name not in own and name != MANIFEST_FILE):
+            raise UserError("a file that is not the bundle's has the name of one that is", got=str(target / name),
+                            fix="choose another place, or remove it yourself")
+
+
 def _check_files(bundle: Bundle, contents: bool) -> None:
     path, files = bundle.path, bundle.manifest["files"]
+    sizes = sum(entry["size"] for entry in files.values())
     for name, entry in files.items():
-        size = _regular(path, name).st_size
+        with _opened(path, name) as stream:
+            size = os.fstat(stream.fileno()).st_size
         if size != entry["size"]:
-            raise _bad(f"{name} has another size than the manifest says", path, got=f"{size} bytes", allowed=f"{entry['size']} bytes")
-    for name in _listing(path):
-        if name not in files:
-            raise _bad(f"{name} is not in the manifest", path, fix=f"remove the file, or {_mend(path)}")
+            raise bad(f"{name} has another size than the manifest says", path, got=f"{size} bytes", allowed=f"{entry['size']} bytes")
+    if MODEL_DATA_FILE not in files and os.path.lexists(path / MODEL_DATA_FILE):  # an engine library would look for it by itself
+        raise bad(f"{MODEL_DATA_FILE} is not in the manifest", path, fix=f"remove the file, or {mend(path)}")
     if not contents:
         return
-    with byte_progress("checking", sum(entry["size"] for entry in files.values())) as advance:
+    with byte_progress("checking", sizes) as advance:
         for name, entry in files.items():
-            try:
+            with _opened(path, name) as stream:
+                before = identity(os.fstat(stream.fileno()))
                 digest = hash_file(path / name, advance)
-            except OSError as error:
-                raise _bad(f"{name} cannot be read", path, got=error.strerror, fix="look at its permissions and at the disk") from None
             if digest != entry["sha256"]:
-                raise _bad(f"{name} does not match its checksum", path, got=f"sha256 {digest[:16]}...", allowed=f"{entry['sha256'][:16]}...")
+                raise mismatch(path, name, digest, entry["sha256"])
+            bundle._checked[name] = before
 
 
-def _check_replaceable(target: Path) -> None:
+@contextlib.contextmanager
+def _opened(path: Path, name: str) -> Iterator[Any]:
+    """A file of a bundle, opened; what is wrong with it in the bundle's words."""
+    if not os.path.lexists(path / name):
+        raise bad(f"{name} is missing", path)
+    try:
+        with open_plain(path / name) as stream:
+            yield stream
+    except UserError as error:
+        what = error.what.replace(str(path / name), name)
+        raise bad(what, path, got=error.got, allowed=error.allowed, fix=error.fix if "cannot be read" in what or "LFS" in what else None) from None
+
+
+def _recover(target: Path) -> None:
+    """Finish or remove what killed writers to `target` left."""
+    if target.parent.is_dir():
+        with locked(target):
+            sweep(target)
+
+
+def _check_replaceable(target: Path) -> set[str]:
+    """Names of the older bundle's files at a place where a bundle may be written. Raises UserError if it may not."""
     fix = "choose another --out, or remove it yourself"
-    if not target.exists():
-        return
+    if in_cache(target):
+        raise UserError("the output lies in a download cache", got=str(target), allowed="a place of your own", fix="--out BUNDLE")
+    if not os.path.lexists(target):
+        return set()
     if not target.is_dir() or is_staging(target):
         raise UserError("the output exists and is no bundle", got=str(target), fix=fix)
-    if not any(target.iterdir()):
-        return
+    names = sorted(x.name for x in target.iterdir() if not is_staging(x))
+    if not names:
+        return set()
     try:
-        manifest = _parse(_read_manifest(target), target)
+        return set(parse_manifest(read_manifest(target), target)["files"])
     except UserError as error:
-        raise UserError("the output folder exists and is no bundle", got=f"{target} ({error.what})", fix=fix) from None
-    for name in _listing(target):
-        if name not in manifest["files"]:
-            raise UserError("the bundle to replace holds a file that is not its own", got=f"{target / name}", fix=fix)
+        if MANIFEST_FILE in names:
+            raise UserError("the output folder exists and is no bundle", got=f"{target} ({error.what})", fix=fix) from None
+        more = f" (+{len(names) - 6} more)" if len(names) > 6 else ""
+        raise UserError("the output folder is not empty and is no bundle", got=f"{', '.join(names[:6])}{more} in {target}", fix=fix) from None

@@ -7,6 +7,7 @@ the whole capacity and the new rows are copied behind each past on the device.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from typing import Any
 
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, PRECISIONS, cache_entries, cache_row_shape, new_name, past_name
+from sessa_deploy.cuda import Cuda
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.driver import DeviceMemory, HostMemory
 
 _BITS = {"fp32": ("uint32", 0x7FC00000), "fp16": ("uint16", 0x7E00), "bf16": ("uint16", 0x7FC0)}  # the integer type and its NaN
 
@@ -25,6 +26,29 @@ def _refused(why: str, precision: str, version: str) -> UserError:
     if precision == "bf16" and "numpy type" in why:
         return UserError("this ONNX Runtime cannot hold bfloat16 caches", got=version, allowed="1.20 or later", fix="pip install -U onnxruntime-gpu")
     return UserError("ONNX Runtime cannot hold the caches", got=why[:200], fix="lower --capacity or the batch, or use --backend ort")
+
+
+class HostMemory:
+    """What a DeviceCache asks of a `Cuda`, on memory of this process, for tests without a GPU."""
+
+    def enter(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def memory(self) -> tuple[int, int]:
+        return 0, 0
+
+    def copy(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int) -> None:
+        for row in range(height):
+            ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+
+    def read(self, source: int, size: int) -> bytes:
+        return ctypes.string_at(source, size)
+
+    def write(self, target: int, data: bytes) -> None:
+        ctypes.memmove(target, data, len(data))
 
 
 class DeviceCache:
@@ -38,8 +62,8 @@ class DeviceCache:
 
         self.batch, self.capacity, self.device, self.bytes_moved = batch, capacity, device, 0
         self._session, self._precision = session, precision
-        self.memory: HostMemory = DeviceMemory() if device == "cuda" else HostMemory()
-        self._binding = session.io_binding()
+        self.memory: Cuda | HostMemory = Cuda() if device == "cuda" else HostMemory()
+        self._binding: Any = session.io_binding()
         item = PRECISIONS[precision].itemsize
         # bfloat16 has no numpy type; ONNX Runtime takes ONNX's number for it.
         self._kind: Any = PRECISIONS[precision].onnx if precision == "bf16" else np.dtype(PRECISIONS[precision].numpy).type
@@ -59,7 +83,10 @@ class DeviceCache:
             self._values.append(value)
 
     def run(self, ids: NDArray[np.int64], length: NDArray[np.int32], new: NDArray[np.int32]) -> NDArray[np.float32]:
-        """One step over all sequences: logits (B,V), and the new rows appended at `length`. ids (B,T) with T == max(new)."""
+        """One step over all sequences: logits (B,V), or (B,T,V) of a graph with all of them, and the new rows appended at `length`.
+
+        ids (B,T) with T == max(new).
+        """
         binding, tokens = self._binding, ids.shape[1]
         binding.bind_cpu_input(INPUT_IDS, ids)
         binding.bind_cpu_input(PAST_LENGTH, length.copy())
@@ -82,6 +109,7 @@ class DeviceCache:
         return np.array(outputs[0].numpy(), np.float32)
 
     def _append(self, fresh: list[Any], tokens: int, length: NDArray[np.int32], new: NDArray[np.int32]) -> None:
+        self.memory.enter()
         runs = []  # neighbours with equal lengths go in one copy
         for (at, count), group in itertools.groupby(range(self.batch), key=lambda b: (int(length[b]), int(new[b]))):
             members = list(group)
@@ -92,10 +120,11 @@ class DeviceCache:
             for first, height, at, count in runs:
                 self.memory.copy(target + (first * self.capacity + at) * row, self.capacity * row, source + first * tokens * row, tokens * row,
                                   count * row, height)
-        self.memory.finish()
+        self.memory.wait()
 
     def rows(self, entry: int, sequence: int, length: int) -> NDArray[np.generic]:
         """A copy (length, ...) of one sequence's rows of one entry; bfloat16 comes as float32."""
+        self.memory.enter()
         row = self._row[entry]
         raw = self.memory.read(self._values[entry].data_ptr() + sequence * self.capacity * row, length * row)
         if self._precision == "bf16":
@@ -106,14 +135,28 @@ class DeviceCache:
 
     def overwrite(self, sequence: int, raw: bytes) -> None:
         """Lay `raw` over the first rows of every entry of one sequence, as far as it goes: contents for a benchmark."""
+        self.memory.enter()
         for value, row in zip(self._values, self._row, strict=True):
             size = min(len(raw), self.capacity * row) // row * row
             self.memory.write(value.data_ptr() + sequence * self.capacity * row, raw[:size])
 
     def poison(self, length: NDArray[np.int32]) -> None:
         """NaN into everything that is no sequence's valid row."""
+        self.memory.enter()
         kind, nan = _BITS[self._precision]
         for value, row in zip(self._values, self._row, strict=True):
             for b, rows in enumerate(length):
                 left = (self.capacity - int(rows)) * row
                 self.memory.write(value.data_ptr() + (b * self.capacity + int(rows)) * row, np.full(left // np.dtype(kind).itemsize, nan, kind).tobytes())
+
+    def used(self) -> int:
+        """Bytes of the device's memory in use, by every process."""
+        self.memory.enter()
+        free, total = self.memory.memory()
+        return total - free
+
+    def close(self) -> None:
+        """Let go of the caches."""
+        self._binding = None
+        self._values.clear()
+        self.memory.close()

@@ -7,7 +7,8 @@ import sys
 from typing import Any
 
 from sessa_deploy import __version__
-from sessa_deploy.runtime import driver, environment
+from sessa_deploy.cuda import driver_version
+from sessa_deploy.runtime import environment
 
 DOCTOR_SCHEMA = 1
 _CUDA = "CUDAExecutionProvider"
@@ -49,7 +50,7 @@ def examine() -> dict[str, Any]:
         add(use, name, versions[name], needed, mend)
     providers = _providers(add, versions["onnxruntime"], bool(gpus))
     trt = _tensorrt(add, versions["tensorrt"])
-    add("a GPU", "CUDA driver", f"supports CUDA {driver.driver_version()}" if driver.driver_version() else None, False,
+    add("a GPU", "CUDA driver", f"supports CUDA {driver_version()}" if driver_version() else None, False,
         "install the NVIDIA driver (a CPU needs none)")
     for gpu in gpus:
         more = f", driver {gpu['driver_version']}" if "driver_version" in gpu else ""

@@ -9,7 +9,7 @@ from sessa_deploy.contract import ENGINES_DIR
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
-from sessa_deploy.runtime.environment import importable
+from sessa_deploy.runtime.environment import check_threads, importable
 
 BACKENDS = ("auto", "ort", "ort-cuda", "trt")
 ON_A_GPU = ("ort-cuda", "trt")
@@ -19,6 +19,7 @@ def open_backend(bundle: Bundle, name: str = "auto", batch: int = 1, capacity: i
     """Open a bundle on a backend. Raises UserError naming what is missing and the command that installs it."""
     if name not in BACKENDS:
         raise UserError("no such backend", got=repr(name), allowed=", ".join(BACKENDS))
+    threads = check_threads(threads)
     if name == "auto":
         name = choose(bundle)
     if name == "trt":
@@ -44,3 +45,12 @@ def _trt() -> Any:
     if not importable("tensorrt"):
         raise UserError("TensorRT is not installed", got="backend trt", fix="pip install tensorrt, or use --backend ort")
     return importlib.import_module("sessa_deploy.runtime.trt")
+
+
+def most_sequences(bundle: Bundle, name: str) -> int | None:
+    """Sequences that the bundle's engines take at once on a backend ("auto": the one it would choose); None where any number goes."""
+    if (choose(bundle) if name == "auto" else name) != "trt":
+        return None
+    from sessa_deploy.runtime.trt_plan import engines
+
+    return min((info.max_batch for info in engines(bundle).values()), default=None)

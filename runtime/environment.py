@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy import __version__
-from sessa_deploy.runtime import driver
+from sessa_deploy.checks import integer
+from sessa_deploy.cuda import devices, driver_version
+from sessa_deploy.process import python
 
 _PROBE_SECONDS = 60.0
 # distribution names under which one library is installed
@@ -53,6 +55,44 @@ def _is_imported_from(module: str, distribution: metadata.Distribution) -> bool:
     return spec is not None and spec.origin is not None and Path(str(distribution.locate_file(module))) == Path(spec.origin).parent
 
 
+def cores() -> int:
+    """The cores this process may use: those of its affinity."""
+    return len(os.sched_getaffinity(0))
+
+
+def default_threads() -> int:
+    """How many threads suit this process: its cores, or fewer where its control group grants less processor time than they have."""
+    return min(cores(), _granted() or cores())
+
+
+def _granted(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Cores' worth of time, rounded up, that control groups (version 2, else 1) grant this process; None where nothing limits it."""
+    quotas = []
+    try:
+        inside = next((line.partition("::")[2].strip("/") for line in own.read_text(encoding="utf-8").splitlines() if line.startswith("0::")), "")
+    except OSError:
+        inside = ""
+    folder = root / inside
+    pairs = [(at / "cpu.max", None) for at in (folder, *folder.parents) if at.is_relative_to(root)]
+    for quota, period in [*pairs, (root / "cpu/cpu.cfs_quota_us", root / "cpu/cpu.cfs_period_us")]:
+        try:
+            text = quota.read_text(encoding="utf-8") + " " + (period.read_text(encoding="utf-8") if period else "")
+            time, of = text.split()
+            if time != "max" and int(time) > 0:  # version 1 says -1 for no limit
+                quotas.append(max(1, -(-int(time) // int(of))))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return min(quotas, default=None)
+
+
+def check_threads(threads: object) -> int | None:
+    """threads as an int, or None for what suits this process. Raises UserError where it is no integer in 1..`cores()`."""
+    if threads is None:
+        return None
+    most = cores()
+    return integer("threads", threads, 1, most, f"an integer in 1..{most}, the cores this process may use")
+
+
 def processor() -> dict[str, Any]:
     """Model name, the cores this process may use, and memory in bytes."""
     model = platform.processor() or platform.machine()
@@ -64,13 +104,13 @@ def processor() -> dict[str, Any]:
     except OSError:
         model = model or "unknown"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"model": model, "cores": len(os.sched_getaffinity(0)), "memory": memory}
+    return {"model": model, "cores": cores(), "memory": memory}
 
 
 def gpus() -> list[dict[str, Any]]:
     """The GPUs the driver shows, with NVIDIA's driver version and clocks (MHz) where nvidia-smi tells them."""
     told = _nvidia_smi()
-    return [{"index": d.index, "name": d.name, "arch": d.arch, "memory": d.memory, **told.get(d.index, {})} for d in driver.devices()]
+    return [{"index": d.index, "name": d.name, "arch": d.arch, "memory": d.memory, **told.get(d.index, {})} for d in devices()]
 
 
 def providers() -> tuple[list[str], str | None]:
@@ -82,7 +122,7 @@ def providers() -> tuple[list[str], str | None]:
 def probe(code: str) -> tuple[Any, str | None]:
     """(the JSON that `code` prints last, None), or (None, the last line of its error), from a fresh interpreter."""
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False)
+        done = subprocess.run(python(code), capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, str(error)
     if done.returncode != 0:
@@ -98,7 +138,7 @@ def describe() -> dict[str, Any]:
     """What a measurement should carry with it: versions, processor, GPUs."""
     names = ("numpy", "onnxruntime", "tensorrt")
     return {"python": platform.python_version(), "platform": platform.platform(), "cpu": processor(), "gpus": gpus(),
-            "cuda_driver": driver.driver_version(), "packages": {"sessa-deploy": __version__, **{n: _version(n) for n in names}}}
+            "cuda_driver": driver_version(), "packages": {"sessa-deploy": __version__, **{n: _version(n) for n in names}}}
 
 
 def _version(name: str) -> str | None:

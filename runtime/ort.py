@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, PRECISIONS, cache_entries, graph_inputs, graph_outputs, past_name
+from sessa_deploy.contract import (
+    ALL_LOGITS_RANK,
+    INPUT_IDS,
+    LAST_LOGITS_RANK,
+    LOGITS,
+    NEW_LENGTH,
+    PAST_LENGTH,
+    PRECISIONS,
+    cache_entries,
+    graph_inputs,
+    graph_outputs,
+    past_name,
+)
+from sessa_deploy.cuda import devices
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime import driver
-from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.backend import Backend, bounded_chunk, last_rows
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.device_cache import DeviceCache
+from sessa_deploy.runtime.environment import check_threads, default_threads
 from sessa_deploy.runtime.host_cache import HostCache
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -32,7 +44,7 @@ _NUMBERED_AS_CUDA = ("cudart", "nvrtc", "cublasLt", "cublas")
 class OrtBackend(Backend):
     """A bundle's model.onnx in ONNX Runtime, on provider "cpu" or "cuda".
 
-    threads: CPU threads, None for all this process may use. Raises UserError if ONNX Runtime or the provider is missing, if the precision
+    threads: CPU threads, None for all this process may use, and never more. Raises UserError if ONNX Runtime or the provider is missing, if the precision
     does not run there, or if the graph is not the contract's.
     """
 
@@ -45,12 +57,22 @@ class OrtBackend(Backend):
         self._host: HostCache | None = None
         self._device: DeviceCache | None = None
         if provider == "cpu":
-            self._host = HostCache(bundle.config, batch, self.capacity, np.dtype(PRECISIONS[bundle.precision].numpy))
+            self._host = HostCache(bundle.config, self.batch, self.capacity, np.dtype(PRECISIONS[bundle.precision].numpy))
         else:
             self.best_chunk = _DEVICE_CHUNK
-            self._device = DeviceCache(bundle.config, batch, self.capacity, bundle.precision, self.session)
+            self._device = DeviceCache(bundle.config, self.batch, self.capacity, bundle.precision, self.session)
+        self.all_logits = next(len(x.shape) for x in self.session.get_outputs() if x.name == LOGITS) == ALL_LOGITS_RANK
+        if self.all_logits:
+            self.best_chunk = bounded_chunk(self.best_chunk, self.batch, self.config.vocab_size)
 
     def _forward(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
+        return last_rows(self._run(ids, new), new)
+
+    def _forward_all(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
+        return self._run(ids, new)
+
+    def _run(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
+        """One step of the graph; its logits (B,V) or (B,T,V), zero in the sequences that were not computed."""
         if self._device is not None:
             logits = self._device.run(ids, self.length, new)
             self.bytes_moved = self._device.bytes_moved
@@ -66,7 +88,7 @@ class OrtBackend(Backend):
         self.bytes_moved = host.bytes_moved
         if first == 0 and last == self.batch:
             return np.asarray(found, np.float32)
-        logits = np.zeros((self.batch, found.shape[-1]), np.float32)
+        logits = np.zeros((self.batch, *found.shape[1:]), np.float32)
         logits[first:last] = found
         return logits
 
@@ -83,9 +105,11 @@ class OrtBackend(Backend):
         self._own(self._host or self._device).poison(self.length)
 
     def device_bytes(self) -> int:
-        return 0 if self._device is None else self._device.memory.used()
+        return 0 if self._device is None else self._device.used()
 
     def close(self) -> None:
+        if self._device is not None:
+            self._device.close()
         self._host = self._device = self.session = None
 
     @staticmethod
@@ -135,24 +159,23 @@ def why_no_cuda(runtime: Any) -> str:
             ctypes.CDLL(str(folder / f"libonnxruntime_providers_{name}.so"), ctypes.RTLD_GLOBAL)
     except OSError as error:
         return str(error)
-    return "" if driver.devices() else "no GPU"
+    return "" if devices() else "no GPU"
 
 
 def cuda_is_usable() -> bool:
     """Whether ONNX Runtime has its CUDA provider and the driver shows a GPU."""
-    return CUDA in load().get_available_providers() and bool(driver.devices())
+    return CUDA in load().get_available_providers() and bool(devices())
 
 
 def open_session(bundle: Bundle, provider: str = "cpu", threads: int | None = None) -> Any:
     """An onnxruntime.InferenceSession on the bundle's graph, checked against the contract. Raises UserError as OrtBackend does."""
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise UserError("threads is out of range", got=repr(threads), allowed="an integer >= 1")
+    threads = check_threads(threads)
     if provider == "cpu" and bundle.precision == "bf16":
         raise UserError("a bf16 bundle does not run on a CPU", got=str(bundle.path), allowed="fp32 or fp16 on a CPU; bf16 with ort-cuda or trt",
                         fix="sessa-deploy export CHECKPOINT --out BUNDLE --precision fp32")
     runtime = load()
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
     # Threads that spin fight whatever else runs: a step of the demo on two busy cores took 16 ms with and 4.7 ms without, at best 2.6 and 2.0 ms.
@@ -169,10 +192,11 @@ def open_session(bundle: Bundle, provider: str = "cpu", threads: int | None = No
     try:
         session = runtime.InferenceSession(str(bundle.model), options, providers=providers)
     except Exception as error:  # its exception classes differ between versions and derive from nothing in common
-        raise UserError("ONNX Runtime cannot load the graph", got=str(error)[:300], fix=f"sessa-deploy export CHECKPOINT --out {bundle.path}") from None
+        raise UserError("ONNX Runtime cannot load the graph", got=str(error)[:300], fix=bundle.export_hint()) from None
     finally:
         if provider == "cuda":
             runtime.set_default_logger_severity(_WARNINGS)  # its default
+    bundle.require_unchanged()  # what was checked is what was loaded
     if provider == "cuda" and CUDA not in session.get_providers():
         cuda = getattr(runtime, "cuda_version", "")
         raise UserError("the CUDA provider of ONNX Runtime did not start", got=why_no_cuda(runtime) or ", ".join(session.get_providers()),
@@ -188,8 +212,8 @@ def _check_graph(bundle: Bundle, inputs: Sequence[Any], outputs: Sequence[Any]) 
     wrong = [f"{n}: {found.get(n, 'absent')}" for n in sorted({*expected, *found}) if expected.get(n) != found.get(n)]
     names = {value.name: value for value in outputs}
     wrong += [f"{n}: absent" for n in graph_outputs(layers) if n not in names]
-    if LOGITS in names and len(names[LOGITS].shape) != 2:
+    if LOGITS in names and len(names[LOGITS].shape) not in (LAST_LOGITS_RANK, ALL_LOGITS_RANK):
         wrong.append(f"{LOGITS}: {len(names[LOGITS].shape)} dimensions")
     if wrong:
         raise UserError("the graph's inputs and outputs are not what the manifest's config says", got="; ".join(wrong[:5]),
-                        fix=f"sessa-deploy export CHECKPOINT --out {bundle.path}")
+                        fix=bundle.export_hint())

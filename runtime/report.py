@@ -5,7 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from sessa_deploy.contract import TOKENIZER_FILE
+
+if TYPE_CHECKING:
+    from sessa_deploy.runtime.tokenizer import Tokenizer
 
 # Below this many bytes hashing takes under about half a second and a bar would only flicker.
 _WORTH_A_BAR = 512 << 20
@@ -48,6 +53,13 @@ def count_progress(label: str, least: float = _LONG_PROMPT) -> Iterator[Callable
                     shown.clear()
 
         yield update
+
+
+def ignored_note(tokenizer: Tokenizer | None) -> str | None:
+    """One line about what a tokenizer's file asks for and does not get; None where there is nothing to say."""
+    if tokenizer is None or not tokenizer.ignored:
+        return None
+    return f"note: {TOKENIZER_FILE} asks for {', '.join(tokenizer.ignored)}: ignored, text is encoded whole and as it is"
 
 
 def _bars(*columns: Any) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sessa_deploy.checks import as_number, integer
 from sessa_deploy.errors import SessaError, UserError
 
 
@@ -36,14 +37,16 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _number("temperature", self.temperature, 0.0, math.inf, "a number >= 0")
-        _number("top_p", self.top_p, 0.0, 1.0, "a number in (0, 1]", open_low=True, closed_high=True)
-        _number("min_p", self.min_p, 0.0, 1.0, "a number in [0, 1)")
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "a number > 0", open_low=True)
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise UserError("top_k is out of range", got=repr(self.top_k), allowed="an integer >= 0 (0 keeps every token)")
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
-            raise UserError("seed is out of range", got=repr(self.seed), allowed="an integer >= 0")
+        checked = {
+            "temperature": _number("temperature", self.temperature, 0.0, math.inf, "a number >= 0"),
+            "top_p": _number("top_p", self.top_p, 0.0, 1.0, "a number in (0, 1]", open_low=True, closed_high=True),
+            "min_p": _number("min_p", self.min_p, 0.0, 1.0, "a number in [0, 1)"),
+            "repetition_penalty": _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "a number > 0", open_low=True),
+            "top_k": integer("top_k", self.top_k, 0, allowed="an integer >= 0 (0 keeps every token)"),
+            "seed": None if self.seed is None else integer("seed", self.seed, 0),
+        }
+        for name, value in checked.items():  # Python's own numbers from here on
+            object.__setattr__(self, name, value)
 
     @property
     def plain_greedy(self) -> bool:
@@ -51,12 +54,12 @@ class SamplingParams:
         return self.temperature == 0.0 and self.repetition_penalty == 1.0
 
 
-def _number(name: str, value: float, low: float, high: float, allowed: str, open_low: bool = False, closed_high: bool = False) -> None:
-    good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
-    if good:
-        good = (value > low if open_low else value >= low) and (value <= high if closed_high else value < high)
-    if not good:
+def _number(name: str, value: object, low: float, high: float, allowed: str, open_low: bool = False, closed_high: bool = False) -> float:
+    found = as_number(value)
+    inside = found is not None and (found > low if open_low else found >= low) and (found <= high if closed_high else found < high)
+    if found is None or not inside:  # NaN is inside of nothing
         raise UserError(f"{name} is out of range", got=repr(value), allowed=allowed)
+    return found
 
 
 class Sampler:

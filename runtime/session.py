@@ -10,6 +10,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from sessa_deploy.checks import as_integer, integer
 from sessa_deploy.contract import TOKENIZER_FILE
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend
@@ -19,7 +20,8 @@ from sessa_deploy.runtime.sampling import Sampler, SamplingParams
 from sessa_deploy.runtime.stopping import StopText
 from sessa_deploy.runtime.tokenizer import StreamDecoder, Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | NDArray[np.integer]
+Prompts = str | Sequence[Prompt | None]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,10 @@ class Chunk:
 
 @dataclass
 class Generation:
-    """What one sequence got: its new tokens (a stop token included), their text without the stop, and why it ended (see Chunk)."""
+    """What one sequence got: its new tokens (a stop token included), their text without the stop, and why it ended (see Chunk).
+
+    No tokens and a finish of None where the prompt was None: the sequence was left alone.
+    """
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -57,17 +62,16 @@ class Session:
 
     backend: "auto", "ort", "ort-cuda", "trt", or a Backend that is already open. chunk: tokens a prefill step takes at most; None takes what suits the backend.
     threads: of the CPU backend; None takes all. progress: hears (tokens done, tokens in all) of the longest prompt after each prefill step.
-    Sequence b keeps its conversation: each call appends to it until `reset`.
+    Sequence b keeps its conversation: each call appends to it until `reset`. Numbers may be Python's or numpy's.
     Raises UserError on bad input; a call that raises it has changed nothing.
     """
 
     def __init__(self, bundle: Bundle | str | Path, backend: str | Backend = "auto", max_batch: int = 1, capacity: int | None = None,
                  chunk: int | None = None, threads: int | None = None, progress: Callable[[int, int], None] | None = None) -> None:
-        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-            raise UserError("chunk is out of range", got=repr(chunk), allowed="an integer >= 1")
+        chunk = None if chunk is None else integer("chunk", chunk, 1)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.config, self._progress = self.bundle.config, progress
-        self._tokenizer = Tokenizer(self.bundle.file(TOKENIZER_FILE)) if TOKENIZER_FILE in self.bundle else None
+        self._tokenizer = _tokenizer(self.bundle) if TOKENIZER_FILE in self.bundle else None
         self.backend = backend if isinstance(backend, Backend) else open_backend(self.bundle, backend, max_batch, capacity, threads)
         self.chunk = self.backend.best_chunk if chunk is None else chunk
         self.max_batch, self.capacity = self.backend.batch, self.backend.capacity
@@ -85,37 +89,45 @@ class Session:
         self.backend.close()
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether the bundle has a tokenizer, and text is therefore taken and given."""
+        return self._tokenizer is not None
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer. Raises UserError if it has none."""
         if self._tokenizer is None:
-            raise UserError(f"the bundle has no {TOKENIZER_FILE}", got=str(self.bundle.path), allowed="prompts as token ids",
+            raise UserError(f"the bundle has no {TOKENIZER_FILE}", got=str(self.bundle.path), allowed="prompts as token ids (--prompt-ids)",
                             fix=f"put a {TOKENIZER_FILE} into the checkpoint and run: sessa-deploy export")
         return self._tokenizer
 
     def tokens(self, row: int = 0) -> list[int]:
         """All tokens of a sequence's conversation, prompts and answers."""
-        return list(self._slots[row].tokens)
+        return list(self._slots[integer("the sequence", row, 0, self.max_batch - 1)].tokens)
 
     def reset(self, rows: Iterable[int] | None = None) -> None:
         """Begin anew in `rows`, in every sequence by default."""
+        chosen = [integer("the sequence", row, 0, self.max_batch - 1) for row in (range(self.max_batch) if rows is None else rows)]
         self._turn += 1
-        for row in range(self.max_batch) if rows is None else rows:
+        for row in chosen:
             self._slots[row] = _Slot()
             self.backend.reset([row])
 
     def encode(self, prompt: Prompt, row: int = 0) -> list[int]:
-        """Token ids of a prompt; the model's first token (bos_token_id, if any) is put before text that begins a conversation."""
+        """Token ids of a prompt; text that begins a conversation gets the model's first token once (bos_token_id, else what the tokenizer's template
+        puts first)."""
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
-        ids, first = self.tokenizer.encode(prompt), self.config.bos_token_id
-        return [first, *ids] if first is not None and not self._slots[row].tokens and ids[:1] != [first] else ids
+            return _token_ids(prompt, f"prompt {row}")
+        fresh = not self._slots[integer("the sequence", row, 0, self.max_batch - 1)].tokens
+        return self.tokenizer.encode_first(prompt, self.config.bos_token_id) if fresh else self.tokenizer.encode(prompt)
 
-    def prefill(self, prompts: Sequence[Prompt | None]) -> NDArray[np.float32]:
+    def prefill(self, prompts: Prompts) -> NDArray[np.float32]:
         """Append prompts[b] to sequence b (None: leave it alone), in chunks; logits (len(prompts), V) after each one's last token.
 
         Rows of sequences left alone are zero. Raises UserError if a prompt is empty or does not fit.
         """
-        feeds = self._encode_all(prompts, new_tokens=1)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        feeds = self._encode_all(prompts, [1] * len(prompts))
         self._turn += 1
         return self._feed(feeds)
 
@@ -123,9 +135,10 @@ class Session:
         """Append one token to each sequence (None: it stands still); logits (len(tokens), V)."""
         return self.prefill([None if token is None else [token] for token in tokens])
 
-    def generate(self, prompts: str | Sequence[Prompt], max_new_tokens: int | None = None, sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-                 stop_tokens: Iterable[int] | None = None, stop: Sequence[str] = ()) -> list[Generation]:
-        """Like `stream`, collected: one Generation a prompt."""
+    def generate(self, prompts: Prompts, max_new_tokens: int | Sequence[int | None] | None = None,
+                 sampling: SamplingParams | Sequence[SamplingParams] | None = None, stop_tokens: int | Iterable[int] | None = None,
+                 stop: Sequence[str] = ()) -> list[Generation]:
+        """Like `stream`, collected: one Generation a prompt, an empty one for a prompt of None."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         results = [Generation() for _ in prompts]
         for chunk in self.stream(prompts, max_new_tokens, sampling, stop_tokens, stop):
@@ -135,44 +148,48 @@ class Session:
             result.finish = chunk.finish
         return results
 
-    def stream(self, prompts: str | Sequence[Prompt], max_new_tokens: int | None = None, sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-               stop_tokens: Iterable[int] | None = None, stop: Sequence[str] = ()) -> Iterator[Chunk]:
-        """Generate behind prompts[b] in sequence b, yielding each token as it is drawn.
+    def stream(self, prompts: Prompts, max_new_tokens: int | Sequence[int | None] | None = None,
+               sampling: SamplingParams | Sequence[SamplingParams] | None = None, stop_tokens: int | Iterable[int] | None = None,
+               stop: Sequence[str] = ()) -> Iterator[Chunk]:
+        """Generate behind prompts[b] in sequence b, yielding each token as it is drawn. A prompt of None leaves its sequence alone.
 
-        max_new_tokens: for each sequence; None goes on until a stop or until the capacity is full. sampling: one for all or one a prompt;
-        None is greedy. stop_tokens: ids that end a sequence; None takes the model's eos_token_id. stop: strings that end it, not shown.
+        max_new_tokens: one for all or one a prompt; None goes on until a stop or until the capacity is full. sampling: one for all or one a
+        prompt; None is greedy. stop_tokens: ids that end a sequence; None takes the model's eos_token_id, all of them. stop: strings that end it, not shown.
         The iterator may be dropped at any time; the conversation then holds the tokens drawn so far.
         Raises UserError, before anything is computed, on bad input and when a prompt and max_new_tokens together exceed the capacity.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        if max_new_tokens is not None and (isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1):
-            raise UserError("max_new_tokens is out of range", got=repr(max_new_tokens), allowed="an integer >= 1")
-        params = [sampling or SamplingParams()] * len(prompts) if sampling is None or isinstance(sampling, SamplingParams) else list(sampling)
+        limits = _limits(max_new_tokens, len(prompts))
+        params = [sampling or SamplingParams()] * len(prompts) if sampling is None or isinstance(sampling, SamplingParams) else [
+            one or SamplingParams() for one in sampling]
         if len(params) != len(prompts):
             raise UserError("sampling has the wrong length", got=len(params), allowed=f"one, or one for each of {len(prompts)} prompts")
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
             raise UserError("stop is wrong", got=repr(stop), allowed="a list of non-empty strings")
         if stop:
             _ = self.tokenizer
-        eos = self.config.eos_token_id
-        ends = frozenset(int(t) for t in stop_tokens) if stop_tokens is not None else frozenset(() if eos is None else (eos,))
-        feeds = self._encode_all(prompts, new_tokens=max_new_tokens or 1)
+        ends = _token_set(self.config.eos_token_ids if stop_tokens is None else stop_tokens)
+        feeds = self._encode_all(prompts, [limit or 1 for limit in limits])
         self._turn += 1
-        return self._stream(self._turn, feeds, max_new_tokens, params, ends, stop)
+        return self._stream(self._turn, feeds, limits, params, ends, stop)
 
-    def _stream(self, turn: int, feeds: list[list[int] | None], limit: int | None, params: list[SamplingParams], ends: frozenset[int],
-                stop: Sequence[str]) -> Iterator[Chunk]:
+    def check(self, prompt: Prompt, max_new_tokens: int | None = None, row: int = 0) -> list[int]:
+        """Token ids of a prompt, proven to fit behind sequence `row` with max_new_tokens after it. Computes nothing. Raises UserError as `stream` does."""
+        return self._encode_one(prompt, row, _limits(max_new_tokens, 1)[0] or 1)
+
+    def _stream(self, turn: int, feeds: list[list[int] | None], limits: list[int | None], params: list[SamplingParams],
+                ends: frozenset[int], stop: Sequence[str]) -> Iterator[Chunk]:
         self._check_turn(turn)
         logits = self._feed(feeds)
-        rows = [_Row(self, row, params[row], ends, stop, limit) for row in range(len(feeds))]
-        greedy = all(p.plain_greedy for p in params)
+        rows = [_Row(self, row, params[row], ends, stop, limits[row]) for row, feed in enumerate(feeds) if feed is not None]
+        greedy = all(row.sampler.params.plain_greedy for row in rows)
         picked = [row.sampler.next_token(logits[row.index]) for row in rows]
-        while True:
+        while rows:
             chunks = [row.take(token) for row, token in zip(rows, picked, strict=True)]
             rows = [row for row, chunk in zip(rows, chunks, strict=True) if chunk.finish is None]
             yield from chunks
             if not rows:
-                return
+                break
             self._check_turn(turn)
             ids, new = np.zeros((self.max_batch, 1), np.int64), np.zeros(self.max_batch, np.int32)
             for row in rows:
@@ -190,32 +207,28 @@ class Session:
         if turn != self._turn:
             raise UserError("the session was used for something else while this stream was open", fix="finish or drop a stream before the next call")
 
-    def _encode_all(self, prompts: Sequence[Prompt | None], new_tokens: int) -> list[list[int] | None]:
+    def _encode_all(self, prompts: Sequence[Prompt | None], new_tokens: Sequence[int]) -> list[list[int] | None]:
         """Token ids to append to each sequence, checked against the batch, the vocabulary and the capacity."""
         if not 1 <= len(prompts) <= self.max_batch:
             raise UserError("the number of prompts does not fit the session", got=len(prompts), allowed=f"1..{self.max_batch} (max_batch)")
-        feeds: list[list[int] | None] = []
-        for row, prompt in enumerate(prompts):
-            if prompt is None:
-                feeds.append(None)
-                continue
-            if not isinstance(prompt, str) and not isinstance(prompt, (Sequence, np.ndarray)):
-                raise UserError(f"prompt {row} is neither text nor token ids", got=type(prompt).__name__, allowed="a string or a list of integers")
-            slot, ids = self._slots[row], self.encode(prompt, row)
-            if not ids and not slot.pending:
-                raise UserError(f"prompt {row} is empty", allowed="at least one token", fix="pass some text")
-            wrong = [token for token in ids if not 0 <= token < self.config.vocab_size]
-            if wrong:
-                raise UserError("a token id is outside the vocabulary", got=wrong[0], allowed=f"0..{self.config.vocab_size - 1}",
-                                fix="encode the prompt with the bundle's tokenizer")
-            before = len(slot.tokens)
-            if before + len(ids) + new_tokens - 1 > self.capacity:  # the last token drawn needs no row in the cache
-                held = f" behind {before} tokens of conversation" if before else ""
-                wanted = f" and {new_tokens} new tokens" if new_tokens > 1 else ""
-                raise UserError("the context is full", got=f"a prompt of {len(ids)} tokens{held}{wanted}", allowed=f"a capacity of {self.capacity} tokens",
-                                fix=f"raise the capacity (--capacity {before + len(ids) + new_tokens}), ask for fewer tokens or shorten the prompt")
-            feeds.append(ids)
-        return feeds
+        return [None if prompt is None else self._encode_one(prompt, row, new_tokens[row]) for row, prompt in enumerate(prompts)]
+
+    def _encode_one(self, prompt: Prompt, row: int, new_tokens: int) -> list[int]:
+        ids = self.encode(prompt, row)
+        slot = self._slots[row]
+        if not ids and not slot.pending:
+            raise UserError(f"prompt {row} is empty", allowed="at least one token", fix="pass some text")
+        wrong = [token for token in ids if not 0 <= token < self.config.vocab_size]
+        if wrong:
+            raise UserError("a token id is outside the vocabulary", got=wrong[0], allowed=f"0..{self.config.vocab_size - 1}",
+                            fix="encode the prompt with the bundle's tokenizer")
+        before = len(slot.tokens)
+        if before + len(ids) + new_tokens - 1 > self.capacity:  # the last token drawn needs no row in the cache
+            held = f" behind {before} tokens of conversation" if before else ""
+            wanted = f" and {new_tokens} new tokens" if new_tokens > 1 else ""
+            raise UserError("the context is full", got=f"a prompt of {len(ids)} tokens{held}{wanted}", allowed=f"a capacity of {self.capacity} tokens",
+                            fix=f"raise the capacity (--capacity {before + len(ids) + new_tokens}), ask for fewer tokens or shorten the prompt")
+        return ids
 
     def _feed(self, feeds: list[list[int] | None]) -> NDArray[np.float32]:
         """Run what is pending and then feeds[b] through sequence b, chunk by chunk; logits (len(feeds), V) after each one's last token."""
@@ -243,6 +256,43 @@ class Session:
             if self._progress is not None:
                 self._progress(min(start + self.chunk, longest), longest)
         return logits
+
+
+def _token_ids(prompt: object, what: str) -> list[int]:
+    """A prompt's token ids as Python's integers. Raises UserError on anything else."""
+    if isinstance(prompt, np.ndarray) and prompt.ndim == 1 and prompt.dtype.kind in "iu":
+        return [int(token) for token in prompt.tolist()]
+    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, (Sequence, np.ndarray)) or (isinstance(prompt, np.ndarray) and prompt.ndim != 1):
+        raise UserError(f"{what} is neither text nor token ids", got=type(prompt).__name__, allowed="a string or a list of integers")
+    ids = [as_integer(token) for token in prompt]
+    if None in ids:
+        raise UserError(f"{what} is neither text nor token ids", got=repr(prompt[ids.index(None)]), allowed="a string or a list of integers")
+    return [token for token in ids if token is not None]
+
+
+def _token_set(tokens: int | Iterable[int] | None) -> frozenset[int]:
+    """One id, several or none, as config.eos_token_id and stop_tokens have them."""
+    if tokens is None:
+        return frozenset()
+    given = [tokens] if as_integer(tokens) is not None or not isinstance(tokens, Iterable) else tokens
+    ids = [as_integer(token) for token in given]
+    if None in ids:
+        raise UserError("stop_tokens is wrong", got=repr(tokens), allowed="a token id or a list of them")
+    return frozenset(token for token in ids if token is not None)
+
+
+def _limits(max_new_tokens: int | Sequence[int | None] | None, prompts: int) -> list[int | None]:
+    """max_new_tokens of each prompt."""
+    if isinstance(max_new_tokens, (Sequence, np.ndarray)) and not isinstance(max_new_tokens, str) and as_integer(max_new_tokens) is None:
+        if len(max_new_tokens) != prompts:
+            raise UserError("max_new_tokens has the wrong length", got=len(max_new_tokens), allowed=f"one, or one for each of {prompts} prompts")
+        return [None if limit is None else integer("max_new_tokens", limit, 1) for limit in max_new_tokens]
+    return [None if max_new_tokens is None else integer("max_new_tokens", max_new_tokens, 1)] * prompts
+
+
+def _tokenizer(bundle: Bundle) -> Tokenizer:
+    """The bundle's tokenizer, of the very bytes that match the manifest."""
+    return Tokenizer.from_json(bundle.read(TOKENIZER_FILE).decode("utf-8", "surrogateescape"), str(bundle.file(TOKENIZER_FILE)))
 
 
 class _Row:

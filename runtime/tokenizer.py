@@ -6,6 +6,7 @@ import codecs
 import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,15 @@ def byte_level_tokenizer() -> str:
 
 
 class Tokenizer:
-    """A tokenizers JSON file, opened.
+    """A tokenizers JSON file, opened for a language model: what text becomes depends on the text alone, whole and at any place of a conversation.
 
     path: the file, or a folder that holds tokenizer.json. Raises UserError if it is absent or not a tokenizers JSON.
+    ignored: what the file asks for and does not get, in words: truncation, padding, dropout, and special tokens around every text.
+    first: the special tokens that its post-processor puts before a text; `encode_first` puts them where a conversation begins, and nothing else does.
     """
+
+    ignored: tuple[str, ...]
+    first: tuple[int, ...]
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
@@ -76,19 +82,57 @@ class Tokenizer:
         try:
             self._library: Any = Library.from_str(text)
             data = json.loads(text)
-        except Exception as error:  # the library raises bare Exception on any malformed file
-            raise UserError(f"{source} is not a tokenizers JSON", got=str(error), fix="save it with tokenizers' Tokenizer.save") from None
+            added = {int(entry["id"]): bool(entry.get("special")) for entry in data.get("added_tokens") or []}
+            self._byte_level = (data.get("decoder") or {}).get("type") == "ByteLevel"
+            self._neutralise(data)
+        except BaseException as error:  # the library raises bare Exception on any malformed file, and a PanicException beside Exception's tree
+            if isinstance(error, MemoryError) or (not isinstance(error, Exception) and type(error).__name__ != "PanicException"):
+                raise
+            raise UserError(f"{source} is not a tokenizers JSON that tokenizers {metadata.version('tokenizers')} reads", got=str(error)[:300],
+                            fix="pip install -U tokenizers, or save it with tokenizers' Tokenizer.save") from None
         self._text = text
-        added = {int(entry["id"]): bool(entry.get("special")) for entry in data.get("added_tokens") or []}
         self._special = frozenset(i for i, special in added.items() if special)
         self._added = frozenset(added)
-        self._byte_level = (data.get("decoder") or {}).get("type") == "ByteLevel"
         self._bytes_of = {char: byte for byte, char in byte_alphabet().items()} if self._byte_level else {}
+
+    def _neutralise(self, data: dict[str, Any]) -> None:
+        """Undo what a file may ask for around the encoding itself, and remember it."""
+        ignored = []
+        if data.get("truncation"):
+            ignored.append(f"truncation to {data['truncation'].get('max_length')} tokens")
+            self._library.no_truncation()
+        if data.get("padding"):
+            fixed = data["padding"].get("strategy")
+            ignored.append(f"padding to {fixed['Fixed']} tokens" if isinstance(fixed, dict) and "Fixed" in fixed else "padding")
+            self._library.no_padding()
+        if (data.get("model") or {}).get("dropout"):
+            ignored.append(f"dropout of {data['model']['dropout']:g}")
+            self._library.model.dropout = None
+        self.first, last = self._around()
+        if self.first:
+            ignored.append(f"{self._names(self.first)} before every text (a conversation begins with it once)")
+        if last:
+            ignored.append(f"{self._names(last)} behind every text")
+        self.ignored = tuple(ignored)
+
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The special tokens that the post-processor puts before and behind a text."""
+        if self._library.post_processor is None:
+            return (), ()
+        for probe in ("a", "0", " ", "\u00e9"):  # the first that the vocabulary has a token for
+            found = self._library.encode(probe)
+            own = [at for at, special in enumerate(found.special_tokens_mask) if not special]
+            if own:
+                return tuple(found.ids[: own[0]]), tuple(found.ids[own[-1] + 1 :])
+        return (), ()
+
+    def _names(self, ids: Sequence[int]) -> str:
+        return " ".join(str(self._library.id_to_token(i)) for i in ids)
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, special ones included."""
-        return int(self._library.get_vocab_size(with_added_tokens=True))
+        """Rows that an embedding needs for its tokens: the largest id + 1, special ones included."""
+        return int(max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)) + 1
 
     def to_json(self) -> str:
         """The tokenizers JSON it was made from."""
@@ -100,12 +144,25 @@ class Tokenizer:
         return None if found is None else int(found)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; special tokens written out in it are recognised. Raises UserError on text that UTF-8 cannot carry."""
+        """Token ids of `text` and nothing around them; special tokens written out in it are recognised.
+
+        Raises UserError on text that UTF-8 cannot carry and on text that the vocabulary cannot.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UserError("the text is not valid Unicode", got=str(error), fix="pass UTF-8 text") from None
-        return [int(i) for i in self._library.encode(text).ids]
+        try:
+            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # a vocabulary without an unknown token raises a bare Exception
+            raise UserError("the tokenizer cannot encode the text", got=str(error)[:300], fix="use a tokenizer that knows every character") from None
+        return ids
+
+    def encode_first(self, text: str, bos: int | None = None) -> list[int]:
+        """Token ids of text that begins a conversation: the model's bos token (None: the tokenizer's own `first`) before it, unless it is written out there.
+        """
+        ids, first = self.encode(text), self.first if bos is None or bos in self.first else (bos,)
+        return ids if tuple(ids[: len(first)]) == first else [*first, *ids]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 
 import numpy as np
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import PRECISIONS, cache_entries, cache_row_shape
+from sessa_deploy.cuda import Cuda, devices
 from sessa_deploy.errors import SessaError
-from sessa_deploy.runtime import driver
 
 _FLOAT32 = 4
 _COPIES, _COPY_BYTES = 10, 1 << 30
@@ -40,19 +39,17 @@ def step_bytes(config: SessaConfig, precision: str, contexts: list[float]) -> fl
 
 def copy_bandwidth() -> float | None:
     """Bytes a second, read and written, of a long copy on the first GPU, by its own driver; None where there is no GPU or no room for it."""
-    if not driver.devices():
+    if not devices():
         return None
-    from sessa_deploy.runtime.trt_cuda import Cuda
-
     cuda = Cuda()
     try:
-        source, target, stream = cuda.allocate(_COPY_BYTES), cuda.allocate(_COPY_BYTES), ctypes.c_void_p(cuda.stream)
+        source, target = cuda.allocate(_COPY_BYTES), cuda.allocate(_COPY_BYTES)
         best = float("inf")
         for _ in range(_COPIES):
             cuda.wait()
             start = time.perf_counter()
             for _ in range(4):
-                cuda.call("cuMemcpyDtoDAsync_v2", ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(_COPY_BYTES), stream)
+                cuda.copy(target, _COPY_BYTES, source, _COPY_BYTES, _COPY_BYTES, 1)
             cuda.wait()
             best = min(best, time.perf_counter() - start)
         return 4 * 2 * _COPY_BYTES / best

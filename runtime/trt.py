@@ -7,20 +7,22 @@ where somebody samples.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, graph_inputs, graph_outputs
+from sessa_deploy.contract import ALL_LOGITS_RANK, INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, graph_inputs, graph_outputs
+from sessa_deploy.cuda import Cuda
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.plugins import library
+from sessa_deploy.process import command
 from sessa_deploy.runtime import trt_api, trt_plan
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.trt_buffers import Buffers
-from sessa_deploy.runtime.trt_cuda import Cuda
 from sessa_deploy.runtime.trt_kernels import images
 
 
@@ -49,10 +51,11 @@ class TrtBackend(Backend):
         self._runtime = self._trt.Runtime(self._log)
         self.engine = self._runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
-            raise UserError("TensorRT cannot load the engine", got=self._reasons(), fix=f"sessa-deploy build {bundle.path} --force")
+            raise UserError("TensorRT cannot load the engine", got=self._reasons(), fix=command("build", bundle.path, "--force"))
         kinds = self._kinds(bundle)
+        self.all_logits = len(self.engine.get_tensor_shape(LOGITS)) == ALL_LOGITS_RANK
         self._buffers = Buffers(self._cuda, bundle.config, bundle.precision, self.batch, self.info.capacity, self.info.max_prompt, str(kinds[INPUT_IDS]),
-                                images(kernels or plugin, self._cuda.arch))  # fmt: skip
+                                images(kernels or plugin, self._cuda.arch), self.all_logits)  # fmt: skip
         size = trt_api.scratch_size(self.engine)
         scratch = self._cuda.allocate(size)
         self._prefill, self._decode = (self._context(profile, scratch, size) for profile in (trt_plan.PREFILL, trt_plan.DECODE))
@@ -68,14 +71,26 @@ class TrtBackend(Backend):
 
     def _forward(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
         logits = np.zeros((self.batch, self.config.vocab_size), np.float32)
+        for _, part in self._parts(ids, new):
+            found = self._own().get_logits(part, int(part.max()))
+            logits[part > 0] = found[part > 0]
+        return logits
+
+    def _forward_all(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
+        logits = np.zeros((*ids.shape, self.config.vocab_size), np.float32)
+        for start, part in self._parts(ids, new):
+            tokens = int(part.max())
+            logits[:, start : start + tokens] = self._own().every_logits(tokens)
+        return logits
+
+    def _parts(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.int32]]]:
+        """Enqueue ids (B,T) in steps the engine takes; (first token, new_length (B,)) of each when it is enqueued."""
         done = self.length.copy()
         for start in range(0, ids.shape[1], self.info.max_prompt):
             part = np.clip(new - start, 0, self.info.max_prompt).astype(np.int32)
             self._enqueue(ids[:, start : start + int(part.max())], part, done)
             done += part
-            found = self._own().get_logits()
-            logits[part > 0] = found[part > 0]
-        return logits
+            yield start, part
 
     def _enqueue(self, ids: NDArray[np.int64], new: NDArray[np.int32], length: NDArray[np.int32]) -> None:
         """One step of at most max_prompt tokens on the stream; rows stand at `length` before it."""
@@ -158,7 +173,7 @@ class TrtBackend(Backend):
         wrong = [n for n, allowed in wanted.items() if n not in kinds or kinds[n] not in allowed] + [n for n in kinds if n not in wanted]
         if wrong:
             got = ", ".join(f"{n}: {kinds.get(n, 'absent')}" for n in wrong[:5])
-            raise UserError("the engine's inputs and outputs are not what the manifest's config says", got=got, fix=f"sessa-deploy build {bundle.path} --force")
+            raise UserError("the engine's inputs and outputs are not what the manifest's config says", got=got, fix=command("build", bundle.path, "--force"))
         return kinds
 
     def _failure(self, what: str) -> SessaError:
@@ -170,7 +185,7 @@ class TrtBackend(Backend):
 
 
 def _check_limits(bundle: Bundle, info: trt_plan.EngineInfo, batch: int, capacity: int) -> None:
-    mend = f"sessa-deploy build {bundle.path}"
+    mend = command("build", bundle.path)
     if batch > info.max_batch:
         raise UserError("the engine was built for fewer sequences", got=f"max_batch {batch}", allowed=f"1..{info.max_batch}", fix=f"{mend} --max-batch {batch}")
     if capacity > info.capacity:

@@ -9,7 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, PRECISIONS, cache_entries, cache_row_shape, new_name, past_name
+from sessa_deploy.contract import (
+    INPUT_IDS,
+    LOGITS,
+    MAX_WIDTH,
+    NEW_LENGTH,
+    PAST_LENGTH,
+    PRECISIONS,
+    WIDTH_MULTIPLE,
+    cache_entries,
+    cache_row_shape,
+    new_name,
+    past_name,
+)
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.trt_kernels import APPEND, ARGMAX, FINISH, Image
 
@@ -29,22 +41,24 @@ class Entry:
 
 
 def check_rows(config: SessaConfig, precision: str) -> None:
-    """Raise UserError unless every cached row is a multiple of 16 bytes, which the kernels rely on."""
+    """Raise UserError unless D is within what the kernels hold and every cached row a multiple of 16 bytes, which they rely on."""
     for field in ("k_f", "k_b"):
         row = int(np.prod(cache_row_shape(field, config.d_model, config.kv_heads, config.head_dim))) * PRECISIONS[precision].itemsize
-        if row % _ALIGNMENT or (field == "k_b" and config.d_model % _ALIGNMENT):
+        if row % _ALIGNMENT or (field == "k_b" and (config.d_model % WIDTH_MULTIPLE or config.d_model > MAX_WIDTH)):
             got = f"d_model={config.d_model}, n_kv_heads={config.kv_heads}, {precision}: {field} rows of {row} bytes"
-            raise UserError("this model's width does not run in TensorRT", got=got, allowed="d_model a multiple of 16, cached rows of a multiple of 16 bytes",
-                            fix="use --backend ort")  # fmt: skip
+            allowed = f"d_model a multiple of {WIDTH_MULTIPLE} up to {MAX_WIDTH}, cached rows of a multiple of {_ALIGNMENT} bytes"
+            raise UserError("this model's width does not run in TensorRT", got=got, allowed=allowed, fix="use --backend ort")  # fmt: skip
 
 
 class Buffers:
     """Device and page-locked memory of `batch` sequences of `capacity` rows, steps of at most `chunk` tokens.
 
-    id_dtype: numpy's name of the type the engine takes token ids in. cuda: a trt_cuda.Cuda. kernels: from trt_kernels.images.
+    id_dtype: numpy's name of the type the engine takes token ids in. all_logits: the engine
+    gives (B,T,V), not (B,V). cuda: a sessa_deploy.cuda.Cuda. kernels: from trt_kernels.images.
     """
 
-    def __init__(self, cuda: Any, config: SessaConfig, precision: str, batch: int, capacity: int, chunk: int, id_dtype: str, kernels: dict[str, Image]) -> None:
+    def __init__(self, cuda: Any, config: SessaConfig, precision: str, batch: int, capacity: int, chunk: int, id_dtype: str, kernels: dict[str, Image],
+                 all_logits: bool = False) -> None:
         self.cuda, self.config, self.precision = cuda, config, precision
         self.batch, self.capacity, self.chunk = batch, capacity, chunk
         item = PRECISIONS[precision].itemsize
@@ -59,7 +73,8 @@ class Buffers:
         self._ids_at = -(-4 * batch // _TENSOR_ALIGNMENT) * _TENSOR_ALIGNMENT
         self.new, self.length = cuda.allocate(self._ids_at + batch * chunk * self.id_type.itemsize), cuda.allocate(4 * batch)
         self.ids = self.new + self._ids_at
-        self.logits = cuda.allocate(4 * batch * config.vocab_size)
+        self._logits_size = 4 * batch * config.vocab_size * (chunk if all_logits else 1)
+        self.logits, self._all_logits = cuda.allocate(self._logits_size), all_logits
         self._best, self._where = cuda.allocate(4 * batch * self._splits), cuda.allocate(4 * batch * self._splits)
         self._table = cuda.allocate(24 * len(self.entries))
         self._host_fed = self._host(self._ids_at + batch * chunk * self.id_type.itemsize, np.uint8)
@@ -114,11 +129,21 @@ class Buffers:
         self.cuda.wait()
         return self._host_picked.astype(np.int64)
 
-    def get_logits(self) -> NDArray[np.float32]:
-        """Wait for the step; its logits (B,V)."""
-        self.cuda.to_host(self._host_logits.ctypes.data, self.logits, self._host_logits.nbytes)
+    def get_logits(self, new: NDArray[np.int32], tokens: int) -> NDArray[np.float32]:
+        """Wait for a step of new (B,) among `tokens` rows; the logits (B,V) of each sequence's last."""
+        target, row = self._host_logits.ctypes.data, 4 * self.config.vocab_size
+        if not self._all_logits or tokens == 1:
+            self.cuda.to_host(target, self.logits, self._host_logits.nbytes)
+        else:
+            for b in np.flatnonzero(new).tolist():
+                self.cuda.to_host(target + b * row, self.logits + (b * tokens + int(new[b]) - 1) * row, row)
         self.cuda.wait()
         return self._host_logits.reshape(self.batch, -1).copy()
+
+    def every_logits(self, tokens: int) -> NDArray[np.float32]:
+        """Wait for a step of `tokens` rows of an engine with all logits; its logits (B,tokens,V)."""
+        raw = self.cuda.read(self.logits, 4 * self.batch * tokens * self.config.vocab_size)
+        return np.frombuffer(raw, np.float32).reshape(self.batch, tokens, -1)
 
     def rows(self, sequence: int, length: int) -> dict[str, NDArray[np.generic]]:
         """Copies of one sequence's first `length` rows by graph name; bfloat16 comes as float32."""
@@ -140,7 +165,7 @@ class Buffers:
                 at = (b * self.capacity + int(rows)) * entry.row
                 self.cuda.fill(entry.cache + at, word, (self.capacity - int(rows)) * entry.row // _WORD)
             self.cuda.fill(entry.fresh, word, self.batch * self.chunk * entry.row // _WORD)
-        self.cuda.fill(self.logits, _NAN_WORD["fp32"], self.batch * self.config.vocab_size)
+        self.cuda.fill(self.logits, _NAN_WORD["fp32"], self._logits_size // _WORD)
 
     def _host(self, count: int, kind: Any) -> NDArray[Any]:
         """A page-locked array; it lives as long as `cuda`."""

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from sessa_deploy.cuda_arch import nearest
 from sessa_deploy.errors import UserError
 
 APPEND, ARGMAX, FINISH = "decode_append", "decode_argmax", "decode_finish"
@@ -23,7 +24,7 @@ class Image:
     warps: int
     shared: int
     params: int
-    splits: int  # of the vocabulary; -1 where the kernel has none
+    splits: int  # of the vocabulary; 0 where the kernel has none
 
 
 class _Cubin(ctypes.Structure):
@@ -40,8 +41,11 @@ def images(source: Path, arch: int) -> dict[str, Image]:
     """
     find = _from_folder if source.is_dir() else _from_library
     found = {name: find(source, name, arch) for name in (APPEND, ARGMAX, FINISH)}
-    if found[ARGMAX].splits != found[FINISH].splits or found[ARGMAX].splits < 1:
-        raise UserError("the decode kernels do not belong together", got=str(source), fix=_MEND)
+    for name in (ARGMAX, FINISH):
+        if found[name].splits < 1:
+            raise UserError(f"the binary of {name} has no tile SPLITS", got=str(source), allowed="kernels of this version", fix=_MEND)
+    if found[ARGMAX].splits != found[FINISH].splits:
+        raise UserError("the decode kernels do not belong together", got=f"{found[ARGMAX].splits} and {found[FINISH].splits} splits in {source}", fix=_MEND)
     return found
 
 
@@ -54,20 +58,21 @@ def _from_library(path: Path, name: str, arch: int) -> Image:
     cubin, key = _Cubin(), (name.encode(), ctypes.c_int32(arch), b"fp32", b"any")
     if not find(*key, ctypes.byref(cubin)):
         raise _no_binary(path, name, arch)
-    return Image(ctypes.string_at(cubin.data, cubin.size), cubin.entry.decode(), cubin.warps, cubin.shared, cubin.params, tile(*key, b"SPLITS"))
+    return Image(ctypes.string_at(cubin.data, cubin.size), cubin.entry.decode(), cubin.warps, cubin.shared, cubin.params, max(tile(*key, b"SPLITS"), 0))
 
 
 def _from_folder(path: Path, name: str, arch: int) -> Image:
     try:
         rows = json.loads((path / "cubins.json").read_text(encoding="utf-8"))["cubins"]
-        fits = [r for r in rows if r["kernel"] == name and r["arch"] // 10 == arch // 10 and r["arch"] <= arch]
-        if not fits:
+        mine = {int(r["arch"]): r for r in rows if r["kernel"] == name}
+        best = nearest(mine, arch)
+        if best is None:
             raise _no_binary(path, name, arch)
-        row = max(fits, key=lambda r: int(r["arch"]))
+        row = mine[best]
         data = (path / row["file"]).read_bytes()
         if hashlib.sha256(data).hexdigest() != row["sha256"]:
             raise UserError("a cubin does not match its checksum", got=str(path / row["file"]), fix=f"python -m sessa_deploy.plugins.lower --out {path}")
-        return Image(data, row["entry"], row["num_warps"], row["shared"], len(row["params"]), row["tiles"].get("SPLITS", -1))
+        return Image(data, row["entry"], row["num_warps"], row["shared"], len(row["params"]), int(row["tiles"].get("SPLITS", 0)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError("that folder holds no cubins", got=f"{path} ({error})", fix=f"python -m sessa_deploy.plugins.lower --out {path}") from None
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from sessa_deploy.contract import ENGINES_DIR
 from sessa_deploy.errors import UserError
+from sessa_deploy.process import command
+from sessa_deploy.reading import open_plain, parse_json
 from sessa_deploy.runtime.bundle import Bundle
 
 ENGINE_SCHEMA = 2
@@ -69,7 +71,7 @@ def engines(bundle: Bundle) -> dict[str, EngineInfo]:
 def choose(bundle: Bundle, tensorrt: str, arch: str) -> tuple[str, EngineInfo]:
     """(folder, description) of the engine for this TensorRT and this GPU. Raises UserError that says which of the two differs."""
     present = engines(bundle)
-    mend = f"sessa-deploy build {bundle.path}"
+    mend = command("build", bundle.path)
     if not present:
         raise UserError("the bundle has no TensorRT engine", got=str(bundle.path), fix=mend)
     for folder, info in present.items():
@@ -87,21 +89,23 @@ def choose(bundle: Bundle, tensorrt: str, arch: str) -> tuple[str, EngineInfo]:
 def read_plan(bundle: Bundle, folder: str, info: EngineInfo) -> bytes:
     """The plan's bytes. Raises UserError unless both the manifest's and the description's checksum match what was read."""
     name = f"{folder}/{PLAN_FILE}"
-    data = bundle.file(name).read_bytes()
+    with open_plain(bundle.file(name)) as stream:
+        data = stream.read()
     digest = hashlib.sha256(data).hexdigest()
     if digest != bundle.sha256(name) or digest != info.plan_sha256:
         raise UserError(f"{name} does not match its checksum", got=f"sha256 {digest[:16]}...", allowed=f"{info.plan_sha256[:16]}...",
-                        fix=f"sessa-deploy build {bundle.path} --force")
+                        fix=command("build", bundle.path, "--force"))
     return data
 
 
 def _read(bundle: Bundle, name: str) -> EngineInfo:
-    mend = f"sessa-deploy build {bundle.path} --force"
+    mend = command("build", bundle.path, "--force")
     try:
-        data: Any = json.loads(bundle.file(name).read_text(encoding="utf-8"))
+        data: Any = parse_json(bundle.read(name), name)
         wrong = [k for k, kind in _KINDS.items() if not isinstance(data.get(k), kind) or isinstance(data.get(k), bool)] + sorted(set(data) - set(_KINDS))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{name} cannot be read", got=str(error), fix=mend) from None
+        wrong = wrong or [k for k in _INTEGERS if not 0 < data[k] < 2**63]
+    except AttributeError:
+        raise UserError(f"{name} is not a JSON object", got=type(data).__name__, fix=mend) from None
     if wrong or data["schema_version"] != ENGINE_SCHEMA:
         raise UserError(f"{name} is not an engine's description of this version", got=", ".join(wrong) or f"schema_version {data['schema_version']}",
                         allowed=f"schema_version {ENGINE_SCHEMA}", fix=mend)

@@ -6,7 +6,11 @@ Importing this package is cheap: torch is imported only when a name that needs i
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+if not os.path.isdir(os.path.join(__path__[0], "runtime")):  # imported out of a clone, where the other rooms lie beside this folder
+    __path__.append(os.path.dirname(__path__[0]))
 
 __version__ = "0.1.0"
 

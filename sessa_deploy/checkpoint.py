@@ -5,32 +5,37 @@ Nothing half right is loaded: every refusal is one UserError that names the tens
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sessa_deploy.checkpoint_files import INDEX_FILE, WEIGHTS_FILE, read_tensors
+from sessa_deploy.checkpoint_files import INDEX_FILE, WEIGHTS_FILE, read_layout
+from sessa_deploy.checkpoint_layout import Layout, locate
 from sessa_deploy.checkpoint_save import FLOATS, cast, require_finite, save_checkpoint, storage_dtype
-from sessa_deploy.config import CONFIG_FILE, SessaConfig
+from sessa_deploy.checkpoint_tokenizer import read_tokenizer
+from sessa_deploy.config import CONFIG_FILE, Note, SessaConfig
 from sessa_deploy.errors import UserError
 from sessa_deploy.model import SessaLayer, SessaLM
 from sessa_deploy.official import LAYER_TENSORS, map_names
 from sessa_deploy.safetensors_check import shorten
 
-__all__ = ["INDEX_FILE", "WEIGHTS_FILE", "expected_shapes", "load_checkpoint", "load_layers", "read_state", "save_checkpoint"]
+__all__ = ["INDEX_FILE", "WEIGHTS_FILE", "expected_shapes", "load_checkpoint", "load_for_export", "load_layers", "read_state", "save_checkpoint"]
 
 
 def load_checkpoint(
-    path: str | Path, config: SessaConfig | None = None, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
+    path: str | Path, config: SessaConfig | None = None, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None,
+    note: Note | None = None,
 ) -> SessaLM:
-    """A whole model, in eval mode, from a checkpoint folder, a .safetensors file or a .pt / .pth state dict.
+    """A whole model, in eval mode, from a checkpoint folder, a .safetensors file or a .pt, .pth, .bin or .ckpt state dict (see checkpoint_layout).
 
     config: by default the config.json in the folder, or beside the file. dtype: a torch dtype or "fp32", "fp16", "bf16", "fp64"; by default
-    float32, whatever the file stores. gamma's two parameters stay float32 (float64 in a float64 model). Raises UserError (see `read_state`).
+    float32, whatever the file stores. gamma's two parameters stay float32 (float64 in a float64 model). note: hears a line of
+    each thing that was passed over or taken from elsewhere. Raises UserError (see `read_state`).
     """
-    config, state = read_state(path, config)
+    config, state = read_state(path, config, note)
     storage = storage_dtype(dtype)
     with torch.device("meta"):
         model = SessaLM(config)
@@ -38,6 +43,15 @@ def load_checkpoint(
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embedding.weight
     return model.eval()
+
+
+def load_for_export(path: str | Path, config: SessaConfig | None = None, note: Note | None = None) -> tuple[SessaLM, bytes | None]:
+    """(model, tokenizers JSON or None) of a checkpoint that may become a bundle: what `export` takes and what `inspect` calls verified.
+
+    Raises UserError like `load_checkpoint`, and on a tokenizer.json that is none, or that knows tokens which the model does not.
+    """
+    model = load_checkpoint(path, config, note=note)
+    return model, read_tokenizer(locate(path).folder, model.config)
 
 
 def load_layers(
@@ -50,13 +64,14 @@ def load_layers(
     n_kv_heads are read off the tensors. Raises UserError like `read_state`.
     """
     path = Path(path)
-    raw, names, rope = _read(path)
+    layout = locate(path)
+    raw, names, rope = _read(path, layout)
     layer_names = {name: raw_name for name, raw_name in names.items() if name.startswith("layers.")}
     found = _shape_facts(layer_names, raw)
     if not found["n_layers"]:
         raise UserError(f"{path} holds no Sessa layer", got=shorten(sorted(names)) or "no tensors")
-    if config is None and n_heads is None and _config_path(path).is_file():
-        config = SessaConfig.load(_config_path(path))
+    if config is None and n_heads is None and os.path.lexists(layout.folder / CONFIG_FILE):
+        config = SessaConfig.load(layout.folder)
     if config is None:
         if n_heads is None:
             raise UserError(f"the shape of the layers in {path} is not known", got="neither a configuration nor n_heads",
@@ -79,23 +94,27 @@ def load_layers(
     return layers
 
 
-def read_state(path: str | Path, config: SessaConfig | None = None) -> tuple[SessaConfig, dict[str, Tensor]]:
+def read_state(path: str | Path, config: SessaConfig | None = None, note: Note | None = None) -> tuple[SessaConfig, dict[str, Tensor]]:
     """(configuration, tensors by this model's names, in the dtypes of the file) of a checkpoint, proven complete, well shaped and finite.
 
     With tie_word_embeddings, lm_head.weight is the embedding's tensor. Raises UserError, one line, on: a missing or unknown file or configuration;
-    missing, unexpected or misshapen tensors; a dtype that is not floating point; a damaged safetensors file or index, a missing shard, a shard outside
-    the folder, a tensor in the wrong shard; a pickle that carries code; NaN or Inf.
+    missing, unexpected or misshapen tensors; a dtype that is not floating point; a damaged safetensors file or index, a missing shard, a shard's name that
+    leaves the folder, a tensor in the wrong shard; a pickle that carries code; a Git LFS pointer; NaN or Inf.
     """
     path = Path(path)
-    raw, names, rope = _read(path)
+    layout = locate(path)
+    if note is not None:
+        for line in layout.notes:
+            note(line)
+    raw, names, rope = _read(path, layout)
     _refuse_layers_only(path, names)
     if config is None:
-        beside = _config_path(path)
-        if not beside.is_file():
+        beside = layout.folder / CONFIG_FILE
+        if not os.path.lexists(beside):
             facts = ", ".join(f"{k}={v}" for k, v in _shape_facts(names, raw).items() if v)
             raise UserError(f"no model configuration for {path}", got=f"no {beside} (the tensors say {facts})",
                             allowed="a config.json in the checkpoint's folder", fix="write one beside the weights, or give the configuration")
-        config = SessaConfig.load(beside)
+        config = SessaConfig.load(layout.folder, note)
     layers = _shape_facts(names, raw)["n_layers"]
     if config.n_layers > layers + 1000:  # before a list of everything that is missing is made
         raise UserError(f"{path} does not fit its configuration", got=f"n_layers is {config.n_layers} and the tensors say {layers}")
@@ -126,14 +145,10 @@ def _drain(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield name, state.pop(name)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+def _read(path: Path, layout: Layout) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
     """Raw tensors, canonical -> raw names, and the rope buffers, of whatever kind of checkpoint `path` is."""
-    raw = read_tensors(path)
+    raw = read_layout(layout)
     return raw, *map_names(raw, path)
-
-
-def _config_path(path: Path) -> Path:
-    return (path if path.is_dir() else path.parent) / CONFIG_FILE
 
 
 def _shape_facts(names: Mapping[str, str], raw: Mapping[str, Tensor]) -> dict[str, int]:

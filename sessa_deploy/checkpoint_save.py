@@ -10,48 +10,62 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sessa_deploy.checkpoint_files import INDEX_FILE, WEIGHTS_FILE
+from sessa_deploy.checkpoint_tokenizer import check_tokenizer
 from sessa_deploy.config import CONFIG_FILE
 from sessa_deploy.contract import PRECISIONS, TOKENIZER_FILE
 from sessa_deploy.errors import UserError
 from sessa_deploy.model import SessaLM
-from sessa_deploy.runtime.publish import Staging, locked
+from sessa_deploy.reading import JSON_LIMIT, read_plain
+from sessa_deploy.runtime.publish import Staging, is_staging, locked
 from sessa_deploy.safetensors_check import shorten
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 GAMMA_TENSORS = ("mixer.gamma_bias", "mixer.gamma_ctx.weight")
+CARD_FILE = "MODEL_CARD.md"
 MAX_SHARD_BYTES = 5 * 10**9
 _OWN_FILES = re.compile(r"^(config\.json|tokenizer\.json|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors)$")
 
 
 def save_checkpoint(
     model: SessaLM, folder: str | Path, dtype: torch.dtype | str | None = None, tokenizer: str | Path | Any | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = MAX_SHARD_BYTES, card: str | None = None,
 ) -> Path:
     """Write config.json and model.safetensors (shards and an index above max_shard_bytes) into `folder`, which appears whole or not at all.
 
     dtype: storage type, by default the parameters' own; gamma's two parameters are stored in float32 at least. tokenizer: the path or text of a
-    tokenizers JSON, or a tokenizers.Tokenizer. An existing checkpoint folder is replaced, its other plain files kept. Returns the folder.
-    Raises UserError if the folder holds something else, if a weight is not finite or overflows dtype, or if the tokenizer does not fit.
+    tokenizers JSON, or a tokenizers.Tokenizer. card: text of MODEL_CARD.md, None writes none. An existing checkpoint folder is replaced, its other plain
+    files kept. Returns the folder. Raises UserError if the folder holds something else or cannot be written, if a weight is not finite or overflows
+    dtype, or if the tokenizer does not fit; the folder is then as it was.
     """
     folder, storage = Path(folder).absolute(), None if dtype is None else storage_dtype(dtype)
     kept = _kept_files(folder)
     state = {name: x.detach() for name, x in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    with Staging(folder) as staging:
-        model.config.save(staging.folder)
-        if tokenizer is not None:
-            (staging.folder / TOKENIZER_FILE).write_text(_tokenizer_text(tokenizer, model.config.vocab_size), encoding="utf-8")
-            kept = [x for x in kept if x.name != TOKENIZER_FILE]
-        _write_weights(staging.folder, state, storage, max_shard_bytes)
-        for file in kept:
-            shutil.copy2(file, staging.folder / file.name)
-        with locked(folder.parent):
-            staging.publish(CONFIG_FILE)
+    texts = {} if card is None else {CARD_FILE: card}
+    if tokenizer is not None:
+        texts[TOKENIZER_FILE] = _tokenizer_text(tokenizer, model.config.vocab_size)
+    try:
+        with Staging(folder) as staging:
+            model.config.save(staging.folder)
+            for name, text in texts.items():
+                (staging.folder / name).write_text(text, encoding="utf-8")
+            _write_weights(staging.folder, state, storage, max_shard_bytes)
+            for file in kept:
+                if file.name not in texts:
+                    shutil.copy2(file, staging.folder / file.name)
+            with locked(folder):
+                stale = [x.name for x in folder.iterdir() if _OWN_FILES.match(x.name) and not (staging.folder / x.name).exists()] if folder.is_dir() else []
+                staging.publish(CONFIG_FILE, stale)
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        fix = "free space there" if "space" in reason.lower() or "quota" in reason.lower() else "name another folder"
+        raise UserError("the checkpoint cannot be written", got=f"{folder} ({reason})", fix=fix) from None
     return folder
 
 
@@ -86,7 +100,7 @@ def _kept_files(folder: Path) -> list[Path]:
         return []
     if not folder.is_dir() or folder.is_symlink():
         raise UserError("the checkpoint's place is taken", got=f"{folder} is not a plain folder", fix="name another folder")
-    entries = sorted(folder.iterdir())
+    entries = sorted(x for x in folder.iterdir() if not is_staging(x))
     strange = [x.name for x in entries if x.is_symlink() or not x.is_file()]
     if entries and (strange or not (folder / CONFIG_FILE).is_file()):
         raise UserError(f"{folder} is not a checkpoint folder and is not overwritten", got=shorten(strange or [x.name for x in entries]),
@@ -95,23 +109,17 @@ def _kept_files(folder: Path) -> list[Path]:
 
 
 def _tokenizer_text(tokenizer: Any, vocab_size: int) -> str:
-    import tokenizers
-
     if hasattr(tokenizer, "to_str"):
-        text = tokenizer.to_str(pretty=True)
+        text, source = tokenizer.to_str(pretty=True), "the tokenizer"
     else:
-        text = str(tokenizer)
+        text, source = str(tokenizer), "the tokenizer"
         if not text.lstrip().startswith("{"):
+            source = text
             try:
-                text = Path(tokenizer).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
+                text = read_plain(tokenizer, JSON_LIMIT).decode("utf-8")
+            except UnicodeDecodeError as error:
                 raise UserError("the tokenizer cannot be read", got=error, allowed="a tokenizers JSON file") from None
-    try:
-        size = max(tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    except Exception as error:  # the library raises a bare Exception
-        raise UserError("the tokenizer is not a tokenizers JSON", got=error) from None
-    if size > vocab_size:
-        raise UserError("the tokenizer has more tokens than the model", got=size, allowed=f"at most vocab_size {vocab_size}")
+    check_tokenizer(text.encode("utf-8", "surrogatepass"), vocab_size, source)
     return text if text.endswith("\n") else text + "\n"
 
 

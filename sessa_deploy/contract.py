@@ -15,11 +15,13 @@ CAUSAL_OP = "SessaCausalAttention"
 # Ops of engines only, never of a bundle's graph: a layer around its attentions (see plugins/README.md).
 ROTARY_OP, NORM_OP, NORM_ENTER_OP, PROJECT_GAIN_OP = "SessaRotary", "SessaNorm", "SessaNormEnter", "SessaProjectGain"
 LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, MIXER_OP = "SessaLinearHeads", "SessaLogits", "SessaTail", "SessaMixer"
-LAYER_OPS = (ROTARY_OP, NORM_OP, LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, NORM_ENTER_OP, PROJECT_GAIN_OP, MIXER_OP)
+# Everything the plugin library brings, in the order of its creators; plugins/ops.py describes each.
+ENGINE_OPS = (FEEDBACK_OP, CAUSAL_OP, ROTARY_OP, NORM_OP, LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, NORM_ENTER_OP, PROJECT_GAIN_OP, MIXER_OP)
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = ""
 ATTR_SCALE = "scale"
 ATTR_STORAGE = "storage"
+WIDTH_MULTIPLE, MAX_WIDTH = 16, 4096  # of D, for the kernels of feedback attention
 
 FEEDBACK_INPUTS = ("q", "k", "gamma", "f", "past_k", "past_s", "past_length")
 FEEDBACK_OUTPUTS = ("s",)
@@ -30,6 +32,7 @@ INPUT_IDS = "input_ids"  # (B,T) int64
 PAST_LENGTH = "past_length"  # (B,) int32
 NEW_LENGTH = "new_length"  # (B,) int32, 0..T
 LOGITS = "logits"  # (B,V) float32, or (B,T,V) on request
+LAST_LOGITS_RANK, ALL_LOGITS_RANK = 2, 3
 CACHE_FIELDS = ("k_f", "v_f", "k_b", "s")
 DIM_BATCH, DIM_TOKENS, DIM_PAST = "B", "T", "P"
 
@@ -40,6 +43,8 @@ MODEL_DATA_FILE = "model.onnx.data"
 TOKENIZER_FILE = "tokenizer.json"
 PARITY_FILE = "parity.json"
 ENGINES_DIR = "engines"
+
+MAX_POSITION = 2**18  # rotary tables are exact below it (see rope.py), and max_context is no limit of the graph
 
 DEFAULT_OPSET = 17
 OPSETS = tuple(range(17, 24))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import lzma
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -43,34 +44,53 @@ class Corpus:
         return digest.hexdigest()
 
 
-def read_files(folder: str | Path, extensions: Sequence[str] = ()) -> tuple[list[tuple[str, bytes]], list[str]]:
+def read_files(folder: str | Path, extensions: Sequence[str] = (), without: str | Path | None = None) -> tuple[list[tuple[str, bytes]], list[str]]:
     """([(name, content)], skipped names) of the text files under a folder, or of one file; names are relative, with slashes, in sorted order.
 
-    Hidden files and folders, links and empty files are left out; a file with a NUL byte counts as binary and is skipped. extensions: keep only
-    these (`py`, `.md`); () keeps all. Raises UserError if nothing is left.
+    Hidden files and folders, links and empty files are left out; a file with a NUL byte counts as binary and is skipped. What `folder` itself is may be a
+    link. extensions: keep only these (`py`, `.md`); () keeps all. without: a folder below, left out. Raises UserError if nothing is left, or if a file
+    or folder cannot be read.
     """
-    root = Path(folder)
-    if not root.exists():
-        raise UserError("no such data", got=root, allowed="a folder of text files")
+    root, away = Path(folder), None if without is None else os.path.realpath(without)
     wanted = tuple("." + e.lower().lstrip(".") for e in extensions)
-    paths = [root] if root.is_file() else []
-    for place, folders, files in os.walk(root):
-        folders[:] = [x for x in folders if not x.startswith(".")]
-        paths += [Path(place) / x for x in files if not x.startswith(".")]
-    found, skipped = [], []
-    for path in paths:
-        if path.is_symlink() or not path.is_file() or (wanted and not path.name.lower().endswith(wanted)):
-            continue
-        name = path.name if path == root else path.relative_to(root).as_posix()
-        content = path.read_bytes()
-        if b"\0" in content:
-            skipped.append(name)
-        elif content:
-            found.append((name, content))
+    found, skipped, others = [], [], 0
+    try:
+        kind = os.stat(root).st_mode
+        if not stat.S_ISDIR(kind) and not stat.S_ISREG(kind):
+            raise UserError("the data is neither a folder nor a file", got=f"--data {root}", allowed="a folder of text files, or one of them")
+        for path in [root] if stat.S_ISREG(kind) else _below(root, away):
+            if path != root and (path.is_symlink() or not path.is_file()):
+                continue
+            if wanted and not path.name.lower().endswith(wanted):
+                others += 1
+                continue
+            name = path.name if path == root else path.relative_to(root).as_posix()
+            content = path.read_bytes()
+            if b"\0" in content:
+                skipped.append(name)
+            elif content:
+                found.append((name, content))
+    except FileNotFoundError as error:
+        raise UserError("no such data", got=error.filename or root, allowed="a folder of text files") from None
+    except OSError as error:
+        raise UserError("the data cannot be read", got=f"{error.filename or root} ({error.strerror})", allowed="files that this user may read",
+                        fix="correct its permissions, or take it out of the folder") from None
     if not found:
-        raise UserError("no text in the data folder", got=f"{root}, {len(skipped)} binary files", allowed="files of text",
+        seen = [f"{len(skipped)} binary files"] + ([f"{others} files that do not end in {', '.join(wanted)}"] if wanted else [])
+        raise UserError("no text in the data folder", got=f"--data {root}, {', '.join(seen)}", allowed="files of text",
                         fix="check --data and --extensions" if wanted else "check --data")
     return sorted(found), sorted(skipped)
+
+
+def _below(root: Path, away: str | None) -> Iterator[Path]:
+    """The files in a folder and its folders, hidden ones and `away` left out; OSError on a folder that cannot be listed."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(root, onerror=fail):
+        folders[:] = [x for x in folders if not x.startswith(".") and os.path.realpath(Path(place, x)) != away]
+        yield from (Path(place, x) for x in files if not x.startswith("."))
 
 
 def is_held_out(name: str, fraction: float) -> bool:
@@ -88,8 +108,13 @@ def split_files(files: Sequence[tuple[str, bytes]], fraction: float) -> tuple[li
         raise UserError("the held-out fraction is out of range", got=fraction, allowed="a number in (0, 1)")
     if len(files) == 1:
         name, content = files[0]
-        cut = content.rfind(b"\n", 0, max(1, int(len(content) * (1 - fraction)))) + 1
-        cut = cut or max(1, int(len(content) * (1 - fraction)))
+        if len(content) < 2:
+            raise UserError("too little text to hold any of it out", got=f"{len(content)} byte in {name}", allowed="2 bytes or more", fix="give more text")
+        most = min(len(content) - 1, max(1, int(len(content) * (1 - fraction))))
+        cut = content.rfind(b"\n", 0, most) + 1 or most
+        # a character of UTF-8 stays whole: one has at most 4 bytes, and those after its first are 10xxxxxx
+        near = [at for at in (*range(cut, max(0, cut - 4), -1), *range(cut + 1, min(len(content), cut + 4))) if content[at] & 0xC0 != 0x80]
+        cut = near[0] if near else cut
         return [(name, content[:cut])], [(f"{name} (tail)", content[cut:])]
     held = {name for name, _ in files if is_held_out(name, fraction)}
     ranked = sorted((name for name, _ in files), key=_rank)
@@ -109,19 +134,22 @@ def byte_table(tokenizer: Tokenizer) -> np.ndarray | None:
     return None if (table < 0).any() else table
 
 
-def load_corpus(folder: str | Path, tokenizer: Tokenizer, held_out: float = 0.05, extensions: Sequence[str] = ()) -> Corpus:
+def load_corpus(folder: str | Path, tokenizer: Tokenizer, held_out: float = 0.05, extensions: Sequence[str] = (),
+                separator: int | None = None, without: str | Path | None = None) -> Corpus:
     """Read, split and encode a folder of text. A byte-level tokenizer takes any bytes; another one needs UTF-8 and files that are not are skipped.
 
-    Raises UserError on no text, a fraction outside (0, 1), or a tokenizer without a token to separate documents.
+    separator: the token between documents; None takes the tokenizer's own. without: a folder below that is left out. Raises UserError on no text or what
+    cannot be read, a fraction outside (0, 1), or a tokenizer without a token to separate documents.
     """
-    files, skipped = read_files(folder, extensions)
+    files, skipped = read_files(folder, extensions, without)
     table = byte_table(tokenizer)
     if table is None:
         odd = {name for name, content in files if not _is_utf8(content)}
         skipped, files = sorted([*skipped, *odd]), [x for x in files if x[0] not in odd]
         if not files:
             raise UserError("no UTF-8 text in the data folder", got=folder, fix="use the byte-level tokenizer (leave --tokenizer out)")
-    separator = next((i for i in map(tokenizer.token_id, (END_OF_TEXT, "</s>", "<eos>", "[SEP]")) if i is not None), None)
+    if separator is None:
+        separator = next((i for i in map(tokenizer.token_id, (END_OF_TEXT, "</s>", "<eos>", "[SEP]")) if i is not None), None)
     if separator is None:
         raise UserError("the tokenizer has no token to separate documents", allowed=f"one of {END_OF_TEXT}, </s>, <eos>, [SEP]",
                         fix="add one to the tokenizers JSON")

@@ -2,95 +2,95 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sessa_deploy.config import CONFIG_FILE, SessaConfig
+from sessa_deploy.checkpoint_layout import PICKLES, locate
+from sessa_deploy.config import CONFIG_FILE, Note, SessaConfig
 from sessa_deploy.contract import MANIFEST_FILE, TOKENIZER_FILE
 from sessa_deploy.errors import UserError
+from sessa_deploy.reading import open_plain, read_json
 from sessa_deploy.safetensors_check import read_header
 
 _STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 
 
-def describe(path: str | Path, verify: bool = True) -> dict[str, Any]:
+def describe(path: str | Path, verify: bool = True, config_file: str | Path | None = None) -> dict[str, Any]:
     """A description of `path` with `kind` "checkpoint", "onnx" or "bundle".
 
-    verify: also load a checkpoint strictly, or check every checksum of a bundle. What fails is `problem`, one line, beside `verified` False.
-    Raises UserError when `path` is none of the three or cannot be read at all.
+    verify: also judge a checkpoint as `export` does, or check every checksum of a bundle. What fails is `problem`, one line, beside `verified` False.
+    config_file: of a checkpoint that has none beside it. Raises UserError when `path` is none of the three or cannot be read at all.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError("nothing to inspect", got=path, allowed="a checkpoint, an ONNX file or a bundle")
-    if path.is_dir():
-        return describe_bundle(path, verify) if (path / MANIFEST_FILE).exists() else describe_checkpoint(path, verify)
+    if os.path.isdir(path):
+        return describe_bundle(path, verify) if os.path.lexists(path / MANIFEST_FILE) else describe_checkpoint(path, verify, config_file)
     if path.name == MANIFEST_FILE:
         return describe_bundle(path.parent, verify)
     if path.suffix == ".onnx":
         return describe_onnx(path)
-    if path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
-        return describe_checkpoint(path, verify)
+    if path.suffix in (*PICKLES, ".safetensors") or path.name.endswith(".index.json"):
+        return describe_checkpoint(path, verify, config_file)
     raise UserError(f"{path} is nothing to inspect", got=f"a file ending in {path.suffix or 'nothing'}",
-                    allowed="a checkpoint (folder, .safetensors, .pt, .pth), an .onnx file or a bundle folder")
+                    allowed="a checkpoint (folder, .safetensors, .pt, .pth, .bin, .ckpt), an .onnx file or a bundle folder")
 
 
-def describe_checkpoint(path: Path, verify: bool = True) -> dict[str, Any]:
-    """config, tensors [{name, dtype, shape, bytes, file}], parameters by part, dtypes, bytes, tokenizer, verified / problem."""
-    files = _weight_files(path)
-    tensors: list[dict[str, Any]] = []
-    for file in files:
-        if file.suffix == ".safetensors":
-            header = read_header(file)
-            tensors += [{"name": n, "dtype": i.dtype, "shape": list(i.shape), "bytes": i.end - i.begin, "file": file.name} for n, i in header.tensors.items()]
-        else:
-            from sessa_deploy.official import load_pickle
-
-            tensors += [{"name": n, "dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape), "bytes": x.numel() * x.element_size(),
-                         "file": file.name} for n, x in load_pickle(file).items()]
-    tensors.sort(key=lambda t: [(int(w), "") if w.isdigit() else (-1, w) for w in t["name"].split(".")])
-    folder = path if path.is_dir() else path.parent
+def describe_checkpoint(path: Path, verify: bool = True, config_file: str | Path | None = None) -> dict[str, Any]:
+    """config, tensors [{name, dtype, shape, bytes, file}], parameters by part, dtypes, bytes, tokenizer, notes, verified / problem."""
+    notes: list[str] = []
+    verdict: dict[str, Any] = _verify_checkpoint(path, config_file, notes.append) if verify else {"verified": None}
+    try:
+        layout = locate(path)
+        tensors = [tensor for file in layout.files for tensor in _tensors(file)]
+    except UserError as error:
+        if path.is_dir() and not os.path.lexists(path / CONFIG_FILE) and error.what.endswith("holds no weights"):
+            raise UserError(f"{path} is neither a checkpoint nor a bundle", got=error.got, allowed=f"a folder with model.safetensors, or with {MANIFEST_FILE}",
+                            ) from None
+        raise UserError(verdict["problem"]) from None if verdict["verified"] is False else error
+    tensors.sort(key=lambda t: [(int(w), "") if w.isdecimal() and len(w) < 20 else (-1, w) for w in t["name"].split(".")])
+    sizes = {str(f.relative_to(layout.folder)): f.stat().st_size for f in layout.files}
     out: dict[str, Any] = {
-        "kind": "checkpoint", "path": str(path), "files": {f.name: f.stat().st_size for f in files}, "bytes": sum(f.stat().st_size for f in files),
-        "config": None, "parameters": sum(math.prod(t["shape"]) for t in tensors), "parts": _parts(tensors),
-        "dtypes": dict(Counter(t["dtype"] for t in tensors)), "tokenizer": (folder / TOKENIZER_FILE).is_file(), "tensors": tensors,
+        "kind": "checkpoint", "path": str(path), "files": sizes, "bytes": sum(sizes.values()), "config": None,
+        "parameters": sum(math.prod(t["shape"]) for t in tensors), "parts": _parts(tensors), "dtypes": dict(Counter(t["dtype"] for t in tensors)),
+        "tokenizer": os.path.isfile(layout.folder / TOKENIZER_FILE), "tensors": tensors, "notes": notes,
     }
-    config = folder / CONFIG_FILE
-    if config.is_file():
-        try:
-            out["config"] = SessaConfig.load(config).to_dict()
-        except UserError as error:
-            return out | {"verified": False, "problem": str(error)}
-    return out | (_verify_checkpoint(path, out["config"] is not None) if verify else {"verified": None})
+    with contextlib.suppress(UserError):  # of which the verdict speaks
+        out["config"] = SessaConfig.load(config_file or layout.folder).to_dict()
+    return out | verdict
 
 
-def _verify_checkpoint(path: Path, has_config: bool) -> dict[str, Any]:
+def _verify_checkpoint(path: Path, config_file: str | Path | None, note: Note) -> dict[str, Any]:
+    """What export would say."""
     if importlib.util.find_spec("torch") is None:
         return {"verified": None, "problem": "not verified: torch is not installed"}
-    from sessa_deploy.checkpoint import read_state
-
     try:
-        read_state(path)
+        from sessa_deploy.checkpoint import load_for_export
+    except ModuleNotFoundError as error:
+        return {"verified": None, "problem": f"not verified: {error.name} is not installed"}
+    try:
+        load_for_export(path, SessaConfig.load(config_file, note) if config_file else None, note)
     except UserError as error:
-        # Layers alone, or weights without a configuration, are what they are: not verified, and no fault of the file.
-        layers_only = error.what.endswith("holds layers and no language model")
-        return {"verified": None if layers_only or not has_config else False, "problem": str(error)}
+        return {"verified": False, "problem": str(error)}
     return {"verified": True, "problem": None}
 
 
-def _weight_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    files = sorted(x for x in path.glob("*.safetensors") if x.is_file())
-    files = files or sorted(x for x in path.iterdir() if x.suffix in (".pt", ".pth", ".bin"))
-    if not files:
-        raise UserError(f"{path} is neither a checkpoint nor a bundle", got=", ".join(sorted(x.name for x in path.iterdir())[:8]) or "an empty folder",
-                        allowed=f"a folder with model.safetensors, or with {MANIFEST_FILE}")
-    return files
+def _tensors(file: Path) -> list[dict[str, Any]]:
+    if file.suffix not in PICKLES:
+        return [{"name": n, "dtype": i.dtype, "shape": list(i.shape), "bytes": i.end - i.begin, "file": file.name}
+                for n, i in read_header(file).tensors.items()]
+    try:
+        from sessa_deploy.official import load_pickle
+    except ModuleNotFoundError as error:
+        raise UserError(f"reading {file} needs a package that is not installed", got=f"no {error.name}", fix="pip install 'sessa-deploy[export]'") from None
+    return [{"name": n, "dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape), "bytes": x.numel() * x.element_size(), "file": file.name}
+            for n, x in load_pickle(file).items()]
 
 
 def _parts(tensors: Iterable[dict[str, Any]]) -> dict[str, int]:
@@ -114,7 +114,8 @@ def describe_onnx(path: Path) -> dict[str, Any]:
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        with open_plain(path) as file:
+            model = onnx.load_model_from_string(file.read())
     except (DecodeError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no ONNX model", got=str(error)[:120], fix="export it again") from None
     if not model.graph.node and not model.opset_import:
@@ -156,8 +157,8 @@ def describe_bundle(path: Path, verify: bool = True) -> dict[str, Any]:
     except UserError as error:
         out |= {"verified": False, "problem": str(error)}
         try:
-            manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+            manifest = read_json(path / MANIFEST_FILE, 16 << 20)
+        except UserError:
             raise error from None
         if not isinstance(manifest, dict):
             raise error from None

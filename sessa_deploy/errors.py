@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+_LONGEST = 4000  # characters of one line; what is longer came out of a hostile file
+
+
+def one_line(text: str) -> str:
+    """`text` on one line of printable characters, so that names out of a hostile file can neither steer a terminal nor fail to encode."""
+    line = " ".join(text[: 2 * _LONGEST].split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST // 4 else f"{text[:_LONGEST // 4]}..."
+
 
 class SessaError(Exception):
     """Base of every error this package raises on purpose; `exit_code` is what the command line exits with."""
@@ -21,13 +35,12 @@ class UserError(SessaError):
         self.what, self.got, self.allowed, self.fix = what, got, allowed, fix
         text = str(what)
         if got is not None:
-            text += f": got {got}"
+            text += f": got {_short(got)}"
         if allowed is not None:
             text += f"; allowed: {allowed}"
         if fix is not None:
             text += f"; fix: {fix}"
-        # One line, and names out of a hostile file can neither steer a terminal nor fail to encode.
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split())))
+        super().__init__(one_line(text))
 
 
 class ParityError(SessaError):

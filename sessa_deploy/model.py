@@ -6,7 +6,7 @@ Parameter names inside a layer are the official ones. `step` is the whole of a l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,26 @@ class Rows(NamedTuple):
     v_f: Tensor
     k_b: Tensor
     s: Tensor
+
+
+class Ops(NamedTuple):
+    """The two ops that a mixer calls: the kernels', or others of the same arguments where implementations are compared."""
+
+    causal: Callable[..., Tensor] = causal_attention
+    feedback: Callable[..., Tensor] = feedback_attention
+
+    def attend(self, q: Tensor, k_f: Tensor, v_f: Tensor, past_length: Tensor | None, past: Rows | None) -> Tensor:
+        """The forward attention o (B,T,Hq,d) of q (B,T,Hq,d) and k_f, v_f (B,T,Hkv,d), rotated."""
+        old_k_f, old_v_f = (None, None) if past is None else past[:2]
+        return self.causal(q, k_f, v_f, old_k_f, old_v_f, past_length)
+
+    def solve(self, q_b: Tensor, k_b: Tensor, gamma: Tensor, f: Tensor, past_length: Tensor | None, past: Rows | None) -> Tensor:
+        """The feedback branch s (B,T,D) of q_b, k_b, f (B,T,D) and gamma (B,T)."""
+        old_k_b, old_s = (None, None) if past is None else past[2:]
+        return self.feedback(q_b, k_b, gamma, f, old_k_b, old_s, past_length)
+
+
+KERNELS = Ops()
 
 
 class SessaCache:
@@ -119,6 +139,8 @@ class SessaCache:
 class SessaMixer(nn.Module):
     """Forward attention f, then the feedback solve (I - diag(gamma) A) s = f (arXiv 2604.18580, section 3)."""
 
+    ops: Ops = KERNELS
+
     def __init__(self, d_model: int, n_heads: int, n_kv_heads: int | None = None, gamma_max: float = 0.999, use_forward_rope: bool = True) -> None:
         super().__init__()
         config = SessaConfig(d_model=d_model, n_layers=1, n_heads=n_heads, vocab_size=1, n_kv_heads=n_kv_heads, gamma_max=gamma_max,
@@ -148,9 +170,9 @@ class SessaMixer(nn.Module):
         v_f = self.v_proj(a).view(batch, tokens, self.n_kv_heads, self.head_dim)
         if rope is not None:
             q, k_f = rotate(q, *rope), rotate(k_f, *rope)
-        f = self.out_proj(attend(q, k_f, v_f, past_length, past).reshape(batch, tokens, width))
+        f = self.out_proj(self.ops.attend(q, k_f, v_f, past_length, past).reshape(batch, tokens, width))
         q_b, k_b = self.proj_fb(a).split(width, dim=-1)
-        return Rows(k_f, v_f, k_b, solve(q_b, k_b, self.gain(a), f, past_length, past))
+        return Rows(k_f, v_f, k_b, self.ops.solve(q_b, k_b, self.gain(a), f, past_length, past))
 
     def forward(self, a: Tensor) -> Tensor:
         """s (B,T,D) of activations a (B,T,D), from an empty past."""
@@ -161,18 +183,6 @@ class SessaMixer(nn.Module):
         if not self.use_forward_rope:
             return None
         return rope_of(x, self.head_dim, past_length, 0 if past is None else past.s.shape[1])
-
-
-def attend(q: Tensor, k_f: Tensor, v_f: Tensor, past_length: Tensor | None, past: Rows | None) -> Tensor:
-    """The forward attention o (B,T,Hq,d) of q (B,T,Hq,d) and k_f, v_f (B,T,Hkv,d), rotated."""
-    old_k_f, old_v_f = (None, None) if past is None else past[:2]
-    return causal_attention(q, k_f, v_f, old_k_f, old_v_f, past_length)
-
-
-def solve(q_b: Tensor, k_b: Tensor, gamma: Tensor, f: Tensor, past_length: Tensor | None, past: Rows | None) -> Tensor:
-    """The feedback branch s (B,T,D) of q_b, k_b, f (B,T,D) and gamma (B,T)."""
-    old_k_b, old_s = (None, None) if past is None else past[2:]
-    return feedback_attention(q_b, k_b, gamma, f, old_k_b, old_s, past_length)
 
 
 def rope_of(x: Tensor, head_dim: int, past_length: Tensor | None, capacity: int) -> tuple[Tensor, Tensor]:
@@ -209,14 +219,15 @@ class SessaLayer(nn.Module):
 
     def step(self, x: Tensor, past_length: Tensor | None, past: Rows | None, rope: Rope) -> tuple[Tensor, Rows]:
         """y (B,T,D) and the layer's new rows, for x behind the given past (None, None: no past)."""
-        weights = fused_layer.applies(self, x)
+        ops = self.mixer.ops
+        weights = fused_layer.applies(self, x) if ops is KERNELS else None
         if weights is not None:
             head = fused_layer.head(self, x, rope, weights)
-            o = attend(head.q, head.k, head.v, past_length, past)
+            o = ops.attend(head.q, head.k, head.v, past_length, past)
             s = fused_layer.solve(self, o, head) if past is None else None
             if s is None:
                 f = self.mixer.out_proj(o.reshape(x.shape))
-                s = solve(head.q_b, head.k_b, head.gamma, f, past_length, past)
+                s = ops.solve(head.q_b, head.k_b, head.gamma, f, past_length, past)
             return fused_layer.tail(s, head, weights), Rows(head.k, head.v, head.k_b, s)
         a, g = self.W_in(self.ln(x)).split(x.shape[-1], dim=-1)
         new = self.mixer.step(F.gelu(a), past_length, past, rope)

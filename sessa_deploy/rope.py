@@ -8,9 +8,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sessa_deploy import contract
+
 BASE = 10000.0
-# Largest position whose product with a limb below is exact in float32: 18 bits times at most 6.
-MAX_POSITION = 2**18
+# A position's product with a limb below is exact in float32: 18 bits times at most 6.
+MAX_POSITION = contract.MAX_POSITION
 
 
 def _limbs(head_dim: int) -> list[list[float]]:

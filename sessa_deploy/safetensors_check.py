@@ -12,9 +12,10 @@ import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sessa_deploy.errors import UserError
+from sessa_deploy.reading import open_plain, unique_keys
 
 ITEM_SIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -22,6 +23,7 @@ ITEM_SIZE = {
 }
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_ELEMENTS = 2**48
+MAX_DIMS = 64
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,6 @@ def _broken(path: Path, what: str, got: object = None) -> UserError:
     return UserError(f"{path} is not a whole safetensors file: {what}", got=got, fix="copy or download the file again")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen = dict(pairs)
-    if len(seen) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateKeyError(shorten(sorted({n for n in names if names.count(n) > 1})))
-    return seen
-
-
-class _DuplicateKeyError(ValueError):
-    pass
-
-
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_ELEMENTS
 
@@ -81,29 +71,27 @@ def read_header(path: str | Path) -> Header:
     Raises UserError, one line, if the file is missing, truncated, has a header that is too large or not JSON, duplicate names, unknown dtypes,
     sizes that do not match shapes, tensors that overlap, holes between them, or bytes behind the last one.
     """
-    path = Path(path)
+    with open_plain(path) as file:
+        return check_header(file, Path(path))
+
+
+def check_header(file: BinaryIO, path: Path) -> Header:
+    """`read_header` of a file that is open at its beginning; `path` is for the messages."""
+    file_size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    if len(start) < 8:
+        raise _broken(path, "it ends inside the header's length", f"{len(start)} bytes")
+    (length,) = struct.unpack("<Q", start)
+    if length > MAX_HEADER:
+        raise _broken(path, "its header is too large", f"{length} bytes, at most {MAX_HEADER}")
+    if length > file_size - 8:
+        raise _broken(path, "truncated inside the header", f"{file_size} bytes, the header alone needs {8 + length}")
+    raw = file.read(length)
     try:
-        file_size = os.stat(path).st_size
-        with open(path, "rb") as file:
-            start = file.read(8)
-            if len(start) < 8:
-                raise _broken(path, "it ends inside the header's length", f"{len(start)} bytes")
-            (length,) = struct.unpack("<Q", start)
-            if length > MAX_HEADER:
-                raise _broken(path, "its header is too large", f"{length} bytes, at most {MAX_HEADER}")
-            if length > file_size - 8:
-                raise _broken(path, "truncated inside the header", f"{file_size} bytes, the header alone needs {8 + length}")
-            raw = file.read(length)
-    except FileNotFoundError:
-        raise UserError("no such file", got=path, allowed="an existing safetensors file") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read", got=error.strerror) from None
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except _DuplicateKeyError as error:
-        raise _broken(path, "its header names something twice", error) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _broken(path, "its header is not JSON", error) from None
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a key twice, a number of too many digits
+        what = "names something twice" if "twice" in str(error) else "is not JSON"
+        raise _broken(path, f"its header {what}", str(error)[:200]) from None
     if not isinstance(header, dict) or not raw.startswith(b"{"):
         raise _broken(path, "its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
@@ -122,8 +110,8 @@ def _tensor(path: Path, name: str, entry: object) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
         raise _broken(path, f"tensor {name} has an unknown dtype", repr(dtype))
-    if not isinstance(shape, list) or not all(_is_count(x) for x in shape) or math.prod(shape) > MAX_ELEMENTS:
-        raise _broken(path, f"tensor {name} has an impossible shape", shape)
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_count(x) for x in shape) or math.prod(shape) > MAX_ELEMENTS:
+        raise _broken(path, f"tensor {name} has an impossible shape", shorten(shape) if isinstance(shape, list) else shape)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(x) for x in offsets) or offsets[0] > offsets[1]:
         raise _broken(path, f"tensor {name} has impossible data_offsets", offsets)
     info = TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from sessa_deploy.errors import UserError
+from sessa_deploy.files import write_whole
 
 LOG_FILE, PLOT_FILE, REPORT_FILE = "log.csv", "loss.png", "report.json"
 
@@ -27,16 +29,6 @@ class Row:
     seconds: float
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def write_log(folder: Path, rows: Sequence[Row]) -> None:
     """log.csv with one line a step; numbers are written so that they read back bit for bit."""
     text = io.StringIO()
@@ -44,22 +36,26 @@ def write_log(folder: Path, rows: Sequence[Row]) -> None:
     writer.writerow([f.name for f in fields(Row)])
     for row in rows:
         writer.writerow(["" if v is None else repr(v) for v in asdict(row).values()])
-    write_whole(folder / LOG_FILE, text.getvalue().encode())
+    write_whole(folder / LOG_FILE, text.getvalue(), "--out", "the log")
 
 
 def read_log(folder: Path) -> list[Row]:
-    """The rows of log.csv, [] where there is none."""
+    """The rows of log.csv, [] where there is none. Raises UserError if it is no log."""
     path = folder / LOG_FILE
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [Row(int(r["step"]), float(r["loss"]), float(r["lr"]), float(r["grad_norm"]), int(r["tokens"]), float(r["held_out"]) if r["held_out"] else None,
-                    float(r["seconds"])) for r in csv.DictReader(file)]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [Row(int(r["step"]), float(r["loss"]), float(r["lr"]), float(r["grad_norm"]), int(r["tokens"]),
+                        float(r["held_out"]) if r["held_out"] else None, float(r["seconds"])) for r in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read", got=f"{type(error).__name__}: {str(error)[:120]}", allowed="the log that train wrote",
+                        fix="remove it (the curve so far is lost, the run is not)") from None
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     """report.json: what was trained on what, for how long, and the held-out figure beside xz."""
-    write_whole(folder / REPORT_FILE, (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(folder / REPORT_FILE, json.dumps(report, indent=2) + "\n", "--out", "the report")
 
 
 def write_plot(folder: Path, rows: Sequence[Row], bytes_per_token: float, xz_bits_per_byte: float | None, final: float) -> None:
@@ -93,4 +89,4 @@ def write_plot(folder: Path, rows: Sequence[Row], bytes_per_token: float, xz_bit
     axes.legend()
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
-    write_whole(folder / PLOT_FILE, png.getvalue())
+    write_whole(folder / PLOT_FILE, png.getvalue(), "--out", "the plot")

@@ -32,7 +32,7 @@ _NUMPY = {DataType.FLOAT: np.float32, DataType.HALF: np.float16, DataType.INT32:
 
 
 class HostCuda:
-    """trt_cuda.Cuda on host memory. Memory starts as 0xFF: NaN, and lengths of -1."""
+    """sessa_deploy.cuda.Cuda on host memory. Memory starts as 0xFF: NaN, and lengths of -1."""
 
     arch, stream = 90, 7
 
@@ -336,6 +336,10 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Seq
         def get_tensor_dtype(self, name: str) -> DataType:
             kinds = {"tensor(float)": DataType.FLOAT, "tensor(float16)": DataType.HALF, "tensor(int32)": DataType.INT32}
             return kinds.get(self.kinds[name], DataType.INT32 if major < 10 else DataType.INT64)
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            shapes = {x.name: x.shape for x in [*self.session.get_inputs(), *self.session.get_outputs()]}
+            return tuple(n if isinstance(n, int) else -1 for n in shapes[name])
 
         def create_engine_inspector(self) -> Any:
             layers = [{"Name": "body", "LayerType": "Other", "Inputs": []}]

@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+GROUND = ("checks", "config", "contract", "cuda", "cuda_arch", "errors", "files", "process", "reading")
 HEAVY = {"torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib"}
-STDLIB_ONLY = ("sessa_deploy/contract.py", "sessa_deploy/config.py", "sessa_deploy/errors.py", "sessa_deploy/__init__.py", "sessa_deploy/kernels/launch.py")
+STDLIB_ONLY = (*(f"sessa_deploy/{name}.py" for name in GROUND), "sessa_deploy/checkpoint_layout.py", "sessa_deploy/__init__.py",
+               "plugins/ops.py")
+# Rooms of the kernels, each with those it may import beside itself and the ground.
+_DEVICE = {"launch", "device"}
+KERNEL_ROOMS = {
+    "launch": set(), "device": {"launch"}, "feedback": _DEVICE, "causal": _DEVICE, "engine": {*_DEVICE, "feedback", "causal"}, "reference": set(),
+    "blocked": set(), "route": {"launch", "blocked", "feedback", "causal"}, "ops": {"blocked", "route"}, "training": {*_DEVICE, "route", "ops"},
+}  # fmt: skip
 RUNTIME_MAY = {"numpy", "tokenizers", "rich", "platformdirs", "onnxruntime", "tensorrt"}
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt"}
 
@@ -55,7 +63,7 @@ def test_runtime_never_reaches_torch_triton_or_onnx(path: Path) -> None:
     assert foreign(path) <= RUNTIME_MAY
     assert len(foreign(path) & ENGINE_LIBRARIES) <= 1, "one engine library a module"
     ours = {name for name in imports(path) if name.startswith("sessa_deploy.")}
-    allowed = tuple(f"sessa_deploy.{name}" for name in ("runtime", "contract", "config", "errors", "plugins.library", "__version__"))
+    allowed = tuple(f"sessa_deploy.{name}" for name in ("runtime", *GROUND, "plugins.library", "__version__"))
     assert all(name.startswith(allowed) for name in ours), sorted(ours)
 
 
@@ -66,8 +74,35 @@ def test_verbs_import_nothing_heavy_before_they_are_called(path: Path) -> None:
 
 def test_only_kernels_import_triton_and_only_lowering_beside_them() -> None:
     users = {path.relative_to(ROOT).as_posix() for path in files("sessa_deploy", "export", "runtime", "plugins") if "triton" in foreign(path)}
-    kernels = tuple(f"sessa_deploy/kernels/{name}" for name in ("feedback", "causal", "fused", "layer", "mixer", "decode_io", "schedule"))
-    assert all(name.startswith(kernels) or name == "plugins/lower.py" for name in users), users
+    assert all(name.startswith("sessa_deploy/kernels/") or name == "plugins/lower.py" for name in users), users
+
+
+def kernel_room(path: str) -> str:
+    """The room under kernels/ of a dotted or slashed path below it."""
+    return path.replace("/", ".").removesuffix(".py").split(".")[0]
+
+
+@pytest.mark.parametrize("path", files("sessa_deploy/kernels"), ids=lambda p: p.relative_to(ROOT / "sessa_deploy/kernels").as_posix())
+def test_kernels_import_down_alone(path: Path) -> None:
+    """launch <- feedback, causal <- engine, ops <- training; no kernel knows the runtime or the model, and launch knows no family."""
+    room = kernel_room(path.relative_to(ROOT / "sessa_deploy/kernels").as_posix())
+    for name in imports(path):
+        if name.startswith("sessa_deploy.kernels."):
+            assert kernel_room(name.removeprefix("sessa_deploy.kernels.")) in {room, *KERNEL_ROOMS.get(room, set())}, name
+        elif name.startswith("sessa_deploy."):
+            assert name.split(".")[1] in GROUND, name
+
+
+@pytest.mark.parametrize("path", files("sessa_deploy/kernels/launch"), ids=lambda p: p.stem)
+def test_launching_is_described_in_the_standard_library(path: Path) -> None:
+    assert foreign(path, top_level_only=True) == set()
+    assert foreign(path) <= ({"torch", "triton"} if path.stem == "jit" else set())
+
+
+def test_every_kernel_room_has_its_rule_and_families_their_tiles() -> None:
+    house = ROOT / "sessa_deploy/kernels"
+    assert {kernel_room(p.relative_to(house).as_posix()) for p in files("sessa_deploy/kernels")} - {"__init__"} == set(KERNEL_ROOMS)
+    assert {p.parent.name for p in house.glob("*/spec.py")} - {"launch"} == {p.parent.name for p in house.glob("*/tiles.json")}
 
 
 BLOCKED = """
@@ -93,6 +128,7 @@ def test_runtime_engine_builder_and_plugin_finder_import_without_torch() -> None
     modules = [f"sessa_deploy.runtime.{path.stem}" for path in files("runtime") if path.stem != "__init__"]
     modules += ["sessa_deploy", "sessa_deploy.config", "sessa_deploy.contract", "sessa_deploy.cli", "sessa_deploy.cli.run", "sessa_deploy.cli.doctor"]
     import_without({"torch", "triton", "onnx", "onnxscript"}, modules)
+    import_without({"torch", "triton"}, ["sessa_deploy.kernels.launch.jit", "sessa_deploy.kernels.engine.spec"])
     if (ROOT / "plugins/library.py").exists():
         import_without({"torch", "triton", "onnx"}, ["sessa_deploy.plugins.library"])
     if (ROOT / "export/to_engine.py").exists():

@@ -1,7 +1,6 @@
 #include "attributes.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -16,10 +15,10 @@ struct State
 {
     uint32_t magic;
     int32_t version;
-    float scale;
     int32_t storage;
+    Numbers numbers;
 };
-static_assert(sizeof(State) == kStateBytes, "the serialised state is 16 bytes");
+static_assert(sizeof(State) == kStateBytes, "nothing between the fields");
 
 std::string shape(int64_t const* dims, int32_t rank)
 {
@@ -33,20 +32,37 @@ std::string shape(int64_t const* dims, int32_t rank)
 
 } // namespace
 
-bool Attributes::check(std::string& error) const noexcept
+bool Attributes::check(Op const& op, std::string& error) const noexcept
 try
 {
-    if (!std::isfinite(scale) || scale < 0)
-    {
-        error = "attribute scale: got " + std::to_string(scale) + "; allowed: a finite positive number, or 0 for the width's -1/2 power";
-        return false;
-    }
     if (storage != Storage::kAny && storage != Storage::kFloat && storage != Storage::kHalf && storage != Storage::kBFloat16)
     {
         error = "attribute storage: got " + std::to_string(static_cast<int32_t>(storage)) + "; allowed: 1 (float32), 10 (float16), 16 (bfloat16), 0 (any)";
         return false;
     }
-    return true;
+    return sessa::check(op, numbers, error);
+}
+catch (...)
+{
+    return false;
+}
+
+std::string attributeNames(Op const& op)
+{
+    std::string names;
+    for (int32_t i = 0; i < op.attributes; ++i)
+    {
+        names += std::string(op.attribute[i].name) + ", ";
+    }
+    return names + kFieldStorage;
+}
+
+bool refuseState(int32_t version, std::string& error) noexcept
+try
+{
+    error = "serialised state: got version " + std::to_string(version) + "; allowed: " + std::to_string(kStateVersion)
+        + "; the engine was built with another version of this library: sessa-deploy build BUNDLE --force";
+    return false;
 }
 catch (...)
 {
@@ -55,27 +71,34 @@ catch (...)
 
 void serialize(Attributes const& attributes, void* buffer) noexcept
 {
-    State const state{kMagic, kStateVersion, attributes.scale, static_cast<int32_t>(attributes.storage)};
+    State const state{kMagic, static_cast<int32_t>(kStateVersion), static_cast<int32_t>(attributes.storage), attributes.numbers};
     std::memcpy(buffer, &state, sizeof(state));
 }
 
-bool deserialize(void const* data, size_t size, Attributes& attributes, std::string& error) noexcept
+bool deserialize(Op const& op, void const* data, size_t size, Attributes& attributes, std::string& error) noexcept
 try
 {
     State state{};
-    if (data == nullptr || size != sizeof(state))
+    if (data != nullptr)
     {
-        error = "serialised state: got " + std::to_string(size) + " bytes; allowed: " + std::to_string(sizeof(state)) + "; rebuild the engine";
+        std::memcpy(&state, data, std::min(size, sizeof(state)));
+    }
+    if (state.magic != kMagic)
+    {
+        error = "serialised state: got " + std::to_string(size) + " bytes that are none of this plugin's; sessa-deploy build BUNDLE --force";
         return false;
     }
-    std::memcpy(&state, data, sizeof(state));
-    if (state.magic != kMagic || state.version != kStateVersion)
+    if (state.version != kStateVersion)
     {
-        error = "serialised state: got version " + std::to_string(state.version) + "; allowed: " + std::to_string(kStateVersion) + "; rebuild the engine";
+        return refuseState(state.version, error);
+    }
+    if (size != sizeof(state))
+    {
+        error = "serialised state: got " + std::to_string(size) + " bytes; allowed: " + std::to_string(sizeof(state)) + "; sessa-deploy build BUNDLE --force";
         return false;
     }
-    attributes = {state.scale, static_cast<Storage>(state.storage)};
-    return attributes.check(error);
+    attributes = {state.numbers, static_cast<Storage>(state.storage)};
+    return attributes.check(op, error);
 }
 catch (...)
 {
@@ -91,7 +114,8 @@ try
         std::string const letters = op.operands[i].shape;
         if (shapes[i].rank != static_cast<int32_t>(letters.size()))
         {
-            error = std::string(op.operands[i].name) + ": got shape " + shape(shapes[i].dims, shapes[i].rank) + "; allowed: rank " + std::to_string(letters.size());
+            error = std::string(op.operands[i].name) + ": got shape " + shape(shapes[i].dims, shapes[i].rank) + "; allowed: rank "
+                + std::to_string(letters.size());
             return false;
         }
         for (size_t a = 0; a < letters.size(); ++a)
@@ -129,12 +153,12 @@ try
         if (!std::equal(expected.begin(), expected.end(), shapes[i].dims))
         {
             error = std::string(op.operands[i].name) + ": got shape " + shape(shapes[i].dims, shapes[i].rank) + "; allowed: "
-                + shape(expected.data(), shapes[i].rank) + " to match q " + shape(shapes[0].dims, shapes[0].rank);
+                + shape(expected.data(), shapes[i].rank) + " to match " + op.operands[0].name + " " + shape(shapes[0].dims, shapes[0].rank);
             return false;
         }
     }
     problem.storage = storage;
-    problem.scale = attributes.scale;
+    problem.numbers = attributes.numbers;
     return check(problem, error);
 }
 catch (...)

@@ -1,4 +1,4 @@
-// What the shells share: names, the operations' attributes, their serialised form.
+// What the shells share: the operations' attributes, their serialised form, problems from shapes.
 #pragma once
 
 #include "launcher.h"
@@ -10,25 +10,27 @@
 namespace sessa
 {
 
-constexpr char const* kPluginVersion = "1";
-constexpr char const* kPluginNamespace = "";
-constexpr char const* kFieldScale = "scale";
-constexpr char const* kFieldStorage = "storage";
-constexpr char const* kFieldState = "state"; // version of the serialised form, present in what an engine holds
-constexpr int32_t kStateVersion = 1;
+constexpr char const* kFieldStorage = "storage"; // an attribute of every operation
+constexpr char const* kFieldState = "state";     // version of the serialised form, present in what an engine holds
 
 struct Attributes
 {
-    float scale{0.0F};                // 0: width^-1/2
-    Storage storage{Storage::kAny};   // kAny: whatever q has
+    Numbers numbers;
+    Storage storage{Storage::kAny}; // kAny: whatever q has
 
-    bool check(std::string& error) const noexcept;
+    bool check(Op const& op, std::string& error) const noexcept;
 };
 
-// 16 bytes: magic, version, scale, storage. The plugin's name stands beside it in an engine.
-constexpr size_t kStateBytes = 16;
+// The names of an operation's attributes, storage last; for messages.
+std::string attributeNames(Op const& op);
+
+// False, and that a serialised state of another version needs a new engine.
+bool refuseState(int32_t version, std::string& error) noexcept;
+
+// Magic, version, storage, numbers. The plugin's name stands beside it in an engine.
+constexpr size_t kStateBytes = 12 + sizeof(Numbers);
 void serialize(Attributes const& attributes, void* buffer) noexcept;
-bool deserialize(void const* data, size_t size, Attributes& attributes, std::string& error) noexcept;
+bool deserialize(Op const& op, void const* data, size_t size, Attributes& attributes, std::string& error) noexcept;
 
 // Dimensions of one input; `rank` entries.
 struct Shape

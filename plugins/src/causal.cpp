@@ -16,14 +16,10 @@ enum Input : int32_t
     kPastLength,
 };
 
-constexpr int64_t kMultiple = 8; // launch_causal.MULTIPLE: widths and strides are passed in these units
-constexpr int64_t kMaxWidth = 256;
-constexpr int64_t kMaxHeads = 65535;
-
-// Batch and row stride of both pasts.
+// Batch and row stride of both pasts, like every width in units of kHeadMultiple.
 void addStrides(Problem const& p, Arguments& a)
 {
-    int64_t const row = p.kvHeads * p.width / kMultiple;
+    int64_t const row = p.kvHeads * p.headWidth / kHeadMultiple;
     a.add(p.capacity * row).add(i32(row)).add(p.capacity * row).add(i32(row));
 }
 
@@ -32,7 +28,7 @@ struct Step final : Plan
     bool find(Problem const& p, int32_t arch) override
     {
         char const* dtype = dtypeName(p.storage);
-        partial = findCubin("causal_step_partial", arch, dtype, headVariant(p.width, p.heads / p.kvHeads).c_str());
+        partial = findCubin("causal_step_partial", arch, dtype, headVariant(p.headWidth, p.heads / p.kvHeads).c_str());
         combine = findCubin("causal_step_combine", arch, dtype, "any");
         return partial != nullptr && combine != nullptr;
     }
@@ -41,7 +37,7 @@ struct Step final : Plan
     {
         rows = partial->tile("BLOCK_R") * partial->tile("TILES");
         splits = stepSplits(p.capacity, rows, combine->tile("BLOCK_S"));
-        part = arena.take(4 * p.batch * p.heads * splits * p.width);
+        part = arena.take(4 * p.batch * p.heads * splits * p.headWidth);
         stat = arena.take(8 * p.batch * p.heads * splits);
     }
 
@@ -54,16 +50,17 @@ struct Step final : Plan
     {
         int64_t const group = p.heads / p.kvHeads;
         int64_t const blocks = ceilDiv(p.kvHeads, partial->tile("BLOCK_H")) * ceilDiv(group, partial->tile("BLOCK_G"));
-        int32_t const units = i32(p.width / kMultiple);
+        int32_t const units = i32(p.headWidth / kHeadMultiple);
         Arguments first;
         first.add(t.in[kQ]).add(t.in[kK]).add(t.in[kV]).add(t.in[kPastK]).add(t.in[kPastV]).add(t.in[kPastLength]).add(part).add(stat);
         addStrides(p, first);
-        first.add(i32(p.batch)).add(i32(splits)).add(i32(p.capacity)).add(i32(p.kvHeads)).add(i32(group)).add(units).add(scaleLog2(p.width, p.scale));
+        first.add(i32(p.batch)).add(i32(splits)).add(i32(p.capacity)).add(i32(p.kvHeads)).add(i32(group)).add(units);
+        first.add(scaleLog2(p.headWidth, p.numbers.scale));
         Arguments second;
         second.add(part).add(stat).add(t.in[kPastLength]).add(t.out);
         second.add(i32(p.capacity)).add(i32(splits)).add(i32(rows)).add(units);
         return launch(*partial, {blocks, stepPrograms(*partial, p.batch * splits, blocks), 1}, first, stream, error, p.batch)
-            && launch(*combine, {p.heads, ceilDiv(p.width, combine->tile("BLOCK_D")), p.batch}, second, stream, error, p.batch);
+            && launch(*combine, {p.heads, ceilDiv(p.headWidth, combine->tile("BLOCK_D")), p.batch}, second, stream, error, p.batch);
     }
 
     Cubin const* partial{};
@@ -78,7 +75,7 @@ struct Prefill final : Plan
 {
     bool find(Problem const& p, int32_t arch) override
     {
-        kernel = findCubin("causal_prefill", arch, dtypeName(p.storage), headVariant(p.width, 1).c_str());
+        kernel = findCubin("causal_prefill", arch, dtypeName(p.storage), headVariant(p.headWidth, 1).c_str());
         return kernel != nullptr;
     }
 
@@ -94,22 +91,13 @@ struct Prefill final : Plan
         Arguments a;
         a.add(t.in[kQ]).add(t.in[kK]).add(t.in[kV]).add(t.in[kPastK]).add(t.in[kPastV]).add(t.in[kPastLength]).add(t.out);
         addStrides(p, a);
-        a.add(i32(p.tokens)).add(i32(p.capacity)).add(i32(p.heads / p.kvHeads)).add(i32(p.width / kMultiple)).add(scaleLog2(p.width, p.scale));
+        a.add(i32(p.tokens)).add(i32(p.capacity)).add(i32(p.heads / p.kvHeads)).add(i32(p.headWidth / kHeadMultiple));
+        a.add(scaleLog2(p.headWidth, p.numbers.scale));
         return launch(*kernel, {ceilDiv(p.tokens, kernel->tile("BM")), p.heads, p.batch}, a, stream, error);
     }
 
     Cubin const* kernel{};
 };
-
-bool checkCausal(Problem const& p, std::string& error)
-{
-    if (p.width < kMultiple || p.width > kMaxWidth || p.width % kMultiple != 0)
-    {
-        return refuse(error, "head width d", std::to_string(p.width), "a multiple of 8 up to 256");
-    }
-    bool const good = p.kvHeads >= 1 && p.heads >= 1 && p.heads <= kMaxHeads && p.heads % p.kvHeads == 0;
-    return good || refuse(error, "heads Hq, Hkv", std::to_string(p.heads) + ", " + std::to_string(p.kvHeads), "Hq a multiple of Hkv up to 65535");
-}
 
 Plan* planCausal(Problem const& p)
 {
@@ -125,7 +113,12 @@ std::vector<Problem> everyCausal(Storage storage)
         {
             for (int64_t const tokens : {1, 2})
             {
-                all.push_back({&kCausal, 1, tokens, 1, width, heads, 1, storage, 0.0F});
+                Problem p = smallest(kCausal, storage);
+                p.tokens = tokens;
+                p.capacity = 1;
+                p.headWidth = width;
+                p.heads = heads;
+                all.push_back(p);
             }
         }
     }
@@ -134,9 +127,6 @@ std::vector<Problem> everyCausal(Storage storage)
 
 } // namespace
 
-Op const kCausal{"SessaCausalAttention", 6,
-    {{"q", "BTHD", Kind::kStorage}, {"k", "BTKD", Kind::kStorage}, {"v", "BTKD", Kind::kStorage}, {"past_k", "BPKD", Kind::kStorage},
-        {"past_v", "BPKD", Kind::kStorage}, {"past_length", "B", Kind::kInt}},
-    checkCausal, planCausal, everyCausal};
+Family const kCausalFamily{planCausal, everyCausal};
 
 } // namespace sessa

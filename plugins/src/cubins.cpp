@@ -1,5 +1,7 @@
 #include "cubins.h"
 
+#include "arch.h"
+
 #include <cstdlib>
 #include <cstring>
 #include <set>
@@ -27,23 +29,29 @@ Cubin const kCubins[] = {
 };
 #undef SESSA_CUBIN
 
-bool runsOn(int32_t compiled, int32_t device) noexcept
-{
-    return compiled / 10 == device / 10 && compiled <= device;
-}
-
 } // namespace
 
-int32_t Cubin::tile(char const* name) const noexcept
+int32_t const* Cubin::findTile(char const* name) const noexcept
 {
     for (auto const& t : tiles)
     {
         if (t.name != nullptr && std::strcmp(t.name, name) == 0)
         {
-            return t.value;
+            return &t.value;
         }
     }
-    return -1;
+    return nullptr;
+}
+
+int32_t Cubin::tile(char const* name) const
+{
+    int32_t const* const found = findTile(name);
+    if (found == nullptr)
+    {
+        throw MissingTile(std::string(kernel) + " for sm_" + std::to_string(arch) + ", " + dtype + ", variant " + variant + " has no tile " + name
+            + ": the kernels in this library are of another version; rebuild it: sessa-deploy plugin build");
+    }
+    return *found;
 }
 
 Cubin const* findCubin(char const* kernel, int32_t arch, char const* dtype, char const* variant) noexcept
@@ -52,7 +60,7 @@ Cubin const* findCubin(char const* kernel, int32_t arch, char const* dtype, char
     for (auto const& c : kCubins)
     {
         bool const same = std::strcmp(c.kernel, kernel) == 0 && std::strcmp(c.dtype, dtype) == 0 && std::strcmp(c.variant, variant) == 0;
-        if (same && runsOn(c.arch, arch) && (best == nullptr || c.arch > best->arch))
+        if (same && serves(c.arch, arch) && (best == nullptr || c.arch > best->arch))
         {
             best = &c;
         }

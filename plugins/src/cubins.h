@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 namespace sessa
@@ -30,11 +31,21 @@ struct Cubin
     unsigned char const* data;
     size_t size;
 
-    // Value of a constexpr tile; -1 if the kernel has none of that name.
-    int32_t tile(char const* name) const noexcept;
+    // Value of a constexpr tile. Throws MissingTile if the kernel has none of that name.
+    int32_t tile(char const* name) const;
+
+    // The same; nullptr where there is none.
+    int32_t const* findTile(char const* name) const noexcept;
 };
 
-// The binary for a device of compute capability `arch`: compiled for it, or for an earlier minor of the same major. nullptr: none.
+// A plan asks a binary for a tile that it was not lowered with: kernels and plugin are of different versions.
+class MissingTile : public std::runtime_error
+{
+public:
+    using std::runtime_error::runtime_error;
+};
+
+// The binary for a device of compute capability `arch`, the latest that `serves` it. nullptr: none.
 Cubin const* findCubin(char const* kernel, int32_t arch, char const* dtype, char const* variant) noexcept;
 
 // The variant of a width-keyed kernel that covers `width` at least; nullptr: none, or no binary for `arch`.

@@ -28,13 +28,14 @@ __attribute__((visibility("default"))) int32_t sessaFindCubin(
     return 1;
 }
 
-// Value of a pinned tile of that kernel; -1 if there is none.
+// Value of a pinned tile of that kernel; -1 if there is none, which the caller must look at.
 __attribute__((visibility("default"))) int32_t sessaCubinTile(
     char const* kernel, int32_t arch, char const* dtype, char const* variant, char const* tile) noexcept
 {
     sessa::Cubin const* const found
         = kernel == nullptr || dtype == nullptr || variant == nullptr || tile == nullptr ? nullptr : sessa::findCubin(kernel, arch, dtype, variant);
-    return found == nullptr ? -1 : found->tile(tile);
+    int32_t const* const value = found == nullptr ? nullptr : found->findTile(tile);
+    return value == nullptr ? -1 : *value;
 }
 
 } // extern "C"

@@ -17,11 +17,6 @@ enum Input : int32_t
     kPastLength,
 };
 
-constexpr int64_t kMultiple = 16;
-constexpr int64_t kMaxWidth = 4096;
-constexpr int64_t kWide = 1024;                   // launch.WIDE
-constexpr int64_t kPanelBytes = int64_t{1} << 30; // feedback_fwd.PANEL_BYTES
-
 struct Step final : Plan
 {
     bool find(Problem const& p, int32_t arch) override
@@ -52,7 +47,8 @@ struct Step final : Plan
         int64_t const stride = p.capacity * p.width;
         Arguments first;
         first.add(t.in[kQ]).add(t.in[kPastK]).add(t.in[kPastS]).add(t.in[kPastLength]).add(part).add(stat);
-        first.add(stride).add(width).add(stride).add(width).add(i32(p.batch)).add(i32(splits)).add(capacity).add(width).add(scaleLog2(p.width, p.scale));
+        first.add(stride).add(width).add(stride).add(width).add(i32(p.batch)).add(i32(splits)).add(capacity).add(width);
+        first.add(scaleLog2(p.width, p.numbers.scale));
         Arguments second;
         second.add(part).add(stat).add(t.in[kPastLength]).add(t.in[kGamma]).add(t.in[kF]).add(t.out);
         second.add(capacity).add(static_cast<int32_t>(splits)).add(i32(rows)).add(width);
@@ -151,9 +147,10 @@ struct Forward final : Plan
             int64_t const grid
                 = groupedSize(ceilDiv(here, scoreRows), (pastTiles + row0 / tile) / group, scoreRows, tile * group, scores->tile("GROUP"));
             Arguments a;
-            a.add(t.in[kQ]).add(t.in[kK]).add(pastTiles > 0 ? t.in[kPastK] : t.in[kK]).add(t.in[kPastLength]).add(lse).add(sync).add(e).add(peak).add(total).add(sync);
+            a.add(t.in[kQ]).add(t.in[kK]).add(pastTiles > 0 ? t.in[kPastK] : t.in[kK]).add(t.in[kPastLength]).add(lse).add(sync).add(e).add(peak);
+            a.add(total).add(sync);
             a.add(i32(p.tokens)).add(i32(p.capacity)).add(i32(p.width)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles));
-            a.add(i32(row0)).add(i32(panel > 0 ? 0 : syncs)).add(static_cast<float>(scaleOf(p.width, p.scale)));
+            a.add(i32(row0)).add(i32(panel > 0 ? 0 : syncs)).add(static_cast<float>(scaleOf(p.width, p.numbers.scale)));
             Arguments b;
             b.add(e).add(peak).add(total).add(t.in[kGamma]).add(t.in[kPastLength]).add(rowPeak).add(gain).add(lse).add(x).add(inverse).add(inverseLow);
             b.add(near).add(nearLow).add(nearScale).add(i32(p.tokens)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles)).add(i32(row0));
@@ -180,12 +177,6 @@ struct Forward final : Plan
         *sync{};
 };
 
-bool checkFeedback(Problem const& p, std::string& error)
-{
-    bool const good = p.width >= kMultiple && p.width <= kMaxWidth && p.width % kMultiple == 0;
-    return good || refuse(error, "width D", std::to_string(p.width), "a multiple of 16 up to 4096");
-}
-
 Plan* planFeedback(Problem const& p)
 {
     return p.tokens == 1 ? static_cast<Plan*>(new Step) : new Forward;
@@ -193,19 +184,25 @@ Plan* planFeedback(Problem const& p)
 
 std::vector<Problem> everyFeedback(Storage storage)
 {
-    std::vector<Problem> all{{&kFeedback, 1, 2, 1, 256, 1, 1, storage, 0.0F}, {&kFeedback, 1, 2, 1, kWide, 1, 1, storage, 0.0F}};
-    for (int64_t const width : {256, 512, 1024, 2048, 4096})
+    std::vector<Problem> all;
+    auto const add = [&](int64_t tokens, int64_t width) {
+        Problem p = smallest(kFeedback, storage);
+        p.tokens = tokens;
+        p.capacity = 1;
+        p.width = width;
+        all.push_back(p);
+    };
+    add(2, 256); // narrow tiles of the solve
+    add(2, kWide);
+    for (int64_t const width : kStepWidths)
     {
-        all.push_back({&kFeedback, 1, 1, 1, width, 1, 1, storage, 0.0F});
+        add(1, width);
     }
     return all;
 }
 
 } // namespace
 
-Op const kFeedback{"SessaFeedbackAttention", 7,
-    {{"q", "BTD", Kind::kStorage}, {"k", "BTD", Kind::kStorage}, {"gamma", "BT", Kind::kFloat}, {"f", "BTD", Kind::kStorage},
-        {"past_k", "BPD", Kind::kStorage}, {"past_s", "BPD", Kind::kStorage}, {"past_length", "B", Kind::kInt}},
-    checkFeedback, planFeedback, everyFeedback};
+Family const kFeedbackFamily{planFeedback, everyFeedback};
 
 } // namespace sessa

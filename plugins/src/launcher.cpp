@@ -11,11 +11,10 @@ namespace
 {
 
 constexpr int64_t kAlign = 16;
-constexpr int64_t kMaxIndex = 2147483647;
 
 std::unique_ptr<Plan> planFor(Problem const& p)
 {
-    return std::unique_ptr<Plan>(p.op->plan(p));
+    return std::unique_ptr<Plan>(p.op->family->plan(p));
 }
 
 bool missingCubin(Problem const& p, int32_t arch, std::string& error)
@@ -44,6 +43,18 @@ size_t workspaceFor(Problem const& p, int32_t arch)
     return most;
 }
 
+// False, and the reason as far as there is memory to say it.
+bool say(std::string& error, MissingTile const& missing) noexcept
+try
+{
+    error = missing.what();
+    return false;
+}
+catch (...)
+{
+    return false;
+}
+
 bool aligned(char const* name, void const* pointer, bool needed, std::string& error)
 {
     bool const good = (pointer != nullptr || !needed) && reinterpret_cast<uintptr_t>(pointer) % kAlign == 0;
@@ -56,68 +67,15 @@ bool aligned(char const* name, void const* pointer, bool needed, std::string& er
 
 } // namespace
 
-Op const& opAt(int32_t index) noexcept
-{
-    static Op const* const all[kOpCount]{&kFeedback, &kCausal, &kRotary, &kNorm, &kLinearHeads, &kLogits, &kTail, &kEnter, &kProjectGain, &kMixer};
-    return *all[index];
-}
-
-int64_t* Problem::size(char letter) noexcept
-{
-    switch (letter)
-    {
-    case 'B': return &batch;
-    case 'T': return &tokens;
-    case 'P': return &capacity;
-    case 'D': return &width;
-    case 'H': return &heads;
-    case 'K': return &kvHeads;
-    case 'C': return &headWidth;
-    case 'N': return &columns;
-    case 'E': return &doubleWidth;
-    case 'J': return &pairs;
-    case 'I': return &one;
-    case 'R': return &limbs;
-    default: return nullptr;
-    }
-}
-
-bool check(Problem const& p, std::string& error) noexcept
+size_t workspaceSize(Problem const& p, std::string& error) noexcept
 try
 {
-    if (p.storage != Storage::kFloat && p.storage != Storage::kHalf && p.storage != Storage::kBFloat16)
-    {
-        return refuse(error, "storage type", std::to_string(static_cast<int32_t>(p.storage)), "1 (float32), 10 (float16), 16 (bfloat16)");
-    }
-    std::string const sizes = std::to_string(p.batch) + ", " + std::to_string(p.tokens) + ", " + std::to_string(p.capacity);
-    if (p.batch < 1 || p.tokens < 1 || p.capacity < 0)
-    {
-        return refuse(error, "batch, tokens, capacity", sizes, "at least 1, 1, 0");
-    }
-    if (p.batch > 65535 || p.tokens > kMaxIndex / 2 || p.capacity > kMaxIndex / 2)
-    {
-        return refuse(error, "batch, tokens, capacity", sizes, "a batch up to 65535, rows up to 2^30");
-    }
-    if (!std::isfinite(p.scale) || p.scale < 0)
-    {
-        return refuse(error, "scale", std::to_string(p.scale), "a finite positive number, or 0 for the width's -1/2 power");
-    }
-    return p.op->check(p, error);
-}
-catch (...)
-{
-    return false;
-}
-
-size_t workspaceSize(Problem const& p) noexcept
-try
-{
-    std::string error;
     if (!check(p, error))
     {
         return 0;
     }
-    if (int32_t const arch = currentArch(error); arch != 0)
+    std::string ignored; // without a device
+    if (int32_t const arch = currentArch(ignored); arch != 0)
     {
         return workspaceFor(p, arch);
     }
@@ -127,6 +85,11 @@ try
         most = std::max(most, workspaceFor(p, architectureAt(i)));
     }
     return most;
+}
+catch (MissingTile const& missing)
+{
+    say(error, missing);
+    return 0;
 }
 catch (...)
 {
@@ -149,6 +112,10 @@ try
     auto const cubins = plan->cubins();
     return std::all_of(cubins.begin(), cubins.end(), [&](Cubin const* c) { return loadCubin(*c, error); });
 }
+catch (MissingTile const& missing)
+{
+    return say(error, missing);
+}
 catch (...)
 {
     return false;
@@ -158,7 +125,7 @@ void prepareAll(Op const& op, Storage storage) noexcept
 try
 {
     std::string ignored; // without a device this is no error yet; `run` will say so
-    for (auto const& problem : op.everything(storage))
+    for (auto const& problem : op.family->everything(storage))
     {
         static_cast<void>(prepare(problem, ignored));
     }
@@ -193,12 +160,16 @@ try
     plan->layout(p, arena, false);
     for (int32_t i = 0; i < p.op->outputs; ++i)
     {
-        if (!aligned(p.op->result(i).name, t.outs[i], true, error))
+        if (!aligned(p.op->results[i].name, t.outs[i], true, error))
         {
             return false;
         }
     }
     return aligned("workspace", workspace, arena.used() > 0, error) && plan->run(p, t, stream, error);
+}
+catch (MissingTile const& missing)
+{
+    return say(error, missing);
 }
 catch (...)
 {

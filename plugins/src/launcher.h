@@ -1,5 +1,8 @@
 // The operations on a CUDA stream, without TensorRT: what they take, workspace size, choice of binaries, launches. Their mathematics: ../README.md.
+// What an operation is stands in ../ops.py, which writes ops.inc; how it is computed in its family's file.
 #pragma once
+
+#include "limits.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -19,29 +22,28 @@ enum class Storage : int32_t // ONNX TensorProto.DataType
     kBFloat16 = 16,
 };
 
+// The float attributes of all operations, each of which has some of them.
+struct Numbers
+{
+#define SESSA_ATTRIBUTE(field, absent) float field{absent};
+#include "ops.inc"
+#undef SESSA_ATTRIBUTE
+};
+
 struct Op;
 
 struct Problem
 {
     Op const* op{};
-    int64_t batch{1};
-    int64_t tokens{1};   // T new rows
-    int64_t capacity{};  // P rows of past
-    int64_t width{1};    // D, d of one head of causal attention
-    int64_t heads{1};    // Hq
-    int64_t kvHeads{1};  // Hkv
     Storage storage{Storage::kAny};
-    float scale{}; // of the scores, 0: width^-1/2; eps of a norm, gamma_max of a gain, 0: their defaults
-    int64_t headWidth{1};   // d, where width is D
-    int64_t columns{1};     // N of a product
-    int64_t doubleWidth{2}; // 2 D
-    int64_t pairs{1};       // d / 2
-    int64_t one{1};
-    int64_t limbs{4};
+    Numbers numbers;
+#define SESSA_SIZE(letter, field, start) int64_t field{start};
+#include "ops.inc"
+#undef SESSA_SIZE
 
-    // The size that a letter of Operand::shape stands for: B batch, T new rows, P rows of past, D width, H query heads, K key/value heads, C head width,
-    // N columns, E 2 D, J pairs, I one, R limbs; nullptr for an unknown letter.
+    // The size that a letter of Operand::shape stands for; nullptr for an unknown letter.
     int64_t* size(char letter) noexcept;
+    int64_t const* size(char letter) const noexcept;
 };
 
 enum class Kind : int32_t
@@ -51,9 +53,6 @@ enum class Kind : int32_t
     kInt,
 };
 
-constexpr int32_t kMaxInputs = 13;
-constexpr int32_t kMaxOutputs = 6;
-
 struct Operand
 {
     char const* name;
@@ -61,37 +60,66 @@ struct Operand
     Kind kind;
 };
 
+// above < value <= most, or exactly what it is where a node does not give it.
+struct Attribute
+{
+    char const* name;
+    float Numbers::*field;
+    float above;
+    float most;
+    char const* allowed;
+
+    bool takes(float value) const noexcept;
+};
+
+// ops.Limit: formulas over the letters of Problem::size.
+struct Limit
+{
+    char const* what;
+    char const* of;
+    int64_t least;
+    int64_t most;
+    char const* multiple;
+    char const* equals; // "" or what `of` must be
+    char const* allowed;
+};
+
 class Plan;
 
-// One operation: input 0 settles the storage type. `results` may be left out: then there is one output of input 0's shape and type.
+// How an operation is computed.
+struct Family
+{
+    Plan* (*plan)(Problem const&);                       // the caller owns the result
+    std::vector<Problem> (*everything)(Storage storage); // problems that between them use every binary for a storage type
+};
+
+// One operation: input 0 settles the storage type.
 struct Op
 {
     char const* name; // of the plugin
     int32_t inputs;
+    int32_t outputs;
+    int32_t attributes;
+    int32_t limits;
     Operand operands[kMaxInputs];
-    bool (*check)(Problem const&, std::string& error);     // limits of this operation's own
-    Plan* (*plan)(Problem const&);                         // how to compute it; the caller owns the result
-    std::vector<Problem> (*everything)(Storage storage);   // problems that between them use every binary for a storage type
-    int32_t outputs{1};
-    Operand results[kMaxOutputs]{};
-
-    Operand result(int32_t index) const noexcept
-    {
-        return results[index].shape != nullptr ? results[index] : Operand{"output", operands[0].shape, Kind::kStorage};
-    }
+    Operand results[kMaxOutputs];
+    Attribute attribute[kMaxAttributes];
+    Limit limit[kMaxLimits];
+    Family const* family;
 };
 
-extern Op const kFeedback;
-extern Op const kCausal;
-extern Op const kRotary;
-extern Op const kNorm;
-extern Op const kLinearHeads;
-extern Op const kLogits;
-extern Op const kTail;
-extern Op const kEnter;
-extern Op const kProjectGain;
-extern Op const kMixer;
-constexpr int32_t kOpCount = 10;
+// kFeedback, kCausal, ... and what its family's file says of each: kFeedbackFamily, ...
+#define SESSA_OP(identifier, ...)                                                                                                                    \
+    extern Op const k##identifier;                                                                                                                   \
+    extern Family const k##identifier##Family;
+#include "ops.inc"
+#undef SESSA_OP
+
+#define SESSA_OP(identifier, ...) +1
+constexpr int32_t kOpCount = 0
+#include "ops.inc"
+    ;
+#undef SESSA_OP
 Op const& opAt(int32_t index) noexcept;
 
 struct Tensors
@@ -104,8 +132,12 @@ struct Tensors
 // Whether the kernels take this problem; if not, `error` says what is wrong, the value got and what is allowed.
 bool check(Problem const& problem, std::string& error) noexcept;
 
+// Whether every attribute of the operation is in its range; if not, `error` says so.
+bool check(Op const& op, Numbers const& numbers, std::string& error) noexcept;
+
 // Bytes of scratch for this problem and every smaller one on the current device; where there is none, on any architecture in this library.
-size_t workspaceSize(Problem const& problem) noexcept;
+// 0 and a reason where the problem is not taken.
+size_t workspaceSize(Problem const& problem, std::string& error) noexcept;
 
 // Loads the binaries for this problem into the current context, so that `run` loads nothing (a stream may be captured by then).
 bool prepare(Problem const& problem, std::string& error) noexcept;

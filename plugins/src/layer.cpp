@@ -6,20 +6,6 @@ namespace sessa
 namespace
 {
 
-constexpr int64_t kMultiple = 16;
-constexpr int64_t kMaxWidth = 4096;
-constexpr int64_t kHeadMultiple = 8;
-constexpr int64_t kMaxDepth = 65536;
-constexpr int64_t kWidths[] = {1024, 2048, 4096}; // launch_layer.WIDTHS
-constexpr int64_t kSingle = 32;                   // layer.SINGLE
-constexpr float kEps = 1e-5F;
-constexpr float kGammaMax = 0.999F;
-
-float epsOf(Problem const& p)
-{
-    return p.scale != 0.0F ? p.scale : kEps;
-}
-
 // One kernel, no workspace.
 struct Single : Plan
 {
@@ -105,7 +91,7 @@ struct Norm final : Row
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         Arguments a;
-        a.add(t.in[0]).add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(i32(p.width)).add(epsOf(p));
+        a.add(t.in[0]).add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(i32(p.width)).add(p.numbers.epsilon);
         return launch(*kernel, {rowsOf(p), 1, 1}, a, stream, error, rowsOf(p));
     }
 };
@@ -187,10 +173,10 @@ struct Enter final : Plan
         first.add(t.in[0]).add(t.in[1]).add(t.in[2]);
         if (product == norm)
         {
-            first.add(t.in[3]).add(t.in[4]).add(t.outs[0]).add(width).add(epsOf(p));
+            first.add(t.in[3]).add(t.in[4]).add(t.outs[0]).add(width).add(p.numbers.epsilon);
             return launch(*norm, {tiles, 1, 1}, first, stream, error, rows);
         }
-        first.add(normal).add(width).add(epsOf(p));
+        first.add(normal).add(width).add(p.numbers.epsilon);
         Arguments second;
         second.add(normal).add(t.in[3]).add(t.in[4]).add(t.outs[0]).add(i32(rows)).add(width);
         return launch(*norm, {rows, 1, 1}, first, stream, error, rows)
@@ -221,71 +207,12 @@ struct ProjectGain final : Product
         {
             a.add(t.outs[i]);
         }
-        a.add(i32(rowsOf(p))).add(i32(p.width)).add(i32(kvWidth)).add(i32(p.headWidth / kHeadMultiple)).add(p.scale != 0.0F ? p.scale : kGammaMax);
+        a.add(i32(rowsOf(p))).add(i32(p.width)).add(i32(kvWidth)).add(i32(p.headWidth / kHeadMultiple)).add(p.numbers.gammaMax);
         int64_t const tile = kernel->tile("BM");
         int64_t const gains = tile <= kSingle ? rowsOf(p) : ceilDiv(rowsOf(p), tile);
         return launchTiles(p, 3 * columnTiles(p.width) + 2 * columnTiles(kvWidth), a, stream, error, gains);
     }
 };
-
-bool checkDepth(Problem const& p, int64_t most, std::string& error)
-{
-    bool const good = p.width >= kMultiple && p.width <= most && p.width % kMultiple == 0;
-    return good || refuse(error, "width D", std::to_string(p.width), "a multiple of 16 up to " + std::to_string(most));
-}
-
-bool checkRow(Problem const& p, std::string& error)
-{
-    return checkDepth(p, kMaxWidth, error);
-}
-
-bool checkProduct(Problem const& p, std::string& error)
-{
-    return checkDepth(p, kMaxDepth, error);
-}
-
-bool checkDouble(Problem const& p, std::string& error)
-{
-    return p.doubleWidth == 2 * p.width || refuse(error, "width of h", std::to_string(p.doubleWidth), "2 D = " + std::to_string(2 * p.width));
-}
-
-bool checkRotary(Problem const& p, std::string& error)
-{
-    constexpr int64_t most = 128; // launch_table_layer.json
-    return (p.limbs == 4 || refuse(error, "rows of limbs", std::to_string(p.limbs), "4"))
-        && ((p.pairs >= 1 && p.pairs <= most) || refuse(error, "pairs d / 2", std::to_string(p.pairs), "1 to 128"));
-}
-
-bool checkTail(Problem const& p, std::string& error)
-{
-    return checkProduct(p, error) && checkDouble(p, error);
-}
-
-bool checkHeads(Problem const& p, std::string& error)
-{
-    return checkProduct(p, error)
-        && (p.heads * p.headWidth == p.width || refuse(error, "heads x head width", std::to_string(p.heads * p.headWidth), "D = " + std::to_string(p.width)));
-}
-
-bool checkProject(Problem const& p, std::string& error)
-{
-    int64_t const kvWidth = p.kvHeads * p.headWidth;
-    return checkHeads(p, error) && checkDouble(p, error)
-        && (p.headWidth % kHeadMultiple == 0 || refuse(error, "head width d", std::to_string(p.headWidth), "a multiple of 8"))
-        && (p.headWidth == 2 * p.pairs || refuse(error, "pairs of cos and sin", std::to_string(p.pairs), "half a head's width " + std::to_string(p.headWidth)))
-        && (p.columns == 3 * p.width + 2 * kvWidth
-            || refuse(error, "rows of weight", std::to_string(p.columns), "3 D + 2 Hkv d = " + std::to_string(3 * p.width + 2 * kvWidth)));
-}
-
-bool checkEnter(Problem const& p, std::string& error)
-{
-    return checkRow(p, error) && checkDouble(p, error);
-}
-
-bool checkProjectGain(Problem const& p, std::string& error)
-{
-    return checkProject(p, error) && (p.one == 1 || refuse(error, "elements of gain_bias", std::to_string(p.one), "1"));
-}
 
 template <typename P>
 Plan* make(Problem const&)
@@ -295,10 +222,7 @@ Plan* make(Problem const&)
 
 std::vector<Problem> onlyRotary(Storage storage)
 {
-    Problem p;
-    p.op = &kRotary;
-    p.storage = storage;
-    return {p};
+    return {smallest(kRotary, storage)};
 }
 
 // Every width of a kernel that holds rows.
@@ -306,13 +230,11 @@ template <Op const& op>
 std::vector<Problem> everyWidth(Storage storage)
 {
     std::vector<Problem> all;
-    for (int64_t const width : kWidths)
+    for (int64_t const width : kLayerWidths)
     {
-        Problem p;
-        p.op = &op;
+        Problem p = smallest(op, storage);
         p.width = width;
         p.doubleWidth = 2 * width;
-        p.storage = storage;
         all.push_back(p);
     }
     return all;
@@ -325,14 +247,12 @@ std::vector<Problem> everyRows(Storage storage)
     std::vector<Problem> all;
     for (int64_t const tokens : {kRows[0], kRows[1], kRows[2], kRows[2] + 1})
     {
-        Problem p;
-        p.op = &op;
+        Problem p = smallest(op, storage);
         p.tokens = tokens;
         p.width = p.headWidth = 16;
         p.doubleWidth = 32;
         p.pairs = 8;
         p.columns = 80;
-        p.storage = storage;
         all.push_back(p);
     }
     return all;
@@ -340,10 +260,10 @@ std::vector<Problem> everyRows(Storage storage)
 
 std::vector<Problem> everyEnter(Storage storage)
 {
-    std::vector<Problem> all = everyRows<kEnter>(storage);
+    std::vector<Problem> all = everyRows<kNormEnter>(storage);
     for (int64_t const tokens : {1, 2})
     {
-        for (Problem p : everyWidth<kEnter>(storage))
+        for (Problem p : everyWidth<kNormEnter>(storage))
         {
             p.tokens = tokens;
             all.push_back(p);
@@ -354,35 +274,13 @@ std::vector<Problem> everyEnter(Storage storage)
 
 } // namespace
 
-// Of x only the shape is taken.
-Op const kRotary{"SessaRotary", 3, {{"x", "BTD", Kind::kStorage}, {"past_length", "B", Kind::kInt}, {"limbs", "RJ", Kind::kFloat}}, checkRotary,
-    make<Rotary>, onlyRotary, 2, {{"cos", "BTJ", Kind::kFloat}, {"sin", "BTJ", Kind::kFloat}}};
-
-Op const kNorm{"SessaNorm", 3, {{"x", "BTD", Kind::kStorage}, {"weight", "D", Kind::kStorage}, {"bias", "D", Kind::kStorage}}, checkRow, make<Norm>,
-    everyWidth<kNorm>, 1, {{"y", "BTD", Kind::kStorage}}};
-
-Op const kLinearHeads{"SessaLinearHeads", 3, {{"x", "BTHC", Kind::kStorage}, {"weight", "ND", Kind::kStorage}, {"bias", "N", Kind::kStorage}}, checkHeads,
-    make<Linear>, everyRows<kLinearHeads>, 1, {{"y", "BTN", Kind::kStorage}}};
-
-Op const kLogits{"SessaLogits", 2, {{"x", "BTD", Kind::kStorage}, {"weight", "ND", Kind::kStorage}}, checkProduct, make<Logits>, everyRows<kLogits>, 1,
-    {{"logits", "BTN", Kind::kFloat}}};
-
-Op const kTail{"SessaTail", 5,
-    {{"x", "BTD", Kind::kStorage}, {"s", "BTD", Kind::kStorage}, {"h", "BTE", Kind::kStorage}, {"weight", "DD", Kind::kStorage},
-        {"bias", "D", Kind::kStorage}},
-    checkTail, make<Tail>, everyRows<kTail>, 1, {{"y", "BTD", Kind::kStorage}}};
-
-Op const kEnter{"SessaNormEnter", 5,
-    {{"x", "BTD", Kind::kStorage}, {"norm_weight", "D", Kind::kStorage}, {"norm_bias", "D", Kind::kStorage}, {"weight", "ED", Kind::kStorage},
-        {"bias", "E", Kind::kStorage}},
-    checkEnter, make<Enter>, everyEnter, 1, {{"h", "BTE", Kind::kStorage}}};
-
-Op const kProjectGain{"SessaProjectGain", 10,
-    {{"h", "BTE", Kind::kStorage}, {"weight", "ND", Kind::kStorage}, {"bias_q", "HC", Kind::kStorage}, {"bias_k", "KC", Kind::kStorage},
-        {"bias_v", "KC", Kind::kStorage}, {"bias_fb", "E", Kind::kStorage}, {"cos", "BTJ", Kind::kFloat}, {"sin", "BTJ", Kind::kFloat},
-        {"gain", "D", Kind::kFloat}, {"gain_bias", "I", Kind::kFloat}},
-    checkProjectGain, make<ProjectGain>, everyRows<kProjectGain>, 6,
-    {{"q", "BTHC", Kind::kStorage}, {"k", "BTKC", Kind::kStorage}, {"v", "BTKC", Kind::kStorage}, {"q_b", "BTD", Kind::kStorage},
-        {"k_b", "BTD", Kind::kStorage}, {"gamma", "BT", Kind::kFloat}}};
+// Of SessaRotary's x only the shape is taken.
+Family const kRotaryFamily{make<Rotary>, onlyRotary};
+Family const kNormFamily{make<Norm>, everyWidth<kNorm>};
+Family const kLinearHeadsFamily{make<Linear>, everyRows<kLinearHeads>};
+Family const kLogitsFamily{make<Logits>, everyRows<kLogits>};
+Family const kTailFamily{make<Tail>, everyRows<kTail>};
+Family const kNormEnterFamily{make<Enter>, everyEnter};
+Family const kProjectGainFamily{make<ProjectGain>, everyRows<kProjectGain>};
 
 } // namespace sessa

@@ -25,15 +25,10 @@ enum Input : int32_t
     kPastLength,
 };
 
-constexpr int64_t kMultiple = 16;
-constexpr int64_t kHeadMultiple = 8;              // launch_causal.MULTIPLE
-constexpr int64_t kMaxHead = 128;                 // launch_mixer.HEADS
-constexpr int64_t kWidths[] = {1024, 2048, 4096}; // launch_mixer.WIDTHS
-
 // launch_mixer.mixer_variant
 std::string variant(Problem const& p)
 {
-    return covering(kWidths, p.width) + "." + headVariant(p.headWidth, p.heads / p.kvHeads);
+    return covering(kMixerWidths, p.width) + "." + headVariant(p.headWidth, p.heads / p.kvHeads);
 }
 
 struct Step final : Plan
@@ -131,14 +126,13 @@ struct Chunk final : Plan
     bool find(Problem const& p, int32_t arch) override
     {
         causal = part(p, kCausal);
-        causal.width = p.headWidth;
         linear = part(p, kLinearHeads);
         linear.columns = p.width;
         feedback = part(p, kFeedback);
         plans.clear();
         for (Problem const* one : {&causal, &linear, &feedback})
         {
-            plans.emplace_back(one->op->plan(*one));
+            plans.emplace_back(one->op->family->plan(*one));
             if (!plans.back()->find(*one, arch))
             {
                 return false;
@@ -180,7 +174,6 @@ struct Chunk final : Plan
     {
         Problem one = p;
         one.op = &op;
-        one.scale = 0.0F;
         return one;
     }
 
@@ -198,24 +191,6 @@ struct Chunk final : Plan
     char* f{};
 };
 
-bool checkMixer(Problem const& p, std::string& error)
-{
-    if (p.width < kMultiple || p.width > kWidths[2] || p.width % kMultiple != 0)
-    {
-        return refuse(error, "width D", std::to_string(p.width), "a multiple of 16 up to 4096");
-    }
-    if (p.headWidth < kHeadMultiple || p.headWidth > kMaxHead || p.headWidth % kHeadMultiple != 0)
-    {
-        return refuse(error, "head width d", std::to_string(p.headWidth), "a multiple of 8 up to 128");
-    }
-    if (p.heads * p.headWidth != p.width)
-    {
-        return refuse(error, "heads x head width", std::to_string(p.heads * p.headWidth), "D = " + std::to_string(p.width));
-    }
-    bool const good = p.kvHeads >= 1 && p.heads % p.kvHeads == 0;
-    return good || refuse(error, "heads Hq, Hkv", std::to_string(p.heads) + ", " + std::to_string(p.kvHeads), "Hq a multiple of Hkv");
-}
-
 Plan* planMixer(Problem const& p)
 {
     return p.tokens == 1 ? static_cast<Plan*>(new Step) : new Chunk;
@@ -225,13 +200,11 @@ Plan* planMixer(Problem const& p)
 std::vector<Problem> everyMixer(Storage storage)
 {
     std::vector<Problem> all;
-    Problem p;
-    p.op = &kMixer;
-    p.storage = storage;
+    Problem p = smallest(kMixer, storage);
     p.capacity = 1;
-    for (int64_t const width : kWidths)
+    for (int64_t const width : kMixerWidths)
     {
-        for (int64_t const head : {int64_t{64}, kMaxHead})
+        for (int64_t const head : kMixerHeads)
         {
             for (int64_t const group : {int64_t{1}, kGroup})
             {
@@ -261,11 +234,6 @@ std::vector<Problem> everyMixer(Storage storage)
 
 } // namespace
 
-Op const kMixer{"SessaMixer", 13,
-    {{"q", "BTHC", Kind::kStorage}, {"k", "BTKC", Kind::kStorage}, {"v", "BTKC", Kind::kStorage}, {"past_k", "BPKC", Kind::kStorage},
-        {"past_v", "BPKC", Kind::kStorage}, {"weight", "DD", Kind::kStorage}, {"bias", "D", Kind::kStorage}, {"q_b", "BTD", Kind::kStorage},
-        {"k_b", "BTD", Kind::kStorage}, {"gamma", "BT", Kind::kFloat}, {"past_kb", "BPD", Kind::kStorage}, {"past_s", "BPD", Kind::kStorage},
-        {"past_length", "B", Kind::kInt}},
-    checkMixer, planMixer, everyMixer, 1, {{"s", "BTD", Kind::kStorage}}};
+Family const kMixerFamily{planMixer, everyMixer};
 
 } // namespace sessa

@@ -15,13 +15,6 @@ namespace sessa
 {
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kStepPrograms = 2112; // launch.STEP_PROGRAMS, where the driver does not say what the device holds
-constexpr int64_t kStepMaxSplits = 256; // launch.STEP_MAX_SPLITS
-
-// Keys of the launch tables: launch_layer.ROWS, launch_causal.HEAD_WIDTHS and GROUP.
-constexpr int64_t kRows[] = {1, 16, 64};
-constexpr int64_t kHeadWidths[] = {64, 128, 256};
-constexpr int64_t kGroup = 4;
 
 inline int64_t ceilDiv(int64_t a, int64_t b)
 {
@@ -53,6 +46,15 @@ inline float scaleLog2(int64_t width, float scale)
 inline int64_t storageBytes(Problem const& p)
 {
     return p.storage == Storage::kFloat ? 4 : 2;
+}
+
+// A problem of smallest sizes, for `everything`.
+inline Problem smallest(Op const& op, Storage storage)
+{
+    Problem p;
+    p.op = &op;
+    p.storage = storage;
+    return p;
 }
 
 inline int64_t rowsOf(Problem const& p)

@@ -66,7 +66,7 @@ public:
     // IPluginV2Ext: the type asked for here is float whatever comes, the format is settled later; `storage` is what the graph says.
     DataType getOutputDataType(int32_t index, DataType const* inputTypes, int32_t nbInputs) const noexcept override
     {
-        if (mOp.result(index).kind == Kind::kFloat)
+        if (mOp.results[index].kind == Kind::kFloat)
         {
             return DataType::kFLOAT;
         }
@@ -91,7 +91,7 @@ public:
     DimsExprs getOutputDimensions(int32_t index, DimsExprs const* inputs, int32_t, IExprBuilder&) noexcept override
     {
         DimsExprs dims{};
-        for (char const* letter = mOp.result(index).shape; *letter != 0; ++letter)
+        for (char const* letter = mOp.results[index].shape; *letter != 0; ++letter)
         {
             Source const source = sourceOf(mOp, *letter);
             dims.d[dims.nbDims++] = inputs[source.input].d[source.axis];
@@ -100,8 +100,8 @@ public:
     }
     bool supportsFormatCombination(int32_t pos, PluginTensorDesc const* inOut, int32_t nbInputs, int32_t nbOutputs) noexcept override
     {
-        bool const linear = nbInputs == mOp.inputs && nbOutputs == mOp.outputs && pos >= 0 && pos < nbInputs + nbOutputs && inOut[pos].format == TensorFormat::kLINEAR;
-        return linear && acceptsType(mOp, mAttributes, pos, inOut[pos].type, inOut[0].type);
+        return exists(mOp, pos, nbInputs, nbOutputs) && inOut[pos].format == TensorFormat::kLINEAR
+            && acceptsType(mOp, mAttributes, pos, inOut[pos].type, inOut[0].type);
     }
     void configurePlugin(DynamicPluginTensorDesc const*, int32_t nbInputs, DynamicPluginTensorDesc const*, int32_t nbOutputs) noexcept override
     {
@@ -119,7 +119,7 @@ public:
         Problem step = problem;
         step.tokens = 1;
         static_cast<void>(prepare(problem, error) && prepare(step, error));
-        return workspaceSize(problem);
+        return workspaceOf(mOp, problem);
     }
     int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs, void* const* outputs, void* workspace,
         cudaStream_t stream) noexcept override
@@ -147,6 +147,7 @@ class Creator final : public IPluginCreator
 public:
     explicit Creator(Op const& op) noexcept
         : mOp(op)
+        , mFields(op)
     {
     }
     AsciiChar const* getPluginName() const noexcept override
@@ -159,19 +160,19 @@ public:
     }
     PluginFieldCollection const* getFieldNames() noexcept override
     {
-        return fieldNames();
+        return mFields.get();
     }
     IPluginV2* createPlugin(AsciiChar const*, PluginFieldCollection const* fc) noexcept override
     {
         Attributes attributes;
         std::string error;
-        return readFields(fc, attributes, nullptr, error) || complain(mOp, error) ? make(attributes) : nullptr;
+        return readFields(mOp, fc, false, attributes, error) || complain(mOp, error) ? make(attributes) : nullptr;
     }
     IPluginV2* deserializePlugin(AsciiChar const*, void const* serialData, size_t serialLength) noexcept override
     {
         Attributes attributes;
         std::string error;
-        return deserialize(serialData, serialLength, attributes, error) || complain(mOp, error) ? make(attributes) : nullptr;
+        return deserialize(mOp, serialData, serialLength, attributes, error) || complain(mOp, error) ? make(attributes) : nullptr;
     }
     void setPluginNamespace(AsciiChar const* pluginNamespace) noexcept override
     try
@@ -199,6 +200,7 @@ private:
     }
 
     Op const& mOp;
+    Fields mFields;
     std::string mNamespace{kPluginNamespace};
 };
 
@@ -207,13 +209,5 @@ private:
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& nbCreators) noexcept
 {
-    using sessa::Creator;
-    using sessa::opAt;
-    static Creator creators[] = {Creator(opAt(0)), Creator(opAt(1)), Creator(opAt(2)), Creator(opAt(3)), Creator(opAt(4)), Creator(opAt(5)),
-        Creator(opAt(6)), Creator(opAt(7)), Creator(opAt(8)), Creator(opAt(9))};
-    static nvinfer1::IPluginCreator* const listed[] = {&creators[0], &creators[1], &creators[2], &creators[3], &creators[4], &creators[5], &creators[6],
-        &creators[7], &creators[8], &creators[9]};
-    static_assert(sizeof(listed) / sizeof(listed[0]) == sessa::kOpCount, "a creator for every operation");
-    nbCreators = sessa::kOpCount;
-    return listed;
+    return sessa::creators<sessa::Creator, nvinfer1::IPluginCreator>(nbCreators);
 }

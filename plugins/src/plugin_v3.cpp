@@ -1,7 +1,6 @@
 // The IPluginV3 shell, for TensorRT 10 and 11: it translates and checks, launcher.cpp does the work.
 #include "shell.h"
 
-#include <array>
 #include <new>
 
 namespace sessa
@@ -17,10 +16,7 @@ public:
     Plugin(Op const& op, Attributes const& attributes) noexcept
         : mOp(op)
         , mAttributes(attributes)
-        , mStorage(static_cast<int32_t>(attributes.storage))
-        , mFields{PluginField{kFieldScale, &mAttributes.scale, PluginFieldType::kFLOAT32, 1},
-              PluginField{kFieldStorage, &mStorage, PluginFieldType::kINT32, 1}, PluginField{kFieldState, &mVersion, PluginFieldType::kINT32, 1}}
-        , mCollection{static_cast<int32_t>(mFields.size()), mFields.data()}
+        , mFields(op, &mAttributes)
     {
     }
     Plugin(Plugin const&) = delete;
@@ -73,7 +69,7 @@ public:
         }
         for (int32_t i = 0; i < nbOutputs; ++i)
         {
-            outputTypes[i] = mOp.result(i).kind == Kind::kFloat ? DataType::kFLOAT : inputTypes[0];
+            outputTypes[i] = mOp.results[i].kind == Kind::kFloat ? DataType::kFLOAT : inputTypes[0];
         }
         return 0;
     }
@@ -87,7 +83,7 @@ public:
         for (int32_t i = 0; i < nbOutputs; ++i)
         {
             outputs[i].nbDims = 0;
-            for (char const* letter = mOp.result(i).shape; *letter != 0; ++letter)
+            for (char const* letter = mOp.results[i].shape; *letter != 0; ++letter)
             {
                 Source const source = sourceOf(mOp, *letter);
                 outputs[i].d[outputs[i].nbDims++] = inputs[source.input].d[source.axis];
@@ -97,13 +93,13 @@ public:
     }
     bool supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t nbInputs, int32_t nbOutputs) noexcept override
     {
-        bool const linear = nbInputs == mOp.inputs && nbOutputs == mOp.outputs && pos >= 0 && pos < nbInputs + nbOutputs && inOut[pos].desc.format == TensorFormat::kLINEAR;
-        return linear && acceptsType(mOp, mAttributes, pos, inOut[pos].desc.type, inOut[0].desc.type);
+        return exists(mOp, pos, nbInputs, nbOutputs) && inOut[pos].desc.format == TensorFormat::kLINEAR
+            && acceptsType(mOp, mAttributes, pos, inOut[pos].desc.type, inOut[0].desc.type);
     }
     size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t nbInputs, DynamicPluginTensorDesc const*, int32_t) const noexcept override
     {
         Problem problem;
-        problem.scale = mAttributes.scale;
+        problem.numbers = mAttributes.numbers;
         int64_t values[kMaxInputs][Dims::MAX_DIMS];
         Shape shapes[kMaxInputs];
         for (int32_t i = 0; i < mOp.inputs && i < nbInputs; ++i)
@@ -112,7 +108,7 @@ public:
         }
         std::string error;
         bool const known = nbInputs == mOp.inputs && storageOf(in[0].desc.type, problem.storage) && sizesOf(mOp, shapes, problem, error);
-        return known ? workspaceSize(problem) : 0;
+        return known ? workspaceOf(mOp, problem) : 0;
     }
 
     // Run time
@@ -138,16 +134,13 @@ public:
     }
     PluginFieldCollection const* getFieldsToSerialize() noexcept override
     {
-        return &mCollection;
+        return mFields.get();
     }
 
 private:
     Op const& mOp;
     Attributes mAttributes;
-    int32_t mStorage;
-    int32_t mVersion{kStateVersion};
-    std::array<PluginField, 3> mFields;
-    PluginFieldCollection mCollection;
+    Fields mFields;
 };
 
 class Creator final : public IPluginCreatorV3One
@@ -155,29 +148,19 @@ class Creator final : public IPluginCreatorV3One
 public:
     explicit Creator(Op const& op) noexcept
         : mOp(op)
+        , mFields(op)
     {
     }
     IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const* fc, TensorRTPhase phase) noexcept override
-    try
     {
         Attributes attributes;
         std::string error;
-        int32_t version = 0;
-        bool good = readFields(fc, attributes, phase == TensorRTPhase::kRUNTIME ? &version : nullptr, error);
-        if (good && phase == TensorRTPhase::kRUNTIME && version != kStateVersion)
-        {
-            good = false;
-            error = "serialised state: got version " + std::to_string(version) + "; allowed: " + std::to_string(kStateVersion) + "; rebuild the engine";
-        }
+        bool const good = readFields(mOp, fc, phase == TensorRTPhase::kRUNTIME, attributes, error);
         return good || complain(mOp, error) ? new (std::nothrow) Plugin(mOp, attributes) : nullptr;
-    }
-    catch (...)
-    {
-        return nullptr;
     }
     PluginFieldCollection const* getFieldNames() noexcept override
     {
-        return fieldNames();
+        return mFields.get();
     }
     AsciiChar const* getPluginName() const noexcept override
     {
@@ -194,6 +177,7 @@ public:
 
 private:
     Op const& mOp;
+    Fields mFields;
 };
 
 } // namespace
@@ -201,13 +185,5 @@ private:
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators) noexcept
 {
-    using sessa::Creator;
-    using sessa::opAt;
-    static Creator creators[] = {Creator(opAt(0)), Creator(opAt(1)), Creator(opAt(2)), Creator(opAt(3)), Creator(opAt(4)), Creator(opAt(5)),
-        Creator(opAt(6)), Creator(opAt(7)), Creator(opAt(8)), Creator(opAt(9))};
-    static nvinfer1::IPluginCreatorInterface* const listed[] = {&creators[0], &creators[1], &creators[2], &creators[3], &creators[4], &creators[5],
-        &creators[6], &creators[7], &creators[8], &creators[9]};
-    static_assert(sizeof(listed) / sizeof(listed[0]) == sessa::kOpCount, "a creator for every operation");
-    nbCreators = sessa::kOpCount;
-    return listed;
+    return sessa::creators<sessa::Creator, nvinfer1::IPluginCreatorInterface>(nbCreators);
 }

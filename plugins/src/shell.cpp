@@ -1,5 +1,6 @@
 #include "shell.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
@@ -34,7 +35,7 @@ bool acceptsType(Op const& op, Attributes const& attributes, int32_t pos, DataTy
         Storage storage{};
         return storageOf(type, storage) && (attributes.storage == Storage::kAny || attributes.storage == storage);
     }
-    switch (pos < op.inputs ? op.operands[pos].kind : op.result(pos - op.inputs).kind)
+    switch (pos < op.inputs ? op.operands[pos].kind : op.results[pos - op.inputs].kind)
     {
     case Kind::kFloat: return type == DataType::kFLOAT;
     case Kind::kInt: return type == DataType::kINT32;
@@ -48,7 +49,8 @@ try
 {
     return (inputs == op.inputs && outputs == op.outputs)
         || complain(op,
-            "got " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) + " outputs; allowed: " + std::to_string(op.inputs) + " and " + std::to_string(op.outputs));
+            "got " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) + " outputs; allowed: " + std::to_string(op.inputs) + " and "
+                + std::to_string(op.outputs));
 }
 catch (...)
 {
@@ -102,6 +104,17 @@ catch (...)
     return false;
 }
 
+size_t workspaceOf(Op const& op, Problem const& problem) noexcept
+{
+    std::string error;
+    size_t const size = workspaceSize(problem, error);
+    if (!error.empty())
+    {
+        complain(op, error);
+    }
+    return size;
+}
+
 bool enqueueOn(Op const& op, Attributes const& attributes, PluginTensorDesc const* in, void const* const* inputs, void* const* outputs, void* workspace,
     cudaStream_t stream, std::string& error) noexcept
 {
@@ -109,33 +122,47 @@ bool enqueueOn(Op const& op, Attributes const& attributes, PluginTensorDesc cons
     return describe(op, attributes, in, problem, error) && run(problem, {inputs, outputs[0], outputs}, workspace, stream, error);
 }
 
-bool readFields(PluginFieldCollection const* fc, Attributes& attributes, int32_t* version, std::string& error) noexcept
+bool readFields(Op const& op, PluginFieldCollection const* fc, bool serialised, Attributes& attributes, std::string& error) noexcept
 try
 {
-    for (int32_t i = 0; fc != nullptr && i < fc->nbFields; ++i)
+    int32_t const count = fc == nullptr ? 0 : fc->nbFields;
+    auto const named = [](PluginField const& field) { return std::string(field.name == nullptr ? "" : field.name); };
+    auto const holds = [](PluginField const& field, PluginFieldType type) { return field.type == type && field.length == 1 && field.data != nullptr; };
+    int32_t version = 0;
+    for (int32_t i = 0; serialised && i < count; ++i)
+    {
+        if (named(fc->fields[i]) == kFieldState && holds(fc->fields[i], PluginFieldType::kINT32))
+        {
+            std::memcpy(&version, fc->fields[i].data, sizeof(version));
+        }
+    }
+    if (serialised && version != kStateVersion)
+    {
+        return refuseState(version, error);
+    }
+    for (int32_t i = 0; i < count; ++i)
     {
         PluginField const& field = fc->fields[i];
-        std::string const name = field.name == nullptr ? "" : field.name;
-        bool const real = name == kFieldScale;
-        if (!real && name != kFieldStorage && (name != kFieldState || version == nullptr))
+        std::string const name = named(field);
+        auto const* const found = std::find_if(op.attribute, op.attribute + op.attributes, [&](Attribute const& a) { return name == a.name; });
+        bool const real = found != op.attribute + op.attributes;
+        if (!real && name != kFieldStorage && (name != kFieldState || !serialised))
         {
-            error = "attribute " + name + " is unknown; allowed: scale, storage";
+            error = "attribute " + name + " is unknown; allowed: " + attributeNames(op);
             return false;
         }
-        if (field.type != (real ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32) || field.length != 1 || field.data == nullptr)
+        if (!holds(field, real ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32))
         {
             error = "attribute " + name + ": allowed: one " + (real ? "float32" : "int32");
             return false;
         }
-        int32_t integer = 0;
-        std::memcpy(real ? static_cast<void*>(&attributes.scale) : &integer, field.data, 4);
-        if (name == kFieldStorage)
+        if (real)
         {
-            attributes.storage = static_cast<Storage>(integer);
+            std::memcpy(&(attributes.numbers.*found->field), field.data, sizeof(float));
         }
-        else if (name == kFieldState)
+        else if (name == kFieldStorage)
         {
-            *version = integer;
+            std::memcpy(&attributes.storage, field.data, sizeof(attributes.storage));
         }
     }
     if (!kHasBFloat16 && attributes.storage == Storage::kBFloat16)
@@ -143,18 +170,28 @@ try
         error = "attribute storage: got 16 (bfloat16); allowed: 1 (float32), 10 (float16), 0 (any); TensorRT 8.6 has no bfloat16";
         return false;
     }
-    return attributes.check(error);
+    return attributes.check(op, error);
 }
 catch (...)
 {
     return false;
 }
 
-PluginFieldCollection const* fieldNames() noexcept
+Fields::Fields(Op const& op, Attributes const* attributes) noexcept
 {
-    static PluginField const fields[] = {{kFieldScale, nullptr, PluginFieldType::kFLOAT32, 1}, {kFieldStorage, nullptr, PluginFieldType::kINT32, 1}};
-    static PluginFieldCollection const collection{2, fields};
-    return &collection;
+    int32_t count = 0;
+    for (int32_t i = 0; i < op.attributes; ++i)
+    {
+        void const* const value = attributes == nullptr ? nullptr : &(attributes->numbers.*op.attribute[i].field);
+        mFields[count++] = PluginField{op.attribute[i].name, value, PluginFieldType::kFLOAT32, 1};
+    }
+    mStorage = attributes == nullptr ? 0 : static_cast<int32_t>(attributes->storage);
+    mFields[count++] = PluginField{kFieldStorage, attributes == nullptr ? nullptr : &mStorage, PluginFieldType::kINT32, 1};
+    if (attributes != nullptr)
+    {
+        mFields[count++] = PluginField{kFieldState, &mVersion, PluginFieldType::kINT32, 1};
+    }
+    mCollection = {count, mFields.data()};
 }
 
 bool complain(Op const& op, std::string const& error) noexcept

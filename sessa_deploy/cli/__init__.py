@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import re
 import sys
 from typing import Any
 
 import click
 
 from sessa_deploy import __version__
-from sessa_deploy.errors import SessaError
+from sessa_deploy.cli.streams import guarded
+from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.process import ending_cleanly
+
+_SIGNALS = (129, 143)  # SIGHUP, SIGTERM
+_SPACE = "free space there, or name another place"
+_MENDS = {errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EACCES: "look at the permissions, or name another place", errno.EROFS: "name another place",
+          errno.EMFILE: "allow more open files: ulimit -n 4096", errno.ENOMEM: "take a machine with more memory", errno.EIO: "look at the disk"}
+_NO_MEMORY = re.compile(r"^OutOfMemoryError|can't allocate memory|bad_alloc|[Oo]ut of memory|Failed to allocate memory|CUDA_ERROR_OUT_OF_MEMORY")
+# packages that are not ours to require -> what pip installs
+_EXTRAS = {**dict.fromkeys(("torch", "onnx", "onnxscript", "safetensors", "matplotlib"), "'sessa-deploy[export]'"), "triton": "'sessa-deploy[train]'",
+           "onnxruntime": "'sessa-deploy[ort]'", "tensorrt": "'sessa-deploy[tensorrt]'"}
 
 # verb -> (module in this package, one line for --help), in the order in which a user meets them.
 VERBS: dict[str, str] = {
@@ -18,6 +32,8 @@ VERBS: dict[str, str] = {
     "validate": "Prove a bundle's numbers against its checkpoint, rung by rung.",
     "build": "Build a TensorRT engine into a bundle.",
     "run": "Generate text from a bundle, streaming tokens.",
+    "chat": "Talk to a bundle: turns continue one text on the caches it has.",
+    "score": "Score a text: log-likelihood, bits per byte, perplexity.",
     "bench": "Measure first-token and inter-token latency of a bundle.",
     "inspect": "Show what a checkpoint, an ONNX file or a bundle holds.",
     "plugin": "Build, find and check the TensorRT plugin library.",
@@ -53,29 +69,81 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """Sessa, deployable: checkpoint -> model -> ONNX -> engine -> session -> tokens.
 
-    Exit codes: 0 done, 1 the numbers disagree, 2 bad input, 130 interrupted.
+    Exit codes: 0 done, 1 the numbers disagree, 2 bad input or a machine that lacks something, 130 interrupted, 143 terminated.
     """
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point. A SessaError becomes one line on stderr and its exit code; anything else is a bug and keeps its traceback."""
+    """Entry point. What a user or a machine can cause becomes one line on stderr and an exit code; anything else is a bug and keeps its traceback."""
+    with ending_cleanly():
+        code = _guarded(args)
+    if code:
+        sys.exit(code)
+
+
+def _guarded(args: list[str] | None) -> int:
+    code = 0
+    try:
+        with guarded():
+            code = _run(args)
+    except SessaError as error:  # standard output could not take what was still to be printed
+        _say(f"error: {error}")
+        code = code or error.exit_code
+    except SystemExit as stop:  # or its reader has gone
+        code = code or int(stop.code or 0)
+    return code
+
+
+def _run(args: list[str] | None) -> int:
+    """The exit code of one command, its error said."""
     try:
         code = cli.main(args=args, prog_name="sessa-deploy", standalone_mode=False)
-        if isinstance(code, int) and code:  # what a verb gave to ctx.exit
-            sys.exit(code)
+        return code if isinstance(code, int) else 0  # what a verb gave to ctx.exit
     except SessaError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        _say(f"error: {error}")
+        return error.exit_code
     except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+        return done.exit_code
     except click.ClickException as error:
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             error.show()
         else:
             context = getattr(error, "ctx", None)
             more = f"; see: {context.command_path} --help" if context is not None else ""
-            click.echo(f"error: {' '.join(error.format_message().split()).rstrip('.?')}{more}", err=True)
-        sys.exit(error.exit_code)
+            _say(f"error: {' '.join(error.format_message().split()).rstrip('.?')}{more}")
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        sys.exit(130)
+        _say("interrupted")
+        return 130
+    except SystemExit as stop:
+        if stop.code in _SIGNALS:
+            _say("terminated")
+        return stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
+    except (OSError, MemoryError, RecursionError, ImportError, RuntimeError) as error:
+        told = _machine_error(error)
+        if told is None:
+            raise
+        _say(f"error: {told}")
+        return told.exit_code
+
+
+def _machine_error(error: Exception) -> UserError | None:
+    """What a machine lacks, as one line: disk, permission, memory, a package. None for a bug of ours."""
+    if isinstance(error, OSError) and not isinstance(error, UnicodeError):
+        places = [str(x) for x in (error.filename, error.filename2) if x is not None]
+        return UserError(error.strerror or str(error), got=" -> ".join(places) or None, fix=_MENDS.get(error.errno or 0))
+    if isinstance(error, RecursionError):
+        return UserError("the input is nested too deeply", got=str(error) or None, allowed="a file that a person or a tool would write")
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(f"{type(error).__name__}: {error}"):
+        return UserError("there is not enough memory", got=str(error)[:300] or None, fix="ask for less at once, or take a machine with more memory")
+    package = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    if package in _EXTRAS:
+        missing = isinstance(error, ModuleNotFoundError)
+        return UserError(f"that needs a package which {'is not installed' if missing else 'cannot be imported'}",
+                         got=f"no {package}" if missing else f"{package} ({error})", fix=f"pip install {'' if missing else '-U '}{_EXTRAS[package]}")
+    return None
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # where even stderr takes nothing there is nobody to tell
+        click.echo(line, err=True)

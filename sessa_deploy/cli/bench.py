@@ -2,68 +2,61 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-_BACKENDS = ["auto", "ort", "ort-cuda", "trt"]
+from sessa_deploy.cli.options import BACKEND, FILE, NOT_NEGATIVE, PATH, POSITIVE, POSITIVE_INT, THREADS
+from sessa_deploy.cli.output import check_outputs, to_stdout, write_json
 
 
 @click.command("bench")
-@click.argument("bundle", type=click.Path())
-@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the figures to this file; - for standard output.")
-@click.option("--backend", type=click.Choice(_BACKENDS), default="auto", show_default=True, help="What runs the graph.")
-@click.option("--batch", type=int, default=1, show_default=True, help="Sequences decoded together.")
-@click.option("--prompt-tokens", type=int, default=128, show_default=True, help="Context at which decoding starts.")
-@click.option("--window", type=int, default=128, show_default=True, help="Tokens decoded before the context is rewound to there.")
-@click.option("--steps", type=int, default=1000, show_default=True, help="Decode at least this many steps,")
-@click.option("--seconds", type=float, default=3.0, show_default=True, help="and for at least this long,")
-@click.option("--max-seconds", type=float, default=60.0, show_default=True, help="but for no longer than this.")
-@click.option("--capacity", type=int, help="Tokens a cache holds; default: the model's max_context, or what prompt and window need.")
-@click.option("--threads", type=int, help="CPU threads; default: all.")
-@click.option("--bandwidth", type=float, help="Memory bandwidth in GB/s, which sets the floor; default on a GPU: measured by a copy.")
+@click.argument("bundle", type=PATH)
+@click.option("--json", "json_file", type=FILE, help="Write the figures to this file; - for standard output.")
+@click.option("--backend", type=BACKEND, default="auto", show_default=True, help="What runs the graph.")
+@click.option("--batch", type=POSITIVE_INT, default=1, show_default=True, help="Sequences decoded together.")
+@click.option("--prompt-tokens", type=POSITIVE_INT, default=128, show_default=True, help="Context at which decoding starts.")
+@click.option("--window", type=POSITIVE_INT, default=128, show_default=True, help="Tokens decoded before the context is rewound to there.")
+@click.option("--steps", type=POSITIVE_INT, default=1000, show_default=True, help="Decode at least this many steps,")
+@click.option("--seconds", type=NOT_NEGATIVE, default=3.0, show_default=True, help="and for at least this long,")
+@click.option("--max-seconds", type=NOT_NEGATIVE, default=60.0, show_default=True, help="but for no longer than this.")
+@click.option("--capacity", type=POSITIVE_INT, help="Tokens a cache holds; default: the model's max_context, or what prompt and window need.")
+@click.option("--threads", type=THREADS, help="CPU threads, no more than the cores there are; default: all.")
+@click.option("--bandwidth", type=POSITIVE, help="Memory bandwidth in GB/s, which sets the floor; default on a GPU: measured by a copy.")
 def command(
     bundle: str, json_file: str | None, backend: str, batch: int, prompt_tokens: int, window: int, steps: int, seconds: float, max_seconds: float,
     capacity: int | None, threads: int | None, bandwidth: float | None,
 ) -> None:
     """Measure BUNDLE: time to the first token, time between tokens (p50, p95, p99), tokens a second, and what memory they took."""
-    import json
     from dataclasses import replace
 
-    from sessa_deploy.errors import UserError
-    from sessa_deploy.runtime import driver, traffic
+    from sessa_deploy.cuda import devices, used_memory
+    from sessa_deploy.runtime import traffic
     from sessa_deploy.runtime.bench import BenchOptions, measure
     from sessa_deploy.runtime.bundle import Bundle
     from sessa_deploy.runtime.engines import ON_A_GPU, choose
     from sessa_deploy.runtime.report import count_progress
     from sessa_deploy.runtime.session import Session
 
+    check_outputs({"--json": (json_file, "the figures")})
     given = None if bandwidth is None else bandwidth * 1e9
     options = BenchOptions(prompt_tokens, window, steps, seconds, max_seconds, bandwidth=given)
     opened = Bundle.open(bundle)
     name = choose(opened) if backend == "auto" else backend
     before = 0
-    if name in ON_A_GPU and driver.devices():
+    if name in ON_A_GPU and devices():
         options = options if given else replace(options, bandwidth=traffic.copy_bandwidth())
-        before = driver.DeviceMemory().used()
+        before = used_memory() or 0
     capacity = max(opened.config.max_context, prompt_tokens + window) if capacity is None else capacity
     with Session(opened, name, max_batch=batch, capacity=capacity, threads=threads) as session, count_progress("decoding", 0) as progress:
         result = measure(session, options, progress, before)
     result["settings"] |= {"threads": threads, "bandwidth_is": "given" if given else "measured by a copy" if options.bandwidth else None}
-    text = json.dumps(result, indent=2) + "\n"
-    if json_file == "-":
-        click.echo(text, nl=False)
-        return
-    _show(result)
+    _show(result, aside=to_stdout(json_file))
     if json_file is not None:
-        try:
-            Path(json_file).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError("the figures cannot be written", got=f"{json_file} ({error.strerror})", fix="choose another --json") from None
+        write_json(json_file, result)
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(result: dict[str, Any], aside: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -74,7 +67,7 @@ def _show(result: dict[str, Any]) -> None:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for name, row in (("first token, ms", first), ("between tokens, ms", between)):
         table.add_row(name, *(f"{row[q]:.3f}" for q in ("p50", "p95", "p99")), str(row["count"]))
-    console = Console()
+    console = Console(stderr=aside)
     console.print(table)
     line = f"{result['tokens_per_second']:.1f} tokens/s decoded, {result['prefill_tokens_per_second']:.0f} tokens/s of prompt, "
     line += f"{result['achieved_bytes_per_second'] / 1e9:.2f} GB/s of weights and valid cache rows"

@@ -8,18 +8,20 @@ import sys
 
 import click
 
+from sessa_deploy.cli.options import PATH, POSITIVE_INT, PRECISION, Integer, OneOf
+
 
 @click.command("build")
-@click.argument("bundle", type=click.Path())
-@click.option("--max-batch", type=int, default=1, show_default=True, help="Sequences at once.")
-@click.option("--max-context", type=int, help="Tokens the cache holds for each; default: the model's max_context.")
-@click.option("--max-prompt", type=int, default=512, show_default=True,
+@click.argument("bundle", type=PATH)
+@click.option("--max-batch", type=POSITIVE_INT, default=1, show_default=True, help="Sequences at once.")
+@click.option("--max-context", type=POSITIVE_INT, help="Tokens the cache holds for each; default: the model's max_context.")
+@click.option("--max-prompt", type=POSITIVE_INT, default=512, show_default=True,
               help="Tokens of one prefill step; longer prompts go in chunks. Larger steps are faster and take more memory.")
-@click.option("--workspace", type=int, metavar="MIB", help="GPU memory TensorRT may take for scratch; default: what it likes.")
-@click.option("--opt-level", type=int, metavar="0..5", help="TensorRT's optimisation level; default: its own.")
-@click.option("--precision", metavar="fp32|fp16|bf16", help="Only the graph's own; export decides the precision.")
-@click.option("--layers", metavar="plugin|tensorrt", help="Who computes what stands around the attentions; default: what suits this TensorRT.")
-@click.option("--plugin", type=click.Path(), help="Path of libsessa_plugin.so; default: where `plugin path` looks.")
+@click.option("--workspace", type=POSITIVE_INT, metavar="MIB", help="GPU memory TensorRT may take for scratch; default: what it likes.")
+@click.option("--opt-level", type=Integer(0, 5), metavar="0..5", help="TensorRT's optimisation level; default: its own.")
+@click.option("--precision", type=PRECISION, help="Only the graph's own; export decides the precision.")
+@click.option("--layers", type=OneOf(("plugin", "tensorrt")), help="Who computes what stands around the attentions; default: what suits this TensorRT.")
+@click.option("--plugin", type=PATH, help="Path of libsessa_plugin.so; default: where `plugin path` looks.")
 @click.option("--force", is_flag=True, help="Build even if the bundle holds this very engine.")
 @click.option("--verbose", is_flag=True, help="Show TensorRT's own messages.")
 def command(
@@ -52,12 +54,14 @@ def command(
 
             built = build_engine(bundle, max_batch, max_context, max_prompt, None if workspace is None else workspace << 20, opt_level, precision,
                                  Path(plugin) if plugin else None, force, verbose, progress, layers)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
         # TensorRT 8.6 cannot be told to stop: leave without waiting for its thread. The bundle is as it was.
-        click.echo("interrupted; the bundle is as it was", err=True)
+        click.echo(f"{'interrupted' if isinstance(stop, KeyboardInterrupt) else 'terminated'}; the bundle is as it was", err=True)
         sys.stderr.flush()
-        os._exit(130)
+        os._exit(130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0))
     info = built.info
+    for line in built.notes:
+        click.echo(line)
     state = f"built in {info.seconds:.0f} s" if built.fresh else "already there, nothing to do (--force builds anew)"
     click.echo(f"engine: {built.bundle.path}/{built.folder} ({info.plan_size / 2**20:.0f} MiB, {info.gpu}), {state}")
     click.echo(f"next: sessa-deploy run {shlex.quote(str(built.bundle.path))} --backend trt --prompt ...")

@@ -6,20 +6,22 @@ from typing import Any
 
 import click
 
+from sessa_deploy.cli.options import FILE
+from sessa_deploy.cli.output import JsonCommand, check_outputs, to_stdout, write_json
 
-@click.command("doctor")
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def command(as_json: bool) -> None:
+
+@click.command("doctor", cls=JsonCommand)
+@click.option("--json", "json_file", type=FILE, metavar="[FILE]", help="Print the findings as JSON instead, or write them to a file too.")
+def command(json_file: str | None) -> None:
     """Show this machine's Python, packages, ONNX Runtime providers, GPUs and plugin library; what is missing comes with the command that mends it."""
-    import json
-
     from sessa_deploy.runtime.doctor import examine
 
+    check_outputs({"--json": (json_file, "the findings")})
     findings = examine()
-    if as_json:
-        click.echo(json.dumps(findings, indent=2))
-        return
-    _show(findings)
+    if not to_stdout(json_file):
+        _show(findings)
+    if json_file is not None:
+        write_json(json_file, findings, "the findings")
 
 
 def _show(findings: dict[str, Any]) -> None:

@@ -6,24 +6,25 @@ import shlex
 
 import click
 
+from sessa_deploy.cli.options import OPSET, PATH, PRECISION
+
 
 @click.command("export")
-@click.argument("checkpoint", type=click.Path())
-@click.option("--out", type=click.Path(), required=True, help="The bundle's folder; an older bundle there is replaced in one step.")
-@click.option("--precision", default="fp32", show_default=True, metavar="fp32|fp16|bf16", help="Storage type of weights, caches and activations.")
-@click.option("--opset", default="17", show_default=True, metavar="N", help="ONNX opset of the graph, 17 to 23; TensorRT 8.6 reads 17.")
-@click.option("--config", "config_file", type=click.Path(), help="config.json of a checkpoint that has none beside it.")
+@click.argument("checkpoint", type=PATH)
+@click.option("--out", type=PATH, required=True, help="The bundle's folder; an older bundle there is replaced in one step.")
+@click.option("--precision", type=PRECISION, default="fp32", show_default=True, help="Storage type of weights, caches and activations.")
+@click.option("--opset", type=OPSET, default=17, show_default=True, help="ONNX opset of the graph, 17 to 23; TensorRT 8.6 reads 17.")
+@click.option("--config", "config_file", type=PATH, help="config.json of a checkpoint that has none beside it.")
 @click.option("--all-logits", is_flag=True, help="Logits (B,T,V) of every position instead of the last one's.")
-def command(checkpoint: str, out: str, precision: str, opset: str, config_file: str | None, all_logits: bool) -> None:
-    """Export CHECKPOINT (a folder, .safetensors, .pt or .pth) as a bundle: model.onnx, tokenizer.json and a manifest with checksums.
+def command(checkpoint: str, out: str, precision: str, opset: int, config_file: str | None, all_logits: bool) -> None:
+    """Export CHECKPOINT (a folder, .safetensors, .pt, .pth, .bin or .ckpt) as a bundle: model.onnx, tokenizer.json and a manifest with checksums.
 
     One model.onnx serves ONNX Runtime as it is and TensorRT through the plugin. The same checkpoint gives the same bytes on any machine.
     """
-    from sessa_deploy.contract import OPSETS
     from sessa_deploy.errors import UserError
+    from sessa_deploy.files import refuse_inside_bundle
 
-    if not opset.isdigit():
-        raise UserError("--opset is not a number", got=opset, allowed=f"{OPSETS[0]} to {OPSETS[-1]}")
+    refuse_inside_bundle(out, "--out", "the bundle", itself=False)
     try:
         from sessa_deploy.config import SessaConfig
         from sessa_deploy.export.to_onnx import export_bundle
@@ -34,6 +35,7 @@ def command(checkpoint: str, out: str, precision: str, opset: str, config_file: 
 
     console = Console(stderr=True)
     labels = {"reading": "reading the checkpoint", "tracing": "tracing the model", "writing": "writing model.onnx"}
+    notes: list[str] = []
     columns = (TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks = {what: bars.add_task(label, total=None, start=False) for what, label in labels.items()}
@@ -43,7 +45,10 @@ def command(checkpoint: str, out: str, precision: str, opset: str, config_file: 
             # No one knows how far reading and tracing are: their bars pulse until they are done.
             bars.update(tasks[what], total=1.0 if what == "writing" or share >= 1.0 else None, completed=share)
 
-        config = SessaConfig.load(config_file) if config_file else None
-        path = export_bundle(checkpoint, out, precision, int(opset), all_logits, progress, config)
+        config = SessaConfig.load(config_file, notes.append) if config_file else None
+        path = export_bundle(checkpoint, out, precision, opset, all_logits, progress, config, note=notes.append)
+    for line in notes:
+        click.echo(f"note: {line}", err=True)
     click.echo(f"bundle: {path}")
-    click.echo(f"next: sessa-deploy validate {shlex.quote(str(path))} --checkpoint {shlex.quote(checkpoint)}")
+    more = f" --config {shlex.quote(config_file)}" if config_file else ""
+    click.echo(f"next: sessa-deploy validate {shlex.quote(str(path))} --checkpoint {shlex.quote(checkpoint)}{more}")

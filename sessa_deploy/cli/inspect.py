@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from sessa_deploy.cli.options import FILE, PATH
+from sessa_deploy.cli.output import JsonCommand, check_outputs, to_stdout, write_json
+from sessa_deploy.errors import one_line
 
-@click.command("inspect")
-@click.argument("path", type=click.Path())
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+
+@click.command("inspect", cls=JsonCommand)
+@click.argument("path", type=PATH)
+@click.option("--json", "json_file", type=FILE, metavar="[FILE]", help="Print JSON instead of tables, or write it to a file too.")
 @click.option("--all", "show_all", is_flag=True, help="List every tensor and node; otherwise the first of them.")
+@click.option("--config", "config_file", type=PATH, help="config.json of a checkpoint that has none beside it.")
 @click.option("--no-verify", is_flag=True, help="Skip loading the checkpoint, or checking the bundle's checksums.")
-def command(path: str, as_json: bool, show_all: bool, no_verify: bool) -> None:
-    """Show what PATH holds: a checkpoint (folder, .safetensors, .pt), an .onnx file or a bundle.
+def command(path: str, json_file: str | None, show_all: bool, config_file: str | None, no_verify: bool) -> None:
+    """Show what PATH holds: a checkpoint (folder, .safetensors, .pt, .ckpt), an .onnx file or a bundle.
 
-    Exits with 2 when a checkpoint would not load or a bundle does not match its manifest.
+    Exits with 2 when `export` would refuse a checkpoint, in the same words, or when a bundle does not match its manifest.
     """
     from sessa_deploy.describe import describe
     from sessa_deploy.errors import UserError
 
-    found = describe(path, verify=not no_verify)
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
+    check_outputs({"--json": (json_file, "the findings")})
+    found = describe(path, verify=not no_verify, config_file=config_file)
+    for line in found.get("notes", ()):
+        click.echo(f"note: {line}", err=True)
+    if not to_stdout(json_file):
         _show(found, show_all)
+    if json_file is not None:
+        write_json(json_file, found, "the findings")
     if found["verified"] is False:
         raise UserError(found["problem"])
 
@@ -45,13 +52,14 @@ def _show(found: dict[str, Any], show_all: bool) -> None:
 
 
 def _facts(console: Any, title: str, facts: dict[str, object]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=escape(one_line(title)), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, str(value))
+        table.add_row(escape(one_line(str(name))), escape(one_line(str(value))))
     console.print(table)
 
 
@@ -61,7 +69,7 @@ def _rows(console: Any, title: str, columns: tuple[str, ...], rows: Sequence[tup
 
     table = Table(*columns, title=title, title_justify="left")
     for row in rows[:limit]:
-        table.add_row(*(escape(str(x)) for x in row))
+        table.add_row(*(escape(one_line(str(x))) for x in row))
     if limit is not None and len(rows) > limit:
         table.add_row(f"and {len(rows) - limit} more", *[""] * (len(columns) - 1), style="dim")
     console.print(table)

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
 import click
+
+from sessa_deploy.cli.options import (
+    COUNT,
+    DEVICE,
+    EXTENSIONS,
+    FINITE,
+    FRACTION,
+    NOT_NEGATIVE,
+    PATH,
+    POSITIVE,
+    POSITIVE_INT,
+    SEED,
+    OneOf,
+)
 
 # What a resumed run may set anew; everything else is fixed by the run.
 _RESUMABLE = {"resume", "out", "data", "device", "stop_at", "max_seconds", "save_every", "eval_every", "store"}
@@ -13,63 +29,89 @@ _SHAPE = ("d_model", "n_layers", "n_heads", "n_kv_heads", "gamma_max", "tie_word
 
 
 @click.command("train")
-@click.option("--data", type=click.Path(), help="Folder of text (or one file).")
-@click.option("--out", type=click.Path(), required=True, help="The run's folder; its checkpoint/ is what `export` takes.")
+@click.option("--data", type=PATH, help="Folder of text (or one file).")
+@click.option("--out", type=PATH, required=True, help="The run's folder; its checkpoint/ is what `export` takes.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out where it was saved last.")
-@click.option("--steps", type=int, default=2000, show_default=True, help="Optimizer steps of the whole schedule.")
-@click.option("--stop-at", type=int, help="Stop after this step; the schedule stays that of --steps.")
-@click.option("--max-seconds", type=float, help="End the schedule by the clock, if it comes before --steps.")
-@click.option("--d-model", type=int, default=256, show_default=True)
-@click.option("--n-layers", type=int, default=4, show_default=True)
-@click.option("--n-heads", type=int, default=4, show_default=True)
-@click.option("--n-kv-heads", type=int, help="Key/value heads of the forward branch; default: --n-heads.")
-@click.option("--gamma-max", type=float, default=0.999, show_default=True, help="Bound of the feedback gain.")
+@click.option("--init-from", type=PATH, metavar="CHECKPOINT",
+              help="Begin with the weights, shape, vocabulary and tokenizer of a checkpoint (whatever `export` takes) and a fresh optimizer.")
+@click.option("--config", "init_config", type=PATH, help="config.json of an --init-from that has none beside it.")
+@click.option("--steps", type=POSITIVE_INT, default=2000, show_default=True, help="Optimizer steps of the whole schedule.")
+@click.option("--stop-at", type=POSITIVE_INT, help="Stop after this step; the schedule stays that of --steps.")
+@click.option("--max-seconds", type=POSITIVE, help="End the schedule by the clock, if it comes before --steps.")
+@click.option("--d-model", type=POSITIVE_INT, default=256, show_default=True, help="Width; a multiple of twice --n-heads.")
+@click.option("--n-layers", type=POSITIVE_INT, default=4, show_default=True, help="Layers.")
+@click.option("--n-heads", type=POSITIVE_INT, default=4, show_default=True, help="Query heads of the forward branch.")
+@click.option("--n-kv-heads", type=POSITIVE_INT, help="Key/value heads of the forward branch, a divisor of --n-heads; default: --n-heads.")
+@click.option("--gamma-max", type=FINITE, default=0.999, show_default=True, help="Bound of the feedback gain, between 0 and 1.")
 @click.option("--tie-word-embeddings", is_flag=True, help="Share the embedding with the output head.")
-@click.option("--context", type=int, default=256, show_default=True, help="Tokens of a training window.")
-@click.option("--batch-size", type=int, default=16, show_default=True, help="Windows of a micro-batch.")
-@click.option("--accumulate", type=int, default=1, show_default=True, help="Micro-batches of an optimizer step.")
-@click.option("--lr", type=float, default=2e-3, show_default=True, help="Peak learning rate; a cosine takes it to zero.")
-@click.option("--warmup", type=int, help="Steps of linear warm-up; default: 2% of --steps, at most 500.")
-@click.option("--weight-decay", type=float, default=0.1, show_default=True, help="On matrices only.")
-@click.option("--grad-clip", type=float, default=1.0, show_default=True, help="Largest gradient norm.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--tokenizer", type=click.Path(), help="A tokenizers JSON; default: bytes.")
-@click.option("--extensions", help="Keep only files that end in these, as in py,md.")
-@click.option("--held-out", type=float, default=0.05, show_default=True, help="Fraction of files held out.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True, help="bf16 autocast on a GPU, or float32.")
-@click.option("--store", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True, help="Storage type of the checkpoint.")
-@click.option("--eval-every", type=int, default=500, show_default=True, help="Steps between two looks at the held-out text.")
-@click.option("--save-every", type=int, default=500, show_default=True, help="Steps between two saves.")
+@click.option("--context", type=POSITIVE_INT, default=256, show_default=True, help="Tokens of a training window.")
+@click.option("--batch-size", type=POSITIVE_INT, default=16, show_default=True, help="Windows of a micro-batch.")
+@click.option("--accumulate", type=POSITIVE_INT, default=1, show_default=True, help="Micro-batches of an optimizer step.")
+@click.option("--lr", type=POSITIVE, default=2e-3, show_default=True, help="Peak learning rate; a cosine takes it to zero.")
+@click.option("--warmup", type=COUNT, help="Steps of linear warm-up, 0 for none; default: 2% of --steps, at most 500.")
+@click.option("--weight-decay", type=NOT_NEGATIVE, default=0.1, show_default=True, help="On matrices only.")
+@click.option("--grad-clip", type=POSITIVE, default=1.0, show_default=True, help="Largest gradient norm.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random weights and of the order of the text.")
+@click.option("--tokenizer", type=PATH, help="A tokenizers JSON; default: that of --init-from, or bytes.")
+@click.option("--extensions", type=EXTENSIONS, metavar="EXT,EXT", help="Keep only files that end in these, as in py,md.")
+@click.option("--held-out", type=FRACTION, default=0.05, show_default=True, help="Fraction of files held out.")
+@click.option("--device", type=DEVICE, metavar="auto|cpu|cuda|cuda:N", default="auto", show_default=True, help="auto is the first GPU where there is one.")
+@click.option("--precision", type=OneOf(("auto", "fp32", "bf16")), default="auto", show_default=True, help="bf16 autocast on a GPU, or float32.")
+@click.option("--store", type=OneOf(("fp32", "fp16", "bf16")), default="fp32", show_default=True, help="Storage type of the checkpoint.")
+@click.option("--eval-every", type=POSITIVE_INT, default=500, show_default=True, help="Steps between two looks at the held-out text.")
+@click.option("--save-every", type=POSITIVE_INT, default=500, show_default=True, help="Steps between two saves.")
 @click.pass_context
 def command(ctx: click.Context, **given: Any) -> None:
     """Train a model on any folder of text, byte by byte unless a tokenizer is given.
 
-    The run's folder holds checkpoint/, resume.pt, log.csv, loss.png and report.json. Ctrl-C saves; --resume continues the loss curve exactly (on a CPU).
+    The run's folder holds checkpoint/, resume.pt, log.csv, loss.png and report.json. Ctrl-C and SIGTERM save; --resume continues the loss curve exactly
+    (on a CPU).
     """
     from sessa_deploy.errors import UserError
-    from sessa_deploy.train import CHECKPOINT_DIR, TrainOptions, resume, start
+
+    try:
+        import matplotlib  # noqa: F401 - at the end of a run it would be missed too late
+
+        from sessa_deploy.train import CHECKPOINT_DIR, Interrupted, TrainOptions, resume, start
+    except ModuleNotFoundError as error:
+        raise UserError("train needs a package that is not installed", got=f"no {error.name}", fix="pip install 'sessa-deploy[train]'") from None
 
     source = click.core.ParameterSource.COMMANDLINE
     explicit = {name for name in given if ctx.get_parameter_source(name) == source}
     stop_at, out = given.pop("stop_at"), given["out"]
-    extensions = tuple(x for x in (given.pop("extensions") or "").split(",") if x)
+    given["extensions"] = given["extensions"] or ()
     if given.pop("resume"):
         fixed = sorted(explicit - _RESUMABLE)
         if fixed:
-            raise UserError("a resumed run keeps its settings", got=", ".join("--" + x.replace("_", "-") for x in fixed), fix="leave these options out")
-        changes = {name: given[name] for name in explicit & _RESUMABLE if name in given and name != "out"}
-        run = resume(out, **changes)
+            raise UserError("a resumed run keeps its settings", got=", ".join(map(_option, fixed)), fix="leave these options out")
+        run = resume(out, **{name: given[name] for name in explicit & _RESUMABLE if name in given and name != "out"})
+        if stop_at is not None and stop_at <= run.step:
+            click.echo(f"note: --stop-at {stop_at} lies behind: the run is at step {run.step}, nothing is trained", err=True)
     else:
         if given["data"] is None:
             raise UserError("there is nothing to train on", got="no --data", allowed="a folder of text", fix="--data FOLDER")
         shape = {name: given.pop(name) for name in _SHAPE}
-        run = start(TrainOptions(extensions=extensions, **given), **shape)
-    report = _train(run, stop_at)
+        if given["init_from"] is not None:
+            shape = {name: value for name, value in shape.items() if name in explicit}
+        try:
+            run = start(TrainOptions(**given), **shape)
+        except UserError as error:
+            flags = ["--" + name.replace("_", "-") for name in shape if name in error.what.split()]
+            raise error if error.fix or not flags else UserError(error.what, error.got, error.allowed, f"change {' or '.join(flags)}") from None
+    checkpoint, folder = Path(out) / CHECKPOINT_DIR, shlex.quote(str(out))
+    try:
+        report = _train(run, stop_at)
+    except Interrupted as stop:
+        word = "interrupted" if stop.signal == signal.SIGINT else "terminated"
+        click.echo(f"{word}; saved at step {stop.step}, continue with: sessa-deploy train --resume --out {folder}", err=True)
+        ctx.exit(128 + stop.signal)
     _show(report)
-    checkpoint = Path(out) / CHECKPOINT_DIR
     click.echo(f"checkpoint: {checkpoint}")
-    click.echo(f"next: sessa-deploy export {checkpoint} --out {Path(out) / 'bundle'}")
+    click.echo(f"next: sessa-deploy export {shlex.quote(str(checkpoint))} --out {shlex.quote(str(Path(out) / 'bundle'))}")
+
+
+def _option(name: str) -> str:
+    return {"init_config": "--config"}.get(name, "--" + name.replace("_", "-"))
 
 
 def _train(run: Any, stop_at: int | None) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
+import shlex
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from sessa_deploy.errors import ParityError, UserError
+from sessa_deploy.cli.options import BACKEND, PLACE, POSITIVE_INT, SEED
+from sessa_deploy.cli.output import check_outputs, to_stdout, write_json, write_text
+from sessa_deploy.errors import ParityError, SessaError, UserError
+from sessa_deploy.files import check_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,70 +24,118 @@ if TYPE_CHECKING:
 
 
 @click.command("validate", short_help="Prove a bundle's numbers against its checkpoint, rung by rung.")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="The checkpoint the bundle was exported from.")
-@click.option("--backend", "backends", multiple=True, default=("auto",), show_default=True, metavar="NAME",
+@click.argument("bundle", type=PLACE)
+@click.option("--checkpoint", type=PLACE, help="The checkpoint the bundle was exported from.")
+@click.option("--config", type=PLACE, help="config.json of a checkpoint that has none beside it.")
+@click.option("--backend", "backends", type=BACKEND, multiple=True, default=("auto",), show_default=True, metavar="NAME",
               help="Engine to judge: auto, ort, ort-cuda or trt. Repeat it for several.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every figure as JSON.")
-@click.option("--report", "report_file", type=click.Path(path_type=Path), help="Write one HTML file with plots and tables.")
-@click.option("--dump", type=click.Path(path_type=Path), metavar="DIR",
+@click.option("--json", "json_file", type=PLACE, help="Write every figure as JSON; - for standard output.")
+@click.option("--report", "report_file", type=PLACE, help="Write one HTML file with plots and tables.")
+@click.option("--dump", type=PLACE, metavar="DIR",
               help="Keep cases and tensors in DIR. Without --checkpoint: run the engines only, for a later --compare.")
-@click.option("--compare", type=click.Path(path_type=Path), metavar="DIR", help="Judge the tensors in DIR, dumped by another machine or interpreter.")
-@click.option("--python", "python", type=click.Path(path_type=Path), help="Interpreter for the engines' rungs, where they need another one.")
-@click.option("--length", "lengths", multiple=True, type=click.IntRange(min=1), help="Judge a prefill of this many tokens too. Repeat it for several.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the token ids.")
+@click.option("--compare", type=PLACE, metavar="DIR", help="Judge the tensors in DIR, dumped by another machine or interpreter.")
+@click.option("--python", "python", type=PLACE, help="Interpreter for the engines' rungs, where they need another one.")
+@click.option("--length", "lengths", multiple=True, type=POSITIVE_INT, help="Judge a prefill of this many tokens too, even beyond max_context. Repeat it.")
+@click.option("--text", "texts", multiple=True, metavar="FILE", help="Judge a text too, encoded by the bundle's tokenizer; - for standard input.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the token ids.")
 @click.option("--record/--no-record", "record", default=True, show_default=True, help="Write parity.json into the bundle.")
 def command(
-    bundle: Path, checkpoint: Path | None, backends: tuple[str, ...], json_file: Path | None, report_file: Path | None, dump: Path | None,
-    compare: Path | None, python: Path | None, lengths: tuple[int, ...], seed: int, record: bool,
+    bundle: Path, checkpoint: Path | None, config: Path | None, backends: tuple[str, ...], json_file: Path | None, report_file: Path | None,
+    dump: Path | None, compare: Path | None, python: Path | None, lengths: tuple[int, ...], texts: tuple[str, ...], seed: int, record: bool,
 ) -> None:
     """Prove the numbers of BUNDLE against its checkpoint, rung by rung.
 
     Runs the model in float64, at the bundle's precision and in the engine on the same cases (prefill, decode, chunked, ragged, poisoned
     caches), and names the first output that diverges. Exit code 0: passed, 1: failed, 2: bad input.
     """
-    if dump is not None and compare is not None:
-        raise UserError("--dump and --compare exclude each other", got="both", fix="give one of them")
+    _check(checkpoint, dump, compare)
+    if texts and compare is not None:
+        raise UserError("--text and --compare exclude each other", got="both", allowed="the cases that were dumped", fix="give --text where --dump is given")
+    check_outputs({"--json": (json_file, "the figures"), "--report": (report_file, "the report")})
+    if dump is not None:
+        check_folder(dump, "--dump", "the folder of tensors")
     from rich.console import Console
 
+    from sessa_deploy.cli.inputs import encoded_texts
     from sessa_deploy.export import parity
-    from sessa_deploy.export.parity_cases import LENGTHS
     from sessa_deploy.export.parity_process import ProcessLaunch
+    from sessa_deploy.runtime.environment import importable
 
-    notes = Console(stderr=True)
-    all_lengths, launch = (*LENGTHS, *lengths), ProcessLaunch(python)
+    if report_file is not None and not importable("matplotlib"):
+        raise UserError("the report needs a package that is not installed", got="no matplotlib", fix="pip install 'sessa-deploy[export]'")
+    notes, launch = Console(stderr=True), ProcessLaunch(python)
+    judged = encoded_texts(bundle, texts)
     if checkpoint is None:
-        if dump is None:
-            raise UserError("validate needs the checkpoint", got="no --checkpoint", fix="add --checkpoint CHECKPOINT, or --dump DIR to run the engines only")
+        assert dump is not None  # _check
         with _Bars(notes) as progress:
-            rungs = parity.dump_engines(bundle, dump, backends, seed=seed, lengths=all_lengths, launch=launch, progress=progress)
+            rungs = parity.dump_engines(bundle, dump, backends, seed=seed, launch=launch, progress=progress, also=lengths, texts=judged)
         click.echo(f"dumped: {', '.join(rungs)} in {dump}")
-        click.echo(f"next: sessa-deploy validate {bundle} --checkpoint CHECKPOINT --compare {dump}")
+        click.echo(f"next: sessa-deploy validate {shlex.quote(str(bundle))} --checkpoint CHECKPOINT --compare {shlex.quote(str(dump))}")
         return
+    aside = to_stdout(json_file) or to_stdout(report_file)  # standard output then holds nothing but the file
     try:
         with _Bars(notes) as progress:
-            report = parity.validate(bundle, checkpoint, backends, dump=dump, elsewhere=compare, lengths=all_lengths, seed=seed, launch=launch,
-                                     progress=progress)
+            report = parity.validate(bundle, checkpoint, backends, dump=dump, elsewhere=compare, seed=seed, launch=launch, progress=progress, also=lengths,
+                                     config=config, texts=judged)
     except ParityError as error:
-        click.echo(f"parity: FAILED at {error}")
-        sys.exit(1)
-    if json_file is not None:
-        _write(json_file, json.dumps(report.to_dict(), indent=1) + "\n")
+        line = f"parity: FAILED at {error}"
+        _deliver(False, [*_writes(json_file, {"passed": False, "line": line}), lambda: click.echo(line, err=aside)])
+        return
+    writes = _writes(json_file, report.to_dict())
     if report_file is not None:
-        from sessa_deploy.export.parity_report import write_report
+        from sessa_deploy.export.parity_report import render
 
-        write_report(report, report_file)
+        writes.append(lambda: write_text(report_file, render(report), "--report", "the report"))
     if record:
         try:
             parity.record(bundle, report)
         except (OSError, UserError) as error:
             click.echo(f"note: parity.json was not written into the bundle: {error}", err=True)
-    Console(width=None if notes.is_terminal else 120).print(_table(report))
+    _deliver(report.passed, [*writes, lambda: _show(report, Console(stderr=aside, width=None if notes.is_terminal else 120), aside)])
+
+
+def _check(checkpoint: Path | None, dump: Path | None, compare: Path | None) -> None:
+    """Refuse options that would be passed over without a word."""
+    context = click.get_current_context()
+    given = {p.opts[0] for p in context.command.params if context.get_parameter_source(p.name or "") == click.core.ParameterSource.COMMANDLINE}
+    if dump is not None and compare is not None:
+        raise UserError("--dump and --compare exclude each other", got="both", fix="give one of them")
+    if checkpoint is None and dump is None:
+        raise UserError("validate needs the checkpoint", got="no --checkpoint", fix="add --checkpoint CHECKPOINT, or --dump DIR to run the engines only")
+    idle = given & {"--backend", "--python", "--length", "--seed"} if compare is not None else set()
+    if idle:
+        raise UserError("--compare judges tensors that are there", got=", ".join(sorted(idle)), fix="give these options where the tensors are dumped")
+    idle = given & {"--json", "--report", "--config"} if checkpoint is None else set()
+    if idle:
+        raise UserError("without a checkpoint nothing is judged", got=", ".join(sorted(idle)), fix="add --checkpoint CHECKPOINT, or leave these options out")
+
+
+def _writes(json_file: Path | None, data: dict[str, Any]) -> list[Callable[[], None]]:
+    return [] if json_file is None else [lambda: write_json(json_file, data, indent=1)]
+
+
+def _deliver(passed: bool, steps: Sequence[Callable[[], None]]) -> None:
+    """Take every step whatever happens to the others: the verdict is said and the exit code is its own, though a file cannot be written."""
+    failed: list[SessaError] = []
+    for step in steps:
+        try:
+            step()
+        except SessaError as error:
+            failed.append(error)
+        except SystemExit as stop:  # whoever read standard output has gone
+            if stop.code:
+                raise
+    for told in failed:
+        click.echo(f"error: {told}", err=True)
+    if not passed or failed:
+        sys.exit(2 if passed else 1)
+
+
+def _show(report: Report, console: Console, aside: bool) -> None:
+    console.print(_table(report))
     if report.failure is not None and report.failure.hint:
-        click.echo(f"where to look: {report.failure.hint}")
-    click.echo(report.line())
-    if not report.passed:
-        sys.exit(1)
+        click.echo(f"where to look: {report.failure.hint}", err=aside)
+    click.echo(report.line(), err=aside)
 
 
 class _Bars:
@@ -136,13 +187,3 @@ def _table(report: Report) -> Table:
     kl = {p: max((c.kl for c in report.comparisons if (c.rung, c.mode) == p and c.kl is not None), default=None) for p in report.judged}
     table.add_row("KL, nats", *("-" if kl[p] is None else f"{kl[p]:.1e}" for p in report.judged))
     return table
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError("the figures cannot be written", got=f"{path} ({error.strerror})", fix="choose another --json FILE") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,9 +58,41 @@ def test_the_checkpoint_s_own_tokenizer_goes_along_and_an_odd_vocabulary_gets_no
     save_checkpoint(model, tmp_path / "checkpoint")
     assert code_of("export", tmp_path / "checkpoint", "--out", tmp_path / "bundle") == 0
     assert Bundle.open(tmp_path / "bundle").names() == ["model.onnx"]
-    (tmp_path / "checkpoint" / "tokenizer.json").write_text('{"version": "1.0"}')
+    own = small_tokenizer(20)  # fewer tokens than rows: an embedding padded to a rounder number
+    (tmp_path / "checkpoint" / "tokenizer.json").write_text(own)
     assert code_of("export", tmp_path / "checkpoint", "--out", tmp_path / "bundle") == 0
-    assert Bundle.open(tmp_path / "bundle").file("tokenizer.json").read_text() == '{"version": "1.0"}'
+    assert Bundle.open(tmp_path / "bundle").file("tokenizer.json").read_text() == own
+
+
+def small_tokenizer(size: int) -> str:
+    vocabulary = {f"w{i}": i for i in range(size)}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
+    return json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "pre_tokenizer": None,
+                       "post_processor": None, "decoder": None, "model": model})
+
+
+@pytest.mark.parametrize(("tokenizer", "words"), [
+    ('{"version": "1.0"}', ("is not a tokenizers JSON",)), ("{}", ("is not a tokenizers JSON",)), ("[1]", ("is not a tokenizers JSON",)),
+    (small_tokenizer(300), ("300 tokens", "vocab_size 257")),
+    (small_tokenizer(20).replace('"w19": 19', '"w19": 999'), ("1000 tokens", "vocab_size 257")),  # ids with a gap
+    (small_tokenizer(20).replace("WordLevel", "FromTheFuture"), ("is not a tokenizers JSON", "pip install -U tokenizers")),
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", ("Git LFS pointer", "git lfs pull")),
+])
+def test_a_tokenizer_that_does_not_fit_is_refused_before_any_work(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], tokenizer: str, words: tuple[str, ...]
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "c")
+    (tmp_path / "c" / "tokenizer.json").write_text(tokenizer)
+    assert code_of("export", tmp_path / "c", "--out", tmp_path / "bundle") == 2
+    line = one_line(capfd)
+    assert all(word in line for word in words), line
+    assert [x.name for x in tmp_path.iterdir()] == ["c"]
+
+
+def one_line(capfd: pytest.CaptureFixture[str]) -> str:
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
 
 
 @pytest.mark.parametrize(("change", "words"), [

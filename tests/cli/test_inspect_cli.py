@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import load_file, save_file
 
 from sessa_deploy.checkpoint import save_checkpoint
 from sessa_deploy.cli import main
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.bundle import write_bundle
+from sessa_deploy.runtime.tokenizer import byte_level_tokenizer
 
 CONFIG = SessaConfig(d_model=16, n_layers=2, n_heads=2, vocab_size=257)
 
@@ -74,15 +78,75 @@ def test_broken_and_partial_checkpoints(checkpoint: Path, tmp_path: Path, capsys
     assert call("inspect", checkpoint, "--json") == 2
     assert as_json(capsys)["verified"] is False
     (checkpoint / "config.json").unlink()
-    assert call("inspect", checkpoint) == 0  # weights without a configuration are still worth a look
-    assert "no model configuration" in capsys.readouterr().out
+    assert call("inspect", checkpoint) == 2  # as export says; the weights are still worth a look
+    shown = capsys.readouterr()
+    assert "no model configuration" in shown.err and "embedding.weight" in shown.out
+    CONFIG.save(tmp_path)
+    assert call("inspect", checkpoint, "--config", tmp_path / "config.json") == 0
+    capsys.readouterr()
     whole = (checkpoint / "model.safetensors").read_bytes()
     (checkpoint / "model.safetensors").write_bytes(whole[:-1])
     assert call("inspect", checkpoint) == 2
     assert "truncated" in capsys.readouterr().err
     torch.save({"ln.weight": torch.zeros(4)}, tmp_path / "layer.pt")
-    assert call("inspect", tmp_path / "layer.pt") == 0
-    assert "no language model" in capsys.readouterr().out
+    assert call("inspect", tmp_path / "layer.pt") == 2
+    shown = capsys.readouterr()
+    assert "no language model" in shown.err and "ln.weight" in shown.out
+
+
+def edited(folder: Path, **keys: Any) -> None:
+    (folder / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), **keys}))
+
+
+def reweighted(folder: Path, **tensors: Any) -> None:
+    save_file({**load_file(folder / "model.safetensors"), **tensors}, folder / "model.safetensors")
+
+
+def replaced(folder: Path, name: str, content: bytes | None = None) -> None:
+    (folder / name).unlink(missing_ok=True)
+    if content is None:
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).write_bytes(content)
+
+
+BAD: dict[str, Callable[[Path], Any]] = {
+    "another shape": lambda f: edited(f, n_layers=3), "an unknown key": lambda f: edited(f, rope_scaling=2), "a head too many": lambda f: edited(f, n_heads=3),
+    "an end outside": lambda f: edited(f, eos_token_id=[1, 257]), "no config": lambda f: (f / "config.json").unlink(),
+    "a config that is none": lambda f: replaced(f, "config.json", b"["), "a pipe for a config": lambda f: replaced(f, "config.json"),
+    "a generation config that is none": lambda f: replaced(f, "generation_config.json", b"\xff"),
+    "any JSON as a tokenizer": lambda f: replaced(f, "tokenizer.json", b'{"a": 1}'), "a pipe for a tokenizer": lambda f: replaced(f, "tokenizer.json"),
+    "an empty tokenizer": lambda f: replaced(f, "tokenizer.json", b""), "a tokenizer too large": lambda f: (
+        edited(f, vocab_size=200), reweighted(f, **{n: torch.zeros(200, 16) for n in ("embedding.weight", "lm_head.weight")}),
+        replaced(f, "tokenizer.json", byte_level_tokenizer().encode())),
+    "a truncated file": lambda f: replaced(f, "model.safetensors", (f / "model.safetensors").read_bytes()[:-1]),
+    "an empty file": lambda f: replaced(f, "model.safetensors", b""), "a pipe": lambda f: replaced(f, "model.safetensors"),
+    "a pointer": lambda f: replaced(f, "model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+    "NaN": lambda f: reweighted(f, **{"norm.bias": torch.full((16,), torch.nan)}), "integers": lambda f: reweighted(f, **{"norm.bias": torch.zeros(16).int()}),
+    "beyond float32": lambda f: reweighted(f, **{"norm.bias": torch.full((16,), 1e300, dtype=torch.float64)}),
+    "a tensor too many": lambda f: reweighted(f, extra=torch.zeros(1)), "no weights": lambda f: (f / "model.safetensors").unlink(),
+    "layers alone": lambda f: save_file({"layers.0.ln.weight": torch.zeros(16)}, f / "model.safetensors"),
+    "two indexes": lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+    "a shard without an index": lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
+    "a pickle that is none": lambda f: (replaced(f, "pytorch_model.bin", b"x"), (f / "model.safetensors").unlink()),
+    "a pickle of code": lambda f: (torch.save(SessaLM(CONFIG), f / "m.pt"), (f / "model.safetensors").unlink()),
+    "a link to nothing": lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").symlink_to("absent")),
+    "a folder for a file": lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("what", BAD)
+def test_inspect_and_export_agree(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+    BAD[what](checkpoint)
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    assert call("export", checkpoint, "--out", tmp_path / "out" / "bundle") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and sorted(str(p) for p in tmp_path.rglob("*")) == before
+    for options in ((), ("--json",)):
+        assert call("inspect", checkpoint, *options) == 2
+        assert capsys.readouterr().err == said
 
 
 def test_shards_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

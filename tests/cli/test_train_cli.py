@@ -47,7 +47,7 @@ def test_train_stop_and_resume(text: Path, tmp_path: Path, capsys: pytest.Captur
     (["--data", "NOWHERE"], "no such data"),
     (["--resume"], "no run to resume"),
     (["--resume", "--lr", "1", "--d-model", "8"], "a resumed run keeps its settings: got --d-model, --lr"),
-    (["--data", "TEXT", "--n-heads", "3"], "d_model is not divisible by n_heads"),
+    (["--data", "TEXT", "--n-heads", "3"], "a multiple of n_heads; fix: change --d-model or --n-heads"),
     (["--data", "TEXT", "--gamma-max", "1"], "gamma_max is out of range"),
     (["--data", "TEXT", "--tokenizer", "none.json"], "no tokenizer"),
     (["--data", "TEXT", "--device", "tpu9"], "no such device"),
@@ -56,6 +56,15 @@ def test_bad_input_is_one_line_and_exit_two(text: Path, tmp_path: Path, capsys: 
     assert call("train", "--out", tmp_path / "run", *[str(text) if a == "TEXT" else a for a in args]) == 2
     error = capsys.readouterr().err.strip()
     assert words in error and "\n" not in error
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "torch"])
+def test_a_package_that_is_missing_is_named_before_the_work(text: Path, tmp_path: Path, package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None\nfrom sessa_deploy.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", "--data", str(text), "--out", str(tmp_path / "run"), *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert f"no {package}" in done.stderr and "pip install 'sessa-deploy[train]'" in done.stderr
 
 
 def test_a_killed_run_leaves_a_whole_checkpoint(text: Path, tmp_path: Path) -> None:

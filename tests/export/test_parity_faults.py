@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.export.parity_drive import Engine, Tensors
 from sessa_deploy.export.parity_engines import BackendSession, open_ort
 from sessa_deploy.export.parity_rungs import RungJob
-from sessa_deploy.export.parity_torch import TorchGraph, replaced_ops
-from sessa_deploy.kernels import ops, reference
-from sessa_deploy.model import SessaMixer
+from sessa_deploy.export.parity_torch import TorchGraph, using_ops
+from sessa_deploy.kernels import reference
+from sessa_deploy.model import Ops, SessaLM, SessaMixer
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
 from sessa_deploy.runtime.host_cache import HostCache
@@ -85,14 +85,14 @@ def in_bad_layer(wrong: Callable[..., Any], right: Callable[..., Any]) -> Callab
 
 
 @contextmanager
-def wrong_feedback(kind: str) -> Iterator[None]:
-    with replaced_ops(in_bad_layer(lambda *a: feedback_attention(*a, kind=kind), reference.plain), ops.causal_attention):
+def wrong_feedback(model: SessaLM, kind: str) -> Iterator[None]:
+    with using_ops(model, Ops(feedback=in_bad_layer(lambda *a: feedback_attention(*a, kind=kind), reference.plain))):
         yield
 
 
 @contextmanager
-def wrong_causal(kind: str) -> Iterator[None]:
-    with replaced_ops(ops.feedback_attention, in_bad_layer(lambda *a: causal_attention(*a, kind=kind), reference.plain_causal)):
+def wrong_causal(model: SessaLM, kind: str) -> Iterator[None]:
+    with using_ops(model, Ops(causal=in_bad_layer(lambda *a: causal_attention(*a, kind=kind), reference.plain_causal))):
         yield
 
 
@@ -133,40 +133,33 @@ def wrong_rotate() -> Any:
     return patched(model_module, "rotate", lambda _: rotate)
 
 
-FAULTS: dict[str, tuple[Callable[[], Any], str, str]] = {
-    # name: (how to plant it in layer 1, the field that must be blamed, a word of the hint)
-    "rope halves": (wrong_rotate, "k_f", "rotary"),
-    "causal mask: sees the next token": (lambda: wrong_causal("sees the next"), "s", "forward branch"),
-    "causal mask: blind to itself": (lambda: wrong_causal("blind to itself"), "s", "forward branch"),
-    "feedback mask: sees itself": (lambda: wrong_feedback("sees itself"), "s", "feedback branch"),
-    "feedback mask: blind to the last token": (lambda: wrong_feedback("blind to the last"), "s", "feedback branch"),
-    "missing row-0 rule": (lambda: wrong_feedback("no row-0 rule"), "s", "must have none"),
-    "softmax in fp16": (lambda: wrong_feedback("softmax in fp16"), "s", "feedback branch"),
-    "gamma sign": (lambda: wrong_gain(torch.neg), "s", "gamma"),
-    "gamma rounded to bf16": (lambda: wrong_gain(lambda x: x.bfloat16().float()), "s", "gamma"),
-    "past masked by a weight": (lambda: wrong_feedback("weighted mask"), "s", "beyond past_length"),
+FAULTS: dict[str, tuple[Callable[[SessaLM], Any], str, str]] = {
+    # name: (how to plant it in layer 1 of a model, the field that must be blamed, a word of the hint)
+    "rope halves": (lambda model: wrong_rotate(), "k_f", "rotary"),
+    "causal mask: sees the next token": (lambda model: wrong_causal(model, "sees the next"), "s", "forward branch"),
+    "causal mask: blind to itself": (lambda model: wrong_causal(model, "blind to itself"), "s", "forward branch"),
+    "feedback mask: sees itself": (lambda model: wrong_feedback(model, "sees itself"), "s", "feedback branch"),
+    "feedback mask: blind to the last token": (lambda model: wrong_feedback(model, "blind to the last"), "s", "feedback branch"),
+    "missing row-0 rule": (lambda model: wrong_feedback(model, "no row-0 rule"), "s", "must have none"),
+    "softmax in fp16": (lambda model: wrong_feedback(model, "softmax in fp16"), "s", "feedback branch"),
+    "gamma sign": (lambda model: wrong_gain(torch.neg), "s", "gamma"),
+    "gamma rounded to bf16": (lambda model: wrong_gain(lambda x: x.bfloat16().float()), "s", "gamma"),
+    "past masked by a weight": (lambda model: wrong_feedback(model, "weighted mask"), "s", "beyond past_length"),
 }
 
 
-def broken_torch(fault: Callable[[], Any]) -> Callable[[RungJob], Engine]:
+def broken_torch(fault: Callable[[SessaLM], Any]) -> Callable[[RungJob], Engine]:
     def engine(job: RungJob) -> Engine:
         model = load_checkpoint(job.bundle.parent / "checkpoint")
         good = TorchGraph(model)
 
         def step(feeds: Tensors) -> Tensors:
-            with stack_of(fault):
+            with fault(model):
                 return good(feeds)
 
         return Engine(step, None, {})
 
     return engine
-
-
-@contextmanager
-def stack_of(fault: Callable[[], Any]) -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(fault())
-        yield
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -195,7 +188,7 @@ def test_onnx_runtime_passes(material: tuple[Path, Path, Path]) -> None:
 
 
 def test_positions_that_forget_the_past(material: tuple[Path, Path, Path]) -> None:
-    report = judge(*material, broken_torch(lambda: patched(model_module, "positions", rope_without_past)))
+    report = judge(*material, broken_torch(lambda model: patched(model_module, "positions", rope_without_past)))
     assert report.failure is not None and (report.failure.layer, report.failure.field) == (0, "k_f") and "prefill" in report.failure.hint
     assert all(c.verdict == "pass" for c in report.comparisons if c.case.startswith("prefill"))  # prefill has no past to forget
 

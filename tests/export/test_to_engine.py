@@ -25,7 +25,7 @@ from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.export import to_engine, trt_check, trt_graph, trt_limits
-from sessa_deploy.export.trt_limits import Machine, Shapes
+from sessa_deploy.export.trt_limits import Machine, Recipe, Shapes
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime import trt_plan
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
@@ -219,8 +219,38 @@ def test_who_computes_the_layers(fake: Callable[..., Any], tmp_path: Path, versi
     ops = {x.node.op_type for x in trt.calls.network.layers}
     assert built.info.layers == layers and (contract.TAIL_OP in ops) == (layers == "plugin") and ("MatMul" in ops) == (layers == "tensorrt")
     assert (contract.ROTARY_OP in ops) == ("Cos" not in ops) == (asked == "plugin" or (version.startswith("8") and asked is None))
+    said = {("8.6.0", "fp16"): "layers: by the plugin library (TensorRT 8.6.0 would compute them in float32; --layers tensorrt gives its own)",
+            ("8.6.0", "fp32"): "layers: by TensorRT (the graph is float32, and the library's kernels around the attentions store 16 bits)",
+            ("10.9.0", "fp16"): "layers: by TensorRT (TensorRT 10.9.0 keeps a strongly typed graph's types; --layers plugin gives the library's)"}
+    assert built.notes == ((said[version, precision],) if asked is None else ())
     with pytest.raises(UserError, match="--layers is none of ours: got 'torch'; allowed: plugin, tensorrt"):
         to_engine.build_engine(built.bundle, layers="torch")
+
+
+def test_layers_that_cannot_be_had_are_refused(fake: Callable[..., Any], bundle: Callable[..., Bundle]) -> None:
+    """With the reason and the command, before and after an engine is there; where nothing was asked for, a line says what was built instead."""
+    trt = fake()
+    single, half = bundle("fp32"), bundle("fp16", "half")
+    with pytest.raises(UserError, match=r"--layers plugin cannot be had: got the graph is float32.*fix: sessa-deploy build .*bundle --layers tensorrt"):
+        to_engine.build_engine(single, layers="plugin")
+    assert trt.calls.config is None and Bundle.open(single.path).names() == [contract.MODEL_FILE]
+    built = to_engine.build_engine(half)
+    assert built.info.layers == "tensorrt" and built.info.inlined == [contract.CAUSAL_OP]
+    assert built.notes == (
+        "SessaCausalAttention: standard operators in place of the plugin (head width d: got 4; allowed: a multiple of 8 up to 256)",
+        "layers: by TensorRT (head width d: got 4; allowed: a multiple of 8 up to 65536)",
+    )
+    with pytest.raises(UserError, match="--layers plugin cannot be had: got head width d: got 4"):
+        to_engine.build_engine(built.bundle, layers="plugin")
+    assert not to_engine.build_engine(built.bundle).fresh
+
+
+@pytest.mark.parametrize("d_model", [4112, 8192, 24])
+def test_widths_beyond_the_kernels_are_refused_at_once(fake: Callable[..., Any], models: Callable[[str], Path], tmp_path: Path, d_model: int) -> None:
+    fake()
+    config = dataclasses.replace(CONFIG, d_model=d_model, n_kv_heads=4)
+    with pytest.raises(UserError, match=f"does not run in TensorRT: got d_model={d_model}.*allowed: d_model a multiple of 16 up to 4096"):
+        to_engine.build_engine(write_bundle(tmp_path / "wide", {contract.MODEL_FILE: models("fp32")}, config, "fp32", {}))
 
 
 def test_an_fp32_build_pins_nothing_and_clears_tf32(fake: Callable[..., Any], bundle: Callable[..., Bundle]) -> None:
@@ -239,13 +269,12 @@ def test_the_same_engine_is_kept_and_any_change_builds(fake: Callable[..., Any],
 
 
 def test_the_key_covers_everything(bundle: Callable[..., Bundle]) -> None:
-    base: dict[str, Any] = {"plugin_sha256": "p", "shapes": Shapes(1, 32, 8), "machine": HERE, "workspace": None, "opt_level": None}
-    one, other = bundle("fp32"), bundle("fp16", "other")
-    changes = [{"plugin_sha256": "q"}, *({"shapes": s} for s in (Shapes(2, 32, 8), Shapes(1, 31, 8), Shapes(1, 32, 9))), {"workspace": 1}, {"opt_level": 3},
+    base, one, other = Recipe(Shapes(1, 32, 8), HERE), bundle("fp32"), bundle("fp16", "other")
+    changes: list[dict[str, Any]] = [*({"shapes": s} for s in (Shapes(2, 32, 8), Shapes(1, 31, 8), Shapes(1, 32, 9))), {"workspace": 1}, {"opt_level": 3},
                {"layers": "tensorrt"}, *({"machine": dataclasses.replace(HERE, **{f: "x"})} for f in ("arch", "tensorrt", "driver"))]  # fmt: skip
-    keys = [trt_limits.engine_key(one, **base), trt_limits.engine_key(other, **base), *(trt_limits.engine_key(one, **{**base, **c}) for c in changes)]
-    assert len(set(keys)) == len(keys)
-    assert trt_limits.engine_key(one, **{**base, "machine": dataclasses.replace(HERE, free=1)}) == keys[0]
+    recipes = [base.keyed(one, "p"), base.keyed(one, "q"), base.keyed(other, "p"), *(dataclasses.replace(base, **c).keyed(one, "p") for c in changes)]
+    assert len({r.key for r in recipes}) == len(recipes)
+    assert dataclasses.replace(base, machine=dataclasses.replace(HERE, free=1)).keyed(one, "p").key == recipes[0].key == recipes[0].keyed(one, "p").key
 
 
 def test_the_estimate_says_what_to_lower(fake: Callable[..., Any], bundle: Callable[..., Bundle]) -> None:

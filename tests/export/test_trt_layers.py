@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ import pytest
 
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
+from sessa_deploy.errors import UserError
 from sessa_deploy.export import trt_fuse, trt_graph, trt_layers
 
 SIZES = {"two heads a key": {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "layer_norm_eps": 0.3}, "one head": {"d_model": 16, "n_heads": 1},
          "wide heads": {"d_model": 272, "n_heads": 2}}  # fmt: skip
 
 
-def _norm(x: Any, weight: Any, bias: Any, scale: float) -> Any:
+def _norm(x: Any, weight: Any, bias: Any, epsilon: float) -> Any:
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + scale) * weight + bias
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon) * weight + bias
 
 
 def _enter(x: Any, weight: Any, bias: Any) -> Any:
@@ -30,10 +32,10 @@ def _enter(x: Any, weight: Any, bias: Any) -> Any:
     return np.concatenate([a * 0.5 * (1 + np.vectorize(erf)(a / np.sqrt(2.0))), g], -1)
 
 
-def _project_gain(scale: float, h: Any, *rest: Any) -> tuple[Any, ...]:
+def _project_gain(gamma_max: float, h: Any, *rest: Any) -> tuple[Any, ...]:
     *behind, gain, bias = rest
     a = h[..., : h.shape[-1] // 2]
-    return (*_project(a, *behind), scale * np.tanh(bias[0] + a @ gain))
+    return (*_project(a, *behind), gamma_max * np.tanh(bias[0] + a @ gain))
 
 
 def _project(a: Any, weight: Any, bias_q: Any, bias_k: Any, bias_v: Any, bias_fb: Any, cos: Any, sin: Any) -> tuple[Any, ...]:
@@ -94,8 +96,9 @@ def operators() -> list[Any]:
     from onnx.reference.op_run import OpRun
 
     def make(name: str, compute: Any) -> Any:
-        def _run(self: Any, *inputs: Any, scale: float | None = None, storage: int | None = None) -> tuple[Any, ...]:
-            found = compute(scale, *inputs)
+        def _run(self: Any, *inputs: Any, storage: int | None = None, **numbers: float | None) -> tuple[Any, ...]:
+            given = [x for x in numbers.values() if x is not None]
+            found = compute(*(given or [None]), *inputs)
             return tuple(np.asarray(x, np.float32) for x in (found if isinstance(found, tuple) else (found,)))
 
         return type(name, (OpRun,), {"op_domain": contract.DOMAIN, "_run": _run})
@@ -178,19 +181,55 @@ def test_attentions_with_a_scale_of_their_own_are_not_merged(tmp_path: Path, op:
 
 
 def test_layers_without_kernels_stay_tensorrts(tmp_path: Path) -> None:
-    for i, wrong in enumerate(({"d_model": 24, "n_heads": 2}, {"d_model": 32, "n_heads": 2, "use_forward_rope": False})):
+    cases = (({"d_model": 24, "n_heads": 2}, "width D: got 24; allowed: a multiple of 16 up to 4096"),
+             ({"d_model": 32, "n_heads": 2, "use_forward_rope": False}, "no rotary positions"))  # fmt: skip
+    for i, (wrong, reason) in enumerate(cases):
         config = SessaConfig(n_layers=1, vocab_size=11, max_context=8, **wrong)
         path = exported(tmp_path / str(i), config)
         model = trt_graph.prepare(trt_graph.load(path), trt_graph.PLUGIN_OPS).model
         assert (trt_layers.rotary(model.graph, onnx.TensorProto.FLOAT) is None) == (not config.use_forward_rope)
         before = model.SerializeToString()
-        assert trt_layers.rewrite(model.graph, config, onnx.TensorProto.FLOAT, path.parent) is None and model.SerializeToString() == before
+        with pytest.raises(trt_layers.Unavailable, match=reason):
+            trt_layers.rewrite(model.graph, config, onnx.TensorProto.FLOAT, path.parent)
+        assert model.SerializeToString() == before
 
 
-def test_weights_that_do_not_fit_a_message_stay_tensorrts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SessaConfig(n_layers=1, vocab_size=11, max_context=8, d_model=16, n_heads=2)
-    path = exported(tmp_path, config)
+SMALL = SessaConfig(n_layers=1, vocab_size=11, max_context=8, d_model=16, n_heads=2)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """(folder, prepared graph with rotary tables) of one small model."""
+    path = exported(tmp_path_factory.mktemp("small"), SMALL)
     model = trt_graph.prepare(trt_graph.load(path)).model
     assert trt_layers.rotary(model.graph, onnx.TensorProto.FLOAT) is not None
+    return path.parent, model.SerializeToString()
+
+
+def refused(small: tuple[Path, bytes], config: SessaConfig = SMALL, lost: str = "") -> str:
+    """Why the small model is not rewritten, the node `lost` renamed; the graph stays as it was."""
+    model = onnx.ModelProto.FromString(small[1])
+    for node in model.graph.node:
+        node.name = "renamed" if node.name == lost else node.name
+    before = model.SerializeToString()
+    with pytest.raises(trt_layers.Unavailable) as caught:
+        trt_layers.rewrite(model.graph, config, onnx.TensorProto.FLOAT, small[0])
+    assert model.SerializeToString() == before
+    return str(caught.value)
+
+
+def test_every_reason_is_named(small: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    for lost in ("layers.0.ln/LayerNormalization.0", "layers.0.W_out/Add.0", "norm/LayerNormalization.0"):
+        assert refused(small, lost=lost) == f"the graph has no node {lost}, as our exporter writes it"
+    assert refused(small, dataclasses.replace(SMALL, n_heads=4)) == "head width d: got 4; allowed: a multiple of 8 up to 65536"
+    assert refused(small, dataclasses.replace(SMALL, n_kv_heads=1)) == "Hkv x head width: got 8; allowed: a multiple of 16 up to 65536"
+    assert refused(small, dataclasses.replace(SMALL, d_model=4112)) == "width D: got 4112; allowed: a multiple of 16 up to 4096"
+    assert refused(small, dataclasses.replace(SMALL, n_layers=2)) == "1 of 2 layers have SessaFeedbackAttention as a plugin"
     monkeypatch.setattr(trt_layers, "_MESSAGE_LIMIT", 1000)
-    assert trt_layers.rewrite(model.graph, config, onnx.TensorProto.FLOAT, path.parent) is None
+    assert refused(small).endswith("GB of merged weights, a message holds 0.0 GB")
+
+
+def test_numbers_that_a_node_cannot_hold_are_refused(small: tuple[Path, bytes]) -> None:
+    graph = onnx.ModelProto.FromString(small[1]).graph
+    with pytest.raises(UserError, match="attribute epsilon of SessaNormEnter is out of range: got 1e-60; allowed: a finite number above 0"):
+        trt_layers.rewrite(graph, dataclasses.replace(SMALL, layer_norm_eps=1e-60), onnx.TensorProto.FLOAT, small[0])

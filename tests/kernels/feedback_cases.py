@@ -1,4 +1,4 @@
-"""Routings that stress feedback attention, small launch options for the interpreter, and the error rule (a support module, no tests)."""
+"""Routings that stress feedback attention, small launch options for the interpreter (a support module, no tests)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sessa_deploy.kernels import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUTINGS = ("random", "chain", "alternating", "uniform", "key0", "large")
-FLOOR = {torch.float32: 8 * 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # of the largest reference value
+TINY = 1e-25  # weights under float32's normal range may count as zero
 NAMES = ("dq", "dk", "dgamma", "df", "dpast_k", "dpast_s")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -120,13 +120,3 @@ def underflow(x: Inputs, exact: tuple[Tensor, ...]) -> dict[str, float]:
     dk = (lost.mT @ q.abs()).amax(-1).amax(0) if lost.numel() else lost.new_zeros(lost.shape[-1])
     ends = {"dq": lost @ keys.abs(), "dk": dk[capacity:], "dpast_k": dk[:capacity]}
     return {name: float(t.max()) if t.numel() else 0.0 for name, t in ends.items()}
-
-
-def check(name: str, got: Tensor, exact: Tensor, plain: Tensor, storage: torch.dtype, lost: float = 0.0) -> None:
-    """err <= 2 err_plain + floor, as maximum and as RMS, both against float64; lost: see `underflow`."""
-    if not got.numel():
-        return
-    floor = FLOOR[storage] * exact.abs().max() + lost + 1e-25  # weights under float32's normal range may count as zero
-    for measure, of in (("max", lambda e: e.abs().max()), ("rms", lambda e: e.pow(2).mean().sqrt())):
-        err, err_plain = of(got.double() - exact), of(plain.double() - exact)
-        assert err <= 2 * err_plain + floor, f"{name} {measure}: {err:.3g} > 2 * {err_plain:.3g} + {floor:.3g}"

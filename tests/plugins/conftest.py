@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from plugin_harness import HERE, INCLUDES, PREBUILT, SOURCES, Built, load_harness, missing
+from plugin_harness import HERE, INCLUDES, PREBUILT, SOURCES, Built, include_flags, load_harness, missing
 
 from sessa_deploy.plugins import library
 
@@ -36,5 +36,6 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         folder = tmp_path_factory.mktemp(f"trt{major}")
         library.build(INCLUDES[major], SOURCES / "src/cuda", request.getfixturevalue("cubins"), out=folder)
         flags = ["-std=c++17", "-fPIC", "-shared", "-Wno-deprecated-declarations", "-isystem", str(INCLUDES[major]), f"-I{SOURCES / 'src/cuda'}"]
+        flags += include_flags(tmp_path_factory.mktemp("tables"))
         subprocess.run(["g++", *flags, str(HERE / "harness.cpp"), "-o", str(folder / "harness.so"), "-ldl"], check=True)
     return major, folder / library.LIBRARY, load_harness(folder / "harness.so")

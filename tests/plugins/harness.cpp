@@ -1,5 +1,7 @@
 // Stands in for TensorRT: opens the plugin library, creates the plugin and calls it through the interfaces an engine uses.
 // Every function returns 0 for success; built by test_plugin.py against the headers of the TensorRT under test.
+#include "launcher.h"
+
 #include <NvInferRuntime.h>
 
 #include <dlfcn.h>
@@ -11,8 +13,25 @@
 
 using namespace nvinfer1;
 
+namespace sessa
+{
+Op const kOps[] = {
+#define SESSA_OP(identifier, ...) Op{__VA_ARGS__, nullptr},
+#include "ops.inc"
+#undef SESSA_OP
+};
+char const kLetters[] = { // the order of `shape`
+#define SESSA_SIZE(letter, field, start) letter,
+#include "ops.inc"
+#undef SESSA_SIZE
+    0};
+} // namespace sessa
+
 namespace
 {
+
+using sessa::kLetters;
+using sessa::kOps;
 
 DataType typeOf(int32_t onnx)
 {
@@ -34,52 +53,35 @@ Dims dims(std::vector<int64_t> const& values)
     return d;
 }
 
-// One letter a dimension, ":f" float32 and ":i" int32 in place of the storage type. As plugins/README.md has them, written anew.
-struct Op
-{
-    char const* name;
-    std::vector<std::string> inputs;
-    std::vector<std::string> outputs;
-};
-
-Op const kOps[] = {{"SessaFeedbackAttention", {"BTD", "BTD", "BT:f", "BTD", "BPD", "BPD", "B:i"}, {"BTD"}},
-    {"SessaCausalAttention", {"BTHD", "BTKD", "BTKD", "BPKD", "BPKD", "B:i"}, {"BTHD"}},
-    {"SessaRotary", {"BTD", "B:i", "RJ:f"}, {"BTJ:f", "BTJ:f"}}, {"SessaNorm", {"BTD", "D", "D"}, {"BTD"}},
-    {"SessaLinearHeads", {"BTHC", "ND", "N"}, {"BTN"}}, {"SessaLogits", {"BTD", "ND"}, {"BTN:f"}},
-    {"SessaTail", {"BTD", "BTD", "BTE", "DD", "D"}, {"BTD"}},
-    {"SessaNormEnter", {"BTD", "D", "D", "ED", "E"}, {"BTE"}},
-    {"SessaProjectGain", {"BTE", "ND", "HC", "KC", "KC", "E", "BTJ:f", "BTJ:f", "D:f", "I:f"}, {"BTHC", "BTKC", "BTKC", "BTD", "BTD", "BT:f"}},
-    {"SessaMixer", {"BTHC", "BTKC", "BTKC", "BPKC", "BPKC", "DD", "D", "BTD", "BTD", "BT:f", "BPD", "BPD", "B:i"}, {"BTD"}}};
-char const* const kLetters = "BTPDHKCNEJIR"; // the order of `shape`
+using sessa::Kind;
+using sessa::Operand;
 
 int32_t inputsOf(int32_t op)
 {
-    return static_cast<int32_t>(kOps[op].inputs.size());
+    return kOps[op].inputs;
 }
 
 int32_t outputsOf(int32_t op)
 {
-    return static_cast<int32_t>(kOps[op].outputs.size());
+    return kOps[op].outputs;
 }
 
 // Descriptions of the inputs and of the outputs.
 std::vector<PluginTensorDesc> descriptions(int32_t op, int32_t onnx, int64_t const* shape)
 {
     std::vector<PluginTensorDesc> all;
-    std::vector<std::string> texts = kOps[op].inputs;
-    texts.insert(texts.end(), kOps[op].outputs.begin(), kOps[op].outputs.end());
-    for (auto const& text : texts)
+    std::vector<Operand> operands(kOps[op].operands, kOps[op].operands + kOps[op].inputs);
+    operands.insert(operands.end(), kOps[op].results, kOps[op].results + kOps[op].outputs);
+    for (auto const& operand : operands)
     {
-        std::string const letters = text.substr(0, text.find(':'));
-        char const kind = letters.size() == text.size() ? 's' : text.back();
         std::vector<int64_t> values;
-        for (char const letter : letters)
+        for (char const letter : std::string(operand.shape))
         {
             values.push_back(shape[std::string(kLetters).find(letter)]);
         }
         PluginTensorDesc desc{};
         desc.dims = dims(values);
-        desc.type = kind == 'f' ? DataType::kFLOAT : kind == 'i' ? DataType::kINT32 : typeOf(onnx);
+        desc.type = operand.kind == Kind::kFloat ? DataType::kFLOAT : operand.kind == Kind::kInt ? DataType::kINT32 : typeOf(onnx);
         desc.format = TensorFormat::kLINEAR;
         all.push_back(desc);
     }
@@ -125,8 +127,9 @@ using Handle = IPluginV2DynamicExt;
 extern "C"
 {
 
-// A plugin made with the fields that are not negative, serialised and made again as an engine would. nullptr on failure.
-void* harness_create(char const* library, int32_t op, int32_t storage, float scale)
+// A plugin made with `storage`, where it is not negative, and one float attribute, where it has a name; serialised and made again as an engine would.
+// nullptr on failure.
+void* harness_create(char const* library, int32_t op, int32_t storage, char const* attribute, float value)
 {
     void* handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);
     if (handle == nullptr)
@@ -138,9 +141,9 @@ void* harness_create(char const* library, int32_t op, int32_t storage, float sca
     {
         fields.emplace_back("storage", &storage, PluginFieldType::kINT32, 1);
     }
-    if (scale >= 0)
+    if (attribute != nullptr)
     {
-        fields.emplace_back("scale", &scale, PluginFieldType::kFLOAT32, 1);
+        fields.emplace_back(attribute, &value, PluginFieldType::kFLOAT32, 1);
     }
     PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
     int32_t count = 0;
@@ -154,7 +157,18 @@ void* harness_create(char const* library, int32_t op, int32_t storage, float sca
         return nullptr;
     }
     auto* runtime = static_cast<IPluginV3OneRuntime*>(built->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
-    IPluginV3* loaded = creator->createPlugin("x", runtime->getFieldsToSerialize(), TensorRTPhase::kRUNTIME);
+    auto const* const held = runtime->getFieldsToSerialize();
+    std::vector<PluginField> kept(held->fields, held->fields + held->nbFields);
+    int32_t const before = 1; // the version of what engines held when every operation's attribute was called scale
+    float const some = 0.5F;
+    std::vector<PluginField> old{{"scale", &some, PluginFieldType::kFLOAT32, 1}, {"state", &before, PluginFieldType::kINT32, 1}};
+    PluginFieldCollection all{held->nbFields, kept.data()};
+    PluginFieldCollection former{2, old.data()};
+    if (creator->createPlugin("x", &former, TensorRTPhase::kRUNTIME) != nullptr)
+    {
+        return nullptr;
+    }
+    IPluginV3* loaded = creator->createPlugin("x", &all, TensorRTPhase::kRUNTIME);
     delete built;
     return loaded;
 #else
@@ -169,9 +183,10 @@ void* harness_create(char const* library, int32_t op, int32_t storage, float sca
     std::vector<char> state(built->getSerializationSize());
     built->serialize(state.data());
     built->destroy();
-    if (creator->deserializePlugin("x", state.data(), state.size() - 1) != nullptr)
+    char const* const old = "SESA\1\0\0\0\0\0\0\0\n\0\0\0"; // what version 1 held: magic, version, scale, storage
+    if (creator->deserializePlugin("x", state.data(), state.size() - 1) != nullptr || creator->deserializePlugin("x", old, 16) != nullptr)
     {
-        return nullptr; // a short state must be refused
+        return nullptr; // a short state must be refused, and one of before
     }
     return static_cast<IPluginV2DynamicExt*>(creator->deserializePlugin("x", state.data(), state.size()));
 #endif

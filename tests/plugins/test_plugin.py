@@ -16,11 +16,11 @@ from typing import Any
 
 import plugin_harness as ph
 import pytest
-from plugin_harness import BFLOAT, CAUSAL, FEEDBACK, FLOAT, HALF, NAMES, OPERANDS, Built, Pointers, create, sizes
+from plugin_harness import BFLOAT, CAUSAL, FEEDBACK, FLOAT, HALF, NAMES, OPERANDS, Built, Pointers, create, headed, sizes
 
 from sessa_deploy.errors import UserError
 from sessa_deploy.kernels.launch.limits import STEP_MAX_SPLITS
-from sessa_deploy.plugins import library
+from sessa_deploy.plugins import library, ops
 
 
 @pytest.mark.trt
@@ -39,7 +39,7 @@ def test_library_stands_alone(built: Built) -> None:
 @pytest.mark.trt
 @pytest.mark.slow
 @pytest.mark.parametrize("op", NAMES, ids=NAMES.values())
-def test_fields_and_formats(built: Built, op: int) -> None:
+def test_fields_and_formats(built: Built, op: int, capfd: pytest.CaptureFixture[str]) -> None:
     major, _, harness = built
     everything = (1 << OPERANDS[op]) - 1
     plugin = create(built, op)
@@ -50,12 +50,21 @@ def test_fields_and_formats(built: Built, op: int) -> None:
     assert harness.harness_formats(plugin, op, HALF, 0) == 0
     assert harness.harness_formats(plugin, op, 7, 1) & 1 == 0
     harness.harness_destroy(plugin)
-    exact = create(built, op, storage=HALF, scale=0.25)
+    exact = create(built, op, HALF)
     assert harness.harness_formats(exact, op, HALF, 1) == everything
     assert harness.harness_formats(exact, op, FLOAT, 1) & 1 == 0
     harness.harness_destroy(exact)
     assert create(built, op, storage=5) is None
-    assert create(built, op, storage=HALF, scale=float("inf")) is None
+    for attribute in ops.ATTRIBUTES:
+        mine = attribute in ops.OPS[op].attributes
+        assert (create(built, op, HALF, attribute.name, 0.25) is not None) == mine
+        for wrong in (-1.0, float("inf"), float("nan"), *((2.0,) if attribute == ops.GAMMA_MAX else ())):
+            capfd.readouterr()
+            assert create(built, op, HALF, attribute.name, wrong) is None
+            said = capfd.readouterr().err
+            assert (f"{NAMES[op]}: attribute {attribute.name}: got " in said and f"; allowed: {attribute.allowed}" in said) if mine else (
+                f"attribute {attribute.name} is unknown; allowed: {', '.join(ops.OPS[op].attribute_names)}" in said)
+        assert (create(built, op, HALF, attribute.name, 0.0) is not None) == (mine and attribute == ops.SCALE)  # 0: the width's -1/2 power, for scores alone
     assert (create(built, op, storage=BFLOAT) is None) == (major == 8)
 
 
@@ -71,11 +80,11 @@ def test_workspace(built: Built) -> None:
     assert decode < prefill < 200 * 2**20
     assert harness.harness_workspace(feedback, FEEDBACK, HALF, sizes(1, 65536, 1, 1024)) < 3 * 2**30
     # A decode step needs it, however long the prompts are; it stops growing with the capacity.
-    step = harness.harness_workspace(causal, CAUSAL, HALF, sizes(2, 1, 4096, 64, 16, 16))
+    step = harness.harness_workspace(causal, CAUSAL, HALF, headed(2, 1, 4096, 64, 16, 16))
     assert 0 < step <= (4 * 64 + 8) * 2 * 16 * 128
-    assert step == harness.harness_workspace(causal, CAUSAL, HALF, sizes(2, 512, 4096, 64, 16, 16))
-    assert step == harness.harness_workspace(causal, CAUSAL, HALF, sizes(2, 1, 65536, 64, 16, 16))
-    assert step > harness.harness_workspace(causal, CAUSAL, HALF, sizes(1, 1, 4096, 64, 16, 16)) > 0
+    assert step == harness.harness_workspace(causal, CAUSAL, HALF, headed(2, 512, 4096, 64, 16, 16))
+    assert step == harness.harness_workspace(causal, CAUSAL, HALF, headed(2, 1, 65536, 64, 16, 16))
+    assert step > harness.harness_workspace(causal, CAUSAL, HALF, headed(1, 1, 4096, 64, 16, 16)) > 0
     harness.harness_destroy(feedback)
     harness.harness_destroy(causal)
 
@@ -107,11 +116,14 @@ def test_workspace_of_a_layer(built: Built) -> None:
 @pytest.mark.parametrize(
     ("op", "onnx", "shape", "says"),
     [(FEEDBACK, HALF, sizes(1, 1, 16, 24), "width D: got 24; allowed: a multiple of 16 up to 4096"),
-     (FEEDBACK, HALF, sizes(0, 1, 16, 32), "batch, tokens, capacity: got 0, 1, 16"), (FEEDBACK, 7, sizes(1, 1, 16, 32), "input 0 (q) has TensorRT type"),
-     (CAUSAL, HALF, sizes(1, 1, 16, 20, 2, 2), "head width d: got 20; allowed: a multiple of 8 up to 256"),
-     (CAUSAL, HALF, sizes(1, 1, 16, 264, 2, 2), "head width d: got 264"), (CAUSAL, HALF, sizes(1, 1, 16, 64, 3, 2), "heads Hq, Hkv: got 3, 2"),
-     (CAUSAL, HALF, sizes(1, 1, 16, 64, 2, 0), "heads Hq, Hkv: got 2, 0"), (CAUSAL, HALF, sizes(70000, 1, 16, 64, 2, 2), "a batch up to 65535"),
-     (FEEDBACK, HALF, sizes(1, 1, 16, 32), ""), (CAUSAL, HALF, sizes(1, 1, 16, 64, 2, 2), "")],
+     (FEEDBACK, HALF, sizes(0, 1, 16, 32), "batch B: got 0; allowed: 1 to 65535"),
+     (FEEDBACK, 7, sizes(1, 1, 16, 32), "input 0 (q) has TensorRT type"),
+     (CAUSAL, HALF, headed(1, 1, 16, 20, 2, 2), "head width d: got 20; allowed: a multiple of 8 up to 256"),
+     (CAUSAL, HALF, headed(1, 1, 16, 264, 2, 2), "head width d: got 264"),
+     (CAUSAL, HALF, headed(1, 1, 16, 64, 3, 2), "heads Hq: got 3; allowed: a multiple of Hkv up to 65535"),
+     (CAUSAL, HALF, headed(1, 1, 16, 64, 2, 0), "heads Hkv: got 0; allowed: 1 to 65535"),
+     (CAUSAL, HALF, headed(70000, 1, 16, 64, 2, 2), "batch B: got 70000; allowed: 1 to 65535"),
+     (FEEDBACK, HALF, sizes(1, 1, 16, 32), ""), (CAUSAL, HALF, headed(1, 1, 16, 64, 2, 2), "")],
 )  # fmt: skip
 def test_wrong_calls_are_messages_not_crashes(
     built: Built, op: int, onnx: int, shape: Any, says: str, capfd: pytest.CaptureFixture[str]
@@ -126,12 +138,12 @@ def test_wrong_calls_are_messages_not_crashes(
 
 
 def elsewhere(python: str, code: str, path: Path, op: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` with the library's path and an op's name under another Python, to which this checkout is made visible."""
+    """Run `code` with the library's path, an op's name and its attributes under another Python, to which this checkout is made visible."""
     root = Path(library.__file__).resolve().parents[1]
     visible = f"import sys, types\nsys.path.insert(0, {str(root)!r})\nimport sessa_deploy\n"
     if not (root / "sessa_deploy/plugins").exists():
         visible += f"p = types.ModuleType('sessa_deploy.plugins'); p.__path__ = [{str(root / 'plugins')!r}]; sys.modules['sessa_deploy.plugins'] = p\n"
-    return subprocess.run([python, "-c", visible + code, str(path), op], capture_output=True, text=True, timeout=120)
+    return subprocess.run([python, "-c", visible + code, str(path), op, *ops.op(op).attribute_names], capture_output=True, text=True, timeout=120)
 
 
 LEAN = """
@@ -142,7 +154,7 @@ assert library.ops(trt) == library.OPS
 registry = trt.get_plugin_registry()
 assert (sys.argv[2], "1", "") in [(c.name, c.plugin_version, c.plugin_namespace) for c in registry.all_creators]
 creator = registry.get_creator(sys.argv[2], "1", "")
-assert [f.name for f in creator.field_names] == ["scale", "storage"]
+assert [f.name for f in creator.field_names] == sys.argv[3:]
 def make(phase="BUILD", **fields):
     kinds = {np.dtype("float32"): trt.PluginFieldType.FLOAT32, np.dtype("int32"): trt.PluginFieldType.INT32}
     listed = [trt.PluginField(n, v, kinds[v.dtype]) for n, v in fields.items()]
@@ -151,11 +163,12 @@ f, i = (lambda *v: np.array(v, np.float32)), (lambda *v: np.array(v, np.int32))
 plugin = make()
 core = plugin.get_capability_interface(trt.PluginCapabilityType.CORE)
 assert (core.plugin_name, core.plugin_version, core.plugin_namespace) == (sys.argv[2], "1", "")
-assert make(scale=f(0.5), storage=i(10)) is not None
-for bad in (dict(storage=i(5)), dict(wrong=i(1)), dict(scale=f(np.nan)), dict(scale=f(-1)), dict(scale=f(1, 2)), dict(scale=i(1)), dict(state=i(1))):
+own = {n: f(0.5) for n in sys.argv[3:-1]}
+assert make(storage=i(10), **own) is not None
+for bad in (dict(storage=i(5)), dict(wrong=i(1)), dict(state=i(2)), *({n: v} for n in own for v in (f(np.nan), f(-1), f(1, 2), i(1)))):
     assert make(**bad) is None, bad
-assert make("RUNTIME", scale=f(0.5), storage=i(10), state=i(1)) is not None
-assert make("RUNTIME", scale=f(0.5), storage=i(10)) is None and make("RUNTIME", state=i(2)) is None
+assert make("RUNTIME", storage=i(10), state=i(2), **own) is not None
+assert make("RUNTIME", storage=i(10), **own) is None and make("RUNTIME", state=i(1), scale=f(0.5), storage=i(10)) is None
 print("fine", trt.__version__)
 """
 
@@ -170,7 +183,8 @@ def test_the_lean_runtimes_registry_takes_the_library(built: Built, op: str) -> 
         pytest.skip("needs TensorRT 11's headers and a Python with tensorrt_lean_cu13_bindings, named in SESSA_LEAN_PYTHON")
     done = elsewhere(python, LEAN, path, op)
     assert done.returncode == 0 and done.stdout.startswith("fine 11"), done.stdout + done.stderr
-    assert "attribute wrong is unknown; allowed: scale, storage" in done.stderr
+    assert f"attribute wrong is unknown; allowed: {', '.join(ops.op(op).attribute_names)}" in done.stderr
+    assert "serialised state: got version 1; allowed: 2" in done.stderr and "sessa-deploy build BUNDLE --force" in done.stderr
 
 
 TRT8 = """
@@ -181,17 +195,18 @@ logger = trt.Logger(trt.Logger.ERROR)
 assert library.load(trt, Path(sys.argv[1])) and library.load(trt, Path(sys.argv[1]))
 assert library.ops(trt) == library.OPS
 creator = trt.get_plugin_registry().get_plugin_creator(sys.argv[2], "1", "")
-assert [f.name for f in creator.field_names] == ["scale", "storage"]
+assert [f.name for f in creator.field_names] == sys.argv[3:]
 def make(**fields):
     kinds = {np.dtype("float32"): trt.PluginFieldType.FLOAT32, np.dtype("int32"): trt.PluginFieldType.INT32}
     return creator.create_plugin("x", trt.PluginFieldCollection([trt.PluginField(n, v, kinds[v.dtype]) for n, v in fields.items()]))
 f, i = (lambda *v: np.array(v, np.float32)), (lambda *v: np.array(v, np.int32))
 plugin = make()
-assert plugin.plugin_type == sys.argv[2] and plugin.num_outputs >= 1 and make(scale=f(0.5), storage=i(10)) is not None
-for bad in (dict(storage=i(16)), dict(storage=i(5)), dict(wrong=i(1)), dict(scale=f(np.nan)), dict(scale=f(1, 2)), dict(state=i(1))):
+own = {n: f(0.5) for n in sys.argv[3:-1]}
+assert plugin.plugin_type == sys.argv[2] and plugin.num_outputs >= 1 and make(storage=i(10), **own) is not None
+for bad in (dict(storage=i(16)), dict(storage=i(5)), dict(wrong=i(1)), dict(state=i(2)), *({n: v} for n in own for v in (f(np.nan), f(1, 2)))):
     assert make(**bad) is None, bad
 state = bytes(plugin.serialize())
-assert len(state) == plugin.serialization_size == 16
+assert len(state) == plugin.serialization_size == 24
 assert creator.deserialize_plugin("x", state) is not None
 assert creator.deserialize_plugin("x", state[:-1]) is None and creator.deserialize_plugin("x", b"x" + state[1:]) is None
 print("fine", trt.__version__)
@@ -208,7 +223,7 @@ def test_tensorrt_8s_registry_takes_the_library(built: Built, op: str) -> None:
         pytest.skip("needs TensorRT 8.6's headers and a Python with tensorrt 8.6, named in SESSA_TRT8_PYTHON")
     done = elsewhere(python, TRT8, path, op)
     assert done.returncode == 0 and done.stdout.startswith("fine 8.6"), done.stdout + done.stderr
-    assert "TensorRT 8.6 has no bfloat16" in done.stderr and "got 15 bytes; allowed: 16; rebuild the engine" in done.stderr
+    assert "TensorRT 8.6 has no bfloat16" in done.stderr and "got 23 bytes; allowed: 24; sessa-deploy build BUNDLE --force" in done.stderr
 
 
 def test_a_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import plugin_harness as ph
 import pytest
-from plugin_harness import BFLOAT, CAUSAL, FEEDBACK, FLOAT, HALF, NAMES, Built, Pointers, create, sizes
+from plugin_harness import BFLOAT, CAUSAL, FEEDBACK, FLOAT, HALF, NAMES, Built, Pointers, create, headed, sizes
+
+from sessa_deploy.plugins import ops
 
 
 def enqueue_and_compare(
@@ -110,7 +112,7 @@ def test_causal_gives_the_bits_of_the_torch_op(built: Built, storage: str, capfd
         past = torch.randn(2, b, p, kv_heads, d, device="cuda").to(dtype)
         inputs = [q, k, v, past[0], past[1], lengths_and_poison(p, past)]
         expected = route.causal_kernels(*inputs)
-        enqueue_and_compare(harness, plugin, CAUSAL, onnx, sizes(b, t, p, d, heads, kv_heads), inputs, (expected,), lambda: capfd.readouterr().err)
+        enqueue_and_compare(harness, plugin, CAUSAL, onnx, headed(b, t, p, d, heads, kv_heads), inputs, (expected,), lambda: capfd.readouterr().err)
     harness.harness_destroy(plugin)
 
 
@@ -142,18 +144,18 @@ def test_layers_give_the_bits_of_the_kernels(
     length, limbs = torch.arange(b, device="cuda", dtype=torch.int32), torch.rand(4, d // 2, device="cuda") / 64
     tables = layer.rotary(length, limbs, t)
     flat = [x.view(n, d // 2) for x in tables]
-    cases: list[tuple[int, float, Any, list[Any], tuple[Any, ...]]] = [
-        (ph.ROTARY, -1, sizes(b, t, 1, width, 1, 1, d), [x, length, limbs], tables),
+    cases: list[tuple[int, float | None, Any, list[Any], tuple[Any, ...]]] = [
+        (ph.ROTARY, None, sizes(b, t, 1, width, 1, 1, d), [x, length, limbs], tables),
         (ph.NORM, 1e-5, sizes(b, t, 1, width), [x, row, row2], (layer.norm(x, row, row2, 1e-5),)),
-        (ph.LINEAR_HEADS, -1, sizes(b, t, 1, width, n_q, 1, d, width), [x, square, row], (layer.linear(x, square, row),)),
-        (ph.LOGITS, -1, sizes(b, t, 1, width, columns=columns), [x, wide], (layer.linear(x, wide, None),)),
-        (ph.TAIL, -1, sizes(b, t, 1, width), [x, s, h, square, row], (layer.tail(s, h, square, row, x),)),
+        (ph.LINEAR_HEADS, None, sizes(b, t, 1, width, n_q, 1, d, width), [x, square, row], (layer.linear(x, square, row),)),
+        (ph.LOGITS, None, sizes(b, t, 1, width, columns=columns), [x, wide], (layer.linear(x, wide, None),)),
+        (ph.TAIL, None, sizes(b, t, 1, width), [x, s, h, square, row], (layer.tail(s, h, square, row, x),)),
         (ph.ENTER, 1e-5, sizes(b, t, 1, width), [x, row, row2, double, biases[3]], (layer.norm_enter(x, row, row2, 1e-5, double, biases[3]),)),
         (ph.PROJECT_GAIN, 0.999, heads_of_all, [h, everything, *biases, *tables, gain, one],
          layer.project_gain(h, everything, biases, *flat, gain, one, 0.999)),
     ]  # fmt: skip
-    for op, scale, shape, inputs, expected in cases:
-        plugin = create(built, op, storage=HALF, scale=scale)
+    for op, value, shape, inputs, expected in cases:
+        plugin = create(built, op, HALF, ops.OPS[op].attributes[0].name if value is not None else None, value or 0.0)
         assert plugin is not None, NAMES[op]
         enqueue_and_compare(harness, plugin, op, HALF, shape, inputs, expected, lambda: capfd.readouterr().err)
         harness.harness_destroy(plugin)
@@ -163,7 +165,7 @@ def test_layers_give_the_bits_of_the_kernels(
 @pytest.mark.trt
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
 def test_the_mixer_gives_the_bits_of_its_kernels(built: Built, storage: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Decode steps as mixer_step.py computes them, chunks as the three operations one after the other; ragged, with poisoned rows beyond each length."""
+    """Decode steps as engine/mixer.py computes them, chunks as the three operations one after the other; ragged, with poisoned rows beyond each length."""
     import torch
 
     from sessa_deploy.kernels import route

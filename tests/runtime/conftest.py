@@ -23,28 +23,35 @@ def tiny() -> NumpyModel:
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory, tiny: NumpyModel) -> Callable[[str], Bundle]:
-    """precision -> the tiny model's bundle in that precision, exported when first asked for."""
+def bundles(tmp_path_factory: pytest.TempPathFactory, tiny: NumpyModel) -> Callable[..., Bundle]:
+    """(precision, all_logits) -> the tiny model's bundle in that precision, exported when first asked for."""
     torch = pytest.importorskip("torch")
     from sessa_deploy.export.to_onnx import export_onnx
     from sessa_deploy.model import SessaLM
 
     root, made = tmp_path_factory.mktemp("tiny"), {}
 
-    def get(precision: str = "fp32") -> Bundle:
-        if precision not in made:
+    def get(precision: str = "fp32", all_logits: bool = False) -> Bundle:
+        key = f"{precision}-all" if all_logits else precision
+        if key not in made:
             model = SessaLM(TINY)
             model.load_state_dict({name: torch.tensor(np.asarray(value, np.float32)) for name, value in tiny.w.items()})
-            with BundleWriter(Path(root, precision)) as writer:
-                export_onnx(model, writer.folder / "model.onnx", precision)
+            with BundleWriter(Path(root, key)) as writer:
+                export_onnx(model, writer.folder / "model.onnx", precision, all_logits=all_logits)
                 (writer.folder / "tokenizer.json").write_text(byte_level_tokenizer(), encoding="utf-8")
-                made[precision] = writer.commit(TINY, precision, {"torch": torch.__version__})
-        return made[precision]
+                made[key] = writer.commit(TINY, precision, {"torch": torch.__version__})
+        return made[key]
 
     return get
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(bundles: Callable[[str], Bundle]) -> Bundle:
+def tiny_bundle(bundles: Callable[..., Bundle]) -> Bundle:
     """The tiny model's fp32 bundle."""
     return bundles("fp32")
+
+
+@pytest.fixture(scope="session")
+def all_logits_bundle(bundles: Callable[..., Bundle]) -> Bundle:
+    """The tiny model's fp32 bundle whose graph gives the logits of every token."""
+    return bundles("fp32", all_logits=True)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nobody import as_nobody
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
@@ -73,37 +74,146 @@ def test_one_flipped_bit_is_refused(made, name):
     assert Bundle.open(made, verify=False).precision == "fp32"
 
 
-def test_missing_extra_and_resized_files_are_refused(made):
-    (made / "engines").mkdir()
-    Bundle.open(made)
-    (made / "engines" / "model.plan").write_bytes(b"code")
-    refused(made, "engines/model.plan")
-    shutil.rmtree(made / "engines")
+def test_missing_and_resized_files_are_refused(made):
     (made / "model.onnx").write_bytes(b"short")
     refused(made, "model.onnx", "size")
     (made / "model.onnx").unlink()
     refused(made, "model.onnx", "missing")
 
 
-def test_links_and_special_files_are_refused(made, tmp_path):
-    shutil.copy(made / "model.onnx", tmp_path / "outside")
-    (made / "model.onnx").unlink()
-    (made / "model.onnx").symlink_to(tmp_path / "outside")
-    refused(made, "model.onnx", "link")
-    (made / "model.onnx").unlink()
-    os.mkfifo(made / "model.onnx")
-    refused(made, "model.onnx", "plain file")
-    (made / "model.onnx").unlink()
-    shutil.copy(tmp_path / "outside", made / "model.onnx")
-    (made / "more").symlink_to(tmp_path)
-    refused(made, "more")
+def litter(made: Path) -> dict[str, bytes]:
+    """Put beside a bundle what people keep there; name -> content."""
+    mine = {"README.md": b"card", ".gitattributes": b"*.onnx filter=lfs", ".git/HEAD": b"ref", ".git/objects/aa/b": b"o", ".cache/x": b"", "engines/mine": b"m",
+            "engines/other/model.plan": b"foreign code"}
+    for name, content in mine.items():
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_bytes(content)
+    (made / "dangling").symlink_to("nowhere")
+    return mine
 
 
-def test_a_folder_link_inside_a_listed_name_is_refused(tmp_path):
+def untouched(made: Path, mine: dict[str, bytes]) -> bool:
+    return all((made / name).read_bytes() == content for name, content in mine.items()) and (made / "dangling").is_symlink()
+
+
+def test_files_that_are_not_the_bundle_s_are_left_alone_and_never_loaded(made):
+    mine = litter(made)
+    bundle = Bundle.open(made)
+    assert bundle.names() == ["model.onnx", "tokenizer.json"] and "engines/other/model.plan" not in bundle
+    with pytest.raises(UserError, match="has no engines/other"):
+        bundle.file("engines/other/model.plan")
+    with BundleWriter(made) as writer:
+        (writer.folder / "model.onnx").write_bytes(b"model two")
+        writer.commit(CONFIG, "fp32", VERSIONS)
+    assert writer.kept == [".cache/", ".git/", ".gitattributes", "README.md", "dangling", "engines/"]
+    assert Bundle.open(made).names() == ["model.onnx"] and not (made / "tokenizer.json").exists() and untouched(made, mine)
+    add_files(made, {"parity.json": b"{}", "engines/sm90/model.plan": b"plan"})
+    assert "parity.json" in Bundle.open(made) and untouched(made, mine)
+    add_files(made, {"parity.json": b"[]"}, remove=["engines/sm90/model.plan"])
+    assert Bundle.open(made).read("parity.json") == b"[]" and untouched(made, mine) and not (made / "engines/sm90").exists()
+    assert [p.name for p in made.parent.iterdir()] == ["b"] and not [p for p in made.iterdir() if publish.is_staging(p)]
+
+
+def test_a_file_that_has_the_name_of_a_new_one_is_not_struck(made, tmp_path):
+    for name in ("parity.json", "engines"):
+        (made / name).write_bytes(b"mine")
+        with pytest.raises(UserError, match=name):
+            add_files(made, {name if "." in name else f"{name}/x/model.plan": b"{}"})
+        assert (made / name).read_bytes() == b"mine" and len(Bundle.open(made).names()) == 2
+        (made / name).unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (made / "engines").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="engines"):
+        add_files(made, {"engines/x/model.plan": b"{}"})
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_data_that_an_engine_library_would_find_by_itself_is_not_foreign(made):
+    (made / "model.onnx.data").write_bytes(b"weights")
+    refused(made, "model.onnx.data")
+
+
+def linked(made: Path, root: Path) -> Path:
+    """The bundle as a hub's cache holds it: every file a link into blobs/."""
+    snapshot = root / "snapshots" / "abc"
+    for i, file in enumerate(sorted(p for p in made.rglob("*") if p.is_file())):
+        blob, link = root / "blobs" / f"blob{i}", snapshot / file.relative_to(made)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_links_are_followed_and_every_byte_is_checked(tmp_path):
     made = write(tmp_path / "b", **{"engines/one/model.plan": b"plan"}).path
+    snapshot = linked(made, tmp_path / "models--me--it")
+    (snapshot / "README.md").symlink_to("../../blobs/blob0")
+    assert Bundle.open(snapshot).read("engines/one/model.plan") == b"plan"
     shutil.move(made / "engines", tmp_path / "aside")
     (made / "engines").symlink_to(tmp_path / "aside")
-    refused(made, "engines/one/model.plan", "link")
+    assert Bundle.open(made).read("engines/one/model.plan") == b"plan"
+    for path, target in ((snapshot, os.path.realpath(snapshot / "model.onnx")), (made, tmp_path / "aside/one/model.plan")):
+        raw = bytearray(Path(target).read_bytes())
+        raw[0] ^= 1
+        Path(target).write_bytes(raw)
+        with pytest.raises(UserError, match="does not match its checksum"):
+            Bundle.open(path)
+        os.unlink(target)
+        with pytest.raises(UserError, match=r"link to nothing|is missing"):
+            Bundle.open(path)
+
+
+def test_a_download_cache_is_not_written_to_nor_advised_to_be(tmp_path, made):
+    snapshot = linked(made, tmp_path / "models--me--it")
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    for work in (lambda: write(snapshot), lambda: write(snapshot / "deeper"), lambda: add_files(snapshot, {"parity.json": b"{}"})):
+        with pytest.raises(UserError, match="download cache") as caught:
+            work()
+        assert str(snapshot) not in str(caught.value.fix).replace(f"cp -rL {snapshot}", "")
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+    assert str(snapshot) not in Bundle.open(snapshot).export_hint(" --opset 17") and str(made) in Bundle.open(made).export_hint()
+    Path(os.path.realpath(snapshot / "model.onnx")).write_bytes(b"x")
+    text = refused(snapshot, "another place", "--out BUNDLE")
+    assert f"--out {snapshot}" not in text
+
+
+def test_a_bundle_of_links_of_one_s_own_keeps_them(made, tmp_path):
+    shutil.move(made / "model.onnx", tmp_path / "large")
+    (made / "model.onnx").symlink_to("../large")
+    add_files(made, {"parity.json": b"{}"})
+    assert os.readlink(made / "model.onnx") == "../large" and Bundle.open(made).names() == ["model.onnx", "parity.json", "tokenizer.json"]
+    write(made, b"model two")
+    assert not (made / "model.onnx").is_symlink() and (tmp_path / "large").read_bytes() == b"model one" * 50
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["model.onnx", "manifest.json"])
+@pytest.mark.parametrize(("make", "words"), [
+    (os.mkfifo, "a pipe"), (os.mkdir, "a folder"), (lambda p: os.symlink("/dev/zero", p), "a device"),
+    (lambda p: os.symlink(Path(p).name, p), "symbolic links"),
+    (lambda p: os.symlink("absent", p), "link to nothing"), (lambda p: open(p, "wb").close(), "manifest.json|size"),
+    (lambda p: Path(p).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 450\n"), "Git LFS pointer.*git lfs pull"),
+])
+def test_what_is_no_plain_file_is_refused_and_nothing_waits(made, name, make, words):
+    (made / name).unlink()
+    make(made / name)
+    with pytest.raises(UserError, match=words) as caught:
+        Bundle.open(made)
+    assert name in str(caught.value) or "manifest.json" in str(caught.value)
+
+
+def test_what_was_checked_is_what_is_loaded(made):
+    bundle = Bundle.open(made)
+    bundle.require_unchanged()
+    os.utime(made / "model.onnx")  # other times, the same bytes
+    bundle.require_unchanged()
+    (made / "model.onnx").write_bytes(b"model six" * 50)
+    with pytest.raises(UserError, match=r"model\.onnx does not match"):
+        bundle.require_unchanged()
+    (made / "tokenizer.json").write_bytes(b"[]")
+    with pytest.raises(UserError, match=r"tokenizer\.json does not match"):
+        bundle.read("tokenizer.json")
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../x", "a//b", "./a", "a\\b", "", "C:x", "manifest.json", "a\nb"])
@@ -156,10 +266,12 @@ def test_a_bundle_is_replaced_and_other_folders_are_not(tmp_path, made):
     for out in (mine, made / "model.onnx"):
         with pytest.raises(UserError, match="no bundle"):
             write(out)
-    (made / "notes.txt").write_text("keep me")
-    with pytest.raises(UserError, match=r"notes\.txt"):
-        write(made)
-    assert (made / "notes.txt").exists() and (mine / "manifest.json").exists()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("keep me")
+    with pytest.raises(UserError, match=r"not empty.*thesis\.txt"):
+        write(tmp_path / "home")
+    assert (tmp_path / "home" / "thesis.txt").exists() and (mine / "manifest.json").exists()
+    shutil.rmtree(tmp_path / "home")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "empty", "mine"]
 
 
@@ -261,6 +373,116 @@ def killed_at(line: int, work) -> bool:
         return True
     assert os.WEXITSTATUS(status) == 0
     return False
+
+
+def test_kill_amid_many_renames(tmp_path, monkeypatch):
+    """A bundle among somebody's own files is replaced file by file: killed anywhere, it is the old one, the new one or none, and the files stay."""
+    monkeypatch.setattr(publish.os, "fsync", lambda handle: None)
+    out, line, states = tmp_path / "b", 0, []
+    while True:
+        shutil.rmtree(out, ignore_errors=True)
+        write(out)
+        mine = litter(out)
+        line += 12
+        killed = killed_at(line, lambda: write(out, b"two", **{"engines/new/model.plan": b"p"}))
+        try:
+            states.append(Bundle.open(out).model.read_bytes())
+        except UserError as error:
+            assert "manifest.json" in str(error)
+            states.append(None)
+        assert untouched(out, mine)
+        if not killed:
+            break
+        write(out, b"three")
+        assert Bundle.open(out).model.read_bytes() == b"three" and untouched(out, mine) and Bundle.open(out).names() == ["model.onnx", "tokenizer.json"]
+        assert [p.name for p in tmp_path.iterdir()] == ["b"] and not [p for p in out.iterdir() if publish.is_staging(p)]
+    assert set(states) == {b"model one" * 50, None, b"two"} and states == sorted(states, key=[b"model one" * 50, None, b"two"].index)
+
+
+def test_a_hostile_journal_reaches_nothing_outside(made, tmp_path):
+    (tmp_path / "precious").write_text("x")
+    for stale in (["../precious"], [str(tmp_path / "precious")]):
+        left = made / ".b.sessa-tmp-0123"
+        left.mkdir()
+        (left / ".sessa-journal.json").write_text(json.dumps({"marker": "manifest.json", "stale": stale}))
+        shutil.copy(made / "manifest.json", left / "manifest.json")
+        write(made, b"model two")
+        assert (tmp_path / "precious").exists() and not left.exists()
+
+
+@pytest.mark.parametrize("older", ["none", "empty", "bundle"])
+def test_a_mount_point_is_filled_from_the_inside(tmp_path, monkeypatch, older):
+    out = tmp_path / "b"
+    if older != "none":
+        out.mkdir()
+    if older == "bundle":
+        write(out, more=b"1")
+    real = os.rename
+
+    def busy(source, target):
+        if Path(source) == out or Path(target) == out:
+            raise OSError(16, "Device or resource busy")
+        real(source, target)
+
+    def exchange(a, b):
+        raise OSError(16, "Device or resource busy")
+
+    out.mkdir(exist_ok=True)
+    inode = out.stat().st_ino
+    monkeypatch.setattr(publish.os, "rename", busy)
+    monkeypatch.setattr(publish, "_exchange", exchange)
+    for known in (False, True):  # found out by the failure, or known from the list of mounts
+        if known:
+            monkeypatch.setattr(publish, "_mounts", lambda: {str(out)})
+        write(out, b"model two")
+        add_files(out, {"parity.json": b"{}"})
+        assert Bundle.open(out).names() == ["model.onnx", "parity.json", "tokenizer.json"] and out.stat().st_ino == inode
+        assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "model.onnx", "parity.json", "tokenizer.json"]
+    with pytest.raises(RuntimeError), BundleWriter(out) as writer:
+        assert writer.folder.parent == out
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["b"] and not [p for p in out.iterdir() if publish.is_staging(p)]
+
+
+def test_a_folder_whose_parent_may_not_be_written(public):
+    (public / "out").mkdir()
+    (public / "out").chmod(0o777)
+    public.chmod(0o555)
+    def work() -> str:
+        write(public / "out")
+        add_files(public / "out", {"parity.json": b"{}"})
+        write(public / "out", b"model two")
+        with pytest.raises(UserError, match="Permission denied"):
+            write(public / "new" / "deeper")
+        return ",".join(Bundle.open(public / "out").names())
+    try:
+        assert as_nobody(work) == "model.onnx,tokenizer.json"
+        assert [p.name for p in public.iterdir()] == ["out"]
+    finally:
+        public.chmod(0o755)
+
+
+def test_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(Path("."))
+    write(Path("."), b"model two")
+    assert Bundle.open(".").model.read_bytes() == b"model two" and sorted(os.listdir(".")) == ["manifest.json", "model.onnx", "tokenizer.json"]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.txt").write_text("x")
+    monkeypatch.chdir(tmp_path / "full")
+    with pytest.raises(UserError, match=r"a\.txt"):
+        write(Path("."))
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match="no such place"):
+        write(Path("."))
+
+
+def test_folders_made_on_the_way_go_with_a_failure(tmp_path):
+    with pytest.raises(RuntimeError), BundleWriter(tmp_path / "a" / "b" / "c"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("kind", "swap"), [("new", True), ("replace", True), ("replace", False), ("add", True), ("add", False)])

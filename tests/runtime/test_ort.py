@@ -57,6 +57,49 @@ def test_chunked_ragged_prefill_over_poison(open_session, tiny, chunk):
     assert s.backend.length.tolist() == [4, 1, 14, 2]
 
 
+@pytest.fixture(params=["views", "bound"])
+def every(request, all_logits_bundle):
+    """batch -> a backend on the graph that gives all logits."""
+    return lambda batch: OrtBackend(all_logits_bundle, batch, threads=1) if request.param == "views" else rehearsed(all_logits_bundle, batch)
+
+
+def test_a_graph_with_all_logits_generates_like_one_without(every, tiny_bundle, all_logits_bundle):
+    for prompts in (PROMPTS[:1], PROMPTS):
+        wanted = Session(tiny_bundle, OrtBackend(tiny_bundle, len(prompts), threads=1), chunk=5)
+        found = Session(all_logits_bundle, every(len(prompts)), chunk=5)
+        assert found.backend.all_logits and not wanted.backend.all_logits
+        close(found.prefill(prompts), wanted.prefill(prompts))
+        for params in (None, SamplingParams(1.0, seed=3)):
+            assert found.generate([[5]] * len(prompts), 6, params) == wanted.generate([[5]] * len(prompts), 6, params)
+
+
+def test_logits_of_every_token(every, tiny_bundle, tiny):
+    ids, new = np.zeros((4, 13), np.int64), np.array([len(p) for p in PROMPTS], np.int32)
+    for b, prompt in enumerate(PROMPTS):
+        ids[b, : len(prompt)] = prompt
+    for backend in (every(4), OrtBackend(tiny_bundle, 4, threads=1)):
+        for alone in ([0, 1, 2, 3], [2]):
+            backend.reset()
+            backend.poison()
+            counts = np.where(np.isin(range(4), alone), new, 0)
+            first, then = backend.step_all(ids, counts), backend.step_all(ids[:, :2], np.minimum(counts, 2))
+            assert first.shape == (4, max(counts), 257) and then.shape == (4, 2, 257)
+            for b in alone:
+                wanted = tiny.logits([*PROMPTS[b], *PROMPTS[b][:2]])
+                close(first[b, : new[b]], wanted[: new[b]])
+                close(then[b, : min(new[b], 2)], wanted[new[b] :])
+
+
+def test_a_step_over_every_token_that_fails_changes_nothing(tiny_bundle, monkeypatch):
+    backend = OrtBackend(tiny_bundle, threads=1)
+    backend.step(np.ones((1, 3), int), np.array([3]))
+    run, calls = backend._forward, []
+    monkeypatch.setattr(backend, "_forward", lambda *a: run(*a) if calls.append(1) or len(calls) < 3 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backend.step_all(np.ones((1, 5), int), np.array([5]))
+    assert backend.length.tolist() == [3]
+
+
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint64])
 def test_columns_beyond_the_new_tokens_are_not_looked_at(open_session, tiny, kind):
     """Ids of any integer type; what lies behind a row's new tokens may be anything, also where the columns are cut."""

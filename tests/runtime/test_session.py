@@ -12,7 +12,7 @@ from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
 from sessa_deploy.runtime.sampling import SamplingParams
-from sessa_deploy.runtime.session import Session
+from sessa_deploy.runtime.session import Generation, Session
 from sessa_deploy.runtime.tokenizer import byte_level_tokenizer
 
 CONFIG = SessaConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=257, max_context=64)
@@ -142,6 +142,84 @@ def test_eos_of_the_model_is_the_default_stop_and_bos_begins_a_text(tmp_path):
     assert s.tokens()[-1] == 33 and 256 not in s.tokens()[1:]
 
 
+def test_a_prompt_of_none_leaves_its_sequence_alone(bundle):
+    s = session(bundle, batch=3)
+    s.prefill([None, [9, 8], None])
+    before = s.tokens(1)
+    results = s.generate(["def f", None, [7]], 3, [SamplingParams(1.0, seed=1), SamplingParams(), None])
+    assert results[1] == Generation() and s.tokens(1) == before and s.backend.length[1] == 2
+    assert results[2].tokens == MODEL.greedy([7], 3)
+    assert results[0].tokens == session(bundle).generate("def f", 3, SamplingParams(1.0, seed=1))[0].tokens
+    assert s.generate([None, None]) == [Generation(), Generation()] and list(s.stream([None], 2)) == []
+
+
+def test_new_tokens_for_each_prompt(bundle):
+    results = session(bundle, batch=4).generate(PROMPTS, [1, 5, None, 2])
+    assert [len(r.tokens) for r in results] == [1, 5, 52, 2] and [r.finish for r in results] == ["length", "length", "context", "length"]
+    assert [r.tokens for r in results] == [MODEL.greedy(p, len(r.tokens)) for p, r in zip(PROMPTS, results, strict=True)]
+    with pytest.raises(UserError, match="wrong length"):
+        session(bundle, batch=4).generate(PROMPTS, [1, 2])
+
+
+INTEGERS = [np.int64, np.int32, np.uint8, np.array]
+
+
+@pytest.mark.parametrize("kind", INTEGERS, ids=lambda kind: kind.__name__)
+def test_integers_and_floats_of_numpy_are_numbers(bundle, kind):
+    single = np.float32
+    params = SamplingParams(single(0.75), kind(40), single(0.5), single(0.25), single(1.5), kind(3))
+    assert params == SamplingParams(0.75, 40, 0.5, 0.25, 1.5, 3) and type(params.seed) is int and type(params.top_p) is float
+    expected = session(bundle).generate([[1, 2, 3]], 5, params)[0].tokens
+    s = Session(bundle, NumpyBackend(MODEL, kind(2), kind(40)), chunk=kind(2))
+    for prompt in ([kind(1), kind(2), kind(3)], np.array([1, 2, 3], np.int32), (1, 2, 3), range(1, 4)):
+        s.reset([kind(0)])
+        assert s.generate([prompt], kind(5), params, stop_tokens=kind(200))[0].tokens == expected
+    s.reset()
+    assert s.generate(np.array([[1, 2], [3, 4]]), np.array([2, 3]), stop_tokens=[kind(201)])[1].tokens == MODEL.greedy([3, 4], 3)
+    s.backend.rewind(kind(1), kind(2))
+    assert s.backend.room(kind(1)) == 38 and s.tokens(kind(1))[:2] == [3, 4]
+
+
+@pytest.mark.parametrize("bad", [True, np.True_, np.array([True])[0], 1.0, np.float64(1), "1", None])
+def test_booleans_floats_and_texts_are_no_integers(bundle, bad):
+    calls = [lambda s: s.generate([[bad]], 1), lambda s: s.backend.rewind(0, bad), lambda s: s.generate([[1]], 1, stop_tokens=[bad]), lambda s: s.tokens(bad)]
+    if bad is not None:
+        calls += [lambda s: s.generate([[1]], bad), lambda s: Session(s.bundle, s.backend, chunk=bad), lambda s: NumpyBackend(MODEL, bad),
+                  lambda s: NumpyBackend(MODEL, 1, bad), lambda s: SamplingParams(seed=bad), lambda s: s.generate([[1]], [bad])]
+    for number, call in enumerate([*calls, lambda s: SamplingParams(top_k=bad)]):
+        with pytest.raises(UserError) as caught:
+            call(session(bundle))
+        assert "\n" not in str(caught.value), number
+    if not isinstance(bad, float):
+        with pytest.raises(UserError):
+            SamplingParams(bad)
+
+
+def test_every_one_of_several_stop_tokens_of_the_model_ends_a_text(bundle):
+    expected = MODEL.greedy(PROMPTS[0], 6)
+    for ends in ((expected[3], 300), [expected[3]], expected[3]):
+        s = session(bundle)
+        s.config = dataclasses.replace(s.config)
+        object.__setattr__(s.config, "eos_token_id", ends)
+        assert s.generate([PROMPTS[0]], 6)[0].tokens == expected[: expected.index(expected[3]) + 1]
+
+
+def test_a_tokenizers_template_begins_a_conversation_once(tmp_path):
+    from tokenizers import Tokenizer as Library
+    from tokenizers import processors
+
+    library = Library.from_str(byte_level_tokenizer())
+    library.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 256)])
+    library.enable_truncation(4)
+    for bos, first in ((None, 256), (256, 256), (7, 7)):
+        config = dataclasses.replace(CONFIG, bos_token_id=bos)
+        made = write_bundle(tmp_path / str(bos), {"model.onnx": b"", "tokenizer.json": library.to_str().encode()}, config, "fp32", {})
+        s = Session(made, NumpyBackend(MODEL))
+        s.prefill("hello")
+        s.prefill([" you"])
+        assert s.tokens() == [first, *b"hello you"] and s.tokenizer.ignored[0] == "truncation to 4 tokens"
+
+
 def test_stop_strings_are_not_shown(bundle):
     s = session(bundle)
     greedy = MODEL.greedy(PROMPTS[0], 12)
@@ -196,7 +274,10 @@ def test_one_free_row_beside_a_long_prompt(bundle):
 @pytest.mark.parametrize("call", [
     lambda s: s.generate([], 1), lambda s: s.generate([[1]] * 9, 1), lambda s: s.generate([[]], 1), lambda s: s.generate("", 1),
     lambda s: s.generate([[257]], 1), lambda s: s.generate([[-1]], 1), lambda s: s.generate([[1]], 0), lambda s: s.generate([[1]], True),
-    lambda s: s.generate([1, 2], 1), lambda s: s.generate([[1]], 1, stop="a"), lambda s: s.generate([[1]], 1, stop=[""]),
+    lambda s: s.generate([1, 2], 1), lambda s: s.generate([b"ab"], 1), lambda s: s.generate([[1.5]], 1), lambda s: s.generate([np.ones(2)], 1),
+    lambda s: s.generate([[1]], 1, stop_tokens="a"), lambda s: s.reset([1]), lambda s: s.reset([-1]), lambda s: s.tokens(3), lambda s: s.backend.reset([-1]),
+    lambda s: s.backend.rewind(1, 0),
+    lambda s: s.generate([[1]], 1, stop="a"), lambda s: s.generate([[1]], 1, stop=[""]),
     lambda s: s.generate([[1]], 1, [SamplingParams()] * 2), lambda s: Session(s.bundle, s.backend, chunk=0), lambda s: Session(s.bundle, "tpu"),
     lambda s: s.backend.step(np.zeros((1, 1)), np.ones(1, int)), lambda s: s.backend.step(np.zeros((1, 1), int), np.array([2])),
     lambda s: s.backend.step(np.zeros((1, 1), int), np.array([0])), lambda s: NumpyBackend(MODEL, 0), lambda s: NumpyBackend(MODEL, 1, -3),

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from sessa_deploy.errors import UserError
+from sessa_deploy.runtime.report import ignored_note
 from sessa_deploy.runtime.tokenizer import END_OF_TEXT, Tokenizer, byte_level_tokenizer
 
 BYTES = Tokenizer.from_json(byte_level_tokenizer())
@@ -91,3 +92,61 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
         assert "\n" not in str(caught.value) and "fix" in str(caught.value)
     with pytest.raises(UserError, match="Unicode"):
         BYTES.encode("\ud800")
+
+
+def trained() -> Library:
+    """A small byte-level BPE with <s>, </s> and <pad> as 0, 1 and 2."""
+    library = Library(models.BPE())
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    library.train_from_iterator([json.__doc__ or ""], trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return library
+
+
+TEXT = "def dumps(value, *, indent=None):\n    return encode(value, indent)\n" * 3
+MARKS = [("<s>", 0), ("</s>", 1)]
+POST_PROCESSORS = {
+    "bos": (processors.TemplateProcessing(single="<s> $A", special_tokens=MARKS), (0,), 1),
+    "eos": (processors.TemplateProcessing(single="$A </s>", special_tokens=MARKS), (), 1),
+    "both": (processors.TemplateProcessing(single="<s> $A </s>", special_tokens=MARKS), (0,), 2),
+    "two in front": (processors.TemplateProcessing(single="<s> <pad> $A", special_tokens=[*MARKS, ("<pad>", 2)]), (0, 2), 1),
+    "roberta": (processors.RobertaProcessing(("</s>", 1), ("<s>", 0)), (0,), 2),
+    "bert": (processors.BertProcessing(("</s>", 1), ("<s>", 0)), (0,), 2),
+    "bytes": (processors.ByteLevel(trim_offsets=True), (), 0),
+    "sequence": (processors.Sequence([processors.ByteLevel(), processors.TemplateProcessing(single="<s> $A", special_tokens=MARKS)]), (0,), 1),
+}
+
+
+def test_truncation_padding_and_dropout_are_ignored_and_told():
+    library = trained()
+    plain = Tokenizer.from_json(library.to_str())
+    assert plain.ignored == () and plain.first == () and ignored_note(plain) is None and ignored_note(None) is None
+    changes = [(lambda x: x.enable_truncation(8), "truncation to 8 tokens"), (lambda x: x.enable_padding(length=333), "padding to 333 tokens"),
+               (lambda x: x.enable_padding(), "padding"), (lambda x: setattr(x.model, "dropout", 0.5), "dropout of 0.5")]
+    for change, words in changes:
+        own = trained()
+        change(own)
+        opened = Tokenizer.from_json(own.to_str())
+        assert all(opened.encode(text) == plain.encode(text) for text in (TEXT, "hi", TEXT))
+        assert opened.ignored == (words,) and words in ignored_note(opened) and opened.to_json() == own.to_str()
+
+
+@pytest.mark.parametrize("kind", POST_PROCESSORS)
+def test_special_tokens_of_a_post_processor_only_begin_a_conversation(kind):
+    library = trained()
+    plain = Tokenizer.from_json(library.to_str())
+    library.post_processor, first, told = POST_PROCESSORS[kind]
+    opened = Tokenizer.from_json(library.to_str())
+    assert opened.encode(TEXT) == plain.encode(TEXT) and opened.first == first and len(opened.ignored) == told
+    ids = plain.encode(TEXT)
+    assert opened.encode_first(TEXT) == [*first, *ids]
+    assert opened.encode_first("<s><pad>" + TEXT if len(first) > 1 else "<s>" + TEXT, 0)[:2] in ([0, ids[0]], [0, 2]), "written out: not once more"
+    assert opened.encode_first(TEXT, 2) == ([*first, *ids] if 2 in first else [2, *ids]), "the model's bos decides"
+
+
+def test_text_that_the_vocabulary_cannot_carry_is_refused_in_one_line():
+    with pytest.raises(UserError, match="cannot encode"):
+        Tokenizer.from_json(Library(models.WordLevel({"a": 0}, unk_token="[UNK]")).to_str()).encode("b")
+    for text in ("{}", "[]", "3", "null", "{", '{"model": {"type": "BPE"}}'):
+        with pytest.raises(UserError, match="pip install -U tokenizers"):
+            Tokenizer.from_json(text)

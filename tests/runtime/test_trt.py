@@ -25,11 +25,11 @@ BATCH, CAPACITY, CHUNK = 3, 48, 8
 
 
 @pytest.fixture(params=["8.6.0", "10.9.0"])
-def build(request: pytest.FixtureRequest, bundles: Callable[[str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def build(request: pytest.FixtureRequest, bundles: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """(precision, **backend options) -> (backend, cuda, bundle), each on a bundle with an engine from a fake build."""
     from sessa_deploy.export import to_engine
 
-    def make(precision: str = "fp32", **options: Any) -> tuple[TrtBackend, HostCuda, Bundle]:
+    def make(precision: str = "fp32", all_logits: bool = False, **options: Any) -> tuple[TrtBackend, HostCuda, Bundle]:
         cuda = HostCuda()
         monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make(request.param, cuda))
         plugin = tmp_path / "libsessa_plugin.so"
@@ -38,7 +38,7 @@ def build(request: pytest.FixtureRequest, bundles: Callable[[str], Bundle], tmp_
         machine = to_engine.Machine("Fake", "sm_90", 1 << 34, 1 << 34, request.param, "12.8")
         monkeypatch.setattr(to_engine, "this_machine", lambda trt: machine)
         monkeypatch.setattr(to_engine, "timing_cache_file", lambda machine: tmp_path / "timing.cache")
-        source = bundles(precision)
+        source = bundles(precision, all_logits)
         bundle = write_bundle(tmp_path / "bundle", {n: source.file(n) for n in source.names()}, source.config, precision, source.versions)
         built = to_engine.build_engine(bundle, BATCH, CAPACITY, CHUNK)
         backend = TrtBackend(built.bundle, kernels=fake_cubins(tmp_path), cuda=cuda, **{"batch": BATCH, **options})
@@ -65,7 +65,7 @@ def drive(backend: Any, poison: bool = False) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("poison", [False, True])
-def test_steps_equal_onnx_runtimes(build: Callable[..., Any], bundles: Callable[[str], Bundle], precision: str, poison: bool) -> None:
+def test_steps_equal_onnx_runtimes(build: Callable[..., Any], bundles: Callable[..., Bundle], precision: str, poison: bool) -> None:
     backend, cuda, _ = build(precision)
     reference = OrtBackend(bundles(precision), batch=BATCH, capacity=CAPACITY, threads=1)
     tolerance = 1e-5 if precision == "fp32" else 2e-2
@@ -76,6 +76,27 @@ def test_steps_equal_onnx_runtimes(build: Callable[..., Any], bundles: Callable[
         for (name, mine), theirs in zip(backend.cached(row).items(), reference.cached(row).values(), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=tolerance, err_msg=name)
     assert cuda.replays == 4 and len(cuda.graphs) == 1  # of five decode steps the first is not captured
+
+
+def test_an_engine_with_all_logits_steps_like_one_without(build: Callable[..., Any], bundles: Callable[..., Bundle]) -> None:
+    backend, cuda, bundle = build(all_logits=True)
+    reference = OrtBackend(bundles("fp32"), batch=BATCH, capacity=CAPACITY, threads=1)
+    assert backend.all_logits and not reference.all_logits
+    for mine, theirs in zip(drive(backend, poison=True), drive(reference), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert cuda.replays == 4
+    backend.reset()
+    reference.reset()
+    ids, new = np.random.default_rng(1).integers(0, 257, (3, 19)), np.array([19, 5, 0], np.int32)
+    for _ in range(2):
+        mine, theirs = backend.step_all(ids, new), reference.step_all(ids, new)
+        for b, count in enumerate(new):
+            np.testing.assert_allclose(mine[b, :count], theirs[b, :count], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(backend.length, reference.length)
+    backend.reset()
+    with Session(bundle, backend) as session:
+        wanted = Session(bundles("fp32"), OrtBackend(bundles("fp32"), BATCH, CAPACITY, threads=1)).generate(["one", "a longer prompt"], 20)
+        assert session.generate(["one", "a longer prompt"], 20) == wanted
 
 
 def test_text_equals_onnx_runtimes_with_and_without_a_graph(build: Callable[..., Any], tiny_bundle: Bundle) -> None:

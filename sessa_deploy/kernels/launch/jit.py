@@ -7,12 +7,12 @@ torch and Triton are imported where they are used.
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from sessa_deploy.cuda import resident_blocks
 from sessa_deploy.errors import UserError
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import ALIGNMENT, STEP_PROGRAMS, WORKSPACE_ALIGNMENT
@@ -246,12 +246,5 @@ def _resident(binary: Any, device: torch.device) -> int:
     """Programs of a compiled kernel that the device holds at once; 0 if its driver does not say."""
     import torch
 
-    from sessa_deploy.runtime.driver import open_driver
-
-    occupancy = getattr(open_driver(), "cuOccupancyMaxActiveBlocksPerMultiprocessor", None)
-    if occupancy is None:
-        return 0
-    each = ctypes.c_int()
-    threads, shared = 32 * binary.metadata.num_warps, ctypes.c_size_t(binary.metadata.shared)
-    failed = occupancy(ctypes.byref(each), ctypes.c_void_p(binary.function), threads, shared)
-    return 0 if failed else each.value * torch.cuda.get_device_properties(device).multi_processor_count
+    each = resident_blocks(binary.function, 32 * binary.metadata.num_warps, binary.metadata.shared)
+    return each * torch.cuda.get_device_properties(device).multi_processor_count

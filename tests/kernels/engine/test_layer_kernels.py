@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rule import EPS
 
 triton = pytest.importorskip("triton")
 
@@ -13,7 +14,6 @@ from sessa_deploy.rope import _limbs, rotate  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU or TRITON_INTERPRET=1")
-EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]  # numpy, which interprets, has no bfloat16
 ROWS = [1, 3, 33, 70] if DEVICE == "cpu" else [1, 3, 16, 33, 64, 70, 300, 2049]
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from sessa_deploy import cuda
 from sessa_deploy.errors import UserError
 from sessa_deploy.kernels.launch import jit
 from sessa_deploy.plugins import lower
-from sessa_deploy.runtime import driver
 
 triton = pytest.importorskip("triton")
 FIX = "pip install 'triton>=3.6,<3.8'"
@@ -55,6 +55,7 @@ def test_no_kernel_is_reached_with_another_version() -> None:
     code = """
 import torch, triton
 triton.__version__ = "3.8.0"
+from sessa_deploy import cuda
 from sessa_deploy.errors import UserError
 from sessa_deploy.kernels.launch import jit
 def refused(call):
@@ -103,7 +104,7 @@ def test_how_many_programs_a_device_holds(monkeypatch: pytest.MonkeyPatch) -> No
 
     binary = SimpleNamespace(function=77, metadata=SimpleNamespace(num_warps=2, shared=32800))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    monkeypatch.setattr(driver, "open_driver", lambda: SimpleNamespace(cuOccupancyMaxActiveBlocksPerMultiprocessor=occupancy))
+    monkeypatch.setattr(cuda, "open_driver", lambda: SimpleNamespace(cuOccupancyMaxActiveBlocksPerMultiprocessor=occupancy))
     assert jit._resident(binary, torch.device("cuda", 0)) == 792 and asked == [(77, 64, 32800)]
-    monkeypatch.setattr(driver, "open_driver", lambda: SimpleNamespace())
+    monkeypatch.setattr(cuda, "open_driver", lambda: SimpleNamespace())
     assert jit._resident(binary, torch.device("cuda", 0)) == 0

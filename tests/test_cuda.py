@@ -1,4 +1,4 @@
-"""The ctypes calls of trt_cuda against a libcuda of our own, compiled here: argument widths, order, capture and errors, without a GPU."""
+"""The ctypes calls of cuda.py against a libcuda of our own, compiled here: argument widths, order, capture and errors, without a GPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from sessa_deploy.errors import SessaError
-from sessa_deploy.runtime import trt_cuda
-from sessa_deploy.runtime.trt_cuda import Cuda
+from sessa_deploy import cuda as binding
+from sessa_deploy.cuda import Cuda, Device
+from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.runtime import traffic
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
 
@@ -24,7 +25,12 @@ typedef uint64_t ptr; typedef void* handle; typedef int rc;
 static int capturing, recorded, fail_alloc; static char stream_object, module_object, function_object, graph_object;
 static void *slot[8]; /* what a captured launch copies */
 static ptr live;
-rc cuGetErrorString(rc code, char const** text) { *text = code == 2 ? "out of memory" : "bad"; return 0; }
+rc cuGetErrorName(rc code, char const** text) { *text = code == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_BAD"; return 0; }
+rc cuGetErrorString(rc code, char const** text) { if (code == 500) return 1; *text = code == 2 ? "out of memory" : "bad"; return 0; }
+rc cuDriverGetVersion(int* v) { *v = 12080; return 0; }
+rc cuDeviceGetCount(int* n) { *n = 2; return 0; }
+rc cuDeviceGetName(char* name, int room, int d) { strncpy(name, "NVIDIA H200", room); return room < 12; }
+rc cuDeviceTotalMem_v2(size_t* n, int d) { *n = 141ull << 30; return 0; }
 rc cuDeviceGet(int* d, int i) { *d = i; return i == 0 ? 0 : 101; }
 rc cuDeviceGetAttribute(int* v, int what, int d) { *v = what == 75 ? 9 : what == 76 ? 0 : -1; return d != 0; }
 rc cuDevicePrimaryCtxRetain(handle* c, int d) { *c = &live; return d != 0; }
@@ -39,6 +45,21 @@ rc cuMemAllocHost_v2(void** p, size_t n) { *p = calloc(1, n); ++live; return 0; 
 rc cuMemFreeHost(void* p) { free(p); --live; return 0; }
 rc cuMemcpyHtoDAsync_v2(ptr d, void const* s, size_t n, handle q) { if (q != &stream_object) return 400; memcpy((void*)d, s, n); return 0; }
 rc cuMemcpyDtoHAsync_v2(void* d, ptr s, size_t n, handle q) { if (q != &stream_object) return 400; memcpy(d, (void*)s, n); return 0; }
+rc cuMemcpyDtoDAsync_v2(ptr d, ptr s, size_t n, handle q) { if (q != &stream_object) return 400; memcpy((void*)d, (void*)s, n); return 0; }
+struct plan { size_t sx, sy; unsigned skind; void const* shost; ptr s; handle sarray; size_t spitch; /* as cuda.h has CUDA_MEMCPY2D */
+              size_t dx, dy; unsigned dkind; void* dhost; ptr d; handle darray; size_t dpitch; size_t width, height; };
+rc cuMemcpy2DAsync_v2(struct plan const* p, handle q)
+{
+    if (q != &stream_object || p->skind != 2 || p->dkind != 2 || p->sx || p->sy || p->dx || p->dy || p->shost || p->dhost || p->sarray || p->darray) return 1;
+    if (p->width > p->spitch || p->width > p->dpitch) return 1;
+    for (size_t i = 0; i < p->height; ++i) memcpy((char*)p->d + i * p->dpitch, (char*)p->s + i * p->spitch, p->width);
+    return 0;
+}
+rc cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, handle f, int threads, size_t shared)
+{
+    *n = 6;
+    return f == &function_object && threads == 64 && shared == 5ull << 32 ? 0 : 1;
+}
 rc cuMemcpyDtoH_v2(void* d, ptr s, size_t n) { memcpy(d, (void*)s, n); return 0; }
 rc cuMemsetD32Async(ptr d, unsigned v, size_t n, handle q) { for (size_t i = 0; i < n; ++i) ((unsigned*)d)[i] = v; return q == &stream_object ? 0 : 400; }
 rc cuModuleLoadData(handle* m, void const* image) { *m = &module_object; return memcmp(image, "cubin\0x", 7) ? 200 : 0; }
@@ -73,7 +94,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def cuda(library: Any, monkeypatch: pytest.MonkeyPatch) -> Cuda:
-    monkeypatch.setattr(trt_cuda, "open_driver", lambda: library)
+    monkeypatch.setattr(binding, "open_driver", lambda: library)
     return Cuda()
 
 
@@ -97,13 +118,58 @@ def test_memory_kernels_and_graphs(cuda: Cuda, library: Any) -> None:
     assert library.still_allocated() == 3
     cuda.close()
     assert library.still_allocated() == 0
+    cuda.close()  # nothing is freed twice
+
+
+def test_copies_on_the_gpu(cuda: Cuda) -> None:
+    """Rows of 5 bytes that lie 8 apart, to rows 11 apart; nothing between them is written."""
+    source, target = cuda.allocate(64), cuda.allocate(64)
+    cuda.write(source, bytes(range(1, 25)))
+    cuda.copy(target + 2, 11, source, 8, 5, 3)
+    found = cuda.read(target, 40)
+    assert found == bytes(2) + bytes(6).join(bytes(range(start, start + 5)) for start in (1, 9, 17)) + bytes(11)
+    cuda.copy(target, 0, source + 3, 0, 4, 1)
+    assert cuda.read(target, 8) == bytes((4, 5, 6, 7)) + found[4:8]
+    cuda.close()
+
+
+def test_what_there_is(library: Any, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert binding.driver_version() == "12.8"
+    # the second GPU of this driver answers no question about itself
+    assert binding.devices() == [Device(0, "NVIDIA H200", "sm_90", 141 << 30)]
+    assert binding.used_memory() == 3 << 30
+    kernel = cuda.kernel(b"cubin\0x", "copy", warps=2, shared=50000, params=5)
+    assert binding.resident_blocks(kernel.handle, 64, 5 << 32) == 6
+    assert binding.resident_blocks(kernel.handle, 32, 5 << 32) == 0  # the driver refused
+    monkeypatch.setattr(binding, "open_driver", lambda: None)
+    assert (binding.driver_version(), binding.devices(), binding.used_memory(), binding.resident_blocks(kernel.handle, 64, 0)) == (None, [], None, 0)
+    cuda.close()
+
+
+def test_bandwidth_counts_what_is_read_and_written(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten runs of four copies, the fastest counts; no memory is kept, and a GPU without room for it has no figure."""
+    clock = iter(range(100))
+    monkeypatch.setattr(binding, "open_driver", lambda: library)
+    monkeypatch.setattr(traffic, "_COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(traffic.time, "perf_counter", lambda: next(clock) ** 2)
+    assert traffic.copy_bandwidth() == 4 * 2 * 2**20  # the first run took a second, the others longer
+    library.still_allocated.restype = ctypes.c_uint64
+    assert library.still_allocated() == 0
+    monkeypatch.setattr(traffic, "_COPY_BYTES", 1 << 33)
+    assert traffic.copy_bandwidth() is None
+    monkeypatch.setattr(binding, "open_driver", lambda: None)
+    assert traffic.copy_bandwidth() is None
 
 
 def test_errors_carry_the_drivers_words_and_a_failed_capture_ends(cuda: Cuda) -> None:
-    with pytest.raises(SessaError, match=r"cuMemAlloc_v2: out of memory \(2\); fix: .*--max-batch"):
+    with pytest.raises(SessaError, match=r"cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY \(2\), out of memory; fix: .*--max-batch"):
         cuda.allocate(1 << 33)
-    with pytest.raises(SessaError, match=r"cuModuleLoadData: bad \(200\)"):
+    with pytest.raises(SessaError, match=r"cuModuleLoadData: CUDA_ERROR_BAD \(200\), bad$"):
         cuda.kernel(b"other\0\0", "copy", 1, 0, 2)
+    with pytest.raises(SessaError, match=r"cuModuleGetFunction: CUDA_ERROR_BAD \(500\), unknown error$"):
+        cuda.kernel(b"cubin\0x", "absent", 1, 0, 2)
+    with pytest.raises(UserError, match="too old: got no cuOfTomorrow; fix: install a newer NVIDIA driver"):
+        cuda.call("cuOfTomorrow")
 
     def broken() -> None:
         raise SessaError("in the middle")
@@ -114,10 +180,10 @@ def test_errors_carry_the_drivers_words_and_a_failed_capture_ends(cuda: Cuda) ->
 
 
 def test_no_driver_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_cuda, "open_driver", lambda: None)
-    with pytest.raises(SessaError, match="--backend ort"):
+    monkeypatch.setattr(binding, "open_driver", lambda: None)
+    with pytest.raises(UserError, match=r"no CUDA driver.*--backend ort"):
         Cuda()
 
 
 def test_addresses_fit_64_bits(tmp_path: Path) -> None:
-    assert ctypes.sizeof(trt_cuda.Pointer) == ctypes.sizeof(trt_cuda.Handle) == 8
+    assert ctypes.sizeof(binding.Pointer) == ctypes.sizeof(binding.Handle) == 8

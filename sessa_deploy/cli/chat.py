@@ -1,0 +1,145 @@
+"""`sessa-deploy chat`: a conversation with a bundle, kept on the session's caches from turn to turn."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sessa_deploy.cli import inputs
+from sessa_deploy.cli.options import PATH, POSITIVE_INT, TEXT
+from sessa_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from sessa_deploy.runtime.session import Session
+
+_DEFAULT_TOKENS = 128
+_HELP = "/reset begins anew, /more lets the answer go on, /quit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+@click.command("chat")
+@click.argument("bundle", type=PATH)
+@click.option("--max-new-tokens", type=POSITIVE_INT, default=_DEFAULT_TOKENS, show_default=True, help="Longest answer, in tokens.")
+@inputs.sampling_options
+@inputs.backend_option
+@click.option("--stop", type=TEXT, multiple=True, help="End an answer where this text appears; may be given several times.")
+@click.option("--capacity", type=POSITIVE_INT, help="Tokens the conversation may have; default: the model's max_context.")
+@inputs.threads_option
+def command(
+    bundle: str, max_new_tokens: int, backend: str, stop: tuple[str, ...], capacity: int | None, threads: int | None, **drawn: Any,
+) -> None:
+    """Talk to BUNDLE: every line is a turn, and the model goes on behind it.
+
+    A turn is plain text, with no template around it: the first answer is what `run --prompt` gives, and each later turn stands on a line of its own behind
+    the answer before. Only new tokens are computed. /reset begins anew, /more lets the last answer go on, /quit or the end of the input ends. Lines may
+    also come from a pipe. With --seed, turn n draws from seed + n - 1.
+    """
+    from sessa_deploy.runtime.report import count_progress
+    from sessa_deploy.runtime.session import Session
+
+    params = inputs.sampling(**drawn)
+    with count_progress("prompt") as progress, Session(bundle, backend, capacity=capacity, threads=threads, progress=progress) as session:
+        _ = session.tokenizer  # a conversation needs text
+        inputs.tell_ignored(session)
+        chat = _Chat(session, max_new_tokens, params, stop)
+        if sys.stdin.isatty():
+            click.echo(f"{session.backend.name}, {session.capacity} tokens of context; {_HELP}", err=True)
+        for line in _lines():
+            if line == "/quit":
+                break
+            try:
+                chat.turn(line)
+            except UserError as error:
+                click.echo(f"error: {error}", err=True)
+            if chat.out.closed:
+                break
+
+
+class _Chat:
+    """The conversation on sequence 0 of a session."""
+
+    def __init__(self, session: Session, max_new_tokens: int, params: Any, stop: tuple[str, ...]) -> None:
+        self.session, self.most, self.params, self.stop, self.out = session, max_new_tokens, params, stop, inputs.Writer()
+        self.turns, self.ends_line = 0, True
+
+    def turn(self, line: str) -> None:
+        """Do what a line says. Raises UserError on a turn that cannot be taken; the conversation is then as it was."""
+        begun = bool(self.session.tokens())
+        if line == "/help":
+            click.echo(_HELP, err=True)
+        elif line == "/reset":
+            self.session.reset()
+            self.turns, self.ends_line = 0, True
+        elif line == "/more":
+            if begun:
+                self._answer([])
+        elif line.strip():
+            self._answer(self.session.encode(line if self.ends_line or not begun else "\n" + line))
+
+    def _answer(self, ids: list[int]) -> None:
+        session = self.session
+        left = session.capacity + 1 - len(session.tokens()) - len(ids)  # the last token drawn needs no row in the cache
+        if left < 1:
+            raise UserError("the context is full", got=f"{len(session.tokens())} tokens of conversation and {len(ids)} of this turn",
+                            allowed=f"{session.capacity} tokens", fix="/reset begins anew; a larger --capacity holds more")
+        seed = self.params.seed
+        params = self.params if seed is None else dataclasses.replace(self.params, seed=seed + self.turns)
+        self.turns += 1
+        text, finish = "", None
+        with _interruptible() as stopped:
+            for chunk in session.stream([ids], min(self.most, left), params, stop=self.stop):
+                text, finish = text + chunk.text, chunk.finish
+                self.out.write(chunk.text)
+                if stopped or self.out.closed:
+                    break
+        self.ends_line = text.endswith("\n")
+        self.out.write("\n")
+        if len(session.tokens()) > session.capacity:
+            click.echo(f"note: the context is full ({session.capacity} tokens): /reset begins anew; a larger --capacity holds more", err=True)
+        elif stopped:
+            click.echo("note: stopped; /more goes on", err=True)
+        elif finish == "length" and sys.stdin.isatty():
+            click.echo(f"note: cut after {min(self.most, left)} tokens; /more goes on", err=True)
+
+
+def _lines() -> Iterator[str]:
+    """Turns: typed at a prompt, or from a pipe."""
+    if not sys.stdin.isatty():
+        for number, raw in enumerate(sys.stdin.buffer, start=1):
+            try:
+                yield raw.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise UserError(f"line {number} of standard input is not UTF-8", got=str(error), fix="pass UTF-8 text") from None
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - makes input() edit and remember lines
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            click.echo(err=True)
+            return
+        except KeyboardInterrupt:
+            click.echo("\n(/quit or Ctrl-D ends)", err=True)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Ctrl-C inside the block fills the list that is yielded, so that no step is torn apart; pressed again it ends the program."""
+    pressed: list[int] = []
+
+    def press(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,95 @@
+"""How this package starts other interpreters and programs, and how it ends when it is told to. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.machinery
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+_TERMINATED = (signal.SIGTERM, signal.SIGHUP)
+_GRACE = 5.0  # seconds between asking a program to end and ending it
+
+
+def command(*words: object) -> str:
+    """A command of ours as a shell takes it, whatever stands in its paths: "sessa-deploy build 'my bundle' --force"."""
+    return shlex.join(("sessa-deploy", *map(str, words)))
+
+
+def python(code: str, *arguments: str, interpreter: str | Path | None = None) -> list[str]:
+    """The command of a fresh interpreter that runs `code`, with `sys` imported and `arguments` in sys.argv[1:].
+
+    The working directory is no place of packages for it, as with -P from Python 3.11 on: a user's random.py there, or a clone of this package, is
+    not imported. interpreter: another one than this, in which this package is installed; this one's child finds the package that its parent runs.
+    """
+    safe = "import sys; sys.path[:] = [p for p in sys.path if p]; "
+    root = None if interpreter else _root_to_add()
+    return [str(interpreter or sys.executable), "-c", f"{safe}{f'sys.path.insert(0, {root!r}); ' if root else ''}{code}", *arguments]
+
+
+def run_group(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end and capture what it says. Where this process is interrupted or told to end, the program and all its children end too."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, encoding="utf-8", errors="replace",
+                          start_new_session=True) as process:
+        try:
+            out, err = process.communicate()
+        except BaseException:
+            _end_group(process)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def ending_cleanly() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP raise SystemExit (128 + their number), so that temporary files and children go; nohup is respected."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = [number for number in _TERMINATED if signal.getsignal(number) == signal.SIG_DFL]
+
+    def end(number: int, frame: Any) -> None:
+        for other in caught:  # once is enough: a second one would end the cleaning up
+            signal.signal(other, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for number in caught:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE)
+            return
+
+
+def _package_root() -> str:
+    return os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+
+def _root_to_add() -> str | None:
+    """The folder of this very package where a child of this interpreter would find none or another one: a clone that was never installed."""
+    here = os.path.realpath(os.getcwd())
+    path = [p for p in sys.path if p and os.path.realpath(p) != here]
+    name = __name__.partition(".")[0]
+    found = importlib.machinery.PathFinder.find_spec(name, path)
+    for finder in sys.meta_path:  # an editable installation has a finder of its own
+        if found is None and finder is not importlib.machinery.PathFinder:
+            found = finder.find_spec(name, None)
+    root = _package_root()
+    origin = os.path.realpath(found.origin) if found is not None and found.origin else None
+    return None if origin == os.path.join(root, name, "__init__.py") else root

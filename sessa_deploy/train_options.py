@@ -1,0 +1,131 @@
+"""What a training run is told: TrainOptions, each value checked before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sessa_deploy.checks import as_integer, as_number, integer
+from sessa_deploy.errors import UserError
+
+MAX_SEED = 2**64 - 1  # what torch.manual_seed takes
+_MAX_COUNT = 2**31 - 1
+_COUNTS = ("steps", "batch_size", "accumulate", "context", "eval_every", "save_every")
+# name -> (low, high, whether the ends belong to the range)
+_NUMBERS = {
+    "lr": (0.0, math.inf, False), "grad_clip": (0.0, math.inf, False), "max_seconds": (0.0, math.inf, False), "held_out": (0.0, 1.0, False),
+    "weight_decay": (0.0, math.inf, True), "beta1": (0.0, 1.0, True), "beta2": (0.0, 1.0, True),
+}
+_WORDS = {"precision": ("auto", "fp32", "bf16"), "store": ("fp32", "fp16", "bf16")}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """One run. data: folder of text; out: the run's folder. steps: optimizer steps of the whole schedule. batch_size: windows a micro-batch;
+    accumulate: micro-batches a step; context: tokens a window. lr: peak; warmup: steps, 0 for none, None for 2% (at most 500); the cosine ends at 0.
+    max_seconds: end of the schedule by the clock, should it come before `steps` (such a run is not reproducible). held_out: fraction of files.
+    precision: "bf16" (autocast) or "fp32"; "auto" is bf16 on a GPU. store: storage type of the checkpoint. init_from: a checkpoint whose weights,
+    configuration and tokenizer the run begins with, None for random weights; init_config: its config.json where none lies beside it.
+    Numpy's numbers are taken too. Raises UserError out of range.
+    """
+
+    data: str
+    out: str
+    steps: int = 2000
+    batch_size: int = 16
+    accumulate: int = 1
+    context: int = 256
+    lr: float = 2e-3
+    warmup: int | None = None
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    seed: int = 0
+    held_out: float = 0.05
+    extensions: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    store: str = "fp32"
+    eval_every: int = 500
+    save_every: int = 500
+    max_seconds: float | None = None
+    init_from: str | None = None
+    init_config: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("data", "out"):
+            if not str(getattr(self, name)):
+                raise UserError(f"{name} is empty", got=repr(getattr(self, name)), allowed="a path")
+        for name in ("data", "out", "tokenizer", "init_from", "init_config"):
+            if getattr(self, name) is not None:  # resume.pt holds plain values
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
+        for name in _COUNTS:
+            self._set_integer(name, 1, _MAX_COUNT, "an integer >= 1")
+        if self.warmup is not None:
+            self._set_integer("warmup", 0, _MAX_COUNT, "an integer >= 0, 0 for no warm-up")
+        self._set_integer("seed", 0, MAX_SEED, "an integer in 0..2^64-1")
+        for name, (low, high, closed) in _NUMBERS.items():
+            if getattr(self, name) is not None or name != "max_seconds":
+                self._set_number(name, low, high, closed)
+        for name, allowed in _WORDS.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} is unknown", got=getattr(self, name), allowed=", ".join(allowed))
+        if isinstance(self.extensions, str) or not all(isinstance(x, str) and x.lstrip(".") for x in self.extensions):
+            raise UserError("extensions are no list of file name endings", got=repr(self.extensions), allowed="such as ('py', 'md')")
+        if self.init_config is not None and self.init_from is None:
+            raise UserError("a configuration belongs to a checkpoint to start from", got=f"--config {self.init_config}", fix="add --init-from CHECKPOINT")
+
+    def _set_integer(self, name: str, low: int, high: int, allowed: str) -> None:
+        value = getattr(self, name)
+        beyond = (as_integer(value) or low) > high
+        object.__setattr__(self, name, integer(name, value, low, high, None if beyond else allowed))
+
+    def _set_number(self, name: str, low: float, high: float, closed: bool) -> None:
+        value = getattr(self, name)
+        number = as_number(value)
+        if number is None or not (low < number or (closed and low == number)) or not number < high:
+            allowed = f"a number in {'[' if closed else '('}{low:g}, {high:g})"
+            if high == math.inf:
+                allowed = f"a number {'>=' if closed else '>'} {low:g}, and finite"
+            raise UserError(f"{name} is out of range", got=repr(value), allowed=allowed)
+        object.__setattr__(self, name, number)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up; 0 begins at the peak."""
+        return min(500, max(1, self.steps // 50)) if self.warmup is None else self.warmup
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device to train on: "auto" is the GPU where there is one. Raises UserError on one that is not there or is none to train on."""
+        count, name = torch.cuda.device_count() if torch.cuda.is_available() else 0, str(self.device)
+        if name == "auto":
+            name = "cuda" if count else "cpu"
+        found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
+        if found is None:
+            raise UserError("no such device", got=f"--device {name}", allowed="auto, cpu, cuda, or cuda:N for GPU number N")
+        if name == "cpu":
+            return torch.device(name)
+        if not count:
+            raise UserError("no CUDA GPU", got=f"--device {name}", fix="train with --device cpu, or run: sessa-deploy doctor")
+        if int(found[1] or 0) >= count:
+            raise UserError("no such device", got=f"--device {name}", allowed=", ".join(["auto", "cpu", "cuda", *(f"cuda:{i}" for i in range(count))]))
+        return torch.device(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for reports and for resume.pt."""
+        return dataclasses.asdict(self)
+
+
+def learning_rate(options: TrainOptions, step: int, progress: float) -> float:
+    """Learning rate of step `step` (from 0) when `progress` in 0..1 of the schedule is behind: linear warm-up times a cosine to zero."""
+    risen = min(1.0, (step + 1) / options.warmup_steps) if options.warmup_steps else 1.0
+    return options.lr * risen * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
