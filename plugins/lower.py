@@ -269,6 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     bad = [(c, p) for c in cubins for p in c.problems]
     for c, p in bad:
         print(f"error: {c.file} {p}", file=sys.stderr)
+    if jit.triton_version() != table.TUNED_WITH:
+        tuned, here = (".".join(map(str, version)) for version in (table.TUNED_WITH, jit.triton_version()))
+        print(f"tiles were measured with Triton {tuned}; these binaries are of Triton {here}")
     print(f"{len(cubins)} cubins, {sum(c.size for c in cubins) / 2**20:.1f} MiB, {time.monotonic() - begun:.0f} s, in {args.out}")
     return 1 if bad else 0
 
