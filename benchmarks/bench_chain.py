@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu import capture, copy_bandwidth, graph_ms
 from torch import Tensor
-from tune_step import capture, copy_bandwidth, graph_ms
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CACHE_FIELDS, cache_row_shape

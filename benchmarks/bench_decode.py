@@ -28,7 +28,7 @@ from sessa_deploy.checkpoint import load_checkpoint
 from sessa_deploy.export.to_onnx import export_bundle
 from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.bundle import Bundle
-from sessa_deploy.runtime.ort import OrtBackend
+from sessa_deploy.runtime.ort.backend import OrtBackend
 
 ROUND = 16  # steps of one side before the other has its turn
 BUSY = 0.5  # load average above which figures are not kept

@@ -21,6 +21,7 @@ from typing import Any
 import common
 import torch
 import torch.nn.functional as F
+from gpu import capture, peak_bytes
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -49,25 +50,12 @@ def median_us(call: Callable[[], object], repeats: int = 15, warmup: int = 3) ->
 
 def graph_us(call: Callable[[], object]) -> float:
     """Median time of one replay of `call` captured as a CUDA graph, in microseconds."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return median_us(graph.replay)
+    return median_us(capture([call]).replay)
 
 
 def peak_mib(call: Callable[[], object]) -> float:
     """Peak device memory during a call above what was allocated before it, in MiB (outputs included)."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return peak_bytes(call) / 2**20
 
 
 def inputs(batch: int, tokens: int, width: int, chain: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import machine, write
+from gpu import capture, event_ms, peak_bytes
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -75,18 +76,9 @@ def measure(call: Callable[[], object], repeats: int = 20) -> tuple[float, float
     """(median ms by CUDA events, peak GiB above what was allocated before)."""
     for _ in range(5):
         call()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return sorted(times)[repeats // 2], (torch.cuda.max_memory_allocated() - before) / 2**30
+    times: list[float] = []
+    peak = peak_bytes(lambda: times.extend(event_ms(call, repeats)))
+    return sorted(times)[repeats // 2], peak / 2**30
 
 
 def gradient_distance(ours: nn.Module, theirs: nn.Module, step: Callable[[nn.Module], None]) -> float | None:
@@ -115,20 +107,11 @@ def host_ms(call: Callable[[], object], repeats: int = 10) -> float:
 
 def graphed(call: Callable[[], object]) -> Callable[[], object] | None:
     """The call as a CUDA graph's replay, which costs the host next to nothing; None where it cannot be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            call()
+        return capture([call], [call] * 3).replay
     except RuntimeError as error:
         print(f"not captured: {str(error).splitlines()[0]}")
         return None
-    return graph.replay
 
 
 def profile(title: str, call: Callable[[], object], top: int = 20, repeats: int = 5) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from compare_peer import Peer
+from gpu import capture
 from torch import Tensor, nn
 
 from sessa_deploy.contract import CACHE_FIELDS, PRECISIONS
@@ -74,17 +75,7 @@ class Torch(Peer):
 
     @torch.inference_mode()
     def _capture(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self._decode()
-                self.rewind()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._decode()
-        self.captured = graph
+        self.captured = capture([self._decode], [self._decode, self.rewind] * 3)
         self.rewind()
 
 
@@ -105,7 +96,8 @@ class Official(Peer):
             layer.load_state_dict(ours.state_dict(), strict=False)
             self.layers.append(layer.to(self.device, dtype).eval())
         shell.layers = nn.ModuleList()
-        self.shell, self.caches, self.at = shell, [], 0
+        self.shell, self.at = shell, 0
+        self.caches: list[Any] = []
 
     def open(self, batch: int, capacity: int) -> None:
         self.caches = [layer.init_cache(batch, max_len=capacity) for layer in self.layers]

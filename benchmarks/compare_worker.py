@@ -7,6 +7,7 @@ Host clock, token ids back on the host after every step, append and argmax inclu
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import sys
@@ -37,11 +38,11 @@ class Runtime(Peer):
         from sessa_deploy.runtime.bundle import Bundle
 
         if self.job["peer"] == "trt":
-            from sessa_deploy.runtime.trt import TrtBackend
+            from sessa_deploy.runtime.trt.backend import TrtBackend
 
             self.backend = TrtBackend(engine_bundle(self.job, batch, capacity), batch=batch)
         else:
-            from sessa_deploy.runtime.ort import OrtBackend
+            from sessa_deploy.runtime.ort.backend import OrtBackend
 
             if not self.job["bundle"]:
                 raise RuntimeError("no --bundle")
@@ -92,7 +93,7 @@ def engine_bundle(job: dict[str, Any], batch: int, capacity: int) -> Any:
     """A bundle whose engine for this GPU holds exactly `capacity` tokens, built where the job allows it."""
     from sessa_deploy.contract import ENGINES_DIR
     from sessa_deploy.runtime.bundle import Bundle, write_bundle
-    from sessa_deploy.runtime.trt_plan import engines
+    from sessa_deploy.runtime.trt.plan import engines
 
     places = [*job["trt_bundles"], *([job["bundle"]] if job["bundle"] else [])]
     for place in places:
@@ -173,7 +174,11 @@ def make(job: dict[str, Any]) -> Peer:
 
 
 def main() -> int:
-    job, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", type=Path, help="what compare.py wants, JSON")
+    parser.add_argument("result", type=Path, help="where the figures go, JSON")
+    given = parser.parse_args()
+    job, out = json.loads(given.job.read_text()), given.result
     points = [Point(p["name"], p["capacity"], tuple(p["contexts"]), p["prompt"]) for p in job["points"]]
     result: dict[str, Any] = {"points": {}, "bandwidth": traffic.copy_bandwidth()}
     before, room = used_memory(), None

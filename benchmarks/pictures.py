@@ -96,7 +96,7 @@ def draw_road(target: Path) -> None:
 def draw_errors(bundle: Path, checkpoint: Path, target: Path) -> None:
     """`validate`'s picture of the error by layer."""
     from sessa_deploy.export import parity
-    from sessa_deploy.export.parity_plots import error_by_layer
+    from sessa_deploy.export.parity.plots import error_by_layer
 
     target.write_bytes(error_by_layer(parity.validate(bundle, checkpoint)))
 

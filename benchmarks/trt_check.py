@@ -67,7 +67,7 @@ def prepare(args: argparse.Namespace) -> None:
     """Export both bundles and write what ONNX Runtime computes on a CPU."""
     from sessa_deploy.export.to_onnx import export_bundle
     from sessa_deploy.runtime.bundle import Bundle
-    from sessa_deploy.runtime.ort import OrtBackend
+    from sessa_deploy.runtime.ort.backend import OrtBackend
     from sessa_deploy.runtime.tokenizer import Tokenizer
 
     args.work.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def prepare(args: argparse.Namespace) -> None:
 def open_backend(args: argparse.Namespace, precision: str, **options: Any) -> Any:
     """The TensorRT backend on a bundle of --work."""
     from sessa_deploy.runtime.bundle import Bundle
-    from sessa_deploy.runtime.trt import TrtBackend
+    from sessa_deploy.runtime.trt.backend import TrtBackend
 
     return TrtBackend(Bundle.open(args.work / precision), plugin=args.plugin, **{"batch": BATCH, "capacity": CAPACITY, **options})
 
@@ -92,7 +92,8 @@ def step_load(args: argparse.Namespace, precision: str) -> dict[str, Any]:
     """TensorRT imports, registers the plugin, sees the GPU, and the decode kernels are there for it."""
     from sessa_deploy.export.to_engine import this_machine
     from sessa_deploy.plugins import library
-    from sessa_deploy.runtime import trt_api, trt_kernels
+    from sessa_deploy.runtime.trt import api as trt_api
+    from sessa_deploy.runtime.trt import kernels as trt_kernels
 
     trt = trt_api.load()
     plugin = library.load(trt, args.plugin)

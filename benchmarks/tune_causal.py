@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu import copy_bandwidth, replay_ms
 from torch.nn.attention.bias import causal_lower_right
-from tune_step import STORAGE, copy_bandwidth, replay_ms
+from tune_step import STORAGE
 
 from sessa_deploy.kernels.causal import prefill, step
 from sessa_deploy.kernels.launch import table

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import triton
+from gpu import capture, event_ms
 
 from sessa_deploy.kernels.engine import layer
 from sessa_deploy.kernels.launch import table
@@ -79,23 +80,8 @@ class Case:
             call = launcher(getattr(layer, self.kernel), self.x.device, self.dtype, options)
             grid = self.grid(options)
             steps = [lambda w=w: call(grid, *(address(a) if isinstance(a, torch.Tensor) else a for a in self.arguments(w))) for w in self.weights]
-        for step in steps[:2]:
-            step()
-        graph, repeat = torch.cuda.CUDAGraph(), max(1, 24 // len(steps)) if self.variant != "any" else 2
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            for _ in range(repeat):
-                for step in steps:
-                    step()
-        times = []
-        for _ in range(7):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(1e3 * begin.elapsed_time(end) / (repeat * len(steps)))
-        return sorted(times)[2]
+        calls = steps * (max(1, 24 // len(steps)) if self.variant != "any" else 2)
+        return 1e3 * sorted(event_ms(capture(calls, steps[:2]).replay, 7))[2] / len(calls)
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu import copy_bandwidth, replay_ms
 
 from sessa_deploy.kernels.feedback import step
 from sessa_deploy.kernels.launch import table
@@ -28,53 +29,6 @@ from sessa_deploy.kernels.launch.splits import step_programs
 # (B, capacity, context of each sequence)
 SHAPES: list[tuple[int, int, list[int]]] = [(32, 8192, [4096]), (1, 8192, [4096]), (1, 32768, [32768]), (32, 8192, [128] * 31 + [4096]), (8, 2048, [1500])]
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def capture(launches: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """A graph of all launches, which have run once before."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for fn in launches:
-            fn()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for fn in launches:
-            fn()
-    return graph
-
-
-def graph_ms(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
-    """Median milliseconds of a replay, the first two not counted."""
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times[2:])
-
-
-def replay_ms(launches: list[Callable[[], None]], repeats: int = 15) -> float:
-    """Median milliseconds of one launch, from replays of a graph that holds all of them."""
-    return graph_ms(capture(launches), repeats) / len(launches)
-
-
-def copy_bandwidth() -> float:
-    """GB/s of a device-to-device copy of 2 GiB, bytes read plus bytes written, outside any graph."""
-    x = torch.empty(2**29, device="cuda").normal_()
-    y = torch.empty_like(x)
-    times = []
-    for _ in range(12):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        y.copy_(x)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return 2 * x.numel() * x.itemsize / statistics.median(times[2:]) / 1e6
 
 
 class Case:

@@ -19,13 +19,18 @@ from sessa_deploy import contract
 from sessa_deploy.checks import integer
 from sessa_deploy.cuda import Cuda, devices, driver_version
 from sessa_deploy.errors import SessaError, UserError
-from sessa_deploy.export import trt_check, trt_fuse, trt_graph, trt_layers, trt_limits
-from sessa_deploy.export.trt_limits import DEFAULT_PROMPT, Machine, Recipe, Shapes
+from sessa_deploy.export.trt import check as trt_check
+from sessa_deploy.export.trt import fuse as trt_fuse
+from sessa_deploy.export.trt import graph as trt_graph
+from sessa_deploy.export.trt import layers as trt_layers
+from sessa_deploy.export.trt import limits as trt_limits
+from sessa_deploy.export.trt.limits import DEFAULT_PROMPT, Machine, Recipe, Shapes
 from sessa_deploy.files import write_whole
 from sessa_deploy.plugins import library
-from sessa_deploy.runtime import trt_api, trt_plan
 from sessa_deploy.runtime.bundle import Bundle, add_files, hash_file
-from sessa_deploy.runtime.trt_buffers import check_rows
+from sessa_deploy.runtime.trt import api as trt_api
+from sessa_deploy.runtime.trt import plan as trt_plan
+from sessa_deploy.runtime.trt.buffers import check_rows
 
 Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all or 0)
 _POLL = 0.1  # seconds

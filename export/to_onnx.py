@@ -14,10 +14,10 @@ from torch import Tensor
 from sessa_deploy import __version__, contract
 from sessa_deploy.config import Note, SessaConfig
 from sessa_deploy.errors import UserError, one_line
-from sessa_deploy.export import passes
-from sessa_deploy.export.capture import EXPORTER_OPSET, capture
-from sessa_deploy.export.onnx_functions import functions
-from sessa_deploy.export.writer import INLINE_LIMIT, Weight, write_model
+from sessa_deploy.export.graph import passes
+from sessa_deploy.export.graph.capture import EXPORTER_OPSET, capture
+from sessa_deploy.export.graph.functions import functions
+from sessa_deploy.export.graph.writer import INLINE_LIMIT, Weight, write_model
 from sessa_deploy.model import SessaLM
 
 # Lowest IR version that goes with each opset, so that old readers take the file: TensorRT 8.6 knows 8, the first with functions.
@@ -33,7 +33,8 @@ def export_onnx(
 
     model: on the CPU, of any dtype; it is not changed. Weights are stored in the precision's type, gamma's and rope's in float32. all_logits: logits
     (B,T,V) instead of (B,V) at row new_length - 1. Beyond inline_limit bytes the weights go to path.data. The same model, precision and opset give
-    the same bytes anywhere. Returns the path. Raises UserError on an unknown precision or opset and on weights that the precision cannot hold.
+    the same bytes anywhere with the same torch, onnxscript and onnx-ir (onnx itself changes none, 1.18 to 1.23).
+    Returns the path. Raises UserError on an unknown precision or opset and on weights that the precision cannot hold.
     """
     path = Path(path)
     report = progress or (lambda what, share: None)

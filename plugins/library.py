@@ -14,7 +14,7 @@ from typing import Any
 
 from sessa_deploy.contract import ENGINE_OPS as OPS
 from sessa_deploy.contract import PLUGIN_NAMESPACE, PLUGIN_VERSION
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import UserError, need
 from sessa_deploy.files import scratch, whole
 from sessa_deploy.process import run_group
 
@@ -143,6 +143,8 @@ def build(
     cmake = shutil.which("cmake")
     if cmake is None:
         raise UserError("the plugin needs CMake to build", got="no cmake on PATH", allowed="CMake 3.18 or later", fix="pip install cmake")
+    if cubins is None:
+        need("triton", "torch")
     options = {"TENSORRT_INCLUDE_DIR": tensorrt_include, "CUDA_INCLUDE_DIR": cuda_include, "SESSA_CUBIN_DIR": cubins}
     for name, path in options.items():
         if path is not None and not Path(path).is_dir():

@@ -25,11 +25,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sessa_deploy.cuda_arch import nearest
+from sessa_deploy.cuda_arch import ARCHS, nearest
 from sessa_deploy.errors import SessaError
 from sessa_deploy.files import scratch, write_whole
 from sessa_deploy.kernels.launch import jit, table
-from sessa_deploy.kernels.launch.limits import ALIGNMENT, ARCHS, SHARED_LIMIT
+from sessa_deploy.kernels.launch.limits import ALIGNMENT, SHARED_LIMIT
 from sessa_deploy.kernels.launch.spec import resolve
 from sessa_deploy.process import ending_cleanly
 

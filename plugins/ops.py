@@ -240,8 +240,8 @@ def limits_h() -> str:
         "HeadMultiple": limits.HEAD_MULTIPLE, "Group": limits.GROUP, "Single": limits.SINGLE_ROWS,
     }  # fmt: skip
     lists = {
-        "Rows": limits.PRODUCT_ROWS, "HeadWidths": limits.HEAD_WIDTHS, "LayerWidths": limits.LAYER_WIDTHS, "MixerWidths": limits.MIXER_WIDTHS,
-        "MixerHeads": limits.MIXER_HEADS, "StepWidths": limits.FEEDBACK_WIDTHS,
+        "Archs": cuda_arch.ARCHS, "Rows": limits.PRODUCT_ROWS, "HeadWidths": limits.HEAD_WIDTHS, "LayerWidths": limits.LAYER_WIDTHS,
+        "MixerWidths": limits.MIXER_WIDTHS, "MixerHeads": limits.MIXER_HEADS, "StepWidths": limits.FEEDBACK_WIDTHS,
     }  # fmt: skip
     texts = {"PluginVersion": contract.PLUGIN_VERSION, "PluginNamespace": contract.PLUGIN_NAMESPACE}
     lines = [_HEAD, "#pragma once\n\n#include <cstdint>\n\nnamespace sessa\n{\n\n"]

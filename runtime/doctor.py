@@ -8,6 +8,7 @@ from typing import Any
 
 from sessa_deploy import __version__
 from sessa_deploy.cuda import driver_version
+from sessa_deploy.errors import install_command
 from sessa_deploy.runtime import environment
 
 DOCTOR_SCHEMA = 1
@@ -19,15 +20,18 @@ _PACKAGES = (
     ("runtime", "rich", True, "pip install rich"),
     ("runtime", "platformdirs", True, "pip install platformdirs"),
     ("runtime", "click", True, "pip install click"),
-    ("run on ONNX Runtime", "onnxruntime", False, "pip install onnxruntime (with a GPU: pip install onnxruntime-gpu)"),
-    ("run on TensorRT", "tensorrt", False, "pip install tensorrt"),
-    ("export, validate, train", "torch", False, "pip install 'torch>=2.10'"),
-    ("export", "onnx", False, "pip install 'sessa-deploy[export]'"),
-    ("export", "onnxscript", False, "pip install 'sessa-deploy[export]'"),
-    ("export, train", "safetensors", False, "pip install 'sessa-deploy[export]'"),
-    ("validate, train: plots", "matplotlib", False, "pip install 'sessa-deploy[export]'"),
-    ("train on a GPU, plugin", "triton", False, "pip install 'sessa-deploy[train]'"),
+    ("run on ONNX Runtime", "onnxruntime", False, "pip install 'sessa-deploy[ort]' (with a GPU: pip install 'sessa-deploy[cuda]')"),
+    ("run on TensorRT", "tensorrt", False, install_command("tensorrt")),
+    ("export, validate, train", "torch", False, install_command("torch")),
+    ("export", "onnx", False, install_command("onnx")),
+    ("export", "onnxscript", False, install_command("onnxscript")),
+    ("export, train", "safetensors", False, install_command("safetensors")),
+    ("validate, train: plots", "matplotlib", False, install_command("matplotlib")),
+    ("train on a GPU, plugin", "triton", False, install_command("triton")),
 )
+
+
+_PAIRED = ("torch", "triton")  # a torch build wants one triton: show both beside what is supported
 
 
 def examine() -> dict[str, Any]:
@@ -47,7 +51,11 @@ def examine() -> dict[str, Any]:
     add("all", "processor", f"{cpu['model']}, {cpu['cores']} cores, {cpu['memory'] / 2**30:.0f} GiB", True, "")
     versions = {name: environment.package_version(name) for _, name, _, _ in _PACKAGES}
     for use, name, needed, mend in _PACKAGES:
-        add(use, name, versions[name], needed, mend)
+        version, wanted = versions[name], environment.declared_range(name)
+        if version is not None and not environment.in_range(version, wanted):
+            checks.append({"use": use, "name": name, "found": f"{version}, outside {wanted}", "state": "missing" if needed else "optional", "mend": mend})
+        else:
+            add(use, name, f"{version} (in {wanted})" if version and name in _PAIRED and wanted else version, needed, mend)
     providers = _providers(add, versions["onnxruntime"], bool(gpus))
     trt = _tensorrt(add, versions["tensorrt"])
     add("a GPU", "CUDA driver", f"supports CUDA {driver_version()}" if driver_version() else None, False,

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from sessa_deploy.contract import ENGINES_DIR
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import MissingPackage, UserError, install_command
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.environment import check_threads, importable
@@ -24,7 +24,7 @@ def open_backend(bundle: Bundle, name: str = "auto", batch: int = 1, capacity: i
         name = choose(bundle)
     if name == "trt":
         return _trt().TrtBackend(bundle, batch=batch, capacity=capacity)  # type: ignore[no-any-return]
-    from sessa_deploy.runtime.ort import OrtBackend
+    from sessa_deploy.runtime.ort.backend import OrtBackend
 
     return OrtBackend(bundle, batch=batch, capacity=capacity, provider="cuda" if name == "ort-cuda" else "cpu", threads=threads)
 
@@ -32,25 +32,25 @@ def open_backend(bundle: Bundle, name: str = "auto", batch: int = 1, capacity: i
 def choose(bundle: Bundle) -> str:
     """What "auto" means here: TensorRT if the bundle has engines and TensorRT is installed, ONNX Runtime on a GPU if it can use one, else on the CPU."""
     has_engine = any(n.startswith(f"{ENGINES_DIR}/") for n in bundle.names())
-    if has_engine and importable("sessa_deploy.runtime.trt") and importable("tensorrt"):
+    if has_engine and importable("sessa_deploy.runtime.trt.backend") and importable("tensorrt"):
         return "trt"
-    from sessa_deploy.runtime.ort import cuda_is_usable
+    from sessa_deploy.runtime.ort.backend import cuda_is_usable
 
     return "ort-cuda" if cuda_is_usable() else "ort"
 
 
 def _trt() -> Any:
-    if not importable("sessa_deploy.runtime.trt"):
+    if not importable("sessa_deploy.runtime.trt.backend"):
         raise UserError("this version has no TensorRT backend", got="backend trt", allowed="auto, ort, ort-cuda", fix="use --backend ort")
     if not importable("tensorrt"):
-        raise UserError("TensorRT is not installed", got="backend trt", fix="pip install tensorrt, or use --backend ort")
-    return importlib.import_module("sessa_deploy.runtime.trt")
+        raise MissingPackage("TensorRT is not installed", got="backend trt", fix=f"{install_command('tensorrt')}, or use --backend ort")
+    return importlib.import_module("sessa_deploy.runtime.trt.backend")
 
 
 def most_sequences(bundle: Bundle, name: str) -> int | None:
     """Sequences that the bundle's engines take at once on a backend ("auto": the one it would choose); None where any number goes."""
     if (choose(bundle) if name == "auto" else name) != "trt":
         return None
-    from sessa_deploy.runtime.trt_plan import engines
+    from sessa_deploy.runtime.trt.plan import engines
 
     return min((info.max_batch for info in engines(bundle).values()), default=None)

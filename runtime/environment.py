@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import operator
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -48,6 +50,34 @@ def package_version(name: str) -> str | None:
         return None if version is None else f"{version} (not installed by pip)"
     alias, chosen = next((pair for pair in found if len(found) > 1 and _is_imported_from(name, pair[1])), found[0])
     return chosen.version if alias == name else f"{chosen.version} ({alias})"
+
+
+def declared_range(name: str) -> str:
+    """The versions of a library that this package asks for, as in ">=3.6,<3.8"; "" where it asks for none, or was not installed."""
+    try:
+        lines = metadata.requires("sessa-deploy") or []
+    except metadata.PackageNotFoundError:
+        return ""
+    for line in lines:
+        found = re.match(r"([\w.-]+)\s*\(?([<>=!~][^;)]*)", line)
+        if found and found[1] in ALIASES.get(name, (name,)):
+            return ",".join(sorted((part.strip() for part in found[2].split(",")), reverse=True))
+    return ""
+
+
+def in_range(version: str, wanted: str) -> bool:
+    """Whether a version lies in a range of >=, >, <=, <, == parts. Only its numbers count: 2.13.0+cpu is 2.13.0."""
+    numbers = _numbers(version)
+    for part in filter(None, wanted.split(",")):
+        sign, bound = re.match(r"([<>=]+)(.*)", part).groups()  # type: ignore[union-attr]
+        if not {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "==": operator.eq}[sign](numbers, _numbers(bound)):
+            return False
+    return True
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = [int(x) for x in re.findall(r"\d+", re.split(r"[+ (a-z]", version.strip(), maxsplit=1)[0])]
+    return tuple(parts + [0] * (4 - len(parts)))
 
 
 def _is_imported_from(module: str, distribution: metadata.Distribution) -> bool:

@@ -154,7 +154,7 @@ class Session:
         """Generate behind prompts[b] in sequence b, yielding each token as it is drawn. A prompt of None leaves its sequence alone.
 
         max_new_tokens: one for all or one a prompt; None goes on until a stop or until the capacity is full. sampling: one for all or one a
-        prompt; None is greedy. stop_tokens: ids that end a sequence; None takes the model's eos_token_id, all of them. stop: strings that end it, not shown.
+        prompt; None is greedy. stop_tokens: ids that end a sequence; None takes the model's eos_token_ids. stop: strings that end it, not shown.
         The iterator may be dropped at any time; the conversation then holds the tokens drawn so far.
         Raises UserError, before anything is computed, on bad input and when a prompt and max_new_tokens together exceed the capacity.
         """

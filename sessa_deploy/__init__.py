@@ -55,4 +55,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    from sessa_deploy.errors import packages_named
+
+    with packages_named():
+        return getattr(importlib.import_module(_LAZY[name]), name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+ARCHS = (80, 86, 87, 89, 90, 100, 120)  # that the kernels are tuned and compiled for
 TEGRA = 87  # Jetson Orin: shares no binaries with the desktop GPUs of its major
 ACCELERATED = 90  # from here on Triton compiles for sm_90a, sm_100a, sm_120a, which run on that very architecture alone
 
@@ -20,6 +21,13 @@ def serves(compiled: int, device: int) -> bool:
     if compiled == device:
         return True
     return compiled < ACCELERATED and compiled // 10 == device // 10 and compiled < device and TEGRA not in (compiled, device)
+
+
+def mend(device: int) -> str:
+    """What to do where a device has no binary: the command that makes it, or the other road."""
+    if device in ARCHS:
+        return f"sessa-deploy plugin build --arch {device}"
+    return f"use --backend ort; the kernels are compiled for sm_{', '.join(map(str, ARCHS))}"
 
 
 def nearest(compiled: Iterable[int], device: int) -> int | None:

@@ -14,13 +14,14 @@ from typing import Any
 from sessa_deploy.checkpoint_layout import PICKLES, locate
 from sessa_deploy.config import CONFIG_FILE, Note, SessaConfig
 from sessa_deploy.contract import MANIFEST_FILE, TOKENIZER_FILE
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import UserError, packages_named
 from sessa_deploy.reading import open_plain, read_json
 from sessa_deploy.safetensors_check import read_header
 
 _STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 
 
+@packages_named()
 def describe(path: str | Path, verify: bool = True, config_file: str | Path | None = None) -> dict[str, Any]:
     """A description of `path` with `kind` "checkpoint", "onnx" or "bundle".
 
@@ -107,10 +108,7 @@ def describe_onnx(path: Path) -> dict[str, Any]:
 
     Raises UserError if the onnx package is absent or the file is no ONNX model.
     """
-    try:
-        import onnx
-    except ImportError:
-        raise UserError("reading an ONNX file needs the onnx package", got="it is not installed", fix="pip install 'sessa-deploy[export]'") from None
+    import onnx
     from google.protobuf.message import DecodeError
 
     try:

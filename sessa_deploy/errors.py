@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import re
+from collections.abc import Iterator
+
 _LONGEST = 4000  # characters of one line; what is longer came out of a hostile file
 
 
@@ -47,3 +52,62 @@ class ParityError(SessaError):
     """The numbers disagree: a rung of `validate` failed, or a bundle does not hold the checkpoint's weights."""
 
     exit_code = 1
+
+
+# Which extra of this package brings a library; what stands nowhere here comes with every install.
+EXTRA_OF = {
+    "torch": "export", "onnx": "export", "onnx_ir": "export", "onnxscript": "export", "safetensors": "export", "matplotlib": "export", "triton": "train",
+    "onnxruntime": "ort", "tensorrt": "tensorrt",
+}
+_ALWAYS = ("click", "numpy", "platformdirs", "rich", "tokenizers")
+
+
+def install_command(module: str) -> str:
+    """The command that installs the library `module` as this package wants it.
+
+    >>> install_command("torch"), install_command("rich")
+    ("pip install 'sessa-deploy[export]'", 'pip install sessa-deploy')
+    """
+    return f"pip install 'sessa-deploy[{EXTRA_OF[module]}]'" if module in EXTRA_OF else "pip install sessa-deploy"
+
+
+class MissingPackage(UserError, ImportError):
+    """A library that an extra brings is absent, or cannot be imported."""
+
+
+def missing_package(error: ImportError) -> MissingPackage | None:
+    """What to tell a user about a failed import, or None where it is not about a library of ours to name: such an error is a bug."""
+    if isinstance(error, MissingPackage):
+        return error
+    root = (error.name or "").partition(".")[0]
+    known = (*EXTRA_OF, *_ALWAYS)
+    if root not in known:
+        words = re.findall(r"\w+", str(error))
+        root = next((name for name in known if name in words), "")
+    if not root or root == "sessa_deploy":
+        return None
+    why = " ".join(str(error).split()) or f"{type(error).__name__} without a message: built for another version of a library it needs"
+    return MissingPackage(f"this needs the package {root}, which cannot be imported", got=why, fix=install_command(root))
+
+
+def need(*modules: str) -> None:
+    """Raise MissingPackage for the first of `modules` that is not installed, before any work is done. Imports none of them."""
+    for module in modules:
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except (ImportError, ValueError):
+            found = False
+        if not found:
+            raise MissingPackage(f"this needs the package {module}", got="it is not installed", fix=install_command(module))
+
+
+@contextlib.contextmanager
+def packages_named() -> Iterator[None]:
+    """Turn the failed import of a library inside into MissingPackage. A context manager, and a decorator of functions that import as they run."""
+    try:
+        yield
+    except ImportError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        raise missing from None

@@ -30,8 +30,10 @@ def python(code: str, *arguments: str, interpreter: str | Path | None = None) ->
     not imported. interpreter: another one than this, in which this package is installed; this one's child finds the package that its parent runs.
     """
     safe = "import sys; sys.path[:] = [p for p in sys.path if p]; "
-    root = None if interpreter else _root_to_add()
-    return [str(interpreter or sys.executable), "-c", f"{safe}{f'sys.path.insert(0, {root!r}); ' if root else ''}{code}", *arguments]
+    if interpreter is None:  # last, where this process was told of a folder that its child does not know of; first, where the child would find another
+        place = "len(sys.path)" if _is_found() else "0"
+        safe += f"sys.path.insert({place}, {_package_root()!r}); "
+    return [str(interpreter or sys.executable), "-c", safe + code, *arguments]
 
 
 def run_group(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -81,8 +83,8 @@ def _package_root() -> str:
     return os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 
-def _root_to_add() -> str | None:
-    """The folder of this very package where a child of this interpreter would find none or another one: a clone that was never installed."""
+def _is_found() -> bool:
+    """Whether this very package is what an import finds without the working directory; a clone that was never installed is not."""
     here = os.path.realpath(os.getcwd())
     path = [p for p in sys.path if p and os.path.realpath(p) != here]
     name = __name__.partition(".")[0]
@@ -90,6 +92,4 @@ def _root_to_add() -> str | None:
     for finder in sys.meta_path:  # an editable installation has a finder of its own
         if found is None and finder is not importlib.machinery.PathFinder:
             found = finder.find_spec(name, None)
-    root = _package_root()
-    origin = os.path.realpath(found.origin) if found is not None and found.origin else None
-    return None if origin == os.path.join(root, name, "__init__.py") else root
+    return found is not None and found.origin is not None and os.path.realpath(found.origin) == os.path.join(_package_root(), name, "__init__.py")

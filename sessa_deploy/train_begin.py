@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from sessa_deploy.checkpoint import load_checkpoint
-from sessa_deploy.config import SessaConfig
-from sessa_deploy.contract import TOKENIZER_FILE
+from sessa_deploy.checkpoint import load_for_export
+from sessa_deploy.config import Note, SessaConfig
 from sessa_deploy.data import load_corpus
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import UserError, need
 from sessa_deploy.files import check_folder
 from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.tokenizer import Tokenizer, byte_level_tokenizer
@@ -24,27 +23,31 @@ from sessa_deploy.train_run import RESUME_FILE, RUN_FILES, Run
 
 # What resume.pt must hold; a run that began with a checkpoint says so under "origin".
 _STATE = ("options", "config", "step", "seconds", "tokenizer", "corpus", "model", "optimizer", "torch_rng")
-_SHAPE = ("d_model", "n_layers", "n_heads", "n_kv_heads", "gamma_max", "tie_word_embeddings")
+SHAPE = ("d_model", "n_layers", "n_heads", "n_kv_heads", "gamma_max", "tie_word_embeddings")
 
 
-def start(options: TrainOptions, **shape: Any) -> Run:
+def start(options: TrainOptions, note: Note | None = None, **shape: Any) -> Run:
     """A new run. shape: SessaConfig's fields but vocab_size, max_context and the special tokens, which the tokenizer and the context give.
 
     With options.init_from all of these are the checkpoint's, and so are weights and tokenizer; max_context grows to the context where that is longer, and
-    a shape that is given must be the same. The optimizer is fresh. Raises UserError if `out` already holds a run or cannot be written, or on anything the
-    options, the text, the checkpoint or the shape get wrong; nothing is left behind then.
+    a shape that is given must be the same. The optimizer is fresh. note: hears a line of each thing of the checkpoint that was passed over.
+    Raises UserError if `out` already holds a run or cannot be written, or on anything the options, the text, the checkpoint or the shape get wrong;
+    nothing is left behind then.
     """
+    need("safetensors", "matplotlib")  # what the end of the run writes with
     out = Path(options.out)
     _require_free(out)
     options.torch_device  # noqa: B018 - refuses an absent device before the text is read
-    model = None if options.init_from is None else _initial(options, shape)
-    tokenizer = _tokenizer(options, model)
-    corpus = load_corpus(options.data, tokenizer, options.held_out, options.extensions, None if model is None else _first(model.config.eos_token_id), out)
-    if model is None:
+    initial = None if options.init_from is None else _initial(options, shape, note)
+    tokenizer = _tokenizer(options, initial)
+    ends = () if initial is None else initial[0].config.eos_token_ids
+    corpus = load_corpus(options.data, tokenizer, options.held_out, options.extensions, next(iter(ends), None), out)
+    if initial is None:
         special = {"bos_token_id": corpus.separator, "eos_token_id": corpus.separator}
         config = _config({"vocab_size": tokenizer.vocab_size, "max_context": options.context, **special, **shape})
         run = Run(options, config, tokenizer, corpus)
     else:
+        model = initial[0]
         config = dataclasses.replace(model.config, max_context=max(model.config.max_context, options.context))
         run = Run(options, config, tokenizer, corpus, {"checkpoint": str(options.init_from), "weights_sha256": _digest(model)})
         run.model.load_state_dict(model.state_dict())
@@ -60,6 +63,7 @@ def resume(out: str | Path, **changes: Any) -> Run:
 
     Raises UserError if there is no run, if resume.pt is damaged, if the folder cannot be written, or if the text has changed.
     """
+    need("safetensors", "matplotlib")
     path = Path(out) / RESUME_FILE
     if not path.is_file():
         raise UserError("there is no run to resume", got=path, allowed="a folder that train wrote", fix="leave --resume out to start one")
@@ -84,7 +88,7 @@ def resume(out: str | Path, **changes: Any) -> Run:
         tokenizer = Tokenizer.from_json(state["tokenizer"], source=str(path))
     except (TypeError, AttributeError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {str(error)[:120]}") from None
-    corpus = load_corpus(options.data, tokenizer, options.held_out, options.extensions, _first(config.eos_token_id), Path(out))
+    corpus = load_corpus(options.data, tokenizer, options.held_out, options.extensions, next(iter(config.eos_token_ids), None), Path(out))
     run = Run(options, config, tokenizer, corpus, state.get("origin"))
     try:
         run.restore(state)
@@ -112,25 +116,25 @@ def _config(values: dict[str, Any]) -> SessaConfig:
     try:
         return SessaConfig(**values)
     except UserError as error:  # it may speak of config.json, and there is none
-        named = [name for name in _SHAPE if re.search(rf"\b{name}\b", f"{error.what} {error.got}")]
+        named = [name for name in SHAPE if re.search(rf"\b{name}\b", f"{error.what} {error.got}")]
         fix = f"change {' or '.join('--' + name.replace('_', '-') for name in named)}" if named else None
         raise UserError(error.what, error.got, error.allowed, fix) from None
 
 
-def _initial(options: TrainOptions, shape: dict[str, Any]) -> SessaLM:
-    """The model of options.init_from, in float32 on the CPU."""
+def _initial(options: TrainOptions, shape: dict[str, Any], note: Note | None) -> tuple[SessaLM, Tokenizer | None]:
+    """The model of options.init_from, in float32 on the CPU, and the tokenizer that `export` would take with it."""
     path = str(options.init_from)
-    model = load_checkpoint(path, None if options.init_config is None else SessaConfig.load(options.init_config))
+    model, tokenizer = load_for_export(path, None if options.init_config is None else SessaConfig.load(options.init_config, note), note)
     for name, value in shape.items():
         have = getattr(model.config, name)
         if value is not None and value != have:
             option = "--" + name.replace("_", "-")
             raise UserError(f"{name} is not that of the checkpoint to start from", got=f"{option} {value}, and {have} in {path}", allowed=have,
                             fix=f"leave {option} out, or leave --init-from out")
-    return model
+    return model, None if tokenizer is None else Tokenizer.from_json(tokenizer.decode("utf-8"), source=path)
 
 
-def _tokenizer(options: TrainOptions, model: SessaLM | None) -> Tokenizer:
+def _tokenizer(options: TrainOptions, initial: tuple[SessaLM, Tokenizer | None] | None) -> Tokenizer:
     """The tokenizer of a run: the one that was given, that of the checkpoint to start from, or bytes."""
     given = None
     if options.tokenizer is not None:
@@ -138,33 +142,22 @@ def _tokenizer(options: TrainOptions, model: SessaLM | None) -> Tokenizer:
             given = Tokenizer(options.tokenizer)
         except UserError as error:
             raise UserError(error.what, error.got, error.allowed, "give --tokenizer a file that tokenizers' Tokenizer.save wrote, or leave it out") from None
-    if model is None:
+    if initial is None:
         return given or Tokenizer.from_json(byte_level_tokenizer())
-    path, size = Path(str(options.init_from)), model.config.vocab_size
-    own = _checkpoint_tokenizer(path, size)
-    if own is None and given is None:
-        raise UserError("the checkpoint to start from has no tokenizer", got=f"{path} with a vocabulary of {size}",
-                        fix="give its tokenizer with --tokenizer FILE")
-    if own is not None and given is not None and _vocabulary(own) != _vocabulary(given):
+    path, size, own = options.init_from, initial[0].config.vocab_size, initial[1]
+    if given is None:
+        if own is None:
+            raise UserError("the checkpoint to start from has no tokenizer", got=f"{path} with a vocabulary of {size}",
+                            fix="give its tokenizer with --tokenizer FILE")
+        return own
+    if own is not None and _vocabulary(own) != _vocabulary(given):
         raise UserError("the tokenizer is not that of the checkpoint to start from",
                         got=f"--tokenizer {options.tokenizer} with {given.vocab_size} tokens, and another vocabulary of {own.vocab_size} in {path}",
                         allowed="the same vocabulary", fix="leave --tokenizer out")
-    chosen = given or own
-    assert chosen is not None
-    last = max(_vocabulary(chosen).values(), default=-1)
-    if last >= size:
-        raise UserError("the tokenizer has more tokens than the checkpoint to start from", got=last + 1, allowed=f"at most its vocabulary of {size}",
-                        fix="give the checkpoint's own tokenizer with --tokenizer FILE")
-    return chosen
-
-
-def _checkpoint_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
-    """What `export` takes: the tokenizer.json beside the weights, else bytes where the vocabulary is theirs."""
-    beside = (path if path.is_dir() else path.parent) / TOKENIZER_FILE
-    if beside.is_file():
-        return Tokenizer(beside)
-    plain = Tokenizer.from_json(byte_level_tokenizer())
-    return plain if plain.vocab_size == vocab_size else None
+    if given.vocab_size > size:
+        raise UserError("the tokenizer has more tokens than the checkpoint to start from", got=f"--tokenizer {options.tokenizer} with {given.vocab_size}",
+                        allowed=f"at most its vocabulary of {size}", fix="give the checkpoint's own tokenizer with --tokenizer FILE")
+    return given
 
 
 def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
@@ -172,11 +165,6 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 
     found: dict[str, int] = Library.from_str(tokenizer.to_json()).get_vocab(with_added_tokens=True)
     return found
-
-
-def _first(tokens: Any) -> int | None:
-    """The token that ends a document, where a model knows several."""
-    return next(iter(tokens), None) if isinstance(tokens, (list, tuple)) else tokens
 
 
 def _digest(model: SessaLM) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from sessa_deploy.runtime.trt_kernels import APPEND, ARGMAX, FINISH
+from sessa_deploy.runtime.trt.kernels import APPEND, ARGMAX, FINISH
 
 SPLITS = 4
 

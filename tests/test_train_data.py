@@ -104,3 +104,18 @@ def test_batches_cover_every_window_once_an_epoch_and_need_no_state() -> None:
     with pytest.raises(UserError, match="too little"):
         Batches(tokens[:20], 10, 1, 0)
     assert Batches(tokens[:21], 10, 1, 0).starts(0).max() + 11 <= 21
+
+
+def test_a_tokenizer_that_truncates_pads_and_frames_takes_a_training_text_whole(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import processors
+
+    plain = word_tokenizer()
+    library = Library.from_str(plain.to_json())
+    library.post_processor = processors.TemplateProcessing(single="[UNK] $A </s>", special_tokens=[("[UNK]", 0), ("</s>", 1)])
+    library.enable_truncation(8)
+    library.enable_padding(length=33)
+    folder = write(tmp_path, {f"{name}.txt": b"one two " * 50 for name in "abc"})
+    found, expected = load_corpus(folder, Tokenizer.from_json(library.to_str())), load_corpus(folder, plain)
+    np.testing.assert_array_equal(found.train, expected.train)
+    assert len(found.train) + len(found.held_out) == 3 * 100 + 3 + 2

@@ -44,6 +44,11 @@ def given(form: str, model: SessaLM, folder: Path) -> dict[str, str]:
     if form in ("folder", "sharded"):
         assert (folder / "c" / "model.safetensors").exists() is (form == "folder")
         return {"init_from": str(folder / "c")}
+    if form == "run":  # what train leaves behind
+        (folder / "c").rename(folder / "checkpoint")
+        (folder / "resume.pt").write_bytes(b"")
+        (folder / "report.json").write_text("{}")
+        return {"init_from": str(folder)}
     if form == "safetensors":
         return {"init_from": str(folder / "c" / "model.safetensors")}
     (folder / "c" / "model.safetensors").unlink()
@@ -54,7 +59,7 @@ def given(form: str, model: SessaLM, folder: Path) -> dict[str, str]:
     return {"init_from": str(folder / "c" / "weights.pt"), "init_config": str(folder / "elsewhere.json")}
 
 
-@pytest.mark.parametrize("form", ["folder", "sharded", "safetensors", "pt", "pt with config"])
+@pytest.mark.parametrize("form", ["folder", "sharded", "safetensors", "pt", "pt with config", "run"])
 def test_a_run_begins_with_the_checkpoint_whatever_its_form(text: Path, tmp_path: Path, model: SessaLM, form: str) -> None:
     named = given(form, model, tmp_path / "from")
     run = start(TrainOptions(data=str(text), out=str(tmp_path / "run"), **SMALL, **named))
@@ -76,6 +81,14 @@ def test_tied_weights_stay_tied_and_the_context_may_grow(text: Path, tmp_path: P
     assert run.model.lm_head.weight is run.model.embedding.weight
     assert run.config.max_context == 16 and run.config.eos_token_id is None and run.corpus.separator == 256  # the model knows none, the tokenizer does
     assert load_checkpoint(tmp_path / "c").config.max_context == 8
+
+
+def test_several_ends_of_a_text_are_kept_and_the_first_parts_documents(text: Path, tmp_path: Path) -> None:
+    save_checkpoint(SessaLM(SessaConfig(d_model=8, n_layers=1, n_heads=2, vocab_size=257, eos_token_id=(10, 256))), tmp_path / "c")
+    train(start(TrainOptions(data=str(text), out=str(tmp_path / "run"), init_from=str(tmp_path / "c"), **SMALL)), stop_at=1)
+    run = resume(tmp_path / "run")
+    assert run.config.eos_token_ids == (10, 256) and run.corpus.separator == 10
+    assert load_checkpoint(tmp_path / "run" / "checkpoint").config == run.config
 
 
 def test_it_learns_on_from_where_the_checkpoint_was_and_resumes_without_it(text: Path, tmp_path: Path) -> None:

@@ -19,8 +19,11 @@ std::unique_ptr<Plan> planFor(Problem const& p)
 
 bool missingCubin(Problem const& p, int32_t arch, std::string& error)
 {
-    error = "no kernel for sm_" + std::to_string(arch) + ", " + dtypeName(p.storage) + ": this library holds sm_" + architectures()
-        + "; rebuild it: sessa-deploy plugin build --arch " + std::to_string(arch);
+    error = "no kernel for sm_" + std::to_string(arch) + ", " + dtypeName(p.storage) + ": this library holds sm_" + architectures();
+    if (std::find(std::begin(kArchs), std::end(kArchs), arch) != std::end(kArchs))
+    {
+        error += "; rebuild it: sessa-deploy plugin build --arch " + std::to_string(arch);
+    }
     return false;
 }
 

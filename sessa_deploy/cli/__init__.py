@@ -13,7 +13,7 @@ import click
 
 from sessa_deploy import __version__
 from sessa_deploy.cli.streams import guarded
-from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.errors import SessaError, UserError, packages_named
 from sessa_deploy.process import ending_cleanly
 
 _SIGNALS = (129, 143)  # SIGHUP, SIGTERM
@@ -21,9 +21,6 @@ _SPACE = "free space there, or name another place"
 _MENDS = {errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EACCES: "look at the permissions, or name another place", errno.EROFS: "name another place",
           errno.EMFILE: "allow more open files: ulimit -n 4096", errno.ENOMEM: "take a machine with more memory", errno.EIO: "look at the disk"}
 _NO_MEMORY = re.compile(r"^OutOfMemoryError|can't allocate memory|bad_alloc|[Oo]ut of memory|Failed to allocate memory|CUDA_ERROR_OUT_OF_MEMORY")
-# packages that are not ours to require -> what pip installs
-_EXTRAS = {**dict.fromkeys(("torch", "onnx", "onnxscript", "safetensors", "matplotlib"), "'sessa-deploy[export]'"), "triton": "'sessa-deploy[train]'",
-           "onnxruntime": "'sessa-deploy[ort]'", "tensorrt": "'sessa-deploy[tensorrt]'"}
 
 # verb -> (module in this package, one line for --help), in the order in which a user meets them.
 VERBS: dict[str, str] = {
@@ -97,7 +94,8 @@ def _guarded(args: list[str] | None) -> int:
 def _run(args: list[str] | None) -> int:
     """The exit code of one command, its error said."""
     try:
-        code = cli.main(args=args, prog_name="sessa-deploy", standalone_mode=False)
+        with packages_named():
+            code = cli.main(args=args, prog_name="sessa-deploy", standalone_mode=False)
         return code if isinstance(code, int) else 0  # what a verb gave to ctx.exit
     except SessaError as error:
         _say(f"error: {error}")
@@ -119,7 +117,7 @@ def _run(args: list[str] | None) -> int:
         if stop.code in _SIGNALS:
             _say("terminated")
         return stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
-    except (OSError, MemoryError, RecursionError, ImportError, RuntimeError) as error:
+    except (OSError, MemoryError, RecursionError, RuntimeError) as error:
         told = _machine_error(error)
         if told is None:
             raise
@@ -128,7 +126,7 @@ def _run(args: list[str] | None) -> int:
 
 
 def _machine_error(error: Exception) -> UserError | None:
-    """What a machine lacks, as one line: disk, permission, memory, a package. None for a bug of ours."""
+    """What a machine lacks, as one line: disk, permission, memory. None for a bug of ours."""
     if isinstance(error, OSError) and not isinstance(error, UnicodeError):
         places = [str(x) for x in (error.filename, error.filename2) if x is not None]
         return UserError(error.strerror or str(error), got=" -> ".join(places) or None, fix=_MENDS.get(error.errno or 0))
@@ -136,11 +134,6 @@ def _machine_error(error: Exception) -> UserError | None:
         return UserError("the input is nested too deeply", got=str(error) or None, allowed="a file that a person or a tool would write")
     if isinstance(error, MemoryError) or _NO_MEMORY.search(f"{type(error).__name__}: {error}"):
         return UserError("there is not enough memory", got=str(error)[:300] or None, fix="ask for less at once, or take a machine with more memory")
-    package = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
-    if package in _EXTRAS:
-        missing = isinstance(error, ModuleNotFoundError)
-        return UserError(f"that needs a package which {'is not installed' if missing else 'cannot be imported'}",
-                         got=f"no {package}" if missing else f"{package} ({error})", fix=f"pip install {'' if missing else '-U '}{_EXTRAS[package]}")
     return None
 
 

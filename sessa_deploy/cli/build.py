@@ -34,14 +34,10 @@ def command(
     """
     from pathlib import Path
 
-    from sessa_deploy.errors import UserError
-
-    try:
-        from sessa_deploy.export.to_engine import build_engine
-    except ModuleNotFoundError as error:
-        raise UserError("build needs a package that is not installed", got=f"no {error.name}", fix=f"pip install {error.name}") from None
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from sessa_deploy.export.to_engine import build_engine
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sessa_deploy.cli import inputs
-from sessa_deploy.cli.options import PATH, POSITIVE_INT, TEXT
+from sessa_deploy.cli.options import PATH, POSITIVE_INT
 from sessa_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _HELP = "/reset begins anew, /more lets the answer go on, /quit or Ctrl-D ends, 
 @click.option("--max-new-tokens", type=POSITIVE_INT, default=_DEFAULT_TOKENS, show_default=True, help="Longest answer, in tokens.")
 @inputs.sampling_options
 @inputs.backend_option
-@click.option("--stop", type=TEXT, multiple=True, help="End an answer where this text appears; may be given several times.")
+@inputs.stop_option
 @click.option("--capacity", type=POSITIVE_INT, help="Tokens the conversation may have; default: the model's max_context.")
 @inputs.threads_option
 def command(

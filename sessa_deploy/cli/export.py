@@ -19,19 +19,17 @@ from sessa_deploy.cli.options import OPSET, PATH, PRECISION
 def command(checkpoint: str, out: str, precision: str, opset: int, config_file: str | None, all_logits: bool) -> None:
     """Export CHECKPOINT (a folder, .safetensors, .pt, .pth, .bin or .ckpt) as a bundle: model.onnx, tokenizer.json and a manifest with checksums.
 
-    One model.onnx serves ONNX Runtime as it is and TensorRT through the plugin. The same checkpoint gives the same bytes on any machine.
+    One model.onnx serves ONNX Runtime as it is and TensorRT through the plugin. The same checkpoint and versions of torch and onnxscript give
+    the same bytes on any machine; the manifest names the versions.
     """
-    from sessa_deploy.errors import UserError
     from sessa_deploy.files import refuse_inside_bundle
 
     refuse_inside_bundle(out, "--out", "the bundle", itself=False)
-    try:
-        from sessa_deploy.config import SessaConfig
-        from sessa_deploy.export.to_onnx import export_bundle
-    except ModuleNotFoundError as error:
-        raise UserError("export needs a package that is not installed", got=f"no {error.name}", fix="pip install 'sessa-deploy[export]'") from None
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from sessa_deploy.config import SessaConfig
+    from sessa_deploy.export.to_onnx import export_bundle
 
     console = Console(stderr=True)
     labels = {"reading": "reading the checkpoint", "tracing": "tracing the model", "writing": "writing model.onnx"}

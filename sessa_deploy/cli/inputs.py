@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from sessa_deploy.cli.options import BACKEND, COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, SEED, SHARE, THREADS
+from sessa_deploy.cli.options import BACKEND, COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, SEED, SHARE, TEXT, THREADS
 from sessa_deploy.errors import UserError
 
 _NUMBERS = re.compile(r"\s*\[?\s*(\d+(?:[\s,]+\d+)*)[\s,]*\]?\s*", re.ASCII)
@@ -32,6 +32,11 @@ def backend_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def threads_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """--threads of a verb that opens a session."""
     return click.option("--threads", type=THREADS, help="CPU threads, no more than the cores there are; default: all.")(command)
+
+
+def stop_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--stop, several times."""
+    return click.option("--stop", type=TEXT, multiple=True, help="End where this text appears; may be given several times.")(command)
 
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -183,7 +183,7 @@ class Archs(click.ParamType):
     name = "arch,arch"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from sessa_deploy.kernels.launch.limits import ARCHS
+        from sessa_deploy.cuda_arch import ARCHS
 
         known = [str(arch) for arch in ARCHS]
         if not set(value.split(",")) <= set(known):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sessa_deploy.cli import inputs
-from sessa_deploy.cli.options import PATH, POSITIVE_INT, TEXT
+from sessa_deploy.cli.options import PATH, POSITIVE_INT
 from sessa_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class _InOrder(inputs.JsonFlag):
 @click.option("--max-new-tokens", type=POSITIVE_INT, help="Stop after this many tokens; default: 128, or fewer where the capacity ends.")
 @inputs.sampling_options
 @inputs.backend_option
-@click.option("--stop", type=TEXT, multiple=True, help="End where this text appears; may be given several times.")
+@inputs.stop_option
 @click.option("--capacity", type=POSITIVE_INT, help="Tokens the cache holds; default: the model's max_context.")
 @inputs.threads_option
 @click.pass_context

@@ -25,7 +25,6 @@ from sessa_deploy.cli.options import (
 
 # What a resumed run may set anew; everything else is fixed by the run.
 _RESUMABLE = {"resume", "out", "data", "device", "stop_at", "max_seconds", "save_every", "eval_every", "store"}
-_SHAPE = ("d_model", "n_layers", "n_heads", "n_kv_heads", "gamma_max", "tie_word_embeddings")
 
 
 @click.command("train")
@@ -68,13 +67,9 @@ def command(ctx: click.Context, **given: Any) -> None:
     (on a CPU).
     """
     from sessa_deploy.errors import UserError
-
-    try:
-        import matplotlib  # noqa: F401 - at the end of a run it would be missed too late
-
-        from sessa_deploy.train import CHECKPOINT_DIR, Interrupted, TrainOptions, resume, start
-    except ModuleNotFoundError as error:
-        raise UserError("train needs a package that is not installed", got=f"no {error.name}", fix="pip install 'sessa-deploy[train]'") from None
+    from sessa_deploy.runtime.report import ignored_note
+    from sessa_deploy.train import CHECKPOINT_DIR, Interrupted, TrainOptions, resume, start
+    from sessa_deploy.train_begin import SHAPE
 
     source = click.core.ParameterSource.COMMANDLINE
     explicit = {name for name in given if ctx.get_parameter_source(name) == source}
@@ -90,14 +85,13 @@ def command(ctx: click.Context, **given: Any) -> None:
     else:
         if given["data"] is None:
             raise UserError("there is nothing to train on", got="no --data", allowed="a folder of text", fix="--data FOLDER")
-        shape = {name: given.pop(name) for name in _SHAPE}
+        shape = {name: given.pop(name) for name in SHAPE}
         if given["init_from"] is not None:
             shape = {name: value for name, value in shape.items() if name in explicit}
-        try:
-            run = start(TrainOptions(**given), **shape)
-        except UserError as error:
-            flags = ["--" + name.replace("_", "-") for name in shape if name in error.what.split()]
-            raise error if error.fix or not flags else UserError(error.what, error.got, error.allowed, f"change {' or '.join(flags)}") from None
+        run = start(TrainOptions(**given), lambda text: click.echo(f"note: {text}", err=True), **shape)
+    note = ignored_note(run.tokenizer)
+    if note:
+        click.echo(note, err=True)
     checkpoint, folder = Path(out) / CHECKPOINT_DIR, shlex.quote(str(out))
     try:
         report = _train(run, stop_at)

@@ -12,15 +12,15 @@ import click
 
 from sessa_deploy.cli.options import BACKEND, PLACE, POSITIVE_INT, SEED
 from sessa_deploy.cli.output import check_outputs, to_stdout, write_json, write_text
-from sessa_deploy.errors import ParityError, SessaError, UserError
+from sessa_deploy.errors import ParityError, SessaError, UserError, need
 from sessa_deploy.files import check_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from sessa_deploy.export.parity_process import Progress
-    from sessa_deploy.export.parity_verdict import Report
+    from sessa_deploy.export.parity.process import Progress
+    from sessa_deploy.export.parity.verdict import Report
 
 
 @click.command("validate", short_help="Prove a bundle's numbers against its checkpoint, rung by rung.")
@@ -54,15 +54,14 @@ def command(
     check_outputs({"--json": (json_file, "the figures"), "--report": (report_file, "the report")})
     if dump is not None:
         check_folder(dump, "--dump", "the folder of tensors")
+    if report_file is not None:
+        need("matplotlib")
     from rich.console import Console
 
     from sessa_deploy.cli.inputs import encoded_texts
     from sessa_deploy.export import parity
-    from sessa_deploy.export.parity_process import ProcessLaunch
-    from sessa_deploy.runtime.environment import importable
+    from sessa_deploy.export.parity.process import ProcessLaunch
 
-    if report_file is not None and not importable("matplotlib"):
-        raise UserError("the report needs a package that is not installed", got="no matplotlib", fix="pip install 'sessa-deploy[export]'")
     notes, launch = Console(stderr=True), ProcessLaunch(python)
     judged = encoded_texts(bundle, texts)
     if checkpoint is None:
@@ -83,7 +82,7 @@ def command(
         return
     writes = _writes(json_file, report.to_dict())
     if report_file is not None:
-        from sessa_deploy.export.parity_report import render
+        from sessa_deploy.export.parity.report import render
 
         writes.append(lambda: write_text(report_file, render(report), "--report", "the report"))
     if record:

@@ -12,8 +12,8 @@ from sessa_deploy import contract
 from sessa_deploy.cli import main
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.plugins import library
-from sessa_deploy.runtime import trt_plan
 from sessa_deploy.runtime.bundle import write_bundle
+from sessa_deploy.runtime.trt import plan as trt_plan
 
 pytest.importorskip("onnx")
 CONFIG = SessaConfig(d_model=16, n_layers=1, n_heads=2, vocab_size=61, max_context=32)
@@ -37,7 +37,7 @@ def test_missing_things_are_one_line_with_the_command(
 ) -> None:
     assert "no bundle" in error_of(capsys, str(tmp_path / "nowhere"))
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert "pip install tensorrt" in error_of(capsys, bundle)
+    assert "pip install 'sessa-deploy[tensorrt]'" in error_of(capsys, bundle)
     from fake_tensorrt import HostCuda, make
 
     monkeypatch.setitem(sys.modules, "tensorrt", make("8.6.0", HostCuda()))
@@ -61,12 +61,13 @@ def test_what_it_prints(bundle: str, capsys: pytest.CaptureFixture[str], monkeyp
 
     def fake_build(*args: object) -> to_engine.Built:
         asked.append(args[:9])
-        return to_engine.Built(to_engine.Bundle.open(bundle), "engines/x", info, fresh=len(asked) == 1)
+        return to_engine.Built(to_engine.Bundle.open(bundle), "engines/x", info, fresh=len(asked) == 1, notes=("layers: by TensorRT (why)",))
 
     monkeypatch.setattr(to_engine, "build_engine", fake_build)
     main(["build", bundle, "--max-batch", "2", "--workspace", "64", "--opt-level", "3"])
     out = capsys.readouterr().out
     assert f"engine: {bundle}/engines/x (3 MiB, Fake GPU), built in 12 s" in out and "run" in out
+    assert out.startswith("layers: by TensorRT (why)\n")
     assert asked[0] == (bundle, 2, None, 512, 64 << 20, 3, None, None, False)
     main(["build", bundle])
     assert "nothing to do" in capsys.readouterr().out

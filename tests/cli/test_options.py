@@ -117,7 +117,7 @@ TABLE: dict[str, dict[str, Row]] = {
         "BUNDLE": place("nowhere"), "--json": place("."), "--backend": BACKEND, "--batch": COUNT, "--prompt-tokens": COUNT, "--window": COUNT, "--steps": COUNT,
         "--seconds": NOT_NEGATIVE, "--max-seconds": NOT_NEGATIVE, "--capacity": COUNT, "--threads": THREADS, "--bandwidth": POSITIVE,
     },
-    "inspect": {"PATH": place("nowhere"), "--json": JSON, "--all": FLAG, "--no-verify": FLAG},
+    "inspect": {"PATH": place("nowhere"), "--config": place(), "--json": JSON, "--all": FLAG, "--no-verify": FLAG},
     "plugin build": {
         "--tensorrt-include": place(), "--cuda-include": place(), "--cubins": place(), "--out": place(),
         "--arch": Row((("90", "90"), ("80,86", "80,86")), ("", ",", "90,", "sm_90", "9.0", "75", "90,75", " 90", "90;86", "9" * 500)),

@@ -21,9 +21,9 @@ from sessa_deploy.cli.output import JsonCommand
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import MODEL_FILE
 from sessa_deploy.errors import UserError
-from sessa_deploy.export import parity_process
-from sessa_deploy.export.parity_process import ProcessLaunch, RungError, launch_all
-from sessa_deploy.export.parity_rungs import RungJob
+from sessa_deploy.export.parity import process as parity_process
+from sessa_deploy.export.parity.process import ProcessLaunch, RungError, launch_all
+from sessa_deploy.export.parity.rungs import RungJob
 from sessa_deploy.process import python, run_group
 from sessa_deploy.runtime import environment
 from sessa_deploy.runtime.bundle import write_bundle
@@ -78,9 +78,11 @@ def test_names_that_the_terminal_cannot_show_stop_nothing(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("error", "words"), [
-    (OSError(errno.ENOSPC, "No space left on device", "/a"), ("No space", "/a", "free space")), (OSError(errno.EROFS, "Read-only file system"), ("Read-only",)),
+    (OSError(errno.ENOSPC, "No space left on device", "/a"), ("No space", "/a", "free space")),
+    (OSError(errno.EROFS, "Read-only file system"), ("Read-only",)),
     (OSError(errno.EMFILE, "Too many open files", "/b"), ("Too many", "ulimit")), (PermissionError(errno.EACCES, "Permission denied", "/c"), ("/c",)),
-    (MemoryError(), ("memory",)), (RecursionError("deep"), ("nested",)), (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), ("memory",)),
+    (MemoryError(), ("memory",)), (RecursionError("deep"), ("nested",)),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), ("memory",)),
     (ModuleNotFoundError("No module named 'torch'", name="torch"), ("no torch", "sessa-deploy[export]")),
     (ModuleNotFoundError("No module named 'onnxruntime.capi'", name="onnxruntime.capi"), ("no onnxruntime", "sessa-deploy[ort]")),
     (ImportError("libcudart.so.12: cannot open", name="onnx"), ("cannot be imported", "libcudart"))])
@@ -115,7 +117,7 @@ def test_a_verb_that_is_told_to_end_leaves_no_temporary_files_and_no_children(nu
     (tmp_path / "tmp").mkdir()
     program = ("import subprocess, sys, time\nfrom sessa_deploy import cli, describe\nfrom sessa_deploy.files import scratch, whole\n"
                "from sessa_deploy.process import run_group\n"
-               "def work(path, verify):\n"
+               "def work(*_, **__):\n"
                "    with scratch('sessa-test-') as folder, whole(folder.parent / 'out') as stream:\n"
                "        (folder / 'tensors').write_bytes(bytes(1000)); stream.write(bytes(1000)); stream.flush()\n"
                f"        run_group(['sh', '-c', 'echo $$ > {tmp_path}/pid; sleep 60 & wait'])\n"
@@ -134,7 +136,7 @@ def test_a_verb_that_is_told_to_end_leaves_no_temporary_files_and_no_children(nu
 
 def test_nohup_is_respected() -> None:
     program = ("import os, signal\nfrom sessa_deploy import cli, describe\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-               "describe.describe = lambda path, verify: os.kill(os.getpid(), signal.SIGHUP) or 1 / 0\ncli.main(['inspect', 'x'])")
+               "describe.describe = lambda *_, **__: os.kill(os.getpid(), signal.SIGHUP) or 1 / 0\ncli.main(['inspect', 'x'])")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "ZeroDivisionError" in done.stderr
 
@@ -148,13 +150,13 @@ def test_no_child_takes_packages_from_the_working_directory(tmp_path: Path, monk
         (tmp_path / name).write_text("raise SystemExit('the wrong one')")
     monkeypatch.chdir(tmp_path)
     assert environment.probe("import random, json, sessa_deploy; print(json.dumps(sessa_deploy.__version__))") == (cli.__version__, None)
-    command = python("import sessa_deploy.export.parity_rungs as r, random; print(sys.argv[1:])", "a b", "-c")
+    command = python("import sessa_deploy.export.parity.rungs as r, random; print(sys.argv[1:])", "a b", "-c")
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "['a b', '-c']\n"
     seen: list[str] = []
     done = subprocess.run([sys.executable, "-m", "sessa_deploy.cli"], capture_output=True, text=True, check=False)
     assert "the wrong one" in done.stderr, "the trap works"
     job = RungJob("ort", tmp_path, tmp_path / "nothing")
-    with pytest.raises(UserError, match="holds no readable parity cases|no bundle"):  # it began, and says what is wrong
+    with pytest.raises(UserError, match=r"holds no readable parity cases|no bundle"):  # it began, and says what is wrong
         ProcessLaunch()(job, lambda *x: seen.append(x[0]))
 
 
@@ -208,7 +210,7 @@ def test_a_launch_that_was_stopped_starts_nothing_that_stays(tmp_path: Path) -> 
     launch = fake(tmp_path, BEGUN + "exec sleep 60")
     launch.stop()
     begun = time.monotonic()
-    with pytest.raises(UserError, match="SIGKILL|started"):
+    with pytest.raises(UserError, match=r"SIGKILL|started"):
         launch(RungJob("ort", tmp_path, tmp_path), lambda *_: None)
     assert time.monotonic() - begun < 30
 
@@ -255,3 +257,23 @@ def test_inspect_and_doctor_print_or_write_json(
         out, err = capsys.readouterr()
         one_line(err, "inside a bundle", "--json")
         assert not out and not (bundle / "out.json").exists()
+
+
+def test_no_verb_puts_anything_into_a_bundle(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("a" * 1000)
+    (tmp_path / "link").symlink_to(bundle)
+    monkeypatch.chdir(bundle)
+    before = {x: x.stat().st_mtime_ns for x in sorted(bundle.rglob("*"))}
+    for place in (str(bundle / "new"), "new", "./deeper/../new", str(tmp_path / "link/new")):
+        for words in (["bench", str(bundle), "--json"], ["inspect", str(bundle), "--json"], ["doctor", "--json"], ["export", str(tmp_path), "--out"],
+                      ["train", "--data", str(tmp_path / "text"), "--steps", "1", "--d-model", "16", "--n-heads", "2", "--out"], ["plugin", "build", "--out"],
+                      ["validate", str(bundle), "--checkpoint", str(tmp_path), "--json"], ["validate", str(bundle), "--checkpoint", str(tmp_path), "--report"],
+                      ["validate", str(bundle), "--dump"]):
+            with pytest.raises(SystemExit) as stopped:
+                main([*words, place])
+            assert stopped.value.code == 2
+            one_line(capsys.readouterr().err, "inside a bundle", words[-1])
+    assert {x: x.stat().st_mtime_ns for x in sorted(bundle.rglob("*"))} == before

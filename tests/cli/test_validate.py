@@ -17,10 +17,11 @@ from sessa_deploy.checkpoint import save_checkpoint
 from sessa_deploy.cli import main
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import MODEL_FILE, PARITY_FILE
-from sessa_deploy.export import parity_process
+from sessa_deploy.export.parity import process as parity_process
 from sessa_deploy.export.to_onnx import export_bundle
 from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
+from sessa_deploy.runtime.tokenizer import byte_level_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -118,3 +119,63 @@ def test_bad_input_exits_2_with_one_line(material: tuple[Path, Path], run: Run, 
     ):
         code, out, err = run(*arguments)
         assert code == 2 and word in err and len(err.strip().splitlines()) == 1 and not out, (arguments, out, err)
+
+
+def test_text_is_judged_beside_the_built_cases(run: Run, tmp_path: Path) -> None:
+    """On a bundle with all logits, so that every row of them is judged too."""
+    torch.manual_seed(0)
+    save_checkpoint(SessaLM(SessaConfig(d_model=16, n_layers=1, n_heads=2, vocab_size=257, max_context=20)), tmp_path / "checkpoint")
+    bundle = export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", all_logits=True)
+    (tmp_path / "a.txt").write_text("größe = 3\n" * 5)
+    (tmp_path / "b.txt").write_text("x")
+    texts = ("--text", tmp_path / "a.txt", "--text", tmp_path / "b.txt")
+    code, out, err = run(bundle, "--checkpoint", tmp_path / "checkpoint", "--json", tmp_path / "p.json", *texts)
+    assert code == 0 and out.splitlines()[-1].startswith("parity: PASSED"), out
+    assert err.count("\n") == 1 and "text-1" in err and "the first 20 of its 60 tokens" in err
+    figures = json.loads((tmp_path / "p.json").read_text())
+    assert {name: case["lengths"] for name, case in figures["cases"].items() if case["kind"] == "text"} == {"text-1": [20], "text-2": [1]}
+    tokens = {(t["rung"], t["mode"]): t["steps"] for t in figures["tokens"]}
+    rows = sum(sum(case["lengths"]) for case in figures["cases"].values())
+    assert tokens["ort", "graph"] == tokens["ort", "session"] == tokens["torch", "session"] == rows > tokens["ort", "greedy"]
+    judged = {c["case"] for c in figures["comparisons"] if c["field"] == "logits" and c["rung"] == "ort"}
+    assert {"text-1", "text-2", "ragged"} <= judged
+
+
+def test_a_wrong_row_of_all_logits_is_found(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    """The graph's logits of a prompt's first token are another's; the last row is right."""
+    from sessa_deploy.export import parity
+    from sessa_deploy.export.parity.drive import Engine
+    from sessa_deploy.export.parity.engines import open_ort
+
+    bundle = export_bundle(material[1], tmp_path / "bundle", all_logits=True)
+
+    def launch(job: parity.RungJob, progress: parity.Progress) -> None:
+        engine = None
+        if job.rung == "ort":
+            real = open_ort(Bundle.open(bundle), 1).graph
+
+            def step(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+                out = real(feeds)
+                if out["logits"].shape[1] > 1:
+                    out["logits"] = out["logits"].copy()
+                    out["logits"][:, 0] = out["logits"][:, 1]
+                return out
+
+            engine = Engine(step, None, {})
+        parity_process.run_rung(job, engine=engine)
+
+    report = parity.validate(bundle, material[1], ["ort"], lengths=(2, 9), launch=launch, workers=1)
+    assert not report.passed and report.failure is not None and (report.failure.rung, report.failure.field) == ("ort", "logits")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", None, b"x"], ids=["empty", "bytes", "absent", "no tokenizer"])
+def test_a_text_that_cannot_be_judged_is_refused(run: Run, material: tuple[Path, Path], tmp_path: Path, content: bytes | None) -> None:
+    bundle = material[0]
+    if content != b"x":
+        bundle = write_bundle(tmp_path / "b", {MODEL_FILE: b"", "tokenizer.json": byte_level_tokenizer().encode()}, SessaConfig(16, 1, 2, 257), "fp32", {})
+    if content is not None:
+        (tmp_path / "t").write_bytes(content)
+    code, out, err = run(bundle, "--checkpoint", material[1], "--text", tmp_path / "t")
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    code, _, err = run(bundle, "--checkpoint", material[1], "--text", tmp_path / "t", "--compare", tmp_path)
+    assert code == 2 and "--compare" in err

@@ -14,15 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sessa_deploy.checkpoint import save_checkpoint
 from sessa_deploy.cli import main
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import MAX_POSITION, PARITY_FILE
 from sessa_deploy.errors import ParityError, UserError
 from sessa_deploy.export import parity
-from sessa_deploy.export.parity_cases import build_cases
-from sessa_deploy.export.parity_process import launch_here
-from sessa_deploy.export.parity_verdict import Failure, Report
+from sessa_deploy.export.parity.cases import build_cases
+from sessa_deploy.export.parity.process import launch_here
+from sessa_deploy.export.parity.verdict import Failure, Report
 from sessa_deploy.export.to_onnx import export_bundle
 from sessa_deploy.model import SessaLM
 
@@ -108,9 +107,11 @@ def test_targets_that_cannot_be_written_are_found_before_the_work(
     (tmp_path / "link").symlink_to(bundle)
     before = sorted(bundle.rglob("*"))
     for arguments, words in (
-        (("--report", bundle / "r.html"), "inside a bundle"), (("--json", bundle / "p.json"), "inside a bundle"), (("--json", tmp_path / "link/p.json"), "inside"),
+        (("--report", bundle / "r.html"), "inside a bundle"), (("--json", bundle / "p.json"), "inside a bundle"),
+        (("--json", tmp_path / "link/p.json"), "inside a bundle"),
         (("--dump", bundle / "d"), "inside a bundle"), (("--dump", bundle), "inside a bundle"), (("--json", bundle / PARITY_FILE), "inside a bundle"),
-        (("--json", tmp_path / "missing/p.json"), "mkdir -p"), (("--report", tmp_path), "it is a folder"), (("--json", tmp_path / "file/p.json"), "Not a directory"),
+        (("--json", tmp_path / "missing/p.json"), "mkdir -p"), (("--report", tmp_path), "it is a folder"),
+        (("--json", tmp_path / "file/p.json"), "Not a directory"),
         (("--dump", tmp_path / "file"), "not a folder"), (("--json", tmp_path / "x", "--report", tmp_path / "x"), "same place"),
         (("--json", "-", "--report", "-"), "same place"),
     ):
@@ -176,7 +177,7 @@ def test_no_place_for_temporary_files_is_told(material: tuple[Path, Path, Report
     import tempfile
 
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at/all")
-    with pytest.raises(UserError, match="no place for temporary files.*TMPDIR"):
+    with pytest.raises(UserError, match=r"no place for temporary files.*TMPDIR"):
         parity.validate(material[0], material[1], config=material[1].parent / "config", launch=launch_here)
 
 

@@ -8,7 +8,7 @@ import onnxruntime
 from onnx import helper
 
 from sessa_deploy import contract
-from sessa_deploy.export.onnx_functions import causal_function, feedback_function
+from sessa_deploy.export.graph.functions import causal_function, feedback_function
 
 
 def op_model(op: str, storage: int, opset: int, scale: float, block: int | None = None) -> onnx.ModelProto:

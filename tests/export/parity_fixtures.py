@@ -10,11 +10,11 @@ import torch
 
 from sessa_deploy.checkpoint import save_checkpoint
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.export.parity import validate
-from sessa_deploy.export.parity_drive import Engine
-from sessa_deploy.export.parity_process import Progress, silent
-from sessa_deploy.export.parity_rungs import ORACLE, PLAIN, TORCH, RungJob, run_rung
-from sessa_deploy.export.parity_verdict import Report
+from sessa_deploy.export.parity.drive import Engine
+from sessa_deploy.export.parity.process import Progress, silent
+from sessa_deploy.export.parity.prove import validate
+from sessa_deploy.export.parity.rungs import ORACLE, PLAIN, TORCH, RungJob, run_rung
+from sessa_deploy.export.parity.verdict import Report
 from sessa_deploy.export.to_onnx import export_bundle
 from sessa_deploy.model import SessaLM
 

@@ -25,9 +25,9 @@ from sessa_deploy.checkpoint import load_for_export, read_state
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
 from sessa_deploy.model import SessaLM
-from sessa_deploy.runtime import trt_plan
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
 from sessa_deploy.runtime.tokenizer import byte_level_tokenizer
+from sessa_deploy.runtime.trt import plan as trt_plan
 from sessa_deploy.safetensors_check import read_header
 
 pytestmark = pytest.mark.timeout(60)
@@ -266,8 +266,8 @@ def test_engine(bundle: Bundle, raw: bytes) -> None:
 @few
 @given(raw=changed({"schema": 1, "seed": 0, "chosen_by": "seed", "digest": "0", "cases": [{"name": "a", "kind": "prefill", "steps": 1}]}))
 def test_parity_cases(bundle: Bundle, raw: bytes) -> None:
-    from sessa_deploy.export.parity_cases import build_cases, load_cases, save_cases
-    from sessa_deploy.export.parity_rungs import read_header as rung_header
+    from sessa_deploy.export.parity.cases import build_cases, load_cases, save_cases
+    from sessa_deploy.export.parity.rungs import read_header as rung_header
 
     folder = bundle.path.parent / "dump"
     if not folder.exists():

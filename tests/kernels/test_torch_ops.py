@@ -161,6 +161,13 @@ def test_causal_gradients(past: int) -> None:
     inputs = [torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
     length = torch.tensor([past, past // 2], dtype=torch.int32)
     assert torch.autograd.gradcheck(lambda *x: torch.ops.sessa.causal_attention(*x, length), inputs)
+    shapes = [(2, 150, 4, 8), (2, 150, 2, 8), (2, 150, 2, 8), (2, past, 2, 8), (2, past, 2, 8)]  # several blocks of rows
+    ours = [torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
+    plain, weight = [x.detach().clone().requires_grad_() for x in ours], torch.randn(shapes[0], generator=g, dtype=torch.float64)
+    (torch.ops.sessa.causal_attention(*ours, length) * weight).sum().backward()
+    (reference.plain_causal(*plain, length) * weight).sum().backward()
+    for name, a, b in zip(("q", "k", "v", "past_k", "past_v"), ours, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_direct_call_of_the_public_op_is_differentiable() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import ARCHS, SHARED_LIMIT
+from sessa_deploy.kernels.launch.limits import SHARED_LIMIT
 from sessa_deploy.plugins import lower
 
 pytest.importorskip("triton")

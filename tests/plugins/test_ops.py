@@ -18,7 +18,7 @@ from sessa_deploy import contract, cuda_arch
 from sessa_deploy.errors import UserError
 from sessa_deploy.kernels.launch import limits, table
 from sessa_deploy.plugins import library, lower, ops
-from sessa_deploy.runtime import trt_kernels
+from sessa_deploy.runtime.trt import kernels as trt_kernels
 
 ARCHS = (75, 80, 86, 87, 88, 89, 90, 100, 101, 103, 110, 120, 121)
 compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
@@ -44,7 +44,7 @@ def test_which_binary_serves_which_device() -> None:
     served = {a: [b for b in ARCHS if cuda_arch.serves(a, b)] for a in ARCHS}
     assert served[75] == [75] and served[80] == [80, 86, 88, 89] and served[86] == [86, 88, 89] and served[87] == [87] and served[89] == [89]
     assert all(served[a] == [a] for a in ARCHS if a >= 90)
-    assert cuda_arch.nearest(limits.ARCHS, 89) == 89 and cuda_arch.nearest((80, 86, 87), 89) == 86
+    assert cuda_arch.nearest(cuda_arch.ARCHS, 89) == 89 and cuda_arch.nearest((80, 86, 87), 89) == 86
     assert cuda_arch.nearest((80, 86), 87) is None and cuda_arch.nearest((100,), 103) is None and cuda_arch.nearest((), 90) is None
 
 
@@ -60,14 +60,15 @@ def test_everyone_who_looks_for_a_binary_asks_that_rule(tmp_path: Path) -> None:
 
     folder = fake_tensorrt.fake_cubins(tmp_path)
     text = (folder / "cubins.json").read_text()
-    for made, device in itertools.product(limits.ARCHS, ARCHS):
+    for made, device in itertools.product(cuda_arch.ARCHS, ARCHS):
         (folder / "cubins.json").write_text(text.replace('"arch": 90', f'"arch": {made}'))
         if cuda_arch.serves(made, device):
             assert trt_kernels.images(folder, device)[trt_kernels.FINISH].entry == trt_kernels.FINISH
         else:
-            with pytest.raises(UserError, match=f"no binary of decode_append for this GPU: got sm_{device} in"):
+            fix = f"sessa-deploy plugin build --arch {device}$" if device in cuda_arch.ARCHS else "use --backend ort; the kernels are compiled for sm_80, 86, "
+            with pytest.raises(UserError, match=f"no binary of decode_append for this GPU: got sm_{device} in .*; fix: {fix}"):
                 trt_kernels.images(folder, device)
-        if device in limits.ARCHS and made != device:
+        if device in cuda_arch.ARCHS and made != device:
             unit = lower.Unit("decode_append", device, "fp32", "any")
             alike = table.options("decode_append", made, "fp32", "any") == table.options("decode_append", device, "fp32", "any")
             assert (lower.served_by(unit, [made, device]) == made) == (alike and cuda_arch.serves(made, device))
@@ -113,7 +114,7 @@ def test_constants_are_the_kernels_own() -> None:
     """The numbers stand in limits.py; what the kernels' specs and tiles say agrees with them."""
     assert tuple(sorted(int(v) for v in table.kernel("feedback_step_partial").variants)) == limits.FEEDBACK_WIDTHS
     assert limits.FEEDBACK_MAX_WIDTH == contract.MAX_WIDTH and limits.FEEDBACK_MULTIPLE == contract.WIDTH_MULTIPLE
-    assert max(table.tiles("layer_rotary", a, "fp32", "any")["BD"] for a in limits.ARCHS) == limits.ROTARY_MAX_PAIRS
+    assert max(table.tiles("layer_rotary", a, "fp32", "any")["BD"] for a in cuda_arch.ARCHS) == limits.ROTARY_MAX_PAIRS
 
 
 GOOD = {"B": 2, "T": 3, "P": 5, "D": 768, "H": 12, "K": 4, "C": 64, "N": 3 * 768 + 2 * 256, "E": 2 * 768, "J": 32, "I": 1, "R": 4}

@@ -7,6 +7,7 @@ SESSA_CUBIN_DIR: kernels already lowered. SESSA_PLUGIN_PREBUILT: a folder with t
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import plugin_harness as ph
 import pytest
 from plugin_harness import BFLOAT, CAUSAL, FEEDBACK, FLOAT, HALF, NAMES, OPERANDS, Built, Pointers, create, headed, sizes
 
+from sessa_deploy import cuda_arch
 from sessa_deploy.errors import UserError
 from sessa_deploy.kernels.launch.limits import STEP_MAX_SPLITS
 from sessa_deploy.plugins import library, ops
@@ -34,6 +36,19 @@ def test_library_stands_alone(built: Built) -> None:
         assert {line.split()[-1] for line in exports.splitlines()} == {"getPluginCreators" if major == 8 else "getCreators", "setLoggerFinder", *door}
         needed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
         assert not re.search(r"NEEDED.*(nvinfer|libcuda|cudart|stdc\+\+)", needed)
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+def test_the_library_hands_out_what_serves_a_device(built: Built) -> None:
+    """Its door, which the runtime takes, goes by the one rule; and a tile that a binary has not is told apart from a tile."""
+    handle = ctypes.CDLL(str(built[1]))
+    held = {arch for arch in cuda_arch.ARCHS if handle.sessaFindCubin(b"decode_finish", arch, b"fp32", b"any", ctypes.create_string_buffer(64))}
+    for device in (75, 80, 86, 87, 89, 90, 100, 103, 120, 121):
+        key = (b"decode_finish", device, b"fp32", b"any")
+        found = bool(handle.sessaFindCubin(*key, ctypes.create_string_buffer(64)))
+        assert found == (cuda_arch.nearest(held, device) is not None)
+        assert (handle.sessaCubinTile(*key, b"SPLITS") > 0) == found and handle.sessaCubinTile(*key, b"PIECES") == -1
 
 
 @pytest.mark.trt

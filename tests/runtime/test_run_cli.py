@@ -73,7 +73,9 @@ BAD = [
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda pair: " ".join(map(ascii, pair)))
-def test_run_refuses_bad_input_in_one_line(tiny_bundle, capfd, bad):
+def test_run_refuses_bad_input_in_one_line(tiny_bundle, capfd, monkeypatch, bad):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # so that a machine with a GPU refuses those backends too
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     options = {"--prompt": "x" * 9, "--max-new-tokens": 5} | dict([bad])
     code, out, err = call(capfd, "run", tiny_bundle.path, *(part for pair in options.items() for part in pair))
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, (out, err)
@@ -152,12 +154,12 @@ main(["doctor"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert "pip install onnxruntime" in done.stdout and "ready: nothing yet" in done.stdout
+    assert "pip install 'sessa-deploy[ort]'" in done.stdout and "ready: nothing yet" in done.stdout
 
 
 def test_bench_counts_the_sessions_own_device_memory_and_reads_clocks_while_it_runs(tiny_bundle, monkeypatch):
     from sessa_deploy.runtime import bench, environment
-    from sessa_deploy.runtime.ort import OrtBackend
+    from sessa_deploy.runtime.ort.backend import OrtBackend
     from sessa_deploy.runtime.session import Session
 
     monkeypatch.setattr(OrtBackend, "device_bytes", lambda self: 1000)

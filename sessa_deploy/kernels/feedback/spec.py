@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import ARCHS, FEEDBACK_WIDTHS, WIDE
+from sessa_deploy.kernels.launch.limits import FEEDBACK_WIDTHS, WIDE
 from sessa_deploy.kernels.launch.spec import Kernel, Param, by_name, integers, pointers
 
 _PACKAGE = "sessa_deploy.kernels.feedback"

@@ -11,8 +11,7 @@ MAX_GRID = 65535  # programs along y and z
 MAX_ROWS = (1 << 30) - 1  # of a sequence, new or past
 LOG2E = 1.4426950408889634
 
-# --- architectures, as compute capability
-ARCHS = (80, 86, 87, 89, 90, 100, 120)
+# --- architectures, as compute capability; which there are, and which binary fits which: cuda_arch.py
 DEPENDENT_ARCH = 90  # the first with programmatic dependent launch, which the variants that may start early are made for
 # Largest dynamic shared memory one block may ask for, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}

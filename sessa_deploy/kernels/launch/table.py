@@ -14,7 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from sessa_deploy.kernels.launch.limits import ARCHS, DEPENDENT_ARCH
+from sessa_deploy.cuda_arch import ARCHS
+from sessa_deploy.kernels.launch.limits import DEPENDENT_ARCH
 from sessa_deploy.kernels.launch.spec import Kernel, resolve
 
 TUNED_WITH = (3, 6)  # the Triton that tiles were measured with

@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.engine import decode_io
-from sessa_deploy.kernels.launch.limits import ARCHS
 from sessa_deploy.kernels.launch.table import options, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,11 +12,12 @@ pytest.importorskip("triton")
 from feedback_cases import DEVICE, NAMES, ROUTINGS, TINY, Inputs, gradients, make, poison, side, small_options, underflow
 from rule import STORAGE, check
 
+from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.feedback import backward as bwd
 from sessa_deploy.kernels.feedback import forward as fwd
 from sessa_deploy.kernels.feedback.spec import solve_variant
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import ARCHS, PANEL_BYTES
+from sessa_deploy.kernels.launch.limits import PANEL_BYTES
 
 
 def run(x: Inputs, ds: torch.Tensor | None = None, panel_bytes: int = PANEL_BYTES, tile: int = 16) -> tuple[torch.Tensor, ...]:

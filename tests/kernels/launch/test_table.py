@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import jit, table
-from sessa_deploy.kernels.launch.limits import ARCHS
 
 
 @pytest.fixture

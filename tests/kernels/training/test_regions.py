@@ -107,12 +107,8 @@ def test_autocast_takes_float32_parameters(shape: tuple[Any, ...], through: Any,
 
 
 def test_golden_numbers(golden: tuple[dict[str, Any], dict[str, Tensor]], through: Any) -> None:
-    """The official layer's float64 numbers, in float32, where the sizes fit."""
+    """The official layer's float64 numbers, in float32."""
     config, tensors = golden
-    if config["D"] % 16 or config["D"] // config["n_heads"] % 8:
-        pytest.skip("sizes that take the plain road")
-    if DEVICE == "cpu" and tensors["x"].numel() > 1 << 17:
-        pytest.skip("large for the interpreter")
     layer = SessaLayer(config["D"], config["n_heads"], config["n_kv_heads"], config["gamma_max"], config["use_forward_rope"], config["ln_eps"])
     names = {name for name, _ in layer.named_parameters()}
     layer.load_state_dict({name[6:]: x for name, x in tensors.items() if name.startswith("param.") and name[6:] in names}, strict=True)

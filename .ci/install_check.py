@@ -1,0 +1,161 @@
+"""Whether this package installs where nothing of it is yet: `resolve`, `packages` and `lowest`, any of them in one call.
+
+resolve: every extra, and the constraints, from the package index alone for Python 3.10 to 3.13. packages: the sdist and the wheel hold what they should, and
+the wheel with [ort] generates text. lowest: the lowest version of every dependency (torch as constrained) runs tests of export and runtime.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+EXTRAS = ("ort", "cuda", "tensorrt", "export", "train", "dev")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+ELSEWHERE = "special placeholder package"  # what NVIDIA's stubs of TensorRT say where their own index is out of reach
+TESTS = ("tests/export/test_to_onnx.py", "tests/export/test_onnx_functions.py", "tests/runtime/test_ort.py", "tests/runtime/test_session.py",
+         "tests/runtime/test_tokenizer.py", "tests/test_checkpoint.py")
+
+
+def run(command: Sequence[str | Path], clean: bool = False, **more: object) -> subprocess.CompletedProcess[str]:
+    """A command, its output kept. clean: without any local setting of pip or Python."""
+    environment = {name: value for name, value in os.environ.items() if not clean or name == "PIP_CERT" or not name.startswith(("PIP_", "PYTHON"))}
+    environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1"} if clean else {}
+    return subprocess.run([str(x) for x in command], capture_output=True, text=True, check=False, env=environment, **more)  # type: ignore[call-overload,no-any-return]
+
+
+def must(command: Sequence[str | Path], clean: bool = False, **more: object) -> str:
+    done = run(command, clean, **more)
+    if done.returncode:
+        sys.exit(f"failed: {' '.join(map(str, command))}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def interpreter(version: str) -> Path | None:
+    """A Python of this version, on PATH or of pyenv."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [*sorted(root.glob(f"{version}.*/bin/python")), *filter(None, [shutil.which(f"python{version}")])]
+    for path in map(Path, found):
+        if run([path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).stdout.strip() == version:
+            return path
+    return None
+
+
+def environment(work: Path, python: Path, name: str) -> Path:
+    """A new virtual environment's interpreter."""
+    must([python, "-m", "venv", work / name])
+    return work / name / "bin/python"
+
+
+def resolve(work: Path) -> None:
+    """Every extra by `pip install --dry-run` from the index alone."""
+    pythons = {version: interpreter(version) for version in PYTHONS}
+    pip = environment(work, Path(sys.executable), "pip")
+    must([pip, "-m", "pip", "install", "-q", "-U", "pip"], clean=True)
+    wheel = build(work / "resolve-dist", pip)[1]
+    jobs = [(version, extra, constrained) for version in PYTHONS for extra in EXTRAS for constrained in (False, True) if pythons[version]
+            and (not constrained or extra in ("export", "dev"))]
+
+    def one(job: tuple[str, str, bool]) -> tuple[bool, str]:
+        version, extra, constrained = job
+        begun = time.monotonic()
+        bound = ["-c", ROOT / "constraints.txt"] if constrained else []
+        # fast-deps: metadata is read out of gigabytes of wheels without fetching them, where the index can do that
+        done = run([pip, "-m", "pip", "--python", str(pythons[version]), "install", "--dry-run", "--ignore-installed", "--quiet",
+                    "--use-feature=fast-deps", *bound, f"{wheel}[{extra}]"], clean=True)
+        what = f"Python {version} [{extra}]{' with constraints.txt' if constrained else ''}"
+        took = f"{time.monotonic() - begun:.0f} s"
+        if done.returncode and extra == "tensorrt" and ELSEWHERE in done.stdout + done.stderr:
+            return True, f"not proven: {what}: TensorRT's wheels are on NVIDIA's own index, which this machine does not reach ({took})"
+        return done.returncode == 0, f"resolved: {what} ({took})" if done.returncode == 0 else f"FAILED: {what}\n{(done.stdout + done.stderr)[-3000:]}"
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(one, jobs))
+    for version in (v for v in PYTHONS if pythons[v] is None):
+        print(f"skipped: Python {version}: no such interpreter here")
+    print("\n".join(line for _, line in results), flush=True)
+    if not all(good for good, _ in results):
+        sys.exit(1)
+
+
+def build(out: Path, python: Path) -> tuple[Path, Path]:
+    """(the sdist, the wheel made from it)."""
+    must([python, "-m", "pip", "install", "-q", "build"])
+    must([python, "-m", "build", "--outdir", out, ROOT])
+    return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
+
+
+def packages(work: Path) -> None:
+    """The sdist holds the clone, the wheel every module, and text comes out of the wheel with [ort]."""
+    sdist, wheel = build(work / "dist", environment(work, Path(sys.executable), "build"))
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = set(must(["git", "-C", ROOT, "ls-files"]).split("\n")) - {"", ".gitignore"}
+    if tracked - held:
+        sys.exit(f"the sdist lacks {sorted(tracked - held)}")
+    rooms = {"export": "sessa_deploy/export", "runtime": "sessa_deploy/runtime", "plugins": "sessa_deploy/plugins", "sessa_deploy": "sessa_deploy"}
+    sources = [path.partition("/") for path in tracked if path.endswith((".py", ".json", ".cpp", ".h", ".txt"))]
+    wanted = {f"{rooms[room]}/{rest}" for room, _, rest in sources if room in rooms}
+    lacking = wanted - set(zipfile.ZipFile(wheel).namelist())
+    if lacking:
+        sys.exit(f"the wheel lacks {sorted(lacking)}")
+    print(f"built: {sdist.name} with all {len(tracked)} files, {wheel.name} with all {len(wanted)}", flush=True)
+    bundle = work / "bundle"
+    must([ROOT / ".venv/bin/python", "-m", "sessa_deploy", "export", ROOT / "checkpoints/demo", "--out", bundle])
+    for version in ("3.10", "3.13"):
+        python = interpreter(version)
+        if python is None:
+            print(f"skipped: the wheel on Python {version}: no such interpreter here")
+            continue
+        mine = environment(work, python, f"ort-{version}")
+        must([mine, "-m", "pip", "install", "-q", f"{wheel}[ort]"])
+        tool, texts = mine.parent / "sessa-deploy", []
+        for folder in (work, ROOT):  # a neutral place, and beside the sources, which must not be taken for the package
+            texts.append(must([tool, "run", bundle, "--prompt", "def main():", "--max-new-tokens", "24"], cwd=folder))
+            no_torch = run([tool, "validate", bundle, "--checkpoint", ROOT / "checkpoints/demo"], cwd=folder)
+            if no_torch.returncode != 2 or "sessa-deploy[export]" not in no_torch.stderr:
+                sys.exit(f"validate without [export] ended with {no_torch.returncode}: {no_torch.stderr}")
+        if len(texts[0].strip()) < 24 or texts[0] != texts[1]:
+            sys.exit(f"the wheel on Python {version} wrote {texts}")
+        print(f"generated: the wheel with [ort] on Python {version}", flush=True)
+
+
+def minima() -> list[str]:
+    """The lowest version of every dependency but torch and triton, which constraints.txt names."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pairs = dict(re.findall(r'"([a-zA-Z][\w-]*)>=([\d.]+)', text.partition("[project]")[2]))
+    return [f"{name}=={version}" for name, version in pairs.items()
+            if name not in ("torch", "triton", "tensorrt", "onnxruntime-gpu", "ruff", "mypy")]
+
+
+def lowest(work: Path) -> None:
+    """Tests of export and runtime where every dependency is as old as pyproject.toml allows."""
+    python = environment(work, interpreter("3.11") or Path(sys.executable), "lowest")
+    must([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", "torch", *minima()])
+    must([python, "-m", "pip", "install", "-q", "--no-deps", "-e", ROOT])
+    subprocess.run([str(python), "-m", "pytest", "-n", "2", "--dist", "loadfile", *TESTS], cwd=ROOT, check=True)
+
+
+def main(names: Sequence[str]) -> None:
+    steps = {"resolve": resolve, "packages": packages, "lowest": lowest}
+    if not names or set(names) - set(steps):
+        sys.exit(f"usage: install_check.py {' | '.join(steps)} ...")
+    with tempfile.TemporaryDirectory(prefix="sessa-install-") as work:
+        for name in names:
+            begun = time.monotonic()
+            steps[name](Path(work))
+            print(f"{name}: done in {time.monotonic() - begun:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,112 @@
+"""Engines in a bundle: how they are described, and which of them may be loaded here. Standard library only.
+
+engines/<sm>-<TensorRT version>-<precision>/ holds model.plan and engine.json. A plan is code: it reaches TensorRT only if its checksum, TensorRT's
+version and the GPU's architecture match.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from sessa_deploy.contract import ENGINES_DIR
+from sessa_deploy.errors import UserError
+from sessa_deploy.process import command
+from sessa_deploy.reading import open_plain, parse_json
+from sessa_deploy.runtime.bundle import Bundle
+
+ENGINE_SCHEMA = 3  # 3: plans hold plugins of state 2 (plugins/ops.py), older ones cannot be loaded
+PLAN_FILE, ENGINE_FILE = "model.plan", "engine.json"
+_TEXTS = ("key", "plan_sha256", "tensorrt", "arch", "gpu", "driver", "precision", "plugin_sha256", "layers")
+_INTEGERS = ("schema_version", "plan_size", "max_batch", "capacity", "max_prompt")
+_KINDS: dict[str, Any] = {**dict.fromkeys(_TEXTS, str), **dict.fromkeys(_INTEGERS, int), "seconds": (int, float), "inlined": list}
+PREFILL, DECODE = 0, 1  # optimisation profiles, in the order in which they are added
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What engine.json says. capacity: rows of every cache; max_prompt: tokens of one prefill step; inlined: ops that run without a plugin;
+    layers: who computes what stands around the attentions, "plugin" or "tensorrt"."""
+
+    key: str
+    plan_sha256: str
+    plan_size: int
+    tensorrt: str
+    arch: str
+    gpu: str
+    driver: str
+    precision: str
+    max_batch: int
+    capacity: int
+    max_prompt: int
+    plugin_sha256: str
+    seconds: float
+    inlined: list[str] = field(default_factory=list)
+    layers: str = "tensorrt"
+    schema_version: int = ENGINE_SCHEMA
+
+    def to_json(self) -> bytes:
+        """engine.json's bytes."""
+        return (json.dumps(asdict(self), indent=2) + "\n").encode()
+
+
+def engine_folder(arch: str, tensorrt: str, precision: str) -> str:
+    """Name of an engine's folder in a bundle: engines/sm_90-8.6.0-fp16."""
+    return f"{ENGINES_DIR}/{arch}-{tensorrt}-{precision}"
+
+
+def engines(bundle: Bundle) -> dict[str, EngineInfo]:
+    """folder -> description of every engine in a bundle. Raises UserError on a description that is damaged or of another version."""
+    found = {}
+    for name in bundle.names():
+        path = PurePosixPath(name)
+        if path.parts[0] == ENGINES_DIR and path.name == ENGINE_FILE:
+            found[str(path.parent)] = _read(bundle, name)
+    return found
+
+
+def choose(bundle: Bundle, tensorrt: str, arch: str) -> tuple[str, EngineInfo]:
+    """(folder, description) of the engine for this TensorRT and this GPU. Raises UserError that says which of the two differs."""
+    present = engines(bundle)
+    mend = command("build", bundle.path)
+    if not present:
+        raise UserError("the bundle has no TensorRT engine", got=str(bundle.path), fix=mend)
+    for folder, info in present.items():
+        if info.tensorrt == tensorrt and info.arch == arch and info.precision == bundle.precision:
+            return folder, info
+    here = [info for info in present.values() if info.arch == arch]
+    if here:
+        raise UserError("the bundle's engine is for another TensorRT version", got=f"built with {here[0].tensorrt}, installed is {tensorrt}",
+                        allowed="the same version", fix=mend)  # fmt: skip
+    built = ", ".join(sorted({info.arch for info in present.values()}))
+    raise UserError("the bundle's engine is for another GPU architecture", got=f"built for {built}, this GPU is {arch}",
+                    allowed="the same architecture", fix=mend)  # fmt: skip
+
+
+def read_plan(bundle: Bundle, folder: str, info: EngineInfo) -> bytes:
+    """The plan's bytes. Raises UserError unless both the manifest's and the description's checksum match what was read."""
+    name = f"{folder}/{PLAN_FILE}"
+    with open_plain(bundle.file(name)) as stream:
+        data = stream.read()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != bundle.sha256(name) or digest != info.plan_sha256:
+        raise UserError(f"{name} does not match its checksum", got=f"sha256 {digest[:16]}...", allowed=f"{info.plan_sha256[:16]}...",
+                        fix=command("build", bundle.path, "--force"))
+    return data
+
+
+def _read(bundle: Bundle, name: str) -> EngineInfo:
+    mend = command("build", bundle.path, "--force")
+    try:
+        data: Any = parse_json(bundle.read(name), name)
+        wrong = [k for k, kind in _KINDS.items() if not isinstance(data.get(k), kind) or isinstance(data.get(k), bool)] + sorted(set(data) - set(_KINDS))
+        wrong = wrong or [k for k in _INTEGERS if not 0 < data[k] < 2**63]
+    except AttributeError:
+        raise UserError(f"{name} is not a JSON object", got=type(data).__name__, fix=mend) from None
+    if wrong or data["schema_version"] != ENGINE_SCHEMA:
+        raise UserError(f"{name} is not an engine's description of this version", got=", ".join(wrong) or f"schema_version {data['schema_version']}",
+                        allowed=f"schema_version {ENGINE_SCHEMA}", fix=mend)
+    return EngineInfo(**data)

@@ -1,0 +1,237 @@
+"""Layers as nodes of the plugin library: with each node's arithmetic in numpy, the rewritten graph gives what ONNX Runtime gives on the file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from sessa_deploy import contract
+from sessa_deploy.config import SessaConfig
+from sessa_deploy.errors import UserError
+from sessa_deploy.export.trt import fuse as trt_fuse
+from sessa_deploy.export.trt import graph as trt_graph
+from sessa_deploy.export.trt import layers as trt_layers
+
+SIZES = {"two heads a key": {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "layer_norm_eps": 0.3}, "one head": {"d_model": 16, "n_heads": 1},
+         "wide heads": {"d_model": 272, "n_heads": 2}}  # fmt: skip
+
+
+def _norm(x: Any, weight: Any, bias: Any, epsilon: float) -> Any:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon) * weight + bias
+
+
+def _enter(x: Any, weight: Any, bias: Any) -> Any:
+    from math import erf
+
+    a, g = np.split(x @ weight.T + bias, 2, axis=-1)
+    return np.concatenate([a * 0.5 * (1 + np.vectorize(erf)(a / np.sqrt(2.0))), g], -1)
+
+
+def _project_gain(gamma_max: float, h: Any, *rest: Any) -> tuple[Any, ...]:
+    *behind, gain, bias = rest
+    a = h[..., : h.shape[-1] // 2]
+    return (*_project(a, *behind), gamma_max * np.tanh(bias[0] + a @ gain))
+
+
+def _project(a: Any, weight: Any, bias_q: Any, bias_k: Any, bias_v: Any, bias_fb: Any, cos: Any, sin: Any) -> tuple[Any, ...]:
+    d, shape = a.shape[-1], a.shape[:2]
+    kv = bias_k.size
+    y = a @ weight.T + np.concatenate([x.reshape(-1) for x in (bias_q, bias_k, bias_v, bias_fb)])
+    q, k, v, q_b, k_b = np.split(y, np.cumsum([d, kv, kv, d]), axis=-1)
+
+    def turned(x: Any, like: Any) -> Any:
+        x = x.reshape(*shape, *like.shape)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        c, s = cos[..., None, :], sin[..., None, :]
+        return np.stack([even * c - odd * s, even * s + odd * c], -1).reshape(x.shape)
+
+    return turned(q, bias_q), turned(k, bias_k), v.reshape(*shape, *bias_v.shape), q_b, k_b
+
+
+def _rotary(x: Any, length: Any, limbs: Any) -> tuple[Any, Any]:
+    at = (length[:, None] + np.arange(x.shape[1])).astype(np.float32)[..., None]
+    parts = [at * limb for limb in limbs]
+    turn = sum(p - np.floor(p) for p in parts[:3])
+    angle = (turn - np.floor(turn) + parts[3]) * np.float32(2 * np.pi)
+    return np.cos(angle), np.sin(angle)
+
+
+def _softmax_over(past: Any, new: Any, length: int, upto: int, query: Any, scale: float, value_past: Any, value_new: Any) -> Any:
+    """Attention of one query over `length` past and `upto` new rows; zeros where there are none."""
+    keys, values = (np.concatenate([a[:length], b[:upto]]) for a, b in ((past, new), (value_past, value_new)))
+    if not len(keys):
+        return np.zeros(values.shape[1:], values.dtype)
+    weight = np.exp(scale * keys @ query - (scale * keys @ query).max())
+    return (weight / weight.sum()) @ values
+
+
+def _causal(scale: float, q: Any, k: Any, v: Any, past_k: Any, past_v: Any, length: Any) -> Any:
+    out, group = np.zeros_like(q), q.shape[2] // k.shape[2]
+    for b, t, i in np.ndindex(q.shape[:3]):
+        h = i // group
+        out[b, t, i] = _softmax_over(past_k[b, :, h], k[b, :, h], length[b], t + 1, q[b, t, i], scale, past_v[b, :, h], v[b, :, h])
+    return out
+
+
+def _feedback(scale: float, q: Any, k: Any, gamma: Any, f: Any, past_k: Any, past_s: Any, length: Any) -> Any:
+    s = f.copy()
+    for b, t in np.ndindex(q.shape[:2]):
+        s[b, t] += gamma[b, t] * _softmax_over(past_k[b], k[b], length[b], t, q[b, t], scale, past_s[b], s[b])
+    return s
+
+
+def _mixer(_: float, q: Any, k: Any, v: Any, past_k: Any, past_v: Any, weight: Any, bias: Any, q_b: Any, k_b: Any, gamma: Any, *pasts: Any) -> Any:
+    past_kb, past_s, length = pasts
+    o = _causal(q.shape[-1] ** -0.5, q, k, v, past_k, past_v, length)
+    return _feedback(q_b.shape[-1] ** -0.5, q_b, k_b, gamma, o.reshape(*o.shape[:2], -1) @ weight.T + bias, past_kb, past_s, length)
+
+
+def operators() -> list[Any]:
+    """The library's operators for onnx's reference evaluator."""
+    from onnx.reference.op_run import OpRun
+
+    def make(name: str, compute: Any) -> Any:
+        def _run(self: Any, *inputs: Any, storage: int | None = None, **numbers: float | None) -> tuple[Any, ...]:
+            given = [x for x in numbers.values() if x is not None]
+            found = compute(*(given or [None]), *inputs)
+            return tuple(np.asarray(x, np.float32) for x in (found if isinstance(found, tuple) else (found,)))
+
+        return type(name, (OpRun,), {"op_domain": contract.DOMAIN, "_run": _run})
+
+    return [
+        make(contract.ROTARY_OP, lambda _, x, length, limbs: _rotary(x, length, limbs)),
+        make(contract.CAUSAL_OP, _causal), make(contract.FEEDBACK_OP, _feedback),
+        make(contract.NORM_OP, lambda e, x, w, b: _norm(x, w, b, e)),
+        make(contract.LOGITS_OP, lambda _, x, w: x @ w.T),
+        make(contract.LINEAR_HEADS_OP, lambda _, x, w, b: x.reshape(*x.shape[:2], -1) @ w.T + b),
+        make(contract.NORM_ENTER_OP, lambda e, x, w, b, *rest: _enter(_norm(x, w, b, e), *rest)),
+        make(contract.MIXER_OP, _mixer), make(contract.PROJECT_GAIN_OP, _project_gain),
+        make(contract.TAIL_OP, lambda _, x, s, h, w, b: x + (s * h[..., h.shape[-1] // 2 :]) @ w.T + b),
+    ]  # fmt: skip
+
+
+def exported(folder: Path, config: SessaConfig, all_logits: bool = False, inline_limit: int = 1 << 30, precision: str = "fp32") -> Path:
+    torch = pytest.importorskip("torch")
+    from sessa_deploy.export.to_onnx import export_onnx
+    from sessa_deploy.model import SessaLM
+
+    torch.manual_seed(5)
+    model = SessaLM(config)
+    with torch.no_grad():  # biases that are zero would hide a wrong order
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3)
+    return export_onnx(model, folder / "model.onnx", precision, all_logits=all_logits, inline_limit=inline_limit)
+
+
+@pytest.mark.parametrize(("size", "all_logits"), [("one head", False), ("two heads a key", True), ("two heads a key", False), ("wide heads", False)])
+def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_logits: bool) -> None:
+    import onnxruntime
+    from onnx.reference import ReferenceEvaluator
+
+    config = SessaConfig(n_layers=2, vocab_size=61, max_context=32, **SIZES[size])
+    path = exported(tmp_path, config, all_logits, inline_limit=0)
+    prepared = trt_graph.prepare(trt_graph.load(path), trt_graph.PLUGIN_OPS)
+    graph = prepared.model.graph
+    trt_fuse.unmasked_rows(graph)
+    assert trt_layers.rotary(graph, onnx.TensorProto.FLOAT) is not None
+    types = trt_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent)
+    assert types is not None and contract.LOGITS not in {n.op_type for n in graph.node}
+    counts = Counter(n.op_type for n in graph.node)
+    assert counts[contract.NORM_OP] == 1 and counts[contract.TAIL_OP] == counts[contract.NORM_ENTER_OP] == counts[contract.PROJECT_GAIN_OP] == 2
+    both = 2 if size == "two heads a key" else 0  # a single head has no output projection, and the mixer's kernels end at heads of 128
+    assert counts[contract.MIXER_OP] == both and counts[contract.CAUSAL_OP] == counts[contract.FEEDBACK_OP] == 2 - both
+    assert counts[contract.LINEAR_HEADS_OP] == (2 if size == "wide heads" else 0)
+    assert counts[contract.LOGITS_OP] == 1
+    assert counts[contract.ROTARY_OP] == 1 and not {"Cos", "Sin", "Floor"} & set(counts)
+    assert not {"MatMul", "Gemm", "LayerNormalization", "Erf", "Softmax"} & set(counts)
+    assert len(graph.node) == len({n.name for n in graph.node})
+    rng = np.random.default_rng(0)
+    feeds: dict[str, Any] = {contract.INPUT_IDS: rng.integers(0, 61, (2, 3)), contract.PAST_LENGTH: np.array([4, 0], np.int32),
+                             contract.NEW_LENGTH: np.array([3, 2], np.int32)}  # fmt: skip
+    for layer, name in contract.cache_entries(2):
+        shape = (2, 6, *contract.cache_row_shape(name, config.d_model, config.kv_heads, config.head_dim))
+        feeds[contract.past_name(layer, name)] = rng.standard_normal(shape).astype(np.float32)
+    names = contract.graph_outputs(2)
+    wanted = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(names, feeds)
+    onnx.external_data_helper.load_external_data_for_model(prepared.model, str(path.parent))
+    found = ReferenceEvaluator(prepared.model, new_ops=operators()).run(names, feeds)
+    for name, mine, theirs in zip(names, found, wanted, strict=True):
+        assert mine.shape == theirs.shape, name
+        for row, count in enumerate((3, 2)):
+            part = slice(None) if name == contract.LOGITS and not all_logits else slice(count)
+            np.testing.assert_allclose(mine[row][part], theirs[row][part], rtol=2e-4, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("op", [contract.CAUSAL_OP, contract.FEEDBACK_OP])
+def test_attentions_with_a_scale_of_their_own_are_not_merged(tmp_path: Path, op: str) -> None:
+    config = SessaConfig(n_layers=1, vocab_size=11, max_context=8, d_model=32, n_heads=2)
+    path = exported(tmp_path, config)
+    graph = trt_graph.prepare(trt_graph.load(path)).model.graph
+    assert trt_layers.rotary(graph, onnx.TensorProto.FLOAT) is not None
+    node = next(n for n in graph.node if n.op_type == op)
+    next(a for a in node.attribute if a.name == contract.ATTR_SCALE).f = 0.5
+    assert trt_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent) is not None
+    counts = Counter(n.op_type for n in graph.node)
+    assert counts[contract.MIXER_OP] == 0 and counts[contract.LINEAR_HEADS_OP] == counts[contract.CAUSAL_OP] == counts[contract.FEEDBACK_OP] == 1
+
+
+def test_layers_without_kernels_stay_tensorrts(tmp_path: Path) -> None:
+    cases = (({"d_model": 24, "n_heads": 2}, "width D: got 24; allowed: a multiple of 16 up to 4096"),
+             ({"d_model": 32, "n_heads": 2, "use_forward_rope": False}, "no rotary positions"))  # fmt: skip
+    for i, (wrong, reason) in enumerate(cases):
+        config = SessaConfig(n_layers=1, vocab_size=11, max_context=8, **wrong)
+        path = exported(tmp_path / str(i), config)
+        model = trt_graph.prepare(trt_graph.load(path), trt_graph.PLUGIN_OPS).model
+        assert (trt_layers.rotary(model.graph, onnx.TensorProto.FLOAT) is None) == (not config.use_forward_rope)
+        before = model.SerializeToString()
+        with pytest.raises(trt_layers.Unavailable, match=reason):
+            trt_layers.rewrite(model.graph, config, onnx.TensorProto.FLOAT, path.parent)
+        assert model.SerializeToString() == before
+
+
+SMALL = SessaConfig(n_layers=1, vocab_size=11, max_context=8, d_model=16, n_heads=2)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """(folder, prepared graph with rotary tables) of one small model."""
+    path = exported(tmp_path_factory.mktemp("small"), SMALL)
+    model = trt_graph.prepare(trt_graph.load(path)).model
+    assert trt_layers.rotary(model.graph, onnx.TensorProto.FLOAT) is not None
+    return path.parent, model.SerializeToString()
+
+
+def refused(small: tuple[Path, bytes], config: SessaConfig = SMALL, lost: str = "") -> str:
+    """Why the small model is not rewritten, the node `lost` renamed; the graph stays as it was."""
+    model = onnx.ModelProto.FromString(small[1])
+    for node in model.graph.node:
+        node.name = "renamed" if node.name == lost else node.name
+    before = model.SerializeToString()
+    with pytest.raises(trt_layers.Unavailable) as caught:
+        trt_layers.rewrite(model.graph, config, onnx.TensorProto.FLOAT, small[0])
+    assert model.SerializeToString() == before
+    return str(caught.value)
+
+
+def test_every_reason_is_named(small: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    for lost in ("layers.0.ln/LayerNormalization.0", "layers.0.W_out/Add.0", "norm/LayerNormalization.0"):
+        assert refused(small, lost=lost) == f"the graph has no node {lost}, as our exporter writes it"
+    assert refused(small, dataclasses.replace(SMALL, n_heads=4)) == "head width d: got 4; allowed: a multiple of 8 up to 65536"
+    assert refused(small, dataclasses.replace(SMALL, n_kv_heads=1)) == "Hkv x head width: got 8; allowed: a multiple of 16 up to 65536"
+    assert refused(small, dataclasses.replace(SMALL, d_model=4112)) == "width D: got 4112; allowed: a multiple of 16 up to 4096"
+    assert refused(small, dataclasses.replace(SMALL, n_layers=2)) == "1 of 2 layers have SessaFeedbackAttention as a plugin"
+    monkeypatch.setattr(trt_layers, "_MESSAGE_LIMIT", 1000)
+    assert refused(small).endswith("GB of merged weights, a message holds 0.0 GB")
+
+
+def test_numbers_that_a_node_cannot_hold_are_refused(small: tuple[Path, bytes]) -> None:
+    graph = onnx.ModelProto.FromString(small[1]).graph
+    with pytest.raises(UserError, match="attribute epsilon of SessaNormEnter is out of range: got 1e-60; allowed: a finite number above 0"):
+        trt_layers.rewrite(graph, dataclasses.replace(SMALL, layer_norm_eps=1e-60), onnx.TensorProto.FLOAT, small[0])

@@ -1,0 +1,217 @@
+"""The TensorRT backend on fakes of tensorrt and the driver: the engine is ONNX Runtime, everything around it is the real code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fake_tensorrt
+import numpy as np
+import pytest
+from fake_tensorrt import HostCuda, fake_cubins
+
+from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.plugins import library
+from sessa_deploy.runtime.bundle import Bundle, add_files, write_bundle
+from sessa_deploy.runtime.ort.backend import OrtBackend
+from sessa_deploy.runtime.session import Session
+from sessa_deploy.runtime.trt import plan as trt_plan
+from sessa_deploy.runtime.trt.backend import TrtBackend
+from sessa_deploy.runtime.trt.kernels import images
+
+BATCH, CAPACITY, CHUNK = 3, 48, 8
+
+
+@pytest.fixture(params=["8.6.0", "10.9.0"])
+def build(request: pytest.FixtureRequest, bundles: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """(precision, **backend options) -> (backend, cuda, bundle), each on a bundle with an engine from a fake build."""
+    from sessa_deploy.export import to_engine
+
+    def make(precision: str = "fp32", all_logits: bool = False, **options: Any) -> tuple[TrtBackend, HostCuda, Bundle]:
+        cuda = HostCuda()
+        monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make(request.param, cuda))
+        plugin = tmp_path / "libsessa_plugin.so"
+        plugin.write_bytes(b"plugin")
+        monkeypatch.setattr(library, "load", lambda trt, path=None: plugin)
+        machine = to_engine.Machine("Fake", "sm_90", 1 << 34, 1 << 34, request.param, "12.8")
+        monkeypatch.setattr(to_engine, "this_machine", lambda trt: machine)
+        monkeypatch.setattr(to_engine, "timing_cache_file", lambda machine: tmp_path / "timing.cache")
+        source = bundles(precision, all_logits)
+        bundle = write_bundle(tmp_path / "bundle", {n: source.file(n) for n in source.names()}, source.config, precision, source.versions)
+        built = to_engine.build_engine(bundle, BATCH, CAPACITY, CHUNK)
+        backend = TrtBackend(built.bundle, kernels=fake_cubins(tmp_path), cuda=cuda, **{"batch": BATCH, **options})
+        return backend, cuda, built.bundle
+
+    return make
+
+
+def drive(backend: Any, poison: bool = False) -> list[np.ndarray]:
+    """Logits of a ragged prefill over several chunks, decode steps with a row that stands still, a reset, a rewind, and more prefill."""
+    rng = np.random.default_rng(0)
+    steps = [(19, [19, 7, 0]), (1, [1, 1, 0]), (1, [1, 0, 0]), (5, [0, 5, 5]), (1, [1, 1, 1]), (1, [1, 1, 1]), (11, [3, 11, 1]), (1, [0, 1, 1])]
+    found = []
+    for i, (tokens, new) in enumerate(steps):
+        if poison:
+            backend.poison()
+        counts = np.array(new, np.int32)
+        found.append(np.where(counts[:, None] > 0, backend.step(rng.integers(0, 257, (3, tokens)), counts), 0.0))
+        if i == 4:
+            backend.reset([1])
+            backend.rewind(0, 12)
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("poison", [False, True])
+def test_steps_equal_onnx_runtimes(build: Callable[..., Any], bundles: Callable[..., Bundle], precision: str, poison: bool) -> None:
+    backend, cuda, _ = build(precision)
+    reference = OrtBackend(bundles(precision), batch=BATCH, capacity=CAPACITY, threads=1)
+    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    for mine, theirs in zip(drive(backend, poison), drive(reference), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=tolerance)
+    np.testing.assert_array_equal(backend.length, reference.length)
+    for row in range(BATCH):
+        for (name, mine), theirs in zip(backend.cached(row).items(), reference.cached(row).values(), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=tolerance, err_msg=name)
+    assert cuda.replays == 4 and len(cuda.graphs) == 1  # of five decode steps the first is not captured
+
+
+def test_an_engine_with_all_logits_steps_like_one_without(build: Callable[..., Any], bundles: Callable[..., Bundle]) -> None:
+    backend, cuda, bundle = build(all_logits=True)
+    reference = OrtBackend(bundles("fp32"), batch=BATCH, capacity=CAPACITY, threads=1)
+    assert backend.all_logits and not reference.all_logits
+    for mine, theirs in zip(drive(backend, poison=True), drive(reference), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert cuda.replays == 4
+    backend.reset()
+    reference.reset()
+    ids, new = np.random.default_rng(1).integers(0, 257, (3, 19)), np.array([19, 5, 0], np.int32)
+    for _ in range(2):
+        mine, theirs = backend.step_all(ids, new), reference.step_all(ids, new)
+        for b, count in enumerate(new):
+            np.testing.assert_allclose(mine[b, :count], theirs[b, :count], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(backend.length, reference.length)
+    backend.reset()
+    with Session(bundle, backend) as session:
+        wanted = Session(bundles("fp32"), OrtBackend(bundles("fp32"), BATCH, CAPACITY, threads=1)).generate(["one", "a longer prompt"], 20)
+        assert session.generate(["one", "a longer prompt"], 20) == wanted
+
+
+def test_text_equals_onnx_runtimes_with_and_without_a_graph(build: Callable[..., Any], tiny_bundle: Bundle) -> None:
+    prompts = ["one", "a longer prompt", "x"]
+    with Session(tiny_bundle, "ort", max_batch=BATCH, capacity=CAPACITY, threads=1) as session:
+        wanted = [g.tokens for g in session.generate(prompts, 20)]
+    for graph in (True, False):
+        backend, cuda, bundle = build("fp32", graph=graph)
+        with Session(bundle, backend) as session:
+            assert [g.tokens for g in session.generate(prompts, 20)] == wanted
+        assert (cuda.replays > 0) == graph and cuda.closed
+
+
+def test_a_greedy_step_is_one_copy_in_and_none_out(build: Callable[..., Any]) -> None:
+    backend, cuda, _ = build(graph=False)
+    ids, new = np.ones((BATCH, 1), np.int64), np.ones(BATCH, np.int32)
+    backend.step_greedy(ids, new)
+    before, sent = cuda.read_back, cuda.sent
+    backend.step_greedy(ids, new)
+    assert (cuda.read_back, cuda.sent) == (before, sent + 1) and backend.device_bytes() == 8 << 30
+    backend.rewind(0, 1)
+    backend.step_greedy(ids, new)
+    assert cuda.sent == sent + 3  # the lengths too, as the device's are others now
+
+
+def test_a_row_that_stands_still_may_have_bad_logits(build: Callable[..., Any]) -> None:
+    backend, cuda, _ = build(graph=False)
+    ids, new = np.ones((BATCH, 1), np.int64), np.ones(BATCH, np.int32)
+    backend.step_greedy(ids, new)
+    entry = backend._buffers.entries[0]
+    cuda.fill(entry.cache + CAPACITY * entry.row, 0x7FC00000, 16)  # the second sequence's first row
+    picked = backend.step_greedy(ids, np.array([1, 0, 1], np.int32))
+    assert backend._buffers.picked()[1] == -1 and picked[1] == 0 and backend.length.tolist() == [2, 1, 2]
+    with pytest.raises(SessaError, match="not finite"):
+        backend.step_greedy(ids, new)
+    assert backend.length.tolist() == [2, 1, 2]
+
+
+def test_logits_that_are_not_finite_raise_and_change_nothing(build: Callable[..., Any]) -> None:
+    backend, cuda, _ = build(graph=False)
+    ids, new = np.ones((BATCH, 1), np.int64), np.ones(BATCH, np.int32)
+    backend.step_greedy(ids, new)
+    cache = backend._buffers.entries[0].cache
+    good = cuda.read(cache, 64)
+    cuda.fill(cache, 0x7FC00000, 16)
+    with pytest.raises(SessaError, match="not finite"):
+        backend.step_greedy(ids, new)
+    assert backend.length.tolist() == [1] * BATCH
+    fake_tensorrt.ctypes.memmove(cache, good, 64)
+    backend.step_greedy(ids, new)
+    assert backend.length.tolist() == [2] * BATCH
+
+
+def test_limits_of_the_engine_are_named(build: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=r"--max-batch 4"):
+        build(batch=4)
+    with pytest.raises(UserError, match=r"--max-context 49"):
+        build(capacity=49)
+    backend, _, _ = build(batch=1, capacity=20)
+    with pytest.raises(UserError, match="capacity of 20"):
+        backend.step(np.ones((1, 21), np.int64), np.array([21], np.int32))
+    backend.close()
+    backend.close()
+    with pytest.raises(UserError, match="closed"):
+        backend.cached(0)
+
+
+def test_a_plan_is_loaded_only_where_it_belongs(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, cuda, bundle = build()
+    folder, info = next(iter(trt_plan.engines(bundle).items()))
+    loads: list[bytes] = []
+    trt = sys.modules["tensorrt"]
+    monkeypatch.setattr(trt.Runtime, "deserialize_cuda_engine", lambda self, data: loads.append(data))
+
+    def refused(text: str, **change: Any) -> None:
+        with pytest.raises(UserError, match=text) as caught:
+            TrtBackend(bundle, kernels=tmp_path, cuda=cuda, **change)
+        assert "sessa-deploy build" in str(caught.value) and loads == []
+
+    monkeypatch.setattr(HostCuda, "arch", 80)
+    refused("another GPU architecture.*built for sm_90, this GPU is sm_80")
+    monkeypatch.setattr(HostCuda, "arch", 90)
+    version = trt.__version__
+    monkeypatch.setattr(trt, "__version__", "10.99.0")
+    refused(f"another TensorRT version.*built with {version}, installed is 10.99.0")
+    monkeypatch.setattr(trt, "__version__", version)
+    plan = bundle.file(f"{folder}/{trt_plan.PLAN_FILE}")
+    plan.write_bytes(plan.read_bytes()[:-1] + b" ")
+    refused("does not match its checksum")
+    refused("fewer sequences", batch=9)
+    bundle = add_files(bundle, {f"{folder}/{trt_plan.ENGINE_FILE}": info.to_json().replace(b'"capacity"', b'"capacities"')})
+    refused("not an engine's description")
+    bundle = add_files(bundle, {}, remove=[f"{folder}/{trt_plan.ENGINE_FILE}"])
+    refused("no TensorRT engine")
+
+
+def test_tensorrt_or_plugin_missing_is_one_line(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(UserError, match=r"pip install .sessa-deploy\[tensorrt\]"):
+        TrtBackend(tiny_bundle)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make("8.6.0", HostCuda()))
+    monkeypatch.setenv(library.ENVIRONMENT, str(tmp_path / "none.so"))
+    with pytest.raises(UserError, match="sessa-deploy plugin build"):
+        TrtBackend(tiny_bundle)
+
+
+def test_decode_kernels_are_checked(tmp_path: Path) -> None:
+    folder = fake_cubins(tmp_path)
+    assert images(folder, 90)["decode_argmax"].splits == fake_tensorrt.SPLITS
+    with pytest.raises(UserError, match=r"sm_80.*plugin build --arch 80"):
+        images(folder, 80)
+    (folder / "decode_append.cubin").write_bytes(b"other")
+    with pytest.raises(UserError, match="checksum"):
+        images(folder, 90)
+    broken = tmp_path / "x.so"
+    broken.write_bytes(b"no library")
+    with pytest.raises(UserError, match="plugin build"):
+        images(broken, 90)
