@@ -1,4 +1,4 @@
-"""The import rules: what each room may import, by reading the source, and by importing it where the forbidden things are absent."""
+"""The house rules: who may import whom, by folder; no circles; and what is imported where something is absent."""
 
 from __future__ import annotations
 
@@ -11,18 +11,43 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = ("checks", "config", "contract", "cuda", "cuda_arch", "errors", "files", "process", "reading")
+KERNELS = "sessa_deploy/kernels"
+LAUNCH, FEEDBACK, CAUSAL, ENGINE, TRAINING = (f"{KERNELS}/{name}" for name in ("launch", "feedback", "causal", "engine", "training"))
 HEAVY = {"torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib"}
-STDLIB_ONLY = (*(f"sessa_deploy/{name}.py" for name in GROUND), "sessa_deploy/checkpoint_layout.py", "sessa_deploy/__init__.py",
-               "plugins/ops.py")
-# Rooms of the kernels, each with those it may import beside itself and the ground.
-_DEVICE = {"launch", "device"}
-KERNEL_ROOMS = {
-    "launch": set(), "device": {"launch"}, "feedback": _DEVICE, "causal": _DEVICE, "engine": {*_DEVICE, "feedback", "causal"}, "reference": set(),
-    "blocked": set(), "route": {"launch", "blocked", "feedback", "causal"}, "ops": {"blocked", "route"}, "training": {*_DEVICE, "route", "ops"},
-}  # fmt: skip
-RUNTIME_MAY = {"numpy", "tokenizers", "rich", "platformdirs", "onnxruntime", "tensorrt"}
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt"}
+# The modules beside the package's folders that need the standard library alone.
+GROUND = {"__init__", "checks", "config", "contract", "cuda", "cuda_arch", "errors", "files", "process", "reading"}
+# folder -> (the other folders of ours it may import, the packages of others); every room may import the ground.
+ROOMS: dict[str, tuple[set[str], set[str]]] = {
+    "ground": (set(), set()),
+    LAUNCH: (set(), {"triton", "torch"}),  # where jit compiles and launches, never at import
+    FEEDBACK: ({LAUNCH, KERNELS}, {"triton", "torch"}),
+    CAUSAL: ({LAUNCH, KERNELS}, {"triton", "torch"}),
+    ENGINE: ({LAUNCH, FEEDBACK, CAUSAL, KERNELS}, {"triton", "torch"}),
+    KERNELS: ({LAUNCH, FEEDBACK, CAUSAL}, {"triton", "torch"}),
+    TRAINING: ({LAUNCH, KERNELS}, {"triton", "torch"}),
+    "sessa_deploy": ({KERNELS, TRAINING, "runtime"}, {"torch", "numpy", "safetensors", "tokenizers", "matplotlib", "onnx", "google"}),
+    "sessa_deploy/cli": ({"sessa_deploy", "runtime", "runtime/ort", "runtime/trt", "export", "export/parity", "plugins"}, {"click", "rich", "numpy"}),
+    "export": ({"sessa_deploy", KERNELS, "runtime", "runtime/trt", "plugins", "export/graph", "export/parity", "export/trt"}, {"torch", "onnx", "numpy", "platformdirs"}),
+    "export/graph": ({"sessa_deploy", KERNELS, "export"}, {"torch", "onnx", "onnx_ir", "onnxscript", "numpy"}),
+    "export/parity": ({"sessa_deploy", KERNELS, "runtime", "runtime/ort", "runtime/trt", "export/graph"}, {"torch", "onnx", "numpy", "matplotlib"}),
+    "export/trt": ({LAUNCH, "runtime", "runtime/trt", "plugins", "export/graph"}, {"onnx", "numpy"}),
+    "runtime": ({"plugins", "runtime/ort", "runtime/trt"}, {"numpy", "tokenizers", "rich", "platformdirs"}),
+    "runtime/ort": ({"runtime"}, {"numpy", "onnxruntime"}),
+    "runtime/trt": ({"runtime", "plugins"}, {"numpy", "tensorrt"}),
+    "plugins": ({LAUNCH, FEEDBACK, CAUSAL, ENGINE}, {"triton", "torch", "platformdirs"}),
+}
+# Where a room may see but a part of another: (from, into) -> the modules.
+DOORS = {
+    (FEEDBACK, KERNELS): {"device"},
+    (CAUSAL, KERNELS): {"device"},
+    (ENGINE, KERNELS): {"device"},
+    (TRAINING, KERNELS): {"device", "ops", "route"},
+    ("sessa_deploy", "runtime"): {"bundle", "publish", "tokenizer"},
+    ("runtime", "plugins"): {"library"},
+    ("runtime/trt", "plugins"): {"library"},
+}
+PREFIXES = {"sessa_deploy.export": "export", "sessa_deploy.runtime": "runtime", "sessa_deploy.plugins": "plugins", "sessa_deploy": "sessa_deploy"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
@@ -53,56 +78,115 @@ def files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-@pytest.mark.parametrize("name", STDLIB_ONLY)
-def test_shared_vocabulary_is_standard_library_only(name: str) -> None:
-    assert foreign(ROOT / name) == set()
+def room(path: Path) -> str:
+    folder = path.parent.relative_to(ROOT).as_posix()
+    if path.stem == "__main__":
+        return "sessa_deploy/cli"
+    return "ground" if folder == "sessa_deploy" and path.stem in GROUND else folder
 
 
-@pytest.mark.parametrize("path", files("runtime"), ids=lambda p: p.stem)
-def test_runtime_never_reaches_torch_triton_or_onnx(path: Path) -> None:
-    assert foreign(path) <= RUNTIME_MAY
-    assert len(foreign(path) & ENGINE_LIBRARIES) <= 1, "one engine library a module"
-    ours = {name for name in imports(path) if name.startswith("sessa_deploy.")}
-    allowed = tuple(f"sessa_deploy.{name}" for name in ("runtime", *GROUND, "plugins.library", "__version__"))
-    assert all(name.startswith(allowed) for name in ours), sorted(ours)
+def resolve(name: str) -> Path | None:
+    """The file that `sessa_deploy.a.b` or `sessa_deploy.a.b.Thing` names; None for the package itself and for names of others."""
+    for package, folder in PREFIXES.items():
+        if name == package or name.startswith(f"{package}."):
+            parts = name[len(package):].strip(".").split(".")
+            for count in range(len(parts), 0, -1):
+                module = ROOT.joinpath(folder, *parts[:count])
+                for file in (module.with_suffix(".py"), module / "__init__.py"):
+                    if file.is_file():
+                        return file
+            init = ROOT / folder / "__init__.py"
+            return init if init.is_file() else None
+    return None
 
 
-@pytest.mark.parametrize("path", [p for p in files("sessa_deploy/cli")], ids=lambda p: p.stem)
+ALL = files(*dict.fromkeys(PREFIXES.values()))
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_every_folder_of_code_is_a_room() -> None:
+    assert {room(path) for path in ALL} == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", ALL, ids=named)
+def test_a_room_imports_what_it_may(path: Path) -> None:
+    here = room(path)
+    rooms, packages = ROOMS[here]
+    assert foreign(path) <= packages, f"{here} may import {sorted(packages)}"
+    for name in imports(path):
+        target = resolve(name)
+        if target is None or room(target) in ("ground", here):
+            continue
+        assert room(target) in rooms, f"{here} may not import {name}"
+        allowed = DOORS.get((here, room(target)))
+        assert allowed is None or target.stem in allowed, f"{here} sees only {sorted(allowed or ())} of {room(target)}: {name}"
+
+
+@pytest.mark.parametrize("path", files("runtime"), ids=named)
+def test_one_engine_library_a_module(path: Path) -> None:
+    assert len(foreign(path) & ENGINE_LIBRARIES) <= 1
+
+
+@pytest.mark.parametrize("path", files(LAUNCH), ids=named)
+def test_the_launch_folder_imports_the_standard_library_alone(path: Path) -> None:
+    assert foreign(path, top_level_only=True) == set()
+    if path.stem != "jit":
+        assert foreign(path) == set()
+
+
+def test_families_are_where_the_table_looks_for_them() -> None:
+    """A folder with kernels as data has their tiles beside it; which folders there are nobody writes down."""
+    assert {p.parent.name for p in (ROOT / KERNELS).glob("*/spec.py")} - {"launch"} == {p.parent.name for p in (ROOT / KERNELS).glob("*/tiles.json")}
+
+
+@pytest.mark.parametrize("path", files("sessa_deploy/cli"), ids=named)
 def test_verbs_import_nothing_heavy_before_they_are_called(path: Path) -> None:
     assert foreign(path, top_level_only=True) <= {"click"}
 
 
-def test_only_kernels_import_triton_and_only_lowering_beside_them() -> None:
-    users = {path.relative_to(ROOT).as_posix() for path in files("sessa_deploy", "export", "runtime", "plugins") if "triton" in foreign(path)}
-    assert all(name.startswith("sessa_deploy/kernels/") or name == "plugins/lower.py" for name in users), users
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The strongly connected sets of more than one module (Tarjan)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(graph.get(node, ())):
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            group = stack[stack.index(node):]
+            del stack[stack.index(node):]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in sorted(graph):
+        if node not in index:
+            visit(node)
+    return found
 
 
-def kernel_room(path: str) -> str:
-    """The room under kernels/ of a dotted or slashed path below it."""
-    return path.replace("/", ".").removesuffix(".py").split(".")[0]
+def test_no_circles() -> None:
+    graph = {named(path): {named(target) for name in imports(path) if (target := resolve(name)) is not None and target != path} for path in ALL}
+    scripts = {path.stem: path for path in files("benchmarks")}
+    graph |= {named(path): {named(scripts[name.split(".")[0]]) for name in imports(path) if name.split(".")[0] in scripts} - {named(path)}
+              for path in scripts.values()}
+    for package in [node for node in graph if node.endswith("__init__.py")]:
+        graph[package] = set() if package == "sessa_deploy/__init__.py" else graph[package]  # its public names are imported when they are asked for
+    assert circles(graph) == []
 
 
-@pytest.mark.parametrize("path", files("sessa_deploy/kernels"), ids=lambda p: p.relative_to(ROOT / "sessa_deploy/kernels").as_posix())
-def test_kernels_import_down_alone(path: Path) -> None:
-    """launch <- feedback, causal <- engine, ops <- training; no kernel knows the runtime or the model, and launch knows no family."""
-    room = kernel_room(path.relative_to(ROOT / "sessa_deploy/kernels").as_posix())
-    for name in imports(path):
-        if name.startswith("sessa_deploy.kernels."):
-            assert kernel_room(name.removeprefix("sessa_deploy.kernels.")) in {room, *KERNEL_ROOMS.get(room, set())}, name
-        elif name.startswith("sessa_deploy."):
-            assert name.split(".")[1] in GROUND, name
-
-
-@pytest.mark.parametrize("path", files("sessa_deploy/kernels/launch"), ids=lambda p: p.stem)
-def test_launching_is_described_in_the_standard_library(path: Path) -> None:
-    assert foreign(path, top_level_only=True) == set()
-    assert foreign(path) <= ({"torch", "triton"} if path.stem == "jit" else set())
-
-
-def test_every_kernel_room_has_its_rule_and_families_their_tiles() -> None:
-    house = ROOT / "sessa_deploy/kernels"
-    assert {kernel_room(p.relative_to(house).as_posix()) for p in files("sessa_deploy/kernels")} - {"__init__"} == set(KERNEL_ROOMS)
-    assert {p.parent.name for p in house.glob("*/spec.py")} - {"launch"} == {p.parent.name for p in house.glob("*/tiles.json")}
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
 BLOCKED = """
@@ -124,15 +208,16 @@ def import_without(blocked: set[str], modules: list[str]) -> None:
     assert done.stdout.strip() == "ok", done.stderr
 
 
+def modules_of(folder: str) -> list[str]:
+    package = {value: key for key, value in PREFIXES.items()}[folder.split("/")[0]]
+    inside = (path.relative_to(ROOT / folder.split("/")[0]).with_suffix("") for path in files(folder))
+    return [".".join((package, *path.parts)).removesuffix(".__init__") for path in inside]
+
+
 def test_runtime_engine_builder_and_plugin_finder_import_without_torch() -> None:
-    modules = [f"sessa_deploy.runtime.{path.stem}" for path in files("runtime") if path.stem != "__init__"]
-    modules += ["sessa_deploy", "sessa_deploy.config", "sessa_deploy.contract", "sessa_deploy.cli", "sessa_deploy.cli.run", "sessa_deploy.cli.doctor"]
-    import_without({"torch", "triton", "onnx", "onnxscript"}, modules)
-    import_without({"torch", "triton"}, ["sessa_deploy.kernels.launch.jit", "sessa_deploy.kernels.engine.spec"])
-    if (ROOT / "plugins/library.py").exists():
-        import_without({"torch", "triton", "onnx"}, ["sessa_deploy.plugins.library"])
-    if (ROOT / "export/to_engine.py").exists():
-        import_without({"torch", "triton"}, ["sessa_deploy.export.to_engine"])
+    ground = [f"sessa_deploy.{name}" for name in sorted(GROUND) if not name.startswith("__")]
+    import_without({"torch", "triton", "onnx", "onnxscript"}, [*modules_of("runtime"), *ground, "sessa_deploy.cli.run", "sessa_deploy.plugins.library"])
+    import_without({"torch", "triton"}, ["sessa_deploy.export.to_engine"])
 
 
 def test_help_loads_no_heavy_library() -> None:
