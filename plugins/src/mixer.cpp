@@ -1,4 +1,4 @@
-// A layer's mixer: causal attention o, f = o weight^T + bias, and s = f + gamma * feedback attention's sum. Its decode step is mixer_step.py's.
+// A layer's mixer: causal attention o, f = o weight^T + bias, and s = f + gamma * feedback attention's sum. Its decode step is that of kernels/engine/mixer.py.
 #include "plan.h"
 
 #include <memory>
@@ -25,7 +25,7 @@ enum Input : int32_t
     kPastLength,
 };
 
-// launch_mixer.mixer_variant
+// engine/spec.py, mixer_variant
 std::string variant(Problem const& p)
 {
     return covering(kMixerWidths, p.width) + "." + headVariant(p.headWidth, p.heads / p.kvHeads);
@@ -88,7 +88,7 @@ struct Step final : Plan
             && launch(*out, {tiles, 1, 1}, third, stream, error, p.batch);
     }
 
-    // launch_mixer.shares: programs for causal and for feedback attention.
+    // launch/splits.py, shares: programs for causal and for feedback attention.
     void share(Problem const& p, int64_t blocks, int64_t& programsF, int64_t& programsB) const
     {
         int64_t const held = heldPrograms(*partial);

@@ -21,7 +21,7 @@ from plugin_harness import BFLOAT, CAUSAL, FEEDBACK, FLOAT, HALF, NAMES, OPERAND
 
 from sessa_deploy import cuda_arch
 from sessa_deploy.errors import UserError
-from sessa_deploy.kernels import launch
+from sessa_deploy.kernels.launch.limits import STEP_MAX_SPLITS
 from sessa_deploy.plugins import library, ops
 
 
@@ -43,7 +43,7 @@ def test_library_stands_alone(built: Built) -> None:
 def test_the_library_hands_out_what_serves_a_device(built: Built) -> None:
     """Its door, which the runtime takes, goes by the one rule; and a tile that a binary has not is told apart from a tile."""
     handle = ctypes.CDLL(str(built[1]))
-    held = {arch for arch in launch.ARCHS if handle.sessaFindCubin(b"decode_finish", arch, b"fp32", b"any", ctypes.create_string_buffer(64))}
+    held = {arch for arch in cuda_arch.ARCHS if handle.sessaFindCubin(b"decode_finish", arch, b"fp32", b"any", ctypes.create_string_buffer(64))}
     for device in (75, 80, 86, 87, 89, 90, 100, 103, 120, 121):
         key = (b"decode_finish", device, b"fp32", b"any")
         found = bool(handle.sessaFindCubin(*key, ctypes.create_string_buffer(64)))
@@ -90,7 +90,7 @@ def test_workspace(built: Built) -> None:
     feedback, causal = create(built, FEEDBACK), create(built, CAUSAL)
     # One decode step of 2 sequences, capacity 4096, D 768: the most splits of float32 rows and two statistics.
     decode = harness.harness_workspace(feedback, FEEDBACK, HALF, sizes(2, 1, 4096, 768))
-    assert decode == (4 * 768 + 8) * 2 * launch.STEP_MAX_SPLITS
+    assert decode == (4 * 768 + 8) * 2 * STEP_MAX_SPLITS
     prefill = harness.harness_workspace(feedback, FEEDBACK, HALF, sizes(2, 512, 4096, 768))
     assert decode < prefill < 200 * 2**20
     assert harness.harness_workspace(feedback, FEEDBACK, HALF, sizes(1, 65536, 1, 1024)) < 3 * 2**30
@@ -114,7 +114,7 @@ def test_workspace_of_a_layer(built: Built) -> None:
     def needs(batch: int, tokens: int, capacity: int) -> int:
         return int(harness.harness_workspace(mixer, ph.MIXER, HALF, sizes(batch, tokens, capacity, d, heads, heads, d // heads)))
 
-    causal_splits, splits = 128, launch.STEP_MAX_SPLITS
+    causal_splits, splits = 128, STEP_MAX_SPLITS
     parts = 4 * d * causal_splits + 8 * heads * causal_splits + 4 * d * splits + 8 * splits
     assert needs(2, 1, p) == 2 * (parts + 2 * d + 4 * d)
     chunk = harness.harness_workspace(feedback, FEEDBACK, HALF, sizes(2, 512, p, d)) + 2 * (2 * 512 * d * 2)

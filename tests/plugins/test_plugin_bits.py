@@ -68,7 +68,7 @@ def test_feedback_gives_the_bits_of_the_torch_op(built: Built, storage: str, cap
     """Decode steps and prefill, ragged, with poisoned rows beyond each length."""
     import torch
 
-    from sessa_deploy.kernels import feedback_fwd, feedback_step
+    from sessa_deploy.kernels.feedback import forward, step
 
     major, _, harness = built
     onnx, dtype = TYPES[storage], getattr(torch, storage)
@@ -82,7 +82,7 @@ def test_feedback_gives_the_bits_of_the_torch_op(built: Built, storage: str, cap
         past = torch.randn(2, b, p, d, device="cuda").to(dtype)
         length = lengths_and_poison(p, past)
         gamma = 1.998 * torch.rand(b, t, device="cuda") - 0.999
-        op: Callable[..., torch.Tensor] = feedback_step.step if t == 1 else lambda *a: feedback_fwd.forward(*a, need_lse=False)[0]
+        op: Callable[..., torch.Tensor] = step.step if t == 1 else lambda *a: forward.forward(*a, need_lse=False)[0]
         inputs = [q, k, gamma, f, past[0], past[1], length]
         enqueue_and_compare(harness, plugin, FEEDBACK, onnx, sizes(b, t, p, d), inputs, (op(*inputs),), lambda: capfd.readouterr().err)
     harness.harness_destroy(plugin)
@@ -95,7 +95,7 @@ def test_causal_gives_the_bits_of_the_torch_op(built: Built, storage: str, capfd
     """Decode steps and chunks, ragged, grouped heads of several widths, with poisoned rows beyond each length."""
     import torch
 
-    from sessa_deploy.kernels import causal_launch
+    from sessa_deploy.kernels import route
 
     major, _, harness = built
     onnx, dtype = TYPES[storage], getattr(torch, storage)
@@ -111,7 +111,7 @@ def test_causal_gives_the_bits_of_the_torch_op(built: Built, storage: str, capfd
         k, v = torch.randn(2, b, t, kv_heads, d, device="cuda").to(dtype)
         past = torch.randn(2, b, p, kv_heads, d, device="cuda").to(dtype)
         inputs = [q, k, v, past[0], past[1], lengths_and_poison(p, past)]
-        expected = causal_launch.forward(*inputs)
+        expected = route.causal_kernels(*inputs)
         enqueue_and_compare(harness, plugin, CAUSAL, onnx, headed(b, t, p, d, heads, kv_heads), inputs, (expected,), lambda: capfd.readouterr().err)
     harness.harness_destroy(plugin)
 
@@ -126,7 +126,7 @@ def test_layers_give_the_bits_of_the_kernels(
     """Everything around the attentions of a layer, float16, for a step, a batch of steps and a chunk."""
     import torch
 
-    from sessa_deploy.kernels import layer
+    from sessa_deploy.kernels.engine import layer
 
     harness, (b, t), (n_q, n_k, d), n = built[2], rows, heads, rows[0] * rows[1]
     width, kv, dtype = n_q * d, n_k * d, torch.float16
@@ -165,10 +165,12 @@ def test_layers_give_the_bits_of_the_kernels(
 @pytest.mark.trt
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
 def test_the_mixer_gives_the_bits_of_its_kernels(built: Built, storage: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Decode steps as mixer_step.py computes them, chunks as the three operations one after the other; ragged, with poisoned rows beyond each length."""
+    """Decode steps as engine/mixer.py computes them, chunks as the three operations one after the other; ragged, with poisoned rows beyond each length."""
     import torch
 
-    from sessa_deploy.kernels import causal_launch, feedback_fwd, layer, mixer_step
+    from sessa_deploy.kernels import route
+    from sessa_deploy.kernels.engine import layer, mixer
+    from sessa_deploy.kernels.feedback import forward
 
     major, _, harness = built
     onnx, dtype = TYPES[storage], getattr(torch, storage)
@@ -189,11 +191,11 @@ def test_the_mixer_gives_the_bits_of_its_kernels(built: Built, storage: str, cap
         length = lengths_and_poison(p, past, past_b)
         if t == 1:
             new = [x[:, 0] for x in (q, k, v)]
-            s = mixer_step.step(*new, *past, weight, bias, q_b[:, 0], gamma[:, 0], *past_b, length).view(b, 1, width)
+            s = mixer.step(*new, *past, weight, bias, q_b[:, 0], gamma[:, 0], *past_b, length).view(b, 1, width)
         else:
-            o = causal_launch.forward(q, k, v, past[0], past[1], length)
+            o = route.causal_kernels(q, k, v, past[0], past[1], length)
             f = layer.linear(o.view(b * t, width), weight, bias).view(b, t, width)
-            s = feedback_fwd.forward(q_b, k_b, gamma, f, past_b[0], past_b[1], length, need_lse=False)[0]
+            s = forward.forward(q_b, k_b, gamma, f, past_b[0], past_b[1], length, need_lse=False)[0]
         inputs = [q, k, v, past[0], past[1], weight, bias, q_b, k_b, gamma, past_b[0], past_b[1], length]
         enqueue_and_compare(harness, plugin, ph.MIXER, onnx, sizes(b, t, p, width, heads, kv_heads, d), inputs, (s,), lambda: capfd.readouterr().err)
     harness.harness_destroy(plugin)

@@ -96,10 +96,10 @@ Launch = tuple[str, tuple[int, ...], int, bool, list[float], list[int]]  # kerne
 
 def read(line: str) -> Launch:
     """A launch as the driver wrote it."""
-    from sessa_deploy.kernels import launch
+    from sessa_deploy.kernels.launch import table
 
     name, x, y, z, threads, early, *words = line.split()
-    kinds = [p.type for p in launch.kernel(name).params]
+    kinds = [p.type for p in table.kernel(name).params]
     assert len(words) == len(kinds)
     scalars, pointers = list[float](), list[int]()
     for kind, word in zip(kinds, words, strict=True):
@@ -126,7 +126,13 @@ def launches(
     """
     import torch
 
-    from sessa_deploy.kernels import causal_prefill, causal_step, feedback_fwd, feedback_step, launch, layer, mixer_step
+    from sessa_deploy.kernels.causal import prefill as causal_prefill
+    from sessa_deploy.kernels.causal import step as causal_step
+    from sessa_deploy.kernels.engine import layer
+    from sessa_deploy.kernels.engine import mixer as mixer_step
+    from sessa_deploy.kernels.feedback import forward as feedback_fwd
+    from sessa_deploy.kernels.feedback import step as feedback_step
+    from sessa_deploy.kernels.launch import table
 
     noted: list[Launch] = []
 
@@ -136,16 +142,16 @@ def launches(
         def __init__(self, kernel: Any, device: Any, dtype: Any, options: dict[str, Any]) -> None:
             self.name, self.threads = kernel.__name__, 32 * options["num_warps"]
             # whether kernels start early the Python side leaves to the plugin: the rule is the number of rows and that the binary can
-            self.early = bool(options.get("PDL")) and batch * tokens <= launch.kernel(self.name).early_rows
+            self.early = bool(options.get("PDL")) and batch * tokens <= table.kernel(self.name).early_rows
 
         def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
-            kinds = [p.type for p in launch.kernel(self.name).params]
+            kinds = [p.type for p in table.kernel(self.name).params]
             scalars = [float(x) for kind, x in zip(kinds, arguments, strict=True) if not kind.startswith("*")]
             pointers = [x.data_ptr() if isinstance(x, torch.Tensor) else int(x) for kind, x in zip(kinds, arguments, strict=True) if kind.startswith("*")]
             noted.append((self.name, (*grid, 1, 1)[:3], self.threads, self.early, scalars, pointers))
 
-    def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str) -> dict[str, Any]:
-        return {name: launch.options(name, 90, "fp32" if dtype == torch.float32 else "fp16", variant) for name in names}
+    def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str, early: int = 0) -> dict[str, Any]:
+        return {name: table.options(name, 90, "fp32" if dtype == torch.float32 else "fp16", variant) for name in names}
 
     for module in (causal_prefill, causal_step, feedback_fwd, feedback_step, layer, mixer_step):
         monkeypatch.setattr(module, "launcher", Writer)
@@ -224,11 +230,12 @@ def test_the_plugin_launches_what_the_python_side_does(
 
     Steps, prefill, chunks and panels, for the attentions, the mixer and everything around them.
     """
-    from sessa_deploy.kernels import launch
+    from sessa_deploy.kernels.launch import table
+    from sessa_deploy.kernels.launch.limits import STEP_PROGRAMS
 
     _, library, harness = built
-    held = EACH * MULTIPROCESSORS if says else launch.STEP_PROGRAMS
-    kernels = "".join(f'{{"{k.name}", {len(k.params)}}}, ' for k in launch.KERNELS.values())
+    held = EACH * MULTIPROCESSORS if says else STEP_PROGRAMS
+    kernels = "".join(f'{{"{k.name}", {len(k.params)}}}, ' for k in table.kernels().values())
     defines = f"#define MULTIPROCESSORS {MULTIPROCESSORS}\n#define KERNELS {kernels}\n" + (f"#define EACH {EACH}\n" if says else "")
     (tmp_path / "cuda.c").write_text(defines + DRIVER)
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-w", "-o", "libcuda.so.1", "cuda.c"], cwd=tmp_path, check=True)
@@ -255,12 +262,13 @@ def test_the_plugin_launches_what_the_python_side_does(
 
 def test_rows_that_start_early_have_binaries_that_can() -> None:
     """A product's tiles follow from its rows: each that the plugin may start early waits for its predecessor; and nothing starts early that does not wait."""
-    from sessa_deploy.kernels import launch, launch_layer
+    from sessa_deploy.kernels.engine.spec import product_variant
+    from sessa_deploy.kernels.launch import table
 
-    for kernel in (k for k in launch.KERNELS.values() if k.lowered):
+    for kernel in (k for k in table.kernels().values() if k.lowered):
         for variant in (v for v in kernel.variants if v != "bwd"):
-            waits = bool(kernel.early) and launch.tiles(kernel.name, 90, kernel.dtypes[0], variant)["PDL"]
-            assert waits or launch.early(kernel.name, 90, kernel.dtypes[0], variant) == 0
+            waits = bool(kernel.early) and table.tiles(kernel.name, 90, kernel.dtypes[0], variant)["PDL"]
+            assert waits or table.early(kernel.name, 90, kernel.dtypes[0], variant) == 0
         if kernel.early and {"16", "64", "any"} <= set(kernel.variants):
-            found = {launch_layer.product_variant(rows) for rows in range(1, kernel.early_rows + 1)}
+            found = {product_variant(rows) for rows in range(1, kernel.early_rows + 1)}
             assert found & set(kernel.variants) <= set(kernel.early), kernel.name
