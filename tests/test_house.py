@@ -15,7 +15,8 @@ MOST_LINES, MOST_COLUMNS = 400, 160
 def tracked(*endings: str) -> list[str]:
     """Files of the tree by their ending; from git where there is a clone, else from the folders (an sdist has no .git)."""
     if (ROOT / ".git").exists():
-        listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True).stdout.split("\n")
+        command = ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
         names = [name for name in listed if name and (ROOT / name).is_file()]
     else:
         names = [p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(ROOT).parts)]
