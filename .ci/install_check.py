@@ -141,7 +141,7 @@ def minima() -> list[str]:
 def lowest(work: Path) -> None:
     """Tests of export and runtime where every dependency is as old as pyproject.toml allows."""
     python = environment(work, interpreter("3.11") or Path(sys.executable), "lowest")
-    must([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", "torch", *minima()])
+    must([python, "-m", "pip", "install", "-q", "--only-binary", ":all:", "-c", ROOT / "constraints.txt", "torch", *minima()])
     must([python, "-m", "pip", "install", "-q", "--no-deps", "-e", ROOT])
     subprocess.run([str(python), "-m", "pytest", "-n", "2", "--dist", "loadfile", *TESTS], cwd=ROOT, check=True)
 

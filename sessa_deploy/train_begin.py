@@ -34,7 +34,7 @@ def start(options: TrainOptions, note: Note | None = None, **shape: Any) -> Run:
     Raises UserError if `out` already holds a run or cannot be written, or on anything the options, the text, the checkpoint or the shape get wrong;
     nothing is left behind then.
     """
-    need("safetensors", "matplotlib")  # what the end of the run writes with
+    need("safetensors", "matplotlib", extra="train")  # what the end of the run writes with
     out = Path(options.out)
     _require_free(out)
     options.torch_device  # noqa: B018 - refuses an absent device before the text is read
@@ -63,7 +63,7 @@ def resume(out: str | Path, **changes: Any) -> Run:
 
     Raises UserError if there is no run, if resume.pt is damaged, if the folder cannot be written, or if the text has changed.
     """
-    need("safetensors", "matplotlib")
+    need("safetensors", "matplotlib", extra="train")
     path = Path(out) / RESUME_FILE
     if not path.is_file():
         raise UserError("there is no run to resume", got=path, allowed="a folder that train wrote", fix="leave --resume out to start one")
