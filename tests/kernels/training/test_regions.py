@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
@@ -85,8 +86,10 @@ def test_layer_and_every_gradient(shape: tuple[Any, ...], dtype: str, through: A
     compare(got, plain, exact, storage)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), got["y"], rtol=2e-2, atol=2e-2)  # the forward attention's kernel differs without gradients
-    for name, again in run(layer, x, dy).items():
-        assert torch.equal(again, got[name]), f"{name} differs between two runs"
+    with sdpa_kernel(SDPBackend.MATH):  # cuDNN's attention does not promise the same bits in its backward
+        first, again = run(layer, x, dy), run(layer, x, dy)
+    for name in first:
+        assert torch.equal(again[name], first[name]), f"{name} differs between two runs"
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
