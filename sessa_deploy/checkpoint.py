@@ -51,7 +51,7 @@ def load_for_export(path: str | Path, config: SessaConfig | None = None, note: N
     Raises UserError like `load_checkpoint`, and on a tokenizer.json that is none, or that knows tokens which the model does not.
     """
     model = load_checkpoint(path, config, note=note)
-    return model, read_tokenizer(locate(path).folder, model.config)
+    return model, read_tokenizer(locate(path).folder, model.config, note)
 
 
 def load_layers(
