@@ -113,7 +113,7 @@ def read_state(path: str | Path, config: SessaConfig | None = None, note: Note |
         if not os.path.lexists(beside):
             facts = ", ".join(f"{k}={v}" for k, v in _shape_facts(names, raw).items() if v)
             raise UserError(f"no model configuration for {path}", got=f"no {beside} (the tensors say {facts})",
-                            allowed="a config.json in the checkpoint's folder", fix="write one beside the weights, or give the configuration")
+                            allowed="a config.json in the checkpoint's folder", fix="write one beside the weights, or give it with --config FILE")
         config = SessaConfig.load(layout.folder, note)
     layers = _shape_facts(names, raw)["n_layers"]
     if config.n_layers > layers + 1000:  # before a list of everything that is missing is made

@@ -152,3 +152,6 @@ class Writer:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.closed = True
+        except UserError:  # of a disk that is full, say: nothing more can be shown
+            self.closed = True
+            raise

@@ -116,6 +116,13 @@ def test_chat_says_when_the_context_is_full_and_goes_on_after_reset(tiny_bundle,
     assert out.startswith(alone(tiny_bundle, "abc", 10, temperature=0.5, seed=1).text + "\n")
 
 
+def test_what_chat_says_into_a_full_or_closed_output_is_no_turn_to_go_on_from(tiny_bundle):
+    program = [sys.executable, "-c", "from sessa_deploy.cli import main; main()", "chat", str(tiny_bundle.path), "--max-new-tokens", "2", "--threads", "1"]
+    for shell, code in (('"$@" >/dev/full', 2), ('"$@" >&-', 2), ('"$@" | true; exit ${PIPESTATUS[0]}', 0)):
+        done = subprocess.run(["bash", "-c", shell, "-", *program], input="hi\nthere\n", capture_output=True, text=True, check=False)
+        assert done.returncode == code and done.stderr.count("\n") == bool(code) and ("standard output" in done.stderr) == bool(code), (shell, done)
+
+
 @pytest.mark.parametrize("args", [("--max-new-tokens", 0), ("--top-p", 2), ("--seed", -1), ("--capacity", 0), ("--stop", ""), ("--threads", 0), ("--nope",)])
 def test_chat_refuses_bad_options_in_one_line(tiny_bundle, capfd, monkeypatch, args):
     stdin(monkeypatch, b"a\n")
