@@ -15,7 +15,8 @@ from sessa_deploy.runtime.tokenizer import Tokenizer, byte_level_tokenizer
 def read_tokenizer(folder: Path, config: SessaConfig, note: Note | None = None) -> bytes | None:
     """The tokenizer.json of a checkpoint's folder, else the byte-level one if the vocabulary is its size, else None.
 
-    note: hears of what the file asks for and does not get. Raises UserError if the file cannot be read, is no tokenizers JSON, or does not fit the model (see `check_tokenizer`).
+    note: hears of what the file asks for and does not get. Raises UserError if the file cannot be read, is no tokenizers JSON, or does not fit the
+    model (see `check_tokenizer`).
     """
     path = folder / TOKENIZER_FILE
     if os.path.lexists(path):
