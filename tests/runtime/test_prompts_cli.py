@@ -184,3 +184,10 @@ def test_bench_measures_a_bundle_with_all_logits(all_logits_bundle, capfd):
     args = ("--prompt-tokens", 8, "--window", 4, "--steps", 2, "--seconds", 0, "--json", "-")
     code, out, err = call(capfd, "bench", all_logits_bundle.path, *args)
     assert code == 0 and json.loads(out)["inter_token_ms"]["count"] >= 2, err
+
+
+def test_validate_judges_no_empty_text_and_reads_standard_input_once(tiny_bundle, tmp_path, capfd):
+    (tmp_path / "empty").write_bytes(b"")
+    for texts, words in ((("--text", tmp_path / "empty"), "the text is empty"), (("--text", "-", "--text", "-"), "standard input is given twice")):
+        code, out, err = call(capfd, "validate", tiny_bundle.path, "--checkpoint", tmp_path, *texts)
+        assert code == 2 and words in err and err.count("\n") == 1 and out == ""
