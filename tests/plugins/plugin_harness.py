@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sessa_deploy.kernels.launch.limits import ROTARY_LIMBS
 from sessa_deploy.plugins import library, ops
 
 HERE = Path(__file__).parent
@@ -25,7 +26,7 @@ Pointers = ctypes.c_void_p * 20
 
 def sizes(batch: int, tokens: int, capacity: int, width: int, heads: int = 1, kv_heads: int = 1, head_width: int = 1, columns: int = 1) -> Any:
     """The sizes of a problem as the harness takes them."""
-    return Shape(batch, tokens, capacity, width, heads, kv_heads, head_width, columns, 2 * width, head_width // 2, 1, ops.LIMBS)
+    return Shape(batch, tokens, capacity, width, heads, kv_heads, head_width, columns, 2 * width, head_width // 2, 1, ROTARY_LIMBS)
 
 
 def headed(batch: int, tokens: int, capacity: int, head_width: int, heads: int = 1, kv_heads: int = 1) -> Any:
