@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ INCLUDES = {library.include_major(Path(p)): Path(p) for p in os.environ.get("SES
 PREBUILT = Path(os.environ["SESSA_PLUGIN_PREBUILT"]) if "SESSA_PLUGIN_PREBUILT" in os.environ else None
 FLOAT, HALF, BFLOAT = 1, 10, 16
 NAMES = dict(enumerate(library.OPS))
-FEEDBACK, CAUSAL, ROTARY, NORM, LINEAR_HEADS, LOGITS, TAIL, ENTER, PROJECT_GAIN, MIXER = NAMES  # positions in the harness's table
+At = IntEnum("At", [op.identifier for op in ops.OPS], start=0)  # type: ignore[misc]  # positions in the harness's table: At.Norm, ...
+FEEDBACK, CAUSAL = At.Feedback, At.Causal
 OPERANDS = {i: len(ops.OPS[i].inputs) + len(ops.OPS[i].outputs) for i in NAMES}
 Built = tuple[int, Path, ctypes.CDLL]  # TensorRT's major version, plugin library, harness
 Shape = ctypes.c_int64 * len(ops.SIZES)
