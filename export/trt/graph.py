@@ -18,7 +18,7 @@ from sessa_deploy import contract
 from sessa_deploy.errors import UserError
 from sessa_deploy.plugins import ops
 
-PLUGIN_OPS = (contract.FEEDBACK_OP, contract.CAUSAL_OP)  # of a bundle's graph, which the plugin library may compute
+PLUGIN_OPS = contract.GRAPH_OPS  # which the plugin library may compute
 _PAST_INPUT = "past_k"  # whose shape the graph states
 _SMALL = 1024  # bytes; constants up to this size stay in place, shape inference reads them
 _OLD_PARSER_OPSET = 17  # the last one that TensorRT 8.6 knows
