@@ -75,7 +75,9 @@ def refusals(model: ModelProto) -> dict[str, str]:
         if node.domain != contract.DOMAIN or node.op_type not in PLUGIN_OPS:
             continue
         op = ops.op(node.op_type)
-        at = next(i for i, x in enumerate(op.inputs) if x.name == _PAST_INPUT)
+        at = next((i for i, x in enumerate(op.inputs) if x.name == _PAST_INPUT), None)
+        if at is None:
+            continue
         stated = zip(op.inputs[at].shape, dims.get(node.input[at], ()), strict=False)
         wrong = op.refusal({letter: dim.dim_value for letter, dim in stated if dim.dim_value})  # what is not known here, the plugin will say
         if wrong:
