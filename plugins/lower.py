@@ -1,6 +1,6 @@
 """Compile the plugin's kernels ahead of time: the training kernels' Triton source to one cubin for each arch, storage dtype and tile.
 
-    python -m sessa_deploy.plugins.lower --arch 80,86,87,89,90,100,120 --out DIR
+    python -m sessa_deploy.plugins.lower --out DIR
 
 needs torch and Triton 3.6 or 3.7 (`jit.TRITON_VERSIONS`), and no GPU. DIR receives `<kernel>.sm<arch>.<dtype>.<variant>.cubin`,
 `cubins.json` (every parameter in order, Triton's two hidden scratch pointers last, tiles, shared memory, warps, registers, spills) and

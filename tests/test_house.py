@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def test_a_file_is_read_in_a_sitting(name: str) -> None:
 def test_a_page_fits_a_screen(name: str) -> None:
     long = [i for i, line in enumerate((ROOT / name).read_text(encoding="utf-8").splitlines(), 1) if len(line) > MOST_COLUMNS]
     assert not long, f"{name}: lines over {MOST_COLUMNS} columns: {long}"
+
+
+def test_contributing_names_files_that_exist() -> None:
+    """Every path with a folder in it and every file at the root that CONTRIBUTING.md names in code; a figure of speech has no suffix and no slash."""
+    quoted = re.findall(r"`([^`\s]+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    places = {"sessa_deploy", "export", "runtime", "plugins", "tests", "benchmarks", ".ci"}
+    named = [x for x in quoted if x.split("/")[0] in places or (ROOT / x).is_file() or re.fullmatch(r"\w+\.(md|toml|txt|in)", x)]
+    assert len(named) > 20, "the check reads nothing"
+    assert not (missing := [x for x in named if not (ROOT / x).exists()]), missing
 
 
 def test_there_is_something_to_read() -> None:

@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "sessa_deploy/cli": ({"sessa_deploy", "runtime", "runtime/ort", "runtime/trt", "export", "export/parity", "plugins"}, {"click", "rich", "numpy"}),
     "export": ({"sessa_deploy", KERNELS, "runtime", "runtime/trt", "plugins", "export/graph", "export/parity", "export/trt"},
                {"torch", "onnx", "numpy", "platformdirs"}),
-    "export/graph": ({"sessa_deploy", KERNELS, "export"}, {"torch", "onnx", "onnx_ir", "onnxscript", "numpy"}),
+    "export/graph": ({"sessa_deploy", KERNELS, "export", "plugins"}, {"torch", "onnx", "onnx_ir", "onnxscript", "numpy"}),
     "export/parity": ({"sessa_deploy", KERNELS, "runtime", "runtime/ort", "runtime/trt", "export/graph"}, {"torch", "onnx", "numpy", "matplotlib"}),
     "export/trt": ({LAUNCH, "runtime", "runtime/trt", "plugins", "export/graph"}, {"onnx", "numpy"}),
     "runtime": ({"plugins", "runtime/ort", "runtime/trt"}, {"numpy", "tokenizers", "rich", "platformdirs"}),

@@ -109,10 +109,10 @@ def test_workspace(built: Built) -> None:
 def test_workspace_of_a_layer(built: Built) -> None:
     """To the byte: what the kernels of a step of the mixer leave one another, what its chunks do, the normed rows of the entrance."""
     harness, heads, d, p = built[2], 12, 768, 4096
-    mixer, enter, feedback = (create(built, op, storage=HALF) for op in (ph.MIXER, ph.ENTER, FEEDBACK))
+    mixer, enter, feedback = (create(built, op, storage=HALF) for op in (ph.At.Mixer, ph.At.NormEnter, FEEDBACK))
 
     def needs(batch: int, tokens: int, capacity: int) -> int:
-        return int(harness.harness_workspace(mixer, ph.MIXER, HALF, sizes(batch, tokens, capacity, d, heads, heads, d // heads)))
+        return int(harness.harness_workspace(mixer, ph.At.Mixer, HALF, sizes(batch, tokens, capacity, d, heads, heads, d // heads)))
 
     causal_splits, splits = 128, STEP_MAX_SPLITS
     parts = 4 * d * causal_splits + 8 * heads * causal_splits + 4 * d * splits + 8 * splits
@@ -121,7 +121,7 @@ def test_workspace_of_a_layer(built: Built) -> None:
     assert needs(2, 512, p) == chunk
     for smaller in ((1, 512, p), (2, 511, p), (2, 512, p - 1), (2, 1, p), (1, 64, 1)):
         assert needs(*smaller) <= chunk
-    assert harness.harness_workspace(enter, ph.ENTER, HALF, sizes(3, 5, 1, d)) == 3 * 5 * d * 2
+    assert harness.harness_workspace(enter, ph.At.NormEnter, HALF, sizes(3, 5, 1, d)) == 3 * 5 * d * 2
     for plugin in (mixer, enter, feedback):
         harness.harness_destroy(plugin)
 

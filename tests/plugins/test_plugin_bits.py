@@ -145,13 +145,13 @@ def test_layers_give_the_bits_of_the_kernels(
     tables = layer.rotary(length, limbs, t)
     flat = [x.view(n, d // 2) for x in tables]
     cases: list[tuple[int, float | None, Any, list[Any], tuple[Any, ...]]] = [
-        (ph.ROTARY, None, sizes(b, t, 1, width, 1, 1, d), [x, length, limbs], tables),
-        (ph.NORM, 1e-5, sizes(b, t, 1, width), [x, row, row2], (layer.norm(x, row, row2, 1e-5),)),
-        (ph.LINEAR_HEADS, None, sizes(b, t, 1, width, n_q, 1, d, width), [x, square, row], (layer.linear(x, square, row),)),
-        (ph.LOGITS, None, sizes(b, t, 1, width, columns=columns), [x, wide], (layer.linear(x, wide, None),)),
-        (ph.TAIL, None, sizes(b, t, 1, width), [x, s, h, square, row], (layer.tail(s, h, square, row, x),)),
-        (ph.ENTER, 1e-5, sizes(b, t, 1, width), [x, row, row2, double, biases[3]], (layer.norm_enter(x, row, row2, 1e-5, double, biases[3]),)),
-        (ph.PROJECT_GAIN, 0.999, heads_of_all, [h, everything, *biases, *tables, gain, one],
+        (ph.At.Rotary, None, sizes(b, t, 1, width, 1, 1, d), [x, length, limbs], tables),
+        (ph.At.Norm, 1e-5, sizes(b, t, 1, width), [x, row, row2], (layer.norm(x, row, row2, 1e-5),)),
+        (ph.At.LinearHeads, None, sizes(b, t, 1, width, n_q, 1, d, width), [x, square, row], (layer.linear(x, square, row),)),
+        (ph.At.Logits, None, sizes(b, t, 1, width, columns=columns), [x, wide], (layer.linear(x, wide, None),)),
+        (ph.At.Tail, None, sizes(b, t, 1, width), [x, s, h, square, row], (layer.tail(s, h, square, row, x),)),
+        (ph.At.NormEnter, 1e-5, sizes(b, t, 1, width), [x, row, row2, double, biases[3]], (layer.norm_enter(x, row, row2, 1e-5, double, biases[3]),)),
+        (ph.At.ProjectGain, 0.999, heads_of_all, [h, everything, *biases, *tables, gain, one],
          layer.project_gain(h, everything, biases, *flat, gain, one, 0.999)),
     ]  # fmt: skip
     for op, value, shape, inputs, expected in cases:
@@ -175,7 +175,7 @@ def test_the_mixer_gives_the_bits_of_its_kernels(built: Built, storage: str, cap
     major, _, harness = built
     onnx, dtype = TYPES[storage], getattr(torch, storage)
     torch.manual_seed(0)
-    plugin = create(built, ph.MIXER, storage=onnx)
+    plugin = create(built, ph.At.Mixer, storage=onnx)
     if plugin is None:
         assert (major, onnx) == (8, BFLOAT)
         return
@@ -197,5 +197,5 @@ def test_the_mixer_gives_the_bits_of_its_kernels(built: Built, storage: str, cap
             f = layer.linear(o.view(b * t, width), weight, bias).view(b, t, width)
             s = forward.forward(q_b, k_b, gamma, f, past_b[0], past_b[1], length, need_lse=False)[0]
         inputs = [q, k, v, past[0], past[1], weight, bias, q_b, k_b, gamma, past_b[0], past_b[1], length]
-        enqueue_and_compare(harness, plugin, ph.MIXER, onnx, sizes(b, t, p, width, heads, kv_heads, d), inputs, (s,), lambda: capfd.readouterr().err)
+        enqueue_and_compare(harness, plugin, ph.At.Mixer, onnx, sizes(b, t, p, width, heads, kv_heads, d), inputs, (s,), lambda: capfd.readouterr().err)
     harness.harness_destroy(plugin)

@@ -170,13 +170,13 @@ def launches(
     everything, biases = half(3 * width + 2 * kv, width), (half(width), half(kv), half(kv), half(2 * width))
     tables = (floats(n, d // 2), floats(n, d // 2))
     calls: list[tuple[int, Any, Any]] = [
-        (ph.ROTARY, sizes(batch, tokens, 1, width, 1, 1, d), lambda: layer.rotary(length, floats(4, d // 2), tokens)),
-        (ph.NORM, sizes(batch, tokens, 1, width), lambda: layer.norm(x, half(width), half(width), 1e-5)),
-        (ph.LINEAR_HEADS, sizes(batch, tokens, 1, width, heads, 1, d, width), lambda: layer.linear(x, half(width, width), half(width))),
-        (ph.LOGITS, sizes(batch, tokens, 1, width, columns=columns), lambda: layer.linear(x, half(columns, width), None)),
-        (ph.TAIL, sizes(batch, tokens, 1, width), lambda: layer.tail(s, h, half(width, width), half(width), x)),
-        (ph.ENTER, sizes(batch, tokens, 1, width), lambda: layer.norm_enter(x, half(width), half(width), 1e-5, half(2 * width, width), half(2 * width))),
-        (ph.PROJECT_GAIN, sizes(batch, tokens, 1, width, heads, kv_heads, d, 3 * width + 2 * kv),
+        (ph.At.Rotary, sizes(batch, tokens, 1, width, 1, 1, d), lambda: layer.rotary(length, floats(4, d // 2), tokens)),
+        (ph.At.Norm, sizes(batch, tokens, 1, width), lambda: layer.norm(x, half(width), half(width), 1e-5)),
+        (ph.At.LinearHeads, sizes(batch, tokens, 1, width, heads, 1, d, width), lambda: layer.linear(x, half(width, width), half(width))),
+        (ph.At.Logits, sizes(batch, tokens, 1, width, columns=columns), lambda: layer.linear(x, half(columns, width), None)),
+        (ph.At.Tail, sizes(batch, tokens, 1, width), lambda: layer.tail(s, h, half(width, width), half(width), x)),
+        (ph.At.NormEnter, sizes(batch, tokens, 1, width), lambda: layer.norm_enter(x, half(width), half(width), 1e-5, half(2 * width, width), half(2 * width))),
+        (ph.At.ProjectGain, sizes(batch, tokens, 1, width, heads, kv_heads, d, 3 * width + 2 * kv),
          lambda: layer.project_gain(h, everything, biases, *tables, floats(width), floats(1), 0.999)),
     ]  # fmt: skip
     past_b, (q_b, k_b, f) = [half(batch, capacity, width) for _ in range(2)], [half(batch, tokens, width) for _ in range(3)]
@@ -203,7 +203,7 @@ def launches(
     calls.append((ph.FEEDBACK, sizes(batch, tokens, capacity, width), lambda: feedback(f)))
     if capacity:
         calls.append((ph.CAUSAL, headed(batch, tokens, capacity, d, heads, kv_heads), causal))
-        calls.append((ph.MIXER, sizes(batch, tokens, capacity, width, heads, kv_heads, d), mixer))
+        calls.append((ph.At.Mixer, sizes(batch, tokens, capacity, width, heads, kv_heads, d), mixer))
     found = []
     for op, shape, call in calls if storage == ph.HALF else [x for x in calls if x[0] in (ph.FEEDBACK, ph.CAUSAL)]:
         noted.clear()
