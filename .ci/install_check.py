@@ -74,7 +74,7 @@ def resolve(work: Path) -> None:
         bound = ["-c", ROOT / "constraints.txt"] if constrained else []
         # fast-deps: metadata is read out of gigabytes of wheels without fetching them, where the index can do that
         done = run([pip, "-m", "pip", "--python", str(pythons[version]), "install", "--dry-run", "--ignore-installed", "--quiet",
-                    "--use-feature=fast-deps", *bound, f"{wheel}[{extra}]"], clean=True)
+                    "--timeout", "60", "--use-feature=fast-deps", *bound, f"{wheel}[{extra}]"], clean=True)
         what = f"Python {version} [{extra}]{' with constraints.txt' if constrained else ''}"
         took = f"{time.monotonic() - begun:.0f} s"
         if done.returncode and extra == "tensorrt" and ELSEWHERE in done.stdout + done.stderr:
@@ -129,7 +129,7 @@ def packages(work: Path) -> None:
             no_torch = run([tool, "validate", bundle, "--checkpoint", ROOT / "checkpoints/demo"], cwd=folder)
             if no_torch.returncode != 2 or "sessa-deploy[export]" not in no_torch.stderr:
                 sys.exit(f"validate without [export] ended with {no_torch.returncode}: {no_torch.stderr}")
-        if len(texts[0].strip()) < 24 or texts[0] != texts[1]:
+        if len(texts[0].strip()) < 12 or texts[0] != texts[1]:  # 24 bytes of source, blanks around them
             sys.exit(f"the wheel on Python {version} wrote {texts}")
         print(f"generated: the wheel with [ort] on Python {version}", flush=True)
 
