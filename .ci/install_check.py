@@ -51,17 +51,19 @@ def interpreter(version: str) -> Path | None:
     return None
 
 
-def environment(work: Path, python: Path, name: str) -> Path:
+def environment(work: Path, python: Path, name: str, newest_pip: bool = False) -> Path:
     """A new virtual environment's interpreter."""
     must([python, "-m", "venv", work / name])
-    return work / name / "bin/python"
+    mine = work / name / "bin/python"
+    if newest_pip:
+        must([mine, "-m", "pip", "install", "-q", "-U", "pip"], clean=True)
+    return mine
 
 
 def resolve(work: Path) -> None:
     """Every extra by `pip install --dry-run` from the index alone."""
     pythons = {version: interpreter(version) for version in PYTHONS}
-    pip = environment(work, Path(sys.executable), "pip")
-    must([pip, "-m", "pip", "install", "-q", "-U", "pip"], clean=True)
+    pip = environment(work, Path(sys.executable), "pip", newest_pip=True)  # an older one fetches every wheel whole, gigabytes for each resolve with torch
     wheel = build(work / "resolve-dist", pip)[1]
     jobs = [(version, extra, constrained) for version in PYTHONS for extra in EXTRAS for constrained in (False, True) if pythons[version]
             and (not constrained or extra in ("export", "dev"))]
@@ -79,13 +81,15 @@ def resolve(work: Path) -> None:
             return True, f"not proven: {what}: TensorRT's wheels are on NVIDIA's own index, which this machine does not reach ({took})"
         return done.returncode == 0, f"resolved: {what} ({took})" if done.returncode == 0 else f"FAILED: {what}\n{(done.stdout + done.stderr)[-3000:]}"
 
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(one, jobs))
     for version in (v for v in PYTHONS if pythons[v] is None):
         print(f"skipped: Python {version}: no such interpreter here")
-    print("\n".join(line for _, line in results), flush=True)
-    if not all(good for good, _ in results):
-        sys.exit(1)
+    failed = 0
+    with ThreadPoolExecutor(4) as pool:  # each waits for the network nine tenths of its time
+        for good, line in pool.map(one, jobs):
+            print(line, flush=True)
+            failed += not good
+    if failed:
+        sys.exit(f"{failed} of {len(jobs)} were not resolved")
 
 
 def build(out: Path, python: Path) -> tuple[Path, Path]:
@@ -140,8 +144,8 @@ def minima() -> list[str]:
 
 def lowest(work: Path) -> None:
     """Tests of export and runtime where every dependency is as old as pyproject.toml allows."""
-    python = environment(work, interpreter("3.11") or Path(sys.executable), "lowest")
-    must([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", "torch", *minima()])
+    python = environment(work, interpreter("3.11") or Path(sys.executable), "lowest", newest_pip=True)  # that of 3.11 searches old versions for very long
+    must([python, "-m", "pip", "install", "-q", "--only-binary", ":all:", "-c", ROOT / "constraints.txt", "torch", *minima()])
     must([python, "-m", "pip", "install", "-q", "--no-deps", "-e", ROOT])
     subprocess.run([str(python), "-m", "pytest", "-n", "2", "--dist", "loadfile", *TESTS], cwd=ROOT, check=True)
 

@@ -56,6 +56,16 @@ def test_the_checkpoint_s_own_tokenizer_goes_along_and_an_odd_vocabulary_gets_no
     assert Bundle.open(tmp_path / "bundle").file("tokenizer.json").read_text() == own
 
 
+def test_what_a_tokenizer_asks_for_in_vain_is_said_by_export_and_inspect(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(checkpoint, tmp_path / "c")
+    asks = {**json.loads(small_tokenizer(20)), "truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}}
+    (tmp_path / "c" / "tokenizer.json").write_text(json.dumps(asks))
+    for words in (["export", tmp_path / "c", "--out", tmp_path / "bundle"], ["inspect", tmp_path / "c"]):
+        assert code_of(*words) == 0
+        assert one_line(capfd) == "note: tokenizer.json asks for truncation to 8 tokens: ignored, text is encoded whole and as it is"
+    assert Bundle.open(tmp_path / "bundle").file("tokenizer.json").read_text() == json.dumps(asks), "the file goes along as it is"
+
+
 def small_tokenizer(size: int) -> str:
     vocabulary = {f"w{i}": i for i in range(size)}
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}

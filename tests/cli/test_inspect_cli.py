@@ -141,6 +141,15 @@ def test_inspect_and_export_agree(checkpoint: Path, tmp_path: Path, capsys: pyte
         assert capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize("name", ["model.pt", "model.ckpt", "model.safetensors"])
+@pytest.mark.parametrize("more", [(), ("--no-verify",)])
+def test_junk_in_a_weights_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, more: tuple[str, ...]) -> None:
+    (tmp_path / name).write_bytes(b"junk")
+    assert call("inspect", tmp_path / name, *more) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and name in said and said.count("\n") == 1
+
+
 def test_shards_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save_checkpoint(SessaLM(CONFIG), tmp_path / "c", max_shard_bytes=10_000)
     assert call("inspect", path, "--json") == 0

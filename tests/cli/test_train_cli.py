@@ -52,7 +52,7 @@ def test_a_package_that_is_missing_is_named_before_the_work(text: Path, tmp_path
     command = [sys.executable, "-c", code, "train", "--data", str(text), "--out", str(tmp_path / "run"), *SMALL]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
-    assert f"no {package}" in done.stderr and "pip install 'sessa-deploy[train]'" in done.stderr
+    assert f"needs the package {package}" in done.stderr and "pip install 'sessa-deploy[train]'" in done.stderr
 
 
 def test_a_killed_run_leaves_a_whole_checkpoint(text: Path, tmp_path: Path) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
 from feedback_cases import DEVICE
-from rule import STORAGE, check
+from rule import STORAGE, UNFIT, check
 
 from sessa_deploy import SessaLayer, fused_layer
 from sessa_deploy.kernels.causal.rows import clean_rows, poison_rows
@@ -65,7 +67,8 @@ def compare(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, T
         assert got[name].dtype == plain[name].dtype and got[name].shape == plain[name].shape, name
         # a gradient that is zero but for rounding is judged against the largest one
         scale = max(float(exact[name].abs().max()), 0.0 if name in ("y", "x") else 1e-2 * largest)
-        check(got[name], exact[name], plain[name], dtype, name, scale)
+        # gamma's bias has one number for a gradient, a sum that cancels: the textbook's own may be far off in 16 bits
+        check(got[name], exact[name], plain[name], dtype, name, scale, unfit=UNFIT if exact[name].numel() > 1 else math.inf)
 
 
 @pytest.mark.parametrize("dtype", STORAGE)
@@ -85,8 +88,10 @@ def test_layer_and_every_gradient(shape: tuple[Any, ...], dtype: str, through: A
     compare(got, plain, exact, storage)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), got["y"], rtol=2e-2, atol=2e-2)  # the forward attention's kernel differs without gradients
-    for name, again in run(layer, x, dy).items():
-        assert torch.equal(again, got[name]), f"{name} differs between two runs"
+    with sdpa_kernel(SDPBackend.MATH):  # cuDNN's attention does not promise the same bits in its backward
+        first, again = run(layer, x, dy), run(layer, x, dy)
+    for name in first:
+        assert torch.equal(again[name], first[name]), f"{name} differs between two runs"
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
