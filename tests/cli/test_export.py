@@ -61,7 +61,7 @@ def test_what_a_tokenizer_asks_for_in_vain_is_said_by_export_and_inspect(checkpo
     asks = {**json.loads(small_tokenizer(20)), "truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}}
     (tmp_path / "c" / "tokenizer.json").write_text(json.dumps(asks))
     for words in (["export", tmp_path / "c", "--out", tmp_path / "bundle"], ["inspect", tmp_path / "c"]):
-        assert code_of(*words) == 0
+        assert call(*words) == 0
         assert one_line(capfd) == "note: tokenizer.json asks for truncation to 8 tokens: ignored, text is encoded whole and as it is"
     assert Bundle.open(tmp_path / "bundle").file("tokenizer.json").read_text() == json.dumps(asks), "the file goes along as it is"
 
