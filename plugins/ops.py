@@ -232,7 +232,7 @@ def ops_inc() -> str:
 
 
 def limits_h() -> str:
-    """Constants that the plans share with the kernels' Python side."""
+    """Constants that the plans share with the kernels' Python side, and the positions of each operation's operands."""
     numbers = {
         "MaxInputs": max(len(o.inputs) for o in OPS), "MaxOutputs": max(len(o.outputs) for o in OPS), "MaxAttributes": max(len(o.attributes) for o in OPS),
         "MaxLimits": max(len(o.limits) for o in OPS), "StateVersion": STATE_VERSION, "Tegra": cuda_arch.TEGRA, "Accelerated": cuda_arch.ACCELERATED,
@@ -247,8 +247,16 @@ def limits_h() -> str:
     lines = [_HEAD, "#pragma once\n\n#include <cstdint>\n\nnamespace sessa\n{\n\n"]
     lines += [f'constexpr char const* k{name} = "{text}";\n' for name, text in texts.items()]
     lines += [f"constexpr int64_t k{name} = {value};\n" for name, value in numbers.items()]
+    for one in OPS:
+        positions = ", ".join(_cpp_name(x.name) for x in one.inputs)
+        lines.append(f"namespace {one.identifier}Input\n{{\nenum : int32_t // positions of its operands\n{{\n    {positions}\n}};\n}}\n")
     lines += [f"constexpr int64_t k{name}[] = {{{', '.join(map(str, values))}}};\n" for name, values in lists.items()]
     return "".join([*lines, "\n} // namespace sessa\n"])
+
+
+def _cpp_name(name: str) -> str:
+    """past_k is kPastK."""
+    return "k" + "".join(word.capitalize() for word in name.split("_"))
 
 
 def _float(value: float) -> str:

@@ -6,16 +6,7 @@ namespace sessa
 namespace
 {
 
-enum Input : int32_t
-{
-    kQ,
-    kK,
-    kGamma,
-    kF,
-    kPastK,
-    kPastS,
-    kPastLength,
-};
+using namespace FeedbackInput;
 
 struct Step final : Plan
 {

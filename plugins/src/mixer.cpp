@@ -8,22 +8,7 @@ namespace sessa
 namespace
 {
 
-enum Input : int32_t
-{
-    kQ,
-    kK,
-    kV,
-    kPastK,
-    kPastV,
-    kWeight,
-    kBias,
-    kQB,
-    kKB,
-    kGamma,
-    kPastKB,
-    kPastS,
-    kPastLength,
-};
+using namespace MixerInput;
 
 // engine/spec.py, mixer_variant
 std::string variant(Problem const& p)
@@ -70,7 +55,7 @@ struct Step final : Plan
         int64_t programsB = 0;
         share(p, blocks, programsF, programsB);
         Arguments first;
-        for (Input const i : {kQ, kK, kV, kPastK, kPastV, kQB, kPastKB, kPastS, kPastLength})
+        for (auto const i : {kQ, kK, kV, kPastK, kPastV, kQB, kPastKb, kPastS, kPastLength})
         {
             first.add(t.in[i]);
         }
@@ -165,7 +150,7 @@ struct Chunk final : Plan
     {
         void const* const forCausal[] = {t.in[kQ], t.in[kK], t.in[kV], t.in[kPastK], t.in[kPastV], t.in[kPastLength]};
         void const* const forLinear[] = {o, t.in[kWeight], t.in[kBias]};
-        void const* const forFeedback[] = {t.in[kQB], t.in[kKB], t.in[kGamma], f, t.in[kPastKB], t.in[kPastS], t.in[kPastLength]};
+        void const* const forFeedback[] = {t.in[kQB], t.in[kKB], t.in[kGamma], f, t.in[kPastKb], t.in[kPastS], t.in[kPastLength]};
         return runPart(0, causal, forCausal, o, stream, error) && runPart(1, linear, forLinear, f, stream, error)
             && runPart(2, feedback, forFeedback, t.out, stream, error);
     }

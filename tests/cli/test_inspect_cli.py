@@ -12,25 +12,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from command import call
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
 from sessa_deploy.checkpoint import save_checkpoint
-from sessa_deploy.cli import main
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.bundle import write_bundle
 from sessa_deploy.runtime.tokenizer import byte_level_tokenizer
 
 CONFIG = SessaConfig(d_model=16, n_layers=2, n_heads=2, vocab_size=257)
-
-
-def call(*args: object) -> int:
-    try:
-        main([str(a) for a in args])
-    except SystemExit as done:
-        return int(done.code or 0)
-    return 0
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 import plugin_harness as ph
 import pytest
+from layer_calls import layer_calls
 from plugin_harness import BFLOAT, CAUSAL, FEEDBACK, FLOAT, HALF, NAMES, Built, Pointers, create, headed, sizes
 
 from sessa_deploy.plugins import ops
@@ -126,35 +127,15 @@ def test_layers_give_the_bits_of_the_kernels(
     """Everything around the attentions of a layer, float16, for a step, a batch of steps and a chunk."""
     import torch
 
-    from sessa_deploy.kernels.engine import layer
-
-    harness, (b, t), (n_q, n_k, d), n = built[2], rows, heads, rows[0] * rows[1]
-    width, kv, dtype = n_q * d, n_k * d, torch.float16
     torch.manual_seed(0)
 
-    def random(*shape: int, kind: torch.dtype = dtype, scale: float = 1.0) -> torch.Tensor:
-        return (scale * torch.randn(shape, device="cuda")).to(kind)
+    def random(*shape: int, wide: bool = False, scale: float = 1.0) -> torch.Tensor:
+        return (scale * torch.randn(shape, device="cuda")).to(torch.float32 if wide else torch.float16)
 
-    x, s, h = random(n, width), random(n, width), random(n, 2 * width)
-    row, row2, square = random(width), random(width), random(width, width, scale=0.1)
-    wide, gain, one = random(width + 48, width, scale=0.1), random(width, kind=torch.float32, scale=0.1), random(1, kind=torch.float32)
-    columns, everything = width + 48, random(3 * width + 2 * kv, width, scale=0.1)
-    double, heads_of_all = random(2 * width, width, scale=0.1), sizes(b, t, 1, width, n_q, n_k, d, 3 * width + 2 * kv)
-    biases = (random(width), random(kv), random(kv), random(2 * width))
-    length, limbs = torch.arange(b, device="cuda", dtype=torch.int32), torch.rand(4, d // 2, device="cuda") / 64
-    tables = layer.rotary(length, limbs, t)
-    flat = [x.view(n, d // 2) for x in tables]
-    cases: list[tuple[int, float | None, Any, list[Any], tuple[Any, ...]]] = [
-        (ph.At.Rotary, None, sizes(b, t, 1, width, 1, 1, d), [x, length, limbs], tables),
-        (ph.At.Norm, 1e-5, sizes(b, t, 1, width), [x, row, row2], (layer.norm(x, row, row2, 1e-5),)),
-        (ph.At.LinearHeads, None, sizes(b, t, 1, width, n_q, 1, d, width), [x, square, row], (layer.linear(x, square, row),)),
-        (ph.At.Logits, None, sizes(b, t, 1, width, columns=columns), [x, wide], (layer.linear(x, wide, None),)),
-        (ph.At.Tail, None, sizes(b, t, 1, width), [x, s, h, square, row], (layer.tail(s, h, square, row, x),)),
-        (ph.At.NormEnter, 1e-5, sizes(b, t, 1, width), [x, row, row2, double, biases[3]], (layer.norm_enter(x, row, row2, 1e-5, double, biases[3]),)),
-        (ph.At.ProjectGain, 0.999, heads_of_all, [h, everything, *biases, *tables, gain, one],
-         layer.project_gain(h, everything, biases, *flat, gain, one, 0.999)),
-    ]  # fmt: skip
-    for op, value, shape, inputs, expected in cases:
+    harness = built[2]
+    for op, value, shape, inputs, compute in layer_calls(random, *rows, *heads):
+        found = compute()
+        expected = tuple(found) if isinstance(found, (tuple, list)) else (found,)
         plugin = create(built, op, HALF, ops.OPS[op].attributes[0].name if value is not None else None, value or 0.0)
         assert plugin is not None, NAMES[op]
         enqueue_and_compare(harness, plugin, op, HALF, shape, inputs, expected, lambda: capfd.readouterr().err)

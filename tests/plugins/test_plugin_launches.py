@@ -13,6 +13,7 @@ from typing import Any
 
 import plugin_harness as ph
 import pytest
+from layer_calls import layer_calls
 from plugin_harness import Built, headed, sizes
 
 pytest.importorskip("torch")
@@ -158,7 +159,6 @@ def launches(
         monkeypatch.setattr(module, "pinned", pinned)
     monkeypatch.setattr(feedback_fwd, "_plan", feedback_fwd.Plan)  # a plan keeps its launchers
     n, d = batch * tokens, width // heads
-    kv, columns = kv_heads * d, width + 48
 
     def half(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.float16 if storage == ph.HALF else torch.float32)
@@ -166,19 +166,9 @@ def launches(
     def floats(*shape: int) -> torch.Tensor:
         return torch.zeros(shape)
 
-    length, x, s, h = torch.zeros(batch, dtype=torch.int32), half(n, width), half(n, width), half(n, 2 * width)
-    everything, biases = half(3 * width + 2 * kv, width), (half(width), half(kv), half(kv), half(2 * width))
-    tables = (floats(n, d // 2), floats(n, d // 2))
-    calls: list[tuple[int, Any, Any]] = [
-        (ph.At.Rotary, sizes(batch, tokens, 1, width, 1, 1, d), lambda: layer.rotary(length, floats(4, d // 2), tokens)),
-        (ph.At.Norm, sizes(batch, tokens, 1, width), lambda: layer.norm(x, half(width), half(width), 1e-5)),
-        (ph.At.LinearHeads, sizes(batch, tokens, 1, width, heads, 1, d, width), lambda: layer.linear(x, half(width, width), half(width))),
-        (ph.At.Logits, sizes(batch, tokens, 1, width, columns=columns), lambda: layer.linear(x, half(columns, width), None)),
-        (ph.At.Tail, sizes(batch, tokens, 1, width), lambda: layer.tail(s, h, half(width, width), half(width), x)),
-        (ph.At.NormEnter, sizes(batch, tokens, 1, width), lambda: layer.norm_enter(x, half(width), half(width), 1e-5, half(2 * width, width), half(2 * width))),
-        (ph.At.ProjectGain, sizes(batch, tokens, 1, width, heads, kv_heads, d, 3 * width + 2 * kv),
-         lambda: layer.project_gain(h, everything, biases, *tables, floats(width), floats(1), 0.999)),
-    ]  # fmt: skip
+    length = torch.zeros(batch, dtype=torch.int32)
+    around = layer_calls(lambda *shape, wide=False, scale=1.0: floats(*shape) if wide else half(*shape), batch, tokens, heads, kv_heads, d)
+    calls: list[tuple[int, Any, Any]] = [(call.op, call.shape, call.compute) for call in around]
     past_b, (q_b, k_b, f) = [half(batch, capacity, width) for _ in range(2)], [half(batch, tokens, width) for _ in range(3)]
     square, row = half(width, width), half(width)
     past, q, gamma = [half(batch, capacity, kv_heads, d) for _ in range(2)], half(batch, tokens, heads, d), floats(batch, tokens)
