@@ -73,8 +73,11 @@ def resolve(work: Path) -> None:
         begun = time.monotonic()
         bound = ["-c", ROOT / "constraints.txt"] if constrained else []
         # fast-deps: metadata is read out of gigabytes of wheels without fetching them, where the index can do that
-        done = run([pip, "-m", "pip", "--python", str(pythons[version]), "install", "--dry-run", "--ignore-installed", "--quiet",
-                    "--timeout", "60", "--use-feature=fast-deps", *bound, f"{wheel}[{extra}]"], clean=True)
+        command = [pip, "-m", "pip", "--python", str(pythons[version]), "install", "--dry-run", "--ignore-installed", "--quiet",
+                   "--timeout", "60", "--use-feature=fast-deps", *bound, f"{wheel}[{extra}]"]
+        done = run(command, clean=True)
+        if done.returncode and not any(word in done.stdout + done.stderr for word in ("ResolutionImpossible", ELSEWHERE)):
+            done = run(command, clean=True)  # the network, most likely: a conflict has that name
         what = f"Python {version} [{extra}]{' with constraints.txt' if constrained else ''}"
         took = f"{time.monotonic() - begun:.0f} s"
         if done.returncode and extra == "tensorrt" and ELSEWHERE in done.stdout + done.stderr:
