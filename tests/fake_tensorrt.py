@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from sessa_deploy.contract import DOMAIN
 from sessa_deploy.runtime.trt.kernels import APPEND, ARGMAX, FINISH
 
 SPLITS = 4
@@ -161,18 +162,32 @@ def fake_cubins(folder: Path) -> Path:
     return folder
 
 
-def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Sequence[str] = (), on_build: Callable[[Any], None] = lambda c: None) -> Any:
-    """A tensorrt module of `version`. reject: op types its parser refuses; reformat: inputs its engines copy; on_build: called with the config."""
-    major = int(version.split(".")[0])
-    trt: Any = types.ModuleType("tensorrt")
-    trt.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
+def layer_list(layers: Sequence[dict[str, Any]]) -> str:
+    """The layers as the builder of TensorRT for RTX says them on its log: the names of plugins and inputs with the marks of profile and region."""
+    lines = ["Layers:"]
+    for i, layer in enumerate(layers):
+        inputs = ", ".join(f"{{ Name: {x['Name']}, Dimensions: [-1,8,2], Format: (Linear) Row major linear format }}" for x in layer["Inputs"])
+        name = f"{layer['Name']} [profile 1]_myl1_{i}"
+        lines.append(f"Name: {name}, LayerType: {layer['LayerType']}, Inputs: [ {inputs}], Constants: [], Outputs: [], StreamId: 0")
+    return "\n".join(lines)
+
+
+def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), copied: Sequence[str] = (), on_build: Callable[[Any], None] = lambda c: None,
+         module: str = "tensorrt") -> Any:
+    """A tensorrt module of `version`. reject: op types its parser refuses; copied: inputs that a fused region of its engines copies; on_build: called with
+    the config. module "tensorrt_rtx": TensorRT for RTX, whose versions are 1.x."""
+    rtx = module == "tensorrt_rtx"
+    major = 11 if rtx else int(version.split(".")[0])
+    trt: Any = types.ModuleType(module)
+    trt.__spec__ = importlib.machinery.ModuleSpec(module, None)
     trt.__version__, trt.calls, trt.float32, trt.DataType = version, types.SimpleNamespace(network=None, config=None, contexts=[]), DataType.FLOAT, DataType
 
     def names(kind: str, *members: str) -> Any:
         return enum.IntEnum(kind, {m: i for i, m in enumerate(members)})
 
-    trt.ILogger = type("ILogger", (), {})
-    trt.BuilderFlag = names("BuilderFlag", "FP16", "TF32", "OBEY_PRECISION_CONSTRAINTS") if major < 10 else names("BuilderFlag", "TF32", "STRICT_NANS")
+    trt.ILogger = type("ILogger", (), {"ERROR": "Severity.ERROR", "VERBOSE": "Severity.VERBOSE"})
+    flags = ("FP16", "TF32", "OBEY_PRECISION_CONSTRAINTS") if major < 10 else ("TF32", "STRICT_NANS", "DISTRIBUTIVE_INDEPENDENCE")
+    trt.BuilderFlag = names("BuilderFlag", *flags)
     trt.NetworkDefinitionCreationFlag = names("Creation", "EXPLICIT_BATCH") if major < 10 else names("Creation", "EXPLICIT_BATCH", "STRONGLY_TYPED")
     trt.TacticSource = names("TacticSource", "CUBLAS", "CUBLAS_LT", "CUDNN")
     trt.MemoryPoolType, trt.ProfilingVerbosity = names("Pool", "WORKSPACE"), names("Verbosity", "DETAILED")
@@ -181,6 +196,10 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Seq
     if major >= 10:
         trt.ExecutionContextAllocationStrategy = names("Strategy", "STATIC", "USER_MANAGED")
         trt.IProgressMonitor = type("IProgressMonitor", (), {})
+
+    def layers(plugins: list[Any]) -> list[Any]:
+        region = [{"Name": "__myl_CastAdd_myl1_3", "LayerType": "kgen", "Inputs": [{"Name": f"{n} [profile 1]"}]} for n in copied]
+        return [{"Name": "body", "LayerType": "Other", "Inputs": []}, *plugins, *region]
 
     class Layer:
         num_outputs = 1
@@ -269,7 +288,8 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Seq
             return self.cache
 
     class Builder:
-        def __init__(self, log: Any) -> None: ...
+        def __init__(self, log: Any) -> None:
+            self.log = log
 
         def create_network(self, flags: int) -> Network:
             return Network(flags)
@@ -282,7 +302,14 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Seq
 
         def build_serialized_network(self, network: Network, config: Config) -> Any:
             on_build(config)
-            return json.dumps({"model": network.path, "profiles": config.profiles}).encode()
+            if "DISTRIBUTIVE_INDEPENDENCE" in config.flags and len(config.profiles) > 1:
+                self.log.log(trt.ILogger.ERROR, "Distributive independence is not supported when multiple optimization profiles are used")
+                return None
+            ours = [n for n in network.model.graph.node if n.domain == DOMAIN]
+            plugins = [{"Name": n.name, "LayerType": "Plugin", "Inputs": [{"Name": x} for x in n.input]} for n in ours]
+            if rtx:
+                self.log.log(trt.ILogger.VERBOSE, layer_list(layers(plugins)))
+            return json.dumps({"model": network.path, "profiles": config.profiles, "plugins": plugins}).encode()
 
     class Context:
         def __init__(self, engine: Any) -> None:
@@ -342,9 +369,7 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Seq
             return tuple(n if isinstance(n, int) else -1 for n in shapes[name])
 
         def create_engine_inspector(self) -> Any:
-            layers = [{"Name": "body", "LayerType": "Other", "Inputs": []}]
-            layers += [{"Name": f"Reformatting CopyNode for {n}", "LayerType": "Reformat", "Inputs": [{"Name": f"{n} [profile 1]"}]} for n in reformat]
-            return types.SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": layers}))
+            return types.SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": layers(self.plan["plugins"])}))
 
     if major < 10:
         Engine.create_execution_context_without_device_memory = lambda self: Context(self)  # type: ignore[attr-defined]

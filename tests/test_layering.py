@@ -28,14 +28,13 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     TRAINING: ({LAUNCH, KERNELS}, {"triton", "torch"}),
     "sessa_deploy": ({KERNELS, TRAINING, "runtime"}, {"torch", "numpy", "safetensors", "tokenizers", "matplotlib", "onnx", "google"}),
     "sessa_deploy/cli": ({"sessa_deploy", "runtime", "runtime/ort", "runtime/trt", "export", "export/parity", "plugins"}, {"click", "rich", "numpy"}),
-    "export": ({"sessa_deploy", KERNELS, "runtime", "runtime/trt", "plugins", "export/graph", "export/parity", "export/trt"},
-               {"torch", "onnx", "numpy", "platformdirs"}),
+    "export": ({"sessa_deploy", KERNELS, "runtime", "runtime/trt", "plugins", "export/graph", "export/parity", "export/trt"}, {"torch", "onnx", "numpy"}),
     "export/graph": ({"sessa_deploy", KERNELS, "export"}, {"torch", "onnx", "onnx_ir", "onnxscript", "numpy"}),
     "export/parity": ({"sessa_deploy", KERNELS, "runtime", "runtime/ort", "runtime/trt", "export/graph"}, {"torch", "onnx", "numpy", "matplotlib"}),
     "export/trt": ({LAUNCH, "runtime", "runtime/trt", "plugins", "export/graph"}, {"onnx", "numpy"}),
     "runtime": ({"plugins", "runtime/ort", "runtime/trt"}, {"numpy", "tokenizers", "rich", "platformdirs"}),
     "runtime/ort": ({"runtime"}, {"numpy", "onnxruntime"}),
-    "runtime/trt": ({"runtime", "plugins"}, {"numpy", "tensorrt"}),
+    "runtime/trt": ({"runtime", "plugins"}, {"numpy", "platformdirs"}),
     "plugins": ({LAUNCH, FEEDBACK, CAUSAL, ENGINE}, {"triton", "torch", "platformdirs"}),
 }
 # Where a room may see but a part of another: (from, into) -> the modules.

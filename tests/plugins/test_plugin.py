@@ -29,10 +29,11 @@ from sessa_deploy.plugins import library, ops
 @pytest.mark.slow
 def test_library_stands_alone(built: Built) -> None:
     major, path, _ = built
-    assert library.check(path).interface == ("V2" if major == 8 else "V3")
+    seen = library.check(path)
+    assert (seen.interface, seen.major) == ("V2" if major == 8 else "V3", major)
     if shutil.which("nm") and shutil.which("readelf"):
         exports = subprocess.run(["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
-        door = {"sessaFindCubin", "sessaCubinTile"}  # through which the runtime launches its own kernels
+        door = {"sessaFindCubin", "sessaCubinTile", "sessaTensorRTMajor"}  # through which the runtime launches its own kernels
         assert {line.split()[-1] for line in exports.splitlines()} == {"getPluginCreators" if major == 8 else "getCreators", "setLoggerFinder", *door}
         needed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
         assert not re.search(r"NEEDED.*(nvinfer|libcuda|cudart|stdc\+\+)", needed)
@@ -245,7 +246,6 @@ def test_a_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.delenv(library.ENVIRONMENT, raising=False)
     monkeypatch.setattr(library, "user_folder", lambda: tmp_path)
     monkeypatch.setattr(library, "_HERE", tmp_path)
-    monkeypatch.setattr(library, "installed_major", lambda: None)
     with pytest.raises(UserError, match="fix: sessa-deploy plugin build"):
         library.find()
     for major in (10, 11):
@@ -253,6 +253,8 @@ def test_a_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch, tm
         (tmp_path / f"trt{major}" / library.LIBRARY).write_bytes(b"not a library")
     assert library.find() == tmp_path / "trt11" / library.LIBRARY
     assert library.find(10) == tmp_path / "trt10" / library.LIBRARY
+    with pytest.raises(UserError, match=r"for TensorRT 8.*fix: sessa-deploy plugin build --tensorrt 8"):
+        library.find(8)
     monkeypatch.setenv(library.ENVIRONMENT, str(tmp_path / "elsewhere.so"))
     with pytest.raises(UserError, match=r"elsewhere\.so"):
         library.find()

@@ -34,9 +34,9 @@ def build(request: pytest.FixtureRequest, bundles: Callable[..., Bundle], tmp_pa
         monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make(request.param, cuda))
         plugin = tmp_path / "libsessa_plugin.so"
         plugin.write_bytes(b"plugin")
-        monkeypatch.setattr(library, "load", lambda trt, path=None: plugin)
+        monkeypatch.setattr(library, "load", lambda trt, path=None, major=None: plugin)
         machine = to_engine.Machine("Fake", "sm_90", 1 << 34, 1 << 34, request.param, "12.8")
-        monkeypatch.setattr(to_engine, "this_machine", lambda trt: machine)
+        monkeypatch.setattr(to_engine, "this_machine", lambda trt, targets=(): machine)
         monkeypatch.setattr(to_engine, "timing_cache_file", lambda machine: tmp_path / "timing.cache")
         source = bundles(precision, all_logits)
         bundle = write_bundle(tmp_path / "bundle", {n: source.file(n) for n in source.names()}, source.config, precision, source.versions)
@@ -194,7 +194,8 @@ def test_a_plan_is_loaded_only_where_it_belongs(build: Callable[..., Any], monke
 
 
 def test_tensorrt_or_plugin_missing_is_one_line(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"pip install .sessa-deploy\[tensorrt\]"):
         TrtBackend(tiny_bundle)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make("8.6.0", HostCuda()))
