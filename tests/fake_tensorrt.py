@@ -37,7 +37,9 @@ class HostCuda:
 
     arch, stream = 90, 7
 
-    def __init__(self, free: int = 8 << 30) -> None:
+    def __init__(self, free: int = 8 << 30, arch: int = 90) -> None:
+        if arch != self.arch:
+            self.arch = arch
         self.blocks: dict[int, Any] = {}
         self.host: set[int] = set()
         self.recording: list[Callable[[], None]] | None = None
@@ -150,13 +152,13 @@ def _finish(grid: tuple[int, int, int], best: int, where: int, past: int, new: i
     view(past, np.int32, batch)[:] += view(new, np.int32, batch)
 
 
-def fake_cubins(folder: Path) -> Path:
-    """A folder like the one that lowering writes, with the three decode kernels for sm_90."""
+def fake_cubins(folder: Path, arch: int = 90) -> Path:
+    """A folder like the one that lowering writes, with the three decode kernels for one architecture."""
     rows = []
     for name, params, tiles in ((APPEND, 5, {"BLOCK": 512}), (ARGMAX, 4, {"SPLITS": SPLITS, "BLOCK": 512}), (FINISH, 5, {"SPLITS": SPLITS})):
         data = name.encode()
         (folder / f"{name}.cubin").write_bytes(data)
-        rows.append({"kernel": name, "arch": 90, "dtype": "fp32", "variant": "any", "file": f"{name}.cubin", "sha256": hashlib.sha256(data).hexdigest(),
+        rows.append({"kernel": name, "arch": arch, "dtype": "fp32", "variant": "any", "file": f"{name}.cubin", "sha256": hashlib.sha256(data).hexdigest(),
                      "entry": name, "params": [{}] * (params + 2), "num_warps": 4, "shared": 0, "tiles": tiles})
     (folder / "cubins.json").write_text(json.dumps({"cubins": rows}))
     return folder
@@ -180,7 +182,7 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), copied: Seque
     major = 11 if rtx else int(version.split(".")[0])
     trt: Any = types.ModuleType(module)
     trt.__spec__ = importlib.machinery.ModuleSpec(module, None)
-    trt.__version__, trt.calls, trt.float32, trt.DataType = version, types.SimpleNamespace(network=None, config=None, contexts=[]), DataType.FLOAT, DataType
+    trt.__version__, trt.calls, trt.float32, trt.DataType = version, types.SimpleNamespace(network=None, config=None, contexts=[], caches=[], targets={}), DataType.FLOAT, DataType
 
     def names(kind: str, *members: str) -> Any:
         return enum.IntEnum(kind, {m: i for i, m in enumerate(members)})
@@ -371,11 +373,58 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), copied: Seque
         def create_engine_inspector(self) -> Any:
             return types.SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": layers(self.plan["plugins"])}))
 
+    class RuntimeCache:
+        """Kernels compiled on a card."""
+
+        def __init__(self) -> None:
+            self.data = b""
+            trt.calls.caches.append(self)
+
+        def deserialize(self, blob: bytes) -> bool:
+            self.data = bytes(blob) if bytes(blob).startswith(b"kernels") else b""
+            return bool(self.data)
+
+        def serialize(self) -> bytes:
+            return self.data or b"kernels"
+
+        def reset(self) -> bool:
+            self.data = b""
+            return True
+
+    class RuntimeConfig:
+        dynamic_shapes_kernel_specialization_strategy, cache, strategy = None, None, None
+
+        def create_runtime_cache(self) -> RuntimeCache:
+            return RuntimeCache()
+
+        def set_runtime_cache(self, cache: RuntimeCache | None = None) -> bool:
+            self.cache = cache
+            return True
+
+        def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+            self.strategy = strategy
+
+    def create_execution_context(self: Any, runtime_config: RuntimeConfig) -> Context:
+        assert runtime_config.cache is not None and runtime_config.strategy == trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        assert runtime_config.dynamic_shapes_kernel_specialization_strategy == trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        return Context(self)
+
+    def set_compute_capability(self: Any, compute_capability: Any, index: int) -> bool:
+        trt.calls.targets[index] = compute_capability.name
+        return index < self.num_compute_capabilities
+
     if major < 10:
         Engine.create_execution_context_without_device_memory = lambda self: Context(self)  # type: ignore[attr-defined]
     else:
         Engine.create_execution_context = lambda self, strategy: Context(self)  # type: ignore[attr-defined]
-        Context.set_device_memory = lambda self, address, size: None  # type: ignore[attr-defined]
+        Context.set_device_memory = lambda self, memory, size: None  # type: ignore[attr-defined]
+    if rtx:
+        trt.TacticSource = names("TacticSource", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
+        trt.ComputeCapability = names("ComputeCapability", "SM80", "SM86", "SM89", "SM120")
+        trt.DynamicShapesKernelSpecializationStrategy = names("DynamicShapes", "LAZY", "EAGER", "NONE")
+        Config.num_compute_capabilities, Config.set_compute_capability = 0, set_compute_capability  # type: ignore[attr-defined]
+        Engine.create_execution_context = create_execution_context  # type: ignore[attr-defined]
+        Engine.create_runtime_config = lambda self: RuntimeConfig()  # type: ignore[attr-defined]
 
     class Runtime:
         def __init__(self, log: Any) -> None: ...
@@ -384,4 +433,8 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), copied: Seque
             return Engine(json.loads(data))
 
     trt.Builder, trt.OnnxParser, trt.Runtime = Builder, Parser, Runtime
+    # the names of the real classes, by which their signatures are compared
+    trt.classes = {"Builder": Builder, "OnnxParser": Parser, "Runtime": Runtime, "INetworkDefinition": Network, "IBuilderConfig": Config, "ILayer": Layer,
+                   "IOptimizationProfile": Profile, "ICudaEngine": Engine, "IExecutionContext": Context, "ParserError": Error,
+                   "IRuntimeCache": RuntimeCache, "IRuntimeConfig": RuntimeConfig}  # fmt: skip
     return trt
