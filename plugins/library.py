@@ -150,7 +150,7 @@ def build(
     needs torch and triton). archs: compute capabilities to lower for, e.g. "90,86". out: folder for the library (default: where `find` looks).
     Raises UserError if CMake or the compiler is missing or fails.
     """
-    cmake = shutil.which("cmake")
+    cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))  # pip's, where the environment is not activated
     if cmake is None:
         raise UserError("the plugin needs CMake to build", got="no cmake on PATH", allowed="CMake 3.18 or later", fix="pip install cmake")
     if cubins is None:

@@ -182,7 +182,8 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), copied: Seque
     major = 11 if rtx else int(version.split(".")[0])
     trt: Any = types.ModuleType(module)
     trt.__spec__ = importlib.machinery.ModuleSpec(module, None)
-    trt.__version__, trt.calls, trt.float32, trt.DataType = version, types.SimpleNamespace(network=None, config=None, contexts=[], caches=[], targets={}), DataType.FLOAT, DataType
+    trt.calls = types.SimpleNamespace(network=None, config=None, contexts=[], caches=[], targets={})
+    trt.__version__, trt.float32, trt.DataType = version, DataType.FLOAT, DataType
 
     def names(kind: str, *members: str) -> Any:
         return enum.IntEnum(kind, {m: i for i, m in enumerate(members)})

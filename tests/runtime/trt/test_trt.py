@@ -209,7 +209,7 @@ def test_a_plan_is_loaded_only_where_it_belongs(build: Callable[..., Any], monke
 @pytest.mark.parametrize("build", [RTX], indirect=True)
 def test_kernels_compiled_on_the_card_are_kept(build: Callable[..., Any], tmp_path: Path) -> None:
     """By GPU and version, written when the session ends and read by the next; damaged ones are compiled anew."""
-    backend, cuda, bundle = build()
+    backend, _, bundle = build()
     trt = sys.modules["tensorrt_rtx"]
     assert trt.calls.targets == {0: "SM86"} and backend.info.product == "rtx" and backend.info.archs == [86]
     file = tmp_path / "runtime" / f"gpu-sm_86-{RTX}"
