@@ -185,9 +185,9 @@ def _run(command: list[str], what: str, say: Callable[[str], None]) -> str:
     done = run_group(command)
     if done.returncode != 0:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        fetched = re.search(r"No headers of TensorRT (\d+) here: fetching", done.stdout)
+        fetched = re.search(r"No headers of TensorRT (\d+) here: fetching (\S+)", done.stdout)
         if fetched and "-- TensorRT " not in done.stdout and re.search(r"clone|checkout|download|tensorrt-subbuild", done.stderr + done.stdout):
-            raise UserError(f"the headers of TensorRT {fetched[1]} could not be fetched", got=" / ".join(lines[-4:])[-400:],
+            raise UserError(f"the headers of TensorRT {fetched[1]} ({fetched[2]}) could not be fetched", got=" / ".join(lines[-4:])[-400:],
                             allowed="a network that reaches github.com, or the folder of NvInfer.h",
                             fix=f"{build_command(int(fetched[1]))} --tensorrt-include DIR")
         raise UserError(f"{what} failed", got=" / ".join(lines[-12:])[-900:], allowed="exit code 0", fix=f"run it by hand: {' '.join(command)}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 
 from sessa_deploy import contract
+from sessa_deploy.config import SessaConfig
 from sessa_deploy.plugins import library
+from sessa_deploy.runtime.bundle import write_bundle
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "plugins"))
 import stub_cubins
@@ -115,3 +118,39 @@ def test_between_the_librarys_layers_nothing_sums(builds: dict[str, Any]) -> Non
         kernels = [n for n, kind, _ in builds[name]["layers"] if kind == "kgen"]
         assert not any(word in n for n in kernels for word in ("Dot", "Gemm", "Conv", "Mean", "Exp", "Sum")), (name, kernels)
     assert any(kind == "gemm" or "Dot" in n for n, kind, _ in builds["demo fp16 tensorrt"]["layers"])
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+def test_a_library_of_other_headers_is_refused(plugin: tuple[Path, bool], tmp_path: Path) -> None:
+    """By build, before anything else is done, with the command that mends it."""
+    path, other = plugin
+    if not other or importlib.util.find_spec("tensorrt_rtx_bindings") is None:
+        pytest.skip("needs TensorRT for RTX and headers of another major")
+    config = SessaConfig(**TINY)
+    bundle = write_bundle(tmp_path / "bundle", {contract.MODEL_FILE: b"not read"}, config, "fp16", {}).path
+    done = subprocess.run([sys.executable, "-m", "sessa_deploy", "build", str(bundle), "--for", "rtx", "--plugin", str(path)], capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: the plugin library is for another TensorRT: got "), done.stderr
+    assert "headers of TensorRT 10; allowed: one compiled with headers of TensorRT 11; fix: sessa-deploy plugin build --tensorrt 11" in done.stderr
+
+
+@pytest.mark.trt
+def test_the_missing_link_is_made_or_named() -> None:
+    """The wheel lacks the name that its parser opens. Whoever imports it first, without the link, is told how to make it: the process would be aborted."""
+    if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
+        pytest.skip("needs TensorRT for RTX")
+    first = "import tensorrt_rtx_bindings\n"
+    code = "from sessa_deploy.runtime.trt import api\nprint(api.load('rtx').__version__)"
+    good, late = (subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False) for text in (code, first + code))
+    assert good.returncode == 0 and good.stdout.startswith("1."), good.stderr
+    assert late.returncode != 0 and "ln -s libtensorrt_rtx.so.1 " in late.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (("--for", "rtx", "--arch", "90"), "does not support this compute capability: got sm_90; allowed: sm_80, sm_86, sm_89, sm_120; fix: .*--for tensorrt"),
+    (("--for", "tensorrt", "--arch", "86"), "builds for this machine's GPU alone: got --arch 86; allowed: no --arch; fix: --for rtx")])
+def test_a_target_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path, options: tuple[str, ...], says: str) -> None:
+    bundle = write_bundle(tmp_path / "bundle", {contract.MODEL_FILE: b"not read"}, SessaConfig(**TINY), "fp16", {}).path
+    done = subprocess.run([sys.executable, "-m", "sessa_deploy", "build", str(bundle), *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and re.search(says, done.stderr), done.stderr
