@@ -195,7 +195,7 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), copied: Seque
     trt.TacticSource = names("TacticSource", "CUBLAS", "CUBLAS_LT", "CUDNN")
     trt.MemoryPoolType, trt.ProfilingVerbosity = names("Pool", "WORKSPACE"), names("Verbosity", "DETAILED")
     trt.LayerInformationFormat, trt.TensorIOMode = names("Format", "ONELINE", "JSON"), names("Mode", "NONE", "INPUT", "OUTPUT")
-    trt.LayerType = names("LayerType", "OTHER", "SHAPE", "CONSTANT", "CAST", "PLUGIN_V2")
+    trt.LayerType = names("LayerType", "ELEMENTWISE", "SHAPE", "CONSTANT", "CAST", "PLUGIN_V2")
     if major >= 10:
         trt.ExecutionContextAllocationStrategy = names("Strategy", "STATIC", "USER_MANAGED")
         trt.IProgressMonitor = type("IProgressMonitor", (), {})
@@ -209,7 +209,8 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), copied: Seque
 
         def __init__(self, node: Any) -> None:
             self.name, self.node, self.precision, self.kinds = node.name, node, None, {}
-            self.type = {"Shape": trt.LayerType.SHAPE, "Cast": trt.LayerType.CAST, "Constant": trt.LayerType.CONSTANT}.get(node.op_type, trt.LayerType.OTHER)
+            types_of = {"Shape": trt.LayerType.SHAPE, "Cast": trt.LayerType.CAST, "Constant": trt.LayerType.CONSTANT}
+            self.type = types_of.get(node.op_type, trt.LayerType.ELEMENTWISE)
 
         def get_output(self, i: int) -> Any:
             return types.SimpleNamespace(name=self.node.output[i], dtype=DataType.FLOAT)
@@ -347,7 +348,7 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), copied: Seque
                 view(self.addresses[name], value.dtype, value.size)[:] = value.reshape(-1)
 
     class Engine:
-        device_memory_size, num_io_tensors = 1 << 12, property(lambda self: len(self.names))
+        num_io_tensors = property(lambda self: len(self.names))
 
         def __init__(self, plan: dict[str, Any]) -> None:
             import onnxruntime
@@ -393,7 +394,10 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), copied: Seque
             return True
 
     class RuntimeConfig:
-        dynamic_shapes_kernel_specialization_strategy, cache, strategy = None, None, None
+        dynamic_shapes_kernel_specialization_strategy: Any = None
+
+        def __init__(self) -> None:
+            self.cache, self.strategy = None, None
 
         def create_runtime_cache(self) -> RuntimeCache:
             return RuntimeCache()
@@ -414,12 +418,14 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), copied: Seque
         trt.calls.targets[index] = compute_capability.name
         return index < self.num_compute_capabilities
 
+    setattr(Engine, "device_memory_size" if major < 10 else "device_memory_size_v2", 1 << 12)
     if major < 10:
         Engine.create_execution_context_without_device_memory = lambda self: Context(self)  # type: ignore[attr-defined]
     else:
         Engine.create_execution_context = lambda self, strategy: Context(self)  # type: ignore[attr-defined]
         Context.set_device_memory = lambda self, memory, size: None  # type: ignore[attr-defined]
     if rtx:
+        trt.NetworkDefinitionCreationFlag = names("Creation", "STRONGLY_TYPED")
         trt.TacticSource = names("TacticSource", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
         trt.ComputeCapability = names("ComputeCapability", "SM80", "SM86", "SM89", "SM120")
         trt.DynamicShapesKernelSpecializationStrategy = names("DynamicShapes", "LAZY", "EAGER", "NONE")
