@@ -12,7 +12,8 @@ from sessa_deploy.cuda_arch import mend as arch_mend
 from sessa_deploy.cuda_arch import nearest
 from sessa_deploy.errors import UserError, install_command
 from sessa_deploy.runtime import environment
-from sessa_deploy.runtime.trt import api
+from sessa_deploy.runtime.bundle import Bundle
+from sessa_deploy.runtime.trt import api, plan
 
 DOCTOR_SCHEMA = 1
 _CUDA = "CUDAExecutionProvider"
@@ -36,9 +37,9 @@ _PACKAGES = (
 _PAIRED = ("torch", "triton")  # a torch build wants one triton: show both beside what is supported
 
 
-def examine() -> dict[str, Any]:
+def examine(bundle: Bundle | None = None) -> dict[str, Any]:
     """Findings: `checks`, each with name, use, found, state ("ok", "missing", "optional") and mend; `gpus`; `ready`, the verbs that
-    can work; and `tensorrt`, see `tensorrt_road`.
+    can work; and `tensorrt`, see `tensorrt_road`. bundle: of which `engine` is to say what `engine_here` finds.
 
     Libraries are probed in processes of their own, so a broken one is reported and breaks nothing.
     """
@@ -72,6 +73,12 @@ def examine() -> dict[str, Any]:
             add("run on TensorRT", f"{one['title']}: plugin library", one["library"], False, one["mend"])
         if one["refused"]:
             checks.append({"use": "run on TensorRT", "name": f"{one['title']}: this GPU", "found": one["refused"], "state": "optional", "mend": one["mend"]})
+    more = {}
+    if bundle is not None:
+        more["engine"] = engine_here(bundle, gpus)
+        found = more["engine"]["engine"] or f"none would load: {more['engine']['why']}"
+        state = "ok" if more["engine"]["engine"] else "optional"
+        checks.append({"use": "run on TensorRT", "name": "the bundle's engine", "found": found, "state": state, "mend": more["engine"]["mend"]})
     ready = []
     if "CPUExecutionProvider" in providers:
         ready.append("run and bench on a CPU")
@@ -84,7 +91,7 @@ def examine() -> dict[str, Any]:
             ready.append("validate")
     if versions["torch"] and versions["safetensors"]:
         ready.append("train")
-    return {"schema_version": DOCTOR_SCHEMA, "checks": checks, "gpus": gpus, "providers": providers, "ready": ready, "tensorrt": road}
+    return {"schema_version": DOCTOR_SCHEMA, "checks": checks, "gpus": gpus, "providers": providers, "ready": ready, "tensorrt": road, **more}
 
 
 def _providers(add: Any, installed: str | None, has_gpu: bool) -> list[str]:
@@ -102,6 +109,27 @@ def _providers(add: Any, installed: str | None, has_gpu: bool) -> list[str]:
         if missing or error:
             add("run on ONNX Runtime", "CUDA provider", None, False, f"it does not load ({missing or error}): install the CUDA and cuDNN it was built for")
     return providers
+
+
+def engine_here(bundle: Bundle, gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    """Which TensorRT engine of a bundle would load on this machine: engine (its folder; None: none), why not, and mend, the command that comes next."""
+    installed = {p.name: v for p in api.PRODUCTS if (v := api.installed_version(p)) is not None}
+    arch = int(gpus[0]["arch"].removeprefix("sm_")) if gpus else None
+    try:
+        name = plan.product_for(bundle, arch, installed)
+        product = api.product(name) if name in api.NAMES else api.PRODUCTS[0]
+        if name is not None and name not in installed:
+            raise UserError(f"{product.title} is not installed", fix=product.install)
+        if name is not None and arch is None:
+            takes = sorted({a for info in plan.engines(bundle).values() for a in info.archs})
+            raise UserError("there is no CUDA GPU here", fix=f"run it where there is one of sm_{', '.join(map(str, takes))}" if takes else None)
+        if arch is not None:
+            api.check_target(product, arch)
+        folder, _ = plan.choose(bundle, installed.get(product.name, ""), f"sm_{arch or 0}", product.name)
+    except UserError as wrong:
+        got = f": {wrong.got}" if wrong.got is not None else ""
+        return {"engine": None, "why": f"{wrong.what}{got}", "mend": wrong.fix or ""}
+    return {"engine": folder, "why": "", "mend": ""}
 
 
 def tensorrt_road(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:

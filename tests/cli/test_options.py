@@ -127,7 +127,7 @@ TABLE: dict[str, dict[str, Row]] = {
     },
     "plugin path": {"--tensorrt": MAJOR, "--for": TARGET},
     "plugin check": {"PATH": place("nowhere"), "--tensorrt": MAJOR, "--for": TARGET},
-    "doctor": {"--json": JSON},
+    "doctor": {"BUNDLE": place("nowhere"), "--json": JSON},
 }
 
 # What completes a command line, so that the value under test is all that is wrong with it; text/ is there, with a little text.

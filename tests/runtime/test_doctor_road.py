@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sessa_deploy.config import SessaConfig
 from sessa_deploy.runtime import doctor, environment
+from sessa_deploy.runtime.bundle import write_bundle
 from sessa_deploy.runtime.trt import api
+from sessa_deploy.runtime.trt import plan as trt_plan
 
 LIBRARY = {"path": "/x/libsessa_plugin.so", "major": 11, "archs": [80, 86, 89, 90, 120]}
 H100, RTX3090, TURING = ([{"arch": f"sm_{n}"}] for n in (90, 86, 75))
@@ -58,3 +62,19 @@ def test_an_installed_tensorrt_without_pips_records_is_installed(road: Callable[
     road({"tensorrt": "8.6.0"}, [])
     found = [c for c in doctor.examine()["checks"] if c["name"] == "TensorRT"]
     assert [(c["found"], c["state"]) for c in found] == [("8.6.0", "ok")]
+
+
+def test_which_engine_of_a_bundle_would_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    info = trt_plan.EngineInfo("k", "0" * 64, 4, "1.7.1.116", "rtx-80_86", "gpu", "1", "fp32", 1, 8, 8, "0" * 64, 1.0, product="rtx", archs=[80, 86])
+    folder = f"engines/rtx-80_86-{info.tensorrt}-fp32"
+    bundle = write_bundle(tmp_path / "b", {"model.onnx": b"x", f"{folder}/model.plan": b"plan", f"{folder}/engine.json": info.to_json()},
+                          SessaConfig(16, 1, 2, 61), "fp32", {})  # fmt: skip
+    for version, gpus, engine, why, mend in (
+        ("1.7.1.116", RTX3090, folder, "", ""), (None, RTX3090, None, "TensorRT for RTX is not installed", "pip install 'sessa-deploy[rtx]'"),
+        ("1.7.1.116", [], None, "there is no CUDA GPU here", "run it where there is one of sm_80, 86"),
+        ("1.7.1.116", H100, None, "TensorRT for RTX does not support this compute capability: sm_90", "pip install 'sessa-deploy[tensorrt]'"),
+        ("1.8.0.1", RTX3090, None, "another TensorRT version: built with 1.7.1.116", "sessa-deploy build"),
+        ("1.7.1.116", [{"arch": "sm_89"}], None, "another GPU architecture: built for sm_80, sm_86, this GPU is sm_89", "sessa-deploy build")):
+        monkeypatch.setattr(api, "installed_version", lambda product, v=version: v if product.name == "rtx" else None)
+        found = doctor.engine_here(bundle, gpus)
+        assert found["engine"] == engine and why in found["why"] and found["mend"].startswith(mend), found
