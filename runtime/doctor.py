@@ -64,8 +64,8 @@ def examine(bundle: Bundle | None = None) -> dict[str, Any]:
     add("a GPU", "CUDA driver", f"supports CUDA {driver_version()}" if driver_version() else None, False,
         "install the NVIDIA driver (a CPU needs none)")
     for gpu in gpus:
-        more = f", driver {gpu['driver_version']}" if "driver_version" in gpu else ""
-        add("a GPU", f"GPU {gpu['index']}", f"{gpu['name']}, {gpu['arch']}, {gpu['memory'] / 2**30:.0f} GiB{more}", False, "")
+        driver = f", driver {gpu['driver_version']}" if "driver_version" in gpu else ""
+        add("a GPU", f"GPU {gpu['index']}", f"{gpu['name']}, {gpu['arch']}, {gpu['memory'] / 2**30:.0f} GiB{driver}", False, "")
     road = tensorrt_road(gpus)
     for one in road:
         add("run on TensorRT", one["title"], one["found"], False, one["mend"])
@@ -73,12 +73,12 @@ def examine(bundle: Bundle | None = None) -> dict[str, Any]:
             add("run on TensorRT", f"{one['title']}: plugin library", one["library"], False, one["mend"])
         if one["refused"]:
             checks.append({"use": "run on TensorRT", "name": f"{one['title']}: this GPU", "found": one["refused"], "state": "optional", "mend": one["mend"]})
-    more = {}
+    more: dict[str, Any] = {}
     if bundle is not None:
-        more["engine"] = engine_here(bundle, gpus)
-        found = more["engine"]["engine"] or f"none would load: {more['engine']['why']}"
-        state = "ok" if more["engine"]["engine"] else "optional"
-        checks.append({"use": "run on TensorRT", "name": "the bundle's engine", "found": found, "state": state, "mend": more["engine"]["mend"]})
+        here = more["engine"] = engine_here(bundle, gpus)
+        found = here["engine"] or f"none would load: {here['why']}"
+        checks.append({"use": "run on TensorRT", "name": "the bundle's engine", "found": found, "state": "ok" if here["engine"] else "optional",
+                       "mend": here["mend"]})
     ready = []
     if "CPUExecutionProvider" in providers:
         ready.append("run and bench on a CPU")

@@ -40,12 +40,17 @@ def choose(bundle: Bundle) -> str:
     return "ort-cuda" if cuda_is_usable() else "ort"
 
 
+def trt_installed() -> bool:
+    """Whether Python would find any TensorRT. Imports none."""
+    from sessa_deploy.runtime.trt import api
+
+    return any(api.importable(p) for p in api.PRODUCTS)
+
+
 def _trt() -> Any:
     if not importable("sessa_deploy.runtime.trt.backend"):
         raise UserError("this version has no TensorRT backend", got="backend trt", allowed="auto, ort, ort-cuda", fix="use --backend ort")
-    from sessa_deploy.runtime.trt import api
-
-    if not any(api.importable(p) for p in api.PRODUCTS):
+    if not trt_installed():
         raise MissingPackage("TensorRT is not installed", got="backend trt", fix=f"{install_command('tensorrt')}, or use --backend ort")
     return importlib.import_module("sessa_deploy.runtime.trt.backend")
 

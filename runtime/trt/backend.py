@@ -42,9 +42,8 @@ class TrtBackend(Backend):
 
     def __init__(self, bundle: Bundle, batch: int = 1, capacity: int | None = None, graph: bool = True, plugin: Path | None = None,
                  kernels: Path | None = None, cuda: Any = None) -> None:
-        installed = [p.name for p in trt_api.PRODUCTS if trt_api.importable(p)]
-        here = [int(d.arch.removeprefix("sm_")) for d in devices()] if cuda is None else [cuda.arch]
-        product = trt_api.wanted(trt_plan.product_for(bundle, here[0] if here else None, installed) if installed else None)
+        here = _archs() if cuda is None else [cuda.arch]
+        product = product_here(bundle, here)
         for arch in here[:1]:
             trt_api.check_target(product, arch)
         self._trt = trt_api.load(product.name)
@@ -207,6 +206,17 @@ class TrtBackend(Backend):
 
     def _reasons(self) -> str:
         return " / ".join(self._log.lines[-3:]) or "no reason given"
+
+
+def product_here(bundle: Bundle, archs: list[int] | None = None) -> trt_api.Product:
+    """Which TensorRT is to run a bundle on this machine, by its engines, the first GPU (archs None: asked now) and what is installed."""
+    here = _archs() if archs is None else archs
+    installed = [p.name for p in trt_api.PRODUCTS if trt_api.importable(p)]
+    return trt_api.wanted(trt_plan.product_for(bundle, here[0] if here else None, installed) if installed else None)
+
+
+def _archs() -> list[int]:
+    return [int(d.arch.removeprefix("sm_")) for d in devices()]
 
 
 def _check_limits(bundle: Bundle, info: trt_plan.EngineInfo, batch: int, capacity: int) -> None:
