@@ -1,16 +1,19 @@
 """A bundle's graph to a TensorRT engine in the same bundle. onnx, numpy, tensorrt and the CUDA driver; no torch.
 
-One plan holds two optimisation profiles, prefill (1..max_prompt tokens) and decode (one token), both with caches of the whole capacity.
+One plan holds two optimisation profiles, prefill (1..max_prompt tokens) and decode (one token), both with caches of the whole capacity. With more than
+one profile no TensorRT takes the flag DISTRIBUTIVE_INDEPENDENCE, which would promise that a sequence's bits do not depend on the others of its batch.
+Our kernels keep that promise without it (plugins/README.md, Numbers), so it holds where they compute the layers: between the plugins of such a graph
+stands nothing that sums. Products left to TensorRT (`--layers tensorrt`, float32) are its own to round, the same for the same batch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from sessa_deploy.runtime.bundle import Bundle, add_files, hash_file
 from sessa_deploy.runtime.trt import api as trt_api
 from sessa_deploy.runtime.trt import plan as trt_plan
 from sessa_deploy.runtime.trt.buffers import check_rows
+from sessa_deploy.runtime.trt.kernels import images
 
 Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all or 0)
 _POLL = 0.1  # seconds
@@ -55,30 +59,35 @@ class Built:
 def build_engine(
     bundle: Bundle | str | Path, max_batch: int = 1, max_context: int | None = None, max_prompt: int = DEFAULT_PROMPT, workspace: int | None = None,
     opt_level: int | None = None, precision: str | None = None, plugin: Path | None = None, force: bool = False, verbose: bool = False,
-    progress: Progress | None = None, layers: str | None = None,
+    progress: Progress | None = None, layers: str | None = None, target: str | None = None, archs: Sequence[int] | None = None,
 ) -> Built:
-    """Build the engine of a bundle for this machine's first GPU and put it into the bundle by rename.
+    """Build the engine of a bundle, for this machine's first GPU unless `archs` says otherwise, and put it into the bundle by rename.
 
     max_batch sequences of max_context tokens (None: the model's own), prompts in chunks of max_prompt. workspace: bytes TensorRT may take for scratch
     (None: what it likes). opt_level: 0..5. precision: refused unless it is the graph's own, which the graph alone decides. plugin: the library's path.
-    layers: who computes what stands around the attentions, "plugin" or "tensorrt"; None: the plugin on 8.6, which would make 16-bit layers float32.
+    layers: who computes what stands around the attentions, "plugin" or "tensorrt"; None: the plugin, where it has the kernels.
     The plugin computes 16-bit layers only; of float32 ones, where nothing is asked for, the rotary tables. What is asked for and cannot be had is refused;
-    which default was taken and why is in Built.notes.
+    which default was taken and why is in Built.notes. target: "tensorrt" or "rtx" (None: TensorRT, or the one that alone is installed). archs: compute
+    capabilities to build for, [86] for 8.6, on a machine that may have no GPU; TensorRT for RTX alone takes them (None: this GPU's, without one all).
     An engine whose key is the same is kept unless `force`. KeyboardInterrupt ends the build and leaves the bundle as it was.
     Raises UserError on what is missing, does not fit or is refused; SessaError if TensorRT fails.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     shapes = trt_limits.shapes_for(bundle.config, max_batch, max_context, max_prompt)
     workspace, opt_level = _check_options(workspace, opt_level, layers)
-    trt = trt_api.load()
+    product = trt_api.wanted(target)
+    targets = _targets(product, archs)
+    trt = trt_api.load(product.name)
     _check_precision(trt, bundle, precision)
     check_rows(bundle.config, bundle.precision)
     if layers == "plugin" and bundle.precision == "fp32":
         raise _no_layers(bundle, _FLOAT32)
-    plugin = library.load(trt, plugin)
-    plugin_sha256, machine = hash_file(plugin), this_machine(trt)
-    wanted = layers or ("tensorrt" if trt_api.strongly_typed(trt) else "plugin")
-    recipe = Recipe(shapes, machine, workspace, opt_level, wanted).keyed(bundle, plugin_sha256)
+    plugin = library.load(trt, plugin, trt_api.interface(trt))
+    for arch in targets:
+        images(plugin, arch)
+    plugin_sha256, machine = hash_file(plugin), this_machine(trt, targets)
+    wanted = layers or "plugin"
+    recipe = Recipe(shapes, machine, workspace, opt_level, wanted, targets).keyed(bundle, plugin_sha256)
     folder = trt_plan.engine_folder(machine.arch, machine.tensorrt, bundle.precision)
     present = _present(bundle, folder)
     if present is not None and present.key == recipe.key and layers in (None, present.layers) and not force:
@@ -91,21 +100,29 @@ def build_engine(
     names = [n for n in (contract.MODEL_FILE, contract.MODEL_DATA_FILE) if n in bundle]
     weights = sum(bundle.file(n).stat().st_size for n in names)
     all_logits = any(x.name == contract.LOGITS and len(x.type.tensor_type.shape.dim) == contract.ALL_LOGITS_RANK for x in prepared.model.graph.output)
-    trt_limits.require_memory(bundle.config, bundle.precision, weights, shapes, machine.free, tuple(prepared.inlined), all_logits)
+    if machine.total:  # the memory of a GPU that is elsewhere is not known
+        trt_limits.require_memory(bundle.config, bundle.precision, weights, shapes, machine.free, tuple(prepared.inlined), all_logits)
+    plugins = Counter(n.op_type for n in prepared.model.graph.node if n.domain == contract.DOMAIN)
     begun = time.monotonic()
     plan = _build(trt, bundle, prepared, recipe, verbose, progress or (lambda what, done, of: None))
     info = trt_plan.EngineInfo(
         key=recipe.key, plan_sha256=hashlib.sha256(plan).hexdigest(), plan_size=len(plan), tensorrt=machine.tensorrt, arch=machine.arch, gpu=machine.gpu,
         driver=machine.driver, precision=bundle.precision, max_batch=shapes.max_batch, capacity=shapes.capacity, max_prompt=shapes.max_prompt,
         plugin_sha256=plugin_sha256, seconds=round(time.monotonic() - begun, 1), inlined=prepared.inlined, layers=taken,
+        product=product.name, archs=list(targets) or [int(machine.arch.removeprefix("sm_"))], profiles=trt_plan.profiles(shapes.max_batch, shapes.max_prompt),
+        plugins=dict(sorted(plugins.items())),
     )  # fmt: skip
     written = add_files(bundle, {f"{folder}/{trt_plan.PLAN_FILE}": plan, f"{folder}/{trt_plan.ENGINE_FILE}": info.to_json()})
     return Built(written, folder, info, fresh=True, notes=tuple(notes))
 
 
-def this_machine(trt: Any) -> Machine:
-    """The first GPU, its free memory, and the versions. Raises UserError where there is none."""
+def this_machine(trt: Any, targets: tuple[int, ...] = ()) -> Machine:
+    """The first GPU, its free memory, and the versions; no GPU is needed where `targets` says what to build for. Raises UserError where it is."""
     found = devices()
+    if targets:
+        free, total = _free_memory() if found else (0, 0)
+        gpu = found[0].name if found else "built ahead of time"
+        return Machine(gpu, trt_plan.place(trt_api.of(trt).name, targets), free, total, trt.__version__, driver_version() or "unknown")
     if not found:
         raise UserError("there is no CUDA GPU here", got="no device from the driver", allowed="the GPU that will run the engine", fix="build on that machine")
     free, total = _free_memory()
@@ -114,10 +131,7 @@ def this_machine(trt: Any) -> Machine:
 
 def timing_cache_file(machine: Machine) -> Path:
     """Where tactic timings for this GPU and this TensorRT are kept."""
-    import platformdirs
-
-    gpu = re.sub(r"[^A-Za-z0-9.]+", "-", machine.gpu).strip("-")
-    return Path(platformdirs.user_cache_dir("sessa-deploy", appauthor=False)) / "timing" / f"{gpu}-{machine.arch}-{machine.tensorrt}.cache"
+    return trt_api.cache_file("timing", machine.gpu, machine.arch, machine.tensorrt)
 
 
 def parse(trt: Any, network: Any, log: Any, prepared: trt_graph.PreparedGraph, path: Path) -> Any:
@@ -135,17 +149,17 @@ def parse(trt: Any, network: Any, log: Any, prepared: trt_graph.PreparedGraph, p
 
 def add_profiles(builder: Any, config: Any, bundle: Bundle, shapes: Shapes) -> None:
     """The prefill and the decode profile, in the order of trt_plan.PREFILL and DECODE. Raises SessaError if TensorRT refuses one."""
-    model = bundle.config
-    for tokens in ((1, shapes.max_prompt, shapes.max_prompt), (1, 1, 1)):
-        profile, batches = builder.create_optimization_profile(), (1, shapes.max_batch, shapes.max_batch)
-        profile.set_shape(contract.INPUT_IDS, *((b, t) for b, t in zip(batches, tokens, strict=True)))
-        for name in (contract.PAST_LENGTH, contract.NEW_LENGTH):
-            profile.set_shape(name, *((b,) for b in batches))
+    model, batches = bundle.config, (1, shapes.max_batch, shapes.max_batch)
+    for name, tokens in trt_plan.profiles(shapes.max_batch, shapes.max_prompt).items():
+        profile = builder.create_optimization_profile()
+        profile.set_shape(contract.INPUT_IDS, *map(tuple, tokens))
+        for length in (contract.PAST_LENGTH, contract.NEW_LENGTH):
+            profile.set_shape(length, *((b,) for b in batches))
         for layer, field in contract.cache_entries(model.n_layers):
             row = contract.cache_row_shape(field, model.d_model, model.kv_heads, model.head_dim)
             profile.set_shape(contract.past_name(layer, field), *((b, shapes.capacity, *row) for b in batches))
         if config.add_optimization_profile(profile) < 0:
-            raise SessaError(f"TensorRT refused an optimisation profile of {tokens[-1]} tokens; fix: lower --max-prompt or --max-context")
+            raise SessaError(f"TensorRT refused the optimisation profile {name} of {tokens[-1][1]} tokens; fix: lower --max-prompt or --max-context")
 
 
 def keep_float32(trt: Any, network: Any, types: Mapping[str, int]) -> int:
@@ -179,10 +193,10 @@ def _build(trt: Any, bundle: Bundle, prepared: trt_graph.PreparedGraph, recipe: 
     config = builder.create_builder_config()
     add_profiles(builder, config, bundle, recipe.shapes)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    trt_api.compute_capabilities(trt, config, recipe.targets)
     trt_api.plain_tactics(trt, config)
     trt_api.set_flag(trt, config, "TF32", on=False)  # fp32 means float32
-    for flag in ("STRICT_NANS", "DISTRIBUTIVE_INDEPENDENCE"):  # 10 and later: a poisoned row stays one, and a sequence's bits are its own
-        trt_api.set_flag(trt, config, flag)
+    trt_api.set_flag(trt, config, "STRICT_NANS")  # 10 and later: a poisoned row stays one
     if recipe.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, recipe.workspace)
     if recipe.opt_level is not None:
@@ -192,20 +206,23 @@ def _build(trt: Any, bundle: Bundle, prepared: trt_graph.PreparedGraph, recipe: 
         trt_api.set_flag(trt, config, "OBEY_PRECISION_CONSTRAINTS")
         keep_float32(trt, network, prepared.types)
     cache_file = timing_cache_file(recipe.machine)
-    timings = _load_timings(config, cache_file)
+    timings = _load_timings(config, cache_file) if trt_api.of(trt).timings else None
     plan = _in_thread(trt, lambda: builder.build_serialized_network(network, config), config, progress)
     if plan is None:
         raise SessaError(f"TensorRT could not build the engine: {' / '.join(log.lines[-4:]) or 'no reason given'}; "
                          "fix: lower --max-batch, --max-context or --max-prompt, or raise --workspace")  # fmt: skip
-    del parser, timings
-    _save_timings(config, cache_file)
+    del parser
+    if timings is not None:
+        _save_timings(config, cache_file)
     data = bytes(plan)
     progress("checking the engine", 0, 0)
-    runtime = trt.Runtime(log)
-    engine = runtime.deserialize_cuda_engine(data)
-    if engine is None:
-        raise SessaError(f"TensorRT cannot load the engine it built: {' / '.join(log.lines[-3:])}; fix: sessa-deploy plugin check")
-    trt_check.require_caches_in_place(trt_api.layer_information(trt, engine), prepared.direct)
+    engine = None
+    if not trt_api.of(trt).ahead:  # else the GPU that loads it need not be here
+        engine = trt.Runtime(log).deserialize_cuda_engine(data)
+        if engine is None:
+            raise SessaError(f"TensorRT cannot load the engine it built: {' / '.join(log.lines[-3:])}; fix: sessa-deploy plugin check")
+    plugins = {n.name for n in prepared.model.graph.node if n.domain == contract.DOMAIN}
+    trt_check.require_caches_in_place(trt_api.layer_information(trt, engine, log), prepared.direct, plugins)
     return data
 
 
@@ -246,14 +263,14 @@ def _in_thread(trt: Any, work: Callable[[], Any], config: Any, progress: Progres
 def _prepared(bundle: Bundle, trt: Any, wanted: str) -> tuple[trt_graph.PreparedGraph, str, str]:
     """The graph for the parser, who computes its layers, and why: TensorRT where the library has no kernels for them."""
     prepared = trt_graph.prepare(trt_graph.load(bundle.model))
-    wrong = trt_graph.complaints(prepared.model, trt_api.version(trt))
+    wrong = trt_graph.complaints(prepared.model, (trt_api.interface(trt),))
     if wrong:
         fix = bundle.export_hint(" --opset 17")
         raise UserError(f"TensorRT {trt.__version__} cannot read this graph", got=" / ".join(wrong), fix=fix)
     graph, folder = prepared.model.graph, bundle.model.parent
     trt_fuse.unmasked_rows(graph)
     storage = contract.PRECISIONS[bundle.precision].onnx
-    why = f"TensorRT {trt.__version__} keeps a strongly typed graph's types; --layers plugin gives the library's"
+    why = "as --layers asks"
     if wanted == "plugin":
         prepared.types |= trt_layers.rotary(graph, storage) or {}
         try:
@@ -263,7 +280,8 @@ def _prepared(bundle: Bundle, trt: Any, wanted: str) -> tuple[trt_graph.Prepared
         except trt_layers.Unavailable as reason:
             why = str(reason)
         else:
-            return prepared, "plugin", f"TensorRT {trt.__version__} would compute them in float32; --layers tensorrt gives its own"
+            ours = "its kernels are the tuned ones" if trt_api.strongly_typed(trt) else f"TensorRT {trt.__version__} would compute them in float32"
+            return prepared, "plugin", f"{ours}; --layers tensorrt gives TensorRT's own"
     same = trt_fuse.one_projection(graph, folder)
     prepared.types |= {new: prepared.types[old] for new, old in same.items()}
     return prepared, "tensorrt", why
@@ -286,6 +304,20 @@ def _check_options(workspace: int | None, opt_level: int | None, layers: str | N
     low, high = trt_limits.OPT_LEVELS
     return (None if workspace is None else integer("--workspace", workspace, 1, allowed="MiB, at least 1"),
             None if opt_level is None else integer("--opt-level", opt_level, low, high, allowed=f"{low}..{high}"))
+
+
+def _targets(product: trt_api.Product, archs: Sequence[int] | None) -> tuple[int, ...]:
+    """Compute capabilities to build for, ascending; none: this machine's GPU, whatever it is. Raises UserError on those that the product does not take."""
+    if not product.ahead:
+        if archs:
+            ahead = next(p for p in trt_api.PRODUCTS if p.ahead)
+            raise UserError(f"{product.title} builds for this machine's GPU alone", got=f"--arch {','.join(map(str, archs))}", allowed="no --arch",
+                            fix=f"--for {ahead.name} ({ahead.title}: {', '.join(f'sm_{t}' for t in ahead.targets)}), or build on that machine")
+        return ()
+    here = [int(d.arch.removeprefix("sm_")) for d in devices()[:1]]
+    for arch in archs or here:
+        trt_api.check_target(product, arch)
+    return tuple(sorted(set(archs or here or product.targets)))
 
 
 def _check_precision(trt: Any, bundle: Bundle, asked: str | None) -> None:

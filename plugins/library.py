@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -27,21 +27,18 @@ _HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check` saw: the library's path, size in bytes, and which TensorRT interface it offers ("V3": 10 and 11, "V2": 8.6)."""
+    """What `check` saw: the library's path, size in bytes, which TensorRT interface it offers ("V3": 10 and 11, "V2": 8.6), and the major version of the
+    headers it was compiled with."""
 
     path: Path
     size: int
     interface: str
+    major: int
 
 
-def installed_major() -> int | None:
-    """Major version of the TensorRT that this Python would import, or None without one."""
-    for name in ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt_cu13", "tensorrt_cu12"):
-        try:
-            return int(importlib.metadata.version(name).split(".")[0])
-        except (importlib.metadata.PackageNotFoundError, ValueError):
-            continue
-    return None
+def build_command(major: int | None) -> str:
+    """The command that builds the library for a TensorRT of this major."""
+    return f"{BUILD} --tensorrt {major}" if major else BUILD
 
 
 def user_folder() -> Path:
@@ -61,57 +58,69 @@ def candidates(major: int | None = None) -> list[Path]:
 
 
 def find(major: int | None = None) -> Path:
-    """Path of the plugin library for TensorRT `major` (default: the installed one's; without one, the newest built).
+    """Path of the plugin library for headers of TensorRT `major` (None: of the newest built; TensorRT for RTX counts as 11).
 
     Raises UserError, which names the command that mends it.
     """
-    if major is None:
-        major = installed_major()
     places = candidates(major)
     for path in places:
         if path.is_file():
             return path
     what = "no TensorRT plugin library" + (f" for TensorRT {major}" if major else "")
-    raise UserError(what, got=", ".join(map(str, places)), allowed=f"a {LIBRARY} in one of these, or its path in {ENVIRONMENT}", fix=BUILD)
+    raise UserError(what, got=", ".join(map(str, places)), allowed=f"a {LIBRARY} in one of these, or its path in {ENVIRONMENT}", fix=build_command(major))
 
 
 def check(path: Path | None = None, major: int | None = None) -> Checked:
-    """Load the library without TensorRT or a GPU and look at its exports. Raises UserError if it is not a loadable plugin library."""
+    """Load the library without TensorRT or a GPU and look at its exports. Raises UserError if it is not a loadable plugin library of this version."""
     path = path or find(major)
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
-        raise UserError("the plugin library cannot be loaded", got=str(error), allowed=f"a {LIBRARY} built on this kind of machine", fix=BUILD) from None
+        raise UserError("the plugin library cannot be loaded", got=str(error), allowed=f"a {LIBRARY} built on this kind of machine",
+                        fix=build_command(major)) from None
     interface = "V3" if hasattr(handle, "getCreators") else "V2" if hasattr(handle, "getPluginCreators") else ""
     if not interface or not hasattr(handle, "setLoggerFinder"):
-        raise UserError("not a TensorRT plugin library", got=str(path), allowed="exports getCreators or getPluginCreators, and setLoggerFinder", fix=BUILD)
-    return Checked(path, path.stat().st_size, interface)
+        raise UserError("not a TensorRT plugin library", got=str(path), allowed="exports getCreators or getPluginCreators, and setLoggerFinder",
+                        fix=build_command(major))
+    if not hasattr(handle, "sessaTensorRTMajor"):
+        raise UserError("the plugin library was built by an older sessa-deploy", got=f"{path}, which does not say whose headers it was compiled with",
+                        allowed="a library of this version", fix=build_command(major))
+    return Checked(path, path.stat().st_size, interface, int(handle.sessaTensorRTMajor()))
 
 
-def load(trt: Any, path: Path | None = None) -> Path:
-    """Register the plugins with `trt`, an imported tensorrt (or tensorrt_lean) module; returns the library's path. Safe to call again.
+def load(trt: Any, path: Path | None = None, major: int | None = None) -> Path:
+    """Register the plugins with `trt`, an imported tensorrt (or tensorrt_lean, tensorrt_rtx) module; returns the library's path. Safe to call again.
 
+    major: of the headers that fit that module (None: the module's own version's; TensorRT for RTX counts as 11).
     Raises UserError if the library is missing, is for another TensorRT, or does not bring the plugins.
     """
-    major = int(trt.__version__.split(".")[0])
+    major = major or int(trt.__version__.split(".")[0])
     path = path or find(major)
     if set(OPS) - set(ops(trt)):
-        interface = check(path).interface
-        if interface != ("V2" if major < 10 else "V3"):
-            raise UserError("the plugin library is for another TensorRT", got=f"{path} ({interface}) with TensorRT {trt.__version__}",
-                            allowed=f"a library built for TensorRT {major}", fix=f"{BUILD} --tensorrt-include DIR")  # fmt: skip
+        require_major(check(path, major), major)
         trt.get_plugin_registry().load_library(str(path))
     lacking = [name for name in OPS if name not in ops(trt)]
     if lacking:
         raise UserError("TensorRT loaded the library but not every plugin", got=f"{path} without {', '.join(lacking)}",
-                        allowed=f"{', '.join(OPS)}, version {PLUGIN_VERSION}", fix=BUILD)  # fmt: skip
+                        allowed=f"{', '.join(OPS)}, version {PLUGIN_VERSION}", fix=build_command(major))  # fmt: skip
     return path
+
+
+def require_major(seen: Checked, major: int) -> None:
+    """Raise UserError unless the library was compiled with headers of TensorRT `major`.
+
+    Majors are different ABIs, though 10 and 11 share IPluginV3: ILogger and ILoggerFinder changed at 11, so that a library of another major calls the
+    wrong entry of the logger's table, or past its end.
+    """
+    if seen.major != major:
+        raise UserError("the plugin library is for another TensorRT", got=f"{seen.path}, compiled with headers of TensorRT {seen.major}",
+                        allowed=f"one compiled with headers of TensorRT {major}", fix=build_command(major))
 
 
 def ops(trt: Any) -> tuple[str, ...]:
     """Names of our plugins that `trt`'s registry holds now."""
     registry = trt.get_plugin_registry()
-    if int(trt.__version__.split(".")[0]) < 10:
+    if not hasattr(registry, "all_creators"):  # 8.6
         return tuple(name for name in OPS if registry.get_plugin_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE) is not None)
     names = {(c.name, c.plugin_version, c.plugin_namespace) for c in registry.all_creators}
     return tuple(name for name in OPS if (name, PLUGIN_VERSION, PLUGIN_NAMESPACE) in names)
@@ -131,16 +140,17 @@ def include_major(folder: Path) -> int:
 
 def build(
     tensorrt_include: Path | None = None, cuda_include: Path | None = None, cubins: Path | None = None, archs: str | None = None,
-    out: Path | None = None, say: Callable[[str], None] = lambda line: None,
+    out: Path | None = None, say: Callable[[str], None] = lambda line: None, major: int | None = None,
 ) -> Path:  # fmt: skip
     """Build the library with CMake and a C++17 compiler (no nvcc) and put it in place by rename; returns its path.
 
-    tensorrt_include: folder of NvInfer.h (default: an installed TensorRT's headers, else fetched by tag). cuda_include: folder of
+    tensorrt_include: folder of NvInfer.h (default: an installed TensorRT's headers of that major, else fetched by tag). major: of the TensorRT that is
+    to load the library, 8, 10 or 11 (default: of the headers found, else 11); headers of another are refused. cuda_include: folder of
     cuda_runtime_api.h (default: the toolkit's, else our own two declarations). cubins: a folder that lowering wrote (default: lower now, which
     needs torch and triton). archs: compute capabilities to lower for, e.g. "90,86". out: folder for the library (default: where `find` looks).
     Raises UserError if CMake or the compiler is missing or fails.
     """
-    cmake = shutil.which("cmake")
+    cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))  # pip's, where the environment is not activated
     if cmake is None:
         raise UserError("the plugin needs CMake to build", got="no cmake on PATH", allowed="CMake 3.18 or later", fix="pip install cmake")
     if cubins is None:
@@ -149,17 +159,20 @@ def build(
     for name, path in options.items():
         if path is not None and not Path(path).is_dir():
             raise UserError(f"{name} is not a folder", got=str(path), allowed="an existing folder")
-    if tensorrt_include is not None:
-        include_major(Path(tensorrt_include))
+    given = None if tensorrt_include is None else include_major(Path(tensorrt_include))
+    if given is not None and major is not None and given != major:
+        raise UserError("headers of another TensorRT", got=f"{given} in {tensorrt_include}", allowed=f"those of TensorRT {major}",
+                        fix=f"name their folder, or {build_command(given)}")
     with scratch("sessa-plugin-") as work:
         configure = [cmake, "-S", str(_HERE), "-B", str(work), f"-DSESSA_PYTHON={sys.executable}"]
         configure += [f"-D{name}={Path(path).resolve()}" for name, path in options.items() if path is not None]
         configure += [f"-DSESSA_ARCHS={archs}"] if archs else []
+        configure += [f"-DSESSA_TENSORRT_MAJOR={major}"] if major else []
         log = _run(configure, "configuring the plugin", say)
         _run([cmake, "--build", str(work), "--parallel", str(os.cpu_count() or 1)], "compiling the plugin", say)
         found = [line for line in log.splitlines() if "-- TensorRT " in line]
-        major = int(found[-1].split("-- TensorRT ")[1].split()[0])
-        target = (Path(out) if out is not None else user_folder() / f"trt{major}") / LIBRARY
+        made = int(found[-1].split("-- TensorRT ")[1].split()[0])
+        target = (Path(out) if out is not None else user_folder() / f"trt{made}") / LIBRARY
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(work / LIBRARY, "rb") as built, whole(target, "--out", "the library") as stream:
             shutil.copyfileobj(built, stream)
@@ -172,5 +185,10 @@ def _run(command: list[str], what: str, say: Callable[[str], None]) -> str:
     done = run_group(command)
     if done.returncode != 0:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        fetched = re.search(r"No headers of TensorRT (\d+) here: fetching (\S+)", done.stdout)
+        if fetched and "-- TensorRT " not in done.stdout and re.search(r"clone|checkout|download|tensorrt-subbuild", done.stderr + done.stdout):
+            raise UserError(f"the headers of TensorRT {fetched[1]} ({fetched[2]}) could not be fetched", got=" / ".join(lines[-4:])[-400:],
+                            allowed="a network that reaches github.com, or the folder of NvInfer.h",
+                            fix=f"{build_command(int(fetched[1]))} --tensorrt-include DIR")
         raise UserError(f"{what} failed", got=" / ".join(lines[-12:])[-900:], allowed="exit code 0", fix=f"run it by hand: {' '.join(command)}")
     return done.stdout

@@ -8,8 +8,12 @@ from typing import Any
 
 from sessa_deploy import __version__
 from sessa_deploy.cuda import driver_version
-from sessa_deploy.errors import install_command
+from sessa_deploy.cuda_arch import mend as arch_mend
+from sessa_deploy.cuda_arch import nearest
+from sessa_deploy.errors import UserError, install_command
 from sessa_deploy.runtime import environment
+from sessa_deploy.runtime.bundle import Bundle
+from sessa_deploy.runtime.trt import api, plan
 
 DOCTOR_SCHEMA = 1
 _CUDA = "CUDAExecutionProvider"
@@ -21,7 +25,6 @@ _PACKAGES = (
     ("runtime", "platformdirs", True, "pip install platformdirs"),
     ("runtime", "click", True, "pip install click"),
     ("run on ONNX Runtime", "onnxruntime", False, "pip install 'sessa-deploy[ort]' (with a GPU: pip install 'sessa-deploy[cuda]')"),
-    ("run on TensorRT", "tensorrt", False, install_command("tensorrt")),
     ("export, validate, train", "torch", False, install_command("torch")),
     ("export", "onnx", False, install_command("onnx")),
     ("export", "onnxscript", False, install_command("onnxscript")),
@@ -34,8 +37,9 @@ _PACKAGES = (
 _PAIRED = ("torch", "triton")  # a torch build wants one triton: show both beside what is supported
 
 
-def examine() -> dict[str, Any]:
-    """Findings: `checks`, each with name, use, found, state ("ok", "missing", "optional") and mend; `gpus`; and `ready`, the verbs that can work.
+def examine(bundle: Bundle | None = None) -> dict[str, Any]:
+    """Findings: `checks`, each with name, use, found, state ("ok", "missing", "optional") and mend; `gpus`; `ready`, the verbs that
+    can work; and `tensorrt`, see `tensorrt_road`. bundle: of which `engine` is to say what `engine_here` finds.
 
     Libraries are probed in processes of their own, so a broken one is reported and breaks nothing.
     """
@@ -57,27 +61,37 @@ def examine() -> dict[str, Any]:
         else:
             add(use, name, f"{version} (in {wanted})" if version and name in _PAIRED and wanted else version, needed, mend)
     providers = _providers(add, versions["onnxruntime"], bool(gpus))
-    trt = _tensorrt(add, versions["tensorrt"])
     add("a GPU", "CUDA driver", f"supports CUDA {driver_version()}" if driver_version() else None, False,
         "install the NVIDIA driver (a CPU needs none)")
     for gpu in gpus:
-        more = f", driver {gpu['driver_version']}" if "driver_version" in gpu else ""
-        add("a GPU", f"GPU {gpu['index']}", f"{gpu['name']}, {gpu['arch']}, {gpu['memory'] / 2**30:.0f} GiB{more}", False, "")
-    plugin = _plugin(add)
+        driver = f", driver {gpu['driver_version']}" if "driver_version" in gpu else ""
+        add("a GPU", f"GPU {gpu['index']}", f"{gpu['name']}, {gpu['arch']}, {gpu['memory'] / 2**30:.0f} GiB{driver}", False, "")
+    road = tensorrt_road(gpus)
+    for one in road:
+        add("run on TensorRT", one["title"], one["found"], False, one["mend"])
+        if one["found"] is not None:
+            add("run on TensorRT", f"{one['title']}: plugin library", one["library"], False, one["mend"])
+        if one["refused"]:
+            checks.append({"use": "run on TensorRT", "name": f"{one['title']}: this GPU", "found": one["refused"], "state": "optional", "mend": one["mend"]})
+    more: dict[str, Any] = {}
+    if bundle is not None:
+        here = more["engine"] = engine_here(bundle, gpus)
+        found = here["engine"] or f"none would load: {here['why']}"
+        checks.append({"use": "run on TensorRT", "name": "the bundle's engine", "found": found, "state": "ok" if here["engine"] else "optional",
+                       "mend": here["mend"]})
     ready = []
     if "CPUExecutionProvider" in providers:
         ready.append("run and bench on a CPU")
     if _CUDA in providers and gpus and not any(c["name"] == "CUDA provider" for c in checks):
         ready.append("run and bench with ort-cuda")
-    if trt and plugin and gpus:
-        ready.append("build and run with trt")
+    ready += [one["ready"] for one in road if one["ready"]]
     if all(versions[name] for name in ("torch", "onnx", "onnxscript", "safetensors")):
         ready.append("export")
         if providers:
             ready.append("validate")
     if versions["torch"] and versions["safetensors"]:
         ready.append("train")
-    return {"schema_version": DOCTOR_SCHEMA, "checks": checks, "gpus": gpus, "providers": providers, "ready": ready}
+    return {"schema_version": DOCTOR_SCHEMA, "checks": checks, "gpus": gpus, "providers": providers, "ready": ready, "tensorrt": road, **more}
 
 
 def _providers(add: Any, installed: str | None, has_gpu: bool) -> list[str]:
@@ -97,19 +111,71 @@ def _providers(add: Any, installed: str | None, has_gpu: bool) -> list[str]:
     return providers
 
 
-def _tensorrt(add: Any, installed: str | None) -> str | None:
-    if installed is None and not environment.importable("tensorrt"):
-        return None
-    version, error = environment.probe("import json, tensorrt; print(json.dumps(tensorrt.__version__))")
-    add("run on TensorRT", "tensorrt imports", version, False, f"it cannot be imported ({error}): pip install -U tensorrt")
-    return None if version is None else str(version)
+def engine_here(bundle: Bundle, gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    """Which TensorRT engine of a bundle would load on this machine: engine (its folder; None: none), why not, and mend, the command that comes next."""
+    installed = {p.name: v for p in api.PRODUCTS if (v := api.installed_version(p)) is not None}
+    arch = int(gpus[0]["arch"].removeprefix("sm_")) if gpus else None
+    try:
+        name = plan.product_for(bundle, arch, installed)
+        product = api.product(name) if name in api.NAMES else api.PRODUCTS[0]
+        if name is not None and name not in installed:
+            raise UserError(f"{product.title} is not installed", fix=product.install)
+        if name is not None and arch is None:
+            takes = sorted({a for info in plan.engines(bundle).values() for a in info.archs})
+            raise UserError("there is no CUDA GPU here", fix=f"run it where there is one of sm_{', '.join(map(str, takes))}" if takes else None)
+        if arch is not None:
+            api.check_target(product, arch)
+        folder, _ = plan.choose(bundle, installed.get(product.name, ""), f"sm_{arch or 0}", product.name)
+    except UserError as wrong:
+        got = f": {wrong.got}" if wrong.got is not None else ""
+        return {"engine": None, "why": f"{wrong.what}{got}", "mend": wrong.fix or ""}
+    return {"engine": folder, "why": "", "mend": ""}
 
 
-def _plugin(add: Any) -> str | None:
-    """The plugin library's path, as sessa_deploy.plugins.library finds it."""
-    if not environment.importable("sessa_deploy.plugins.library"):
-        return None
-    code = "import json\nfrom sessa_deploy.plugins import library\nprint(json.dumps(str(library.find())))"
-    path, _ = environment.probe(code)
-    add("run on TensorRT", "plugin library", path, False, "sessa-deploy plugin build")
-    return None if path is None else str(path)
+def tensorrt_road(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each TensorRT what stands between this machine and an engine: name, title, found (version; None: not installed), library (the plugin library's path,
+    the headers' major it was compiled against and its architectures; None: none that fits), refused (why this GPU is not taken, or ""), ready (what can be
+    done, or ""), and mend, the one command that comes next (or "").
+    """
+    road = []
+    for product in api.PRODUCTS:
+        module = api.importable(product)
+        version, error = environment.probe(_IMPORTS.format(name=product.name)) if module else (None, None)
+        major = api.header_major(product, version)
+        library, why = environment.probe(_LIBRARY.format(major=major)) if version else (None, None)
+        arch = int(gpus[0]["arch"].removeprefix("sm_")) if gpus else None
+        refused, mend, ready = "", "", ""
+        if arch is not None and version:
+            try:
+                api.check_target(product, arch)
+            except UserError as wrong:
+                refused, mend = f"{wrong.got}; it takes {wrong.allowed}", str(wrong.fix)
+        if module and version is None:
+            mend = f"it cannot be imported ({error}): {product.install} --upgrade"
+        elif version is None:
+            mend = product.install
+        elif library is None:
+            mend = str(why).rpartition("fix: ")[2] if "fix: " in str(why) else f"sessa-deploy plugin build --for {product.name}"
+        elif arch is not None and not refused and nearest(library["archs"], arch) is None:
+            mend = arch_mend(arch)
+        elif product.ahead and (arch is None or refused):
+            ready = f"build --for {product.name} ahead of time"
+        elif arch is not None and not refused:
+            ready = "build and run with trt" if product is api.PRODUCTS[0] else f"build --for {product.name} and run with trt"
+        text = None
+        if library is not None:
+            text = f"{library['path']}, headers of TensorRT {library['major']}, sm_{', '.join(map(str, library['archs']))}"
+        road.append({"name": product.name, "title": product.title, "found": version, "library": text, "refused": refused, "ready": ready, "mend": mend})
+    return road
+
+
+_IMPORTS = "import json\nfrom sessa_deploy.runtime.trt import api\nprint(json.dumps(api.load({name!r}).__version__))"
+_LIBRARY = """
+import json
+from sessa_deploy.cuda_arch import ARCHS
+from sessa_deploy.plugins import library
+from sessa_deploy.runtime.trt.kernels import architectures
+seen = library.check(None, {major})
+library.require_major(seen, {major})
+print(json.dumps({{"path": str(seen.path), "major": seen.major, "archs": architectures(seen.path)}}))
+"""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from sessa_deploy.contract import ENGINES_DIR
 from sessa_deploy.errors import MissingPackage, UserError, install_command
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
@@ -30,19 +29,28 @@ def open_backend(bundle: Bundle, name: str = "auto", batch: int = 1, capacity: i
 
 
 def choose(bundle: Bundle) -> str:
-    """What "auto" means here: TensorRT if the bundle has engines and TensorRT is installed, ONNX Runtime on a GPU if it can use one, else on the CPU."""
-    has_engine = any(n.startswith(f"{ENGINES_DIR}/") for n in bundle.names())
-    if has_engine and importable("sessa_deploy.runtime.trt.backend") and importable("tensorrt"):
-        return "trt"
+    """What "auto" means here: TensorRT if the bundle has engines of one that is installed, ONNX Runtime on a GPU if it can use one, else on the CPU."""
+    if importable("sessa_deploy.runtime.trt.backend"):
+        from sessa_deploy.runtime.trt import api, plan
+
+        if any(api.importable(p) for p in api.PRODUCTS if p.name in plan.products(bundle)):
+            return "trt"
     from sessa_deploy.runtime.ort.backend import cuda_is_usable
 
     return "ort-cuda" if cuda_is_usable() else "ort"
 
 
+def trt_installed() -> bool:
+    """Whether Python would find any TensorRT. Imports none."""
+    from sessa_deploy.runtime.trt import api
+
+    return any(api.importable(p) for p in api.PRODUCTS)
+
+
 def _trt() -> Any:
     if not importable("sessa_deploy.runtime.trt.backend"):
         raise UserError("this version has no TensorRT backend", got="backend trt", allowed="auto, ort, ort-cuda", fix="use --backend ort")
-    if not importable("tensorrt"):
+    if not trt_installed():
         raise MissingPackage("TensorRT is not installed", got="backend trt", fix=f"{install_command('tensorrt')}, or use --backend ort")
     return importlib.import_module("sessa_deploy.runtime.trt.backend")
 

@@ -25,6 +25,7 @@ _PROBE_SECONDS = 60.0
 ALIASES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-lean", "tensorrt-lean-cu12", "tensorrt-lean-cu13"),
+    "tensorrt_rtx": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx", "tensorrt-rtx-cu12-bindings"),
     "triton": ("triton", "pytorch-triton"),
 }
 

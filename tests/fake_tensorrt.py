@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from sessa_deploy.contract import DOMAIN
 from sessa_deploy.runtime.trt.kernels import APPEND, ARGMAX, FINISH
 
 SPLITS = 4
@@ -35,7 +36,9 @@ class HostCuda:
 
     arch, stream = 90, 7
 
-    def __init__(self, free: int = 8 << 30) -> None:
+    def __init__(self, free: int = 8 << 30, arch: int = 90) -> None:
+        if arch != self.arch:
+            self.arch = arch
         self.blocks: dict[int, Any] = {}
         self.host: set[int] = set()
         self.recording: list[Callable[[], None]] | None = None
@@ -148,45 +151,65 @@ def _finish(grid: tuple[int, int, int], best: int, where: int, past: int, new: i
     view(past, np.int32, batch)[:] += view(new, np.int32, batch)
 
 
-def fake_cubins(folder: Path) -> Path:
-    """A folder like the one that lowering writes, with the three decode kernels for sm_90."""
+def fake_cubins(folder: Path, arch: int = 90) -> Path:
+    """A folder like the one that lowering writes, with the three decode kernels for one architecture."""
     rows = []
     for name, params, tiles in ((APPEND, 5, {"BLOCK": 512}), (ARGMAX, 4, {"SPLITS": SPLITS, "BLOCK": 512}), (FINISH, 5, {"SPLITS": SPLITS})):
         data = name.encode()
         (folder / f"{name}.cubin").write_bytes(data)
-        rows.append({"kernel": name, "arch": 90, "dtype": "fp32", "variant": "any", "file": f"{name}.cubin", "sha256": hashlib.sha256(data).hexdigest(),
+        rows.append({"kernel": name, "arch": arch, "dtype": "fp32", "variant": "any", "file": f"{name}.cubin", "sha256": hashlib.sha256(data).hexdigest(),
                      "entry": name, "params": [{}] * (params + 2), "num_warps": 4, "shared": 0, "tiles": tiles})
     (folder / "cubins.json").write_text(json.dumps({"cubins": rows}))
     return folder
 
 
-def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Sequence[str] = (), on_build: Callable[[Any], None] = lambda c: None) -> Any:
-    """A tensorrt module of `version`. reject: op types its parser refuses; reformat: inputs its engines copy; on_build: called with the config."""
-    major = int(version.split(".")[0])
-    trt: Any = types.ModuleType("tensorrt")
-    trt.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
-    trt.__version__, trt.calls, trt.float32, trt.DataType = version, types.SimpleNamespace(network=None, config=None, contexts=[]), DataType.FLOAT, DataType
+def layer_list(layers: Sequence[dict[str, Any]]) -> str:
+    """The layers as the builder of TensorRT for RTX says them on its log: the names of plugins and inputs with the marks of profile and region."""
+    lines = ["Layers:"]
+    for i, layer in enumerate(layers):
+        inputs = ", ".join(f"{{ Name: {x['Name']}, Dimensions: [-1,8,2], Format: (Linear) Row major linear format }}" for x in layer["Inputs"])
+        name = f"{layer['Name']} [profile 1]_myl1_{i}"
+        lines.append(f"Name: {name}, LayerType: {layer['LayerType']}, Inputs: [ {inputs}], Constants: [], Outputs: [], StreamId: 0")
+    return "\n".join(lines)
+
+
+def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), copied: Sequence[str] = (), on_build: Callable[[Any], None] = lambda c: None,
+         module: str = "tensorrt") -> Any:
+    """A tensorrt module of `version`. reject: op types its parser refuses; copied: inputs that a fused region of its engines copies; on_build: called with
+    the config. module "tensorrt_rtx": TensorRT for RTX, whose versions are 1.x."""
+    rtx = module == "tensorrt_rtx"
+    major = 11 if rtx else int(version.split(".")[0])
+    trt: Any = types.ModuleType(module)
+    trt.__spec__ = importlib.machinery.ModuleSpec(module, None)
+    trt.calls = types.SimpleNamespace(network=None, config=None, contexts=[], caches=[], targets={})
+    trt.__version__, trt.float32, trt.DataType = version, DataType.FLOAT, DataType
 
     def names(kind: str, *members: str) -> Any:
         return enum.IntEnum(kind, {m: i for i, m in enumerate(members)})
 
-    trt.ILogger = type("ILogger", (), {})
-    trt.BuilderFlag = names("BuilderFlag", "FP16", "TF32", "OBEY_PRECISION_CONSTRAINTS") if major < 10 else names("BuilderFlag", "TF32", "STRICT_NANS")
+    trt.ILogger = type("ILogger", (), {"ERROR": "Severity.ERROR", "VERBOSE": "Severity.VERBOSE"})
+    flags = ("FP16", "TF32", "OBEY_PRECISION_CONSTRAINTS") if major < 10 else ("TF32", "STRICT_NANS", "DISTRIBUTIVE_INDEPENDENCE")
+    trt.BuilderFlag = names("BuilderFlag", *flags)
     trt.NetworkDefinitionCreationFlag = names("Creation", "EXPLICIT_BATCH") if major < 10 else names("Creation", "EXPLICIT_BATCH", "STRONGLY_TYPED")
     trt.TacticSource = names("TacticSource", "CUBLAS", "CUBLAS_LT", "CUDNN")
     trt.MemoryPoolType, trt.ProfilingVerbosity = names("Pool", "WORKSPACE"), names("Verbosity", "DETAILED")
     trt.LayerInformationFormat, trt.TensorIOMode = names("Format", "ONELINE", "JSON"), names("Mode", "NONE", "INPUT", "OUTPUT")
-    trt.LayerType = names("LayerType", "OTHER", "SHAPE", "CONSTANT", "CAST", "PLUGIN_V2")
+    trt.LayerType = names("LayerType", "ELEMENTWISE", "SHAPE", "CONSTANT", "CAST", "PLUGIN_V2")
     if major >= 10:
         trt.ExecutionContextAllocationStrategy = names("Strategy", "STATIC", "USER_MANAGED")
         trt.IProgressMonitor = type("IProgressMonitor", (), {})
+
+    def layers(plugins: list[Any]) -> list[Any]:
+        region = [{"Name": "__myl_CastAdd_myl1_3", "LayerType": "kgen", "Inputs": [{"Name": f"{n} [profile 1]"}]} for n in copied]
+        return [{"Name": "body", "LayerType": "Other", "Inputs": []}, *plugins, *region]
 
     class Layer:
         num_outputs = 1
 
         def __init__(self, node: Any) -> None:
             self.name, self.node, self.precision, self.kinds = node.name, node, None, {}
-            self.type = {"Shape": trt.LayerType.SHAPE, "Cast": trt.LayerType.CAST, "Constant": trt.LayerType.CONSTANT}.get(node.op_type, trt.LayerType.OTHER)
+            types_of = {"Shape": trt.LayerType.SHAPE, "Cast": trt.LayerType.CAST, "Constant": trt.LayerType.CONSTANT}
+            self.type = types_of.get(node.op_type, trt.LayerType.ELEMENTWISE)
 
         def get_output(self, i: int) -> Any:
             return types.SimpleNamespace(name=self.node.output[i], dtype=DataType.FLOAT)
@@ -268,7 +291,8 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Seq
             return self.cache
 
     class Builder:
-        def __init__(self, log: Any) -> None: ...
+        def __init__(self, log: Any) -> None:
+            self.log = log
 
         def create_network(self, flags: int) -> Network:
             return Network(flags)
@@ -281,7 +305,14 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Seq
 
         def build_serialized_network(self, network: Network, config: Config) -> Any:
             on_build(config)
-            return json.dumps({"model": network.path, "profiles": config.profiles}).encode()
+            if "DISTRIBUTIVE_INDEPENDENCE" in config.flags and len(config.profiles) > 1:
+                self.log.log(trt.ILogger.ERROR, "Distributive independence is not supported when multiple optimization profiles are used")
+                return None
+            ours = [n for n in network.model.graph.node if n.domain == DOMAIN]
+            plugins = [{"Name": n.name, "LayerType": "Plugin", "Inputs": [{"Name": x} for x in n.input]} for n in ours]
+            if rtx:
+                self.log.log(trt.ILogger.VERBOSE, layer_list(layers(plugins)))
+            return json.dumps({"model": network.path, "profiles": config.profiles, "plugins": plugins}).encode()
 
     class Context:
         def __init__(self, engine: Any) -> None:
@@ -316,7 +347,7 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Seq
                 view(self.addresses[name], value.dtype, value.size)[:] = value.reshape(-1)
 
     class Engine:
-        device_memory_size, num_io_tensors = 1 << 12, property(lambda self: len(self.names))
+        num_io_tensors = property(lambda self: len(self.names))
 
         def __init__(self, plan: dict[str, Any]) -> None:
             import onnxruntime
@@ -341,15 +372,65 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Seq
             return tuple(n if isinstance(n, int) else -1 for n in shapes[name])
 
         def create_engine_inspector(self) -> Any:
-            layers = [{"Name": "body", "LayerType": "Other", "Inputs": []}]
-            layers += [{"Name": f"Reformatting CopyNode for {n}", "LayerType": "Reformat", "Inputs": [{"Name": f"{n} [profile 1]"}]} for n in reformat]
-            return types.SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": layers}))
+            return types.SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": layers(self.plan["plugins"])}))
 
+    class RuntimeCache:
+        """Kernels compiled on a card."""
+
+        def __init__(self) -> None:
+            self.data = b""
+            trt.calls.caches.append(self)
+
+        def deserialize(self, blob: bytes) -> bool:
+            self.data = bytes(blob) if bytes(blob).startswith(b"kernels") else b""
+            return bool(self.data)
+
+        def serialize(self) -> bytes:
+            return self.data or b"kernels"
+
+        def reset(self) -> bool:
+            self.data = b""
+            return True
+
+    class RuntimeConfig:
+        dynamic_shapes_kernel_specialization_strategy: Any = None
+
+        def __init__(self) -> None:
+            self.cache, self.strategy = None, None
+
+        def create_runtime_cache(self) -> RuntimeCache:
+            return RuntimeCache()
+
+        def set_runtime_cache(self, cache: RuntimeCache | None = None) -> bool:
+            self.cache = cache
+            return True
+
+        def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+            self.strategy = strategy
+
+    def create_execution_context(self: Any, runtime_config: RuntimeConfig) -> Context:
+        assert runtime_config.cache is not None and runtime_config.strategy == trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        assert runtime_config.dynamic_shapes_kernel_specialization_strategy == trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        return Context(self)
+
+    def set_compute_capability(self: Any, compute_capability: Any, index: int) -> bool:
+        trt.calls.targets[index] = compute_capability.name
+        return index < self.num_compute_capabilities
+
+    setattr(Engine, "device_memory_size" if major < 10 else "device_memory_size_v2", 1 << 12)
     if major < 10:
         Engine.create_execution_context_without_device_memory = lambda self: Context(self)  # type: ignore[attr-defined]
     else:
         Engine.create_execution_context = lambda self, strategy: Context(self)  # type: ignore[attr-defined]
-        Context.set_device_memory = lambda self, address, size: None  # type: ignore[attr-defined]
+        Context.set_device_memory = lambda self, memory, size: None  # type: ignore[attr-defined]
+    if rtx:
+        trt.NetworkDefinitionCreationFlag = names("Creation", "STRONGLY_TYPED")
+        trt.TacticSource = names("TacticSource", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
+        trt.ComputeCapability = names("ComputeCapability", "SM80", "SM86", "SM89", "SM120")
+        trt.DynamicShapesKernelSpecializationStrategy = names("DynamicShapes", "LAZY", "EAGER", "NONE")
+        Config.num_compute_capabilities, Config.set_compute_capability = 0, set_compute_capability  # type: ignore[attr-defined]
+        Engine.create_execution_context = create_execution_context  # type: ignore[attr-defined]
+        Engine.create_runtime_config = lambda self: RuntimeConfig()  # type: ignore[attr-defined]
 
     class Runtime:
         def __init__(self, log: Any) -> None: ...
@@ -358,4 +439,8 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), reformat: Seq
             return Engine(json.loads(data))
 
     trt.Builder, trt.OnnxParser, trt.Runtime = Builder, Parser, Runtime
+    # the names of the real classes, by which their signatures are compared
+    trt.classes = {"Builder": Builder, "OnnxParser": Parser, "Runtime": Runtime, "INetworkDefinition": Network, "IBuilderConfig": Config, "ILayer": Layer,
+                   "IOptimizationProfile": Profile, "ICudaEngine": Engine, "IExecutionContext": Context, "ParserError": Error,
+                   "IRuntimeCache": RuntimeCache, "IRuntimeConfig": RuntimeConfig}  # fmt: skip
     return trt

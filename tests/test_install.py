@@ -33,8 +33,9 @@ def distribution(name):
     return real(name)
 metadata.distribution = distribution
 """
-ALL = tuple(EXTRA_OF)
-RUNTIME_ONLY = tuple(name for name in EXTRA_OF if name != "onnxruntime")
+TENSORRTS = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
+ALL = (*EXTRA_OF, *TENSORRTS)
+RUNTIME_ONLY = tuple(name for name in ALL if name != "onnxruntime")
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,11 @@ CASES: list[tuple[str, str, tuple[str, ...], str | None]] = [
     ("validate", "{bundle} --checkpoint {checkpoint} --backend ort", ("onnxruntime",), "ort"),
     ("validate", "{bundle} --checkpoint {checkpoint} --report {new}.html", ("matplotlib",), "export"),
     ("validate", "{bundle} --dump {new}-d --backend ort", ALL, "ort"),
-    ("validate", "{bundle} --checkpoint {checkpoint} --backend trt", ("tensorrt",), "tensorrt"),
+    ("validate", "{bundle} --checkpoint {checkpoint} --backend trt", TENSORRTS, "tensorrt"),
     ("build", "{bundle}", ALL, "export"),
-    ("build", "{bundle}", ("tensorrt", "torch"), "tensorrt"),
+    ("build", "{bundle}", (*TENSORRTS, "torch"), "tensorrt"),
+    ("build", "{bundle} --for rtx", TENSORRTS, "rtx"),
+    ("build", "{bundle} --for rtx", ("onnx",), "export"),
     ("run", "{bundle} --prompt a --max-new-tokens 2", ALL, "ort"),
     ("run", "{bundle} --prompt a --max-new-tokens 2 --backend trt", ALL, "tensorrt"),
     ("run", "{bundle} --prompt a --max-new-tokens 2", RUNTIME_ONLY, None),

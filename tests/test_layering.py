@@ -35,7 +35,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "export/trt": ({LAUNCH, "runtime", "runtime/trt", "plugins", "export/graph"}, {"onnx", "numpy"}),
     "runtime": ({"plugins", "runtime/ort", "runtime/trt"}, {"numpy", "tokenizers", "rich", "platformdirs"}),
     "runtime/ort": ({"runtime"}, {"numpy", "onnxruntime"}),
-    "runtime/trt": ({"runtime", "plugins"}, {"numpy", "tensorrt"}),
+    "runtime/trt": ({"runtime", "plugins"}, {"numpy", "platformdirs"}),
     "plugins": ({LAUNCH, FEEDBACK, CAUSAL, ENGINE}, {"triton", "torch", "platformdirs"}),
 }
 # Where a room may see but a part of another: (from, into) -> the modules.

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import onnx
-from onnx import GraphProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper
 
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
@@ -62,7 +62,7 @@ def scalar_zeros(graph: GraphProto) -> None:
 
 def transposed_weights(graph: GraphProto, weights: Iterable[str]) -> dict[str, bool]:
     """Take Transpose nodes off weights that nothing else reads; returns weight -> whether the file is to hold it transposed."""
-    uses = Counter(name for node in graph.node for name in node.input)
+    uses = Counter(name for node in graph.node for name in reads(node))
     result = dict.fromkeys(weights, False)
     nodes = []
     for node in graph.node:
@@ -101,7 +101,7 @@ def drop_unused(graph: GraphProto) -> None:
     kept = []
     for node in reversed(graph.node):
         if needed.intersection(node.output):
-            needed.update(node.input)
+            needed.update(reads(node))
             kept.append(node)
     set_nodes(graph, kept[::-1])
     drop_weights(graph)
@@ -117,7 +117,7 @@ def merge_constants(graph: GraphProto) -> None:
         if name == tensor.name:
             kept.append(tensor)
     for node in graph.node:
-        node.input[:] = [renamed.get(x, x) for x in node.input]
+        rename_reads(node, renamed)
     del graph.initializer[:]
     graph.initializer.extend(kept)
 
@@ -165,11 +165,11 @@ def rename(graph: GraphProto, weights: dict[str, str]) -> None:
     constants = {x.name: x for x in graph.initializer}
     order: dict[str, None] = {}
     for node in graph.node:
-        order.update(dict.fromkeys(x for x in node.input if x in constants))
+        order.update(dict.fromkeys(x for x in reads(node) if x in constants))
     for i, old in enumerate(order):
         names[old] = f"constant.{i}"
     for node in graph.node:
-        node.input[:] = [names.get(x, x) for x in node.input]
+        rename_reads(node, names)
         node.output[:] = [names.get(x, x) for x in node.output]
     for value in graph.input:
         value.name = names.get(value.name, value.name)
@@ -214,7 +214,39 @@ def _scalar(graph: GraphProto, vector: str) -> str:
 
 def _replace_input(graph: GraphProto, old: str, new: str) -> None:
     for node in graph.node:
-        node.input[:] = [new if x == old else x for x in node.input]
+        rename_reads(node, {old: new})
+
+
+def reads(node: NodeProto) -> list[str]:
+    """Names of the values a node reads: its inputs, then what the bodies of If, Loop and Scan capture from around them."""
+    found = list(node.input)
+    for body in _bodies(node):
+        inside = _defined(body)
+        for inner in body.node:
+            found += [x for x in reads(inner) if x not in inside]
+        found += [x.name for x in body.output if x.name not in inside]
+    return found
+
+
+def rename_reads(node: NodeProto, names: Mapping[str, str]) -> None:
+    """Have a node read `names[x]` in place of x, in its bodies too, save where a body has a value of that name itself."""
+    node.input[:] = [names.get(x, x) for x in node.input]
+    for body in _bodies(node):
+        inside = _defined(body)
+        here = {old: new for old, new in names.items() if old not in inside}
+        for inner in body.node:
+            rename_reads(inner, here)
+        for value in body.output:
+            value.name = here.get(value.name, value.name)
+
+
+def _bodies(node: NodeProto) -> list[GraphProto]:
+    return [body for a in node.attribute for body in ([a.g] if a.type == AttributeProto.GRAPH else a.graphs)]
+
+
+def _defined(body: GraphProto) -> set[str]:
+    """Names that a body gives values itself."""
+    return {x.name for x in body.input} | {x.name for x in body.initializer} | {x for n in body.node for x in n.output}
 
 
 def set_nodes(graph: GraphProto, nodes: Iterable[NodeProto]) -> None:
@@ -230,7 +262,7 @@ def set_nodes(graph: GraphProto, nodes: Iterable[NodeProto]) -> None:
 
 def drop_weights(graph: GraphProto) -> None:
     """Remove the initializers that neither a node reads nor the graph gives out."""
-    read = {x for n in graph.node for x in n.input} | {x.name for x in graph.output}
+    read = {x for n in graph.node for x in reads(n)} | {x.name for x in graph.output}
     kept = [x for x in graph.initializer if x.name in read]
     del graph.initializer[:]
     graph.initializer.extend(kept)

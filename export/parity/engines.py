@@ -98,10 +98,12 @@ def open_trt(bundle: Bundle, threads: int) -> Engine:
         return TrtBackend(bundle, batch, capacity, graph=False)
 
     from sessa_deploy.runtime.trt import api as trt_api
+    from sessa_deploy.runtime.trt.backend import product_here
     from sessa_deploy.runtime.trt.plan import engines
 
-    smallest = min((info.max_batch for info in engines(bundle).values()), default=None)
-    versions = {**_versions(), "tensorrt": str(trt_api.load().__version__)}
+    product = product_here(bundle)
+    smallest = min((info.max_batch for info in engines(bundle).values() if info.product == product.name), default=None)
+    versions = {**_versions(), product.modules[0]: str(trt_api.load(product.name).__version__)}
     return Engine(None, _session(bundle, "trt", threads), versions, BackendSession(eager, bundle.config.max_context), smallest)
 
 
@@ -149,13 +151,14 @@ def resolve_backends(wanted: Sequence[str], bundle: Bundle) -> list[str]:
 
     Raises UserError on a name or a precision that does not fit.
     """
+    from sessa_deploy.runtime.engines import choose, trt_installed
+
     names = []
     for name in wanted:
         if name == "auto":
-            from sessa_deploy.runtime.engines import choose
-
             name = choose(bundle)
         check_engine(name, bundle)
-        need("tensorrt" if name == "trt" else "onnxruntime")
+        if name != "trt" or not trt_installed():
+            need("tensorrt" if name == "trt" else "onnxruntime")
         names.append(name)
     return list(dict.fromkeys(names))

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import GraphProto, NodeProto, helper, numpy_helper
 
-from sessa_deploy.export.graph.passes import drop_weights, set_nodes
+from sessa_deploy.export.graph.passes import drop_weights, reads, rename_reads, set_nodes
 
 _INLINE_LIMIT = 1 << 30  # bytes of merged weights kept inside the message, which protobuf limits to 2 GiB
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "proj_fb")
@@ -34,7 +34,7 @@ def unmasked_rows(graph: GraphProto) -> int:
         renamed[rows] = output
     kept = [n for n in graph.node if id(n) not in gone]
     for node in kept:
-        node.input[:] = [renamed.get(x, x) for x in node.input]
+        rename_reads(node, renamed)
         node.output[:] = [renamed.get(x, x) for x in node.output]
     set_nodes(graph, _needed(kept, {x.name for x in graph.output}))
     return len(gone)
@@ -49,7 +49,7 @@ def one_projection(graph: GraphProto, folder: Path) -> dict[str, str]:
     weights = {x.name: x for x in graph.initializer}
     readers: dict[str, list[NodeProto]] = defaultdict(list)
     for node in graph.node:
-        for x in node.input:
+        for x in reads(node):
             readers[x].append(node)
     groups: dict[str, list[NodeProto]] = defaultdict(list)
     for node in graph.node:
@@ -120,6 +120,6 @@ def _needed(nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
     kept = []
     for node in reversed(nodes):
         if outputs.intersection(node.output):
-            outputs = outputs.union(node.input)
+            outputs = outputs.union(reads(node))
             kept.append(node)
     return kept[::-1]

@@ -16,6 +16,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from sessa_deploy import contract
 from sessa_deploy.errors import UserError
+from sessa_deploy.export.graph.passes import reads
 from sessa_deploy.plugins import ops
 
 PLUGIN_OPS = contract.GRAPH_OPS  # which the plugin library may compute
@@ -153,7 +154,7 @@ def data_dependent_shapes(graph: GraphProto) -> list[str]:
             continue
         if any(x in data for x in list(node.input)[_SHAPE_INPUTS.get(node.op_type, len(node.input)) :]):
             found.append(node.name)
-        if any(x in data for x in node.input):
+        if any(x in data for x in reads(node)):
             data.update(node.output)
     return found
 

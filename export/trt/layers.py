@@ -16,8 +16,12 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
+<<<<<<< HEAD
 from sessa_deploy.export.graph.passes import drop_weights, set_nodes
 from sessa_deploy.kernels.launch.limits import ROTARY_LIMBS
+=======
+from sessa_deploy.export.graph.passes import drop_weights, reads, set_nodes
+>>>>>>> r13
 from sessa_deploy.plugins import ops
 
 _MESSAGE_LIMIT = 2_000_000_000  # bytes; protobuf refuses 2 GiB
@@ -99,9 +103,9 @@ def rotary(graph: GraphProto, storage: int) -> dict[str, int] | None:
         node = queue.pop()
         if id(node) not in above:
             above.add(id(node))
-            queue += [maker[x] for x in node.input if x in maker]
+            queue += [maker[x] for x in reads(node) if x in maker]
     tensors = {x.name: x for x in graph.initializer}
-    read = [x for n in graph.node if id(n) in above for x in n.input]
+    read = [x for n in graph.node if id(n) in above for x in reads(n)]
     limbs = [numpy_helper.to_array(tensors[x]) for x in read if x in tensors and len(tensors[x].dims) == 1 and tensors[x].data_type == TensorProto.FLOAT]
     if len(limbs) != ROTARY_LIMBS or not embedding or len({x.shape for x in limbs}) != 1:
         return None
@@ -197,7 +201,7 @@ def _logits(work: _Rewrite) -> None:
     squeeze = work.maker.get(norm.input[0])
     chosen = squeeze is not None and squeeze.op_type == "Squeeze"  # (B,1,D) of the last tokens; with all logits (B,T,D)
     x = squeeze.input[0] if squeeze is not None and chosen else norm.input[0]
-    product = _only([n for n in work.graph.node if norm.output[0] in n.input], "readers of the last norm")
+    product = _only([n for n in work.graph.node if norm.output[0] in reads(n)], "readers of the last norm")
     weight = product.input[1]
     if product.op_type == "MatMul" or not any(a.name == "transB" and a.i for a in product.attribute):
         weight = work.put("lm_head.rows", work.array(weight).T)
@@ -228,7 +232,7 @@ def _set_sorted(graph: GraphProto, nodes: list[NodeProto]) -> None:
                 order.append(node)
             else:
                 stack.append((name, True))
-                stack.extend((x, False) for x in reversed(list(node.input)))
+                stack.extend((x, False) for x in reversed(reads(node)))
 
     visit([x.name for x in graph.output])
     set_nodes(graph, order)

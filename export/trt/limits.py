@@ -15,7 +15,7 @@ from sessa_deploy.contract import CAUSAL_OP, MODEL_DATA_FILE, MODEL_FILE, PRECIS
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.bundle import Bundle
 
-RECIPE_VERSION = 5  # goes up when to_engine.py asks TensorRT for something else
+RECIPE_VERSION = 6  # goes up when to_engine.py asks TensorRT for something else
 DEFAULT_PROMPT = 512
 OPT_LEVELS = (0, 5)
 LAYERS = ("plugin", "tensorrt")  # who computes what stands around the attentions
@@ -33,7 +33,8 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the engine is built: GPU's name and architecture ("sm_90"), free and total memory in bytes, TensorRT's and the driver's version."""
+    """Where the engine is built: GPU's name and architecture ("sm_90", "rtx-80_86" where it is built for others), free and total memory in bytes
+    (0: not known), TensorRT's and the driver's version."""
 
     gpu: str
     arch: str
@@ -47,7 +48,8 @@ class Machine:
 class Recipe:
     """How an engine is built: for which shapes, where, with which of TensorRT's options, and who computes what stands around the attentions.
 
-    workspace: bytes TensorRT may take for scratch, None: what it likes; opt_level: None: TensorRT's own; key: see `keyed`.
+    workspace: bytes TensorRT may take for scratch, None: what it likes; opt_level: None: TensorRT's own; targets: compute capabilities, of which the
+    machine's `arch` tells (none: its GPU's); key: see `keyed`.
     """
 
     shapes: Shapes
@@ -55,6 +57,7 @@ class Recipe:
     workspace: int | None = None
     opt_level: int | None = None
     layers: str = LAYERS[0]
+    targets: tuple[int, ...] = ()
     key: str = ""
 
     def keyed(self, bundle: Bundle, plugin_sha256: str) -> Recipe:

@@ -221,3 +221,9 @@ extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1:
 {
     sessa::gFinder = finder;
 }
+
+// Major version of the TensorRT whose headers this library was compiled with: the only one that may load it (plugins/library.py asks).
+extern "C" __attribute__((visibility("default"))) int32_t sessaTensorRTMajor() noexcept
+{
+    return NV_TENSORRT_MAJOR;
+}

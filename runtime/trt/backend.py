@@ -7,6 +7,7 @@ where somebody samples.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sessa_deploy.contract import ALL_LOGITS_RANK, INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, graph_inputs, graph_outputs
-from sessa_deploy.cuda import Cuda
+from sessa_deploy.cuda import Cuda, devices
 from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.files import write_whole
 from sessa_deploy.plugins import library
 from sessa_deploy.process import command
 from sessa_deploy.runtime.backend import Backend
@@ -32,17 +34,23 @@ class TrtBackend(Backend):
 
     batch, capacity: up to what the engine was built for (capacity None takes that). graph: replay decode steps as a CUDA graph; False enqueues them
     one by one, for comparison. plugin: path of the plugin library, found by itself by default. kernels: where the decode kernels come from, the
-    plugin library by default. Raises UserError if TensorRT, the plugin or a fitting engine is missing, or a plan's checksum does not match.
+    plugin library by default. Which TensorRT runs it is decided by the bundle's engines, this GPU and what is installed. Raises UserError if TensorRT,
+    the plugin or a fitting engine is missing, or a plan's checksum does not match.
     """
 
     name = "trt"
 
     def __init__(self, bundle: Bundle, batch: int = 1, capacity: int | None = None, graph: bool = True, plugin: Path | None = None,
                  kernels: Path | None = None, cuda: Any = None) -> None:
-        self._trt = trt_api.load()
-        plugin = library.load(self._trt, plugin)
+        here = _archs() if cuda is None else [cuda.arch]
+        product = product_here(bundle, here)
+        for arch in here[:1]:
+            trt_api.check_target(product, arch)
+        self._trt = trt_api.load(product.name)
+        plugin = library.load(self._trt, plugin, trt_api.interface(self._trt))
         self._cuda = Cuda() if cuda is None else cuda
-        folder, self.info = trt_plan.choose(bundle, self._trt.__version__, f"sm_{self._cuda.arch}")
+        sm = f"sm_{self._cuda.arch}"
+        folder, self.info = trt_plan.choose(bundle, self._trt.__version__, sm, product.name)
         super().__init__(bundle.config, batch, self.info.capacity if capacity is None else capacity)
         _check_limits(bundle, self.info, self.batch, self.capacity)
         self.best_chunk = self.info.max_prompt
@@ -57,6 +65,10 @@ class TrtBackend(Backend):
         self.all_logits = len(self.engine.get_tensor_shape(LOGITS)) == ALL_LOGITS_RANK
         self._buffers = Buffers(self._cuda, bundle.config, bundle.precision, self.batch, self.info.capacity, self.info.max_prompt, str(kinds[INPUT_IDS]),
                                 images(kernels or plugin, self._cuda.arch), self.all_logits)  # fmt: skip
+        gpu = next((d.name for d in devices()), "gpu")
+        self._cache_file = trt_api.cache_file("runtime", gpu, sm, self._trt.__version__)
+        self._kept = self._cache_file.read_bytes() if product.compiles and self._cache_file.is_file() else None
+        self._config, self._cache = trt_api.runtime_config(self._trt, self.engine, self._kept)
         size = trt_api.scratch_size(self.engine)
         scratch = self._cuda.allocate(size)
         self._prefill, self._decode = (self._context(profile, scratch, size) for profile in (trt_plan.PREFILL, trt_plan.DECODE))
@@ -144,8 +156,19 @@ class TrtBackend(Backend):
         self._cuda.wait()
         if self._graph:
             self._cuda.forget(self._graph)
-        self._buffers = self._prefill = self._decode = self.engine = self._runtime = None
+        self._keep_kernels()
+        self._buffers = self._prefill = self._decode = self._cache = self._config = self.engine = self._runtime = None
         self._cuda.close()
+
+    def _keep_kernels(self) -> None:
+        """Write the kernels that were compiled on this card to where the next session finds them; one that cannot be written is compiled again."""
+        if self._cache is None:
+            return
+        data = bytes(self._cache.serialize())
+        if data != self._kept:
+            with contextlib.suppress(OSError, UserError):
+                self._cache_file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(self._cache_file, data)
 
     def _own(self) -> Any:
         if self._buffers is None:
@@ -153,7 +176,7 @@ class TrtBackend(Backend):
         return self._buffers
 
     def _context(self, profile: int, scratch: int, size: int) -> Any:
-        context = trt_api.context(self._trt, self.engine, profile, self._cuda.stream, scratch, size, self._log)
+        context = trt_api.context(self._trt, self.engine, profile, self._cuda.stream, scratch, size, self._log, self._config)
         self._cuda.wait()
         for name, shape in self._buffers.shapes(1 if profile == trt_plan.DECODE else self.info.max_prompt).items():
             if not context.set_input_shape(name, shape):
@@ -183,6 +206,17 @@ class TrtBackend(Backend):
 
     def _reasons(self) -> str:
         return " / ".join(self._log.lines[-3:]) or "no reason given"
+
+
+def product_here(bundle: Bundle, archs: list[int] | None = None) -> trt_api.Product:
+    """Which TensorRT is to run a bundle on this machine, by its engines, the first GPU (archs None: asked now) and what is installed."""
+    here = _archs() if archs is None else archs
+    installed = [p.name for p in trt_api.PRODUCTS if trt_api.importable(p)]
+    return trt_api.wanted(trt_plan.product_for(bundle, here[0] if here else None, installed) if installed else None)
+
+
+def _archs() -> list[int]:
+    return [int(d.arch.removeprefix("sm_")) for d in devices()]
 
 
 def _check_limits(bundle: Bundle, info: trt_plan.EngineInfo, batch: int, capacity: int) -> None:

@@ -1,13 +1,14 @@
 """Engines in a bundle: how they are described, and which of them may be loaded here. Standard library only.
 
-engines/<sm>-<TensorRT version>-<precision>/ holds model.plan and engine.json. A plan is code: it reaches TensorRT only if its checksum, TensorRT's
-version and the GPU's architecture match.
+engines/<sm>-<TensorRT version>-<precision>/ holds model.plan and engine.json; of TensorRT for RTX, rtx-<compute capabilities>-<version>-<precision>/. A
+plan is code: it reaches TensorRT only if its checksum, TensorRT's version and the GPU's architecture match.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -23,13 +24,15 @@ PLAN_FILE, ENGINE_FILE = "model.plan", "engine.json"
 _TEXTS = ("key", "plan_sha256", "tensorrt", "arch", "gpu", "driver", "precision", "plugin_sha256", "layers")
 _INTEGERS = ("schema_version", "plan_size", "max_batch", "capacity", "max_prompt")
 _KINDS: dict[str, Any] = {**dict.fromkeys(_TEXTS, str), **dict.fromkeys(_INTEGERS, int), "seconds": (int, float), "inlined": list}
+_LATER: dict[str, Any] = {"product": str, "archs": list, "profiles": dict, "plugins": dict}  # that descriptions of before do not have
 PREFILL, DECODE = 0, 1  # optimisation profiles, in the order in which they are added
 
 
 @dataclass(frozen=True)
 class EngineInfo:
     """What engine.json says. capacity: rows of every cache; max_prompt: tokens of one prefill step; inlined: ops that run without a plugin;
-    layers: who computes what stands around the attentions, "plugin" or "tensorrt"."""
+    layers: who computes what stands around the attentions, "plugin" or "tensorrt"; product: which TensorRT, "tensorrt" or "rtx"; archs: compute capabilities
+    it was built for, 86 for 8.6; profiles: name -> (B,T) of input_ids at least, at best, at most; plugins: op -> how many of them the plan holds."""
 
     key: str
     plan_sha256: str
@@ -46,7 +49,15 @@ class EngineInfo:
     seconds: float
     inlined: list[str] = field(default_factory=list)
     layers: str = "tensorrt"
+    product: str = "tensorrt"
+    archs: list[int] = field(default_factory=list)
+    profiles: dict[str, list[list[int]]] = field(default_factory=dict)
+    plugins: dict[str, int] = field(default_factory=dict)
     schema_version: int = ENGINE_SCHEMA
+
+    def serves(self, arch: int) -> bool:
+        """Whether the plan runs on a GPU of compute capability `arch`."""
+        return arch in self.archs if self.archs else self.arch == f"sm_{arch}"
 
     def to_json(self) -> bytes:
         """engine.json's bytes."""
@@ -54,8 +65,18 @@ class EngineInfo:
 
 
 def engine_folder(arch: str, tensorrt: str, precision: str) -> str:
-    """Name of an engine's folder in a bundle: engines/sm_90-8.6.0-fp16."""
+    """Name of an engine's folder in a bundle: engines/sm_90-8.6.0-fp16, engines/rtx-80_86-1.7.1.116-fp16."""
     return f"{ENGINES_DIR}/{arch}-{tensorrt}-{precision}"
+
+
+def place(product: str, archs: tuple[int, ...]) -> str:
+    """What an engine that is built for named compute capabilities has in place of `sm_90`: rtx-80_86."""
+    return f"{product}-{'_'.join(map(str, archs))}"
+
+
+def profiles(max_batch: int, max_prompt: int) -> dict[str, list[list[int]]]:
+    """(B,T) of input_ids at least, at best and at most, of the two profiles in their order."""
+    return {name: [[1, least], [max_batch, most], [max_batch, most]] for name, least, most in (("prefill", 1, max_prompt), ("decode", 1, 1))}
 
 
 def engines(bundle: Bundle) -> dict[str, EngineInfo]:
@@ -68,20 +89,36 @@ def engines(bundle: Bundle) -> dict[str, EngineInfo]:
     return found
 
 
-def choose(bundle: Bundle, tensorrt: str, arch: str) -> tuple[str, EngineInfo]:
-    """(folder, description) of the engine for this TensorRT and this GPU. Raises UserError that says which of the two differs."""
-    present = engines(bundle)
-    mend = command("build", bundle.path)
+def products(bundle: Bundle) -> list[str]:
+    """Which TensorRTs a bundle has engines of, by the names of their folders alone."""
+    folders = {PurePosixPath(n).parts[1] for n in bundle.names() if n.startswith(f"{ENGINES_DIR}/") and PurePosixPath(n).name == PLAN_FILE}
+    return sorted({"tensorrt" if f.startswith("sm_") else f.partition("-")[0] for f in folders}, reverse=True)
+
+
+def product_for(bundle: Bundle, arch: int | None, installed: Collection[str]) -> str | None:
+    """Which of the `installed` TensorRTs is to run a bundle on a GPU of compute capability `arch` (None: without a GPU): one with an
+    engine for it, else one with any engine, else one that is not installed but has engines; None without engines."""
+    found = list(engines(bundle).values())
+    serving = {info.product for info in found if arch is not None and info.serves(arch)}
+    best = sorted({info.product for info in found}, key=lambda name: (name in installed, name in serving, name), reverse=True)
+    return best[0] if best else None
+
+
+def choose(bundle: Bundle, tensorrt: str, arch: str, product: str = "tensorrt") -> tuple[str, EngineInfo]:
+    """(folder, description) of the engine for this TensorRT and this GPU ("sm_90"). Raises UserError that says which of the two differs."""
+    present = {folder: info for folder, info in engines(bundle).items() if info.product == product}
+    number = int(arch.removeprefix("sm_"))
+    mend = command("build", bundle.path, *([] if product == "tensorrt" else ["--for", product]))
     if not present:
         raise UserError("the bundle has no TensorRT engine", got=str(bundle.path), fix=mend)
     for folder, info in present.items():
-        if info.tensorrt == tensorrt and info.arch == arch and info.precision == bundle.precision:
+        if info.tensorrt == tensorrt and info.serves(number) and info.precision == bundle.precision:
             return folder, info
-    here = [info for info in present.values() if info.arch == arch]
+    here = [info for info in present.values() if info.serves(number)]
     if here:
         raise UserError("the bundle's engine is for another TensorRT version", got=f"built with {here[0].tensorrt}, installed is {tensorrt}",
                         allowed="the same version", fix=mend)  # fmt: skip
-    built = ", ".join(sorted({info.arch for info in present.values()}))
+    built = ", ".join(sorted({f"sm_{a}" for info in present.values() for a in info.archs} or {info.arch for info in present.values()}))
     raise UserError("the bundle's engine is for another GPU architecture", got=f"built for {built}, this GPU is {arch}",
                     allowed="the same architecture", fix=mend)  # fmt: skip
 
@@ -102,7 +139,9 @@ def _read(bundle: Bundle, name: str) -> EngineInfo:
     mend = command("build", bundle.path, "--force")
     try:
         data: Any = parse_json(bundle.read(name), name)
-        wrong = [k for k, kind in _KINDS.items() if not isinstance(data.get(k), kind) or isinstance(data.get(k), bool)] + sorted(set(data) - set(_KINDS))
+        kinds = _KINDS | {k: kind for k, kind in _LATER.items() if k in data}
+        wrong = [k for k, kind in kinds.items() if not isinstance(data.get(k), kind) or isinstance(data.get(k), bool)] + sorted(set(data) - set(kinds))
+        wrong = wrong or ["archs" for a in data.get("archs", []) if type(a) is not int]
         wrong = wrong or [k for k in _INTEGERS if not 0 < data[k] < 2**63]
     except AttributeError:
         raise UserError(f"{name} is not a JSON object", got=type(data).__name__, fix=mend) from None

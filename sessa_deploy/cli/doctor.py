@@ -6,18 +6,23 @@ from typing import Any
 
 import click
 
-from sessa_deploy.cli.options import FILE
+from sessa_deploy.cli.options import FILE, PATH
 from sessa_deploy.cli.output import JsonCommand, check_outputs, to_stdout, write_json
 
 
 @click.command("doctor", cls=JsonCommand)
+@click.argument("bundle", type=PATH, required=False)
 @click.option("--json", "json_file", type=FILE, metavar="[FILE]", help="Print the findings as JSON instead, or write them to a file too.")
-def command(json_file: str | None) -> None:
-    """Show this machine's Python, packages, ONNX Runtime providers, GPUs and plugin library; what is missing comes with the command that mends it."""
+def command(bundle: str | None, json_file: str | None) -> None:
+    """Show this machine's Python, packages, ONNX Runtime providers, GPUs and the road to TensorRT; what is missing comes with the command that mends it.
+
+    With BUNDLE, also which of its TensorRT engines would load here.
+    """
+    from sessa_deploy.runtime.bundle import Bundle
     from sessa_deploy.runtime.doctor import examine
 
     check_outputs({"--json": (json_file, "the findings")})
-    findings = examine()
+    findings = examine(None if bundle is None else Bundle.open(bundle, verify=False))
     if not to_stdout(json_file):
         _show(findings)
     if json_file is not None:

@@ -28,6 +28,12 @@ def command(path: str, json_file: str | None, show_all: bool, config_file: str |
 
     check_outputs({"--json": (json_file, "the findings")})
     found = describe(path, verify=not no_verify, config_file=config_file)
+    if found["kind"] == "bundle" and found["engines"] and found["verified"] is not False:
+        from sessa_deploy.runtime import environment
+        from sessa_deploy.runtime.bundle import Bundle
+        from sessa_deploy.runtime.doctor import engine_here
+
+        found["engine_here"] = engine_here(Bundle.open(path, verify=False), environment.gpus())
     for line in found.get("notes", ()):
         click.echo(f"note: {line}", err=True)
     if not to_stdout(json_file):
@@ -121,11 +127,19 @@ def _onnx(console: Any, found: dict[str, Any], limit: int | None) -> None:
         _rows(console, "nodes outside the standard domains", ("op", "name", "attributes"), nodes, limit)
 
 
+def _engine(here: dict[str, Any] | None) -> dict[str, object]:
+    """Which engine would load on this machine, or why none."""
+    if here is None:
+        return {}
+    fix = f"; fix: {here['mend']}" if here["mend"] else ""
+    return {"engine for this machine": here["engine"] or f"none: {here['why']}{fix}"}
+
+
 def _bundle(console: Any, found: dict[str, Any], limit: int | None) -> None:
     versions = found["versions"] if isinstance(found["versions"], dict) else {}
     _facts(console, f"bundle {found['path']}", {
         "precision": found["precision"], "opset": found["opset"], "schema": found["schema_version"], "size": _size(found["bytes"]),
-        "engines": ", ".join(found["engines"]) or "none", "versions": _pairs(versions), **_config(found["config"]),
+        "engines": ", ".join(found["engines"]) or "none", **_engine(found.get("engine_here")), "versions": _pairs(versions), **_config(found["config"]),
     })
     rows = [(name, _size(e.get("size")), str(e.get("sha256"))[:16]) for name, e in found["files"].items()]
     _rows(console, "files", ("name", "size", "sha256"), rows, limit)

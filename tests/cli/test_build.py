@@ -36,7 +36,8 @@ def test_missing_things_are_one_line_with_the_command(
     bundle: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert "no bundle" in error_of(capsys, str(tmp_path / "nowhere"))
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert "pip install 'sessa-deploy[tensorrt]'" in error_of(capsys, bundle)
     from fake_tensorrt import HostCuda, make
 

@@ -46,13 +46,13 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Install a fake tensorrt of a version, with its plugin and machine; returns the module."""
     plugin = tmp_path / "libsessa_plugin.so"
     plugin.write_bytes(b"plugin")
-    monkeypatch.setattr(library, "load", lambda trt, path=None: plugin)
+    monkeypatch.setattr(library, "load", lambda trt, path=None, major=None: plugin)
     monkeypatch.setattr(to_engine, "timing_cache_file", lambda machine: tmp_path / "cache" / "timing.cache")
 
     def install(version: str = "8.6.0", machine: Machine = HERE, **options: Any) -> Any:
         trt = fake_tensorrt.make(version, HostCuda(), **options)
         monkeypatch.setitem(sys.modules, "tensorrt", trt)
-        monkeypatch.setattr(to_engine, "this_machine", lambda module: dataclasses.replace(machine, tensorrt=version))
+        monkeypatch.setattr(to_engine, "this_machine", lambda module, targets=(): dataclasses.replace(machine, tensorrt=version))
         return trt
 
     return install
@@ -85,10 +85,11 @@ def test_what_the_builder_is_asked(fake: Callable[..., Any], bundle: Callable[..
 
 
 @pytest.mark.parametrize(("version", "precision", "asked", "layers"), [
-    ("8.6.0", "fp16", None, "plugin"), ("8.6.0", "fp16", "tensorrt", "tensorrt"), ("8.6.0", "fp32", None, "tensorrt"), ("10.9.0", "fp16", None, "tensorrt"),
-    ("10.9.0", "fp16", "plugin", "plugin")])
+    ("8.6.0", "fp16", None, "plugin"), ("8.6.0", "fp16", "tensorrt", "tensorrt"), ("8.6.0", "fp32", None, "tensorrt"), ("10.9.0", "fp16", None, "plugin"),
+    ("11.4.0", "fp16", None, "plugin"), ("11.4.0", "fp32", None, "tensorrt"), ("10.9.0", "fp16", "plugin", "plugin"),
+    ("11.4.0", "fp16", "tensorrt", "tensorrt")])
 def test_who_computes_the_layers(fake: Callable[..., Any], tmp_path: Path, version: str, precision: str, asked: str | None, layers: str) -> None:
-    """The plugin library where TensorRT 8.6 would make a 16-bit graph float32, and where it is asked for."""
+    """The plugin library in 16 bits, with every TensorRT: its decode step is the tuned one; and TensorRT where it is asked for."""
     torch = pytest.importorskip("torch")
     from sessa_deploy.export.to_onnx import export_onnx
     from sessa_deploy.model import SessaLM
@@ -99,10 +100,11 @@ def test_who_computes_the_layers(fake: Callable[..., Any], tmp_path: Path, versi
     built = to_engine.build_engine(write_bundle(tmp_path / "bundle", {contract.MODEL_FILE: model}, config, precision, {}), layers=asked)
     ops = {x.node.op_type for x in trt.calls.network.layers}
     assert built.info.layers == layers and (contract.TAIL_OP in ops) == (layers == "plugin") and ("MatMul" in ops) == (layers == "tensorrt")
-    assert (contract.ROTARY_OP in ops) == ("Cos" not in ops) == (asked == "plugin" or (version.startswith("8") and asked is None))
-    said = {("8.6.0", "fp16"): "layers: by the plugin library (TensorRT 8.6.0 would compute them in float32; --layers tensorrt gives its own)",
-            ("8.6.0", "fp32"): "layers: by TensorRT (the graph is float32, and the library's kernels around the attentions store 16 bits)",
-            ("10.9.0", "fp16"): "layers: by TensorRT (TensorRT 10.9.0 keeps a strongly typed graph's types; --layers plugin gives the library's)"}
+    assert (contract.ROTARY_OP in ops) == ("Cos" not in ops) == (asked != "tensorrt")
+    tuned, single = "its kernels are the tuned ones", "the graph is float32, and the library's kernels around the attentions store 16 bits"
+    ours = "layers: by the plugin library ({}; --layers tensorrt gives TensorRT's own)"
+    said = {("8.6.0", "fp16"): ours.format("TensorRT 8.6.0 would compute them in float32"), ("8.6.0", "fp32"): f"layers: by TensorRT ({single})",
+            ("10.9.0", "fp16"): ours.format(tuned), ("11.4.0", "fp16"): ours.format(tuned), ("11.4.0", "fp32"): f"layers: by TensorRT ({single})"}
     assert built.notes == ((said[version, precision],) if asked is None else ())
     with pytest.raises(UserError, match="--layers is none of ours: got 'torch'; allowed: plugin, tensorrt"):
         to_engine.build_engine(built.bundle, layers="torch")
@@ -218,20 +220,26 @@ def test_numbers_out_of_range_are_refused(fake: Callable[..., Any], bundle: Call
 
 
 def test_a_copied_cache_fails_the_build(fake: Callable[..., Any], bundle: Callable[..., Bundle]) -> None:
-    fake(reformat=("past.1.s",))
+    """Whoever copies it: a fused region has no word Reformat in its name."""
+    fake(copied=("past.1.s",))
     made = bundle()
-    with pytest.raises(SessaError, match=r"Reformatting CopyNode for past.1.s reads past.1.s"):
+    with pytest.raises(SessaError, match=r"read by our plugins alone.*__myl_CastAdd \(kgen\) reads past.1.s"):
         to_engine.build_engine(made)
     assert Bundle.open(made.path).names() == [contract.MODEL_FILE]
-    fake(reformat=("past.1.k_f",))  # the inlined causal attention may convert its own caches
+    fake(copied=("past.1.k_f",))  # the inlined causal attention may convert its own caches
     assert to_engine.build_engine(made).fresh
 
 
-def test_the_inspectors_answer_is_not_trusted_blindly() -> None:
-    assert trt_check.reformats(json.dumps({"Layers": []}), ["past.0.s"]) == []
-    for text in ("no json", "{}", json.dumps({"Layers": ["a", "b"]})):
-        with pytest.raises(SessaError, match="inspector"):
-            trt_check.reformats(text, ["past.0.s"])
+def test_what_tensorrt_tells_of_layers_is_not_trusted_blindly() -> None:
+    plugin = {"Name": "mixer [profile 1]_myl1_5", "LayerType": "custom_layer", "Inputs": [{"Name": "past.0.s [profile 1]"}]}
+    told = (json.dumps({"Layers": [plugin]}), fake_tensorrt.layer_list([plugin | {"Name": "mixer"}]))
+    for text in told:
+        assert trt_check.wrong_readers(text, ["past.0.s"], ["mixer"]) == []
+        assert trt_check.wrong_readers(text, ["past.0.s"], ["other"]) == ["mixer (custom_layer) reads past.0.s", "none of our plugins reads past.0.s"]
+        assert trt_check.wrong_readers(text, ["past.1.s"], ["mixer"]) == ["none of our plugins reads past.1.s"]
+    for text in ("no json", "{}", json.dumps({"Layers": ["a", "b"]}), json.dumps({"Layers": []}), "Layers:\nsomething else", ""):
+        with pytest.raises(SessaError, match=r"inspector|no layers"):
+            trt_check.wrong_readers(text, ["past.0.s"], ["mixer"])
 
 
 def test_timings_are_kept_and_damage_is_passed_over(fake: Callable[..., Any], bundle: Callable[..., Bundle], tmp_path: Path) -> None:
@@ -285,8 +293,8 @@ def hang(config):
     print("building", flush=True)
     time.sleep(60)
 sys.modules["tensorrt"] = fake_tensorrt.make("8.6.0", fake_tensorrt.HostCuda(), on_build=hang)
-library.load = lambda trt, path=None: Path({plugin!r})
-to_engine.this_machine = lambda trt: to_engine.Machine("Fake", "sm_90", 1 << 34, 1 << 34, "8.6.0", "12.8")
+library.load = lambda trt, path=None, major=None: Path({plugin!r})
+to_engine.this_machine = lambda trt, targets=(): to_engine.Machine("Fake", "sm_90", 1 << 34, 1 << 34, "8.6.0", "12.8")
 from sessa_deploy.cli import main
 main(["build", {bundle!r}])
 """

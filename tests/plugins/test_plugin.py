@@ -29,10 +29,11 @@ from sessa_deploy.plugins import library, ops
 @pytest.mark.slow
 def test_library_stands_alone(built: Built) -> None:
     major, path, _ = built
-    assert library.check(path).interface == ("V2" if major == 8 else "V3")
+    seen = library.check(path)
+    assert (seen.interface, seen.major) == ("V2" if major == 8 else "V3", major)
     if shutil.which("nm") and shutil.which("readelf"):
         exports = subprocess.run(["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
-        door = {"sessaFindCubin", "sessaCubinTile"}  # through which the runtime launches its own kernels
+        door = {"sessaFindCubin", "sessaCubinTile", "sessaTensorRTMajor"}  # through which the runtime launches its own kernels
         assert {line.split()[-1] for line in exports.splitlines()} == {"getPluginCreators" if major == 8 else "getCreators", "setLoggerFinder", *door}
         needed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
         assert not re.search(r"NEEDED.*(nvinfer|libcuda|cudart|stdc\+\+)", needed)
@@ -245,7 +246,6 @@ def test_a_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.delenv(library.ENVIRONMENT, raising=False)
     monkeypatch.setattr(library, "user_folder", lambda: tmp_path)
     monkeypatch.setattr(library, "_HERE", tmp_path)
-    monkeypatch.setattr(library, "installed_major", lambda: None)
     with pytest.raises(UserError, match="fix: sessa-deploy plugin build"):
         library.find()
     for major in (10, 11):
@@ -253,6 +253,8 @@ def test_a_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch, tm
         (tmp_path / f"trt{major}" / library.LIBRARY).write_bytes(b"not a library")
     assert library.find() == tmp_path / "trt11" / library.LIBRARY
     assert library.find(10) == tmp_path / "trt10" / library.LIBRARY
+    with pytest.raises(UserError, match=r"for TensorRT 8.*fix: sessa-deploy plugin build --tensorrt 8"):
+        library.find(8)
     monkeypatch.setenv(library.ENVIRONMENT, str(tmp_path / "elsewhere.so"))
     with pytest.raises(UserError, match=r"elsewhere\.so"):
         library.find()
@@ -268,3 +270,38 @@ def test_wrong_headers_are_refused(tmp_path: Path) -> None:
     if shutil.which("cmake"):
         with pytest.raises(UserError, match="CUDA_INCLUDE_DIR is not a folder"):
             library.build(tmp_path, tmp_path / "absent")
+
+
+@pytest.mark.parametrize(("major", "tag"), [(8, "v8.6.1"), (10, "v10.16"), (11, "v11.1")])
+def test_headers_are_fetched_of_the_major_that_will_load_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, major: int, tag: str) -> None:
+    """Never those of 10 for 11; where nothing can be fetched the error names the folder to give. Git is one that notes what is asked and fails."""
+    if not shutil.which("cmake"):
+        pytest.skip("no cmake")
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))  # headers of another major, installed
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include/NvInfer.h").write_text("")
+    (tmp_path / "include/NvInferVersion.h").write_text(f"#define NV_TENSORRT_MAJOR {major - 1 or 1}\n")
+    git = tmp_path / "git"
+    git.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ "$1" = --version ] && echo "git version 2.40.0" && exit 0\nexit 1\n')
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "cubins").mkdir()
+    with pytest.raises(UserError, match=rf"headers of TensorRT {major} \({tag}\) could not be fetched.*fix: .* --tensorrt {major} --tensorrt-include DIR"):
+        library.build(cubins=tmp_path / "cubins", out=tmp_path / "lib", major=major)
+    assert "clone" in (tmp_path / "asked").read_text() and not (tmp_path / "lib").exists()
+
+
+def test_a_library_of_another_major_is_refused(tmp_path: Path) -> None:
+    """10 and 11 are two ABIs; one that does not say whose it is, or headers that are not those asked for, are refused too."""
+    with pytest.raises(UserError, match=r"compiled with headers of TensorRT 10; allowed: .* 11; fix: sessa-deploy plugin build --tensorrt 11"):
+        library.require_major(library.Checked(tmp_path / "x.so", 1, "V3", 10), 11)
+    library.require_major(library.Checked(tmp_path / "x.so", 1, "V3", 11), 11)
+    (tmp_path / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 10\n")
+    if shutil.which("cmake"):
+        with pytest.raises(UserError, match=r"headers of another TensorRT: got 10 .*allowed: those of TensorRT 11"):
+            library.build(tmp_path, cubins=tmp_path, major=11)
+    if shutil.which("g++"):
+        source = 'extern "C" { void getCreators() {} void setLoggerFinder() {} }'
+        subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(tmp_path / "old.so")], input=source, text=True, check=True)
+        with pytest.raises(UserError, match=r"built by an older sessa-deploy.*fix: sessa-deploy plugin build --tensorrt 11"):
+            library.check(tmp_path / "old.so", 11)

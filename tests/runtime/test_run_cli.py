@@ -74,7 +74,8 @@ BAD = [
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda pair: " ".join(map(ascii, pair)))
 def test_run_refuses_bad_input_in_one_line(tiny_bundle, capfd, monkeypatch, bad):
-    monkeypatch.setitem(sys.modules, "tensorrt", None)  # so that a machine with a GPU refuses those backends too
+    for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, name, None)  # so that a machine with a GPU refuses those backends too
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     options = {"--prompt": "x" * 9, "--max-new-tokens": 5} | dict([bad])
     code, out, err = call(capfd, "run", tiny_bundle.path, *(part for pair in options.items() for part in pair))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,11 @@ from fake_tensorrt import HostCuda, fake_cubins
 
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.plugins import library
+from sessa_deploy.runtime import engines
 from sessa_deploy.runtime.bundle import Bundle, add_files, write_bundle
 from sessa_deploy.runtime.ort.backend import OrtBackend
 from sessa_deploy.runtime.session import Session
+from sessa_deploy.runtime.trt import api as trt_api
 from sessa_deploy.runtime.trt import plan as trt_plan
 from sessa_deploy.runtime.trt.backend import TrtBackend
 from sessa_deploy.runtime.trt.kernels import images
@@ -24,24 +27,33 @@ from sessa_deploy.runtime.trt.kernels import images
 BATCH, CAPACITY, CHUNK = 3, 48, 8
 
 
-@pytest.fixture(params=["8.6.0", "10.9.0"])
+RTX = "1.7.1.116"
+
+
+@pytest.fixture(params=["8.6.0", "10.9.0", RTX])
 def build(request: pytest.FixtureRequest, bundles: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """(precision, **backend options) -> (backend, cuda, bundle), each on a bundle with an engine from a fake build."""
     from sessa_deploy.export import to_engine
 
     def make(precision: str = "fp32", all_logits: bool = False, **options: Any) -> tuple[TrtBackend, HostCuda, Bundle]:
-        cuda = HostCuda()
-        monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make(request.param, cuda))
+        rtx = request.param == RTX
+        cuda = HostCuda(arch=86 if rtx else 90)
+        for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+            monkeypatch.setitem(sys.modules, name, None)
+        module = "tensorrt_rtx" if rtx else "tensorrt"
+        monkeypatch.setitem(sys.modules, module, fake_tensorrt.make(request.param, cuda, module=module))
+        monkeypatch.setattr(trt_api, "cache_file", lambda kind, *names: tmp_path / kind / "-".join(names))
+        monkeypatch.setattr(to_engine, "images", lambda plugin, arch: None)
         plugin = tmp_path / "libsessa_plugin.so"
         plugin.write_bytes(b"plugin")
-        monkeypatch.setattr(library, "load", lambda trt, path=None: plugin)
-        machine = to_engine.Machine("Fake", "sm_90", 1 << 34, 1 << 34, request.param, "12.8")
-        monkeypatch.setattr(to_engine, "this_machine", lambda trt: machine)
+        monkeypatch.setattr(library, "load", lambda trt, path=None, major=None: plugin)
+        machine = to_engine.Machine("Fake", "rtx-86" if rtx else "sm_90", 1 << 34, 1 << 34, request.param, "12.8")
+        monkeypatch.setattr(to_engine, "this_machine", lambda trt, targets=(): machine)
         monkeypatch.setattr(to_engine, "timing_cache_file", lambda machine: tmp_path / "timing.cache")
         source = bundles(precision, all_logits)
         bundle = write_bundle(tmp_path / "bundle", {n: source.file(n) for n in source.names()}, source.config, precision, source.versions)
-        built = to_engine.build_engine(bundle, BATCH, CAPACITY, CHUNK)
-        backend = TrtBackend(built.bundle, kernels=fake_cubins(tmp_path), cuda=cuda, **{"batch": BATCH, **options})
+        built = to_engine.build_engine(bundle, BATCH, CAPACITY, CHUNK, archs=[86] if rtx else None)
+        backend = TrtBackend(built.bundle, kernels=fake_cubins(tmp_path, cuda.arch), cuda=cuda, **{"batch": BATCH, **options})
         return backend, cuda, built.bundle
 
     return make
@@ -168,7 +180,7 @@ def test_a_plan_is_loaded_only_where_it_belongs(build: Callable[..., Any], monke
     _, cuda, bundle = build()
     folder, info = next(iter(trt_plan.engines(bundle).items()))
     loads: list[bytes] = []
-    trt = sys.modules["tensorrt"]
+    trt = sys.modules["tensorrt"] or sys.modules["tensorrt_rtx"]
     monkeypatch.setattr(trt.Runtime, "deserialize_cuda_engine", lambda self, data: loads.append(data))
 
     def refused(text: str, **change: Any) -> None:
@@ -176,9 +188,10 @@ def test_a_plan_is_loaded_only_where_it_belongs(build: Callable[..., Any], monke
             TrtBackend(bundle, kernels=tmp_path, cuda=cuda, **change)
         assert "sessa-deploy build" in str(caught.value) and loads == []
 
-    monkeypatch.setattr(HostCuda, "arch", 80)
-    refused("another GPU architecture.*built for sm_90, this GPU is sm_80")
-    monkeypatch.setattr(HostCuda, "arch", 90)
+    right, wrong = cuda.arch, 80
+    cuda.arch = wrong
+    refused(f"another GPU architecture.*built for sm_{right}, this GPU is sm_80")
+    cuda.arch = right
     version = trt.__version__
     monkeypatch.setattr(trt, "__version__", "10.99.0")
     refused(f"another TensorRT version.*built with {version}, installed is 10.99.0")
@@ -193,8 +206,46 @@ def test_a_plan_is_loaded_only_where_it_belongs(build: Callable[..., Any], monke
     refused("no TensorRT engine")
 
 
-def test_tensorrt_or_plugin_missing_is_one_line(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("build", [RTX], indirect=True)
+def test_kernels_compiled_on_the_card_are_kept(build: Callable[..., Any], tmp_path: Path) -> None:
+    """By GPU and version, written when the session ends and read by the next; damaged ones are compiled anew."""
+    backend, _, bundle = build()
+    trt = sys.modules["tensorrt_rtx"]
+    assert trt.calls.targets == {0: "SM86"} and backend.info.product == "rtx" and backend.info.archs == [86]
+    file = tmp_path / "runtime" / f"gpu-sm_86-{RTX}"
+    assert not file.exists()
+    backend.close()
+    assert file.read_bytes() == b"kernels"
+    file.write_bytes(b"kernels of before")
+    TrtBackend(bundle, kernels=fake_cubins(tmp_path, 86), cuda=HostCuda(arch=86), batch=BATCH).close()
+    assert trt.calls.caches[-1].data == b"kernels of before" == file.read_bytes()
+    file.write_bytes(b"damaged")
+    TrtBackend(bundle, kernels=fake_cubins(tmp_path, 86), cuda=HostCuda(arch=86), batch=BATCH).close()
+    assert file.read_bytes() == b"kernels"
+    with pytest.raises(UserError, match="TensorRT for RTX does not support this compute capability: got sm_90"):
+        TrtBackend(bundle, cuda=HostCuda())
+
+
+@pytest.mark.parametrize("build", ["10.9.0"], indirect=True)
+def test_the_engine_for_this_card_says_which_tensorrt_runs(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, bundle = build()
+    folder, info = next(iter(trt_plan.engines(bundle).items()))
+    other = dataclasses.replace(info, product="rtx", archs=[80, 86], arch="rtx-80_86", tensorrt=RTX)
+    both = add_files(bundle, {f"engines/rtx-80_86-{RTX}-fp32/{name}": data for name, data in (
+        (trt_plan.ENGINE_FILE, other.to_json()), (trt_plan.PLAN_FILE, bundle.read(f"{folder}/{trt_plan.PLAN_FILE}")))})  # fmt: skip
+    assert trt_plan.products(bundle) == ["tensorrt"] and trt_plan.products(both) == ["tensorrt", "rtx"]
+    for arch, installed, wanted in ((90, ("tensorrt", "rtx"), "tensorrt"), (86, ("tensorrt", "rtx"), "rtx"), (86, ("tensorrt",), "tensorrt"),
+                                    (90, ("rtx",), "rtx"), (None, ("tensorrt", "rtx"), "tensorrt"), (86, (), "rtx")):
+        assert trt_plan.product_for(both, arch, installed) == wanted, (arch, installed)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert engines.choose(bundle) != "trt"
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_tensorrt.make(RTX, HostCuda(), module="tensorrt_rtx"))
+    assert engines.choose(bundle) != "trt" and engines.choose(both) == "trt"
+
+
+def test_tensorrt_or_plugin_missing_is_one_line(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"pip install .sessa-deploy\[tensorrt\]"):
         TrtBackend(tiny_bundle)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make("8.6.0", HostCuda()))

@@ -5,9 +5,16 @@ SESSA_TRT8_PYTHON, SESSA_LEAN_PYTHON: interpreters that can import tensorrt 8.6 
 
 from __future__ import annotations
 
+import enum
+import importlib.util
+import inspect
+import json
 import os
 import subprocess
+import sys
+import types
 
+import fake_tensorrt
 import pytest
 
 RUNTIME = """
@@ -61,3 +68,47 @@ def test_tensorrt_8_has_every_name() -> None:
 @pytest.mark.trt
 def test_tensorrt_11s_runtime_has_every_name() -> None:
     assert names("SESSA_LEAN_PYTHON", "tensorrt_lean_bindings", RUNTIME + ONLY_11).endswith(" []")
+
+
+REAL = """
+import json, re, sys, tensorrt_rtx_bindings as trt
+def signatures(member):  # [fewest, most] arguments of each overload, self left out; none: not a function
+    found = []
+    for line in (member.__doc__ or "").splitlines():
+        said = re.match(r"(?:\\d+\\. )?\\w+\\((self: .*)\\) -> ", line)
+        if said:
+            inside = re.sub(r"<[^<>]*>|\\[[^\\[\\]]*\\]", "", said[1])
+            names = [part for part in inside.split(", ")[1:] if ":" in part]
+            found.append([sum("=" not in part for part in names), len(names)])
+    return found
+print(json.dumps({"module": dir(trt), "classes": {c: {n: signatures(getattr(getattr(trt, c), n)) for n in dir(getattr(trt, c))} for c in sys.argv[1:]}}))
+"""
+OF_8_ALONE = {"set_output_type"}
+
+
+def test_the_fake_of_tensorrt_for_rtx_answers_as_the_real_one() -> None:
+    """Every name of the fake is the real module's, every enumeration's member too, and what takes arguments takes as many."""
+    if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
+        pytest.skip("needs TensorRT for RTX: pip install 'sessa-deploy[rtx]'")
+    fake = fake_tensorrt.make("1.7.1.116", fake_tensorrt.HostCuda(), module="tensorrt_rtx")
+    kinds = {n: v for n, v in vars(fake).items() if inspect.isclass(v) and issubclass(v, enum.Enum)}
+    classes = {**fake.classes, **{n: v for n, v in vars(fake).items() if n in ("ILogger", "IProgressMonitor")}}
+    done = subprocess.run([sys.executable, "-c", REAL, *classes, *kinds], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    real = json.loads(done.stdout)
+    ours = {n for n in vars(fake) if not n.startswith("__")} - {"calls", "classes"}
+    assert ours <= set(real["module"]), ours - set(real["module"])
+    for name, kind in kinds.items():
+        assert {m.name for m in kind} <= set(real["classes"][name]), name
+    compared = 0
+    for name, cls in fake.classes.items():
+        for member, value in vars(cls).items():
+            if member.startswith("_") or member in OF_8_ALONE:
+                continue
+            assert member in real["classes"][name], f"{name}.{member}"
+            if isinstance(value, types.FunctionType):
+                takes = len(inspect.signature(value).parameters) - 1
+                overloads = real["classes"][name][member]
+                assert any(least <= takes <= most for least, most in overloads), f"{name}.{member}: fake {takes}, real {overloads}"
+                compared += 1
+    assert compared > 30

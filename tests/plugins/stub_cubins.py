@@ -1,0 +1,32 @@
+"""A folder like the one that lowering writes, without a compiler: real tiles, and binaries that nobody may launch. For a builder, which launches nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from sessa_deploy.kernels import launch
+from sessa_deploy.plugins import lower
+
+DATA = b"no binary"
+
+
+def write(archs: Sequence[int], folder: Path) -> Path:
+    """cubins.json, cubins.inc and the files for these architectures; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cubins = []
+    for unit in lower.units(archs):
+        description = launch.kernel(unit.kernel)
+        path = folder / f"{unit.stem}.cubin"
+        path.write_bytes(DATA)
+        cubins.append(lower.Cubin(
+            **asdict(unit), file=path.name, sha256=hashlib.sha256(DATA).hexdigest(), size=len(DATA), entry=unit.kernel,
+            params=[{}] * (len(description.params) + len(lower.HIDDEN)), tiles=launch.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant),
+            num_warps=4, num_stages=1, shared=0, registers=0, spill_bytes=0, global_scratch=0, vector_loads=1, scalar_loads=0, tuned=True,
+        ))  # fmt: skip
+    (folder / lower.TABLE).write_text("".join(lower._rows(cubins)))
+    (folder / lower.MANIFEST).write_text(json.dumps({"schema": lower.SCHEMA, "cubins": [asdict(c) for c in cubins]}))
+    return folder
