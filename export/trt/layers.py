@@ -16,12 +16,8 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
-<<<<<<< HEAD
-from sessa_deploy.export.graph.passes import drop_weights, set_nodes
-from sessa_deploy.kernels.launch.limits import ROTARY_LIMBS
-=======
 from sessa_deploy.export.graph.passes import drop_weights, reads, set_nodes
->>>>>>> r13
+from sessa_deploy.kernels.launch.limits import ROTARY_LIMBS
 from sessa_deploy.plugins import ops
 
 _MESSAGE_LIMIT = 2_000_000_000  # bytes; protobuf refuses 2 GiB
