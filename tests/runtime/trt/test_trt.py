@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -157,7 +158,7 @@ def test_logits_that_are_not_finite_raise_and_change_nothing(build: Callable[...
     with pytest.raises(SessaError, match="not finite"):
         backend.step_greedy(ids, new)
     assert backend.length.tolist() == [1] * BATCH
-    fake_tensorrt.ctypes.memmove(cache, good, 64)
+    ctypes.memmove(cache, good, 64)
     backend.step_greedy(ids, new)
     assert backend.length.tolist() == [2] * BATCH
 

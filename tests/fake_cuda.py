@@ -1,0 +1,148 @@
+"""The CUDA driver on host memory: sessa_deploy.cuda.Cuda whose launches are numpy, and the decode kernels' folder."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sessa_deploy.runtime.trt.kernels import APPEND, ARGMAX, FINISH
+
+SPLITS = 4
+
+
+class HostCuda:
+    """sessa_deploy.cuda.Cuda on host memory. Memory starts as 0xFF: NaN, and lengths of -1."""
+
+    arch, stream = 90, 7
+
+    def __init__(self, free: int = 8 << 30, arch: int = 90) -> None:
+        if arch != self.arch:
+            self.arch = arch
+        self.blocks: dict[int, Any] = {}
+        self.host: set[int] = set()
+        self.recording: list[Callable[[], None]] | None = None
+        self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.replays = self.launches = self.read_back = self.sent = 0
+        self.free, self.closed = free, False
+
+    def enter(self) -> None: ...
+
+    def wait(self) -> None:
+        assert self.recording is None, "a wait inside a capture"
+
+    def memory(self) -> tuple[int, int]:
+        return self.free, 16 << 30
+
+    def allocate(self, size: int) -> int:
+        assert self.recording is None, "an allocation inside a capture"
+        block = (ctypes.c_char * (max(size, 1) + 256))(*b"")
+        ctypes.memset(block, 0xFF, len(block))
+        address = -(-ctypes.addressof(block) // 256) * 256
+        self.blocks[address] = block
+        return address
+
+    def allocate_host(self, size: int) -> int:
+        self.host.add(address := self.allocate(size))
+        return address
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Run now, or record where a graph is captured."""
+        if self.recording is None:
+            work()
+        else:
+            self.recording.append(work)
+
+    def to_device(self, target: int, source: int, size: int) -> None:
+        self.sent += 1
+        self.do(lambda: ctypes.memmove(target, source, size))
+
+    def to_host(self, target: int, source: int, size: int) -> None:
+        self.read_back += size
+        self.do(lambda: ctypes.memmove(target, source, size))
+
+    def fill(self, target: int, word: int, count: int) -> None:
+        self.do(lambda: view(target, np.uint32, count).fill(word))
+
+    def read(self, source: int, size: int) -> bytes:
+        return ctypes.string_at(source, size)
+
+    def kernel(self, image: bytes, entry: str, warps: int, shared: int, params: int) -> tuple[str, int]:
+        return entry, params
+
+    def launch(self, kernel: tuple[str, int], grid: tuple[int, int, int], arguments: Sequence[tuple[str, int]]) -> None:
+        entry, params = kernel
+        assert params == len(arguments) + 2, "Triton's two hidden pointers come last"
+        self.launches += 1
+        values = [value for _, value in arguments]
+        assert entry != FINISH or values[-1] in self.host, "the tokens are written to the host's memory"
+        work = {APPEND: _append, ARGMAX: _argmax, FINISH: _finish}[entry]
+        self.do(lambda: work(grid, *values))
+
+    def capture(self, enqueue: Callable[[], None]) -> int:
+        self.recording = []
+        try:
+            enqueue()
+            graph = len(self.graphs) + 1
+            self.graphs[graph] = self.recording
+        finally:
+            self.recording = None
+        return graph
+
+    def replay(self, graph: int) -> None:
+        self.replays += 1
+        for work in self.graphs[graph]:
+            work()
+
+    def forget(self, graph: int) -> None:
+        del self.graphs[graph]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def view(address: int, kind: Any, count: int) -> Any:
+    """A numpy array on memory."""
+    size = count * np.dtype(kind).itemsize
+    return np.frombuffer((ctypes.c_char * size).from_address(address), kind)
+
+
+def _append(grid: tuple[int, int, int], table: int, past: int, new: int, tokens: int, capacity: int) -> None:
+    steps, batch, entries = grid
+    assert steps == tokens
+    lengths, counts = view(past, np.int32, batch), view(new, np.int32, batch)
+    for source, target, words in view(table, np.int64, 3 * entries).reshape(-1, 3).tolist():
+        rows, cache = (view(a, np.int32, batch * n * words).reshape(batch, n, words) for a, n in ((source, tokens), (target, capacity)))
+        for b in range(batch):
+            cache[b, lengths[b] : lengths[b] + counts[b]] = rows[b, : counts[b]]
+
+
+def _argmax(grid: tuple[int, int, int], logits: int, best: int, where: int, vocabulary: int) -> None:
+    batch, splits, _ = grid
+    x = view(logits, np.float32, batch * vocabulary).reshape(batch, vocabulary)
+    tops, ids = (view(a, kind, batch * splits).reshape(batch, splits) for a, kind in ((best, np.float32), (where, np.int32)))
+    tops[:], ids[:] = -np.inf, 2**31 - 1
+    tops[:, 0], ids[:, 0] = x.max(axis=1), np.where(np.isfinite(x.max(axis=1)), np.argmax(x, axis=1), -1)
+
+
+def _finish(grid: tuple[int, int, int], best: int, where: int, past: int, new: int, ids: int) -> None:
+    batch = grid[0]
+    view(ids, np.int32, batch)[:] = view(where, np.int32, batch * SPLITS).reshape(batch, SPLITS)[:, 0]
+    view(past, np.int32, batch)[:] += view(new, np.int32, batch)
+
+
+def fake_cubins(folder: Path, arch: int = 90) -> Path:
+    """A folder like the one that lowering writes, with the three decode kernels for one architecture."""
+    rows = []
+    for name, params, tiles in ((APPEND, 5, {"BLOCK": 512}), (ARGMAX, 4, {"SPLITS": SPLITS, "BLOCK": 512}), (FINISH, 5, {"SPLITS": SPLITS})):
+        data = name.encode()
+        (folder / f"{name}.cubin").write_bytes(data)
+        rows.append({"kernel": name, "arch": arch, "dtype": "fp32", "variant": "any", "file": f"{name}.cubin", "sha256": hashlib.sha256(data).hexdigest(),
+                     "entry": name, "params": [{}] * (params + 2), "num_warps": 4, "shared": 0, "tiles": tiles})
+    (folder / "cubins.json").write_text(json.dumps({"cubins": rows}))
+    return folder
