@@ -9,15 +9,31 @@ TORCH_INDEX ?=
 PIP_ARGS ?=
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 DECLARED := pyproject.toml constraints.txt
+VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+# What VENV was made with; empty where it is not there, or where its interpreter has gone since.
+THERE := $(shell $(BIN)/python $(VERSION) 2> /dev/null)
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo test lint clean FORCE
 
 # An empty environment, for those who put their own torch into it first.
 venv: $(VENV)/.python
 
+ifeq ($(THERE),)
+$(VENV)/.python: FORCE
+FORCE:
+else ifneq ($(filter command environment,$(origin PYTHON)),)
+# An interpreter was asked for: another one's environment is not taken for it. Without PYTHON=... whatever is there is kept.
+ifneq ($(filter venv demo test lint,$(or $(MAKECMDGOALS),venv)),)
+ASKED := $(shell $(PYTHON) $(VERSION) 2> /dev/null)
+ifneq ($(ASKED),$(THERE))
+$(error $(VENV) was made with Python $(THERE), and PYTHON=$(PYTHON) is $(or $(ASKED),no interpreter): name another place with VENV=..., or `make clean` first)
+endif
+endif
+endif
+
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed; this is %d.%d: name another with make PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
-	$(PYTHON) -m venv $(VENV)
+	$(if $(THERE),@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(BIN)/python -m ensurepip,$(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV))
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.python $(DECLARED)

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CACHE_FIELDS, cache_row_shape
-from sessa_deploy.kernels import causal_step, feedback_launch, feedback_step, layer, mixer_step
+from sessa_deploy.kernels.causal import step as causal
+from sessa_deploy.kernels.engine import layer, mixer
+from sessa_deploy.kernels.feedback import step as feedback
 from sessa_deploy.runtime import traffic
 
 HALF = torch.float16
@@ -46,29 +48,29 @@ class Chain:
         scale = d**-0.5
         self.layers = [
             {"norm": (random(d), random(d)), "enter": (random(2 * d, d, scale=scale), random(2 * d)), "project": random(5 * d, d, scale=scale),
-             "biases": (random(d), random(d), random(d), random(2 * d)), "gain": random(d, kind=torch.float32, scale=scale),
-             "gain_bias": random(1, kind=torch.float32), "out": (random(d, d, scale=scale), random(d)), "tail": (random(d, d, scale=scale), random(d))}
+             "biases": (random(d), random(d), random(d), random(2 * d)), "gamma": (random(d, kind=torch.float32, scale=scale),
+             random(1, kind=torch.float32)), "out": (random(d, d, scale=scale), random(d)), "tail": (random(d, d, scale=scale), random(d))}
             for _ in range(config.n_layers)
         ]  # fmt: skip
         self.last, self.head = (random(d), random(d)), random(config.vocab_size, d, scale=scale)
 
-    def step(self, x: Tensor, length: Tensor, caches: list[list[Tensor]]) -> Tensor:
-        """Logits of one token a sequence, x (B,D)."""
+    def step(self, x: Tensor, length: Tensor, caches: list[list[Tensor]], early: int = 0) -> Tensor:
+        """Logits of one token a sequence, x (B,D). early: rows of a batch for which kernels may start before their predecessors end; 0: none does."""
         config, rows = self.config, x.shape[0]
         heads = (rows, 1, config.n_heads, config.head_dim)
-        cos, sin = (t.view(rows, -1) for t in layer.rotary(length, self.limbs, 1))
+        cos, sin = (t.view(rows, -1) for t in layer.rotary(length, self.limbs, 1, early))
         for w, (k_f, v_f, k_b, s_b) in zip(self.layers, caches, strict=True):
-            h = layer.norm_enter(x, *w["norm"], config.layer_norm_eps, *w["enter"])
-            q, k, v, q_b, k_new, gamma = layer.project_gain(h, w["project"], w["biases"], cos, sin, w["gain"], w["gain_bias"], config.gamma_max)
+            h = layer.norm_enter(x, *w["norm"], config.layer_norm_eps, *w["enter"], early)
+            q, k, v, q_b, k_new, gamma = layer.project_gain(h, w["project"], w["biases"], cos, sin, *w["gamma"], config.gamma_max, early)
             if self.separate:
-                o = causal_step.step(q.view(heads), k.view(heads), v.view(heads), k_f, v_f, length)
-                f = layer.linear(o.view(x.shape), *w["out"])
-                s = feedback_step.step(q_b[:, None], k_new[:, None], gamma[:, None], f[:, None], k_b, s_b, length)
+                o = causal.step(q.view(heads), k.view(heads), v.view(heads), k_f, v_f, length, early)
+                f = layer.linear(o.view(x.shape), *w["out"], early)
+                s = feedback.step(q_b[:, None], k_new[:, None], gamma[:, None], f[:, None], k_b, s_b, length, early)
             else:
                 q, k, v = (t.view(rows, config.n_heads, config.head_dim) for t in (q, k, v))
-                s = mixer_step.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, k_b, s_b, length)
-            x = layer.tail(s.view(x.shape), h, *w["tail"], x)
-        return layer.linear(layer.norm(x, *self.last, config.layer_norm_eps), self.head, None)
+                s = mixer.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, k_b, s_b, length, early)
+            x = layer.tail(s.view(x.shape), h, *w["tail"], x, early)
+        return layer.linear(layer.norm(x, *self.last, config.layer_norm_eps, early), self.head, None, early)
 
     def caches(self, capacity: int, lengths: list[int]) -> list[list[Tensor]]:
         """k_f, v_f, k_b, s of every layer, random up to each length."""
@@ -102,10 +104,10 @@ def kernels(graph: Any) -> dict[str, tuple[float, int]]:
 def measure(chain: Chain, name: str, copy: float, plain: bool) -> dict[str, Any]:
     """The figures of one point. copy: GB/s. plain: no kernel starts early; else as in the plugin."""
     capacity, lengths = POINTS[name]
-    feedback_launch.start_early(0 if plain else len(lengths))
+    early = 0 if plain else len(lengths)
     caches = chain.caches(capacity, lengths)
     x, length = chain.random(len(lengths), chain.config.d_model), torch.tensor(lengths, dtype=torch.int32, device=chain.device)
-    graph = capture([lambda: chain.step(x, length, caches)])
+    graph = capture([lambda: chain.step(x, length, caches, early)])
     single = graph_ms(graph, 42)
     begun = time.perf_counter()
     for _ in range(40):
@@ -113,7 +115,7 @@ def measure(chain: Chain, name: str, copy: float, plain: bool) -> dict[str, Any]
     torch.cuda.synchronize()
     close = 1e3 * (time.perf_counter() - begun) / 40
     floor = traffic.step_bytes(chain.config, "fp16", [float(n) for n in lengths]) / copy / 1e6
-    return {"point": name, "ms": single, "back_to_back_ms": close, "floor_ms": floor, "early": feedback_launch.EARLY, "kernels": kernels(graph)}
+    return {"point": name, "ms": single, "back_to_back_ms": close, "floor_ms": floor, "early": early, "kernels": kernels(graph)}
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 road.png           from a checkpoint to tokens, and which verb takes each step
 decode_chart.png   milliseconds a decode step of every way to run one model, from results/compare.json
-errors.svg         error of every output of a bundle beside what is allowed, as `validate` finds it (with --bundle and --checkpoint)
+errors.png         what every output of a bundle used of its limit, as `validate` finds it (with --bundle and --checkpoint)
 """
 
 from __future__ import annotations
@@ -94,11 +94,39 @@ def draw_road(target: Path) -> None:
 
 
 def draw_errors(bundle: Path, checkpoint: Path, target: Path) -> None:
-    """`validate`'s picture of the error by layer."""
-    from sessa_deploy.export import parity
-    from sessa_deploy.export.parity.plots import error_by_layer
+    """What each output of a bundle used of its limit, the worst case of each, with the real `validate`."""
+    import matplotlib
 
-    target.write_bytes(error_by_layer(parity.validate(bundle, checkpoint)))
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from sessa_deploy.contract import CACHE_FIELDS
+    from sessa_deploy.export import parity
+
+    report = parity.validate(bundle, checkpoint)
+    places = [*((i, field) for i in range(report.config.n_layers) for field in CACHE_FIELDS), (None, "logits")]
+    figure, axis = plt.subplots(figsize=(11, 2.9), layout="constrained")
+    names = {"torch": "PyTorch", "ort": "ONNX Runtime"}
+    worst: dict[str, dict[tuple[int | None, str], float]] = {}
+    for c in report.worst():
+        found = worst.setdefault(c.rung, {})
+        found[c.layer, c.field] = max(c.score, found.get((c.layer, c.field), 0.0))
+    width = 0.8 / max(1, len(worst))
+    for i, (rung, shares) in enumerate(worst.items()):
+        x = [at + (i - (len(worst) - 1) / 2) * width for at in range(len(places))]
+        axis.bar(x, [100 * shares.get(place, 0.0) for place in places], width=width, color=(OTHERS, OURS)[i % 2], label=names.get(rung, rung))
+    axis.axhline(100, color="#c62f3b", lw=1.2, ls="--")
+    axis.annotate("what is allowed: twice the textbook's own rounding error", (0, 100), xytext=(2, -11), textcoords="offset points", fontsize=8,
+                  color="#c62f3b")
+    axis.set_xticks(range(len(places)), [field for _, field in places])
+    for layer in range(report.config.n_layers):
+        middle = layer * len(CACHE_FIELDS) + (len(CACHE_FIELDS) - 1) / 2
+        axis.annotate(f"layer {layer}", (middle, 0), xytext=(0, -28), textcoords="offset points", ha="center", xycoords=("data", "axes fraction"), fontsize=8.5)
+    axis.set(ylabel="% of the limit", ylim=(0, 112), title=f"demo, {report.precision}: worst case of {len(report.comparisons):,} comparisons with float64")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, ncols=2, fontsize=8, loc="upper right", bbox_to_anchor=(1.0, 0.93))
+    figure.savefig(target, dpi=130, metadata={"Software": None})
+    plt.close(figure)
 
 
 if __name__ == "__main__":
@@ -110,4 +138,4 @@ if __name__ == "__main__":
     draw_road(given.results / "road.png")
     draw_decode(given.results / "compare.json", given.results / CHART)
     if given.bundle and given.checkpoint:
-        draw_errors(given.bundle, given.checkpoint, given.results / "errors.svg")
+        draw_errors(given.bundle, given.checkpoint, given.results / "errors.png")

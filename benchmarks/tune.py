@@ -22,8 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from sessa_deploy.kernels import feedback_bwd, feedback_fwd, launch
-from sessa_deploy.kernels.feedback_launch import Options, arch_of, pinned
+from sessa_deploy.kernels.feedback import backward, forward
+from sessa_deploy.kernels.feedback.spec import solve_variant
+from sessa_deploy.kernels.launch import table
+from sessa_deploy.kernels.launch.jit import Options, arch_of, pinned
 
 SOLVE = {"BN": (64, 128), "STAGES": (2, 3), "num_warps": (4, 8)}
 GEMM = {"BN": (128, 256), "BK": (64,), "STAGES": (2, 3, 4), "num_warps": (8,)}
@@ -61,28 +63,28 @@ def override(options: Options, name: str, change: dict[str, int]) -> Options:
 
 def shapes_of(name: str, variant: str, arch: int) -> list[tuple[int, int, int]]:
     """The target shapes on which a kernel runs with the tiles of this variant."""
-    if "wide" not in launch.kernel(name).variants:
+    if "wide" not in table.kernel(name).variants:
         return list(SHAPES)
-    side = launch.kernel(name).variants[0]
-    return [shape for shape in SHAPES if launch.solve_variant(arch, "bf16", shape[2], side) == variant]
+    side = table.kernel(name).variants[0]
+    return [shape for shape in SHAPES if solve_variant(arch, "bf16", shape[2], side) == variant]
 
 
-def kernel_us(name: str, backward: bool, change: dict[str, int], shapes: list[tuple[int, int, int]], repeats: int = 5) -> float:
+def kernel_us(name: str, back: bool, change: dict[str, int], shapes: list[tuple[int, int, int]], repeats: int = 5) -> float:
     """Geometric mean over `shapes` of kernel `name`'s device time in microseconds; inf where a candidate does not fit the GPU."""
     times = []
     for shape in shapes:
         q, k, gamma, f = inputs(*shape)
         past = q.new_empty(shape[0], 0, shape[2])
         length = torch.zeros(shape[0], dtype=torch.int32, device=q.device)
-        forward = override(feedback_fwd.tiles(q.device, q.dtype, shape[2]), name, {} if backward else change)
-        s, lse, low = feedback_fwd.forward(q, k, gamma, f, past, past, length, True, options=forward)
+        there = override(forward.tiles(q.device, q.dtype, shape[2]), name, {} if back else change)
+        s, lse, low = forward.forward(q, k, gamma, f, past, past, length, True, options=there)
 
-        def call(x: tuple[Any, ...] = (q, k, gamma, f, s, lse, low, past, past, length), forward: Options = forward) -> None:
-            if backward:
-                options = override(feedback_bwd.tiles(x[0].device, x[0].dtype, x[0].shape[2]), name, change)
-                feedback_bwd.backward(x[3], *x, options=options)
+        def call(x: tuple[Any, ...] = (q, k, gamma, f, s, lse, low, past, past, length), there: Options = there) -> None:
+            if back:
+                options = override(backward.tiles(x[0].device, x[0].dtype, x[0].shape[2]), name, change)
+                backward.backward(x[3], *x, options=options)
             else:
-                feedback_fwd.forward(*x[:4], *x[7:], True, options=forward)
+                forward.forward(*x[:4], *x[7:], True, options=there)
 
         call()
         torch.cuda.synchronize()
@@ -106,24 +108,24 @@ def main() -> int:
 
     arch = arch_of(torch.cuda.current_device())
     for name in arguments.kernel or SPACE:
-        sides = [side for side, names in (("fwd", feedback_fwd.FORWARD), ("bwd", feedback_bwd.BACKWARD)) if name in names]
-        variants = [(side, v) for side in sides for v in (side, "wide") if launch.has(name, arch, "bf16", v) and shapes_of(name, v, arch)]
+        sides = [side for side, names in (("fwd", forward.FORWARD), ("bwd", backward.BACKWARD)) if name in names]
+        variants = [(side, v) for side in sides for v in (side, "wide") if table.has(name, arch, "bf16", v) and shapes_of(name, v, arch)]
         for side, variant in variants:
-            table = Table("options", "us (geometric mean)", title=f"{name}, {variant}, sm_{arch}, bf16")
+            sheet = Table("options", "us (geometric mean)", title=f"{name}, {variant}, sm_{arch}, bf16")
             scores: list[tuple[float, dict[str, int]]] = []
             for change in candidates(name):
                 try:
                     scores.append((kernel_us(name, side == "bwd", change, shapes_of(name, variant, arch)), change))
                 except OutOfResources:
                     scores.append((math.inf, change))
-                table.add_row(str(change), f"{scores[-1][0]:.1f}")
-            Console().print(table)
+                sheet.add_row(str(change), f"{scores[-1][0]:.1f}")
+            Console().print(sheet)
             best = min(scores, key=lambda score: score[0])[1]
             if arguments.write:
-                followers = [n for n in FOLLOWERS.get(name, ()) if variant in launch.kernel(n).variants]
+                followers = [n for n in FOLLOWERS.get(name, ()) if variant in table.kernel(n).variants]
                 for target, change in ((name, best), *((n, {k: best[k] for k in TIED[name]}) for n in followers)):
-                    entry = {k: v for k, v in launch.pinned(target, arch, "bf16", variant).items() if k not in ("arch", "dtype", "variant", "tuned")}
-                    launch.pin(target, arch, ["bf16"], variant, {**entry, **change})
+                    entry = {k: v for k, v in table.pinned(target, arch, "bf16", variant).items() if k not in ("arch", "dtype", "variant", "tuned")}
+                    table.pin(target, arch, ["bf16"], variant, {**entry, **change})
                 pinned.cache_clear()
     return 0
 

@@ -25,8 +25,12 @@ from gpu import copy_bandwidth, replay_ms
 from torch.nn.attention.bias import causal_lower_right
 from tune_step import STORAGE
 
-from sessa_deploy.kernels import causal_prefill, causal_step, launch
-from sessa_deploy.kernels.feedback_launch import launcher
+from sessa_deploy.kernels.causal import prefill, step
+from sessa_deploy.kernels.launch import table
+from sessa_deploy.kernels.launch.jit import launcher
+from sessa_deploy.kernels.launch.limits import LOG2E
+from sessa_deploy.kernels.launch.spec import resolve
+from sessa_deploy.kernels.launch.splits import step_programs, step_splits
 
 # (B, capacity, context of each sequence); (B, T, capacity, context). Head counts are chosen so that Hq d = 1024.
 STEP_SHAPES: list[tuple[int, int, list[int]]] = [(32, 8192, [4096]), (1, 32768, [4096]), (1, 256, [128]), (32, 8192, [128] * 31 + [4096])]
@@ -72,9 +76,9 @@ def chunk_candidates(variant: str, dtype: str) -> list[Tiles]:
 
 def compile_one(kernel: str, dtype: str, tiles: Tiles) -> None:
     """Put a binary into Triton's cache, in a process of its own, forked before CUDA is touched."""
-    fn = causal_prefill.causal_prefill if kernel == "causal_prefill" else getattr(causal_step, kernel)
+    fn = prefill.causal_prefill if kernel == "causal_prefill" else getattr(step, kernel)
     types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
-    resolved = [launch.resolve(p.type, dtype) for p in launch.kernel(kernel).params]
+    resolved = [resolve(p.type, dtype) for p in table.kernel(kernel).params]
     fn.warmup(*(types[t[1:]] if t.startswith("*") else 1.0 if t == "fp32" else 16 for t in resolved), grid=(1,), **tiles)
 
 
@@ -95,19 +99,19 @@ class StepCase:
 
     def launches(self, partial: Tiles, combine: Tiles) -> list[Callable[[], None]]:
         rows = partial["BLOCK_R"] * partial["TILES"]
-        splits = launch.step_splits(self.capacity, rows, combine["BLOCK_S"])
+        splits = step_splits(self.capacity, rows, combine["BLOCK_S"])
         part = torch.empty(self.batch * self.heads * splits * self.width, device="cuda")
         stat = torch.empty(self.batch * self.heads * splits * 2, device="cuda")
-        scale, group, units = self.width**-0.5 * causal_step.LOG2E, self.heads // self.kv_heads, self.width // 8
+        scale, group, units = self.width**-0.5 * LOG2E, self.heads // self.kv_heads, self.width // 8
         blocks = -(-self.kv_heads // partial["BLOCK_H"]) * -(-group // partial["BLOCK_G"])
-        held = launcher(causal_step.causal_step_partial, self.length.device, self.q.dtype, {"PDL": False, **partial}).resident
+        held = launcher(step.causal_step_partial, self.length.device, self.q.dtype, {"PDL": False, **partial}).resident
 
         def one(past: torch.Tensor) -> None:
-            causal_step.causal_step_partial[(blocks, launch.step_programs(self.batch * splits, blocks, held))](
-                self.q, self.k, self.v, past[0], past[1], self.length, part, stat, *causal_step.strides(past[0]), *causal_step.strides(past[1]),
+            step.causal_step_partial[(blocks, step_programs(self.batch * splits, blocks, held))](
+                self.q, self.k, self.v, past[0], past[1], self.length, part, stat, *step.strides(past[0]), *step.strides(past[1]),
                 self.batch, splits, self.capacity, self.kv_heads, group, units, scale, **partial,
             )  # fmt: skip
-            causal_step.causal_step_combine[(self.heads, -(-self.width // combine["BLOCK_D"]), self.batch)](
+            step.causal_step_combine[(self.heads, -(-self.width // combine["BLOCK_D"]), self.batch)](
                 part, stat, self.length, self.out, self.capacity, splits, rows, units, **combine
             )
 
@@ -129,10 +133,10 @@ class ChunkCase:
 
     def launches(self, tiles: Tiles) -> list[Callable[[], None]]:
         def one() -> None:
-            causal_prefill.causal_prefill[(-(-self.tokens // tiles["BM"]), self.heads, self.batch)](
-                self.q, self.new[0], self.new[1], self.past[0], self.past[1], self.length, self.out, *causal_step.strides(self.past[0]),
-                *causal_step.strides(self.past[1]), self.tokens, self.capacity, self.heads // self.kv_heads, self.width // 8,
-                self.width**-0.5 * causal_step.LOG2E, **tiles,
+            prefill.causal_prefill[(-(-self.tokens // tiles["BM"]), self.heads, self.batch)](
+                self.q, self.new[0], self.new[1], self.past[0], self.past[1], self.length, self.out, *step.strides(self.past[0]),
+                *step.strides(self.past[1]), self.tokens, self.capacity, self.heads // self.kv_heads, self.width // 8,
+                self.width**-0.5 * LOG2E, **tiles,
             )  # fmt: skip
 
         return [one] * 4
@@ -195,7 +199,7 @@ def try_chunks(variant: str, dtype: str) -> tuple[list[float], list[dict[str, An
 
 def pinned_splits(steps: list[dict[str, Any]], arch: int) -> dict[str, Any]:
     """The best of those measured with the combination that the table pins."""
-    combine = launch.options("causal_step_combine", arch, "fp16", "any")
+    combine = table.options("causal_step_combine", arch, "fp16", "any")
     return next((r for r in steps if r["combine"] == combine), steps[0])
 
 
@@ -230,7 +234,7 @@ def main() -> None:
                 tile = f"R,H,G,stages,tiles,warps={short(r['tiles'])} S,D,warps={r['combine']['BLOCK_S']} {r['combine']['BLOCK_D']} {r['combine']['num_warps']}"
                 print(f"step {dtype} {variant} {tile}: {r['score']:.3f} | share(us) {figures}", flush=True)
             if args.write and steps:
-                launch.pin("causal_step_partial", arch, targets, variant, pinned_splits(steps, arch)["tiles"])
+                table.pin("causal_step_partial", arch, targets, variant, pinned_splits(steps, arch)["tiles"])
             if "x" not in variant:
                 library, chunks = try_chunks(variant, dtype)
                 results += chunks
@@ -238,7 +242,7 @@ def main() -> None:
                     figures = " ".join(f"{x:.0f}/{y:.0f}" for x, y in zip(r["tflops"], library, strict=True))
                     print(f"chunk {dtype} {variant} M,N,warps,stages={short(r['tiles'])}: {r['score']:.0f} | TFLOP/s ours/SDPA {figures}", flush=True)
                 if args.write and chunks:
-                    launch.pin("causal_prefill", arch, targets, variant, chunks[0]["tiles"])
+                    table.pin("causal_prefill", arch, targets, variant, chunks[0]["tiles"])
             torch.cuda.empty_cache()
     if args.json:
         shapes = {"step": STEP_SHAPES, "chunk": CHUNK_SHAPES}

@@ -19,8 +19,9 @@ import torch
 import triton
 from gpu import capture, event_ms
 
-from sessa_deploy.kernels import launch, layer
-from sessa_deploy.kernels.feedback_launch import address, arch_of, launcher
+from sessa_deploy.kernels.engine import layer
+from sessa_deploy.kernels.launch import table
+from sessa_deploy.kernels.launch.jit import address, arch_of, launcher
 
 # BM, BN, BK, KS, warps, stages
 SMALL = [(16, 16, 128, 1, 4, 4), (16, 16, 256, 1, 4, 3), (16, 16, 256, 2, 2, 3), (16, 16, 256, 4, 4, 3), (16, 16, 256, 4, 4, 4),
@@ -55,20 +56,20 @@ class Case:
         out = make(rows, self.columns, kind=torch.float32 if kernel == "layer_logits" else dtype)
         cos, sin = make(rows, 32, kind=torch.float32), make(rows, 32, kind=torch.float32)
         add = make(rows, width, kind=torch.float32)
-        parts, gain, gamma = [make(rows, width) for _ in range(5)], make(width, kind=torch.float32), make(rows, kind=torch.float32)
+        parts, gamma_weight, gamma = [make(rows, width) for _ in range(5)], make(width, kind=torch.float32), make(rows, kind=torch.float32)
         tail: tuple[Any, ...] = (rows, width)
         self.arguments = {
             "layer_linear": lambda w: (x, w, bias, out, *tail, self.columns), "layer_out": lambda w: (x, w, bias, add, out, *tail),
             "layer_enter": lambda w: (x, w, bias, out, *tail),
             "layer_logits": lambda w: (x, w, out, *tail, self.columns),
             "layer_tail": lambda w: (x, h, w, bias, x, out, *tail),
-            "layer_project_gain": lambda w: (h, w, bias, bias, bias, bias, cos, sin, gain, gain, *parts, gamma, *tail, width, 8, 0.999),
+            "layer_project_gain": lambda w: (h, w, bias, bias, bias, bias, cos, sin, gamma_weight, gamma_weight, *parts, gamma, *tail, width, 8, 0.999),
         }[kernel]  # fmt: skip
 
     def grid(self, tiles: dict[str, Any]) -> tuple[int, ...]:
         tall = triton.cdiv(self.rows, tiles["BM"])
         if self.kernel == "layer_project_gain":
-            return (layer.gain_programs(self.rows, tiles["BM"]) + 5 * tall * triton.cdiv(self.columns // 5, tiles["BN"]),)
+            return (layer.gamma_programs(self.rows, tiles["BM"]) + 5 * tall * triton.cdiv(self.columns // 5, tiles["BN"]),)
         return (tall * triton.cdiv(self.columns, tiles["BN"]),)
 
     def time(self, options: dict[str, Any] | None) -> float:
@@ -135,7 +136,7 @@ def main() -> int:
             best = "  ".join(f"{t:.2f} {c}" for t, c in rows[:4])
             print(f"{name:14} {variant:>4} rows {case.rows:5}: cuBLAS {library:8.2f} us | {best}", flush=True)
             if args.pin and rows:
-                launch.pin(name, arch, [args.dtype] if args.dtype == "fp32" else ["fp16", "bf16"], variant, tiles(rows[0][1]))
+                table.pin(name, arch, [args.dtype] if args.dtype == "fp32" else ["fp16", "bf16"], variant, tiles(rows[0][1]))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
     return 0

@@ -3,7 +3,7 @@
     python benchmarks/tune_step.py [--write] [--quick] [--json FILE]
 
 Times are CUDA-graph replays over rotating caches larger than L2, medians. GB/s counts the valid rows of k_b and s, once.
-The score of a tile is the geometric mean of its shares of copy bandwidth over the shapes; --write puts the winner into launch_table.json.
+The score of a tile is the geometric mean of its shares of copy bandwidth over the shapes; --write puts the winner into kernels/feedback/tiles.json.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from typing import Any
 import torch
 from gpu import copy_bandwidth, replay_ms
 
-from sessa_deploy.kernels import feedback_step, launch
-from sessa_deploy.kernels.feedback_launch import launcher
+from sessa_deploy.kernels.feedback import step
+from sessa_deploy.kernels.launch import table
+from sessa_deploy.kernels.launch.jit import launcher
+from sessa_deploy.kernels.launch.limits import LOG2E, STEP_MAX_SPLITS
+from sessa_deploy.kernels.launch.splits import step_programs
 
 # (B, capacity, context of each sequence)
 SHAPES: list[tuple[int, int, list[int]]] = [(32, 8192, [4096]), (1, 8192, [4096]), (1, 32768, [32768]), (32, 8192, [128] * 31 + [4096]), (8, 2048, [1500])]
@@ -47,17 +50,17 @@ class Case:
         splits = max(1, min(splits_max, -(-self.capacity // rows)))
         part = torch.empty(self.batch, splits, self.width, device="cuda")
         stat = torch.empty(self.batch, splits, 2, device="cuda")
-        scale = self.width**-0.5 * feedback_step.LOG2E
-        held = launcher(feedback_step.feedback_step_partial, self.length.device, self.q.dtype, {"PDL": False, **partial}).resident
+        scale = self.width**-0.5 * LOG2E
+        held = launcher(step.feedback_step_partial, self.length.device, self.q.dtype, {"PDL": False, **partial}).resident
 
         def one(past: torch.Tensor) -> None:
             k, s = past[0], past[1]
             strides = (k.stride(0), k.stride(1), s.stride(0), s.stride(1))
-            feedback_step.feedback_step_partial[(launch.step_programs(self.batch * splits, 1, held),)](
+            step.feedback_step_partial[(step_programs(self.batch * splits, 1, held),)](
                 self.q, k, s, self.length, part, stat, *strides, self.batch, splits, self.capacity, self.width, scale, **partial
             )
             if combine:
-                feedback_step.feedback_step_combine[(self.batch, -(-self.width // combine["BLOCK_D"]))](
+                step.feedback_step_combine[(self.batch, -(-self.width // combine["BLOCK_D"]))](
                     part, stat, self.length, self.gamma, self.f, self.out, self.capacity, splits, rows, self.width, **combine
                 )
 
@@ -94,7 +97,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer tiles")
     parser.add_argument("--dtype", default="bf16,fp32", help="storage types to tune; fp16 takes bf16's tiles")
     parser.add_argument("--width", default="1024,4096,256")
-    parser.add_argument("--splits", default=str(launch.STEP_MAX_SPLITS), help="numbers of splits to try; the pinned tiles are of the library's own")
+    parser.add_argument("--splits", default=str(STEP_MAX_SPLITS), help="numbers of splits to try; the pinned tiles are of the library's own")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     major, minor = torch.cuda.get_device_capability()
@@ -104,11 +107,11 @@ def main() -> None:
     for dtype, variant in itertools.product(args.dtype.split(","), args.width.split(",")):
         cases = [Case(b, p, n, int(variant), STORAGE[dtype]) for b, p, n in (SHAPES if int(variant) <= 1024 and dtype != "fp32" else SHAPES[:2])]
         if int(variant) == 1024 and dtype == "bf16":
-            tiles = launch.options("feedback_step_partial", major * 10 + minor, dtype, variant)
+            tiles = table.options("feedback_step_partial", major * 10 + minor, dtype, variant)
             for combine in COMBINES:
                 cost = [replay_ms(c.launches(tiles, combine, 128)) - replay_ms(c.launches(tiles, {}, 128)) for c in cases]
                 print(f"combine {combine}: " + " ".join(f"{1e3 * x:.2f}" for x in cost) + " us", flush=True)
-        combine = launch.options("feedback_step_combine", major * 10 + minor, dtype, "128")
+        combine = table.options("feedback_step_combine", major * 10 + minor, dtype, "128")
         for tiles, splits in itertools.product(candidates(variant, dtype, args.quick), map(int, args.splits.split(","))):
             times = [(c, replay_ms(c.launches(tiles, combine, splits))) for c in cases]
             share = score(times, copy)
@@ -122,10 +125,10 @@ def main() -> None:
             shares, micros = (" ".join(texts) for texts in ((f"{x:.3f}" for x in r["shares"]), (f"{1e3 * m:.1f}" for m in r["ms"])))
             print(f"{dtype} {variant} {tile}: share {r['share']:.3f} | {shares} | us {micros}", flush=True)
         if args.write:
-            best = next((r for r in mine if r["splits"] == launch.STEP_MAX_SPLITS), None)
+            best = next((r for r in mine if r["splits"] == STEP_MAX_SPLITS), None)
             if best is None:
-                raise SystemExit(f"--write needs {launch.STEP_MAX_SPLITS} among --splits")
-            launch.pin("feedback_step_partial", major * 10 + minor, ["fp16", "bf16"] if dtype == "bf16" else [dtype], variant, best["tiles"])
+                raise SystemExit(f"--write needs {STEP_MAX_SPLITS} among --splits")
+            table.pin("feedback_step_partial", major * 10 + minor, ["fp16", "bf16"] if dtype == "bf16" else [dtype], variant, best["tiles"])
     if args.json:
         args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "copy_gbs": copy, "shapes": SHAPES, "results": results}, indent=1))
 

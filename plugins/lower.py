@@ -1,8 +1,8 @@
 """Compile the plugin's kernels ahead of time: the training kernels' Triton source to one cubin for each arch, storage dtype and tile.
 
-    python -m sessa_deploy.plugins.lower --arch 80,86,87,89,90,100,120 --out DIR
+    python -m sessa_deploy.plugins.lower --out DIR
 
-needs torch and Triton 3.6 or 3.7 (`launch.TRITON_VERSIONS`), and no GPU. DIR receives `<kernel>.sm<arch>.<dtype>.<variant>.cubin`,
+needs torch and Triton 3.6 or 3.7 (`jit.TRITON_VERSIONS`), and no GPU. DIR receives `<kernel>.sm<arch>.<dtype>.<variant>.cubin`,
 `cubins.json` (every parameter in order, Triton's two hidden scratch pointers last, tiles, shared memory, warps, registers, spills) and
 `cubins.inc`, the same table for the plugin's C++.
 Exit code 1: a cubin needs more shared memory than its architecture has, spills more than its pinned entry states, or loads scalars where
@@ -25,10 +25,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sessa_deploy.cuda_arch import nearest
+from sessa_deploy.cuda_arch import ARCHS, nearest
 from sessa_deploy.errors import SessaError
 from sessa_deploy.files import scratch, write_whole
-from sessa_deploy.kernels import launch
+from sessa_deploy.kernels.launch import jit, table
+from sessa_deploy.kernels.launch.limits import ALIGNMENT, SHARED_LIMIT
+from sessa_deploy.kernels.launch.spec import resolve
 from sessa_deploy.process import ending_cleanly
 
 SCHEMA = 1
@@ -82,9 +84,9 @@ class Cubin:
 
 def units(archs: Sequence[int], kernels: Sequence[str] | None = None) -> list[Unit]:
     """Every binary the plugin needs on these architectures, or those of the named kernels; without what an earlier architecture's binary serves."""
-    chosen = [k for k in launch.KERNELS.values() if k.lowered and (kernels is None or k.name in kernels)]
+    chosen = [k for k in table.kernels().values() if k.lowered and (kernels is None or k.name in kernels)]
     found = [Unit(k.name, arch, dtype, v) for k in chosen for arch in archs for dtype in k.dtypes for v in k.variants if v != "bwd"]
-    return [u for u in found if (u.variant != "wide" or launch.has(u.kernel, u.arch, u.dtype, u.variant)) and served_by(u, archs) is None]
+    return [u for u in found if (u.variant != "wide" or table.has(u.kernel, u.arch, u.dtype, u.variant)) and served_by(u, archs) is None]
 
 
 def served_by(unit: Unit, archs: Sequence[int]) -> int | None:
@@ -102,13 +104,13 @@ def served_by(unit: Unit, archs: Sequence[int]) -> int | None:
 
 
 def _options(unit: Unit) -> dict[str, Any]:
-    return launch.options(unit.kernel, unit.arch, unit.dtype, unit.variant)
+    return table.options(unit.kernel, unit.arch, unit.dtype, unit.variant)
 
 
 def shared_limit(unit: Unit) -> int:
     """Bytes of shared memory that every architecture which this binary may serve has."""
-    serves = [a for a in launch.ARCHS if served_by(Unit(unit.kernel, a, unit.dtype, unit.variant), [unit.arch]) is not None]
-    return min(launch.SHARED_LIMIT[a] for a in (unit.arch, *serves))
+    serves = [a for a in ARCHS if served_by(Unit(unit.kernel, a, unit.dtype, unit.variant), [unit.arch]) is not None]
+    return min(SHARED_LIMIT[a] for a in (unit.arch, *serves))
 
 
 def count_loads(ptx: str) -> tuple[int, int]:
@@ -133,15 +135,15 @@ def source(unit: Unit) -> tuple[Any, dict[str, Any]]:
 
     from triton.compiler import ASTSource
 
-    description = launch.kernel(unit.kernel)
+    description = table.kernel(unit.kernel)
     fn = getattr(importlib.import_module(description.module), unit.kernel)
     names = [*(p.name for p in description.params), *description.constexprs]
     if list(fn.arg_names) != names:
-        raise ValueError(f"{unit.kernel} takes {fn.arg_names}, launch.py describes {names}")
-    tiles = launch.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant)
-    options = {k: v for k, v in launch.options(unit.kernel, unit.arch, unit.dtype, unit.variant).items() if k not in tiles}
-    attrs = {(i,): [["tt.divisibility", launch.ALIGNMENT]] for i in launch.divisible(unit.kernel)}
-    return ASTSource(fn, launch.signature(unit.kernel, unit.dtype), constexprs=tiles, attrs=attrs), options
+        raise ValueError(f"{unit.kernel} takes {fn.arg_names}, its spec describes {names}")
+    tiles = table.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant)
+    options = {k: v for k, v in table.options(unit.kernel, unit.arch, unit.dtype, unit.variant).items() if k not in tiles}
+    attrs = {(i,): [["tt.divisibility", ALIGNMENT]] for i in table.divisible(unit.kernel)}
+    return ASTSource(fn, table.signature(unit.kernel, unit.dtype), constexprs=tiles, attrs=attrs), options
 
 
 def compile_unit(unit: Unit, out: Path) -> Cubin:
@@ -159,19 +161,19 @@ def compile_unit(unit: Unit, out: Path) -> Cubin:
         kernel = triton.compile(src, target=GPUTarget("cuda", unit.arch, 32), options=options)
     registers, spill = ptxas_report(log.getvalue())
     vector, scalar = count_loads(kernel.asm["ptx"])
-    binary, meta, description = kernel.asm["cubin"], kernel.metadata, launch.kernel(unit.kernel)
+    binary, meta, description = kernel.asm["cubin"], kernel.metadata, table.kernel(unit.kernel)
     path = out / f"{unit.stem}.cubin"
     write_whole(path, binary, "--out", "the binary", sync=False)
-    params = [{"name": p.name, "type": launch.resolve(p.type, unit.dtype), "divisible": launch.ALIGNMENT if p.divisible else 1} for p in description.params]
+    params = [{"name": p.name, "type": resolve(p.type, unit.dtype), "divisible": ALIGNMENT if p.divisible else 1} for p in description.params]
     params += [{"name": n, "type": t, "divisible": 1} for n, t in HIDDEN]
     declared = len(re.findall(r"^\s*\.param\b", kernel.asm["ptx"].split(".visible .entry", 1)[1].split(")", 1)[0], re.MULTILINE))
     cubin = Cubin(
         **asdict(unit), file=path.name, sha256=hashlib.sha256(binary).hexdigest(), size=len(binary), entry=meta.name, params=params,
-        tiles=launch.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant), num_warps=meta.num_warps, num_stages=options["num_stages"], shared=meta.shared,
+        tiles=table.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant), num_warps=meta.num_warps, num_stages=options["num_stages"], shared=meta.shared,
         registers=registers, spill_bytes=spill, global_scratch=meta.global_scratch_size or 0, vector_loads=vector, scalar_loads=scalar,
-        tuned=launch.tuned(unit.kernel, unit.arch, unit.dtype, unit.variant), early_rows=launch.early(unit.kernel, unit.arch, unit.dtype, unit.variant),
+        tuned=table.tuned(unit.kernel, unit.arch, unit.dtype, unit.variant), early_rows=table.early(unit.kernel, unit.arch, unit.dtype, unit.variant),
     )  # fmt: skip
-    allowed = launch.spills(unit.kernel, unit.arch, unit.dtype, unit.variant, launch.triton_version())
+    allowed = table.spills(unit.kernel, unit.arch, unit.dtype, unit.variant, jit.triton_version())
     cubin.problems = problems(cubin, declared, allowed, description.scalar_loads, description.wide)
     return cubin
 
@@ -206,9 +208,9 @@ def _prepare(cache: str) -> None:
 def lower(archs: Sequence[int], out: Path, kernels: Sequence[str] | None = None, jobs: int | None = None) -> list[Cubin]:
     """Compile every unit into `out` (made if absent) and write cubins.json and cubins.inc; returns the entries, problems included.
 
-    Raises UserError where the installed Triton is none of `launch.TRITON_VERSIONS`.
+    Raises UserError where the installed Triton is none of `jit.TRITON_VERSIONS`.
     """
-    launch.triton_version()
+    jit.triton_version()
     import triton
 
     out.mkdir(parents=True, exist_ok=True)
@@ -240,17 +242,17 @@ def _rows(cubins: Sequence[Cubin]) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code (0 good, 1 a binary has a problem, 2 bad input)."""
     parser = argparse.ArgumentParser(prog="python -m sessa_deploy.plugins.lower", description="Compile the plugin's Triton kernels to cubins, without a GPU.")
-    parser.add_argument("--arch", default=",".join(map(str, launch.ARCHS)), help="compute capabilities, e.g. 80,90 (default: all)")
+    parser.add_argument("--arch", default=",".join(map(str, ARCHS)), help="compute capabilities, e.g. 80,90 (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the cubins and their metadata")
-    parser.add_argument("--kernel", action="append", choices=sorted(launch.KERNELS), help="only this kernel (repeatable; default: all the plugin needs)")
+    parser.add_argument("--kernel", action="append", choices=sorted(table.kernels()), help="only this kernel (repeatable; default: all the plugin needs)")
     parser.add_argument("--jobs", type=int, default=None, help="processes (default: one a core)")
     args = parser.parse_args(argv)
     try:
         archs = [int(a) for a in args.arch.split(",")]
     except ValueError:
         archs = []
-    if not archs or not set(archs) <= set(launch.ARCHS):
-        print(f"error: --arch: got {args.arch}; allowed: some of {','.join(map(str, launch.ARCHS))}", file=sys.stderr)
+    if not archs or not set(archs) <= set(ARCHS):
+        print(f"error: --arch: got {args.arch}; allowed: some of {','.join(map(str, ARCHS))}", file=sys.stderr)
         return 2
     begun = time.monotonic()
     try:
@@ -267,6 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     bad = [(c, p) for c in cubins for p in c.problems]
     for c, p in bad:
         print(f"error: {c.file} {p}", file=sys.stderr)
+    if jit.triton_version() != table.TUNED_WITH:
+        tuned, here = (".".join(map(str, version)) for version in (table.TUNED_WITH, jit.triton_version()))
+        print(f"tiles were measured with Triton {tuned}; these binaries are of Triton {here}")
     print(f"{len(cubins)} cubins, {sum(c.size for c in cubins) / 2**20:.1f} MiB, {time.monotonic() - begun:.0f} s, in {args.out}")
     return 1 if bad else 0
 

@@ -18,16 +18,9 @@ from pathlib import Path
 
 from sessa_deploy import contract, cuda_arch
 from sessa_deploy.errors import UserError
-from sessa_deploy.kernels import launch, launch_causal, launch_layer, launch_mixer
+from sessa_deploy.kernels.launch import limits
 
 STATE_VERSION = 2  # of what an engine holds of a plugin; goes up with its form or its meaning
-PANEL_BYTES = 1 << 30  # feedback_fwd.PANEL_BYTES
-SINGLE = 32  # layer.SINGLE
-MAX_GRID = 65535  # programs along y and z
-MAX_ROWS = (1 << 30) - 1
-MAX_DEPTH = 65536  # of a matrix product
-MAX_PAIRS = 128  # of a rotary table, the widest binary's
-LIMBS = 4  # of a rotary frequency (rope.py)
 MAX_INT = (1 << 63) - 1
 MAX_FLOAT = struct.unpack("<f", b"\xff\xff\x7f\x7f")[0]
 
@@ -35,7 +28,7 @@ MAX_FLOAT = struct.unpack("<f", b"\xff\xff\x7f\x7f")[0]
 SIZES: dict[str, tuple[str, str, int]] = {
     "B": ("B", "batch", 1), "T": ("T", "tokens", 1), "P": ("P", "capacity", 0), "D": ("D", "width", 1), "H": ("Hq", "heads", 1), "K": ("Hkv", "kvHeads", 1),
     "C": ("d", "headWidth", 1), "N": ("N", "columns", 1), "E": ("E", "doubleWidth", 2), "J": ("J", "pairs", 1), "I": ("I", "one", 1),
-    "R": ("R", "limbs", LIMBS),
+    "R": ("R", "limbs", limits.ROTARY_LIMBS),
 }  # fmt: skip
 KINDS = {"": "storage", ":f": "float32", ":i": "int32"}
 
@@ -173,17 +166,17 @@ EPSILON = Attribute("epsilon", struct.unpack("<f", struct.pack("<f", 1e-5))[0], 
 GAMMA_MAX = Attribute("gamma_max", struct.unpack("<f", struct.pack("<f", 0.999))[0], 1.0, "a number above 0, up to 1")
 ATTRIBUTES = (SCALE, EPSILON, GAMMA_MAX)
 
-_COMMON = (Limit("batch B", "B", 1, MAX_GRID), Limit("new rows T", "T", 1, MAX_ROWS), Limit("rows of past P", "P", 0, MAX_ROWS))
+_COMMON = (Limit("batch B", "B", 1, limits.MAX_GRID), Limit("new rows T", "T", 1, limits.MAX_ROWS), Limit("rows of past P", "P", 0, limits.MAX_ROWS))
 _MULTIPLE = str(contract.WIDTH_MULTIPLE)
 _ROW = Limit("width D", "D", contract.WIDTH_MULTIPLE, contract.MAX_WIDTH, _MULTIPLE)  # a program holds a row
-_DEPTH = Limit("width D", "D", contract.WIDTH_MULTIPLE, MAX_DEPTH, _MULTIPLE)
+_DEPTH = Limit("width D", "D", contract.WIDTH_MULTIPLE, limits.LAYER_MAX_DEPTH, _MULTIPLE)
 _DOUBLE = Limit("width of h", "E", equals="2D")
-_HEADS = (Limit("heads Hkv", "K", 1, MAX_GRID), Limit("heads Hq", "H", 1, MAX_GRID, "K"))
+_HEADS = (Limit("heads Hkv", "K", 1, limits.MAX_GRID), Limit("heads Hq", "H", 1, limits.MAX_GRID, "K"))
 _SPLIT = Limit("heads x head width", "HC", equals="D")
 
 
 def _head(widest: int) -> Limit:
-    return Limit("head width d", "C", launch_causal.MULTIPLE, widest, str(launch_causal.MULTIPLE))
+    return Limit("head width d", "C", limits.HEAD_MULTIPLE, widest, str(limits.HEAD_MULTIPLE))
 
 
 _DESCRIBED = {
@@ -191,9 +184,9 @@ _DESCRIBED = {
     for op in (
         _op(contract.FEEDBACK_OP, contract.FEEDBACK_INPUTS, "BTD BTD BT:f BTD BPD BPD B:i", contract.FEEDBACK_OUTPUTS, "BTD", [_ROW], [SCALE]),
         _op(contract.CAUSAL_OP, contract.CAUSAL_INPUTS, "BTHC BTKC BTKC BPKC BPKC B:i", contract.CAUSAL_OUTPUTS, "BTHC",
-            [*_HEADS, _head(launch_causal.HEAD_WIDTHS[-1])], [SCALE]),
+            [*_HEADS, _head(limits.HEAD_MAX_WIDTH)], [SCALE]),
         _op(contract.ROTARY_OP, "x past_length limbs", "BTD B:i RJ:f", "cos sin", "BTJ:f BTJ:f",
-            [Limit("rows of limbs", "R", equals=str(LIMBS)), Limit("pairs d / 2", "J", 1, MAX_PAIRS)]),
+            [Limit("rows of limbs", "R", equals=str(limits.ROTARY_LIMBS)), Limit("pairs d / 2", "J", 1, limits.ROTARY_MAX_PAIRS)]),
         _op(contract.NORM_OP, "x weight bias", "BTD D D", "y", "BTD", [_ROW], [EPSILON]),
         _op(contract.LINEAR_HEADS_OP, "x weight bias", "BTHC ND N", "y", "BTN", [_DEPTH, _SPLIT]),
         _op(contract.LOGITS_OP, "x weight", "BTD ND", "logits", "BTN:f", [_DEPTH]),
@@ -201,11 +194,11 @@ _DESCRIBED = {
         _op(contract.NORM_ENTER_OP, "x norm_weight norm_bias weight bias", "BTD D D ED E", "h", "BTE", [_ROW, _DOUBLE], [EPSILON]),
         _op(contract.PROJECT_GAIN_OP, "h weight bias_q bias_k bias_v bias_fb cos sin gain gain_bias", "BTE ND HC KC KC E BTJ:f BTJ:f D:f I:f",
             "q k v q_b k_b gamma", "BTHC BTKC BTKC BTD BTD BT:f",
-            [_DEPTH, _SPLIT, _DOUBLE, _head(MAX_DEPTH), Limit("head width d", "C", equals="2J"),
-             Limit("Hkv x head width", "KC", contract.WIDTH_MULTIPLE, MAX_DEPTH, _MULTIPLE), Limit("rows of weight", "N", equals="3D+2KC"),
+            [_DEPTH, _SPLIT, _DOUBLE, _head(limits.LAYER_MAX_DEPTH), Limit("head width d", "C", equals="2J"),
+             Limit("Hkv x head width", "KC", contract.WIDTH_MULTIPLE, limits.LAYER_MAX_DEPTH, _MULTIPLE), Limit("rows of weight", "N", equals="3D+2KC"),
              Limit("elements of gain_bias", "I", equals="1")], [GAMMA_MAX]),
         _op(contract.MIXER_OP, "q k v past_k past_v weight bias q_b k_b gamma past_kb past_s past_length",
-            "BTHC BTKC BTKC BPKC BPKC DD D BTD BTD BT:f BPD BPD B:i", "s", "BTD", [_ROW, _head(launch_mixer.HEADS[-1]), _SPLIT, *_HEADS]),
+            "BTHC BTKC BTKC BPKC BPKC DD D BTD BTD BT:f BPD BPD B:i", "s", "BTD", [_ROW, _head(limits.MIXER_HEADS[-1]), _SPLIT, *_HEADS]),
     )
 }  # fmt: skip
 OPS = tuple(_DESCRIBED[name] for name in contract.ENGINE_OPS)
@@ -231,32 +224,39 @@ def ops_inc() -> str:
     for one in OPS:
         operands = ["{" + ", ".join(f'{{"{x.name}", "{x.shape}", Kind::{_CPP_KINDS[x.kind]}}}' for x in part) + "}" for part in (one.inputs, one.outputs)]
         attributes = ", ".join(f'{{"{a.name}", &Numbers::{a.field}, {_float(a.above)}, {_float(a.most)}, "{a.allowed}"}}' for a in one.attributes)
-        limits = ",\n    ".join(f'{{"{x.what}", "{x.of}", {x.least}, {x.most}, "{x.multiple}", "{x.equals}", "{x.allowed}"}}' for x in one.limits)
+        bounds = ",\n    ".join(f'{{"{x.what}", "{x.of}", {x.least}, {x.most}, "{x.multiple}", "{x.equals}", "{x.allowed}"}}' for x in one.limits)
         counts = [len(one.inputs), len(one.outputs), len(one.attributes), len(one.limits)]
         lines.append(f'SESSA_OP({one.identifier}, "{one.name}", {", ".join(map(str, counts))},\n    {operands[0]},\n    {operands[1]},\n'
-                     f"    {{{attributes}}},\n    {{{limits}}})\n")  # fmt: skip
+                     f"    {{{attributes}}},\n    {{{bounds}}})\n")  # fmt: skip
     return "".join([*lines, "#endif\n"])
 
 
 def limits_h() -> str:
-    """Constants that the plans share with the kernels' Python side."""
-    widths = sorted(int(v) for v in launch.kernel("feedback_step_partial").variants)
+    """Constants that the plans share with the kernels' Python side, and the positions of each operation's operands."""
     numbers = {
         "MaxInputs": max(len(o.inputs) for o in OPS), "MaxOutputs": max(len(o.outputs) for o in OPS), "MaxAttributes": max(len(o.attributes) for o in OPS),
         "MaxLimits": max(len(o.limits) for o in OPS), "StateVersion": STATE_VERSION, "Tegra": cuda_arch.TEGRA, "Accelerated": cuda_arch.ACCELERATED,
-        "StepPrograms": launch.STEP_PROGRAMS, "StepMaxSplits": launch.STEP_MAX_SPLITS, "Wide": launch.WIDE, "PanelBytes": PANEL_BYTES,
-        "HeadMultiple": launch_causal.MULTIPLE, "Group": launch_causal.GROUP, "Single": SINGLE,
+        "StepPrograms": limits.STEP_PROGRAMS, "StepMaxSplits": limits.STEP_MAX_SPLITS, "Wide": limits.WIDE, "PanelBytes": limits.PANEL_BYTES,
+        "HeadMultiple": limits.HEAD_MULTIPLE, "Group": limits.GROUP, "Single": limits.SINGLE_ROWS,
     }  # fmt: skip
     lists = {
-        "Archs": cuda_arch.ARCHS, "Rows": launch_layer.ROWS, "HeadWidths": launch_causal.HEAD_WIDTHS, "LayerWidths": launch_layer.WIDTHS,
-        "MixerWidths": launch_mixer.WIDTHS, "MixerHeads": launch_mixer.HEADS, "StepWidths": widths,
+        "Archs": cuda_arch.ARCHS, "Rows": limits.PRODUCT_ROWS, "HeadWidths": limits.HEAD_WIDTHS, "LayerWidths": limits.LAYER_WIDTHS,
+        "MixerWidths": limits.MIXER_WIDTHS, "MixerHeads": limits.MIXER_HEADS, "StepWidths": limits.FEEDBACK_WIDTHS,
     }  # fmt: skip
     texts = {"PluginVersion": contract.PLUGIN_VERSION, "PluginNamespace": contract.PLUGIN_NAMESPACE}
     lines = [_HEAD, "#pragma once\n\n#include <cstdint>\n\nnamespace sessa\n{\n\n"]
     lines += [f'constexpr char const* k{name} = "{text}";\n' for name, text in texts.items()]
     lines += [f"constexpr int64_t k{name} = {value};\n" for name, value in numbers.items()]
+    for one in OPS:
+        positions = ", ".join(_cpp_name(x.name) for x in one.inputs)
+        lines.append(f"namespace {one.identifier}Input\n{{\nenum : int32_t // positions of its operands\n{{\n    {positions}\n}};\n}}\n")
     lines += [f"constexpr int64_t k{name}[] = {{{', '.join(map(str, values))}}};\n" for name, values in lists.items()]
     return "".join([*lines, "\n} // namespace sessa\n"])
+
+
+def _cpp_name(name: str) -> str:
+    """past_k is kPastK."""
+    return "k" + "".join(word.capitalize() for word in name.split("_"))
 
 
 def _float(value: float) -> str:

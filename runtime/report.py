@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from sessa_deploy.contract import TOKENIZER_FILE
-
 if TYPE_CHECKING:
     from sessa_deploy.runtime.tokenizer import Tokenizer
 
@@ -57,9 +55,8 @@ def count_progress(label: str, least: float = _LONG_PROMPT) -> Iterator[Callable
 
 def ignored_note(tokenizer: Tokenizer | None) -> str | None:
     """One line about what a tokenizer's file asks for and does not get; None where there is nothing to say."""
-    if tokenizer is None or not tokenizer.ignored:
-        return None
-    return f"note: {TOKENIZER_FILE} asks for {', '.join(tokenizer.ignored)}: ignored, text is encoded whole and as it is"
+    line = None if tokenizer is None else tokenizer.ignored_line
+    return line and f"note: {line}"
 
 
 def _bars(*columns: Any) -> Any:

@@ -134,6 +134,11 @@ class Tokenizer:
         """Rows that an embedding needs for its tokens: the largest id + 1, special ones included."""
         return int(max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)) + 1
 
+    @property
+    def ignored_line(self) -> str | None:
+        """One line about what the file asks for and does not get; None where there is nothing to say."""
+        return f"{TOKENIZER_FILE} asks for {', '.join(self.ignored)}: ignored, text is encoded whole and as it is" if self.ignored else None
+
     def to_json(self) -> str:
         """The tokenizers JSON it was made from."""
         return self._text

@@ -51,7 +51,7 @@ def load_for_export(path: str | Path, config: SessaConfig | None = None, note: N
     Raises UserError like `load_checkpoint`, and on a tokenizer.json that is none, or that knows tokens which the model does not.
     """
     model = load_checkpoint(path, config, note=note)
-    return model, read_tokenizer(locate(path).folder, model.config)
+    return model, read_tokenizer(locate(path).folder, model.config, note)
 
 
 def load_layers(
@@ -113,7 +113,7 @@ def read_state(path: str | Path, config: SessaConfig | None = None, note: Note |
         if not os.path.lexists(beside):
             facts = ", ".join(f"{k}={v}" for k, v in _shape_facts(names, raw).items() if v)
             raise UserError(f"no model configuration for {path}", got=f"no {beside} (the tensors say {facts})",
-                            allowed="a config.json in the checkpoint's folder", fix="write one beside the weights, or give the configuration")
+                            allowed="a config.json in the checkpoint's folder", fix="write one beside the weights, or give it with --config FILE")
         config = SessaConfig.load(layout.folder, note)
     layers = _shape_facts(names, raw)["n_layers"]
     if config.n_layers > layers + 1000:  # before a list of everything that is missing is made

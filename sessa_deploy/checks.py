@@ -20,6 +20,12 @@ def as_integer(value: object) -> int | None:
         return None
 
 
+def as_flag(value: object) -> bool | None:
+    """True or False of Python or numpy as Python's; None for everything else, 0 and 1 included."""
+    numpys = "bool" in str(getattr(value, "dtype", "")) and getattr(value, "shape", None) == ()
+    return bool(value) if isinstance(value, bool) or numpys else None
+
+
 def as_number(value: object) -> float | None:
     """A real number of any library as Python's float; None for everything else, booleans included."""
     if isinstance(value, bool):

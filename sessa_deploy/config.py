@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sessa_deploy.checks import as_flag, as_number, integer
 from sessa_deploy.errors import UserError, one_line
 from sessa_deploy.files import write_whole
 from sessa_deploy.reading import read_json
@@ -57,7 +58,7 @@ class SessaConfig:
     tie_word_embeddings: lm_head shares the embedding's weight.
     bos_token_id, pad_token_id: special tokens, or None. eos_token_id: the token that ends a text, several as a tuple (a list is taken), or None.
 
-    Raises UserError on a value outside its range.
+    Numpy's numbers are taken too, and kept as Python's. Raises UserError on a value outside its range.
     """
 
     d_model: int
@@ -76,14 +77,14 @@ class SessaConfig:
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layers", "n_heads", "vocab_size"):
-            _check_int(name, getattr(self, name), 1, None)
-        _check_int("max_context", self.max_context, 1, _MAX_CONTEXT)
-        if self.n_kv_heads is None:
-            object.__setattr__(self, "n_kv_heads", self.n_heads)
-        _check_int("n_kv_heads", self.n_kv_heads, 1, self.n_heads)
+            self._set(name, integer(name, getattr(self, name), 1))
+        self._set("max_context", integer("max_context", self.max_context, 1, _MAX_CONTEXT))
+        self._set("n_kv_heads", self.n_heads if self.n_kv_heads is None else integer("n_kv_heads", self.n_kv_heads, 1, self.n_heads))
         for name in ("use_forward_rope", "tie_word_embeddings"):
-            if not isinstance(getattr(self, name), bool):
+            value = as_flag(getattr(self, name))
+            if value is None:
                 raise UserError(f"{name} is not a boolean", got=repr(getattr(self, name)), allowed="true or false")
+            self._set(name, value)
         if self.d_model % self.n_heads:
             raise UserError("d_model is not divisible by n_heads", got=f"d_model={self.d_model}, n_heads={self.n_heads}",
                             allowed="d_model a multiple of n_heads")
@@ -94,17 +95,18 @@ class SessaConfig:
             raise UserError("head width d_model / n_heads is odd, and RoPE rotates pairs", got=f"{self.head_dim}",
                             allowed="an even head width, or use_forward_rope false")
         for name, low, high in (("gamma_max", 0.0, 1.0), ("layer_norm_eps", 0.0, math.inf)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high or value > 1e300:
-                raise UserError(f"{name} is out of range", got=repr(value), allowed=f"a number in ({low:g}, {high:g})")
-        eos = self.eos_token_id
-        if isinstance(eos, (list, tuple)):
-            object.__setattr__(self, "eos_token_id", tuple(dict.fromkeys(eos)) if all(isinstance(x, int) for x in eos) else tuple(eos))
-            if not eos:
-                object.__setattr__(self, "eos_token_id", None)
-        for name, ids in (("bos_token_id", _ids(self.bos_token_id)), ("eos_token_id", self.eos_token_ids), ("pad_token_id", _ids(self.pad_token_id))):
-            for value in ids:
-                _check_int(name, value, 0, self.vocab_size - 1)
+            number = as_number(getattr(self, name))
+            if number is None or not low < number < high or number > 1e300:
+                raise UserError(f"{name} is out of range", got=repr(getattr(self, name)), allowed=f"a number in ({low:g}, {high:g})")
+            self._set(name, number)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            given = getattr(self, name)
+            several = name == "eos_token_id" and (isinstance(given, (list, tuple)) or bool(getattr(given, "shape", ())))
+            ids = tuple(dict.fromkeys(integer(name, x, 0, self.vocab_size - 1) for x in (given if several else _ids(given))))
+            self._set(name, (ids or None) if several else ids[0] if ids else None)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -191,9 +193,3 @@ class SessaConfig:
 
 def _ids(value: Any) -> tuple[Any, ...]:
     return () if value is None else value if isinstance(value, tuple) else (value,)
-
-
-def _check_int(name: str, value: object, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        allowed = f"an integer >= {low}" if high is None else f"an integer in {low}..{high}"
-        raise UserError(f"{name} is out of range", got=repr(value), allowed=allowed)

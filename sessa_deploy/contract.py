@@ -12,11 +12,12 @@ DOMAIN = "sessa"
 DOMAIN_VERSION = 1
 FEEDBACK_OP = "SessaFeedbackAttention"
 CAUSAL_OP = "SessaCausalAttention"
+GRAPH_OPS = (FEEDBACK_OP, CAUSAL_OP)  # of a bundle's graph; each has a body of standard operators beside it
 # Ops of engines only, never of a bundle's graph: a layer around its attentions (see plugins/README.md).
 ROTARY_OP, NORM_OP, NORM_ENTER_OP, PROJECT_GAIN_OP = "SessaRotary", "SessaNorm", "SessaNormEnter", "SessaProjectGain"
 LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, MIXER_OP = "SessaLinearHeads", "SessaLogits", "SessaTail", "SessaMixer"
 # Everything the plugin library brings, in the order of its creators; plugins/ops.py describes each.
-ENGINE_OPS = (FEEDBACK_OP, CAUSAL_OP, ROTARY_OP, NORM_OP, LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, NORM_ENTER_OP, PROJECT_GAIN_OP, MIXER_OP)
+ENGINE_OPS = (*GRAPH_OPS, ROTARY_OP, NORM_OP, LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, NORM_ENTER_OP, PROJECT_GAIN_OP, MIXER_OP)
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = ""
 ATTR_SCALE = "scale"

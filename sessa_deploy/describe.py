@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import os
 from collections import Counter
@@ -14,7 +13,7 @@ from typing import Any
 from sessa_deploy.checkpoint_layout import PICKLES, locate
 from sessa_deploy.config import CONFIG_FILE, Note, SessaConfig
 from sessa_deploy.contract import MANIFEST_FILE, TOKENIZER_FILE
-from sessa_deploy.errors import UserError, packages_named
+from sessa_deploy.errors import MissingPackage, UserError, need, packages_named
 from sessa_deploy.reading import open_plain, read_json
 from sessa_deploy.safetensors_check import read_header
 
@@ -54,7 +53,9 @@ def describe_checkpoint(path: Path, verify: bool = True, config_file: str | Path
         if path.is_dir() and not os.path.lexists(path / CONFIG_FILE) and error.what.endswith("holds no weights"):
             raise UserError(f"{path} is neither a checkpoint nor a bundle", got=error.got, allowed=f"a folder with model.safetensors, or with {MANIFEST_FILE}",
                             ) from None
-        raise UserError(verdict["problem"]) from None if verdict["verified"] is False else error
+        if verdict["verified"] is False:
+            raise UserError(verdict["problem"]) from None
+        raise
     tensors.sort(key=lambda t: [(int(w), "") if w.isdecimal() and len(w) < 20 else (-1, w) for w in t["name"].split(".")])
     sizes = {str(f.relative_to(layout.folder)): f.stat().st_size for f in layout.files}
     out: dict[str, Any] = {
@@ -69,12 +70,12 @@ def describe_checkpoint(path: Path, verify: bool = True, config_file: str | Path
 
 def _verify_checkpoint(path: Path, config_file: str | Path | None, note: Note) -> dict[str, Any]:
     """What export would say."""
-    if importlib.util.find_spec("torch") is None:
-        return {"verified": None, "problem": "not verified: torch is not installed"}
     try:
-        from sessa_deploy.checkpoint import load_for_export
-    except ModuleNotFoundError as error:
-        return {"verified": None, "problem": f"not verified: {error.name} is not installed"}
+        with packages_named():
+            need("torch", "safetensors")
+            from sessa_deploy.checkpoint import load_for_export
+    except MissingPackage as error:  # the shapes can be shown without it
+        return {"verified": None, "problem": str(error)}
     try:
         load_for_export(path, SessaConfig.load(config_file, note) if config_file else None, note)
     except UserError as error:
@@ -86,10 +87,9 @@ def _tensors(file: Path) -> list[dict[str, Any]]:
     if file.suffix not in PICKLES:
         return [{"name": n, "dtype": i.dtype, "shape": list(i.shape), "bytes": i.end - i.begin, "file": file.name}
                 for n, i in read_header(file).tensors.items()]
-    try:
-        from sessa_deploy.official import load_pickle
-    except ModuleNotFoundError as error:
-        raise UserError(f"reading {file} needs a package that is not installed", got=f"no {error.name}", fix="pip install 'sessa-deploy[export]'") from None
+    need("torch")
+    from sessa_deploy.official import load_pickle
+
     return [{"name": n, "dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape), "bytes": x.numel() * x.element_size(), "file": file.name}
             for n, x in load_pickle(file).items()]
 

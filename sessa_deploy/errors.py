@@ -62,13 +62,13 @@ EXTRA_OF = {
 _ALWAYS = ("click", "numpy", "platformdirs", "rich", "tokenizers")
 
 
-def install_command(module: str) -> str:
-    """The command that installs the library `module` as this package wants it.
+def install_command(module: str, extra: str | None = None) -> str:
+    """The command that installs the library `module` as this package wants it; extra: the one that serves the work at hand, where several bring it.
 
     >>> install_command("torch"), install_command("rich")
     ("pip install 'sessa-deploy[export]'", 'pip install sessa-deploy')
     """
-    return f"pip install 'sessa-deploy[{EXTRA_OF[module]}]'" if module in EXTRA_OF else "pip install sessa-deploy"
+    return f"pip install 'sessa-deploy[{extra or EXTRA_OF[module]}]'" if module in EXTRA_OF else "pip install sessa-deploy"
 
 
 class MissingPackage(UserError, ImportError):
@@ -90,15 +90,15 @@ def missing_package(error: ImportError) -> MissingPackage | None:
     return MissingPackage(f"this needs the package {root}, which cannot be imported", got=why, fix=install_command(root))
 
 
-def need(*modules: str) -> None:
-    """Raise MissingPackage for the first of `modules` that is not installed, before any work is done. Imports none of them."""
+def need(*modules: str, extra: str | None = None) -> None:
+    """Raise MissingPackage for the first of `modules` that is not installed, before any work is done. Imports none of them. extra: as install_command."""
     for module in modules:
         try:
             found = importlib.util.find_spec(module) is not None
         except (ImportError, ValueError):
             found = False
         if not found:
-            raise MissingPackage(f"this needs the package {module}", got="it is not installed", fix=install_command(module))
+            raise MissingPackage(f"this needs the package {module}", got="it is not installed", fix=install_command(module, extra))
 
 
 @contextlib.contextmanager

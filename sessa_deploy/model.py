@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sessa_deploy import fused_layer
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CACHE_FIELDS, PRECISIONS, cache_row_shape
 from sessa_deploy.errors import UserError
-from sessa_deploy.kernels import fused, fused_rows
-from sessa_deploy.kernels.ops import causal_attention, feedback_attention, is_eager
+from sessa_deploy.kernels.ops import causal_attention, feedback_attention
+from sessa_deploy.kernels.route import is_eager
+from sessa_deploy.kernels.training import rows as new_rows
 from sessa_deploy.rope import rope_tables, rotate, tables_at, tables_from_zero
 
 Rope = tuple[Tensor, Tensor] | None
@@ -103,8 +105,8 @@ class SessaCache:
         """Write the first new_length[b] of the T given rows of each sequence at length[b] and advance; all T where new_length is None."""
         batch, tokens = rows.s.shape[:2]
         self.require(tokens, new_length)
-        if fused_rows.appends(rows):
-            fused_rows.append_rows(rows, [getattr(self, name) for name in CACHE_FIELDS], self.length, new_length)
+        if new_rows.appends(rows):
+            new_rows.append_rows(rows, [getattr(self, name) for name in CACHE_FIELDS], self.length, new_length)
         elif batch == 1 and self.length.device.type == "cpu":
             start, count = int(self.length[0]), tokens if new_length is None else int(new_length[0])
             for name, new in zip(CACHE_FIELDS, rows, strict=True):
@@ -218,15 +220,15 @@ class SessaLayer(nn.Module):
     def step(self, x: Tensor, past_length: Tensor | None, past: Rows | None, rope: Rope) -> tuple[Tensor, Rows]:
         """y (B,T,D) and the layer's new rows, for x behind the given past (None, None: no past)."""
         ops = self.mixer.ops
-        weights = fused.applies(self, x) if ops is KERNELS else None
+        weights = fused_layer.applies(self, x) if ops is KERNELS else None
         if weights is not None:
-            head = fused.head(self, x, rope, weights)
+            head = fused_layer.head(self, x, rope, weights)
             o = ops.attend(head.q, head.k, head.v, past_length, past)
-            s = fused.solve(self, o, head) if past is None else None
+            s = fused_layer.solve(self, o, head) if past is None else None
             if s is None:
                 f = self.mixer.out_proj(o.reshape(x.shape))
                 s = ops.solve(head.q_b, head.k_b, head.gamma, f, past_length, past)
-            return fused.tail(head.x, s, head.g, weights), Rows(head.k, head.v, head.k_b, s)
+            return fused_layer.tail(s, head, weights), Rows(head.k, head.v, head.k_b, s)
         a, g = self.W_in(self.ln(x)).split(x.shape[-1], dim=-1)
         new = self.mixer.step(F.gelu(a), past_length, past, rope)
         return x + self.W_out(new.s * g), new

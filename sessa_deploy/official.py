@@ -30,7 +30,6 @@ LAYER_TENSORS = (
 )
 ROPE_BUFFER = "mixer.rope_inv_freq"
 IGNORED_BUFFERS = (ROPE_BUFFER, "mixer.causal_mask_f_full", "mixer.causal_mask_fb_full")
-MODEL_TENSORS = ("embedding.weight", "norm.weight", "norm.bias", "lm_head.weight")
 _ALIASES = {
     "embedding": ("embedding", "embeddings", "embed", "emb", "embed_tokens", "tok_embeddings", "tok_emb", "token_embedding", "token_emb", "wte"),
     "norm": ("norm", "final_norm", "norm_f", "ln_f", "ln_out", "ln_final", "final_ln", "out_norm", "norm_out", "final_layernorm", "final_layer_norm"),

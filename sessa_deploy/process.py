@@ -38,14 +38,37 @@ def python(code: str, *arguments: str, interpreter: str | Path | None = None) ->
 
 def run_group(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run a program to its end and capture what it says. Where this process is interrupted or told to end, the program and all its children end too."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, encoding="utf-8", errors="replace",
-                          start_new_session=True) as process:
-        try:
-            out, err = process.communicate()
-        except BaseException:
-            _end_group(process)
-            raise
+    process: subprocess.Popen[str] | None = None
+    try:
+        with signals_held():
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, encoding="utf-8",
+                                       errors="replace", start_new_session=True)
+        out, err = process.communicate()
+    except BaseException:
+        if process is not None:
+            with process:
+                _end_group(process)
+        raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Within the block an interruption waits for its end: a child that has begun is then known to who must end it. Short blocks only."""
+    if threading.current_thread() is not threading.main_thread():  # where no signal is heard anyhow
+        yield
+        return
+    came: list[int] = []
+    before = {number: handler for number in (signal.SIGINT, *_TERMINATED) if callable(handler := signal.getsignal(number))}
+    for number in before:  # a child that is started begins with the default again
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 @contextlib.contextmanager

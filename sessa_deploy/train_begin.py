@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from sessa_deploy.checkpoint import load_for_export
+from sessa_deploy.checkpoint import load_checkpoint
+from sessa_deploy.checkpoint_layout import locate
+from sessa_deploy.checkpoint_tokenizer import read_tokenizer
 from sessa_deploy.config import Note, SessaConfig
 from sessa_deploy.data import load_corpus
 from sessa_deploy.errors import UserError, need
@@ -34,7 +36,7 @@ def start(options: TrainOptions, note: Note | None = None, **shape: Any) -> Run:
     Raises UserError if `out` already holds a run or cannot be written, or on anything the options, the text, the checkpoint or the shape get wrong;
     nothing is left behind then.
     """
-    need("safetensors", "matplotlib")  # what the end of the run writes with
+    need("safetensors", "matplotlib", extra="train")  # what the end of the run writes with
     out = Path(options.out)
     _require_free(out)
     options.torch_device  # noqa: B018 - refuses an absent device before the text is read
@@ -63,7 +65,7 @@ def resume(out: str | Path, **changes: Any) -> Run:
 
     Raises UserError if there is no run, if resume.pt is damaged, if the folder cannot be written, or if the text has changed.
     """
-    need("safetensors", "matplotlib")
+    need("safetensors", "matplotlib", extra="train")
     path = Path(out) / RESUME_FILE
     if not path.is_file():
         raise UserError("there is no run to resume", got=path, allowed="a folder that train wrote", fix="leave --resume out to start one")
@@ -124,7 +126,8 @@ def _config(values: dict[str, Any]) -> SessaConfig:
 def _initial(options: TrainOptions, shape: dict[str, Any], note: Note | None) -> tuple[SessaLM, Tokenizer | None]:
     """The model of options.init_from, in float32 on the CPU, and the tokenizer that `export` would take with it."""
     path = str(options.init_from)
-    model, tokenizer = load_for_export(path, None if options.init_config is None else SessaConfig.load(options.init_config, note), note)
+    model = load_checkpoint(path, None if options.init_config is None else SessaConfig.load(options.init_config, note), note=note)
+    tokenizer = read_tokenizer(locate(path).folder, model.config)  # what its file asks for in vain is said of every run, also of one resumed
     for name, value in shape.items():
         have = getattr(model.config, name)
         if value is not None and value != have:

@@ -39,6 +39,15 @@ def public() -> Iterator[Path]:
         yield Path(place)
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A folder of six small text files to train on."""
+    (tmp_path / "text").mkdir()
+    for i in range(6):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"a line {i}\n" * 30)
+    return tmp_path / "text"
+
+
 @pytest.fixture(params=GOLDEN, ids=lambda path: path.stem)
 def golden(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Any]]:
     """(config, tensors) of one file of numbers from the official implementation."""

@@ -25,7 +25,6 @@ class DataType(enum.Enum):
     FLOAT, HALF, INT32, INT64, BOOL, BF16 = range(6)
 
 
-_OF_ONNX = {1: DataType.FLOAT, 10: DataType.HALF, 6: DataType.INT32, 7: DataType.INT64, 9: DataType.BOOL}
 _NUMPY = {DataType.FLOAT: np.float32, DataType.HALF: np.float16, DataType.INT32: np.int32, DataType.INT64: np.int64}
 
 

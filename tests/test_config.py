@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sessa_deploy import SessaConfig, UserError
@@ -23,6 +24,18 @@ def test_kv_heads_default_to_query_heads() -> None:
     assert SessaConfig(**GOOD).n_kv_heads == 4
 
 
+def test_numbers_of_numpy_are_kept_as_python_s(tmp_path: Path) -> None:
+    given = {"d_model": np.int64(64), "n_layers": np.uint8(2), "n_heads": np.int32(4), "vocab_size": np.array(11), "n_kv_heads": np.int16(2),
+             "gamma_max": np.float64(0.5), "layer_norm_eps": np.float64(1e-6), "use_forward_rope": np.bool_(True), "bos_token_id": np.int64(0),
+             "eos_token_id": np.array([3, 4, 3]), "pad_token_id": np.uint64(1), "max_context": np.int64(99)}
+    config = SessaConfig(**given)
+    plain = SessaConfig(**GOOD, n_kv_heads=2, gamma_max=0.5, layer_norm_eps=1e-6, bos_token_id=0, eos_token_id=(3, 4), pad_token_id=1, max_context=99)
+    assert config == plain and {k: type(v) for k, v in vars(config).items()} == {k: type(v) for k, v in vars(plain).items()}
+    config.save(tmp_path)
+    assert SessaConfig.load(tmp_path) == config
+    assert SessaConfig(**GOOD, eos_token_id=[np.int64(3)]).eos_token_ids == (3,) and SessaConfig(**GOOD, eos_token_id=[]).eos_token_id is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -38,6 +51,14 @@ def test_kv_heads_default_to_query_heads() -> None:
         ({"n_layers": 2.0}, "n_layers"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"eos_token_id": 11}, r"eos_token_id is out of range: got 11; allowed: an integer in 0..10"),
+        ({"eos_token_id": [3, 11]}, r"eos_token_id is out of range: got 11"),
+        ({"eos_token_id": [3, True]}, "got True"),
+        ({"eos_token_id": [[3]]}, "eos_token_id"),
+        ({"eos_token_id": {}}, "eos_token_id"),
+        ({"bos_token_id": [3]}, "bos_token_id"),
+        ({"vocab_size": np.float64(11)}, "vocab_size"),
+        ({"n_layers": np.bool_(True)}, "n_layers"),
+        ({"gamma_max": 10**400}, "gamma_max"),
         ({"use_forward_rope": 1}, "boolean"),
         ({"n_layer": 3}, "unknown keys: got n_layer"),
         ({"model_type": "llama"}, "another kind of model"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -33,6 +34,17 @@ def test_a_file_is_read_in_a_sitting(name: str) -> None:
 def test_a_page_fits_a_screen(name: str) -> None:
     long = [i for i, line in enumerate((ROOT / name).read_text(encoding="utf-8").splitlines(), 1) if len(line) > MOST_COLUMNS]
     assert not long, f"{name}: lines over {MOST_COLUMNS} columns: {long}"
+
+
+def test_contributing_names_what_exists() -> None:
+    """Every file and folder in code quotes, whole or from a folder that the sentence is about; not what a user's own folder holds."""
+    quoted = re.findall(r"`([^`\s*]+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    endings = (*CODE, ".md", ".json", ".toml", ".txt")
+    named = [x for x in quoted if x.endswith(endings) or "/" in x]
+    files = tracked(*endings, "")
+    there = {"/" + part for name in files for part in (name, *(p.as_posix() for p in Path(name).parents))}
+    assert len(named) > 40, "the check reads nothing"
+    assert not (missing := [x for x in named if not any(place.endswith("/" + x.strip("/")) for place in there)]), missing
 
 
 def test_there_is_something_to_read() -> None:

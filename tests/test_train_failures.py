@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import call
 
 from sessa_deploy import data
-from sessa_deploy.cli import main
 from sessa_deploy.errors import UserError
 from sessa_deploy.train import Interrupted, Run, TrainOptions, learning_rate, resume, start, train
 from sessa_deploy.train_log import read_log
@@ -27,25 +27,9 @@ SHAPE: dict[str, Any] = {"d_model": 16, "n_layers": 1, "n_heads": 2}
 SMALL = ["--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--context", "16", "--batch-size", "2", "--device", "cpu", "--held-out", "0.3"]
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    (tmp_path / "text").mkdir()
-    for i in range(6):
-        (tmp_path / "text" / f"{i}.txt").write_text(f"a line {i}\n" * 30)
-    return tmp_path / "text"
-
-
 def options(text: Path, out: Path, **changes: Any) -> TrainOptions:
     base: dict[str, Any] = {"data": str(text), "out": str(out), "steps": 8, "batch_size": 2, "context": 16, "device": "cpu", "held_out": 0.3, "save_every": 4}
     return TrainOptions(**(base | changes))
-
-
-def call(*args: object) -> int:
-    try:
-        main([str(a) for a in args])
-    except SystemExit as done:
-        return int(done.code or 0)
-    return 0
 
 
 def the_error(capsys: pytest.CaptureFixture[str]) -> str:

@@ -29,14 +29,6 @@ def model() -> SessaLM:
     return SessaLM(CONFIG).eval()
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    (tmp_path / "text").mkdir()
-    for i in range(6):
-        (tmp_path / "text" / f"{i}.txt").write_text(f"a line {i}\n" * 30)
-    return tmp_path / "text"
-
-
 def given(form: str, model: SessaLM, folder: Path) -> dict[str, str]:
     """A checkpoint written in one of the forms that `export` takes, and the options that name it."""
     folder.mkdir()

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.model import SessaLM
+from sessa_deploy.plugins import ops
 
 EXPORTER_OPSET = 18  # what torch's exporter writes; export.passes takes it from there to the opset asked for
 # Sizes of the traced example: all different and none of them 0 or 1, which torch.export would take for constants.
@@ -98,8 +99,6 @@ def _trace(config: SessaConfig, precision: str, all_logits: bool) -> torch.expor
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What the exporter writes for our ops, which stay nodes, and for GELU, whose exact form needs float32."""
-    feedback_op = _operator(contract.FEEDBACK_OP, contract.FEEDBACK_INPUTS, contract.FEEDBACK_OUTPUTS)
-    causal_op = _operator(contract.CAUSAL_OP, contract.CAUSAL_INPUTS, contract.CAUSAL_OUTPUTS)
     op: Any = onnxscript.opset18
 
     def attention(operator: Any) -> Callable[..., Any]:
@@ -117,22 +116,22 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return out if wide is x else op.Cast(out, to=int(x.dtype))
 
     return {
-        torch.ops.sessa.feedback_attention.default: attention(feedback_op),
-        torch.ops.sessa.causal_attention.default: attention(causal_op),
+        torch.ops.sessa.feedback_attention.default: attention(_operator(contract.FEEDBACK_OP)),
+        torch.ops.sessa.causal_attention.default: attention(_operator(contract.CAUSAL_OP)),
         torch.ops.aten.gelu.default: gelu,
     }
 
 
-def _operator(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
-    """An onnxscript operator of domain `sessa`, made from its schema: the exporter leaves its node in the graph."""
-    kinds = {"past_length": "tensor(int32)", "gamma": "tensor(float)"}
+def _operator(name: str) -> Any:
+    """An onnxscript operator of domain `sessa`, made from its description: the exporter leaves its node in the graph."""
+    described, kinds = ops.op(name), {"storage": "T", "float32": "tensor(float)", "int32": "tensor(int32)"}
     schema = OpSchema(
         name, contract.DOMAIN, contract.DOMAIN_VERSION,
-        inputs=[OpSchema.FormalParameter(x, kinds.get(x, "T")) for x in inputs],
-        outputs=[OpSchema.FormalParameter(x, "T") for x in outputs],
+        inputs=[OpSchema.FormalParameter(x.name, kinds[x.kind]) for x in described.inputs],
+        outputs=[OpSchema.FormalParameter(x.name, kinds[x.kind]) for x in described.outputs],
         type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "the storage type")],
         attributes=[
-            OpSchema.Attribute(contract.ATTR_SCALE, OpSchema.AttrType.FLOAT, "factor of the scores"),
+            *(OpSchema.Attribute(x.name, OpSchema.AttrType.FLOAT, x.allowed) for x in described.attributes),
             OpSchema.Attribute(contract.ATTR_STORAGE, OpSchema.AttrType.INT, "ONNX type number of the storage type"),
         ],
     )

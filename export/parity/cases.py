@@ -67,11 +67,6 @@ class Case:
         """Tokens (B,) of each sequence at the end."""
         return np.sum([step.new_length for step in self.steps], axis=0).astype(np.int64)
 
-    @property
-    def has_padding(self) -> bool:
-        """Whether any step holds rows that do not count."""
-        return any(bool((step.new_length < step.input_ids.shape[1]).any()) for step in self.steps)
-
     def sequences(self) -> list[np.ndarray]:
         """The counted token ids of each sequence, in order."""
         return [np.concatenate([step.input_ids[b, : step.new_length[b]] for step in self.steps]) for b in range(self.batch)]

@@ -12,14 +12,14 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 from sessa_deploy.errors import ParityError, SessaError, UserError
 from sessa_deploy.export.parity.rungs import ENGINE_RUNGS, RungJob, run_rung
 from sessa_deploy.files import write_whole
-from sessa_deploy.process import python
+from sessa_deploy.process import python, signals_held
 
 _KEPT_LINES = 2000  # of what a rung says on stderr
 _LISTEN = 10.0  # seconds to hear the rest of it after the end
@@ -83,32 +83,41 @@ class ProcessLaunch:
     def _run(self, command: Sequence[str], environment: dict[str, str], rung: str, progress: Progress) -> tuple[int, bool, list[str]]:
         """(exit code, whether the rung began its work, what it said on stderr)."""
         begun, said = False, deque[str](maxlen=_KEPT_LINES)  # in memory: a full disk could not take what is said of it
+        process: subprocess.Popen[str] | None = None
+        listener: threading.Thread | None = None
+        try:
+            with signals_held():
+                process = self._begin(command, environment, rung)
+                listener = threading.Thread(target=said.extend, args=(process.stderr or (),), daemon=True)
+                listener.start()
+            for line in process.stdout or ():
+                begun = _pass_on(line, rung, progress) or begun
+            code = process.wait()
+        finally:
+            if process is not None:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+                if listener is not None:
+                    listener.join(_LISTEN)
+                for stream in (process.stdout, process.stderr):
+                    if stream:
+                        stream.close()
+                with self._lock:
+                    self._running.remove(process)
+        return code, begun, [line.strip() for line in said if line.strip()]
+
+    def _begin(self, command: Sequence[str], environment: dict[str, str], rung: str) -> subprocess.Popen[str]:
         try:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, encoding="utf-8",
                                        errors="replace", env=environment)
         except OSError as error:
             raise UserError(f"the rung {rung} cannot be started", got=f"{command[0]} ({error.strerror})", fix="name an interpreter that exists") from None
-        listener = threading.Thread(target=said.extend, args=(process.stderr or (),), daemon=True)
         with self._lock:
             self._running.append(process)
             if self._stopped:
                 process.kill()
-        try:
-            listener.start()
-            for line in process.stdout or ():
-                begun = _pass_on(line, rung, progress) or begun
-            code = process.wait()
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-            listener.join(_LISTEN)
-            for stream in (process.stdout, process.stderr):
-                if stream:
-                    stream.close()
-            with self._lock:
-                self._running.remove(process)
-        return code, begun, [line.strip() for line in said if line.strip()]
+        return process
 
     def _failed(self, job: RungJob, code: int, begun: bool, said: list[str], interpreter: str) -> SessaError:
         """What a rung's end means: only an engine that began and then failed says something about its numbers."""
@@ -155,8 +164,9 @@ def launch_all(jobs: Sequence[RungJob], launch: Launch, workers: int, progress: 
             one(job)
         return died
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(one, job) for job in jobs]
+        futures: list[Future[None]] = []
         try:
+            futures += (pool.submit(one, job) for job in jobs)
             for future in futures:
                 future.result()
         except BaseException:

@@ -19,7 +19,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.export.graph.passes import reads
 from sessa_deploy.plugins import ops
 
-PLUGIN_OPS = (contract.FEEDBACK_OP, contract.CAUSAL_OP)  # of a bundle's graph, which the plugin library may compute
+PLUGIN_OPS = contract.GRAPH_OPS  # which the plugin library may compute
 _PAST_INPUT = "past_k"  # whose shape the graph states
 _SMALL = 1024  # bytes; constants up to this size stay in place, shape inference reads them
 _OLD_PARSER_OPSET = 17  # the last one that TensorRT 8.6 knows
@@ -76,7 +76,9 @@ def refusals(model: ModelProto) -> dict[str, str]:
         if node.domain != contract.DOMAIN or node.op_type not in PLUGIN_OPS:
             continue
         op = ops.op(node.op_type)
-        at = next(i for i, x in enumerate(op.inputs) if x.name == _PAST_INPUT)
+        at = next((i for i, x in enumerate(op.inputs) if x.name == _PAST_INPUT), None)
+        if at is None:
+            continue
         stated = zip(op.inputs[at].shape, dims.get(node.input[at], ()), strict=False)
         wrong = op.refusal({letter: dim.dim_value for letter, dim in stated if dim.dim_value})  # what is not known here, the plugin will say
         if wrong:

@@ -17,6 +17,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.export.graph.passes import drop_weights, reads, set_nodes
+from sessa_deploy.kernels.launch.limits import ROTARY_LIMBS
 from sessa_deploy.plugins import ops
 
 _MESSAGE_LIMIT = 2_000_000_000  # bytes; protobuf refuses 2 GiB
@@ -102,7 +103,7 @@ def rotary(graph: GraphProto, storage: int) -> dict[str, int] | None:
     tensors = {x.name: x for x in graph.initializer}
     read = [x for n in graph.node if id(n) in above for x in reads(n)]
     limbs = [numpy_helper.to_array(tensors[x]) for x in read if x in tensors and len(tensors[x].dims) == 1 and tensors[x].data_type == TensorProto.FLOAT]
-    if len(limbs) != ops.LIMBS or not embedding or len({x.shape for x in limbs}) != 1:
+    if len(limbs) != ROTARY_LIMBS or not embedding or len({x.shape for x in limbs}) != 1:
         return None
     flat, axes = [f"rotary:{i}" for i in range(2)], "rotary/axes"
     graph.initializer.extend([numpy_helper.from_array(np.stack(limbs), "rotary/limbs"), numpy_helper.from_array(np.array([2], np.int64), axes)])

@@ -6,15 +6,7 @@ namespace sessa
 namespace
 {
 
-enum Input : int32_t
-{
-    kQ,
-    kK,
-    kV,
-    kPastK,
-    kPastV,
-    kPastLength,
-};
+using namespace CausalInput;
 
 // Batch and row stride of both pasts, like every width in units of kHeadMultiple.
 void addStrides(Problem const& p, Arguments& a)

@@ -54,7 +54,7 @@ struct Grid
 };
 
 // Enqueues one kernel; neither allocates device memory nor synchronises once the cubin is loaded. False and a reason on failure.
-// rows: B T. Up to Cubin::earlyRows of them its programs may be in place before the kernel ahead of it in the stream ends (schedule.py, begin).
+// rows: B T. Up to Cubin::earlyRows of them its programs may be in place before the kernel ahead of it in the stream ends (kernels/device.py, begin).
 bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* stream, std::string& error, int64_t rows = kManyRows) noexcept;
 
 } // namespace sessa

@@ -6,16 +6,7 @@ namespace sessa
 namespace
 {
 
-enum Input : int32_t
-{
-    kQ,
-    kK,
-    kGamma,
-    kF,
-    kPastK,
-    kPastS,
-    kPastLength,
-};
+using namespace FeedbackInput;
 
 struct Step final : Plan
 {
@@ -64,7 +55,7 @@ struct Step final : Plan
     char* stat{};
 };
 
-// Prefill and chunks: routing tiles, block inverses, then the solve as one dataflow kernel, panel by panel (see feedback_fwd.py).
+// Prefill and chunks: routing tiles, block inverses, then the solve as one dataflow kernel, panel by panel (see kernels/feedback/forward.py).
 struct Forward final : Plan
 {
     bool find(Problem const& p, int32_t arch) override
@@ -120,7 +111,7 @@ struct Forward final : Plan
         sync = arena.take(4 * syncs);
     }
 
-    // Programs that cover the routing tiles of `rowTiles` tiles of rows in groups (feedback_tiles.grouped_size).
+    // Programs that cover the routing tiles of `rowTiles` tiles of rows in groups (feedback/tiles.py, grouped_size).
     static int64_t groupedSize(int64_t rowTiles, int64_t base, int64_t rows, int64_t columns, int64_t group)
     {
         int64_t const n = ceilDiv(rowTiles, group);

@@ -1,4 +1,4 @@
-// A layer's mixer: causal attention o, f = o weight^T + bias, and s = f + gamma * feedback attention's sum. Its decode step is mixer_step.py's.
+// A layer's mixer: causal attention o, f = o weight^T + bias, and s = f + gamma * feedback attention's sum. Its decode step is that of kernels/engine/mixer.py.
 #include "plan.h"
 
 #include <memory>
@@ -8,24 +8,9 @@ namespace sessa
 namespace
 {
 
-enum Input : int32_t
-{
-    kQ,
-    kK,
-    kV,
-    kPastK,
-    kPastV,
-    kWeight,
-    kBias,
-    kQB,
-    kKB,
-    kGamma,
-    kPastKB,
-    kPastS,
-    kPastLength,
-};
+using namespace MixerInput;
 
-// launch_mixer.mixer_variant
+// engine/spec.py, mixer_variant
 std::string variant(Problem const& p)
 {
     return covering(kMixerWidths, p.width) + "." + headVariant(p.headWidth, p.heads / p.kvHeads);
@@ -70,7 +55,7 @@ struct Step final : Plan
         int64_t programsB = 0;
         share(p, blocks, programsF, programsB);
         Arguments first;
-        for (Input const i : {kQ, kK, kV, kPastK, kPastV, kQB, kPastKB, kPastS, kPastLength})
+        for (auto const i : {kQ, kK, kV, kPastK, kPastV, kQB, kPastKb, kPastS, kPastLength})
         {
             first.add(t.in[i]);
         }
@@ -88,7 +73,7 @@ struct Step final : Plan
             && launch(*out, {tiles, 1, 1}, third, stream, error, p.batch);
     }
 
-    // launch_mixer.shares: programs for causal and for feedback attention.
+    // launch/splits.py, shares: programs for causal and for feedback attention.
     void share(Problem const& p, int64_t blocks, int64_t& programsF, int64_t& programsB) const
     {
         int64_t const held = heldPrograms(*partial);
@@ -165,7 +150,7 @@ struct Chunk final : Plan
     {
         void const* const forCausal[] = {t.in[kQ], t.in[kK], t.in[kV], t.in[kPastK], t.in[kPastV], t.in[kPastLength]};
         void const* const forLinear[] = {o, t.in[kWeight], t.in[kBias]};
-        void const* const forFeedback[] = {t.in[kQB], t.in[kKB], t.in[kGamma], f, t.in[kPastKB], t.in[kPastS], t.in[kPastLength]};
+        void const* const forFeedback[] = {t.in[kQB], t.in[kKB], t.in[kGamma], f, t.in[kPastKb], t.in[kPastS], t.in[kPastLength]};
         return runPart(0, causal, forCausal, o, stream, error) && runPart(1, linear, forLinear, f, stream, error)
             && runPart(2, feedback, forFeedback, t.out, stream, error);
     }

@@ -70,19 +70,19 @@ std::string covering(int64_t const (&sizes)[N], int64_t value, char const* beyon
     return found == std::end(sizes) ? beyond : std::to_string(*found);
 }
 
-// launch_layer.product_variant
+// engine/spec.py, product_variant
 inline std::string productVariant(int64_t rows)
 {
     return covering(kRows, rows, "any");
 }
 
-// launch_causal.head_variant; group: query heads of one key/value head.
+// causal/spec.py, head_variant; group: query heads of one key/value head.
 inline std::string headVariant(int64_t width, int64_t group)
 {
     return covering(kHeadWidths, width) + (group == 1 ? "" : "x" + std::to_string(kGroup));
 }
 
-// launch.step_splits
+// launch/splits.py, step_splits
 inline int64_t stepSplits(int64_t capacity, int64_t rows, int64_t most = kStepMaxSplits)
 {
     return std::max<int64_t>(1, std::min(most, ceilDiv(capacity, rows)));
@@ -95,7 +95,7 @@ inline int64_t heldPrograms(Cubin const& partial)
     return held > 0 ? held : kStepPrograms;
 }
 
-// launch.step_programs: programs that share `pieces` splits of a batch in each of `blocks` blocks of heads.
+// launch/splits.py, step_programs: programs that share `pieces` splits of a batch in each of `blocks` blocks of heads.
 inline int64_t stepPrograms(Cubin const& partial, int64_t pieces, int64_t blocks)
 {
     return std::min(pieces, std::max<int64_t>(1, heldPrograms(partial) / blocks));

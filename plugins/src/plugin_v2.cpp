@@ -10,11 +10,43 @@ namespace
 
 using namespace nvinfer1;
 
-class Plugin final : public IPluginV2DynamicExt
+// What a plugin and its creator say alike: the version, and the namespace that TensorRT may set.
+template <typename Interface>
+class Named : public Interface
+{
+public:
+    explicit Named(Op const& op) noexcept
+        : mOp(op)
+    {
+    }
+    AsciiChar const* getPluginVersion() const noexcept override
+    {
+        return kPluginVersion;
+    }
+    void setPluginNamespace(AsciiChar const* pluginNamespace) noexcept override
+    try
+    {
+        mNamespace = pluginNamespace == nullptr ? "" : pluginNamespace;
+    }
+    catch (...)
+    {
+        complain(mOp, "out of memory");
+    }
+    AsciiChar const* getPluginNamespace() const noexcept override
+    {
+        return mNamespace.c_str();
+    }
+
+protected:
+    Op const& mOp;
+    std::string mNamespace{kPluginNamespace};
+};
+
+class Plugin final : public Named<IPluginV2DynamicExt>
 {
 public:
     Plugin(Op const& op, Attributes const& attributes) noexcept
-        : mOp(op)
+        : Named(op)
         , mAttributes(attributes)
     {
     }
@@ -23,10 +55,6 @@ public:
     AsciiChar const* getPluginType() const noexcept override
     {
         return mOp.name;
-    }
-    AsciiChar const* getPluginVersion() const noexcept override
-    {
-        return kPluginVersion;
     }
     int32_t getNbOutputs() const noexcept override
     {
@@ -48,19 +76,6 @@ public:
     void destroy() noexcept override
     {
         delete this;
-    }
-    void setPluginNamespace(AsciiChar const* pluginNamespace) noexcept override
-    try
-    {
-        mNamespace = pluginNamespace == nullptr ? "" : pluginNamespace;
-    }
-    catch (...)
-    {
-        complain(mOp, "out of memory");
-    }
-    AsciiChar const* getPluginNamespace() const noexcept override
-    {
-        return mNamespace.c_str();
     }
 
     // IPluginV2Ext: the type asked for here is float whatever comes, the format is settled later; `storage` is what the graph says.
@@ -137,26 +152,20 @@ public:
     }
 
 private:
-    Op const& mOp;
     Attributes mAttributes;
-    std::string mNamespace{kPluginNamespace};
 };
 
-class Creator final : public IPluginCreator
+class Creator final : public Named<IPluginCreator>
 {
 public:
     explicit Creator(Op const& op) noexcept
-        : mOp(op)
+        : Named(op)
         , mFields(op)
     {
     }
     AsciiChar const* getPluginName() const noexcept override
     {
         return mOp.name;
-    }
-    AsciiChar const* getPluginVersion() const noexcept override
-    {
-        return kPluginVersion;
     }
     PluginFieldCollection const* getFieldNames() noexcept override
     {
@@ -174,19 +183,6 @@ public:
         std::string error;
         return deserialize(mOp, serialData, serialLength, attributes, error) || complain(mOp, error) ? make(attributes) : nullptr;
     }
-    void setPluginNamespace(AsciiChar const* pluginNamespace) noexcept override
-    try
-    {
-        mNamespace = pluginNamespace == nullptr ? "" : pluginNamespace;
-    }
-    catch (...)
-    {
-        complain(mOp, "out of memory");
-    }
-    AsciiChar const* getPluginNamespace() const noexcept override
-    {
-        return mNamespace.c_str();
-    }
 
 private:
     IPluginV2* make(Attributes const& attributes) const noexcept
@@ -199,9 +195,7 @@ private:
         return plugin;
     }
 
-    Op const& mOp;
     Fields mFields;
-    std::string mNamespace{kPluginNamespace};
 };
 
 } // namespace

@@ -10,11 +10,37 @@ namespace
 
 using namespace nvinfer1;
 
-class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime
+// What a plugin and its creator say alike.
+template <typename Interface>
+class Named : public Interface
+{
+public:
+    explicit Named(Op const& op) noexcept
+        : mOp(op)
+    {
+    }
+    AsciiChar const* getPluginName() const noexcept override
+    {
+        return mOp.name;
+    }
+    AsciiChar const* getPluginVersion() const noexcept override
+    {
+        return kPluginVersion;
+    }
+    AsciiChar const* getPluginNamespace() const noexcept override
+    {
+        return kPluginNamespace;
+    }
+
+protected:
+    Op const& mOp;
+};
+
+class Plugin final : public IPluginV3, public Named<IPluginV3OneCore>, public IPluginV3OneBuild, public IPluginV3OneRuntime
 {
 public:
     Plugin(Op const& op, Attributes const& attributes) noexcept
-        : mOp(op)
+        : Named(op)
         , mAttributes(attributes)
         , mFields(op, &mAttributes)
     {
@@ -36,20 +62,6 @@ public:
     IPluginV3* clone() noexcept override
     {
         return new (std::nothrow) Plugin(mOp, mAttributes);
-    }
-
-    // Core
-    AsciiChar const* getPluginName() const noexcept override
-    {
-        return mOp.name;
-    }
-    AsciiChar const* getPluginVersion() const noexcept override
-    {
-        return kPluginVersion;
-    }
-    AsciiChar const* getPluginNamespace() const noexcept override
-    {
-        return kPluginNamespace;
     }
 
     // Build
@@ -138,16 +150,15 @@ public:
     }
 
 private:
-    Op const& mOp;
     Attributes mAttributes;
     Fields mFields;
 };
 
-class Creator final : public IPluginCreatorV3One
+class Creator final : public Named<IPluginCreatorV3One>
 {
 public:
     explicit Creator(Op const& op) noexcept
-        : mOp(op)
+        : Named(op)
         , mFields(op)
     {
     }
@@ -162,21 +173,8 @@ public:
     {
         return mFields.get();
     }
-    AsciiChar const* getPluginName() const noexcept override
-    {
-        return mOp.name;
-    }
-    AsciiChar const* getPluginVersion() const noexcept override
-    {
-        return kPluginVersion;
-    }
-    AsciiChar const* getPluginNamespace() const noexcept override
-    {
-        return kPluginNamespace;
-    }
 
 private:
-    Op const& mOp;
     Fields mFields;
 };
 

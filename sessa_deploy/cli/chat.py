@@ -55,6 +55,8 @@ def command(
             try:
                 chat.turn(line)
             except UserError as error:
+                if chat.out.closed:  # not the turn is at fault
+                    raise
                 click.echo(f"error: {error}", err=True)
             if chat.out.closed:
                 break

@@ -22,9 +22,11 @@ def command(checkpoint: str, out: str, precision: str, opset: int, config_file: 
     One model.onnx serves ONNX Runtime as it is and TensorRT through the plugin. The same checkpoint and versions of torch and onnxscript give
     the same bytes on any machine; the manifest names the versions.
     """
+    from sessa_deploy.errors import need
     from sessa_deploy.files import refuse_inside_bundle
 
     refuse_inside_bundle(out, "--out", "the bundle", itself=False)
+    need("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

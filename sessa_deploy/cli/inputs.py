@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,12 @@ def read_text(name: str, option: str) -> str:
         raise UserError(f"{where} cannot be read", got=getattr(error, "strerror", None) or str(error), fix=f"name a file of text for {option}") from None
 
 
+def one_stdin(names: Iterable[str]) -> None:
+    """Raise UserError where standard input is named more than once: it is read to its end by the first."""
+    if list(names).count("-") > 1:
+        raise UserError("standard input is given twice", got="- more than once", allowed="one text from standard input", fix="put the others into files")
+
+
 def parse_ids(text: str, option: str) -> list[int]:
     """Token ids separated by spaces or commas, in brackets or not. Raises UserError on anything else."""
     found = _NUMBERS.fullmatch(text)
@@ -103,12 +109,14 @@ def encoded_texts(bundle: str | Path, files: tuple[str, ...]) -> dict[str, list[
     from sessa_deploy.runtime.report import ignored_note
     from sessa_deploy.runtime.tokenizer import Tokenizer
 
+    one_stdin(files)
+    texts = {name: read_text(name, "--text") for name in files}
     opened, found = Bundle.open(bundle), {}
     tokenizer, config = Tokenizer(opened.file(TOKENIZER_FILE)), opened.config
     notes = [ignored_note(tokenizer)]
     for number, name in enumerate(files, start=1):
-        ids = tokenizer.encode_first(read_text(name, "--text"), config.bos_token_id)
-        if not ids:
+        ids = tokenizer.encode_first(texts[name], config.bos_token_id)
+        if not ids or not texts[name]:  # with a first token of the model's there would be something to judge
             raise UserError("the text is empty", got=name, allowed="at least one token", fix="name a file of text for --text")
         wrong = next((token for token in ids if token >= config.vocab_size), None)
         if wrong is not None:
@@ -144,3 +152,6 @@ class Writer:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.closed = True
+        except UserError:  # of a disk that is full, say: nothing more can be shown
+            self.closed = True
+            raise

@@ -12,6 +12,7 @@ import click
 from sessa_deploy.cli import inputs
 from sessa_deploy.cli.options import PATH, POSITIVE_INT
 from sessa_deploy.errors import UserError
+from sessa_deploy.process import command as command_line
 
 if TYPE_CHECKING:
     from sessa_deploy.runtime.session import Session
@@ -108,9 +109,9 @@ class _Job:
 def _prompts(ctx: click.Context, given: dict[str, tuple[str, ...]]) -> list[str | list[int]]:
     """What the three options hold, in the order in which they were given."""
     if not any(given.values()):
-        raise click.MissingParameter(ctx=ctx, param=next(p for p in ctx.command.params if p.name == "prompts"))
-    if (*given["prompts"], *given["files"]).count("-") > 1:
-        raise UserError("standard input is given twice", got="- for several prompts", allowed="one prompt from standard input", fix="put the others into files")
+        raise UserError("there is nothing to continue", got="no prompt", allowed='--prompt TEXT, --prompt-file FILE or --prompt-ids "1 2 3"',
+                        fix=f"add one of them; for a conversation: {command_line('chat', ctx.params['bundle'])}")
+    inputs.one_stdin((*given["prompts"], *given["files"]))
     left = {kind: iter(values) for kind, values in given.items()}
     found: list[str | list[int]] = []
     for kind in ctx.meta[__name__]:

@@ -66,7 +66,9 @@ def command(ctx: click.Context, **given: Any) -> None:
     The run's folder holds checkpoint/, resume.pt, log.csv, loss.png and report.json. Ctrl-C and SIGTERM save; --resume continues the loss curve exactly
     (on a CPU).
     """
-    from sessa_deploy.errors import UserError
+    from sessa_deploy.errors import UserError, need
+
+    need("torch", "safetensors", "matplotlib", extra="train")
     from sessa_deploy.runtime.report import ignored_note
     from sessa_deploy.train import CHECKPOINT_DIR, Interrupted, TrainOptions, resume, start
     from sessa_deploy.train_begin import SHAPE

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sessa_deploy.cli.options import BACKEND, PLACE, POSITIVE_INT, SEED
+from sessa_deploy.cli.options import BACKEND, PATH, PLACE, POSITIVE_INT, SEED
 from sessa_deploy.cli.output import check_outputs, to_stdout, write_json, write_text
 from sessa_deploy.errors import ParityError, SessaError, UserError, need
 from sessa_deploy.files import check_folder
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--compare", type=PLACE, metavar="DIR", help="Judge the tensors in DIR, dumped by another machine or interpreter.")
 @click.option("--python", "python", type=PLACE, help="Interpreter for the engines' rungs, where they need another one.")
 @click.option("--length", "lengths", multiple=True, type=POSITIVE_INT, help="Judge a prefill of this many tokens too, even beyond max_context. Repeat it.")
-@click.option("--text", "texts", multiple=True, metavar="FILE", help="Judge a text too, encoded by the bundle's tokenizer; - for standard input.")
+@click.option("--text", "texts", type=PATH, multiple=True, metavar="FILE", help="Judge a text too, encoded by the bundle's tokenizer; - for standard input.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the token ids.")
 @click.option("--record/--no-record", "record", default=True, show_default=True, help="Write parity.json into the bundle.")
 def command(

@@ -7,8 +7,6 @@ A non-finite new row makes itself and at most the later rows of its own sequence
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sessa_deploy.kernels import cpu
+from sessa_deploy.kernels import blocked, route
+from sessa_deploy.kernels.route import is_eager
 
 STORAGE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-MAX_TRITON_WIDTH = 4096
 _TRAINING_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -71,42 +69,12 @@ def _check_causal(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tenso
     _check_past(k, tuple(k.shape[2:]), past_length, past_k=past_k, past_v=past_v)
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # not asked in a call: torch.compile cannot trace the question
-
-
-def _may_use_triton() -> bool:
-    return _HAS_TRITON and os.environ.get("SESSA_TRITON") != "0"
-
-
-def uses_triton(q: Tensor) -> bool:
-    """Whether feedback attention on q (B,T,D) runs the Triton kernels: CUDA, at most 32 bits, D a multiple of 16 up to 4096.
-
-    SESSA_TRITON=0 in the environment turns them off: the blocked PyTorch path then runs on the GPU, slower, to compare with.
-    """
-    return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] % 16 == 0 and q.shape[-1] <= MAX_TRITON_WIDTH and _may_use_triton()
-
-
-def _keeps_rest(q: Tensor) -> bool:
-    """Whether the forward keeps for the backward what rounding to 16 bits took from s (the PyTorch path works without)."""
-    return q.dtype in (torch.float16, torch.bfloat16) and uses_triton(q)
-
-
 def run_forward(
     q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """s (B,T,D); lse (B,T) and the rest of s (B,T,D), see `_keeps_rest`, where a backward will want them."""
+    """`route.feedback_forward` of inputs that were looked at. Raises ValueError outside the contract of `feedback_attention`."""
     _check_feedback(q, k, gamma, f, past_k, past_s, past_length)
-    if q.numel() == 0:
-        return torch.empty_like(f), gamma.new_empty(gamma.shape), torch.empty_like(f) if _keeps_rest(q) else None
-    if not uses_triton(q):
-        return *cpu.feedback_forward(q, k, gamma, f, past_k, past_s, past_length), None
-    if q.shape[1] == 1 and not need_lse:
-        from sessa_deploy.kernels import feedback_step
-
-        return feedback_step.step(q, k, gamma, f, past_k, past_s, past_length), None, None
-    from sessa_deploy.kernels import feedback_fwd
-
-    return feedback_fwd.forward(q, k, gamma, f, past_k, past_s, past_length, need_lse)
+    return route.feedback_forward(q, k, gamma, f, past_k, past_s, past_length, need_lse)
 
 
 @torch.library.custom_op("sessa::feedback_attention", mutates_args=())
@@ -124,26 +92,12 @@ def _feedback_attention_fwd(
     return s, lse, q.new_empty(0) if rest is None else rest
 
 
-def run_backward(
-    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, rest: Tensor | None,
-    past_k: Tensor, past_s: Tensor, past_length: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    ds = ds.contiguous()
-    if q.numel() == 0:
-        return q.clone(), k.clone(), gamma.clone(), f.clone(), torch.zeros_like(past_k), torch.zeros_like(past_s)
-    if uses_triton(q):
-        from sessa_deploy.kernels import feedback_bwd
-
-        return feedback_bwd.backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length)
-    return cpu.feedback_backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length)
-
-
 @torch.library.custom_op("sessa::feedback_attention_bwd", mutates_args=())
 def _feedback_attention_bwd(
     ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, rest: Tensor,
     past_k: Tensor, past_s: Tensor, past_length: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return run_backward(ds, q, k, gamma, f, s, lse, rest if rest.numel() else None, past_k, past_s, past_length)
+    return route.feedback_backward(ds, q, k, gamma, f, s, lse, rest if rest.numel() else None, past_k, past_s, past_length)
 
 
 @_feedback_attention.register_fake
@@ -153,7 +107,7 @@ def _(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Te
 
 @_feedback_attention_fwd.register_fake
 def _(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=cpu.work_dtype(q.dtype)), q.new_empty(q.shape if _keeps_rest(q) else 0)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=blocked.work_dtype(q.dtype)), q.new_empty(q.shape if route.keeps_rest(q) else 0)
 
 
 @_feedback_attention_bwd.register_fake
@@ -187,38 +141,12 @@ _feedback_attention_fwd.register_autograd(_feedback_grad, setup_context=_save_fe
 
 def _causal_forward(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor) -> Tensor:
     _check_causal(q, k, v, past_k, past_v, past_length)
-    if q.numel() == 0:
-        return torch.empty_like(q)
-    if q.is_cuda and past_k.shape[1] == 0:
-        return _causal_sdpa(q, k, v)
-    if q.is_cuda and _may_use_triton():
-        from sessa_deploy.kernels import causal_launch
-
-        if causal_launch.takes(q):
-            return causal_launch.forward(q, k, v, past_k, past_v, past_length)
-    return cpu.causal_forward(q, k, v, past_k, past_v, past_length)
+    return route.causal_forward(q, k, v, past_k, past_v, past_length)
 
 
 @torch.library.custom_op("sessa::causal_attention", mutates_args=())
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor) -> Tensor:
     return _causal_forward(q, k, v, past_k, past_v, past_length)
-
-
-def _causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    # Bad rows are selected away without asking the device: a fused kernel multiplies masked rows by zero, and 0 * NaN is NaN.
-    width = k.shape[2] * k.shape[3]
-    quick = k.is_cuda and k.dtype != torch.float64 and width % 8 == q.shape[3] % 8 == 0 and width <= MAX_TRITON_WIDTH and _may_use_triton()
-    if quick:
-        from sessa_deploy.kernels import fused_rows
-
-        k, v, first_bad = fused_rows.clean_rows(k, v)
-    else:
-        bad = ~(torch.isfinite(k) & torch.isfinite(v)).all(-1).all(-1)  # (B,T)
-        k, v = (torch.where(bad[..., None, None], 0.0, x) for x in (k, v))
-    o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
-    if quick:
-        return fused_rows.poison_rows(o.transpose(1, 2), first_bad)
-    return torch.where(bad.cumsum(-1)[..., None, None] > 0, torch.nan, o.transpose(1, 2)).contiguous()
 
 
 @torch.library.custom_op("sessa::causal_attention_bwd", mutates_args=())
@@ -227,7 +155,7 @@ def _causal_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if q.numel() == 0:
         return q.clone(), k.clone(), v.clone(), torch.zeros_like(past_k), torch.zeros_like(past_v)
-    return cpu.causal_backward(do, q, k, v, past_k, past_v, past_length)
+    return blocked.causal_backward(do, q, k, v, past_k, past_v, past_length)
 
 
 @_causal_attention.register_fake
@@ -267,18 +195,7 @@ class _Direct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, ds):  # type: ignore[no-untyped-def]
         q, k, gamma, f, past_k, past_s, past_length, s, lse, rest = ctx.saved_tensors
-        return *run_backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length), None
-
-
-def is_eager(*tensors: Tensor) -> bool:
-    """Whether nothing looks on that needs the registered operators: no tracing, no dispatch or functorch mode, no tensor subclass."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
-    )
+        return *route.feedback_backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length), None
 
 
 _NOTHING: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}

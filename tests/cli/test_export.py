@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import call
 
 from sessa_deploy.checkpoint import save_checkpoint
-from sessa_deploy.cli import main
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.bundle import Bundle
@@ -31,17 +31,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def code_of(*args: object) -> int:
-    try:
-        main([str(x) for x in args])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def test_a_bundle_is_written_and_checks(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bundle"
-    assert code_of("export", checkpoint, "--out", out, "--precision", "fp16", "--opset", "21") == 0
+    assert call("export", checkpoint, "--out", out, "--precision", "fp16", "--opset", "21") == 0
     text = capfd.readouterr()
     assert text.out.splitlines() == [f"bundle: {out}", f"next: sessa-deploy validate {out} --checkpoint {checkpoint}"]
     assert text.err == "", "the exporter's noise reached the terminal"
@@ -56,12 +48,22 @@ def test_a_bundle_is_written_and_checks(checkpoint: Path, tmp_path: Path, capfd:
 def test_the_checkpoint_s_own_tokenizer_goes_along_and_an_odd_vocabulary_gets_none(tmp_path: Path) -> None:
     model = SessaLM(SessaConfig(d_model=16, n_layers=1, n_heads=2, vocab_size=31))
     save_checkpoint(model, tmp_path / "checkpoint")
-    assert code_of("export", tmp_path / "checkpoint", "--out", tmp_path / "bundle") == 0
+    assert call("export", tmp_path / "checkpoint", "--out", tmp_path / "bundle") == 0
     assert Bundle.open(tmp_path / "bundle").names() == ["model.onnx"]
     own = small_tokenizer(20)  # fewer tokens than rows: an embedding padded to a rounder number
     (tmp_path / "checkpoint" / "tokenizer.json").write_text(own)
-    assert code_of("export", tmp_path / "checkpoint", "--out", tmp_path / "bundle") == 0
+    assert call("export", tmp_path / "checkpoint", "--out", tmp_path / "bundle") == 0
     assert Bundle.open(tmp_path / "bundle").file("tokenizer.json").read_text() == own
+
+
+def test_what_a_tokenizer_asks_for_in_vain_is_said_by_export_and_inspect(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(checkpoint, tmp_path / "c")
+    asks = {**json.loads(small_tokenizer(20)), "truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}}
+    (tmp_path / "c" / "tokenizer.json").write_text(json.dumps(asks))
+    for words in (["export", tmp_path / "c", "--out", tmp_path / "bundle"], ["inspect", tmp_path / "c"]):
+        assert call(*words) == 0
+        assert one_line(capfd) == "note: tokenizer.json asks for truncation to 8 tokens: ignored, text is encoded whole and as it is"
+    assert Bundle.open(tmp_path / "bundle").file("tokenizer.json").read_text() == json.dumps(asks), "the file goes along as it is"
 
 
 def small_tokenizer(size: int) -> str:
@@ -83,7 +85,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_any_work(
 ) -> None:
     shutil.copytree(checkpoint, tmp_path / "c")
     (tmp_path / "c" / "tokenizer.json").write_text(tokenizer)
-    assert code_of("export", tmp_path / "c", "--out", tmp_path / "bundle") == 2
+    assert call("export", tmp_path / "c", "--out", tmp_path / "bundle") == 2
     line = one_line(capfd)
     assert all(word in line for word in words), line
     assert [x.name for x in tmp_path.iterdir()] == ["c"]
@@ -99,7 +101,7 @@ def one_line(capfd: pytest.CaptureFixture[str]) -> str:
     (["--precision", "fp64"], "fp32, fp16, bf16"), (["--precision", "tf32"], "fp32, fp16, bf16"), (["--opset", "16"], "17 to 23"),
     (["--opset", "24"], "17 to 23"), (["--opset", "latest"], "17 to 23"), (["--opset", "-1"], "17 to 23"), (["--config", "absent.json"], "config.json")])
 def test_bad_options_are_one_line(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], change: list[str], words: str) -> None:
-    assert code_of("export", checkpoint, "--out", tmp_path / "bundle", *change) == 2
+    assert call("export", checkpoint, "--out", tmp_path / "bundle", *change) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
     assert words in lines[0]
@@ -111,7 +113,7 @@ def test_bad_places_are_one_line(checkpoint: Path, tmp_path: Path, capfd: pytest
     (tmp_path / "notes" / "mine.txt").write_text("keep")
     for source, out in ((tmp_path / "absent", tmp_path / "bundle"), (checkpoint, tmp_path / "notes"), (checkpoint, tmp_path / "notes" / "mine.txt" / "x"),
                         (tmp_path / "notes", tmp_path / "bundle")):
-        assert code_of("export", source, "--out", out) == 2
+        assert call("export", source, "--out", out) == 2
         assert len(capfd.readouterr().err.splitlines()) == 1
     assert sorted(x.name for x in tmp_path.rglob("*")) == ["mine.txt", "notes"]
 
@@ -120,7 +122,7 @@ def test_weights_that_do_not_fit_are_one_line_and_leave_nothing(tmp_path: Path, 
     model = SessaLM(CONFIG)
     model.lm_head.weight.data[3, 3] = 1e6
     save_checkpoint(model, tmp_path / "checkpoint")
-    assert code_of("export", tmp_path / "checkpoint", "--out", tmp_path / "bundle", "--precision", "fp16") == 2
+    assert call("export", tmp_path / "checkpoint", "--out", tmp_path / "bundle", "--precision", "fp16") == 2
     assert "lm_head.weight does not fit into fp16" in capfd.readouterr().err
     assert [x.name for x in tmp_path.iterdir()] == ["checkpoint"]
 
@@ -134,6 +136,6 @@ def test_a_killed_export_leaves_no_bundle(checkpoint: Path, tmp_path: Path) -> N
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not out.exists()
-    assert code_of("export", checkpoint, "--out", out) == 0
+    assert call("export", checkpoint, "--out", out) == 0
     assert [x.name for x in tmp_path.iterdir()] == ["bundle"], "the next export sweeps up"
     Bundle.open(out)

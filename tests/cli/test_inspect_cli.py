@@ -12,25 +12,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from command import call
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
 from sessa_deploy.checkpoint import save_checkpoint
-from sessa_deploy.cli import main
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.bundle import write_bundle
 from sessa_deploy.runtime.tokenizer import byte_level_tokenizer
 
 CONFIG = SessaConfig(d_model=16, n_layers=2, n_heads=2, vocab_size=257)
-
-
-def call(*args: object) -> int:
-    try:
-        main([str(a) for a in args])
-    except SystemExit as done:
-        return int(done.code or 0)
-    return 0
 
 
 @pytest.fixture
@@ -147,6 +139,15 @@ def test_inspect_and_export_agree(checkpoint: Path, tmp_path: Path, capsys: pyte
     for options in ((), ("--json",)):
         assert call("inspect", checkpoint, *options) == 2
         assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.ckpt", "model.safetensors"])
+@pytest.mark.parametrize("more", [(), ("--no-verify",)])
+def test_junk_in_a_weights_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, more: tuple[str, ...]) -> None:
+    (tmp_path / name).write_bytes(b"junk")
+    assert call("inspect", tmp_path / name, *more) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and name in said and said.count("\n") == 1
 
 
 def test_shards_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,8 @@ TABLE: dict[str, dict[str, Row]] = {
     },
     "validate": {
         "BUNDLE": place("nowhere"), "--checkpoint": place(), "--config": place(), "--backend": BACKEND, "--json": place(),
-        "--report": place(), "--dump": place(), "--compare": place(), "--python": place(), "--length": COUNT, "--seed": SEED, "--record": FLAG,
+        "--report": place(), "--dump": place(), "--compare": place(), "--python": place(), "--length": COUNT, "--text": place("nowhere"),
+        "--seed": SEED, "--record": FLAG,
     },
     "build": {
         "BUNDLE": place(), "--max-batch": COUNT, "--max-context": COUNT, "--max-prompt": COUNT, "--workspace": COUNT, "--opt-level": integer(0, 5),

@@ -83,8 +83,8 @@ def test_names_that_the_terminal_cannot_show_stop_nothing(tmp_path: Path) -> Non
     (OSError(errno.EMFILE, "Too many open files", "/b"), ("Too many", "ulimit")), (PermissionError(errno.EACCES, "Permission denied", "/c"), ("/c",)),
     (MemoryError(), ("memory",)), (RecursionError("deep"), ("nested",)),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), ("memory",)),
-    (ModuleNotFoundError("No module named 'torch'", name="torch"), ("no torch", "sessa-deploy[export]")),
-    (ModuleNotFoundError("No module named 'onnxruntime.capi'", name="onnxruntime.capi"), ("no onnxruntime", "sessa-deploy[ort]")),
+    (ModuleNotFoundError("No module named 'torch'", name="torch"), ("the package torch", "sessa-deploy[export]")),
+    (ModuleNotFoundError("No module named 'onnxruntime.capi'", name="onnxruntime.capi"), ("the package onnxruntime", "sessa-deploy[ort]")),
     (ImportError("libcudart.so.12: cannot open", name="onnx"), ("cannot be imported", "libcudart"))])
 def test_what_the_machine_lacks_is_one_line(
     error: Exception, words: tuple[str, ...], bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -132,6 +132,28 @@ def test_a_verb_that_is_told_to_end_leaves_no_temporary_files_and_no_children(nu
     assert not list((tmp_path / "tmp").iterdir())
     group = int((tmp_path / "pid").read_text())
     assert not [p for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE and os.getpgid(p.pid) == group]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_while_a_child_begins_leaves_none(number: int, tmp_path: Path) -> None:
+    """The moment between the child's beginning and its parent's knowing of it."""
+    program = ("import os, subprocess, sys\nfrom pathlib import Path\nfrom sessa_deploy.export.parity_process import ProcessLaunch\n"
+               "from sessa_deploy.export.parity_rungs import RungJob\nfrom sessa_deploy.process import ending_cleanly, run_group\n"
+               "class Popen(subprocess.Popen):\n"
+               "    def __init__(self, *words, **how):\n"
+               "        super().__init__(*words, **how)\n"
+               "        print(self.pid, flush=True)\n"
+               f"        os.kill(os.getpid(), {int(number)})\n"
+               "        sum(range(10**6))\n"
+               "subprocess.Popen = Popen\n"
+               "with ending_cleanly():\n"
+               "    if sys.argv[1:]: ProcessLaunch(sys.argv[1])(RungJob('ort', Path('x'), Path('y')))\n"
+               "    else: run_group(['sh', '-c', 'sleep 60 & wait'])\n")
+    sleeper = fake(tmp_path, "exec sleep 60").engine_python
+    for words in ([], [str(sleeper)]):
+        done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == (-number if number == signal.SIGINT else 128 + number), done
+        assert not [p for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE and int(done.stdout) in (p.pid, os.getpgid(p.pid))], words
 
 
 def test_nohup_is_respected() -> None:

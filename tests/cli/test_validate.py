@@ -146,10 +146,11 @@ def test_a_wrong_row_of_all_logits_is_found(tmp_path: Path, material: tuple[Path
     from sessa_deploy.export import parity
     from sessa_deploy.export.parity.drive import Engine
     from sessa_deploy.export.parity.engines import open_ort
+    from sessa_deploy.export.parity.rungs import RungJob
 
     bundle = export_bundle(material[1], tmp_path / "bundle", all_logits=True)
 
-    def launch(job: parity.RungJob, progress: parity.Progress) -> None:
+    def launch(job: RungJob, progress: parity_process.Progress) -> None:
         engine = None
         if job.rung == "ort":
             real = open_ort(Bundle.open(bundle), 1).graph

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -34,13 +36,13 @@ def op_model(op: str, storage: int, opset: int, scale: float, block: int | None 
     )
 
 
-def session(model: onnx.ModelProto | str, threads: int = 2) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime CPU session of a model or a file."""
+def session(model: onnx.ModelProto | str, threads: int = 2, without: Sequence[str] = ()) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime CPU session of a model or a file. without: names of optimizers to leave out."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     source = model if isinstance(model, str) else model.SerializeToString()
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without))
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

@@ -17,7 +17,9 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
 
-from sessa_deploy.kernels import feedback_bwd, feedback_fwd, feedback_step, layer, mixer_step
+from sessa_deploy.kernels.engine import layer, mixer
+from sessa_deploy.kernels.feedback import backward, forward, step
+from sessa_deploy.kernels.launch.limits import PANEL_BYTES
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -33,14 +35,14 @@ def once(dtype: torch.dtype, tokens: int, past: int, width: int, panel_bytes: in
     gamma = (torch.rand(2, tokens, generator=make) * 1.998 - 0.999).cuda()
     past_k, past_s = normal(2, past, width), normal(2, past, width)
     length = torch.tensor([0, past], dtype=torch.int32).cuda()
-    s, lse, low = feedback_fwd.forward(q, k, gamma, f, past_k, past_s, length, need_lse=True, panel_bytes=panel_bytes)
+    s, lse, low = forward.forward(q, k, gamma, f, past_k, past_s, length, need_lse=True, panel_bytes=panel_bytes)
     assert lse is not None
-    grads = feedback_bwd.backward(ds, q, k, gamma, f, s, lse, low, past_k, past_s, length, panel_bytes=panel_bytes)
-    step = feedback_step.step(q[:, :1], k[:, :1], gamma[:, :1], f[:, :1], past_k, past_s, length)
-    return all(bool(torch.isfinite(x.cpu()).all()) for x in (s, step, *grads))
+    grads = backward.backward(ds, q, k, gamma, f, s, lse, low, past_k, past_s, length, panel_bytes=panel_bytes)
+    one = step.step(q[:, :1], k[:, :1], gamma[:, :1], f[:, :1], past_k, past_s, length)
+    return all(bool(torch.isfinite(x.cpu()).all()) for x in (s, one, *grads))
 
 
-def mixer(dtype: torch.dtype, batch: int, capacity: int, heads: int, width: int) -> bool:
+def mixed(dtype: torch.dtype, batch: int, capacity: int, heads: int, width: int) -> bool:
     """A decode step of the mixer over pasts of different lengths, and the layer's entrance; whether all is finite."""
     make = torch.Generator().manual_seed(capacity)
 
@@ -53,7 +55,7 @@ def mixer(dtype: torch.dtype, batch: int, capacity: int, heads: int, width: int)
     past_kb, past_s = (normal(batch, capacity, width) for _ in range(2))
     length = torch.arange(batch, dtype=torch.int32).mul(7).clamp(max=capacity).cuda()
     length[-1] = capacity
-    s = mixer_step.step(q, k, v, past_k, past_v, square, row, normal(batch, width), torch.rand(batch, generator=make).cuda(), past_kb, past_s, length)
+    s = mixer.step(q, k, v, past_k, past_v, square, row, normal(batch, width), torch.rand(batch, generator=make).cuda(), past_kb, past_s, length)
     h = layer.norm_enter(s, row, row, 1e-5, normal(2 * width, width), normal(2 * width))
     return all(bool(torch.isfinite(x.cpu()).all()) for x in (s, h))
 
@@ -61,10 +63,10 @@ def mixer(dtype: torch.dtype, batch: int, capacity: int, heads: int, width: int)
 def main() -> int:
     good = True
     for name in sys.argv[1:] or list(DTYPES):
-        for tokens, past, width, panel_bytes in ((450, 70, 80, feedback_fwd.PANEL_BYTES), (300, 0, 1024, 1 << 10)):
+        for tokens, past, width, panel_bytes in ((450, 70, 80, PANEL_BYTES), (300, 0, 1024, 1 << 10)):
             good &= once(DTYPES[name], tokens, past, width, panel_bytes)
         for batch, capacity, heads, width in ((1, 70, 5, 80), (40, 33, 16, 1024)) if name != "fp32" else ():
-            good &= mixer(DTYPES[name], batch, capacity, heads, width)
+            good &= mixed(DTYPES[name], batch, capacity, heads, width)
     torch.cuda.synchronize()
     print("done" if good else "a result is not finite")
     return 0 if good else 1

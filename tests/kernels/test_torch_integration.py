@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sessa_deploy import SessaConfig, SessaLM
-from sessa_deploy.kernels import ops
+from sessa_deploy.kernels import route
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -99,4 +99,4 @@ def test_opcheck_on_the_gpu(dtype: torch.dtype, grad: bool) -> None:
     args = (normal(2, 70, 32), normal(2, 70, 32), gamma, normal(2, 70, 32), normal(2, 9, 32), normal(2, 9, 32), torch.tensor([9, 4], dtype=torch.int32).cuda())
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.sessa.feedback_attention.default, args, test_utils=checks, rtol=1e-2, atol=1e-2)
-    assert ops.uses_triton(args[0])
+    assert route.uses_triton(args[0])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from sessa_deploy.kernels.launch.limits import ROTARY_LIMBS
 from sessa_deploy.plugins import library, ops
 
 HERE = Path(__file__).parent
@@ -16,7 +18,8 @@ INCLUDES = {library.include_major(Path(p)): Path(p) for p in os.environ.get("SES
 PREBUILT = Path(os.environ["SESSA_PLUGIN_PREBUILT"]) if "SESSA_PLUGIN_PREBUILT" in os.environ else None
 FLOAT, HALF, BFLOAT = 1, 10, 16
 NAMES = dict(enumerate(library.OPS))
-FEEDBACK, CAUSAL, ROTARY, NORM, LINEAR_HEADS, LOGITS, TAIL, ENTER, PROJECT_GAIN, MIXER = NAMES  # positions in the harness's table
+At = IntEnum("At", [op.identifier for op in ops.OPS], start=0)  # type: ignore[misc]  # positions in the harness's table: At.Norm, ...
+FEEDBACK, CAUSAL = At.Feedback, At.Causal
 OPERANDS = {i: len(ops.OPS[i].inputs) + len(ops.OPS[i].outputs) for i in NAMES}
 Built = tuple[int, Path, ctypes.CDLL]  # TensorRT's major version, plugin library, harness
 Shape = ctypes.c_int64 * len(ops.SIZES)
@@ -25,7 +28,7 @@ Pointers = ctypes.c_void_p * 20
 
 def sizes(batch: int, tokens: int, capacity: int, width: int, heads: int = 1, kv_heads: int = 1, head_width: int = 1, columns: int = 1) -> Any:
     """The sizes of a problem as the harness takes them."""
-    return Shape(batch, tokens, capacity, width, heads, kv_heads, head_width, columns, 2 * width, head_width // 2, 1, ops.LIMBS)
+    return Shape(batch, tokens, capacity, width, heads, kv_heads, head_width, columns, 2 * width, head_width // 2, 1, ROTARY_LIMBS)
 
 
 def headed(batch: int, tokens: int, capacity: int, head_width: int, heads: int = 1, kv_heads: int = 1) -> Any:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from sessa_deploy.kernels import launch
+from sessa_deploy.cuda_arch import ARCHS
+from sessa_deploy.kernels.launch import table
+from sessa_deploy.kernels.launch.limits import SHARED_LIMIT
 from sessa_deploy.plugins import lower
 
 pytest.importorskip("triton")
@@ -39,13 +41,13 @@ def test_every_unit_is_made_and_described(lowered: tuple[Path, dict[str, Any], s
     assert {(c["kernel"], c["arch"], c["dtype"], c["variant"]) for c in cubins} == {(u.kernel, u.arch, u.dtype, u.variant) for u in lower.units([90, 86])}
     assert {p.name for p in out.glob("*.cubin")} == {c["file"] for c in cubins}
     for c in cubins:
-        described = launch.kernel(c["kernel"])
+        described = table.kernel(c["kernel"])
         assert [p["name"] for p in c["params"]] == [p.name for p in described.params] + ["global_scratch", "profile_scratch"]
-        assert c["shared"] <= launch.SHARED_LIMIT[c["arch"]] and c["problems"] == [] and c["registers"] > 0
+        assert c["shared"] <= SHARED_LIMIT[c["arch"]] and c["problems"] == [] and c["registers"] > 0
         binary = (out / c["file"]).read_bytes()
         assert binary[:4] == b"\x7fELF" and len(binary) == c["size"]
-        assert str(Path(launch.__file__).parent).encode() not in binary  # no path of this machine
-    assert sum(c["size"] for c in cubins) * len(launch.ARCHS) / 2 < 40 * 2**20
+        assert str(Path(table.__file__).parents[1]).encode() not in binary  # no path of this machine
+    assert sum(c["size"] for c in cubins) * len(ARCHS) / 2 < 40 * 2**20
     assert (out / lower.TABLE).read_text().count("SESSA_CUBIN(") == len(cubins)
     assert "sm_86" in stdout and "untuned" in stdout
 
@@ -106,11 +108,11 @@ def test_bad_arch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_later_minors_are_served_where_they_are_pinned_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     def served(tiles: dict[int, int], arch: int, archs: tuple[int, ...]) -> int | None:
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "options", lambda name, a, dtype, variant: {"BM": tiles[a]})
+            patch.setattr(table, "options", lambda name, a, dtype, variant: {"BM": tiles[a]})
             return lower.served_by(lower.Unit("causal_prefill", arch, "fp16", "64"), archs)
 
-    alike, every = dict.fromkeys(launch.ARCHS, 64), launch.ARCHS
-    assert [served(alike, a, every) for a in every] == [None, 80, None, 80, None, None, None]  # 87 is Tegra
+    alike, every = dict.fromkeys(ARCHS, 64), ARCHS
+    assert {a: found for a in every if (found := served(alike, a, every)) is not None} == {86: 80, 89: 80}  # 87 is Tegra
     assert served(alike, 89, (86, 89)) == 86 and served(alike, 89, (87, 89)) is None and served(alike, 89, (89, 90)) is None
     # The library takes the nearest one at or below the device: where that is pinned otherwise, an earlier one does not help.
     assert served({**alike, 86: 32}, 86, every) is None and served({**alike, 86: 32}, 89, every) is None
@@ -119,30 +121,30 @@ def test_later_minors_are_served_where_they_are_pinned_alike(monkeypatch: pytest
     for arch in every:
         for unit in lower.units([arch]):
             assert lower.Unit(unit.kernel, lower.served_by(unit, every) or arch, unit.dtype, unit.variant) in made
-    assert lower.shared_limit(lower.Unit("causal_step_partial", 80, "fp16", "64")) == launch.SHARED_LIMIT[86]
-    assert lower.shared_limit(lower.Unit("causal_prefill", 90, "fp16", "64")) == launch.SHARED_LIMIT[90]
+    assert lower.shared_limit(lower.Unit("causal_step_partial", 80, "fp16", "64")) == SHARED_LIMIT[86]
+    assert lower.shared_limit(lower.Unit("causal_prefill", 90, "fp16", "64")) == SHARED_LIMIT[90]
 
 
 def test_early_starts_are_for_gpus_that_know_them() -> None:
     """A GPU before sm_90 has no griddepcontrol; where there is one, a decode step's kernels ask for it, but no product of more than 64 rows."""
-    early = [k for k in launch.KERNELS.values() if k.early]
-    assert {k.name for k in early} == {k.name for k in launch.KERNELS.values() if "PDL" in k.constexprs}
-    assert {k.name for k in early} == {n for n in launch.KERNELS if n.startswith(("feedback_step", "causal_step", "mixer_step", "layer_"))}
+    early = [k for k in table.kernels().values() if k.early]
+    assert {k.name for k in early} == {k.name for k in table.kernels().values() if "PDL" in k.constexprs}
+    assert {k.name for k in early} == {n for n in table.kernels() if n.startswith(("feedback_step", "causal_step", "mixer_step", "layer_"))}
     for k in early:
         for variant in k.variants:
             may = variant in k.early
             assert may or variant == "any"
-            assert launch.early(k.name, 90, k.dtypes[0], variant) == (k.early_rows if may else 0) and launch.early(k.name, 80, k.dtypes[0], variant) == 0
-            assert [launch.tiles(k.name, arch, k.dtypes[0], variant)["PDL"] for arch in launch.ARCHS] == [False] * 4 + [may] * 3
+            assert table.early(k.name, 90, k.dtypes[0], variant) == (k.early_rows if may else 0) and table.early(k.name, 80, k.dtypes[0], variant) == 0
+            assert [table.tiles(k.name, arch, k.dtypes[0], variant)["PDL"] for arch in ARCHS] == [may and arch >= 90 for arch in ARCHS]
 
 
 def test_the_table_pins_every_unit() -> None:
-    for unit in lower.units(launch.ARCHS):
-        tiles = launch.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant)
-        assert tuple(tiles) == launch.kernel(unit.kernel).constexprs
-    assert launch.options("feedback_step_partial", 121, "bf16", "1024") == launch.options("feedback_step_partial", 120, "bf16", "1024")
+    for unit in lower.units(ARCHS):
+        tiles = table.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant)
+        assert tuple(tiles) == table.kernel(unit.kernel).constexprs
+    assert table.options("feedback_step_partial", 121, "bf16", "1024") == table.options("feedback_step_partial", 120, "bf16", "1024")
     with pytest.raises(KeyError, match="pin no tiles"):
-        launch.options("feedback_step_partial", 75, "bf16", "1024")
+        table.options("feedback_step_partial", 75, "bf16", "1024")
 
 
 PRINT = """
@@ -155,25 +157,26 @@ for module in modules:
 JIT = {
     "feedback_": """
 import hashlib, torch
-from sessa_deploy.kernels import feedback_fwd, feedback_step, feedback_tiles
+from sessa_deploy.kernels.feedback import forward, step, tiles
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for tokens, width in ((1, 768), (1, 4096), (130, 256), (257, 1024)):
         q, k, f = torch.randn(3, 2, tokens, width, device="cuda").to(dtype)
         past = torch.randn(2, 2, 300, width, device="cuda").to(dtype)
-        run = feedback_step.step if tokens == 1 else feedback_fwd.forward
+        run = step.step if tokens == 1 else forward.forward
         run(q, k, torch.rand(2, tokens, device="cuda"), f, past[0], past[1], torch.tensor([300, 7], device="cuda", dtype=torch.int32))
-modules = (feedback_step, feedback_tiles, feedback_fwd)
+modules = (step, tiles, forward)
 """,
     "causal_": """
 import hashlib, torch
-from sessa_deploy.kernels import causal_launch, causal_prefill, causal_step
+from sessa_deploy.kernels import route
+from sessa_deploy.kernels.causal import prefill, step
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for tokens, heads, width in ((1, 4, 64), (1, 2, 40), (1, 8, 128), (1, 2, 256), (130, 2, 64), (33, 4, 128), (40, 2, 200)):
         q = torch.randn(2, tokens, heads, width, device="cuda").to(dtype)
         k, v = torch.randn(2, 2, tokens, 2, width, device="cuda").to(dtype)
         past = torch.randn(2, 2, 300, 2, width, device="cuda").to(dtype)
-        causal_launch.forward(q, k, v, past[0], past[1], torch.tensor([300, 7], device="cuda", dtype=torch.int32))
-modules = (causal_step, causal_prefill)
+        route.causal_kernels(q, k, v, past[0], past[1], torch.tensor([300, 7], device="cuda", dtype=torch.int32))
+modules = (step, prefill)
 """,
 }
 
@@ -185,7 +188,7 @@ def test_what_the_jit_launches_is_the_lowered_cubin(family: str, tmp_path: Path)
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    kernels = [name for name, k in launch.KERNELS.items() if k.lowered and name.startswith(family)]
+    kernels = [name for name, k in table.kernels().items() if k.lowered and name.startswith(family)]
     if "SESSA_CUBIN_DIR" in os.environ:
         listed = json.loads((Path(os.environ["SESSA_CUBIN_DIR"]) / lower.MANIFEST).read_text())["cubins"]
         cubins = {(c["kernel"], c["sha256"]) for c in listed if c["arch"] == major * 10 + minor}

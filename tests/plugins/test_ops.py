@@ -16,7 +16,7 @@ import pytest
 
 from sessa_deploy import contract, cuda_arch
 from sessa_deploy.errors import UserError
-from sessa_deploy.kernels import launch
+from sessa_deploy.kernels.launch import limits, table
 from sessa_deploy.plugins import library, lower, ops
 from sessa_deploy.runtime.trt import kernels as trt_kernels
 
@@ -41,11 +41,10 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def test_which_binary_serves_which_device() -> None:
     """Later minors of a major, but no Tegra with a desktop GPU, and no binary of sm_90a, sm_100a, sm_120a anywhere else."""
-    assert cuda_arch.ARCHS == launch.ARCHS
     served = {a: [b for b in ARCHS if cuda_arch.serves(a, b)] for a in ARCHS}
     assert served[75] == [75] and served[80] == [80, 86, 88, 89] and served[86] == [86, 88, 89] and served[87] == [87] and served[89] == [89]
     assert all(served[a] == [a] for a in ARCHS if a >= 90)
-    assert cuda_arch.nearest(launch.ARCHS, 89) == 89 and cuda_arch.nearest((80, 86, 87), 89) == 86
+    assert cuda_arch.nearest(cuda_arch.ARCHS, 89) == 89 and cuda_arch.nearest((80, 86, 87), 89) == 86
     assert cuda_arch.nearest((80, 86), 87) is None and cuda_arch.nearest((100,), 103) is None and cuda_arch.nearest((), 90) is None
 
 
@@ -61,17 +60,17 @@ def test_everyone_who_looks_for_a_binary_asks_that_rule(tmp_path: Path) -> None:
 
     folder = fake_tensorrt.fake_cubins(tmp_path)
     text = (folder / "cubins.json").read_text()
-    for made, device in itertools.product(launch.ARCHS, ARCHS):
+    for made, device in itertools.product(cuda_arch.ARCHS, ARCHS):
         (folder / "cubins.json").write_text(text.replace('"arch": 90', f'"arch": {made}'))
         if cuda_arch.serves(made, device):
             assert trt_kernels.images(folder, device)[trt_kernels.FINISH].entry == trt_kernels.FINISH
         else:
-            fix = f"sessa-deploy plugin build --arch {device}$" if device in launch.ARCHS else "use --backend ort; the kernels are compiled for sm_80, 86, "
+            fix = f"sessa-deploy plugin build --arch {device}$" if device in cuda_arch.ARCHS else "use --backend ort; the kernels are compiled for sm_80, 86, "
             with pytest.raises(UserError, match=f"no binary of decode_append for this GPU: got sm_{device} in .*; fix: {fix}"):
                 trt_kernels.images(folder, device)
-        if device in launch.ARCHS and made != device:
+        if device in cuda_arch.ARCHS and made != device:
             unit = lower.Unit("decode_append", device, "fp32", "any")
-            alike = launch.options("decode_append", made, "fp32", "any") == launch.options("decode_append", device, "fp32", "any")
+            alike = table.options("decode_append", made, "fp32", "any") == table.options("decode_append", device, "fp32", "any")
             assert (lower.served_by(unit, [made, device]) == made) == (alike and cuda_arch.serves(made, device))
 
 
@@ -112,13 +111,10 @@ def test_tables_are_deterministic_and_the_same_for_everyone(tmp_path: Path) -> N
 
 
 def test_constants_are_the_kernels_own() -> None:
-    pytest.importorskip("triton")
-    from sessa_deploy.kernels import feedback_fwd, layer
-    from sessa_deploy.kernels import ops as torch_ops
-
-    assert feedback_fwd.PANEL_BYTES == ops.PANEL_BYTES and layer.SINGLE.value == ops.SINGLE
-    assert torch_ops.MAX_TRITON_WIDTH == contract.MAX_WIDTH == max(int(v) for v in launch.kernel("feedback_step_partial").variants)
-    assert max(launch.tiles("layer_rotary", a, "fp32", "any")["BD"] for a in launch.ARCHS) == ops.MAX_PAIRS
+    """The numbers stand in limits.py; what the kernels' specs and tiles say agrees with them."""
+    assert tuple(sorted(int(v) for v in table.kernel("feedback_step_partial").variants)) == limits.FEEDBACK_WIDTHS
+    assert limits.FEEDBACK_MAX_WIDTH == contract.MAX_WIDTH and limits.FEEDBACK_MULTIPLE == contract.WIDTH_MULTIPLE
+    assert max(table.tiles("layer_rotary", a, "fp32", "any")["BD"] for a in cuda_arch.ARCHS) == limits.ROTARY_MAX_PAIRS
 
 
 GOOD = {"B": 2, "T": 3, "P": 5, "D": 768, "H": 12, "K": 4, "C": 64, "N": 3 * 768 + 2 * 256, "E": 2 * 768, "J": 32, "I": 1, "R": 4}
@@ -159,7 +155,8 @@ def test_both_languages_take_the_same_attributes(rules: ctypes.CDLL) -> None:
         for at, attribute in enumerate(op.attributes):
             for value in values:
                 assert bool(rules.rules_takes(index, at, value)) == attribute.takes(value), (op.name, attribute.name, value)
-    assert [a.name for a in ops.ATTRIBUTES if a.takes(0.0)] == ["scale"] and [a.name for a in ops.ATTRIBUTES if a.takes(2.0)] == ["scale", "epsilon"]
+    assert [a.takes(0.0) for a in (ops.SCALE, ops.EPSILON, ops.GAMMA_MAX)] == [True, False, False]
+    assert [a.takes(2.0) for a in (ops.SCALE, ops.EPSILON, ops.GAMMA_MAX)] == [True, True, False]
 
 
 def test_every_attribute_is_refused_by_its_own_name() -> None:

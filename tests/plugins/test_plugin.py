@@ -21,7 +21,7 @@ from plugin_harness import BFLOAT, CAUSAL, FEEDBACK, FLOAT, HALF, NAMES, OPERAND
 
 from sessa_deploy import cuda_arch
 from sessa_deploy.errors import UserError
-from sessa_deploy.kernels import launch
+from sessa_deploy.kernels.launch.limits import STEP_MAX_SPLITS
 from sessa_deploy.plugins import library, ops
 
 
@@ -44,7 +44,7 @@ def test_library_stands_alone(built: Built) -> None:
 def test_the_library_hands_out_what_serves_a_device(built: Built) -> None:
     """Its door, which the runtime takes, goes by the one rule; and a tile that a binary has not is told apart from a tile."""
     handle = ctypes.CDLL(str(built[1]))
-    held = {arch for arch in launch.ARCHS if handle.sessaFindCubin(b"decode_finish", arch, b"fp32", b"any", ctypes.create_string_buffer(64))}
+    held = {arch for arch in cuda_arch.ARCHS if handle.sessaFindCubin(b"decode_finish", arch, b"fp32", b"any", ctypes.create_string_buffer(64))}
     for device in (75, 80, 86, 87, 89, 90, 100, 103, 120, 121):
         key = (b"decode_finish", device, b"fp32", b"any")
         found = bool(handle.sessaFindCubin(*key, ctypes.create_string_buffer(64)))
@@ -91,7 +91,7 @@ def test_workspace(built: Built) -> None:
     feedback, causal = create(built, FEEDBACK), create(built, CAUSAL)
     # One decode step of 2 sequences, capacity 4096, D 768: the most splits of float32 rows and two statistics.
     decode = harness.harness_workspace(feedback, FEEDBACK, HALF, sizes(2, 1, 4096, 768))
-    assert decode == (4 * 768 + 8) * 2 * launch.STEP_MAX_SPLITS
+    assert decode == (4 * 768 + 8) * 2 * STEP_MAX_SPLITS
     prefill = harness.harness_workspace(feedback, FEEDBACK, HALF, sizes(2, 512, 4096, 768))
     assert decode < prefill < 200 * 2**20
     assert harness.harness_workspace(feedback, FEEDBACK, HALF, sizes(1, 65536, 1, 1024)) < 3 * 2**30
@@ -110,19 +110,19 @@ def test_workspace(built: Built) -> None:
 def test_workspace_of_a_layer(built: Built) -> None:
     """To the byte: what the kernels of a step of the mixer leave one another, what its chunks do, the normed rows of the entrance."""
     harness, heads, d, p = built[2], 12, 768, 4096
-    mixer, enter, feedback = (create(built, op, storage=HALF) for op in (ph.MIXER, ph.ENTER, FEEDBACK))
+    mixer, enter, feedback = (create(built, op, storage=HALF) for op in (ph.At.Mixer, ph.At.NormEnter, FEEDBACK))
 
     def needs(batch: int, tokens: int, capacity: int) -> int:
-        return int(harness.harness_workspace(mixer, ph.MIXER, HALF, sizes(batch, tokens, capacity, d, heads, heads, d // heads)))
+        return int(harness.harness_workspace(mixer, ph.At.Mixer, HALF, sizes(batch, tokens, capacity, d, heads, heads, d // heads)))
 
-    causal_splits, splits = 128, launch.STEP_MAX_SPLITS
+    causal_splits, splits = 128, STEP_MAX_SPLITS
     parts = 4 * d * causal_splits + 8 * heads * causal_splits + 4 * d * splits + 8 * splits
     assert needs(2, 1, p) == 2 * (parts + 2 * d + 4 * d)
     chunk = harness.harness_workspace(feedback, FEEDBACK, HALF, sizes(2, 512, p, d)) + 2 * (2 * 512 * d * 2)
     assert needs(2, 512, p) == chunk
     for smaller in ((1, 512, p), (2, 511, p), (2, 512, p - 1), (2, 1, p), (1, 64, 1)):
         assert needs(*smaller) <= chunk
-    assert harness.harness_workspace(enter, ph.ENTER, HALF, sizes(3, 5, 1, d)) == 3 * 5 * d * 2
+    assert harness.harness_workspace(enter, ph.At.NormEnter, HALF, sizes(3, 5, 1, d)) == 3 * 5 * d * 2
     for plugin in (mixer, enter, feedback):
         harness.harness_destroy(plugin)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import plugin_harness as ph
 import pytest
+from layer_calls import layer_calls
 from plugin_harness import BFLOAT, CAUSAL, FEEDBACK, FLOAT, HALF, NAMES, Built, Pointers, create, headed, sizes
 
 from sessa_deploy.plugins import ops
@@ -68,7 +69,7 @@ def test_feedback_gives_the_bits_of_the_torch_op(built: Built, storage: str, cap
     """Decode steps and prefill, ragged, with poisoned rows beyond each length."""
     import torch
 
-    from sessa_deploy.kernels import feedback_fwd, feedback_step
+    from sessa_deploy.kernels.feedback import forward, step
 
     major, _, harness = built
     onnx, dtype = TYPES[storage], getattr(torch, storage)
@@ -82,7 +83,7 @@ def test_feedback_gives_the_bits_of_the_torch_op(built: Built, storage: str, cap
         past = torch.randn(2, b, p, d, device="cuda").to(dtype)
         length = lengths_and_poison(p, past)
         gamma = 1.998 * torch.rand(b, t, device="cuda") - 0.999
-        op: Callable[..., torch.Tensor] = feedback_step.step if t == 1 else lambda *a: feedback_fwd.forward(*a, need_lse=False)[0]
+        op: Callable[..., torch.Tensor] = step.step if t == 1 else lambda *a: forward.forward(*a, need_lse=False)[0]
         inputs = [q, k, gamma, f, past[0], past[1], length]
         enqueue_and_compare(harness, plugin, FEEDBACK, onnx, sizes(b, t, p, d), inputs, (op(*inputs),), lambda: capfd.readouterr().err)
     harness.harness_destroy(plugin)
@@ -95,7 +96,7 @@ def test_causal_gives_the_bits_of_the_torch_op(built: Built, storage: str, capfd
     """Decode steps and chunks, ragged, grouped heads of several widths, with poisoned rows beyond each length."""
     import torch
 
-    from sessa_deploy.kernels import causal_launch
+    from sessa_deploy.kernels import route
 
     major, _, harness = built
     onnx, dtype = TYPES[storage], getattr(torch, storage)
@@ -111,7 +112,7 @@ def test_causal_gives_the_bits_of_the_torch_op(built: Built, storage: str, capfd
         k, v = torch.randn(2, b, t, kv_heads, d, device="cuda").to(dtype)
         past = torch.randn(2, b, p, kv_heads, d, device="cuda").to(dtype)
         inputs = [q, k, v, past[0], past[1], lengths_and_poison(p, past)]
-        expected = causal_launch.forward(*inputs)
+        expected = route.causal_kernels(*inputs)
         enqueue_and_compare(harness, plugin, CAUSAL, onnx, headed(b, t, p, d, heads, kv_heads), inputs, (expected,), lambda: capfd.readouterr().err)
     harness.harness_destroy(plugin)
 
@@ -126,35 +127,15 @@ def test_layers_give_the_bits_of_the_kernels(
     """Everything around the attentions of a layer, float16, for a step, a batch of steps and a chunk."""
     import torch
 
-    from sessa_deploy.kernels import layer
-
-    harness, (b, t), (n_q, n_k, d), n = built[2], rows, heads, rows[0] * rows[1]
-    width, kv, dtype = n_q * d, n_k * d, torch.float16
     torch.manual_seed(0)
 
-    def random(*shape: int, kind: torch.dtype = dtype, scale: float = 1.0) -> torch.Tensor:
-        return (scale * torch.randn(shape, device="cuda")).to(kind)
+    def random(*shape: int, wide: bool = False, scale: float = 1.0) -> torch.Tensor:
+        return (scale * torch.randn(shape, device="cuda")).to(torch.float32 if wide else torch.float16)
 
-    x, s, h = random(n, width), random(n, width), random(n, 2 * width)
-    row, row2, square = random(width), random(width), random(width, width, scale=0.1)
-    wide, gain, one = random(width + 48, width, scale=0.1), random(width, kind=torch.float32, scale=0.1), random(1, kind=torch.float32)
-    columns, everything = width + 48, random(3 * width + 2 * kv, width, scale=0.1)
-    double, heads_of_all = random(2 * width, width, scale=0.1), sizes(b, t, 1, width, n_q, n_k, d, 3 * width + 2 * kv)
-    biases = (random(width), random(kv), random(kv), random(2 * width))
-    length, limbs = torch.arange(b, device="cuda", dtype=torch.int32), torch.rand(4, d // 2, device="cuda") / 64
-    tables = layer.rotary(length, limbs, t)
-    flat = [x.view(n, d // 2) for x in tables]
-    cases: list[tuple[int, float | None, Any, list[Any], tuple[Any, ...]]] = [
-        (ph.ROTARY, None, sizes(b, t, 1, width, 1, 1, d), [x, length, limbs], tables),
-        (ph.NORM, 1e-5, sizes(b, t, 1, width), [x, row, row2], (layer.norm(x, row, row2, 1e-5),)),
-        (ph.LINEAR_HEADS, None, sizes(b, t, 1, width, n_q, 1, d, width), [x, square, row], (layer.linear(x, square, row),)),
-        (ph.LOGITS, None, sizes(b, t, 1, width, columns=columns), [x, wide], (layer.linear(x, wide, None),)),
-        (ph.TAIL, None, sizes(b, t, 1, width), [x, s, h, square, row], (layer.tail(s, h, square, row, x),)),
-        (ph.ENTER, 1e-5, sizes(b, t, 1, width), [x, row, row2, double, biases[3]], (layer.norm_enter(x, row, row2, 1e-5, double, biases[3]),)),
-        (ph.PROJECT_GAIN, 0.999, heads_of_all, [h, everything, *biases, *tables, gain, one],
-         layer.project_gain(h, everything, biases, *flat, gain, one, 0.999)),
-    ]  # fmt: skip
-    for op, value, shape, inputs, expected in cases:
+    harness = built[2]
+    for op, value, shape, inputs, compute in layer_calls(random, *rows, *heads):
+        found = compute()
+        expected = tuple(found) if isinstance(found, (tuple, list)) else (found,)
         plugin = create(built, op, HALF, ops.OPS[op].attributes[0].name if value is not None else None, value or 0.0)
         assert plugin is not None, NAMES[op]
         enqueue_and_compare(harness, plugin, op, HALF, shape, inputs, expected, lambda: capfd.readouterr().err)
@@ -165,15 +146,17 @@ def test_layers_give_the_bits_of_the_kernels(
 @pytest.mark.trt
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
 def test_the_mixer_gives_the_bits_of_its_kernels(built: Built, storage: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Decode steps as mixer_step.py computes them, chunks as the three operations one after the other; ragged, with poisoned rows beyond each length."""
+    """Decode steps as engine/mixer.py computes them, chunks as the three operations one after the other; ragged, with poisoned rows beyond each length."""
     import torch
 
-    from sessa_deploy.kernels import causal_launch, feedback_fwd, layer, mixer_step
+    from sessa_deploy.kernels import route
+    from sessa_deploy.kernels.engine import layer, mixer
+    from sessa_deploy.kernels.feedback import forward
 
     major, _, harness = built
     onnx, dtype = TYPES[storage], getattr(torch, storage)
     torch.manual_seed(0)
-    plugin = create(built, ph.MIXER, storage=onnx)
+    plugin = create(built, ph.At.Mixer, storage=onnx)
     if plugin is None:
         assert (major, onnx) == (8, BFLOAT)
         return
@@ -189,11 +172,11 @@ def test_the_mixer_gives_the_bits_of_its_kernels(built: Built, storage: str, cap
         length = lengths_and_poison(p, past, past_b)
         if t == 1:
             new = [x[:, 0] for x in (q, k, v)]
-            s = mixer_step.step(*new, *past, weight, bias, q_b[:, 0], gamma[:, 0], *past_b, length).view(b, 1, width)
+            s = mixer.step(*new, *past, weight, bias, q_b[:, 0], gamma[:, 0], *past_b, length).view(b, 1, width)
         else:
-            o = causal_launch.forward(q, k, v, past[0], past[1], length)
+            o = route.causal_kernels(q, k, v, past[0], past[1], length)
             f = layer.linear(o.view(b * t, width), weight, bias).view(b, t, width)
-            s = feedback_fwd.forward(q_b, k_b, gamma, f, past_b[0], past_b[1], length, need_lse=False)[0]
+            s = forward.forward(q_b, k_b, gamma, f, past_b[0], past_b[1], length, need_lse=False)[0]
         inputs = [q, k, v, past[0], past[1], weight, bias, q_b, k_b, gamma, past_b[0], past_b[1], length]
-        enqueue_and_compare(harness, plugin, ph.MIXER, onnx, sizes(b, t, p, width, heads, kv_heads, d), inputs, (s,), lambda: capfd.readouterr().err)
+        enqueue_and_compare(harness, plugin, ph.At.Mixer, onnx, sizes(b, t, p, width, heads, kv_heads, d), inputs, (s,), lambda: capfd.readouterr().err)
     harness.harness_destroy(plugin)

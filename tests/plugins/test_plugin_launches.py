@@ -13,6 +13,7 @@ from typing import Any
 
 import plugin_harness as ph
 import pytest
+from layer_calls import layer_calls
 from plugin_harness import Built, headed, sizes
 
 pytest.importorskip("torch")
@@ -96,10 +97,10 @@ Launch = tuple[str, tuple[int, ...], int, bool, list[float], list[int]]  # kerne
 
 def read(line: str) -> Launch:
     """A launch as the driver wrote it."""
-    from sessa_deploy.kernels import launch
+    from sessa_deploy.kernels.launch import table
 
     name, x, y, z, threads, early, *words = line.split()
-    kinds = [p.type for p in launch.kernel(name).params]
+    kinds = [p.type for p in table.kernel(name).params]
     assert len(words) == len(kinds)
     scalars, pointers = list[float](), list[int]()
     for kind, word in zip(kinds, words, strict=True):
@@ -126,7 +127,13 @@ def launches(
     """
     import torch
 
-    from sessa_deploy.kernels import causal_prefill, causal_step, feedback_fwd, feedback_step, launch, layer, mixer_step
+    from sessa_deploy.kernels.causal import prefill as causal_prefill
+    from sessa_deploy.kernels.causal import step as causal_step
+    from sessa_deploy.kernels.engine import layer
+    from sessa_deploy.kernels.engine import mixer as mixer_step
+    from sessa_deploy.kernels.feedback import forward as feedback_fwd
+    from sessa_deploy.kernels.feedback import step as feedback_step
+    from sessa_deploy.kernels.launch import table
 
     noted: list[Launch] = []
 
@@ -136,23 +143,22 @@ def launches(
         def __init__(self, kernel: Any, device: Any, dtype: Any, options: dict[str, Any]) -> None:
             self.name, self.threads = kernel.__name__, 32 * options["num_warps"]
             # whether kernels start early the Python side leaves to the plugin: the rule is the number of rows and that the binary can
-            self.early = bool(options.get("PDL")) and batch * tokens <= launch.kernel(self.name).early_rows
+            self.early = bool(options.get("PDL")) and batch * tokens <= table.kernel(self.name).early_rows
 
         def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
-            kinds = [p.type for p in launch.kernel(self.name).params]
+            kinds = [p.type for p in table.kernel(self.name).params]
             scalars = [float(x) for kind, x in zip(kinds, arguments, strict=True) if not kind.startswith("*")]
             pointers = [x.data_ptr() if isinstance(x, torch.Tensor) else int(x) for kind, x in zip(kinds, arguments, strict=True) if kind.startswith("*")]
             noted.append((self.name, (*grid, 1, 1)[:3], self.threads, self.early, scalars, pointers))
 
-    def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str) -> dict[str, Any]:
-        return {name: launch.options(name, 90, "fp32" if dtype == torch.float32 else "fp16", variant) for name in names}
+    def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str, early: int = 0) -> dict[str, Any]:
+        return {name: table.options(name, 90, "fp32" if dtype == torch.float32 else "fp16", variant) for name in names}
 
     for module in (causal_prefill, causal_step, feedback_fwd, feedback_step, layer, mixer_step):
         monkeypatch.setattr(module, "launcher", Writer)
         monkeypatch.setattr(module, "pinned", pinned)
     monkeypatch.setattr(feedback_fwd, "_plan", feedback_fwd.Plan)  # a plan keeps its launchers
     n, d = batch * tokens, width // heads
-    kv, columns = kv_heads * d, width + 48
 
     def half(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.float16 if storage == ph.HALF else torch.float32)
@@ -160,19 +166,9 @@ def launches(
     def floats(*shape: int) -> torch.Tensor:
         return torch.zeros(shape)
 
-    length, x, s, h = torch.zeros(batch, dtype=torch.int32), half(n, width), half(n, width), half(n, 2 * width)
-    everything, biases = half(3 * width + 2 * kv, width), (half(width), half(kv), half(kv), half(2 * width))
-    tables = (floats(n, d // 2), floats(n, d // 2))
-    calls: list[tuple[int, Any, Any]] = [
-        (ph.ROTARY, sizes(batch, tokens, 1, width, 1, 1, d), lambda: layer.rotary(length, floats(4, d // 2), tokens)),
-        (ph.NORM, sizes(batch, tokens, 1, width), lambda: layer.norm(x, half(width), half(width), 1e-5)),
-        (ph.LINEAR_HEADS, sizes(batch, tokens, 1, width, heads, 1, d, width), lambda: layer.linear(x, half(width, width), half(width))),
-        (ph.LOGITS, sizes(batch, tokens, 1, width, columns=columns), lambda: layer.linear(x, half(columns, width), None)),
-        (ph.TAIL, sizes(batch, tokens, 1, width), lambda: layer.tail(s, h, half(width, width), half(width), x)),
-        (ph.ENTER, sizes(batch, tokens, 1, width), lambda: layer.norm_enter(x, half(width), half(width), 1e-5, half(2 * width, width), half(2 * width))),
-        (ph.PROJECT_GAIN, sizes(batch, tokens, 1, width, heads, kv_heads, d, 3 * width + 2 * kv),
-         lambda: layer.project_gain(h, everything, biases, *tables, floats(width), floats(1), 0.999)),
-    ]  # fmt: skip
+    length = torch.zeros(batch, dtype=torch.int32)
+    around = layer_calls(lambda *shape, wide=False, scale=1.0: floats(*shape) if wide else half(*shape), batch, tokens, heads, kv_heads, d)
+    calls: list[tuple[int, Any, Any]] = [(call.op, call.shape, call.compute) for call in around]
     past_b, (q_b, k_b, f) = [half(batch, capacity, width) for _ in range(2)], [half(batch, tokens, width) for _ in range(3)]
     square, row = half(width, width), half(width)
     past, q, gamma = [half(batch, capacity, kv_heads, d) for _ in range(2)], half(batch, tokens, heads, d), floats(batch, tokens)
@@ -197,7 +193,7 @@ def launches(
     calls.append((ph.FEEDBACK, sizes(batch, tokens, capacity, width), lambda: feedback(f)))
     if capacity:
         calls.append((ph.CAUSAL, headed(batch, tokens, capacity, d, heads, kv_heads), causal))
-        calls.append((ph.MIXER, sizes(batch, tokens, capacity, width, heads, kv_heads, d), mixer))
+        calls.append((ph.At.Mixer, sizes(batch, tokens, capacity, width, heads, kv_heads, d), mixer))
     found = []
     for op, shape, call in calls if storage == ph.HALF else [x for x in calls if x[0] in (ph.FEEDBACK, ph.CAUSAL)]:
         noted.clear()
@@ -224,11 +220,12 @@ def test_the_plugin_launches_what_the_python_side_does(
 
     Steps, prefill, chunks and panels, for the attentions, the mixer and everything around them.
     """
-    from sessa_deploy.kernels import launch
+    from sessa_deploy.kernels.launch import table
+    from sessa_deploy.kernels.launch.limits import STEP_PROGRAMS
 
     _, library, harness = built
-    held = EACH * MULTIPROCESSORS if says else launch.STEP_PROGRAMS
-    kernels = "".join(f'{{"{k.name}", {len(k.params)}}}, ' for k in launch.KERNELS.values())
+    held = EACH * MULTIPROCESSORS if says else STEP_PROGRAMS
+    kernels = "".join(f'{{"{k.name}", {len(k.params)}}}, ' for k in table.kernels().values())
     defines = f"#define MULTIPROCESSORS {MULTIPROCESSORS}\n#define KERNELS {kernels}\n" + (f"#define EACH {EACH}\n" if says else "")
     (tmp_path / "cuda.c").write_text(defines + DRIVER)
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-w", "-o", "libcuda.so.1", "cuda.c"], cwd=tmp_path, check=True)
@@ -255,12 +252,13 @@ def test_the_plugin_launches_what_the_python_side_does(
 
 def test_rows_that_start_early_have_binaries_that_can() -> None:
     """A product's tiles follow from its rows: each that the plugin may start early waits for its predecessor; and nothing starts early that does not wait."""
-    from sessa_deploy.kernels import launch, launch_layer
+    from sessa_deploy.kernels.engine.spec import product_variant
+    from sessa_deploy.kernels.launch import table
 
-    for kernel in (k for k in launch.KERNELS.values() if k.lowered):
+    for kernel in (k for k in table.kernels().values() if k.lowered):
         for variant in (v for v in kernel.variants if v != "bwd"):
-            waits = bool(kernel.early) and launch.tiles(kernel.name, 90, kernel.dtypes[0], variant)["PDL"]
-            assert waits or launch.early(kernel.name, 90, kernel.dtypes[0], variant) == 0
+            waits = bool(kernel.early) and table.tiles(kernel.name, 90, kernel.dtypes[0], variant)["PDL"]
+            assert waits or table.early(kernel.name, 90, kernel.dtypes[0], variant) == 0
         if kernel.early and {"16", "64", "any"} <= set(kernel.variants):
-            found = {launch_layer.product_variant(rows) for rows in range(1, kernel.early_rows + 1)}
+            found = {product_variant(rows) for rows in range(1, kernel.early_rows + 1)}
             assert found & set(kernel.variants) <= set(kernel.early), kernel.name

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy_model import NumpyModel, random_weights
+from small_bundle import write
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.runtime.bundle import Bundle, BundleWriter
@@ -55,3 +56,9 @@ def tiny_bundle(bundles: Callable[..., Bundle]) -> Bundle:
 def all_logits_bundle(bundles: Callable[..., Bundle]) -> Bundle:
     """The tiny model's fp32 bundle whose graph gives the logits of every token."""
     return bundles("fp32", all_logits=True)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """The folder of a bundle of a few bytes."""
+    return write(tmp_path / "b").path

@@ -116,6 +116,13 @@ def test_chat_says_when_the_context_is_full_and_goes_on_after_reset(tiny_bundle,
     assert out.startswith(alone(tiny_bundle, "abc", 10, temperature=0.5, seed=1).text + "\n")
 
 
+def test_what_chat_says_into_a_full_or_closed_output_is_no_turn_to_go_on_from(tiny_bundle):
+    program = [sys.executable, "-c", "from sessa_deploy.cli import main; main()", "chat", str(tiny_bundle.path), "--max-new-tokens", "2", "--threads", "1"]
+    for shell, code in (('"$@" >/dev/full', 2), ('"$@" >&-', 2), ('"$@" | true; exit ${PIPESTATUS[0]}', 0)):
+        done = subprocess.run(["bash", "-c", shell, "-", *program], input="hi\nthere\n", capture_output=True, text=True, check=False)
+        assert done.returncode == code and done.stderr.count("\n") == bool(code) and ("standard output" in done.stderr) == bool(code), (shell, done)
+
+
 @pytest.mark.parametrize("args", [("--max-new-tokens", 0), ("--top-p", 2), ("--seed", -1), ("--capacity", 0), ("--stop", ""), ("--threads", 0), ("--nope",)])
 def test_chat_refuses_bad_options_in_one_line(tiny_bundle, capfd, monkeypatch, args):
     stdin(monkeypatch, b"a\n")
@@ -177,3 +184,10 @@ def test_bench_measures_a_bundle_with_all_logits(all_logits_bundle, capfd):
     args = ("--prompt-tokens", 8, "--window", 4, "--steps", 2, "--seconds", 0, "--json", "-")
     code, out, err = call(capfd, "bench", all_logits_bundle.path, *args)
     assert code == 0 and json.loads(out)["inter_token_ms"]["count"] >= 2, err
+
+
+def test_validate_judges_no_empty_text_and_reads_standard_input_once(tiny_bundle, tmp_path, capfd):
+    (tmp_path / "empty").write_bytes(b"")
+    for texts, words in ((("--text", tmp_path / "empty"), "the text is empty"), (("--text", "-", "--text", "-"), "standard input is given twice")):
+        code, out, err = call(capfd, "validate", tiny_bundle.path, "--checkpoint", tmp_path, *texts)
+        assert code == 2 and words in err and err.count("\n") == 1 and out == ""

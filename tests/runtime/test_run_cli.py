@@ -186,6 +186,7 @@ def test_a_checkpoint_given_for_a_bundle_and_a_wrong_option_name_the_way_on(tmp_
         code, _, err = call(capfd, verb[0], tmp_path, *verb[1:])
         assert code == 2 and "a checkpoint, not a bundle" in err and f"sessa-deploy export {tmp_path} --out BUNDLE" in err and err.count("\n") == 1
     code, _, err = call(capfd, "run", tmp_path)
-    assert code == 2 and err == "error: Missing option '--prompt'; see: sessa-deploy run --help\n"
+    assert code == 2 and err.startswith("error: there is nothing to continue: got no prompt; allowed: --prompt TEXT, --prompt-file FILE or --prompt-ids")
+    assert f"sessa-deploy chat {tmp_path}" in err and err.count("\n") == 1
     code, _, err = call(capfd, "run", tmp_path, "--prompt", "x", "--frobnicate")
     assert code == 2 and err.endswith("; see: sessa-deploy run --help\n")

@@ -219,6 +219,18 @@ def test_a_tokenizers_template_begins_a_conversation_once(tmp_path):
         assert s.tokens() == [first, *b"hello you"] and s.tokenizer.ignored[0] == "truncation to 4 tokens"
 
 
+def test_each_of_several_end_tokens_ends_a_text(tmp_path):
+    greedy = MODEL.greedy(PROMPTS[0], 12)
+    first, second = greedy[3], next(token for token in greedy[5:] if token not in greedy[:5])
+    for ends in ((first, second), (second, first), (second,)):
+        files = {"model.onnx": b"", "tokenizer.json": byte_level_tokenizer().encode()}
+        made = write_bundle(tmp_path / "-".join(map(str, ends)), files, dataclasses.replace(CONFIG, eos_token_id=ends), "fp32", {})
+        assert Bundle.open(made.path).config.eos_token_ids == ends
+        found = Session(made, NumpyBackend(MODEL)).generate([PROMPTS[0]], 12)[0]
+        at = min(greedy.index(token) for token in ends)
+        assert (found.tokens, found.finish) == (greedy[: at + 1], "stop") and found.text == Session(made, NumpyBackend(MODEL)).tokenizer.decode(greedy[:at])
+
+
 def test_stop_strings_are_not_shown(bundle):
     s = session(bundle)
     greedy = MODEL.greedy(PROMPTS[0], 12)

@@ -24,6 +24,7 @@ from sessa_deploy.export.parity.metrics import Yardstick, check_tokens, compare,
 from sessa_deploy.export.parity.process import ProcessLaunch
 from sessa_deploy.export.parity.report import render, write_report
 from sessa_deploy.export.parity.rungs import RungJob, read_header, read_tensors
+from sessa_deploy.export.parity.verdict import first_divergence
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
 
 ROWS = np.stack([np.zeros(8, dtype=np.int64), np.arange(8)], axis=1)
@@ -261,7 +262,7 @@ def test_report_and_record(material: tuple[Path, Path, Path], tmp_path: Path) ->
     # the same report of a failure, with numbers that are not finite
     bad = report.comparisons[5]
     report.comparisons[5] = compare(*(np.full((3, 4), x) for x in (1.0, 1.0, np.nan)), ROWS[:3], "fp32", bad.rung, bad.mode, bad.case, bad.layer, bad.field)
-    report.failure = parity.first_divergence(report.comparisons, report.cases)
+    report.failure = first_divergence(report.comparisons, report.cases)
     assert report.line().startswith(f"parity: FAILED at {bad.output}: ")
     assert "Parity failed" in render(report)
     json.dumps(report.to_dict(), allow_nan=False)

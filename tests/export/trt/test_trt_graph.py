@@ -56,7 +56,7 @@ def test_widths_decide_what_the_plugin_claims(tmp_path: Path) -> None:
         return trt_graph.load(export_onnx(SessaLM(config), tmp_path / f"{d_model}.{n_heads}.onnx", "fp32"))
 
     model = graph(16, 2)
-    assert trt_graph.claims(model) == (contract.FEEDBACK_OP, contract.CAUSAL_OP)
+    assert trt_graph.claims(model) == contract.GRAPH_OPS
     assert trt_graph.claims(model, [contract.FEEDBACK_OP]) == (contract.FEEDBACK_OP,)
     prepared = trt_graph.prepare(model)
     assert prepared.inlined == [] and prepared.direct == sorted(contract.past_name(0, f) for f in contract.CACHE_FIELDS)

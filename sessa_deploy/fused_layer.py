@@ -1,0 +1,85 @@
+"""Which of a SessaLayer's modules the fused regions of kernels/training stand in for, and when: the same parameters, the same equations, fewer launches.
+
+On a GPU, in eager calls, a layer takes `head`, `solve` and `tail` in place of its plain modules. The plain ones run on a CPU, in float64, under torch.compile,
+export, functorch or tensor subclasses, when a submodule carries hooks or is not the plain one, and with SESSA_TRITON=0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sessa_deploy.kernels import route
+from sessa_deploy.kernels.training import regions
+from sessa_deploy.kernels.training.regions import Form, Head, HeadWeights, Weights
+
+
+def _unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module does what its class says and nothing else."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def parameters(layer: Any) -> Weights:
+    """The layer's parameters as the regions take them."""
+    # straight from the modules' dictionaries: attribute look-ups on modules would cost as much as a launch
+    modules = layer._modules
+    mixer = modules["mixer"]
+    norm, enter, last = (modules[name]._parameters for name in ("ln", "W_in", "W_out"))
+    q, k, v, fb = (mixer._modules[name]._parameters for name in ("q_proj", "k_proj", "v_proj", "proj_fb"))
+    head = HeadWeights(
+        norm["weight"], norm["bias"], enter["weight"], enter["bias"], mixer._modules["gamma_ctx"]._parameters["weight"], mixer._parameters["gamma_bias"],
+        q["weight"], q["bias"], k["weight"], k["bias"], v["weight"], v["bias"], fb["weight"], fb["bias"], last["bias"],
+    )  # fmt: skip
+    return Weights(head, last["weight"])
+
+
+def applies(layer: Any, x: Tensor) -> Weights | None:
+    """`parameters` if a SessaLayer may take this road for x (B,T,D): a CUDA tensor that the feedback kernels take too, eager, plain modules, one dtype.
+
+    None otherwise; SESSA_TRITON=0 turns the road off.
+    """
+    if not (x.is_cuda and x.dim() == 3 and x.numel() and x.dtype in route.FLOATS and route.uses_triton(x)):
+        return None
+    mixer = layer._modules["mixer"]
+    inner = mixer._modules
+    linear = (*(layer._modules[name] for name in ("W_in", "W_out")), *(inner[name] for name in ("q_proj", "k_proj", "v_proj", "proj_fb", "gamma_ctx")))
+    if mixer.head_dim % 8 or mixer.head_dim > 1024 or not (_unhooked(layer._modules["ln"], nn.LayerNorm) and all(_unhooked(m, nn.Linear) for m in linear)):
+        return None
+    weights = parameters(layer)
+    every = (*weights.head, weights.out)
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = regions.storage_type(x)
+    if any(p is None or p.dtype not in route.FLOATS for p in every) or dtype not in route.FLOATS or not route.is_eager(x, *every):
+        return None
+    # without autocast the parameters of the norm and of gamma may be float32 beside 16-bit activations, those of the projections not
+    same = x.dtype in (torch.float32, dtype) if autocast else all(p.dtype == dtype for p in (*weights.head.projections(), weights.out))
+    return weights if same else None
+
+
+def head(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: Weights) -> Head:
+    """The layer from x (B,T,D) to its attentions' inputs. rope: float32 tables (B or 1,T,1,d/2), or None; weights: from `applies`."""
+    mixer = layer._modules["mixer"]
+    form = Form(mixer.n_heads, mixer.n_kv_heads, mixer.head_dim, layer._modules["ln"].eps, mixer.gamma_max)
+    cos, sin = (None, None) if rope is None else (rope[0].contiguous(), rope[1].contiguous())
+    return regions.head(form, cos, sin, x, weights.head)
+
+
+def solve(layer: Any, o: Tensor, head: Head) -> Tensor | None:
+    """s (B,T,D) without a past, of the forward attention's o (B,T,Hq,d): out_proj and feedback attention as one autograd node.
+
+    None where there is nothing to join: no gradient is wanted, or out_proj is not a plain linear map.
+    """
+    out_proj = layer._modules["mixer"]._modules["out_proj"]
+    weight = out_proj._parameters.get("weight")
+    if weight is None or not (torch.is_grad_enabled() and _unhooked(out_proj, nn.Linear) and route.is_eager(o, weight)):
+        return None
+    if weight.dtype != o.dtype and not torch.is_autocast_enabled("cuda"):
+        return None  # the plain map says what is wrong
+    return regions.solve(o, weight, head)
+
+
+def tail(s: Tensor, head: Head, weights: Weights) -> Tensor:
+    """The layer's y (B,T,D) of the feedback branch's s (B,T,D)."""
+    return regions.tail(head.x, s, head.g, weights.out, weights.head.out_bias)

@@ -1,0 +1,309 @@
+"""Forward of feedback attention: routing tiles, block inverses, then the solve as one dataflow kernel. See README.md for the algorithm.
+
+Rows go in panels so that the workspace is panel x (P + T) in the work type (float16 for 16-bit storage, else float32), never T x T in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sessa_deploy.kernels.feedback.spec import solve_variant
+from sessa_deploy.kernels.feedback.tiles import apply_inverse, feedback_combine, feedback_scores, finite, grouped_size, store_split
+from sessa_deploy.kernels.launch import table
+from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
+from sessa_deploy.kernels.launch.limits import PANEL_BYTES
+
+
+@triton.jit(do_not_specialize=table.do_not_specialize("feedback_pack"))
+def feedback_pack(past_s, past_length, w, w_low, scales, P, D, C, BT: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr):
+    """Grid (P tiles, D tiles, B): past_s in the form the solve reads, zeros from past_length on. Tiles without a live row stay unwritten."""
+    i_t, i_n, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.minimum(tl.load(past_length + i_b), P)
+    if i_t * BT < length:
+        o_t, o_n = tl.arange(0, BT), i_n * BN + tl.arange(0, BN)
+        m_n = (o_n < D)[None, :]
+        m_t = (i_t * BT + o_t < length)[:, None]
+        b_x = tl.load(past_s + (i_b * P + i_t * BT) * D + o_t[:, None] * D + o_n[None, :], mask=m_t & m_n, other=0.0).to(tl.float32)
+        p_tile = (i_b * C + i_t * BT) * D + o_t[:, None] * D + o_n[None, :]
+        p_scale = (i_b * (C // BT) + i_t) * tl.num_programs(1) + i_n
+        store_split(b_x, tl.max(tl.max(tl.abs(b_x), axis=1), axis=0), w, w_low, scales, p_tile, p_scale, m_n, SPLIT, True)
+
+
+@triton.jit
+def wait_for(p_done, tiles):
+    """Spin until the counter reaches `tiles`; returns what it reads."""
+    ready = tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
+    while ready < tiles:
+        ready = tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
+    return ready
+
+
+@triton.jit
+def near_product(b_near, b_low, w, w_low, o_tile, m_n, FULL: tl.constexpr, LOW: tl.constexpr, SPLIT: tl.constexpr):
+    """near @ s of one block: high halves, with LOW also the low half of s, with FULL near's as well."""
+    b_w = tl.load(w + o_tile, mask=m_n, other=0.0, cache_modifier=".cg")
+    if SPLIT and LOW:
+        b_l = tl.load(w_low + o_tile, mask=m_n, other=0.0, cache_modifier=".cg")
+        acc = tl.dot(b_near, b_l)
+        if FULL:
+            acc = tl.dot(b_low, b_w, acc)
+        acc = tl.dot(b_near, b_w, acc)
+    else:
+        acc = tl.dot(b_near, b_w, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=table.do_not_specialize("feedback_solve"))
+def feedback_solve(
+    e, peak, row_peak, factor, inverse, inverse_low, near, near_low, near_scale, f, s, s_low, w, w_low, scales, past_length, sync,
+    T, D, C, R, NP, NT, row0, B, panel, panels, keep,
+    BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """One program per (block of BT rows, sequence, BN columns of D): s = inverse (f + sum_far r_j (e_j @ s_j)) + near[1] s_{i-2} + near[0] s_{i-1}.
+
+    r_j = factor exp(peak_j - row_peak). A ticket hands the tiles out in the order of their dependencies, so a waiting program always waits for one
+    that runs. sync: a ticket per panel, then for each (sequence, columns) the number of row blocks that are done. Tiles are summed in ascending
+    order, whoever is ready. s reaches later blocks as a scaled float16 pair, whose low half only FULL reads from far and only LOW from the
+    two nearest. keep: s_low receives what rounding to storage took from s.
+    """
+    tiles_n = tl.cdiv(D, BN)
+    ticket = tl.atomic_add(sync + panel, 1, sem="relaxed", scope="gpu")
+    i_n = ticket % tiles_n
+    i_b = ((ticket // tiles_n) % B).to(tl.int64)
+    i_r = ticket // (tiles_n * B)
+    block = row0 // BT + i_r
+    p_done = sync + panels + i_b * tiles_n + i_n
+    past_tiles = tl.cdiv(tl.load(past_length + i_b), BT)
+    far = past_tiles + tl.maximum(block - 2, 0)
+
+    o_r, o_k, o_n = tl.arange(0, BT), tl.arange(0, BT), i_n * BN + tl.arange(0, BN)
+    m_n = (o_n < D)[None, :]
+    o_e = o_r[:, None] * C + o_k[None, :]
+    o_w = o_k[:, None] * D + o_n[None, :]
+    p_e = e + (i_b * R + i_r * BT) * C
+    p_w, p_l = w + i_b * C * D, w_low + i_b * C * D
+    p_peak = peak + i_b * NT * R + i_r * BT + o_r
+    p_scale = scales + i_b * NT * tiles_n + i_n
+    p_row = i_b * R + i_r * BT + o_r
+    b_top = tl.load(row_peak + p_row)
+    b_factor = tl.load(factor + p_row)
+
+    acc = tl.zeros([BT, BN], dtype=tl.float32)
+    i = 0
+    while i < far:
+        stop = past_tiles
+        if i >= past_tiles:
+            stop = tl.minimum(past_tiles + wait_for(p_done, i - past_tiles + 1), far)
+        for j in tl.range(i, stop, num_stages=STAGES):
+            i_t = tl.where(j < past_tiles, j, j - past_tiles + NP)
+            b_e = tl.load(p_e + i_t * BT + o_e)
+            b_w = tl.load(p_w + i_t.to(tl.int64) * BT * D + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
+            b_r = b_factor * tl.exp(tl.load(p_peak + i_t.to(tl.int64) * R) - b_top)
+            if SPLIT:
+                b_r = b_r * tl.load(p_scale + i_t * tiles_n)
+            b_y = tl.dot(b_e, b_w, input_precision="ieee")
+            if FULL:
+                b_l = tl.load(p_l + i_t.to(tl.int64) * BT * D + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
+                b_y = tl.dot(b_e, b_l, b_y)
+            acc += b_y * b_r[:, None]
+        i = stop
+
+    start = row0 + i_r * BT
+    m_f = (start + o_r < T)[:, None] & m_n
+    p_f = (i_b * T + start) * D
+    o_i = o_r[:, None] * BT + o_k[None, :]
+    p_i = (i_b * R + i_r * BT) * BT
+    b_x = acc + tl.load(f + p_f + o_w, mask=m_f, other=0.0).to(tl.float32)
+    m_ok = finite(b_x) & finite(b_factor)[:, None]
+    b_s = apply_inverse(tl.load(inverse + p_i + o_i), tl.load(inverse_low + p_i + o_i), tl.where(m_ok, b_x, 0.0), SPLIT)
+    if tl.max(tl.max(tl.where(m_ok, 0, 1), axis=1), axis=0) > 0:  # rare: poison each column from its first bad row on, not the rows before it
+        b_first = tl.min(tl.where(m_ok, BT, o_r[:, None]), axis=0)
+        b_s = tl.where(o_r[:, None] >= b_first[None, :], float("nan"), b_s)
+    nearest = tl.minimum(block, 2)
+    for d in tl.range(0, nearest, num_stages=1):
+        back = nearest - d  # 2, then 1
+        i_t = NP + block - back
+        p_near = p_i + (back - 1).to(tl.int64) * B * R * BT
+        b_near = tl.load(near + p_near + o_i)
+        b_low = tl.load(near_low + p_near + o_i)
+        b_r = tl.load(near_scale + p_row + (back - 1) * B * R)
+        wait_for(p_done, block - back + 1)
+        if SPLIT:
+            b_r = b_r * tl.load(p_scale + i_t * tiles_n)
+        p_tile = i_t.to(tl.int64) * BT * D
+        b_s += near_product(b_near, b_low, p_w + p_tile, p_l + p_tile, o_w, m_n, FULL, LOW, SPLIT) * b_r[:, None]
+    amax = tl.max(tl.max(tl.abs(b_s), axis=1), axis=0)
+    p_tile = (NP + block).to(tl.int64) * BT * D
+    store_split(b_s, amax, p_w + p_tile, p_l + p_tile, scales, o_w, (i_b * NT + NP + block) * tiles_n + i_n, m_n, SPLIT, LOW)
+    tl.debug_barrier()
+    tl.atomic_xchg(p_done, block + 1, sem="release", scope="gpu")
+    b_out = b_s.to(s.dtype.element_ty)
+    tl.store(s + p_f + o_w, b_out, mask=m_f)
+    if SPLIT:
+        tl.store(s_low + p_f + o_w, (b_s - b_out.to(tl.float32)).to(s.dtype.element_ty), mask=m_f & (keep != 0))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tile counts of one call: past and new columns in tiles of `tile`, both a multiple of `group` tiles; panels of `rows` rows."""
+
+    batch: int
+    tokens: int
+    past: int
+    width: int
+    tile: int
+    group: int
+    rows: int
+
+    @property
+    def past_tiles(self) -> int:
+        return -(-self.past // (self.tile * self.group)) * self.group
+
+    @property
+    def tiles(self) -> int:
+        return self.past_tiles + -(-self.tokens // (self.tile * self.group)) * self.group
+
+    @property
+    def columns(self) -> int:
+        return self.tiles * self.tile
+
+    @property
+    def panels(self) -> int:
+        return -(-self.tokens // self.rows)
+
+
+def plan(batch: int, tokens: int, past: int, width: int, scores: dict[str, Any], itemsize: int, panel_bytes: int) -> Shape:
+    """Panels as tall as `panel_bytes` of routing tiles allow, at least one tile of the scores kernel."""
+    tile, group = scores["BT"], scores["NB"]
+    step = max(scores["BM"], tile * group)
+    columns = Shape(batch, tokens, past, width, tile, group, 0).columns
+    fit = panel_bytes // (batch * columns * itemsize) // step * step
+    return Shape(batch, tokens, past, width, tile, group, min(max(fit, step), -(-tokens // step) * step))
+
+
+def score_grid(rows: int, before: int, batch: int, options: dict[str, Any]) -> tuple[int, int]:
+    """Programs of a kernel that makes routing tiles (`grouped_tile`): `rows` rows, `before` column tiles before the first row's own."""
+    wide = options["NB"] * options["BT"]
+    return grouped_size(-(-rows // options["BM"]), before // options["NB"], options["BM"], wide, options["GROUP"]), batch
+
+
+def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n: int, split: bool) -> dict[str, tuple[int, torch.dtype]]:
+    """Buffers of the forward (elements, dtype): work is the type of routing tiles, pair that of a block inverse's two halves."""
+    rows, columns = shape.batch * shape.rows, shape.batch * shape.columns
+    single = torch.float32
+    sizes = {
+        "e": (rows * shape.columns, work),
+        "peak": (rows * shape.tiles, single),
+        "total": (rows * shape.tiles, single),
+        "row_peak": (rows, single),
+        "factor": (rows, single),
+        "lse": (shape.batch * shape.tokens, single),
+        "x": (rows * shape.tile, single),
+        "inverse": (rows * shape.tile, pair),
+        "near": (2 * rows * shape.tile, work),
+        "near_scale": (2 * rows, single),
+        "w": (columns * shape.width, work),
+        "scales": (shape.batch * shape.tiles * tiles_n, single),
+        "sync": (shape.panels + shape.batch * tiles_n, torch.int32),
+    }
+    if split:
+        sizes |= {"inverselow": sizes["inverse"], "nearlow": sizes["near"], "wlow": sizes["w"]}
+    return sizes
+
+
+FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_solve")
+KERNELS = (feedback_pack, feedback_scores, feedback_combine, feedback_solve)
+
+
+def tiles(device: torch.device, dtype: torch.dtype, width: int) -> Options:
+    """The pinned launch options of the forward at D = width."""
+    solve = solve_variant(arch_of(device.index or 0), dtype_name(dtype), width, "fwd")
+    return pinned(FORWARD[1:3], device, dtype, "fwd") | pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
+
+
+class Plan:
+    """What calls of one shape on one device share: buffers, compiled kernels, and each launch's grid and integers."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
+    ) -> None:
+        opt = options or tiles(device, dtype, width)
+        scores, solve = opt["feedback_scores"], opt["feedback_solve"]
+        tile = solve["BT"]
+        split = dtype != torch.float32
+        work, pair = (torch.float16, torch.bfloat16) if split else (torch.float32, torch.float32)
+        shape = plan(batch, tokens, past, width, scores, work.itemsize, panel_bytes)
+        past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
+        tiles_n = -(-width // solve["BN"])
+        sizes = workspace_sizes(shape, work, pair, tiles_n, split)
+        self.workspace = Workspace(sizes)
+        self.low = "low" if split else ""
+        self.run_pack, self.run_scores, self.run_combine, self.run_solve = (
+            launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(FORWARD, KERNELS, strict=True)
+        )
+        self.pack = ((past_tiles, tiles_n, batch), (past, width, columns)) if past_tiles else None
+        self.panels: list[tuple[Any, ...]] = []
+        for panel in range(panels):
+            row0 = panel * rows
+            here = min(rows, tokens - row0)
+            blocks = -(-here // tile)
+            self.panels.append((
+                score_grid(here, past_tiles + row0 // tile, batch, scores),
+                (tokens, past, width, columns, rows, past_tiles, all_tiles, row0, 0 if panel else sizes["sync"][0], 1 / math.sqrt(width)),
+                (blocks, batch),
+                (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks),
+                (blocks * batch * tiles_n,),
+                (tokens, width, columns, rows, past_tiles, all_tiles, row0, batch, panel, panels),
+            ))  # fmt: skip
+
+
+_plan = lru_cache(maxsize=256)(Plan)
+
+
+def forward(
+    q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool = True,
+    options: Options | None = None, panel_bytes: int = PANEL_BYTES,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """s (B,T,D) in the storage dtype; lse (B,T) float32 and, with 16-bit storage, what rounding took from s (B,T,D), None unless wanted.
+
+    need_lse: whether a backward will follow, which takes both. Shapes and meaning as in `ops.feedback_attention`.
+    options: launch options by kernel name in place of the pinned ones (tuning, small tiles under the interpreter).
+    """
+    q, k, gamma, f, past_k, past_s = (aligned(x) for x in (q, k, gamma, f, past_k, past_s))
+    batch, tokens, width = q.shape
+    device = q.device
+    shape = (device, q.dtype, batch, tokens, past_k.shape[1], width)
+    p = Plan(*shape, options, panel_bytes) if options else _plan(*shape, None, panel_bytes)
+    if past_length.dtype != torch.int32:
+        past_length = past_length.to(torch.int32)
+    s = torch.empty_like(f)
+    lse = torch.empty(batch, tokens, dtype=torch.float32, device=device) if need_lse else None
+    at, _memory = p.workspace.take(device)
+    low = torch.empty_like(f) if need_lse and p.low else None
+    a_s, a_f, a_q, a_k, a_gamma, a_length = (address(x) for x in (s, f, q, k, gamma, past_length))
+    a_past_k, a_past_s = (address(past_k), address(past_s)) if p.pack else (a_k, a_f)
+    a_lse = at["lse"] if lse is None else address(lse)
+    e, peak, total, sync, w, scales = (at[n] for n in ("e", "peak", "total", "sync", "w", "scales"))
+    row_peak, factor, inverse, near, near_scale = (at[n] for n in ("row_peak", "factor", "inverse", "near", "near_scale"))
+    inverse_low, near_low, w_low = at["inverse" + p.low], at["near" + p.low], at["w" + p.low]
+    if p.pack:
+        p.run_pack(p.pack[0], a_past_s, a_length, w, w_low, scales, *p.pack[1])
+    for score_programs, score_sizes, combine_programs, combine_sizes, solve_programs, solve_sizes in p.panels:
+        p.run_scores(score_programs, a_q, a_k, a_past_k, a_length, a_lse, sync, e, peak, total, sync, *score_sizes)
+        p.run_combine(
+            combine_programs, e, peak, total, a_gamma, a_length, row_peak, factor, a_lse, at["x"], inverse, inverse_low, near, near_low, near_scale,
+            *combine_sizes,
+        )  # fmt: skip
+        p.run_solve(
+            solve_programs, e, peak, row_peak, factor, inverse, inverse_low, near, near_low, near_scale, a_f, a_s, a_s if low is None else address(low), w,
+            w_low, scales, a_length, sync, *solve_sizes, int(low is not None),
+        )  # fmt: skip
+    return s, lse, low

@@ -1,0 +1,250 @@
+"""Launching kernels with little host time: one workspace allocation, one compiled binary per options and types, raw addresses.
+
+Triton's own call costs tens of microseconds, as much as a short kernel. Nothing here may change what is launched: a binary follows from its options alone,
+so it is compiled once from types and then called with addresses. Under the interpreter, tensors go in. The standard library is enough to import this;
+torch and Triton are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from sessa_deploy.cuda import resident_blocks
+from sessa_deploy.errors import UserError
+from sessa_deploy.kernels.launch import table
+from sessa_deploy.kernels.launch.limits import ALIGNMENT, STEP_PROGRAMS, WORKSPACE_ALIGNMENT
+from sessa_deploy.kernels.launch.spec import resolve
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+TRITON_VERSIONS = ((3, 6), (3, 7))  # `_bind` knows each one's launch, lowering each one's hidden parameters, the tables each one's spills
+_NAMES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
+_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "i32": "int32", "i64": "int64"}
+
+Options = dict[str, dict[str, Any]]
+Address = Any  # an integer, or a tensor under the interpreter
+Call = Callable[..., None]  # of (stream, grid x, y, z, *arguments)
+
+
+@lru_cache(maxsize=1)
+def triton_version() -> tuple[int, int]:
+    """(major, minor) of the installed Triton, one of TRITON_VERSIONS: what is asked before a kernel is compiled, launched or lowered.
+
+    Binaries, and the private call that launches them, differ from minor to minor. Raises UserError for any other version, and without Triton.
+    """
+    try:
+        import triton
+
+        version = str(triton.__version__)
+    except ModuleNotFoundError as error:
+        version = "none installed" if error.name == "triton" else f"one that needs {error.name}"
+    except ImportError as error:
+        version = f"one that does not load ({error})"
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    found = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if found not in TRITON_VERSIONS:
+        allowed = " and ".join(f"{major}.{minor}" for major, minor in TRITON_VERSIONS)
+        first, (major, minor) = TRITON_VERSIONS[0], TRITON_VERSIONS[-1]
+        fix = f"pip install 'triton>={first[0]}.{first[1]},<{major}.{minor + 1}'"
+        raise UserError("the kernels cannot use this Triton", got=version, allowed=allowed, fix=fix)
+    return found
+
+
+@lru_cache(maxsize=1)
+def interpreted() -> bool:
+    """Whether Triton runs its interpreter (TRITON_INTERPRET=1), on CPU tensors. Looks once, as the kernels' decorators do."""
+    triton_version()
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@lru_cache(maxsize=64)
+def arch_of(index: int) -> int:
+    """Compute capability of a CUDA device as an integer, 90 for the interpreter (no device)."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@lru_cache(maxsize=8)
+def dtype_name(dtype: torch.dtype) -> str:
+    """"fp32", "fp16" or "bf16", as the tables call a storage type. KeyError for any other."""
+    return _NAMES[str(dtype)]
+
+
+@lru_cache(maxsize=512)
+def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, variant: str, early: int = 0) -> Options:
+    """The pinned launch options of `names` on a device, for a storage dtype and a variant that all of them have.
+
+    early: rows (B T) of a batch for which kernels may start before their predecessors end, as far as the plugin lets them; 0: none does.
+    """
+    arch, kind = arch_of(device.index or 0), dtype_name(dtype)
+    found = {name: table.options(name, arch, kind, variant) for name in names}
+    if interpreted():  # which knows no dependent launch
+        return {name: {k: v for k, v in o.items() if k != "PDL"} for name, o in found.items()}
+    ahead = {name for name in names if 0 < early <= table.early(name, arch, kind, variant)}
+    return {name: {**o, "launch_pdl": True} if name in ahead else o for name, o in found.items()}
+
+
+def aligned(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x in `dtype`, contiguous and on a 16-byte boundary, as every kernel expects; a copy only where it has to be, and no call that changes nothing."""
+    x = x if dtype is None or x.dtype == dtype else x.to(dtype)
+    x = x if x.is_contiguous() else x.contiguous()
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
+def spaced(x: Tensor) -> tuple[Tensor, int]:
+    """x (B,T,D) with evenly spaced, aligned rows, and their distance in elements; a copy only where it has to be."""
+    batch, tokens, width = x.shape
+    across, row, one = x.stride()
+    even = one == 1 and row % 8 == 0 and row >= width and (batch == 1 or across == tokens * row) and x.data_ptr() % ALIGNMENT == 0
+    return (x, row) if even else (aligned(x), width)
+
+
+def address(x: Tensor) -> Address:
+    """What a launch takes for a tensor."""
+    return x if interpreted() else x.data_ptr()
+
+
+class Workspace:
+    """The buffers of a call in one allocation: {name: (elements, dtype)}, laid out once for all calls of a shape."""
+
+    def __init__(self, buffers: dict[str, tuple[int, torch.dtype]]) -> None:
+        import torch
+
+        self._empty, self._byte = torch.empty, torch.uint8
+        self.buffers = buffers
+        self.offsets: dict[str, int] = {}
+        self.bytes = 0
+        for name, (count, dtype) in buffers.items():
+            self.offsets[name] = self.bytes
+            self.bytes += -(-count * dtype.itemsize // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
+
+    def take(self, device: torch.device) -> tuple[dict[str, Address], Tensor]:
+        """Addresses of the buffers, uninitialised, and their memory, to be kept until the launches are queued."""
+        memory = self._empty(self.bytes, dtype=self._byte, device=device)
+        if interpreted():
+            return {n: memory[o : o + self.buffers[n][0] * self.buffers[n][1].itemsize].view(self.buffers[n][1]) for n, o in self.offsets.items()}, memory
+        base = memory.data_ptr()
+        return {n: base + o for n, o in self.offsets.items()}, memory
+
+
+def workspace(device: torch.device, buffers: dict[str, tuple[int, torch.dtype]]) -> tuple[dict[str, Address], Tensor]:
+    """`Workspace.take` for buffers used once."""
+    return Workspace(buffers).take(device)
+
+
+class Launcher:
+    """Launches a kernel with one set of options on the current stream of a device: a call takes (grid, *arguments), the arguments of types `examples`."""
+
+    def __init__(self, kernel: Any, device: torch.device, examples: list[Any], options: dict[str, Any]) -> None:
+        self.kernel, self.device, self.index, self.options = kernel, device, device.index, options
+        self.interpreted = interpreted()
+        if not self.interpreted:
+            import torch
+
+            self._current, self._stream, self._on = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream, torch.cuda.device
+            with self._on(device):
+                binary = kernel.warmup(*examples, grid=(1,), **options)
+                self._binary = binary.result() if hasattr(binary, "result") else binary
+                self._launch = _bind(kernel, self._binary, [options[name] for name in kernel.arg_names[len(examples) :]])
+
+    @cached_property
+    def resident(self) -> int:
+        """How many programs the device holds at once."""
+        if self.interpreted:
+            return STEP_PROGRAMS
+        with self._on(self.device):
+            return _resident(self._binary, self.device) or STEP_PROGRAMS
+
+    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
+        if self.interpreted:
+            self.kernel[grid](*arguments, **self.options)
+            return
+        stream = self._stream(self.index)
+        x, y, z = (*grid, 1, 1)[:3]
+        if self._current() == self.index:
+            self._launch(stream, x, y, z, *arguments)
+        else:
+            with self._on(self.index):
+                self._launch(stream, x, y, z, *arguments)
+
+
+_LAUNCHERS: dict[tuple[Any, ...], Launcher] = {}  # each keeps its options, whose identity is in the key
+
+
+def launcher(kernel: Any, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Launcher:
+    """The launcher of a kernel of the tables with these options, made once."""
+    key = (kernel.__name__, device.index, dtype, id(options))
+    found = _LAUNCHERS.get(key)
+    if found is None:
+        import torch
+
+        # Examples carry the types; with the table's do_not_specialize, values select nothing.
+        types = [resolve(p.type, dtype_name(dtype)) for p in table.kernel(kernel.__name__).params]
+        examples = [getattr(torch, _TYPES[t[1:]]) if t.startswith("*") else 1.0 if t == "fp32" else 16 for t in types]
+        found = _LAUNCHERS[key] = Launcher(kernel, device, examples, options)
+    return found
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Launch a kernel that is in no table on the current stream of its first argument's device; types come from the arguments.
+
+    Tensors: contiguous rows, 16-byte aligned. options: tiles and warps, one object for all calls alike, whose identity stands for them.
+    """
+    key: list[Any] = [kernel.__name__, arguments[0].device.index, id(options)]
+    values = []
+    for x in arguments:
+        if hasattr(x, "data_ptr"):
+            key.append(x.dtype)
+            values.append(address(x))
+        else:
+            values.append(x)
+    found = _LAUNCHERS.get(tuple(key))
+    if found is None:
+        # No integer selects a binary (do_not_specialize), and every pointer is promised 16-byte alignment.
+        examples = [x.dtype if hasattr(x, "data_ptr") else 1.0 if isinstance(x, float) else 16 for x in arguments]
+        found = _LAUNCHERS[tuple(key)] = Launcher(kernel, arguments[0].device, examples, options)
+    found(grid, *values)
+
+
+def _bind(kernel: Any, binary: Any, constants: list[Any]) -> Call:
+    """A function that launches the loaded binary on the current device; constants: its constexprs in order.
+
+    Raises ValueError if the kernel wants Triton's scratch memory.
+    """
+    run, function = binary.run, binary.function
+    if binary.metadata.global_scratch_size or binary.metadata.profile_scratch_size:
+        raise ValueError(f"sessa: {kernel.__name__} wants Triton's scratch memory, which its launch does not provide")
+    # What CudaLauncher.__call__ passes on: cooperative and dependent launch, then metadata and three hooks' arguments beside two scratch buffers.
+    first, launch_binary = (function, run.launch_cooperative_grid, run.launch_pdl), run.launch
+    if triton_version() == (3, 6):  # one function a signature, compiled for it
+        fixed: tuple[Any, ...] = (*first, None, None, binary.packed_metadata, None, None, None)
+
+        def call(stream: int, x: int, y: int, z: int, *arguments: Any) -> None:
+            launch_binary(x, y, z, stream, *fixed, *arguments, *constants)
+
+    else:  # 3.7: one function for all, which is told the signature
+        fixed = (*first, binary.packed_metadata, None, None, None, None, None, run.arg_annotations, run.kernel_signature)
+
+        def call(stream: int, x: int, y: int, z: int, *arguments: Any) -> None:
+            launch_binary(x, y, z, stream, *fixed, (*arguments, *constants))
+
+    return call
+
+
+def _resident(binary: Any, device: torch.device) -> int:
+    """Programs of a compiled kernel that the device holds at once; 0 if its driver does not say."""
+    import torch
+
+    each = resident_blocks(binary.function, 32 * binary.metadata.num_warps, binary.metadata.shared)
+    return each * torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,45 @@
+"""Every number that the kernels, the rewriting of graphs and the plugin's C++ must agree on, each once. Standard library only, and nothing but constants."""
+
+from __future__ import annotations
+
+from sessa_deploy.contract import MAX_WIDTH, WIDTH_MULTIPLE
+
+# --- any launch
+ALIGNMENT = 16  # of what a kernel is promised to be aligned: bytes of a pointer, elements of a width or stride
+WORKSPACE_ALIGNMENT = 256  # bytes between the buffers of a workspace
+MAX_GRID = 65535  # programs along y and z
+MAX_ROWS = (1 << 30) - 1  # of a sequence, new or past
+LOG2E = 1.4426950408889634
+
+# --- architectures, as compute capability; which there are, and which binary fits which: cuda_arch.py
+DEPENDENT_ARCH = 90  # the first with programmatic dependent launch, which the variants that may start early are made for
+# Largest dynamic shared memory one block may ask for, in bytes (CUDA programming guide, compute capabilities).
+SHARED_LIMIT = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+# --- how a decode step's past is split
+STEP_MAX_SPLITS = 256
+STEP_PROGRAMS = 2112  # where the device does not say how many programs it holds
+
+# --- feedback attention; rows of width D
+FEEDBACK_MULTIPLE, FEEDBACK_MAX_WIDTH = WIDTH_MULTIPLE, MAX_WIDTH  # of D
+FEEDBACK_WIDTHS = (256, 512, 1024, 2048, MAX_WIDTH)  # a row of the decode step is padded to the next of these
+WIDE = 1024  # D from which the solve takes the tiles of variant "wide", where an architecture has them
+PANEL_BYTES = 1 << 30  # of the routing tiles of one panel
+
+# --- causal attention; heads of width d
+HEAD_MULTIPLE = 8  # of d and of every stride, which are passed in these units: what 16-byte loads of 16-bit storage need
+HEAD_WIDTHS = (64, 128, 256)  # a head is padded to the next of these
+HEAD_MAX_WIDTH = HEAD_WIDTHS[-1]
+GROUP = 4  # query heads of one key/value head that a program of the decode step takes together, where there are several
+
+# --- the layer around the attentions
+LAYER_WIDTHS = (1024, 2048, MAX_WIDTH)  # a row that a program holds whole is padded to the next of these
+LAYER_MAX_DEPTH = 65536  # of a matrix product, which holds no row
+PRODUCT_ROWS = (1, 16, 64)  # rows (B T) up to which a product takes small tiles; beyond the last: "any"
+SINGLE_ROWS = 32  # rows of a tile up to which a row of the projections has a program of its own for gamma
+ROTARY_LIMBS = 4  # of a frequency, see rope.py
+ROTARY_MAX_PAIRS = 128  # d / 2
+
+# --- the decode step of both attentions at a time
+MIXER_WIDTHS = LAYER_WIDTHS
+MIXER_HEADS = HEAD_WIDTHS[:2]

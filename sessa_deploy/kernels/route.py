@@ -1,0 +1,122 @@
+"""Who takes which path: the Triton kernels on a GPU, PyTorch's own attention, or the blocked PyTorch path. Kernels are imported where they are taken."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sessa_deploy.kernels import blocked
+from sessa_deploy.kernels.launch.limits import FEEDBACK_MAX_WIDTH, FEEDBACK_MULTIPLE, HEAD_MAX_WIDTH, HEAD_MULTIPLE, MAX_GRID
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # storage types that have kernels
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # not asked in a call: torch.compile cannot trace the question
+
+
+def _may_use_triton() -> bool:
+    return _HAS_TRITON and os.environ.get("SESSA_TRITON") != "0"
+
+
+def uses_triton(q: Tensor) -> bool:
+    """Whether feedback attention on q (B,T,D) runs the Triton kernels: CUDA, at most 32 bits, D a multiple of 16 up to 4096.
+
+    SESSA_TRITON=0 in the environment turns them off: the blocked PyTorch path then runs on the GPU, slower, to compare with.
+    """
+    width = q.shape[-1]
+    return q.is_cuda and q.dtype != torch.float64 and width % FEEDBACK_MULTIPLE == 0 and width <= FEEDBACK_MAX_WIDTH and _may_use_triton()
+
+
+def keeps_rest(q: Tensor) -> bool:
+    """Whether the forward keeps for the backward what rounding to 16 bits took from s (the PyTorch path works without)."""
+    return q.dtype in (torch.float16, torch.bfloat16) and uses_triton(q)
+
+
+def is_eager(*tensors: Tensor) -> bool:
+    """Whether nothing looks on that needs the registered operators: no tracing, no dispatch or functorch mode, no tensor subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
+
+
+def feedback_forward(
+    q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """s (B,T,D); lse (B,T) and the rest of s (B,T,D), see `keeps_rest`, where a backward will want them. Inputs within the contract of `ops`."""
+    if q.numel() == 0:
+        return torch.empty_like(f), gamma.new_empty(gamma.shape), torch.empty_like(f) if keeps_rest(q) else None
+    if not uses_triton(q):
+        return *blocked.feedback_forward(q, k, gamma, f, past_k, past_s, past_length), None
+    if q.shape[1] == 1 and not need_lse:
+        from sessa_deploy.kernels.feedback import step
+
+        return step.step(q, k, gamma, f, past_k, past_s, past_length), None, None
+    from sessa_deploy.kernels.feedback import forward
+
+    return forward.forward(q, k, gamma, f, past_k, past_s, past_length, need_lse)
+
+
+def feedback_backward(
+    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, rest: Tensor | None,
+    past_k: Tensor, past_s: Tensor, past_length: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, gamma, f, past_k and past_s, of what `feedback_forward` took and gave."""
+    ds = ds.contiguous()
+    if q.numel() == 0:
+        return q.clone(), k.clone(), gamma.clone(), f.clone(), torch.zeros_like(past_k), torch.zeros_like(past_s)
+    if uses_triton(q):
+        from sessa_deploy.kernels.feedback import backward
+
+        return backward.backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length)
+    return blocked.feedback_backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length)
+
+
+def causal_kernels_take(q: Tensor) -> bool:
+    """Whether the kernels with a cache take q (B,T,Hq,d): at most 32 bits, d a multiple of 8 up to 256, batch and heads within the grid's limits."""
+    batch, _, heads, width = q.shape
+    return q.dtype in FLOATS and width % HEAD_MULTIPLE == 0 and 0 < width <= HEAD_MAX_WIDTH and batch <= MAX_GRID and heads <= MAX_GRID
+
+
+def causal_kernels(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor) -> Tensor:
+    """o (B,T,Hq,d) by the Triton kernels, for inputs that `causal_kernels_take` accepts: the decode step for one new row, tiles for more."""
+    if q.shape[1] == 1:
+        from sessa_deploy.kernels.causal import step
+
+        return step.step(q, k, v, past_k, past_v, past_length)
+    from sessa_deploy.kernels.causal import prefill
+
+    return prefill.prefill(q, k, v, past_k, past_v, past_length)
+
+
+def causal_forward(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor) -> Tensor:
+    """o (B,T,Hq,d). Inputs within the contract of `ops`."""
+    if q.numel() == 0:
+        return torch.empty_like(q)
+    if q.is_cuda and past_k.shape[1] == 0:
+        return _causal_sdpa(q, k, v)
+    if q.is_cuda and _may_use_triton() and causal_kernels_take(q):
+        return causal_kernels(q, k, v, past_k, past_v, past_length)
+    return blocked.causal_forward(q, k, v, past_k, past_v, past_length)
+
+
+def _causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # Bad rows are selected away without asking the device: a fused kernel multiplies masked rows by zero, and 0 * NaN is NaN.
+    width = k.shape[2] * k.shape[3]
+    quick = k.dtype != torch.float64 and width % 8 == q.shape[3] % 8 == 0 and width <= FEEDBACK_MAX_WIDTH and _may_use_triton()
+    if quick:
+        from sessa_deploy.kernels.causal import rows
+
+        k, v, first_bad = rows.clean_rows(k, v)
+    else:
+        bad = ~(torch.isfinite(k) & torch.isfinite(v)).all(-1).all(-1)  # (B,T)
+        k, v = (torch.where(bad[..., None, None], 0.0, x) for x in (k, v))
+    o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
+    if quick:
+        return rows.poison_rows(o.transpose(1, 2), first_bad)
+    return torch.where(bad.cumsum(-1)[..., None, None] > 0, torch.nan, o.transpose(1, 2)).contiguous()

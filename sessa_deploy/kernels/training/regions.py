@@ -1,0 +1,279 @@
+"""A layer on a GPU as regions around its attentions, each one autograd node: fewer passes over the activations, fewer launches.
+
+`head` goes from x to everything the attentions need (norm, W_in, GELU, gamma, the projections, rotary positions), `solve` from the first attention
+to s, `tail` from s to y (gate, W_out, residual). Same parameters, same equations as the plain modules; the matrix products stay the library's.
+Projections of the same activations are joined, so that the backward is one product for the activations' gradient and one for the weights'.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sessa_deploy.kernels import ops, route
+from sessa_deploy.kernels.launch.jit import aligned, launch, spaced
+from sessa_deploy.kernels.launch.passes import ROWS, cdiv, more, tiles
+
+
+class Form(NamedTuple):
+    """What a layer's regions need beside tensors."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    gamma_max: float
+
+
+class HeadWeights(NamedTuple):
+    """A layer's parameters up to its attentions, weights (columns, depth) as in a state dict, and W_out's bias, whose gradient `head` returns (see `tail`)."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    in_weight: Tensor
+    in_bias: Tensor
+    gamma_weight: Tensor
+    gamma_bias: Tensor
+    q_weight: Tensor
+    q_bias: Tensor
+    k_weight: Tensor
+    k_bias: Tensor
+    v_weight: Tensor
+    v_bias: Tensor
+    fb_weight: Tensor
+    fb_bias: Tensor
+    out_bias: Tensor
+
+    def projections(self) -> tuple[Tensor, ...]:
+        """Those of the matrix products."""
+        return tuple(p for name, p in zip(self._fields, self, strict=True) if not name.startswith(("norm", "gamma")))
+
+
+class Weights(NamedTuple):
+    """What the regions of a layer need: `head` and W_out's weight (D,D)."""
+
+    head: HeadWeights
+    out: Tensor
+
+
+class Sums(NamedTuple):
+    """What the backward of `head` sums over rows, in the order of its columns; each is the gradient of the parameter of that name."""
+
+    q_bias: Any
+    k_bias: Any
+    v_bias: Any
+    fb_bias: Any
+    in_bias: Any
+    gamma_weight: Any
+    gamma_bias: Any
+    norm_weight: Any
+    norm_bias: Any
+    out_bias: Any
+
+
+class Head(NamedTuple):
+    """q (B,T,Hq,d), k, v (B,T,Hkv,d), q and k rotated; q_b, k_b, g (B,T,D); gamma (B,T) float32; x as it came, for the residual."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_b: Tensor
+    k_b: Tensor
+    gamma: Tensor
+    g: Tensor
+    x: Tensor
+
+
+def storage_type(x: Tensor) -> torch.dtype:
+    """The type activations are stored in: autocast's, or that of x."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+
+
+def head(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: HeadWeights) -> Head:
+    """From x (B,T,D) to the attentions' inputs. cos, sin: contiguous float32 tables (B or 1,T,1,d/2), or None."""
+    if torch.is_grad_enabled() and any(p.requires_grad for p in (x, *weights)):
+        return Head(*_Head.apply(form, cos, sin, x, *weights))
+    return _head_forward(form, cos, sin, x, weights)[0]
+
+
+def solve(o: Tensor, weight: Tensor, head: Head) -> Tensor:
+    """s (B,T,D) without a past of f = o weight^T, o (B,T,Hq,d), weight (D,D), and the rest of `head`."""
+    return _Solve.apply(o, weight, head.q_b, head.k_b, head.gamma)
+
+
+def tail(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x + (s g) weight^T + bias for x, s, g (B,T,D), x and g from `head`.
+
+    x and bias are added to the same rows, so the bias's gradient is that of x summed over them: `head`, which reads it anyway, returns it.
+    """
+    bias = bias.detach()
+    if torch.is_grad_enabled() and any(p.requires_grad for p in (x, s, g, weight)):
+        return _Tail.apply(x, s, g, weight, bias)
+    return _tail_forward(x, s, g, weight, bias)[0]
+
+
+def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: HeadWeights) -> tuple[Head, tuple[Any, ...]]:
+    """(the result, what the backward needs)."""
+    from sessa_deploy.kernels.training import elementwise
+
+    batch, tokens, width = x.shape
+    n, d8, dtype, device = batch * tokens, width // 8, storage_type(x), x.device
+    inner = weights.q_weight.shape[0] + 2 * weights.k_weight.shape[0]  # columns of q, k and v
+    heads = (form.heads, form.kv_heads, form.kv_heads)
+    rows, norm_weight, norm_bias = aligned(x), aligned(weights.norm_weight), aligned(weights.norm_bias)
+    in_weight, in_bias = aligned(weights.in_weight, dtype), aligned(weights.in_bias, dtype)
+    gamma_weight, gamma_bias = aligned(weights.gamma_weight, torch.float32), aligned(weights.gamma_bias, torch.float32)
+
+    y, a = (torch.empty((batch, tokens, width), dtype=dtype, device=device) for _ in range(2))
+    mean, rstd, gamma = (torch.empty((batch, tokens), dtype=torch.float32, device=device) for _ in range(3))
+    norm, flat = tiles("row", width), tiles("flat")
+    launch(elementwise.fused_norm, (cdiv(n, norm["BT"]),), (rows, norm_weight, norm_bias, y, mean, rstd, n, d8, form.eps), norm)
+    h = F.linear(y, in_weight, in_bias)
+    launch(elementwise.fused_gelu_gain, (cdiv(n, flat["BT"]),), (h, gamma_weight, gamma_bias, a, gamma, n, d8, form.gamma_max), flat)
+    # one copy of the projections, in the order q, k, v and the feedback branch's q and k, whose products are
+    # separate because feedback attention wants rows of its own
+    w = torch.cat((weights.q_weight, weights.k_weight, weights.v_weight, weights.fb_weight))
+    b = torch.cat((weights.q_bias, weights.k_bias, weights.v_bias, weights.fb_bias))
+    if w.dtype != dtype or b.dtype != dtype:
+        w, b = w.to(dtype), b.to(dtype)
+    parts = [inner, width, width]
+    qkv, q_b, k_b = (F.linear(a, *pair) for pair in zip(w.split(parts), b.split(parts), strict=True))
+    if cos is not None:
+        turn = more("turn", form.head_dim, HEADS=4)
+        turned = form.heads + form.kv_heads
+        launch(elementwise.fused_rotate, (cdiv(n, turn["BT"]), cdiv(turned, turn["HEADS"])),
+               (qkv, cos, sin, n, cos.shape[0] * tokens, turned, form.head_dim // 8, inner // 8), turn)  # fmt: skip
+    q, k, v = qkv.view(batch, tokens, -1, form.head_dim).split(heads, dim=2)
+    return Head(q, k, v, q_b, k_b, gamma, h[..., width:], x), (rows, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin)
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, form, cos, sin, x, *weights):  # type: ignore[no-untyped-def]
+        out, saved = _head_forward(form, cos, sin, x, HeadWeights(*weights))
+        ctx.save_for_backward(*saved)
+        ctx.form, ctx.types = form, HeadWeights(*(p.dtype for p in weights))
+        return tuple(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dq, dk, dv, dq_b, dk_b, dgamma, dg, dx):  # type: ignore[no-untyped-def]
+        from sessa_deploy.kernels.training import elementwise
+
+        form: Form = ctx.form
+        x, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin = ctx.saved_tensors
+        batch, tokens, width = x.shape
+        n, dtype, device = batch * tokens, h.dtype, h.device
+        kv, joined = form.kv_heads * form.head_dim, w.shape[0]
+        chunks, d8, j8 = cdiv(n, ROWS), width // 8, joined // 8
+        sizes = Sums(q_bias=width, k_bias=kv, v_bias=kv, fb_bias=2 * width, in_bias=2 * width, gamma_weight=width, gamma_bias=8, norm_weight=width,
+                     norm_bias=width, out_bias=width)  # fmt: skip
+        first = Sums(*itertools.accumulate(sizes[:-1], initial=0))
+        total = sum(sizes)
+        partial = torch.empty((chunks, total), dtype=torch.float32, device=device)
+        grads = torch.empty((n, joined), dtype=dtype, device=device)
+        dq, dk, dv, dq_b, dk_b, dg = (aligned(g, dtype) for g in (dq, dk, dv, dq_b, dk_b, dg))
+        collect = more("collect", COPY=True, ROWS=ROWS)
+        if cos is None:
+            launch(elementwise.fused_collect, (chunks, cdiv(width, collect["BD"]), 2),
+                   (dq, dk, dk, grads, partial, n, d8, kv // 8, kv // 8, first.q_bias // 8, j8, total // 8), collect)  # fmt: skip
+        else:
+            launch(elementwise.fused_rotate_grad, (chunks, form.heads + form.kv_heads),
+                   (dq, dk, grads, cos, sin, partial, n, cos.shape[0] * tokens, form.heads, form.kv_heads, form.head_dim // 8, j8, total // 8),
+                   more("turn sums", form.head_dim, ROWS=ROWS))  # fmt: skip
+        launch(elementwise.fused_collect, (chunks, cdiv(width, collect["BD"]), 3),
+               (dv, dq_b, dk_b, grads, partial, n, kv // 8, d8, d8, first.v_bias // 8, j8, total // 8), collect)  # fmt: skip
+        da = torch.mm(grads, w)
+        needs = HeadWeights(*ctx.needs_input_grad[4:])
+        projected = needs.q_weight or needs.k_weight or needs.v_weight or needs.fb_weight
+        dw: Any = torch.mm(grads.t(), a.view(n, width)).split([width, kv, kv, 2 * width]) if projected else (None,) * 4
+        dh = torch.empty((n, 2 * width), dtype=dtype, device=device)
+        flat = more("flat sums", ROWS=ROWS)
+        launch(elementwise.fused_gelu_gain_grad, (chunks, cdiv(width, flat["BD"])),
+               (h, da, gamma, aligned(dgamma, torch.float32), gamma_weight, dg, dh, partial, n, d8, total // 8, first.in_bias // 8, form.gamma_max),
+               flat)  # fmt: skip
+        dy = torch.mm(dh, in_weight)
+        dw_in: Any = torch.mm(dh.t(), y.view(n, width)) if needs.in_weight else None
+        dx_rows = torch.empty_like(x)
+        launch(elementwise.fused_norm_grad, (chunks,),
+               (x, norm_weight, mean, rstd, dy, aligned(dx), dx_rows, partial, n, d8, total // 8, first.norm_weight // 8),
+               more("row sums", width, ROWS=ROWS))  # fmt: skip
+        exact, rounded = (torch.empty(total, dtype=t, device=device) for t in (torch.float32, dtype))
+        options = tiles("total")
+        launch(elementwise.fused_total, (cdiv(total, options["BD"]),), (partial, exact, rounded, chunks, total // 8), options)
+
+        def summed(name: str) -> Tensor:
+            """In the type of its parameter, as far as that is one of the two."""
+            at = getattr(first, name)
+            return (rounded if getattr(ctx.types, name) == dtype else exact)[at : at + getattr(sizes, name)]
+
+        sums = Sums(*map(summed, Sums._fields))
+        out = HeadWeights(
+            norm_weight=sums.norm_weight, norm_bias=sums.norm_bias,
+            in_weight=dw_in, in_bias=sums.in_bias,
+            gamma_weight=sums.gamma_weight.view(1, width), gamma_bias=sums.gamma_bias[0],
+            q_weight=dw[0], q_bias=sums.q_bias, k_weight=dw[1], k_bias=sums.k_bias, v_weight=dw[2], v_bias=sums.v_bias, fb_weight=dw[3], fb_bias=sums.fb_bias,
+            out_bias=sums.out_bias,
+        )  # fmt: skip
+        return None, None, None, dx_rows, *(g if need else None for g, need in zip(out, needs, strict=True))
+
+
+class _Solve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, o, weight, q_b, k_b, gamma):  # type: ignore[no-untyped-def]
+        o, weight = aligned(o, q_b.dtype), aligned(weight, q_b.dtype)
+        past = ops.no_past(q_b, True)
+        f = F.linear(o.view(q_b.shape), weight)
+        s, *kept = ops.run_forward(q_b, k_b, gamma, f, *past, need_lse=True)
+        ctx.save_for_backward(o, weight, q_b, k_b, gamma, f, s, *kept, *past)
+        return s
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, ds):  # type: ignore[no-untyped-def]
+        o, weight, *saved = ctx.saved_tensors
+        dq, dk, dgamma, df, *_ = route.feedback_backward(ds, *saved)
+        rows = df.view(-1, df.shape[-1])
+        do = torch.mm(rows, weight).view(o.shape)
+        dweight = torch.mm(rows.t(), o.view(rows.shape)) if ctx.needs_input_grad[1] else None
+        return do, dweight, dq, dk, dgamma
+
+
+def _tail_forward(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    from sessa_deploy.kernels.training import elementwise
+
+    width, dtype = x.shape[-1], s.dtype
+    s, (g, row), weight = aligned(s), spaced(g), aligned(weight, dtype)
+    gated = torch.empty_like(s)
+    n, flat = s.numel() // width, tiles("flat")
+    launch(elementwise.fused_gate, (cdiv(n, flat["BT"]), cdiv(width, flat["BD"])), (s, g, gated, n, width // 8, row // 8), flat)
+    y = F.linear(gated, weight, bias if bias.dtype == dtype else bias.to(dtype))
+    return y.add_(x) if y.dtype == x.dtype else y + x, (s, g, gated, weight)
+
+
+class _Tail(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, s, g, weight, bias):  # type: ignore[no-untyped-def]
+        y, saved = _tail_forward(x, s, g, weight, bias)
+        ctx.save_for_backward(*saved)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        from sessa_deploy.kernels.training import elementwise
+
+        s, g, gated, weight = ctx.saved_tensors
+        width = s.shape[-1]
+        n, flat = s.numel() // width, tiles("flat")
+        rows = aligned(dy, s.dtype).view(n, width)
+        dgated = torch.mm(rows, weight)
+        ds, dg = torch.empty_like(s), torch.empty_like(s)
+        g, row = spaced(g)
+        launch(elementwise.fused_gate_grad, (cdiv(n, flat["BT"]), cdiv(width, flat["BD"])), (dgated, s, g, ds, dg, n, width // 8, row // 8), flat)
+        dweight = torch.mm(rows.t(), gated.view(n, width)) if ctx.needs_input_grad[3] else None
+        return dy, ds, dg, dweight, None

@@ -1,0 +1,81 @@
+"""The runtime's own kernels against numpy: ragged appends that write nothing else, argmax with ties and broken logits, lengths that advance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sessa_deploy.cuda_arch import ARCHS
+from sessa_deploy.kernels.engine import decode_io
+from sessa_deploy.kernels.launch.table import options, tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def table(entries: list[tuple[torch.Tensor, torch.Tensor, int]]) -> torch.Tensor:
+    """(entries, 3) int64: addresses of new rows and cache, and 32-bit words a row."""
+    return torch.tensor([[new.data_ptr(), cache.data_ptr(), words] for new, cache, words in entries], dtype=torch.int64, device=DEVICE)
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_append_writes_the_valid_new_rows_and_nothing_else(tokens: int) -> None:
+    rng = np.random.default_rng(tokens)
+    batch, capacity, widths = 4, 7, (4, 8, 516)  # the last is more than one block
+    past, new = ints(0, 5, 7, 6), ints(tokens, min(2, tokens), tokens, 0)  # the third row is full, the fourth stands still
+    rows = [torch.from_numpy(rng.integers(-(2**31), 2**31, (batch, tokens, w), dtype=np.int64).astype(np.int32)).to(DEVICE) for w in widths]
+    caches = [torch.from_numpy(rng.integers(-(2**31), 2**31, (batch, capacity, w), dtype=np.int64).astype(np.int32)).to(DEVICE) for w in widths]
+    expected = [c.cpu().numpy().copy() for c in caches]
+    for b in range(batch):
+        for t in range(int(new[b])):
+            if int(past[b]) + t < capacity:
+                for want, row in zip(expected, rows, strict=True):
+                    want[b, int(past[b]) + t] = row[b, t].cpu().numpy()
+    entries = table([(r, c, w) for r, c, w in zip(rows, caches, widths, strict=True)])
+    decode_io.decode_append[(tokens, batch, len(widths))](entries, past, new, tokens, capacity, **options("decode_append", 90, "fp32", "any"))
+    for want, cache in zip(expected, caches, strict=True):
+        np.testing.assert_array_equal(cache.cpu().numpy(), want)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 257, 70001])
+def test_argmax_is_numpys_and_lengths_advance(vocabulary: int) -> None:
+    rng = np.random.default_rng(vocabulary)
+    logits = rng.standard_normal((5, vocabulary)).astype(np.float32)
+    logits[1] = 2.5  # all equal: the first
+    logits[2, vocabulary // 2 :] = logits[2].max() + 1  # many equals beyond the first split
+    logits[3] = -np.inf
+    logits[3, -1] = -3e38
+    logits[4, -1] = -np.inf if vocabulary > 1 else 0.0
+    past, new = ints(0, 3, 9, 1, 4), ints(1, 0, 1, 7, 1)
+    np.testing.assert_array_equal(run(logits, past, new), np.argmax(logits, axis=-1))
+    assert past.tolist() == [1, 3, 10, 8, 5]
+
+
+def test_broken_logits_give_minus_one_to_their_row_only() -> None:
+    logits = np.zeros((5, 300), np.float32)
+    logits[:, 7] = 1.0
+    logits[0, 3], logits[1, 299], logits[2] = np.nan, np.inf, -np.inf
+    logits[3, 8] = -np.inf
+    assert run(logits, ints(0, 0, 0, 0, 0), ints(1, 1, 1, 1, 1)).tolist() == [-1, -1, -1, 7, 7]
+
+
+def run(logits: np.ndarray, past: torch.Tensor, new: torch.Tensor) -> np.ndarray:
+    batch, vocabulary = logits.shape
+    argmax, finish = (options(name, 90, "fp32", "any") for name in ("decode_argmax", "decode_finish"))
+    best = torch.full((batch, argmax["SPLITS"]), torch.nan, device=DEVICE)
+    where, ids = torch.full_like(best, -5, dtype=torch.int32), ints(*[-5] * batch)
+    decode_io.decode_argmax[(batch, argmax["SPLITS"])](torch.from_numpy(logits).to(DEVICE), best, where, vocabulary, **argmax)
+    decode_io.decode_finish[(batch,)](best, where, past, new, ids, **finish)
+    return ids.cpu().numpy()
+
+
+def test_both_argmax_kernels_share_their_splits() -> None:
+    for arch in ARCHS:
+        splits = {tiles(name, arch, "fp32", "any")["SPLITS"] for name in ("decode_argmax", "decode_finish")}
+        assert len(splits) == 1

@@ -1,0 +1,150 @@
+"""The layer's kernels around its attentions against plain torch in float64: on a GPU, or through Triton's interpreter (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rule import EPS
+
+triton = pytest.importorskip("triton")
+
+from sessa_deploy.kernels.engine import layer  # noqa: E402
+from sessa_deploy.kernels.launch.jit import interpreted  # noqa: E402
+from sessa_deploy.rope import _limbs, rotate  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU or TRITON_INTERPRET=1")
+DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]  # numpy, which interprets, has no bfloat16
+ROWS = [1, 3, 33, 70] if DEVICE == "cpu" else [1, 3, 16, 33, 64, 70, 300, 2049]
+
+
+def random(*shape: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (scale * torch.randn(shape, generator=generator)).to(dtype).to(DEVICE)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, depth: int = 1) -> None:
+    """One rounding to the storage type, and float32 sums of `depth` terms."""
+    scale = float(wanted.abs().max()) + 1e-30
+    error = float((found.double() - wanted).abs().max()) / scale
+    assert torch.isfinite(found).all() and error <= EPS[dtype] + 4 * depth**0.5 * 2.0**-23, error
+
+
+DEEP = [(r, 80) for r in ROWS] + [(1, 560), (1, 1040), (33, 560)]  # rows, depth: the latter more than any tile takes at a time
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "depth"), DEEP)
+def test_products(rows: int, depth: int, dtype: torch.dtype) -> None:
+    columns = 112
+    x, w, b = random(rows, depth, dtype=dtype), random(columns, depth, dtype=dtype), random(columns, dtype=dtype)
+    close(layer.linear(x, w, b), x.double() @ w.double().T + b.double(), dtype, depth)
+    logits = layer.linear(x, w, None)
+    assert logits.dtype == torch.float32
+    close(logits, x.double() @ w.double().T, torch.float32, depth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "depth"), DEEP)
+def test_tail(rows: int, depth: int, dtype: torch.dtype) -> None:
+    s, h, x = (random(rows, n, dtype=dtype, seed=i) for i, n in enumerate((depth, 2 * depth, depth)))
+    w, b = random(depth, depth, dtype=dtype), random(depth, dtype=dtype, seed=9)
+    gated = (s.double() * h[:, depth:].double()).to(dtype).double()
+    close(layer.tail(s, h, w, b, x), x.double() + gated @ w.double().T + b.double(), dtype, depth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "heads"), [*((r, h) for r in ROWS for h in ((4, 2, 16), (2, 2, 24))), (2, (26, 1, 40))])
+def test_projections(rows: int, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Five outputs, q and k turned, whatever part of a tile a head fills."""
+    n_q, n_k, d = heads
+    depth, kv = n_q * d, n_k * d
+    a, w = random(rows, depth, dtype=dtype), random(3 * depth + 2 * kv, depth, dtype=dtype, scale=0.3)
+    biases = tuple(random(n, dtype=dtype, seed=i) for i, n in enumerate((depth, kv, kv, 2 * depth)))
+    angle = random(rows, d // 2, dtype=torch.float32, scale=3.0)
+    cos, sin = angle.cos(), angle.sin()
+    y = a.double() @ w.double().T + torch.cat(biases).double()
+    q, k, v, q_b, k_b = y.split([depth, kv, kv, depth, depth], dim=-1)
+    tables = [t.double().view(rows, 1, d // 2) for t in (cos, sin)]
+    q, k = (rotate(x.view(rows, -1, d), *tables).reshape(rows, -1) for x in (q, k))
+    gain, bias = random(depth, dtype=torch.float32, scale=0.1), torch.tensor([-0.4], device=DEVICE)
+    h = torch.cat([a, torch.full_like(a, torch.nan)], -1)  # the gate's half is not looked at
+    *parts, gamma = layer.project_gain(h, w, biases, cos, sin, gain, bias, 0.9)  # type: ignore[arg-type]
+    for found, wanted in zip(parts, (q, k, v, q_b, k_b), strict=True):
+        close(found, wanted, dtype, depth)
+    close(gamma, 0.9 * torch.tanh(bias.double() + (a.double() * gain.double()).sum(-1)), torch.float32, depth)
+    h[:, :depth], gain = 60.0, gain.abs() + 1
+    assert torch.allclose(layer.project_gain(h, w, biases, cos, sin, gain, bias, 0.999)[-1], torch.tensor(0.999, device=DEVICE))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 80, 1024, 1040])
+def test_norm(width: int, dtype: torch.dtype) -> None:
+    rows = 5
+    x, w, b = random(rows, width, dtype=dtype), random(width, dtype=dtype, seed=1), random(width, dtype=dtype, seed=2)
+    wanted = torch.nn.functional.layer_norm(x.double(), (width,), w.double(), b.double(), 1e-5)
+    close(layer.norm(x, w, b, 1e-5), wanted, dtype, 16)
+
+
+@pytest.mark.parametrize("head", [16, 64, 256])
+def test_rotary_tables(head: int) -> None:
+    """Those of rope.py, exact far out too."""
+    limbs = torch.tensor(_limbs(head), device=DEVICE)
+    length = torch.tensor([0, 7, 32000, 2**18 - 5], dtype=torch.int32, device=DEVICE)
+    at = (length[:, None] + torch.arange(4, device=DEVICE)).double()
+    angle = at[..., None] * 10000.0 ** (-2.0 * torch.arange(head // 2, device=DEVICE) / head).double()
+    for found, wanted in zip(layer.rotary(length, limbs, 4), (angle.cos(), angle.sin()), strict=True):
+        assert found.shape == wanted.shape and float((found.double() - wanted).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "depth"), DEEP)
+def test_entrance(rows: int, depth: int, dtype: torch.dtype) -> None:
+    """GELU on the left half of W_in's product, tiles that lie across the middle included."""
+    x, w, b = random(rows, depth, dtype=dtype), random(2 * depth, depth, dtype=dtype, scale=0.3), random(2 * depth, dtype=dtype)
+    y = (x.double() @ w.double().T + b.double()).to(dtype).double()
+    close(layer.enter(x, w, b), torch.cat([torch.nn.functional.gelu(y[:, :depth]), y[:, depth:]], -1), dtype, 4 * depth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "depth"), DEEP)
+def test_output_projection(rows: int, depth: int, dtype: torch.dtype) -> None:
+    """The product is rounded before the float32 sum is added, as if it had been stored."""
+    x, w, b = random(rows, depth, dtype=dtype), random(depth, depth, dtype=dtype, scale=0.3), random(depth, dtype=dtype)
+    add = random(rows, depth, dtype=torch.float32, seed=3)
+    found = layer.out_add(x, w, b, add)
+    close(found, (x.double() @ w.double().T + b.double()).to(dtype).double() + add.double(), dtype, depth * 4)
+    if rows <= 16:  # with more, tiles and hence sums are others
+        assert torch.equal(found, (layer.linear(x, w, b).float() + add).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "depth"), [(1, 16), (1, 80), (1, 1040), (2, 80)])
+def test_norm_and_entrance(rows: int, depth: int, dtype: torch.dtype) -> None:
+    """One kernel for one row, two for more: the same numbers as norm and entrance one after the other, of a row so small that epsilon counts."""
+    x, scale, shift = random(rows, depth, dtype=dtype, scale=3e-3), random(depth, dtype=dtype, seed=1), random(depth, dtype=dtype, seed=2)
+    w, b = random(2 * depth, depth, dtype=dtype, scale=0.3), random(2 * depth, dtype=dtype)
+    normal = layer.norm(x, scale, shift, 1e-5)
+    y = (normal.double() @ w.double().T + b.double()).to(dtype).double()
+    wanted = torch.cat([torch.nn.functional.gelu(y[:, :depth]), y[:, depth:]], -1)
+    found = layer.norm_enter(x, scale, shift, 1e-5, w, b)
+    close(found, wanted, dtype, 16)
+    assert (found == layer.enter(normal, w, b)).double().mean() > 0.9  # the norm is rounded before the product: nearly all elements agree to the bit
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 4])
+@pytest.mark.parametrize("depth", [80, 1040])
+def test_weights_read_ahead_change_nothing(depth: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much of a row's product's weights its kernel reads before it waits for the row."""
+    pinned = layer.pinned
+
+    def other(names: tuple[str, ...], *rest: object) -> dict[str, dict[str, object]]:
+        found = {name: dict(options) for name, options in pinned(names, *rest).items()}  # type: ignore[arg-type]
+        for options in found.values():
+            options |= {"AHEAD": ahead, "BK": 256}
+        return found
+
+    dtype = torch.float16
+    x, w, b = random(1, depth, dtype=dtype), random(112, depth, dtype=dtype), random(112, dtype=dtype)
+    monkeypatch.setattr(layer, "pinned", other)
+    close(layer.linear(x, w, b), x.double() @ w.double().T + b.double(), dtype, depth)

@@ -1,0 +1,116 @@
+"""The mixer's decode step, both attentions at a time, against plain torch in float64: on a GPU, or through Triton's interpreter (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from sessa_deploy.kernels.engine import mixer  # noqa: E402
+from sessa_deploy.kernels.engine.spec import mixer_variant  # noqa: E402
+from sessa_deploy.kernels.launch.jit import Workspace, interpreted  # noqa: E402
+from sessa_deploy.kernels.launch.splits import shares  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU or TRITON_INTERPRET=1")
+
+
+def case(heads: int, kv_heads: int, d: int, capacity: int, lengths: list[int], seed: int = 0) -> dict[str, Any]:
+    """Arguments of `mixer.step`; rows beyond each length are NaN."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (scale * torch.randn(shape, generator=generator)).half()
+
+    batch, width = len(lengths), heads * d
+    made = {"q": random(batch, heads, d), "k": random(batch, kv_heads, d), "v": random(batch, kv_heads, d), "past_k": random(batch, capacity, kv_heads, d),
+            "past_v": random(batch, capacity, kv_heads, d), "weight": random(width, width, scale=width**-0.5), "bias": random(width),
+            "q_b": random(batch, width), "gamma": 2 * torch.rand(batch, generator=generator) - 1, "past_kb": random(batch, capacity, width),
+            "past_s": random(batch, capacity, width), "past_length": torch.tensor(lengths, dtype=torch.int32)}  # fmt: skip
+    for name in ("past_k", "past_v", "past_kb", "past_s"):
+        for b, n in enumerate(lengths):
+            made[name][b, n:] = torch.nan
+    return {name: x.to(DEVICE) for name, x in made.items()}
+
+
+def truth(a: dict[str, Any]) -> torch.Tensor:
+    """s (B,D) in float64, f rounded as the kernels round it."""
+    rows = []
+    for b, n in enumerate(a["past_length"].tolist()):
+        q, k, v = (a[x][b].double() for x in ("q", "k", "v"))
+        keys, values = torch.cat([a["past_k"][b, :n].double(), k[None]]), torch.cat([a["past_v"][b, :n].double(), v[None]])
+        group = q.shape[0] // k.shape[0]
+        keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
+        weight = (torch.einsum("hd,jhd->hj", q, keys) * q.shape[1] ** -0.5).softmax(-1)
+        o = torch.einsum("hj,jhd->hd", weight, values).half().double().reshape(-1)
+        s = (a["weight"].double() @ o + a["bias"].double()).half().double()
+        if n:
+            alpha = (a["past_kb"][b, :n].double() @ a["q_b"][b].double() * len(s) ** -0.5).softmax(-1)
+            s = s + a["gamma"][b].double() * (alpha @ a["past_s"][b, :n].double())
+        rows.append(s)
+    return torch.stack(rows)
+
+
+SHAPES = [
+    (4, 4, 64, 40, [40, 0, 7]),  # a full, an empty and a short sequence
+    (8, 2, 64, 70, [70, 13]),  # four query heads a key
+    (2, 1, 128, 20, [20, *[3] * 32]),  # more sequences than are looked at together, two query heads a key
+    (3, 3, 24, 33, [33, 1]),  # narrower than any tile
+    (4, 4, 64, 700, [700, 400]),  # many splits and not so many: two ways to add them
+    (1, 1, 16, 2100, [2100]),  # longer than all splits together have at least: each takes more
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_step(shape: tuple[Any, ...]) -> None:
+    a = case(*shape)
+    s, wanted = mixer.step(**a), truth(a)
+    assert torch.isfinite(s).all() and float((s.double() - wanted).abs().max()) <= 4e-3 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("held", [1, 5, 20])
+def test_programs_that_share_out_the_splits_change_no_bit(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = case(4, 4, 64, 90, [90, 0, 17, 5])
+    every, take = mixer.step(**a), Workspace.take
+
+    def poisoned(self: Workspace, device: torch.device) -> Any:  # a split that nobody computes must not find what it held before
+        at, memory = take(self, device)
+        memory.fill_(255)
+        return at, memory
+
+    monkeypatch.setattr(Workspace, "take", poisoned)
+    monkeypatch.setattr(mixer, "shares", lambda *sizes: shares(*sizes[:-1], held))
+    assert torch.equal(mixer.step(**a), every)
+
+
+def test_a_sequence_does_not_depend_on_its_batch() -> None:
+    a = case(4, 4, 64, 90, [90, 3, 17])
+    both, alone = mixer.step(**a), mixer.step(**{n: x if n in ("weight", "bias") else x[1:] for n, x in a.items()})
+    assert torch.equal(both[1:], alone)
+
+
+def test_an_empty_past_adds_nothing() -> None:
+    a = case(2, 2, 32, 8, [0, 0])
+    before = mixer.step(**a)
+    a["gamma"] = torch.full_like(a["gamma"], torch.nan)
+    assert torch.equal(mixer.step(**a), before)
+
+
+def test_shares_use_the_device_and_serve_every_split() -> None:
+    assert shares(256, 2, 256, 1024, 1024, 792) == (512, 256)  # all fit
+    assert shares(4096, 2, 8192, 1024, 1024, 792) == (396, 396)
+    assert shares(512, 4, 256, 1024, 4096, 528) == (272, 256)  # what feedback attention leaves over
+    for pieces_f, blocks, pieces_b, width_f, width_b, held in ((8192, 2, 8192, 256, 1024, 792), (5, 16, 9000, 64, 4096, 3), (9000, 1, 7, 1024, 16, 100)):
+        f, b = shares(pieces_f, blocks, pieces_b, width_f, width_b, held)
+        assert f % blocks == 0 and blocks <= f <= pieces_f * blocks and 1 <= b <= pieces_b
+        assert f + b <= max(held, blocks + 1)
+
+
+def test_widths_without_a_kernel_are_named() -> None:
+    assert mixer_variant(768, 64, 1) == "1024.64" and mixer_variant(2048, 96, 2) == "2048.128x4"
+    for width, head in ((8192, 64), (1024, 256)):
+        with pytest.raises(ValueError, match="the largest are 4096 and 128"):
+            mixer_variant(width, head, 1)

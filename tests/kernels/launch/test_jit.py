@@ -1,0 +1,110 @@
+"""Triton 3.6 and 3.7 are supported, each with its own launch; any other is refused in one line before something of it is used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sessa_deploy import cuda
+from sessa_deploy.errors import UserError
+from sessa_deploy.kernels.launch import jit
+from sessa_deploy.plugins import lower
+
+triton = pytest.importorskip("triton")
+FIX = "pip install 'triton>=3.6,<3.8'"
+
+
+@pytest.fixture(autouse=True)
+def asked_again() -> Iterator[None]:
+    jit.triton_version.cache_clear()
+    yield
+    jit.triton_version.cache_clear()
+
+
+@pytest.mark.parametrize(("version", "found"), [("3.6.0", (3, 6)), ("3.7.1", (3, 7)), ("3.7.0+git4bf8d2ae", (3, 7))])
+def test_supported_versions(version: str, found: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    assert jit.triton_version() == found
+
+
+@pytest.mark.parametrize("version", ["2.3.1", "3.5.1", "3.8.0", "3.60.0", "4.6.0", "unknown"])
+def test_another_version_is_refused_in_one_line(version: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    with pytest.raises(UserError) as error:
+        jit.triton_version()
+    assert f"got {version}; allowed: 3.6 and 3.7; fix: {FIX}" in str(error.value) and "\n" not in str(error.value)
+    assert lower.main(["--arch", "90", "--out", str(tmp_path / "cubins")]) == 2
+    assert capsys.readouterr().err == f"error: {error.value}\n" and not list(tmp_path.iterdir())
+
+
+def test_no_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(UserError, match="got none installed"):
+        jit.triton_version()
+
+
+def test_no_kernel_is_reached_with_another_version() -> None:
+    """Neither by importing what attentions and layers share, nor by calling one whose module is there already."""
+    code = """
+import torch, triton
+triton.__version__ = "3.8.0"
+from sessa_deploy import cuda
+from sessa_deploy.errors import UserError
+from sessa_deploy.kernels.launch import jit
+def refused(call):
+    try:
+        call()
+    except UserError as error:
+        print(error)
+refused(lambda: __import__("sessa_deploy.kernels.device"))
+x = torch.zeros(1, 1, 16)
+from sessa_deploy.kernels.feedback import forward
+refused(lambda: forward.forward(x, x, x[..., 0], x, x[:, :0], x[:, :0], torch.zeros(1, dtype=torch.int32), False))
+from sessa_deploy.kernels.causal import rows
+refused(lambda: rows.poison_rows(x[None], torch.zeros(1, dtype=torch.int32)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == [f"the kernels cannot use this Triton: got 3.8.0; allowed: 3.6 and 3.7; fix: {FIX}"] * 3, done.stderr
+
+
+def test_a_launch_passes_what_tritons_own_launcher_passes() -> None:
+    """`bind` calls the private function below Triton's launcher: argument by argument what that one gives it, for the installed version."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    calls: list[tuple[Any, ...]] = []
+    run = SimpleNamespace(
+        launch=lambda *args: calls.append(args), launch_cooperative_grid=False, launch_pdl=True, arg_annotations=["annotations"], kernel_signature=b"signature",
+        global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1, num_ctas=1,
+    )  # fmt: skip
+    metadata = SimpleNamespace(global_scratch_size=0, profile_scratch_size=0)
+    binary = SimpleNamespace(run=run, function=77, metadata=metadata, packed_metadata=(4, 1, 1024))
+    jit._bind(SimpleNamespace(__name__="kernel"), binary, [128, True])(9, 3, 2, 1, 4096, 8192, 0.5)
+    CudaLauncher.__call__(run, 3, 2, 1, 9, 77, binary.packed_metadata, None, None, None, 4096, 8192, 0.5, 128, True)
+    assert len(calls) == 2 and calls[0] == calls[1]
+    metadata.global_scratch_size = 64
+    with pytest.raises(ValueError, match="scratch"):
+        jit._bind(SimpleNamespace(__name__="kernel"), binary, [])
+
+
+def test_how_many_programs_a_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's answer times the multiprocessors; 0 where it has none."""
+    asked = []
+
+    def occupancy(each: Any, function: Any, threads: int, shared: Any) -> int:
+        asked.append((function.value, threads, shared.value))
+        each._obj.value = 6
+        return 0
+
+    binary = SimpleNamespace(function=77, metadata=SimpleNamespace(num_warps=2, shared=32800))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(cuda, "open_driver", lambda: SimpleNamespace(cuOccupancyMaxActiveBlocksPerMultiprocessor=occupancy))
+    assert jit._resident(binary, torch.device("cuda", 0)) == 792 and asked == [(77, 64, 32800)]
+    monkeypatch.setattr(cuda, "open_driver", lambda: SimpleNamespace())
+    assert jit._resident(binary, torch.device("cuda", 0)) == 0

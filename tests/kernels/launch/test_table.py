@@ -1,0 +1,86 @@
+"""The launch tables: families found by their folders, tiles pinned in the family's own file, spills by version, early starts as an option of a call."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sessa_deploy.cuda_arch import ARCHS
+from sessa_deploy.kernels.launch import jit, table
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The house with a copy of every family's tiles, which may be written."""
+    for family in table.families():
+        (tmp_path / family).mkdir()
+        shutil.copy(table._tiles_file(family), tmp_path / family)
+    monkeypatch.setattr(table, "_HOUSE", tmp_path)
+    yield tmp_path
+    table._entries.cache_clear()
+
+
+def test_families_are_found_and_their_kernels_live_in_them() -> None:
+    assert set(table.families()) == {"causal", "engine", "feedback"}
+    for family, kernels in table.families().items():
+        assert all(k.module.startswith(f"sessa_deploy.kernels.{family}.") and k.name == name for name, k in kernels.items())
+    assert len(table.kernels()) == sum(map(len, table.families().values())), "no two families share a kernel's name"
+    with pytest.raises(KeyError, match="no kernel 'feedback_stop'; known: "):
+        table.kernel("feedback_stop")
+
+
+@pytest.mark.parametrize(("name", "family", "variant"), [("causal_prefill", "causal", "64"), ("mixer_step_combine", "engine", "any"),
+                                                         ("feedback_step_partial", "feedback", "1024")])  # fmt: skip
+def test_pinning_rewrites_one_entry_of_the_familys_own_file(name: str, family: str, variant: str, elsewhere: Path) -> None:
+    before = {f: (elsewhere / f / "tiles.json").read_text() for f in table.families()}
+    old = {(a, d): table.options(name, a, d, variant) for a in ARCHS for d in ("fp16", "bf16")}
+    entry = {k: v for k, v in table.pinned(name, 90, "bf16", variant).items() if k not in ("arch", "dtype", "variant", "tuned")}
+    table.pin(name, 90, ["bf16"], variant, {**entry, "num_warps": 16})
+    assert {f for f in before if (elsewhere / f / "tiles.json").read_text() != before[f]} == {family}
+    for (arch, dtype), options in old.items():
+        assert table.options(name, arch, dtype, variant) == ({**options, "num_warps": 16} if (arch, dtype) == (90, "bf16") else options)
+    assert table.tuned(name, 90, "bf16", variant)
+
+
+def test_every_file_is_an_entry_a_line_as_pinning_writes_it(elsewhere: Path) -> None:
+    for family in table.families():
+        file = elsewhere / family / "tiles.json"
+        before = file.read_text()
+        table._write(file, json.loads(before))
+        assert file.read_text() == before
+
+
+def test_spills_may_differ_between_versions_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stated, allowed in ((16, (16, 16)), ({"3.7": 20}, (0, 20)), ({"3.6": 4, "3.7": 0}, (4, 0)), (None, (0, 0))):
+        entry: dict[str, Any] = {} if stated is None else {"spills": stated}
+        monkeypatch.setattr(table, "pinned", lambda *key, entry=entry: entry)
+        assert tuple(table.spills("causal_prefill", 90, "fp16", "64", version) for version in jit.TRITON_VERSIONS) == allowed
+    monkeypatch.undo()
+    names = {f"{major}.{minor}" for major, minor in jit.TRITON_VERSIONS}
+    for key, row in table._entries().items():
+        assert not isinstance(row.get("spills"), dict) or set(row["spills"]) <= names, key
+
+
+def test_an_early_start_belongs_to_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels start early where the caller says how many rows there are and the plugin would let them; no call changes another's options."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(jit, "interpreted", lambda: False)
+    monkeypatch.setattr(jit, "arch_of", lambda index: 90)
+    device = torch.device("cuda", 0)
+    jit.pinned.cache_clear()
+    try:
+        def starts(name: str, variant: str, early: int) -> bool:
+            return bool(jit.pinned((name,), device, torch.float16, variant, early)[name].get("launch_pdl"))
+
+        assert [starts("layer_norm", "1024", rows) for rows in (0, 1, 64, 65)] == [False, True, True, False]
+        assert [starts("layer_out", "1", rows) for rows in (0, 1, 2)] == [False, True, False]
+        assert not any(starts("mixer_step_partial", "1024.64", rows) for rows in (0, 1, 64))
+        assert "launch_pdl" not in jit.pinned(("layer_norm",), device, torch.float16, "1024")["layer_norm"]
+    finally:
+        jit.pinned.cache_clear()
