@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from sessa_deploy.kernels import launch
+from sessa_deploy.kernels.launch import table
 from sessa_deploy.plugins import lower
 
 DATA = b"no binary"
@@ -19,12 +19,12 @@ def write(archs: Sequence[int], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     cubins = []
     for unit in lower.units(archs):
-        description = launch.kernel(unit.kernel)
+        description = table.kernel(unit.kernel)
         path = folder / f"{unit.stem}.cubin"
         path.write_bytes(DATA)
         cubins.append(lower.Cubin(
             **asdict(unit), file=path.name, sha256=hashlib.sha256(DATA).hexdigest(), size=len(DATA), entry=unit.kernel,
-            params=[{}] * (len(description.params) + len(lower.HIDDEN)), tiles=launch.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant),
+            params=[{}] * (len(description.params) + len(lower.HIDDEN)), tiles=table.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant),
             num_warps=4, num_stages=1, shared=0, registers=0, spill_bytes=0, global_scratch=0, vector_loads=1, scalar_loads=0, tuned=True,
         ))  # fmt: skip
     (folder / lower.TABLE).write_text("".join(lower._rows(cubins)))
