@@ -137,8 +137,8 @@ def test_a_verb_that_is_told_to_end_leaves_no_temporary_files_and_no_children(nu
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_while_a_child_begins_leaves_none(number: int, tmp_path: Path) -> None:
     """The moment between the child's beginning and its parent's knowing of it."""
-    program = ("import os, subprocess, sys\nfrom pathlib import Path\nfrom sessa_deploy.export.parity_process import ProcessLaunch\n"
-               "from sessa_deploy.export.parity_rungs import RungJob\nfrom sessa_deploy.process import ending_cleanly, run_group\n"
+    program = ("import os, subprocess, sys\nfrom pathlib import Path\nfrom sessa_deploy.export.parity.process import ProcessLaunch\n"
+               "from sessa_deploy.export.parity.rungs import RungJob\nfrom sessa_deploy.process import ending_cleanly, run_group\n"
                "class Popen(subprocess.Popen):\n"
                "    def __init__(self, *words, **how):\n"
                "        super().__init__(*words, **how)\n"
@@ -267,7 +267,7 @@ def test_inspect_and_doctor_print_or_write_json(
 ) -> None:
     from sessa_deploy.runtime import doctor
 
-    monkeypatch.setattr(doctor, "examine", lambda: {"checks": [], "ready": ["run"]})
+    monkeypatch.setattr(doctor, "examine", lambda *_: {"checks": [], "ready": ["run"]})
     for words, key in ((["inspect", str(bundle), "--no-verify"], "kind"), (["doctor"], "ready")):
         for target in (["--json"], ["--json", "-"]):
             main([*words, *target])
