@@ -65,6 +65,7 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 tests/test_house.py tests/test_layering.py
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

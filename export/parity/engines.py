@@ -20,7 +20,7 @@ _ROOM = 264  # smallest capacity opened where the context allows it, so that mos
 
 
 class BackendSession:
-    """A runtime backend as a SessionRunner (see parity_drive). open_backend: (batch, capacity) -> Backend; max_context: of the model."""
+    """A runtime backend as a SessionRunner (see drive.py). open_backend: (batch, capacity) -> Backend; max_context: of the model."""
 
     def __init__(self, open_backend: Callable[[int, int], Backend], max_context: int = _ROOM) -> None:
         self._open, self._room = open_backend, min(_ROOM, max_context)
