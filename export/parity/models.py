@@ -126,7 +126,7 @@ def choose_tokens(model: SessaLM, cases: Cases) -> Cases:
 
 
 class TorchGraph:
-    """SessaLM.graph as a GraphStep (see parity_drive): numpy in the storage type in, numpy out. all_logits: logits (B,T,V)."""
+    """SessaLM.graph as a GraphStep (see drive.py): numpy in the storage type in, numpy out. all_logits: logits (B,T,V)."""
 
     def __init__(self, model: SessaLM, all_logits: bool = False) -> None:
         self.model, self.dtype, self.all_logits = model, model.embedding.weight.dtype, all_logits
@@ -140,7 +140,7 @@ class TorchGraph:
 
 
 class TorchSession:
-    """SessaLM.prefill on SessaCache as a SessionRunner (see parity_drive)."""
+    """SessaLM.prefill on SessaCache as a SessionRunner (see drive.py)."""
 
     def __init__(self, model: SessaLM) -> None:
         self.model = model

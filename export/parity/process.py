@@ -49,7 +49,7 @@ def launch_here(job: RungJob, progress: Progress = silent) -> None:
 
 
 class ProcessLaunch:
-    """Runs a rung as an interpreter of its own (see parity_rungs).
+    """Runs a rung as an interpreter of its own (see rungs.py).
 
     engine_python: another interpreter for the engines' rungs (one with TensorRT, say), in which this package must be installed.
     """

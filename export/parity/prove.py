@@ -3,7 +3,7 @@
     report = validate("bundle", "checkpoint")
     report.passed, report.line()
 
-Rungs run as processes (see parity_rungs), the oracle first and the others side by side; their tensors meet here only as files.
+Rungs run as processes (see rungs.py), the oracle first and the others side by side; their tensors meet here only as files.
 """
 
 from __future__ import annotations
