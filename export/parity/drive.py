@@ -2,7 +2,7 @@
 
 Modes, so that each half of deployment is proven: "graph" calls the stateless function with caches that this module owns, "session" calls
 an implementation that owns its caches and appends to them itself, "greedy" lets that implementation pick the tokens too.
-Canonical tensors of a case: logits (N,V) float32 or float64 (not in mode greedy), token (N,) int64 and layer.{i}.{field} (R, row...), see parity_cases.
+Canonical tensors of a case: logits (N,V) float32 or float64 (not in mode greedy), token (N,) int64 and layer.{i}.{field} (R, row...), see cases.py.
 """
 
 from __future__ import annotations
