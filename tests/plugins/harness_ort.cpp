@@ -200,7 +200,7 @@ OrtApi oldestApi() noexcept
     });
     FILL(KernelContext_GetScratchBuffer, [](OrtKernelContext const* context, OrtMemoryInfo const* info, size_t bytes, void** out) noexcept -> OrtStatus* {
         gContext->asked = static_cast<int64_t>(bytes);
-        gContext->freed = false;
+        gContext->freed = context->workspace == nullptr;
         *out = context->workspace;
         return context->measuring || info != &gMemory || bytes == 0 ? status(ORT_FAIL, "measured") : nullptr;
     });

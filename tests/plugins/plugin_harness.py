@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
@@ -58,12 +59,23 @@ def build(major: int, cubins: Callable[[], Path], folder: Path) -> Built:
     if PREBUILT is not None:
         folder = PREBUILT / ("ort" if major == ORT else f"trt{major}")
     elif major == ORT:
-        library.build(cubins=cubins(), out=folder, product="ort", onnxruntime_include=ORT_INCLUDE)
-        _compile("harness_ort.cpp", folder, ["-isystem", str(ORT_INCLUDE)])
+        include = ORT_INCLUDE or _fetched(folder)
+        library.build(cubins=cubins(), out=folder, product="ort", onnxruntime_include=include)
+        _compile("harness_ort.cpp", folder, ["-isystem", str(include)])
     else:
         library.build(INCLUDES[major], SOURCES / "src/cuda", cubins(), out=folder)
         _compile("harness.cpp", folder, ["-Wno-deprecated-declarations", "-isystem", str(INCLUDES[major]), f"-I{SOURCES / 'src/cuda'}"])
     return major, folder / (library.ORT_LIBRARY if major == ORT else library.LIBRARY), load_harness(folder / "harness.so")
+
+
+def _fetched(folder: Path) -> Path:
+    """The folder of ONNX Runtime's header, fetched as a build fetches it."""
+    work = folder / "fetched"
+    work.mkdir()
+    (work / "cubins.inc").write_text("")
+    options = ["-DSESSA_TARGETS=ort", f"-DSESSA_CUBIN_DIR={work}", f"-DSESSA_PYTHON={sys.executable}"]
+    subprocess.run(["cmake", "-S", str(SOURCES), "-B", str(work), *options], check=True)
+    return work / "onnxruntime/include/onnxruntime/core/session"
 
 
 def _compile(source: str, folder: Path, flags: list[str]) -> None:
@@ -93,4 +105,6 @@ def load_harness(path: Path) -> ctypes.CDLL:
     harness.harness_enqueue.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, Shape, Pointers, ctypes.c_void_p]
     harness.harness_formats.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]
     harness.harness_destroy.argtypes = [ctypes.c_void_p]
+    if hasattr(harness, "harness_register"):
+        harness.harness_register.argtypes = [ctypes.c_char_p, ctypes.c_uint32, ctypes.c_char_p]
     return harness
