@@ -69,7 +69,7 @@ int32_t Cubin::tile(char const* name) const
     if (found == nullptr)
     {
         throw MissingTile(std::string(kernel) + " for sm_" + std::to_string(arch) + ", " + dtype + ", variant " + variant + " has no tile " + name
-            + ": the kernels in this library are of another version; rebuild it: sessa-deploy plugin build");
+            + ": the kernels in this library are of another version; rebuild it: " + kBuildCommand);
     }
     return *found;
 }

@@ -46,7 +46,7 @@ bool missingCubin(Problem const& p, int32_t arch, std::string& error)
     error = "no kernel for sm_" + std::to_string(arch) + ", " + dtypeName(p.storage) + ": this library holds sm_" + architectures();
     if (std::find(std::begin(kArchs), std::end(kArchs), arch) != std::end(kArchs))
     {
-        error += "; rebuild it: sessa-deploy plugin build --arch " + std::to_string(arch);
+        error += std::string("; rebuild it: ") + kBuildCommand + " --arch " + std::to_string(arch);
     }
     return false;
 }

@@ -1,11 +1,18 @@
 // The shell for ONNX Runtime, by its C API: it says what operations there are and hands calls on to their kernels.
 #include "ort.h"
 
+#include "cubins.h"
+
 #include <cstring>
 #include <deque>
 #include <map>
 #include <mutex>
 #include <new>
+
+namespace sessa
+{
+char const* const kBuildCommand = "sessa-deploy plugin build --for ort";
+} // namespace sessa
 
 namespace sessa::ort
 {

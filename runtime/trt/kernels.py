@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sessa_deploy.cuda_arch import ARCHS, mend, nearest
+from sessa_deploy.cuda_arch import mend, nearest
 from sessa_deploy.errors import UserError
 
 APPEND, ARGMAX, FINISH = "decode_append", "decode_argmax", "decode_finish"
@@ -48,18 +47,6 @@ def images(source: Path, arch: int) -> dict[str, Image]:
     if found[ARGMAX].splits != found[FINISH].splits:
         raise UserError("the decode kernels do not belong together", got=f"{found[ARGMAX].splits} and {found[FINISH].splits} splits in {source}", fix=_MEND)
     return found
-
-
-def architectures(path: Path) -> list[int]:
-    """Compute capabilities that the plugin library carries kernels for or serves, of those there are. Raises UserError where it holds no decode kernels."""
-    served = []
-    for arch in ARCHS:
-        with contextlib.suppress(UserError):
-            _from_library(path, APPEND, arch)
-            served.append(arch)
-    if not served:
-        raise UserError("the plugin library holds no decode kernels", got=str(path), fix=_MEND)
-    return served
 
 
 def _from_library(path: Path, name: str, arch: int) -> Image:
