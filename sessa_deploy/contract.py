@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 DOMAIN = "sessa"
 DOMAIN_VERSION = 1
+ORT_API = 18  # the oldest version of ONNX Runtime's C API, and so the oldest 1.x, that our library compiles with and loads into
 FEEDBACK_OP = "SessaFeedbackAttention"
 CAUSAL_OP = "SessaCausalAttention"
 GRAPH_OPS = (FEEDBACK_OP, CAUSAL_OP)  # of a bundle's graph; each has a body of standard operators beside it

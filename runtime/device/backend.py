@@ -42,7 +42,7 @@ class DeviceBackend(Backend):
         self._cuda: Any = None
         self._buffers: Buffers | None = None
         self._on_device: bytes | None = None  # lengths the device holds, as an int32 array's bytes; None: unknown
-        self._use_graph = graph
+        self._use_graph: bool = graph
         self._graphs: dict[Extent, int] = {}
         self._warm: Counter[tuple[Extent, int]] = Counter()
 
