@@ -7,10 +7,13 @@ import types
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 from fake_cuda import HostCuda
 
+from sessa_deploy.runtime.bundle import Bundle
+from sessa_deploy.runtime.ort.prepared import Prepared
+
+BATCH, CAPACITY = 3, 48
 CUDA = "CUDAExecutionProvider"
 NO_CAPTURE = "This session cannot use the graph capture feature as requested by the user as the model has Memcpy nodes"
 
@@ -105,5 +108,10 @@ def make(cuda: HostCuda, plain: Path, version: str = "1.31.1") -> Any:
     module.get_available_providers = lambda: [CUDA, "CPUExecutionProvider"]
     module.set_default_logger_severity = lambda level: None
     module.InferenceSession = lambda model, options, providers: Session(module, model, options, providers)
-    module.numpy = np
     return module
+
+
+def described(bundle: Bundle, **change: Any) -> Prepared:
+    """As `build --for ort` would describe a graph of the bundle; here the graph is the plain one, with its weights in it."""
+    return Prepared(**{"folder": "engines/ort", "model": bundle.model, "precision": bundle.precision, "weights": (), "ops": {}, "layers": "plugin",
+                       "inlined": [], "plugin_sha256": "", "added_bytes": 0, "all_logits": False, **change})  # fmt: skip

@@ -36,13 +36,14 @@ class DeviceBackend(Backend):
     warm_runs = 1
     row_alignment = 16
     engine_name = "the engine"
+    _use_graph: bool
 
     def __init__(self, config: SessaConfig, batch: int, capacity: int | None, graph: bool = True) -> None:
         super().__init__(config, batch, capacity)
         self._cuda: Any = None
         self._buffers: Buffers | None = None
         self._on_device: bytes | None = None  # lengths the device holds, as an int32 array's bytes; None: unknown
-        self._use_graph: bool = graph
+        self._use_graph = graph
         self._graphs: dict[Extent, int] = {}
         self._warm: Counter[tuple[Extent, int]] = Counter()
 

@@ -13,12 +13,14 @@ from sessa_deploy.runtime.ort.device_cache import DeviceCache
 BEFORE = [[1, 2, 3], [7], list(range(40, 53)), [200, 100]]
 
 
-@pytest.fixture(params=["numpy", "views", "bound", "views-all", "bound-all"])
-def backend(request, bundles, tiny):
+@pytest.fixture(params=["numpy", "views", "bound", "engine", "views-all", "bound-all", "engine-all"])
+def backend(request, bundles, tiny, build):
     """Four sequences that hold BEFORE."""
     kind, _, every = request.param.partition("-")
     if kind == "numpy":
         made = NumpyBackend(tiny, 4, 40)
+    elif kind == "engine":
+        made = build(all_logits=bool(every), batch=4, capacity=40)[0]
     else:
         bundle = bundles("fp32", bool(every))
         made = OrtBackend(bundle, 4, 40, threads=1)
@@ -57,6 +59,29 @@ def test_a_host_cache_moves_the_rows_of_that_sequence_alone(tiny_bundle):
     assert made.bytes_moved - before == 5 * made._host.row_bytes
     made.copy_row(1, 3, 6)
     assert made.bytes_moved - before == 11 * made._host.row_bytes
+
+
+@pytest.mark.parametrize("all_logits", [False, True])
+def test_on_a_device_one_sequence_is_computed_and_appended_where_it_lies(build, tiny, all_logits):
+    """Batch 1, that sequence's own cache addresses, more tokens a step than of all together; the captured decode step goes on around it."""
+    made, cuda, fake = build(all_logits=all_logits, batch=4, capacity=40, chunk=2)
+    (session,), ids, new = fake.sessions, np.arange(4)[:, None], np.ones(4, np.int64)
+    for _ in range(3):
+        made.step_greedy(ids, new)
+    before = made.bytes_moved
+    made.poison()
+    prompt = np.arange(20, 40)
+    logits = made.step_row(2, prompt)
+    close(logits, tiny.logits([2, 2, 2, *prompt])[-1])
+    assert [run["input_ids"][1] for run in session.runs[-3:]] == [[1, 8], [1, 8], [1, 4]]
+    for entry in made._buffers.entries:
+        assert session.runs[-1][entry.past] == (entry.cache + 2 * 40 * entry.row, [1, 40, *entry.shape])
+    assert made.bytes_moved - before == 20 * made._buffers.row_bytes and made.length.tolist() == [3, 3, 23, 3]
+    close(made.step_row_all(2, prompt[:3]), tiny.logits([2, 2, 2, *prompt, *prompt[:3]])[-3:])
+    picked, runs = made.step_greedy(ids, new), len(session.runs)
+    for row, tokens in enumerate([[0] * 4, [1] * 4, [2, 2, 2, *prompt, *prompt[:3], 2], [3] * 4]):
+        assert picked[row] == tiny.logits(tokens)[-1].argmax()
+    assert cuda.replays == 2 and len(session.runs) == runs, "replayed, not run again"
 
 
 def test_a_copied_sequence_goes_on_by_itself(backend, tiny):
