@@ -4,14 +4,19 @@ the real CPU provider, bound to the very addresses that the real CUDA provider w
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
-from fake_cuda import HostCuda
+import pytest
+from fake_cuda import HostCuda, fake_cubins
 
+from sessa_deploy.cuda import Device
+from sessa_deploy.plugins import library
 from sessa_deploy.runtime.bundle import Bundle
-from sessa_deploy.runtime.ort.prepared import Prepared
+from sessa_deploy.runtime.device import kernels
+from sessa_deploy.runtime.ort import engine, prepared
 
 BATCH, CAPACITY = 3, 48
 CUDA = "CUDAExecutionProvider"
@@ -66,7 +71,7 @@ class Session:
     def __init__(self, module: Any, model: str, options: Options, providers: list[Any]) -> None:
         self.module, self.options, self.model = module, options, model
         self.cuda_options = dict(providers[0][1])
-        assert providers[0][0] == CUDA and self.cuda_options["user_compute_stream"] == str(module.cuda.stream) and self.cuda_options["use_tf32"] == "0"
+        assert providers[0][0] == CUDA and self.cuda_options["user_compute_stream"] == str(HostCuda.stream) and self.cuda_options["use_tf32"] == "0"
         if module.refused is not None:
             raise RuntimeError(module.refused)
         if module.memcpy and self.cuda_options.get("enable_cuda_graph") == "1":
@@ -100,9 +105,28 @@ class Session:
         self.module.cuda.do(lambda: self.real.run_with_iobinding(binding.real))
 
 
+def install(patch: pytest.MonkeyPatch, folder: Path, cuda: Callable[[], HostCuda] = HostCuda) -> Path:
+    """A GPU of compute capability 9.0, the library for it in `folder`, and a prepared graph in every bundle; returns the library's path."""
+    plugin, cubins = folder / library.ORT_LIBRARY, folder / "cubins"
+    cubins.mkdir(exist_ok=True)
+    fake_cubins(cubins)
+    plugin.write_bytes(b"library")
+    patch.setattr(library, "check", lambda path=None, major=None, product="tensorrt": None)
+    patch.setattr(library, "find", lambda major=None, product="tensorrt": plugin)
+    patch.setattr(prepared, "find", described)
+    patch.setattr(engine, "images", lambda path, arch, build: kernels.images(cubins, arch, build))
+    patch.setattr(engine, "Cuda", cuda)
+    patch.setattr(engine, "devices", lambda: [Device(0, "Fake", "sm_90", 1 << 34)])
+    patch.setattr("sessa_deploy.runtime.ort.session.cuda_is_usable", lambda: True)
+    return plugin
+
+
 def make(cuda: HostCuda, plain: Path, version: str = "1.31.1") -> Any:
-    """An onnxruntime module of `version` whose sessions run `plain`. Set on it: refused, why sessions cannot be made; memcpy, whether the graph cannot be
-    captured and ONNX Runtime sees it; uncapturable, whether it cannot and does not; failing, why runs fail."""
+    """An onnxruntime module of `version` whose sessions run `plain` where `cuda` is.
+
+    Set on it: refused, why sessions cannot be made; memcpy, whether the graph cannot be captured and ONNX Runtime sees it; uncapturable, whether it cannot
+    and ONNX Runtime does not; failing, why runs fail.
+    """
     module: Any = types.SimpleNamespace(cuda=cuda, plain=plain, __version__=version, sessions=[], refused=None, memcpy=False, uncapturable=False, failing=None)
     module.SessionOptions, module.RunOptions, module.OrtValue = Options, onnxruntime.RunOptions, onnxruntime.OrtValue
     module.get_available_providers = lambda: [CUDA, "CPUExecutionProvider"]
@@ -111,7 +135,7 @@ def make(cuda: HostCuda, plain: Path, version: str = "1.31.1") -> Any:
     return module
 
 
-def described(bundle: Bundle, **change: Any) -> Prepared:
+def described(bundle: Bundle, **change: Any) -> prepared.Prepared:
     """As `build --for ort` would describe a graph of the bundle; here the graph is the plain one, with its weights in it."""
-    return Prepared(**{"folder": "engines/ort", "model": bundle.model, "precision": bundle.precision, "weights": (), "ops": {}, "layers": "plugin",
+    return prepared.Prepared(**{"folder": "engines/ort", "model": bundle.model, "precision": bundle.precision, "weights": (), "ops": {}, "layers": "plugin",
                        "inlined": [], "plugin_sha256": "", "added_bytes": 0, "all_logits": False, **change})  # fmt: skip

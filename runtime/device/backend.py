@@ -36,7 +36,6 @@ class DeviceBackend(Backend):
     warm_runs = 1
     row_alignment = 16
     engine_name = "the engine"
-    _use_graph: bool
 
     def __init__(self, config: SessaConfig, batch: int, capacity: int | None, graph: bool = True) -> None:
         super().__init__(config, batch, capacity)
@@ -161,10 +160,14 @@ class DeviceBackend(Backend):
         try:
             self._graphs[step] = self._cuda.capture(lambda: self._record(step))
         except SessaError as error:
-            self._use_graph = False  # what was recorded so far stays good
-            note(f"decode steps run without a CUDA graph, and slower, as {self.engine_name} cannot be recorded: {error}")
+            self._record_no_more(str(error))
             return 0
         return self._graphs[step]
+
+    def _record_no_more(self, why: str) -> None:
+        """Enqueue every step piece by piece from now on, and say so; what was recorded so far stays good."""
+        self._use_graph = False
+        note(f"decode steps run without a CUDA graph, and slower, as {self.engine_name} cannot be recorded: {why}")
 
     def cached(self, row: int) -> dict[str, NDArray[np.generic]]:
         buffers = self._own()

@@ -10,6 +10,7 @@ captured, as the same step has run before.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from pathlib import Path
@@ -29,7 +30,6 @@ from sessa_deploy.runtime.device.buffers import Buffers, Extent, check_rows, mos
 from sessa_deploy.runtime.device.kernels import images
 from sessa_deploy.runtime.ort import prepared as ort_prepared
 from sessa_deploy.runtime.ort.session import has_all_logits, load, session_options, start
-from sessa_deploy.runtime.report import note
 
 _BUILD = library.build_command(None, ORT_ENGINE)
 _UPGRADE = "pip install -U onnxruntime-gpu"
@@ -139,8 +139,7 @@ class OrtCudaBackend(DeviceBackend):
         except UserError as error:
             if not self._use_graph or "graph capture" not in str(error).lower():
                 raise
-            note(f"decode steps run without a CUDA graph, and slower, as ONNX Runtime cannot capture this one: {error.got}")
-            self._use_graph = False
+            self._record_no_more(str(error.got))
             return start(bundle, self._runtime, found.model, options, cuda)
 
     def _value(self, array: Any, onnx_type: int) -> Any:
@@ -196,3 +195,8 @@ def obstacle(bundle: Bundle) -> str | None:
         return None
     return f"{slow}: {' and '.join(what for what, _ in absent)}; fast with: {'; then '.join(str(fix) for _, fix in absent)}"
 
+
+def kernels(bundle: Bundle) -> str:
+    """Which library and which prepared graph run a bundle here, where `obstacle` sees none."""
+    path, found = library.find(product=ORT_ENGINE), ort_prepared.find(bundle)
+    return f"{path.name} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}) on {found.folder if found else 'no prepared graph'}"

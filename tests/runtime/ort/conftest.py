@@ -8,22 +8,17 @@ from typing import Any
 
 import fake_onnxruntime
 import pytest
-from fake_cuda import HostCuda, fake_cubins
+from fake_cuda import HostCuda
 
-from sessa_deploy.plugins import library
 from sessa_deploy.runtime.bundle import Bundle
-from sessa_deploy.runtime.ort import engine, prepared
+from sessa_deploy.runtime.ort import engine
 from sessa_deploy.runtime.ort.engine import OrtCudaBackend
 
 
 @pytest.fixture
 def build(bundles: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[OrtCudaBackend, HostCuda, Any]]:
     """(precision, **options) -> (backend, cuda, module). chunk: tokens a step takes of each sequence; module: attributes of the fake module."""
-    plugin = tmp_path / library.ORT_LIBRARY
-    plugin.write_bytes(b"library")
-    monkeypatch.setattr(library, "check", lambda path=None, major=None, product="tensorrt": None)
-    monkeypatch.setattr(library, "find", lambda major=None, product="tensorrt": plugin)
-    monkeypatch.setattr(prepared, "find", fake_onnxruntime.described)
+    fake_onnxruntime.install(monkeypatch, tmp_path)
 
     def make(precision: str = "fp32", all_logits: bool = False, chunk: int = 8, module: dict[str, Any] | None = None, **options: Any) -> Any:
         bundle, cuda = bundles(precision, all_logits), HostCuda()
@@ -32,6 +27,6 @@ def build(bundles: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.Mo
         given = {"batch": fake_onnxruntime.BATCH, "capacity": fake_onnxruntime.CAPACITY, **options}
         monkeypatch.setattr(engine, "load", lambda: fake)
         monkeypatch.setattr(engine, "_STEP_TOKENS", chunk * given["batch"])
-        return OrtCudaBackend(bundle, kernels=fake_cubins(tmp_path), cuda=cuda, **given), cuda, fake
+        return OrtCudaBackend(bundle, cuda=cuda, **given), cuda, fake
 
     return make

@@ -205,14 +205,8 @@ def test_the_road_is_taken_where_library_and_graph_are_found_and_else_named(
 ) -> None:
     _, _, fake = build()
     opened: list[str] = []
-    monkeypatch.setattr("sessa_deploy.runtime.ort.session.cuda_is_usable", lambda: True)
-    monkeypatch.setattr(engine, "devices", lambda: [Device(0, "Fake", "sm_90", 1 << 34)])
-    monkeypatch.setattr(engine, "images", lambda path, arch, build: {} if arch == 90 else build_error(arch))
     monkeypatch.setattr(engine, "OrtCudaBackend", lambda *given, **options: opened.append("ours"))
     monkeypatch.setattr("sessa_deploy.runtime.ort.backend.OrtBackend", lambda *given, **options: opened.append(options["provider"]))
-
-    def build_error(arch: int) -> None:
-        raise UserError("no binary of decode_append for this GPU", got=f"sm_{arch}", fix=f"sessa-deploy plugin build --for ort --arch {arch}")
 
     def said() -> str:
         engines.open_backend(tiny_bundle, "ort-cuda")
