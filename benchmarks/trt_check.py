@@ -92,13 +92,13 @@ def step_load(args: argparse.Namespace, precision: str) -> dict[str, Any]:
     """TensorRT imports, registers the plugin, sees the GPU, and the decode kernels are there for it."""
     from sessa_deploy.export.to_engine import this_machine
     from sessa_deploy.plugins import library
+    from sessa_deploy.runtime.device import kernels as device_kernels
     from sessa_deploy.runtime.trt import api as trt_api
-    from sessa_deploy.runtime.trt import kernels as trt_kernels
 
     trt = trt_api.load()
     plugin = library.load(trt, args.plugin)
     machine = this_machine(trt)
-    found = trt_kernels.images(plugin, int(machine.arch.removeprefix("sm_")))
+    found = device_kernels.images(plugin, int(machine.arch.removeprefix("sm_")))
     return {"ok": True, "python": sys.version.split()[0], "tensorrt": machine.tensorrt, "gpu": machine.gpu, "arch": machine.arch, "driver": machine.driver,
             "free_gib": machine.free / 2**30, "kernels": sorted(found)}  # fmt: skip
 

@@ -30,10 +30,10 @@ from sessa_deploy.export.trt.limits import DEFAULT_PROMPT, Machine, Recipe, Shap
 from sessa_deploy.files import write_whole
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime.bundle import Bundle, add_files, hash_file
+from sessa_deploy.runtime.device.buffers import check_rows
+from sessa_deploy.runtime.device.kernels import images
 from sessa_deploy.runtime.trt import api as trt_api
 from sessa_deploy.runtime.trt import plan as trt_plan
-from sessa_deploy.runtime.trt.buffers import check_rows
-from sessa_deploy.runtime.trt.kernels import images
 
 Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all or 0)
 _POLL = 0.1  # seconds

@@ -174,7 +174,7 @@ _LIBRARY = """
 import json
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.plugins import library
-from sessa_deploy.runtime.trt.kernels import architectures
+from sessa_deploy.runtime.device.kernels import architectures
 seen = library.check(None, {major})
 library.require_major(seen, {major})
 print(json.dumps({{"path": str(seen.path), "major": seen.major, "archs": architectures(seen.path)}}))

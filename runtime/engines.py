@@ -35,7 +35,7 @@ def choose(bundle: Bundle) -> str:
 
         if any(api.importable(p) for p in api.PRODUCTS if p.name in plan.products(bundle)):
             return "trt"
-    from sessa_deploy.runtime.ort.backend import cuda_is_usable
+    from sessa_deploy.runtime.ort.session import cuda_is_usable
 
     return "ort-cuda" if cuda_is_usable() else "ort"
 

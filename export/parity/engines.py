@@ -68,7 +68,7 @@ def _session(bundle: Bundle, name: str, threads: int) -> BackendSession:
 
 
 def _ort_graph(bundle: Bundle, provider: str, threads: int) -> GraphStep:
-    from sessa_deploy.runtime.ort.backend import open_session
+    from sessa_deploy.runtime.ort.session import open_session
 
     session, names = open_session(bundle, provider, threads), graph_outputs(bundle.config.n_layers)
 

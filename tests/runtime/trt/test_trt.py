@@ -18,12 +18,12 @@ from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime import engines
 from sessa_deploy.runtime.bundle import Bundle, add_files, write_bundle
+from sessa_deploy.runtime.device.kernels import images
 from sessa_deploy.runtime.ort.backend import OrtBackend
 from sessa_deploy.runtime.session import Session
 from sessa_deploy.runtime.trt import api as trt_api
 from sessa_deploy.runtime.trt import plan as trt_plan
 from sessa_deploy.runtime.trt.backend import TrtBackend
-from sessa_deploy.runtime.trt.kernels import images
 
 BATCH, CAPACITY, CHUNK = 3, 48, 8
 
