@@ -22,7 +22,7 @@ from sessa_deploy.checks import integer
 from sessa_deploy.cuda import Cuda, devices, driver_version
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.export.engine.graph import PreparedGraph
-from sessa_deploy.export.engine.prepare import FLOAT32, PLUGIN, Target, all_logits, check_layers, plugin_nodes, prepare, unavailable
+from sessa_deploy.export.engine.prepare import FLOAT32, PLUGIN, Target, all_logits, check_layers, check_precision, plugin_nodes, prepare, unavailable
 from sessa_deploy.export.trt import check as trt_check
 from sessa_deploy.export.trt import limits as trt_limits
 from sessa_deploy.export.trt import parser as trt_parser
@@ -292,8 +292,7 @@ def _check_precision(trt: Any, bundle: Bundle, asked: str | None) -> None:
     if asked is not None and trt_api.strongly_typed(trt):
         what = f"TensorRT {trt.__version__} networks are strongly typed: the exported graph decides the precision, the build cannot"
         raise UserError(what, got=f"--precision {asked}", allowed=f"none; this graph is {bundle.precision}", fix=f"{mend} {asked}")
-    if asked is not None and asked != bundle.precision:
-        raise UserError("the exported graph decides the precision", got=f"--precision {asked}", allowed=bundle.precision, fix=f"{mend} {asked}")
+    check_precision(bundle, asked)
     if bundle.precision == "bf16" and not trt_api.strongly_typed(trt):
         raise UserError(f"TensorRT {trt.__version__} has no bfloat16", got=str(bundle.path), allowed="fp32 or fp16", fix=f"{mend} fp16")
 

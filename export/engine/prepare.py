@@ -23,9 +23,10 @@ FLOAT32 = "the graph is float32, and the library's kernels around the attentions
 class Target:
     """An engine to prepare a graph for.
 
-    name: as a user reads it; own: the word of --layers for the engine's own kernels; why: its layers are better computed by the library; options: of `build`,
-    that choose the engine; complaints: what its parser cannot take of a graph; one_message: weights that are laid out anew travel inside the graph's message,
-    else they may be of any size; one_projection: it gains by one product with an unequal Split behind it in place of a layer's projections.
+    name: as a user reads it, with its version; short: without; own: the word of --layers for the engine's own kernels; why: its layers are better computed
+    by the library; options: of `build`, that choose the engine; complaints: what its parser cannot take of a graph; one_message: weights that are laid out
+    anew travel inside the graph's message, else they may be of any size; one_projection: it gains by one product with an unequal Split behind it in place of
+    a layer's projections; rotary: beside its own layers too the library computes the rotary tables, which it would compute on the host.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Target:
     complaints: Callable[[ModelProto], list[str]] = lambda model: []
     one_message: bool = True
     one_projection: bool = True
+    rotary: bool = False
 
 
 def prepare(bundle: Bundle, target: Target, asked: str | None) -> tuple[PreparedGraph, str, list[str]]:
@@ -62,6 +64,13 @@ def check_layers(words: Collection[str], asked: str | None) -> None:
         raise UserError("--layers is none of ours", got=repr(asked), allowed=", ".join(words))
 
 
+def check_precision(bundle: Bundle, asked: str | None) -> None:
+    """Raise UserError on a precision that is not the graph's own."""
+    if asked is not None and asked != bundle.precision:
+        raise UserError("the exported graph decides the precision", got=f"--precision {asked}", allowed=bundle.precision,
+                        fix=f"{bundle.export_hint(' --precision')} {asked}")
+
+
 def unavailable(bundle: Bundle, target: Target, why: str) -> UserError:
     """The error that the library cannot compute the layers as --layers asks."""
     return UserError(f"--layers {PLUGIN} cannot be had", got=why, allowed=f"{target.own} for this graph",
@@ -84,8 +93,9 @@ def _layers(bundle: Bundle, target: Target, prepared: PreparedGraph, wanted: boo
     fuse.unmasked_rows(found)
     storage = contract.PRECISIONS[bundle.precision].onnx
     why = "as --layers asks"
-    if wanted:
+    if wanted or target.rotary:
         prepared.types |= layers.rotary(found, storage) or {}
+    if wanted:
         try:
             if bundle.precision == "fp32":
                 raise layers.Unavailable(FLOAT32)

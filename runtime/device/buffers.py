@@ -49,14 +49,17 @@ class Entry:
         self.cache = self.fresh = 0
 
 
-def check_rows(config: SessaConfig, precision: str, engine: str = "TensorRT") -> None:
-    """Raise UserError unless D is within what the kernels hold and every cached row a multiple of 16 bytes, which they rely on. engine: what wants them."""
+def check_rows(config: SessaConfig, precision: str, engine: str = "TensorRT", fix: str = "use --backend ort") -> None:
+    """Raise UserError unless D is within what the kernels hold and every cached row a multiple of 16 bytes, which they rely on.
+
+    engine: what wants them; fix: what runs instead.
+    """
     for field in ("k_f", "k_b"):
         row = int(np.prod(cache_row_shape(field, config.d_model, config.kv_heads, config.head_dim))) * PRECISIONS[precision].itemsize
         if row % _ALIGNMENT or (field == "k_b" and (config.d_model % WIDTH_MULTIPLE or config.d_model > MAX_WIDTH)):
             got = f"d_model={config.d_model}, n_kv_heads={config.kv_heads}, {precision}: {field} rows of {row} bytes"
             allowed = f"d_model a multiple of {WIDTH_MULTIPLE} up to {MAX_WIDTH}, cached rows of a multiple of {_ALIGNMENT} bytes"
-            raise UserError(f"this model's width does not run in {engine}", got=got, allowed=allowed, fix="use --backend ort")  # fmt: skip
+            raise UserError(f"this model's width does not run in {engine}", got=got, allowed=allowed, fix=fix)  # fmt: skip
 
 
 def most_tokens(config: SessaConfig, precision: str, tokens: int) -> int:

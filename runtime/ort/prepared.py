@@ -28,7 +28,7 @@ _ITEMS = {p.onnx: p.itemsize for p in PRECISIONS.values()}  # ONNX type -> bytes
 # numpy has no bfloat16: its bits
 _NUMPY: dict[int, str] = {p.onnx: "uint16" if name == "bf16" else p.numpy for name, p in PRECISIONS.items()}
 _KINDS: dict[str, Any] = {
-    **dict.fromkeys(("key", "precision", "layers", "plugin_sha256"), str), **dict.fromkeys(("schema_version", "added_bytes", "state"), int),
+    **dict.fromkeys(("key", "precision", "layers", "plugin_sha256"), str), **dict.fromkeys(("schema_version", "state"), int),
     "weights": list, "ops": dict, "inlined": list, "files": dict, "all_logits": bool,
 }  # fmt: skip
 
@@ -52,7 +52,7 @@ class Weight:
 class Prepared:
     """What engine.json says, checked. folder: in the bundle; model: path of the graph; ops: op -> nodes of it that the library computes; layers: who computes
     what stands around the attentions, "plugin" or "tensorrt" (ONNX Runtime's own kernels, by the graph that TensorRT would get); inlined: ops that run
-    without the library; added_bytes: what the folder adds to the bundle beside engine.json; all_logits: logits are (B,T,V).
+    without the library; added_bytes: what the folder adds to the bundle; all_logits: logits are (B,T,V).
 
     key: of all that shapes the graph; state: of the operators (plugins/ops.py, STATE_VERSION); plugin_sha256: empty, as the graph fits every library of
     that state; files: the graph's and the bundle's -> the SHA-256 they had together.
@@ -74,7 +74,7 @@ class Prepared:
 
     def to_json(self) -> bytes:
         """engine.json's bytes."""
-        fields = {k: v for k, v in asdict(self).items() if k not in ("folder", "model", "weights")}
+        fields = {k: v for k, v in asdict(self).items() if k not in ("folder", "model", "weights", "added_bytes")}
         text = json.dumps({"schema_version": SCHEMA, **fields}, indent=2)
         rows = ",\n".join(f"    {json.dumps(asdict(w))}" for w in self.weights)
         return f'{text.rstrip("}").rstrip()},\n  "weights": [\n{rows}\n  ]\n}}\n'.encode()
@@ -97,6 +97,17 @@ def find(bundle: Bundle) -> Prepared | None:
     if not all(present):
         raise _refused(bundle, f"{folder} is not whole", got=f"no {(ENGINE_FILE, MODEL_FILE)[present.index(False)]} in the manifest")
     return _read(bundle, folder)
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """"prepared": folder, layers, ops and added_bytes of the prepared graph, or why it is not used and the command that mends it; nothing where none is."""
+    try:
+        found = find(bundle)
+    except UserError as wrong:
+        return {"prepared": {"folder": None, "why": f"{wrong.what}{f': {wrong.got}' if wrong.got is not None else ''}", "mend": wrong.fix or ""}}
+    if found is None:
+        return {}
+    return {"prepared": {"folder": found.folder, "layers": found.layers, "ops": found.ops, "added_bytes": found.added_bytes, "why": "", "mend": ""}}
 
 
 def weights(bundle: Bundle, prepared: Prepared) -> dict[str, NDArray[Any]]:
@@ -138,7 +149,8 @@ def _read(bundle: Bundle, folder: str) -> Prepared:
     if twice:
         raise _refused(bundle, f"{name} names a weight twice", got=", ".join(twice[:5]))
     del data["schema_version"]
-    return Prepared(folder=folder, model=bundle.file(f"{folder}/{MODEL_FILE}"), weights=tuple(table), **data)
+    added = sum(bundle.size(n) for n in bundle.names() if n.startswith(f"{folder}/"))
+    return Prepared(folder=folder, model=bundle.file(f"{folder}/{MODEL_FILE}"), weights=tuple(table), added_bytes=added, **data)
 
 
 def _weight(bundle: Bundle, folder: str, name: str, row: Any) -> Weight:
