@@ -36,6 +36,7 @@ _UPGRADE = "pip install -U onnxruntime-gpu"
 _STEP_TOKENS = 8192  # of all sequences together
 _MOST_BINDINGS = 64
 _RUN = {"disable_synchronize_execution_providers": "1", "gpu_graph_id": "-1"}
+_SILENT = 4  # what fails is said by an error of ours, or by a note
 _SESSION = {
     "session.use_device_allocator_for_initializers": "1",  # out of the arena, which doubles as it grows
 }
@@ -125,6 +126,8 @@ class OrtCudaBackend(DeviceBackend):
     def _open(self, bundle: Bundle, found: ort_prepared.Prepared, plugin: Path) -> Any:
         """The session on the prepared graph; without leave to capture where ONNX Runtime sees that it cannot be."""
         options = session_options(self._runtime, 1)  # nothing is computed on the CPU but a few shapes
+        options.log_severity_level = _SILENT
+        options.use_deterministic_compute = True
         for key, value in _SESSION.items():
             options.add_session_config_entry(key, value)
         library.register(options, plugin)
