@@ -45,6 +45,7 @@ MODEL_DATA_FILE = "model.onnx.data"
 TOKENIZER_FILE = "tokenizer.json"
 PARITY_FILE = "parity.json"
 ENGINES_DIR = "engines"
+ORT_ENGINE = "ort"  # what such a folder's name begins with where it holds a graph prepared for ONNX Runtime, in place of an architecture
 
 MAX_POSITION = 2**18  # rotary tables are exact below it (see rope.py), and max_context is no limit of the graph
 

@@ -1,4 +1,4 @@
-// A C door to the embedded kernels: the runtime launches some of them itself around a decode step, see runtime/trt/kernels.py.
+// A C door to the embedded kernels: the runtime launches some of them itself around a decode step, see runtime/device/kernels.py.
 #include "cubins.h"
 #include "launcher.h"
 

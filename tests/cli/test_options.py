@@ -102,7 +102,7 @@ TABLE: dict[str, dict[str, Row]] = {
     },
     "build": {
         "BUNDLE": place(), "--max-batch": COUNT, "--max-context": COUNT, "--max-prompt": COUNT, "--workspace": COUNT, "--opt-level": integer(0, 5),
-        "--precision": choice("fp32", "fp16", "bf16"), "--layers": choice("plugin", "tensorrt"), "--plugin": place(), "--force": FLAG, "--verbose": FLAG,
+        "--precision": choice("fp32", "fp16", "bf16"), "--layers": choice("plugin", "tensorrt", "ort"), "--plugin": place(), "--force": FLAG, "--verbose": FLAG,
         "--for": TARGET, "--arch": ARCHS,
     },
     "run": {
