@@ -1,4 +1,5 @@
-"""One model, every way to run it, side by side on one GPU: TensorRT, ONNX Runtime, our PyTorch (eager, compiled, CUDA graph), the official layers in eager.
+"""One model, every way to run it, side by side on one GPU: TensorRT, ONNX Runtime with our kernels and without, our PyTorch (eager, compiled, CUDA graph),
+the official layers in eager.
 
     python benchmarks/compare.py --size 350M                                                  PyTorch alone, random weights
     python benchmarks/compare.py --bundle m350 --build /tmp/engines --trt-python python3.10   with TensorRT and ONNX Runtime on that bundle
@@ -30,9 +31,9 @@ from rich.table import Table
 from sessa_deploy.config import SessaConfig
 
 PEERS = {"official": "official layers, eager", "eager": "ours, eager", "compile": "ours, compiled", "graph": "ours, CUDA graph",
-         "compile-graph": "ours, compiled, CUDA graph", "ort": "ONNX Runtime", "trt": "TensorRT"}  # fmt: skip
-ORDER = ("trt", "graph", "official", "eager", "ort", "compile-graph", "compile")  # of running: if the budget ends, it ends with the least
-COLOURS = dict(zip(PEERS, ("#8c8c8c", "#9ecae1", "#6baed6", "#3182bd", "#08519c", "#fd8d3c", "#31a354"), strict=True))
+         "compile-graph": "ours, compiled, CUDA graph", "ort": "ONNX Runtime, plain", "ort-cuda": "ort-cuda (library)", "trt": "TensorRT"}  # fmt: skip
+ORDER = ("trt", "ort-cuda", "graph", "official", "eager", "ort", "compile-graph", "compile")  # of running: if the budget ends, it ends with the least
+COLOURS = dict(zip(PEERS, ("#8c8c8c", "#9ecae1", "#6baed6", "#3182bd", "#08519c", "#fdbe85", "#fd8d3c", "#31a354"), strict=True))
 HERE = Path(__file__).parent
 Rows = dict[str, dict[str, Any]]
 
@@ -57,7 +58,7 @@ def describe(p: Point) -> str:
 
 def work(peer: str, given: argparse.Namespace, config: SessaConfig, precision: str, folder: Path, limit: float) -> dict[str, Any]:
     """Run one peer's process for at most `limit` seconds; what it wrote, and for each point it did not reach the reason."""
-    python = {"trt": given.trt_python, "ort": given.ort_python}.get(peer) or sys.executable
+    python = {"trt": given.trt_python, "ort": given.ort_python, "ort-cuda": given.ort_python}.get(peer) or sys.executable
     wanted = points(given)
     if "compile" in peer:
         wanted.sort(key=lambda p: p.prompt)  # what takes longest to compile comes last
@@ -101,6 +102,10 @@ def goals(table: dict[str, Rows]) -> list[tuple[str, str, str, dict[str, float]]
     def each(name: str, key: str) -> dict[str, float]:
         return {peer: row[key] for peer, row in table.get(name, {}).items() if row.get(key) is not None}
 
+    def beside(name: str) -> dict[str, float]:
+        found = each(name, "p50_ms")
+        return {"ort-cuda": found["ort-cuda"] / found["trt"]} if "ort-cuda" in found and "trt" in found else {}
+
     short, small = each("short", "p50_ms"), each("small", "p50_ms")
     return [
         ("decode, ms a token", "<= 1.2", "<= 0.45", each("decode", "p50_ms")),
@@ -109,6 +114,10 @@ def goals(table: dict[str, Rows]) -> list[tuple[str, str, str, dict[str, float]]
         ("ragged batch, share of its floor", ">= 0.35", ">= 0.6", each("ragged", "share_of_floor")),
         ("prefill, times faster than the official layers", ">= 8", ">= 15", each("prefill", "times_faster_than_official")),
         ("decode, times faster than ours as a CUDA graph", ">= 1", ">= 1.3", each("decode", "times_faster_than_graph")),
+        ("ort-cuda: decode, times TensorRT's ms", "<= 1.4", "<= 1.05", beside("decode")),
+        ("ort-cuda: decode at the short context, times TensorRT's ms", "<= 1.5", "<= 1.05", beside("short")),
+        ("ort-cuda: prompt, times TensorRT's ms", "<= 1.25", "<= 1", beside("prefill")),
+        ("ort-cuda: batch, share of the floor", ">= 0.75", ">= 0.82", {k: v for k, v in each("batch", "share_of_floor").items() if k == "ort-cuda"}),
     ]
 
 
@@ -140,7 +149,7 @@ def show(table: dict[str, Rows], found: dict[str, dict[str, Any]], given: argpar
         console.print(f"{', '.join(names)}: {reason}", highlight=False, markup=False, soft_wrap=True)
     for peer, result in found.items():
         where, notes = result.get("environment", {}), result.get("notes", {})
-        library = {"trt": "tensorrt", "ort": "onnxruntime"}.get(peer, "")
+        library = {"trt": "tensorrt", "ort": "onnxruntime", "ort-cuda": "onnxruntime"}.get(peer, "")
         versions = {"python": where.get("python"), library: where.get("packages", {}).get(library), **notes}
         console.print(f"{PEERS[peer]}: {', '.join(f'{n} {v}' for n, v in versions.items() if v)}", highlight=False, markup=False, soft_wrap=True)
     if (config.d_model, config.n_layers) == SIZES["350M"][:2]:
@@ -211,13 +220,13 @@ def parse() -> argparse.Namespace:
     add("--vocabulary", type=int, default=VOCABULARY)
     add("--precision", choices=("fp32", "fp16", "bf16"), default="fp16", help="unless a bundle says it")
     add("--checkpoint", type=Path, help="weights of the PyTorch peers")
-    add("--bundle", type=Path, help="for ONNX Runtime, and for TensorRT where it has a fitting engine")
+    add("--bundle", type=Path, help="for ONNX Runtime, with the library where `build --for ort` was run on it, and for TensorRT where it has a fitting engine")
     add("--trt-bundle", type=Path, action="append", default=[], help="a bundle with an engine; may be given several times")
-    add("--build", type=Path, help="build the engines that are missing in copies of the bundle in this folder")
+    add("--build", type=Path, help="build the engines, and the graph for ort-cuda, that are missing in copies of the bundle in this folder")
     add("--opt-level", type=int, help="of those builds")
     add("--max-prompt", type=int, default=8192, help="tokens of a prefill step of those builds, all sequences together")
     add("--trt-python", help="interpreter, or a script that starts it, of the TensorRT peer")
-    add("--ort-python", help="of the ONNX Runtime peer")
+    add("--ort-python", help="of both ONNX Runtime peers")
     add("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     add("--points", nargs="+", choices=["decode", "short", "small", "batch", "ragged", "prefill"],
         default=["decode", "short", "small", "batch", "ragged", "prefill"])  # fmt: skip

@@ -2,7 +2,7 @@
 
     python compare_worker.py JOB.json RESULT.json
 
-Host clock, token ids back on the host after every step, append and argmax included, for every peer alike. No torch is needed for "trt" and "ort".
+Host clock, token ids back on the host after every step, append and argmax included, for every peer alike. No torch is needed for "trt", "ort" and "ort-cuda".
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ class Runtime(Peer):
 
     backend: Any = None
 
+    def __init__(self, job: dict[str, Any]) -> None:
+        super().__init__(job)
+        self.opened: dict[str, Any] = {}
+
+    def notes(self) -> dict[str, Any]:
+        return self.opened
+
     def open(self, batch: int, capacity: int) -> None:
         from sessa_deploy.runtime.bundle import Bundle
 
@@ -41,6 +48,12 @@ class Runtime(Peer):
             from sessa_deploy.runtime.trt.backend import TrtBackend
 
             self.backend = TrtBackend(engine_bundle(self.job, batch, capacity), batch=batch)
+        elif self.job["peer"] == "ort-cuda":
+            from sessa_deploy.runtime.ort.engine import OrtCudaBackend, kernels
+
+            bundle = prepared_bundle(self.job)
+            self.backend = OrtCudaBackend(bundle, batch, capacity)
+            self.opened = {"kernels": kernels(bundle), **{f"s, {part}": f"{seconds:.2f}" for part, seconds in self.backend.seconds.items()}}
         else:
             from sessa_deploy.runtime.ort.backend import OrtBackend
 
@@ -91,8 +104,7 @@ class Runtime(Peer):
 
 def engine_bundle(job: dict[str, Any], batch: int, capacity: int) -> Any:
     """A bundle whose engine for this GPU holds exactly `capacity` tokens, built where the job allows it."""
-    from sessa_deploy.contract import ENGINES_DIR
-    from sessa_deploy.runtime.bundle import Bundle, write_bundle
+    from sessa_deploy.runtime.bundle import Bundle
     from sessa_deploy.runtime.trt.plan import engines
 
     places = [*job["trt_bundles"], *([job["bundle"]] if job["bundle"] else [])]
@@ -105,13 +117,39 @@ def engine_bundle(job: dict[str, Any], batch: int, capacity: int) -> Any:
         raise RuntimeError(f"no bundle has an engine for it: sessa-deploy build BUNDLE {wanted}, or --build")
     from sessa_deploy.export.to_engine import build_engine
 
-    copy, source = Path(job["build"], f"b{batch}-c{capacity}"), Bundle.open(places[-1])
+    copy = copied(places[-1], Path(job["build"], f"b{batch}-c{capacity}"))
+    tokens = max(1, min(capacity, job["max_prompt"] // batch))  # buffers are for all sequences together
+    return build_engine(copy, batch, capacity, tokens, opt_level=job["opt_level"]).bundle
+
+
+def prepared_bundle(job: dict[str, Any]) -> Any:
+    """A bundle with a graph prepared for ONNX Runtime, prepared now where the job allows it."""
+    from sessa_deploy.runtime.bundle import Bundle
+    from sessa_deploy.runtime.ort import prepared
+
+    places = [*job["trt_bundles"], *([job["bundle"]] if job["bundle"] else [])]
+    for place in places:
+        opened = Bundle.open(place)
+        if prepared.find(opened) is not None:
+            return opened
+    if not job["build"] or not places:
+        raise RuntimeError("no bundle has a graph prepared for ONNX Runtime: sessa-deploy build BUNDLE --for ort, or --build")
+    from sessa_deploy.export.to_ort import build_ort
+
+    return build_ort(copied(places[-1], Path(job["build"], "ort"))).bundle
+
+
+def copied(place: str, copy: Path) -> Path:
+    """A copy of a bundle without its engines, made where there is none yet."""
+    from sessa_deploy.contract import ENGINES_DIR
+    from sessa_deploy.runtime.bundle import Bundle, write_bundle
+
     if not copy.exists():
+        source = Bundle.open(place)
         copy.parent.mkdir(parents=True, exist_ok=True)
         files: dict[str, Any] = {name: source.file(name) for name in source.names() if not name.startswith(f"{ENGINES_DIR}/")}
         write_bundle(copy, files, source.config, source.precision, source.versions, source.opset)
-    tokens = max(1, min(capacity, job["max_prompt"] // batch))  # buffers are for all sequences together
-    return build_engine(copy, batch, capacity, tokens, opt_level=job["opt_level"]).bundle
+    return copy
 
 
 def decode(peer: Peer, point: Point, job: dict[str, Any]) -> np.ndarray:
@@ -166,7 +204,7 @@ def measure(peer: Peer, point: Point, job: dict[str, Any], before: int | None) -
 
 def make(job: dict[str, Any]) -> Peer:
     """The peer that a job names."""
-    if job["peer"] in ("trt", "ort"):
+    if job["peer"] in ("trt", "ort", "ort-cuda"):
         return Runtime(job)
     import compare_torch
 

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,24 +21,22 @@ from sessa_deploy import contract
 from sessa_deploy.checks import integer
 from sessa_deploy.cuda import Cuda, devices, driver_version
 from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.export.engine.graph import PreparedGraph
+from sessa_deploy.export.engine.prepare import FLOAT32, PLUGIN, Target, all_logits, check_layers, check_precision, plugin_nodes, prepare, unavailable
 from sessa_deploy.export.trt import check as trt_check
-from sessa_deploy.export.trt import fuse as trt_fuse
-from sessa_deploy.export.trt import graph as trt_graph
-from sessa_deploy.export.trt import layers as trt_layers
 from sessa_deploy.export.trt import limits as trt_limits
+from sessa_deploy.export.trt import parser as trt_parser
 from sessa_deploy.export.trt.limits import DEFAULT_PROMPT, Machine, Recipe, Shapes
 from sessa_deploy.files import write_whole
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime.bundle import Bundle, add_files, hash_file
+from sessa_deploy.runtime.device.buffers import check_rows
+from sessa_deploy.runtime.device.kernels import images
 from sessa_deploy.runtime.trt import api as trt_api
 from sessa_deploy.runtime.trt import plan as trt_plan
-from sessa_deploy.runtime.trt.buffers import check_rows
-from sessa_deploy.runtime.trt.kernels import images
 
 Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all or 0)
 _POLL = 0.1  # seconds
-_FLOAT32 = "the graph is float32, and the library's kernels around the attentions store 16 bits"
-_WHO = {"plugin": "the plugin library", "tensorrt": "TensorRT"}
 
 
 @dataclass(frozen=True)
@@ -80,29 +77,23 @@ def build_engine(
     trt = trt_api.load(product.name)
     _check_precision(trt, bundle, precision)
     check_rows(bundle.config, bundle.precision)
-    if layers == "plugin" and bundle.precision == "fp32":
-        raise _no_layers(bundle, _FLOAT32)
+    engine = _target(trt)
+    if layers == PLUGIN and bundle.precision == "fp32":
+        raise unavailable(bundle, engine, FLOAT32)
     plugin = library.load(trt, plugin, trt_api.interface(trt))
     for arch in targets:
         images(plugin, arch)
     plugin_sha256, machine = hash_file(plugin), this_machine(trt, targets)
-    wanted = layers or "plugin"
-    recipe = Recipe(shapes, machine, workspace, opt_level, wanted, targets).keyed(bundle, plugin_sha256)
+    recipe = Recipe(shapes, machine, workspace, opt_level, layers or PLUGIN, targets).keyed(bundle, plugin_sha256)
     folder = trt_plan.engine_folder(machine.arch, machine.tensorrt, bundle.precision)
     present = _present(bundle, folder)
     if present is not None and present.key == recipe.key and layers in (None, present.layers) and not force:
         return Built(bundle, folder, present, fresh=False)
-    prepared, taken, why = _prepared(bundle, trt, wanted)
-    if layers is not None and layers != taken:
-        raise _no_layers(bundle, why)
-    notes = [f"{op}: standard operators in place of the plugin ({prepared.reasons.get(op, 'the library does not bring it')})" for op in prepared.inlined]
-    notes += [f"layers: by {_WHO[taken]} ({why})"] if layers is None else []
+    prepared, taken, notes = prepare(bundle, engine, layers)
     names = [n for n in (contract.MODEL_FILE, contract.MODEL_DATA_FILE) if n in bundle]
     weights = sum(bundle.file(n).stat().st_size for n in names)
-    all_logits = any(x.name == contract.LOGITS and len(x.type.tensor_type.shape.dim) == contract.ALL_LOGITS_RANK for x in prepared.model.graph.output)
     if machine.total:  # the memory of a GPU that is elsewhere is not known
-        trt_limits.require_memory(bundle.config, bundle.precision, weights, shapes, machine.free, tuple(prepared.inlined), all_logits)
-    plugins = Counter(n.op_type for n in prepared.model.graph.node if n.domain == contract.DOMAIN)
+        trt_limits.require_memory(bundle.config, bundle.precision, weights, shapes, machine.free, tuple(prepared.inlined), all_logits(prepared.model))
     begun = time.monotonic()
     plan = _build(trt, bundle, prepared, recipe, verbose, progress or (lambda what, done, of: None))
     info = trt_plan.EngineInfo(
@@ -110,7 +101,7 @@ def build_engine(
         driver=machine.driver, precision=bundle.precision, max_batch=shapes.max_batch, capacity=shapes.capacity, max_prompt=shapes.max_prompt,
         plugin_sha256=plugin_sha256, seconds=round(time.monotonic() - begun, 1), inlined=prepared.inlined, layers=taken,
         product=product.name, archs=list(targets) or [int(machine.arch.removeprefix("sm_"))], profiles=trt_plan.profiles(shapes.max_batch, shapes.max_prompt),
-        plugins=dict(sorted(plugins.items())),
+        plugins=plugin_nodes(prepared.model),
     )  # fmt: skip
     written = add_files(bundle, {f"{folder}/{trt_plan.PLAN_FILE}": plan, f"{folder}/{trt_plan.ENGINE_FILE}": info.to_json()})
     return Built(written, folder, info, fresh=True, notes=tuple(notes))
@@ -134,7 +125,7 @@ def timing_cache_file(machine: Machine) -> Path:
     return trt_api.cache_file("timing", machine.gpu, machine.arch, machine.tensorrt)
 
 
-def parse(trt: Any, network: Any, log: Any, prepared: trt_graph.PreparedGraph, path: Path) -> Any:
+def parse(trt: Any, network: Any, log: Any, prepared: PreparedGraph, path: Path) -> Any:
     """Read the graph into `network`; path: of model.onnx, beside which its data file lies. Raises UserError with every parser error.
 
     Returns the parser, which owns the network's weights and must live until the engine is built.
@@ -183,7 +174,7 @@ def keep_float32(trt: Any, network: Any, types: Mapping[str, int]) -> int:
     return pinned
 
 
-def _build(trt: Any, bundle: Bundle, prepared: trt_graph.PreparedGraph, recipe: Recipe, verbose: bool, progress: Progress) -> bytes:
+def _build(trt: Any, bundle: Bundle, prepared: PreparedGraph, recipe: Recipe, verbose: bool, progress: Progress) -> bytes:
     """The plan's bytes, checked by the engine inspector."""
     log = trt_api.logger(trt, verbose)
     progress("reading the graph", 0, 0)
@@ -260,35 +251,12 @@ def _in_thread(trt: Any, work: Callable[[], Any], config: Any, progress: Progres
     return value
 
 
-def _prepared(bundle: Bundle, trt: Any, wanted: str) -> tuple[trt_graph.PreparedGraph, str, str]:
-    """The graph for the parser, who computes its layers, and why: TensorRT where the library has no kernels for them."""
-    prepared = trt_graph.prepare(trt_graph.load(bundle.model))
-    wrong = trt_graph.complaints(prepared.model, (trt_api.interface(trt),))
-    if wrong:
-        fix = bundle.export_hint(" --opset 17")
-        raise UserError(f"TensorRT {trt.__version__} cannot read this graph", got=" / ".join(wrong), fix=fix)
-    graph, folder = prepared.model.graph, bundle.model.parent
-    trt_fuse.unmasked_rows(graph)
-    storage = contract.PRECISIONS[bundle.precision].onnx
-    why = "as --layers asks"
-    if wanted == "plugin":
-        prepared.types |= trt_layers.rotary(graph, storage) or {}
-        try:
-            if bundle.precision == "fp32":
-                raise trt_layers.Unavailable(_FLOAT32)
-            prepared.types |= trt_layers.rewrite(graph, bundle.config, storage, folder)
-        except trt_layers.Unavailable as reason:
-            why = str(reason)
-        else:
-            ours = "its kernels are the tuned ones" if trt_api.strongly_typed(trt) else f"TensorRT {trt.__version__} would compute them in float32"
-            return prepared, "plugin", f"{ours}; --layers tensorrt gives TensorRT's own"
-    same = trt_fuse.one_projection(graph, folder)
-    prepared.types |= {new: prepared.types[old] for new, old in same.items()}
-    return prepared, "tensorrt", why
-
-
-def _no_layers(bundle: Bundle, why: str) -> UserError:
-    return UserError("--layers plugin cannot be had", got=why, allowed="tensorrt for this graph", fix=f"sessa-deploy build {bundle.path} --layers tensorrt")
+def _target(trt: Any) -> Target:
+    """This TensorRT, as what a graph is prepared for."""
+    ours = "its kernels are the tuned ones" if trt_api.strongly_typed(trt) else f"TensorRT {trt.__version__} would compute them in float32"
+    interface = (trt_api.interface(trt),)
+    return Target(f"TensorRT {trt.__version__}", "TensorRT", trt_limits.LAYERS[1], f"{ours}; --layers tensorrt gives TensorRT's own",
+                  complaints=lambda model: trt_parser.complaints(model, interface))
 
 
 def _present(bundle: Bundle, folder: str) -> trt_plan.EngineInfo | None:
@@ -299,8 +267,7 @@ def _present(bundle: Bundle, folder: str) -> trt_plan.EngineInfo | None:
 
 
 def _check_options(workspace: int | None, opt_level: int | None, layers: str | None) -> tuple[int | None, int | None]:
-    if layers is not None and layers not in trt_limits.LAYERS:
-        raise UserError("--layers is none of ours", got=repr(layers), allowed=", ".join(trt_limits.LAYERS))
+    check_layers(trt_limits.LAYERS, layers)
     low, high = trt_limits.OPT_LEVELS
     return (None if workspace is None else integer("--workspace", workspace, 1, allowed="MiB, at least 1"),
             None if opt_level is None else integer("--opt-level", opt_level, low, high, allowed=f"{low}..{high}"))
@@ -325,8 +292,7 @@ def _check_precision(trt: Any, bundle: Bundle, asked: str | None) -> None:
     if asked is not None and trt_api.strongly_typed(trt):
         what = f"TensorRT {trt.__version__} networks are strongly typed: the exported graph decides the precision, the build cannot"
         raise UserError(what, got=f"--precision {asked}", allowed=f"none; this graph is {bundle.precision}", fix=f"{mend} {asked}")
-    if asked is not None and asked != bundle.precision:
-        raise UserError("the exported graph decides the precision", got=f"--precision {asked}", allowed=bundle.precision, fix=f"{mend} {asked}")
+    check_precision(bundle, asked)
     if bundle.precision == "bf16" and not trt_api.strongly_typed(trt):
         raise UserError(f"TensorRT {trt.__version__} has no bfloat16", got=str(bundle.path), allowed="fp32 or fp16", fix=f"{mend} fp16")
 

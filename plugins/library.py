@@ -1,4 +1,7 @@
-"""Find, build and load libsessa_plugin.so, the TensorRT plugin. Runs where there is no torch, triton or onnx."""
+"""Find, build and load the libraries of our operations: libsessa_plugin.so for TensorRT, libsessa_ort.so for ONNX Runtime on CUDA.
+
+Runs where there is no torch, triton or onnx. A `product` is what a library is for: "tensorrt" (TensorRT for RTX with it, whose headers count as 11) or "ort".
+"""
 
 from __future__ import annotations
 
@@ -13,79 +16,116 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy.contract import ENGINE_OPS as OPS
-from sessa_deploy.contract import PLUGIN_NAMESPACE, PLUGIN_VERSION
+from sessa_deploy.contract import ORT_API, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.errors import UserError, need
 from sessa_deploy.files import scratch, whole
 from sessa_deploy.process import run_group
 
 LIBRARY = "libsessa_plugin.so"
 ENVIRONMENT = "SESSA_PLUGIN_LIBRARY"  # a path that goes before every other place
+ORT_LIBRARY = "libsessa_ort.so"
+ORT_ENVIRONMENT = "SESSA_ORT_LIBRARY"  # the same for that one
 MAJORS = (11, 10, 8)
 BUILD = "sessa-deploy plugin build"
+_ORT_BUILD = f"{BUILD} --for ort"
 _HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check` saw: the library's path, size in bytes, which TensorRT interface it offers ("V3": 10 and 11, "V2": 8.6), and the major version of the
-    headers it was compiled with."""
+    """What `check` saw: the library's path, size in bytes, which interface it offers ("V3": IPluginV3 of TensorRT 10 and 11, "V2": 8.6, "ort": ONNX Runtime's
+    C API), the major version of TensorRT's headers it was compiled with or the version of that C API, compute capabilities it has kernels for or serves,
+    and its operations (empty where a library of before does not list them)."""
 
     path: Path
     size: int
     interface: str
     major: int
+    archs: tuple[int, ...] = ()
+    ops: tuple[str, ...] = ()
 
 
-def build_command(major: int | None) -> str:
-    """The command that builds the library for a TensorRT of this major."""
+def build_command(major: int | None, product: str = "tensorrt") -> str:
+    """The command that builds the library for a TensorRT of this major, or for ONNX Runtime."""
+    if product == "ort":
+        return _ORT_BUILD
     return f"{BUILD} --tensorrt {major}" if major else BUILD
 
 
 def user_folder() -> Path:
-    """Where `build` puts libraries, one folder a TensorRT major."""
+    """Where `build` puts libraries: one folder a TensorRT major, and one for ONNX Runtime, whose C API is the same for all."""
     import platformdirs
 
     return Path(platformdirs.user_data_dir("sessa-deploy", appauthor=False)) / "plugin"
 
 
-def candidates(major: int | None = None) -> list[Path]:
+def candidates(major: int | None = None, product: str = "tensorrt") -> list[Path]:
     """Every place a library may be, best first: the environment variable, then for each major what was built here, then the wheel's own."""
-    given = os.environ.get(ENVIRONMENT)
+    given = os.environ.get(ORT_ENVIRONMENT if product == "ort" else ENVIRONMENT)
     if given:
         return [Path(given)]
+    if product == "ort":
+        return [folder / "ort" / ORT_LIBRARY for folder in (user_folder(), _HERE / "lib")]
     wanted = [major] if major is not None else list(MAJORS)
     return [folder / f"trt{m}" / LIBRARY for m in wanted for folder in (user_folder(), _HERE / "lib")]
 
 
-def find(major: int | None = None) -> Path:
-    """Path of the plugin library for headers of TensorRT `major` (None: of the newest built; TensorRT for RTX counts as 11).
+def find(major: int | None = None, product: str = "tensorrt") -> Path:
+    """Path of the library for headers of TensorRT `major` (None: of the newest built; TensorRT for RTX counts as 11), or for product "ort".
 
     Raises UserError, which names the command that mends it.
     """
-    places = candidates(major)
+    places = candidates(major, product)
     for path in places:
         if path.is_file():
             return path
-    what = "no TensorRT plugin library" + (f" for TensorRT {major}" if major else "")
-    raise UserError(what, got=", ".join(map(str, places)), allowed=f"a {LIBRARY} in one of these, or its path in {ENVIRONMENT}", fix=build_command(major))
+    name, variable = (ORT_LIBRARY, ORT_ENVIRONMENT) if product == "ort" else (LIBRARY, ENVIRONMENT)
+    what = "no library of kernels for ONNX Runtime" if product == "ort" else "no TensorRT plugin library" + (f" for TensorRT {major}" if major else "")
+    raise UserError(what, got=", ".join(map(str, places)), allowed=f"a {name} in one of these, or its path in {variable}", fix=build_command(major, product))
 
 
-def check(path: Path | None = None, major: int | None = None) -> Checked:
-    """Load the library without TensorRT or a GPU and look at its exports. Raises UserError if it is not a loadable plugin library of this version."""
-    path = path or find(major)
+def check(path: Path | None = None, major: int | None = None, product: str = "tensorrt") -> Checked:
+    """Load the library without TensorRT, ONNX Runtime or a GPU and look at its exports. Raises UserError if it is not a loadable one of this version."""
+    path, fix = path or find(major, product), build_command(major, product)
+    kind, name = ("library for ONNX Runtime", ORT_LIBRARY) if product == "ort" else ("plugin library", LIBRARY)
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
-        raise UserError("the plugin library cannot be loaded", got=str(error), allowed=f"a {LIBRARY} built on this kind of machine",
-                        fix=build_command(major)) from None
+        raise UserError(f"the {kind} cannot be loaded", got=str(error), allowed=f"a {name} built on this kind of machine", fix=fix) from None
+    if product == "ort":
+        if not hasattr(handle, "RegisterCustomOps") or not hasattr(handle, "sessaOrtApiVersion"):
+            raise UserError("not a library for ONNX Runtime", got=str(path), allowed="exports RegisterCustomOps and sessaOrtApiVersion", fix=fix)
+        seen = Checked(path, path.stat().st_size, "ort", int(handle.sessaOrtApiVersion()), _architectures(handle), _listed(handle))
+        if seen.ops != OPS:
+            raise UserError(f"the {kind} was built by another sessa-deploy", got=f"{path} with {', '.join(seen.ops)}", allowed=", ".join(OPS), fix=fix)
+        return seen
     interface = "V3" if hasattr(handle, "getCreators") else "V2" if hasattr(handle, "getPluginCreators") else ""
     if not interface or not hasattr(handle, "setLoggerFinder"):
-        raise UserError("not a TensorRT plugin library", got=str(path), allowed="exports getCreators or getPluginCreators, and setLoggerFinder",
-                        fix=build_command(major))
+        raise UserError("not a TensorRT plugin library", got=str(path), allowed="exports getCreators or getPluginCreators, and setLoggerFinder", fix=fix)
     if not hasattr(handle, "sessaTensorRTMajor"):
         raise UserError("the plugin library was built by an older sessa-deploy", got=f"{path}, which does not say whose headers it was compiled with",
-                        allowed="a library of this version", fix=build_command(major))
-    return Checked(path, path.stat().st_size, interface, int(handle.sessaTensorRTMajor()))
+                        allowed="a library of this version", fix=fix)
+    return Checked(path, path.stat().st_size, interface, int(handle.sessaTensorRTMajor()), _architectures(handle), _listed(handle))
+
+
+def _architectures(handle: ctypes.CDLL) -> tuple[int, ...]:
+    """Compute capabilities that a library carries a decode kernel for or serves, of those there are."""
+    if not hasattr(handle, "sessaFindCubin"):
+        return ()
+    out = ctypes.create_string_buffer(64)  # SessaCubin of plugins/src/door.cpp, which nobody reads here
+    return tuple(arch for arch in ARCHS if handle.sessaFindCubin(b"decode_append", ctypes.c_int32(arch), b"fp32", b"any", out))
+
+
+def _listed(handle: ctypes.CDLL) -> tuple[str, ...]:
+    """The operations that a library says it has."""
+    if not hasattr(handle, "sessaOpName"):
+        return ()
+    handle.sessaOpName.restype = ctypes.c_char_p
+    found: list[str] = []
+    while (name := handle.sessaOpName(len(found))) is not None:
+        found.append(name.decode())
+    return tuple(found)
 
 
 def load(trt: Any, path: Path | None = None, major: int | None = None) -> Path:
@@ -103,6 +143,21 @@ def load(trt: Any, path: Path | None = None, major: int | None = None) -> Path:
     if lacking:
         raise UserError("TensorRT loaded the library but not every plugin", got=f"{path} without {', '.join(lacking)}",
                         allowed=f"{', '.join(OPS)}, version {PLUGIN_VERSION}", fix=build_command(major))  # fmt: skip
+    return path
+
+
+def register(options: Any, path: Path | None = None) -> Path:
+    """Register the operations with `options`, an onnxruntime.SessionOptions, for sessions on CUDA made with it; returns the library's path.
+
+    Raises UserError if the library is missing or of another version, or ONNX Runtime, being too old say, does not take it.
+    """
+    path = path or find(product="ort")
+    check(path, product="ort")
+    try:
+        options.register_custom_ops_library(str(path))
+    except Exception as error:  # ONNX Runtime's own, which is not imported here
+        raise UserError("ONNX Runtime does not take the library", got=f"{path}: {error}", allowed=f"ONNX Runtime 1.{ORT_API} or later",
+                        fix=_ORT_BUILD) from None
     return path
 
 
@@ -140,22 +195,25 @@ def include_major(folder: Path) -> int:
 
 def build(
     tensorrt_include: Path | None = None, cuda_include: Path | None = None, cubins: Path | None = None, archs: str | None = None,
-    out: Path | None = None, say: Callable[[str], None] = lambda line: None, major: int | None = None,
+    out: Path | None = None, say: Callable[[str], None] = lambda line: None, major: int | None = None, product: str = "tensorrt",
+    onnxruntime_include: Path | None = None,
 ) -> Path:  # fmt: skip
-    """Build the library with CMake and a C++17 compiler (no nvcc) and put it in place by rename; returns its path.
+    """Build the library of a product with CMake and a C++17 compiler (no nvcc) and put it in place by rename; returns its path.
 
     tensorrt_include: folder of NvInfer.h (default: an installed TensorRT's headers of that major, else fetched by tag). major: of the TensorRT that is
     to load the library, 8, 10 or 11 (default: of the headers found, else 11); headers of another are refused. cuda_include: folder of
-    cuda_runtime_api.h (default: the toolkit's, else our own two declarations). cubins: a folder that lowering wrote (default: lower now, which
-    needs torch and triton). archs: compute capabilities to lower for, e.g. "90,86". out: folder for the library (default: where `find` looks).
-    Raises UserError if CMake or the compiler is missing or fails.
+    cuda_runtime_api.h (default: the toolkit's, else our own two declarations). onnxruntime_include: for "ort", folder of onnxruntime_c_api.h, C API
+    18 or later (default: an installed one, else fetched by tag). cubins: a folder that lowering wrote (default: lower now, which needs torch and triton).
+    archs: compute capabilities to lower for, e.g. "90,86". out: folder for the library (default: where `find` looks).
+    Raises UserError if CMake or the compiler is missing or fails, or the headers of another product are given.
     """
     cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))  # pip's, where the environment is not activated
     if cmake is None:
         raise UserError("the plugin needs CMake to build", got="no cmake on PATH", allowed="CMake 3.18 or later", fix="pip install cmake")
     if cubins is None:
         need("triton", "torch")
-    options = {"TENSORRT_INCLUDE_DIR": tensorrt_include, "CUDA_INCLUDE_DIR": cuda_include, "SESSA_CUBIN_DIR": cubins}
+    options = {"TENSORRT_INCLUDE_DIR": tensorrt_include, "CUDA_INCLUDE_DIR": cuda_include, "ONNXRUNTIME_INCLUDE_DIR": onnxruntime_include,
+               "SESSA_CUBIN_DIR": cubins}
     for name, path in options.items():
         if path is not None and not Path(path).is_dir():
             raise UserError(f"{name} is not a folder", got=str(path), allowed="an existing folder")
@@ -163,21 +221,38 @@ def build(
     if given is not None and major is not None and given != major:
         raise UserError("headers of another TensorRT", got=f"{given} in {tensorrt_include}", allowed=f"those of TensorRT {major}",
                         fix=f"name their folder, or {build_command(given)}")
+    if onnxruntime_include is not None:
+        _check_api(Path(onnxruntime_include))
+    name = ORT_LIBRARY if product == "ort" else LIBRARY
     with scratch("sessa-plugin-") as work:
-        configure = [cmake, "-S", str(_HERE), "-B", str(work), f"-DSESSA_PYTHON={sys.executable}"]
-        configure += [f"-D{name}={Path(path).resolve()}" for name, path in options.items() if path is not None]
+        configure = [cmake, "-S", str(_HERE), "-B", str(work), f"-DSESSA_PYTHON={sys.executable}", f"-DSESSA_TARGETS={product}"]
+        configure += [f"-D{option}={Path(path).resolve()}" for option, path in options.items() if path is not None]
         configure += [f"-DSESSA_ARCHS={archs}"] if archs else []
         configure += [f"-DSESSA_TENSORRT_MAJOR={major}"] if major else []
         log = _run(configure, "configuring the plugin", say)
         _run([cmake, "--build", str(work), "--parallel", str(os.cpu_count() or 1)], "compiling the plugin", say)
-        found = [line for line in log.splitlines() if "-- TensorRT " in line]
-        made = int(found[-1].split("-- TensorRT ")[1].split()[0])
-        target = (Path(out) if out is not None else user_folder() / f"trt{made}") / LIBRARY
+        if product == "ort":
+            folder = "ort"
+        else:
+            found = [line for line in log.splitlines() if "-- TensorRT " in line]
+            folder = f"trt{int(found[-1].split('-- TensorRT ')[1].split()[0])}"
+        target = (Path(out) if out is not None else user_folder() / folder) / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(work / LIBRARY, "rb") as built, whole(target, "--out", "the library") as stream:
+        with open(work / name, "rb") as built, whole(target, "--out", "the library") as stream:
             shutil.copyfileobj(built, stream)
-    check(target)
+    check(target, product=product)
     return target
+
+
+def _check_api(folder: Path) -> None:
+    """Raise UserError unless the folder holds ONNX Runtime's C header, of a version that has what the library uses (plugins/src/ort.h)."""
+    allowed = f"the folder of onnxruntime_c_api.h, of ONNX Runtime 1.{ORT_API} or later"
+    header = folder / "onnxruntime_c_api.h"
+    if not header.is_file():
+        raise UserError("no header of ONNX Runtime", got=str(folder), allowed=allowed)
+    found = re.search(r"#define ORT_API_VERSION +(\d+)", header.read_text(encoding="utf-8", errors="replace"))
+    if found is None or int(found[1]) < ORT_API:
+        raise UserError("the header of another ONNX Runtime", got=f"C API {found[1] if found else 'unknown'} in {header}", allowed=allowed)
 
 
 def _run(command: list[str], what: str, say: Callable[[str], None]) -> str:
@@ -186,6 +261,10 @@ def _run(command: list[str], what: str, say: Callable[[str], None]) -> str:
     if done.returncode != 0:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         fetched = re.search(r"No headers of TensorRT (\d+) here: fetching (\S+)", done.stdout)
+        ort = re.search(r"No header of ONNX Runtime here: fetching (\S+)", done.stdout)
+        if ort and "-- ONNX Runtime, " not in done.stdout and "could not be fetched" in done.stderr:
+            raise UserError(f"the header of ONNX Runtime ({ort[1]}) could not be fetched", got=" / ".join(lines[:4])[-400:],
+                            allowed="a network that reaches github.com, or the folder of onnxruntime_c_api.h", fix=f"{_ORT_BUILD} --onnxruntime-include DIR")
         if fetched and "-- TensorRT " not in done.stdout and re.search(r"clone|checkout|download|tensorrt-subbuild", done.stderr + done.stdout):
             raise UserError(f"the headers of TensorRT {fetched[1]} ({fetched[2]}) could not be fetched", got=" / ".join(lines[-4:])[-400:],
                             allowed="a network that reaches github.com, or the folder of NvInfer.h",

@@ -235,7 +235,8 @@ def limits_h() -> str:
     """Constants that the plans share with the kernels' Python side, and the positions of each operation's operands."""
     numbers = {
         "MaxInputs": max(len(o.inputs) for o in OPS), "MaxOutputs": max(len(o.outputs) for o in OPS), "MaxAttributes": max(len(o.attributes) for o in OPS),
-        "MaxLimits": max(len(o.limits) for o in OPS), "StateVersion": STATE_VERSION, "Tegra": cuda_arch.TEGRA, "Accelerated": cuda_arch.ACCELERATED,
+        "MaxLimits": max(len(o.limits) for o in OPS), "StateVersion": STATE_VERSION, "OrtApi": contract.ORT_API,
+        "Tegra": cuda_arch.TEGRA, "Accelerated": cuda_arch.ACCELERATED,
         "StepPrograms": limits.STEP_PROGRAMS, "StepMaxSplits": limits.STEP_MAX_SPLITS, "Wide": limits.WIDE, "PanelBytes": limits.PANEL_BYTES,
         "HeadMultiple": limits.HEAD_MULTIPLE, "Group": limits.GROUP, "Single": limits.SINGLE_ROWS,
     }  # fmt: skip
@@ -243,7 +244,7 @@ def limits_h() -> str:
         "Archs": cuda_arch.ARCHS, "Rows": limits.PRODUCT_ROWS, "HeadWidths": limits.HEAD_WIDTHS, "LayerWidths": limits.LAYER_WIDTHS,
         "MixerWidths": limits.MIXER_WIDTHS, "MixerHeads": limits.MIXER_HEADS, "StepWidths": limits.FEEDBACK_WIDTHS,
     }  # fmt: skip
-    texts = {"PluginVersion": contract.PLUGIN_VERSION, "PluginNamespace": contract.PLUGIN_NAMESPACE}
+    texts = {"PluginVersion": contract.PLUGIN_VERSION, "PluginNamespace": contract.PLUGIN_NAMESPACE, "Domain": contract.DOMAIN}
     lines = [_HEAD, "#pragma once\n\n#include <cstdint>\n\nnamespace sessa\n{\n\n"]
     lines += [f'constexpr char const* k{name} = "{text}";\n' for name, text in texts.items()]
     lines += [f"constexpr int64_t k{name} = {value};\n" for name, value in numbers.items()]

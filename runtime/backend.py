@@ -81,6 +81,42 @@ class Backend(ABC):
         self.length += new
         return picked
 
+    def step_row(self, row: int, ids: IntArray) -> NDArray[np.float32]:
+        """Feed ids (T,) to one sequence alone, while the others stand still and cost nothing; logits (V,) float32 after the last of them.
+
+        The way a prompt's chunk runs beside sequences that decode. Raises UserError as `step` does, with nothing changed.
+        """
+        row, fed = self._checked_row(row, ids)
+        logits = self._forward_row(row, fed)
+        self.length[row] += len(fed)
+        return logits
+
+    def step_row_all(self, row: int, ids: IntArray) -> NDArray[np.float32]:
+        """Like `step_row`, with the logits (T,V) float32 after every one of ids (T,). A graph without all logits is fed one token a step."""
+        row, fed = self._checked_row(row, ids)
+        if self.all_logits:
+            logits = self._forward_row_all(row, fed)
+            self.length[row] += len(fed)
+            return logits
+        logits, before = np.empty((len(fed), self.config.vocab_size), np.float32), int(self.length[row])
+        try:
+            for t in range(len(fed)):
+                logits[t] = self._forward_row(row, fed[t : t + 1])
+                self.length[row] += 1
+        except BaseException:
+            self.length[row] = before
+            raise
+        return logits
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Make sequence `target` hold the first `length` tokens of sequence `source`, and forget what it held. Raises UserError if source holds fewer."""
+        source, target, held = self._row(source), self._row(target), as_integer(length)
+        if held is None or not 0 <= held <= int(self.length[source]):
+            raise UserError("a sequence cannot be copied so far", got=repr(length), allowed=f"0..{int(self.length[source])}")
+        if source != target and held:
+            self._copy_row(source, target, held)
+        self.length[target] = held
+
     def reset(self, rows: Iterable[int] | None = None) -> None:
         """Forget the tokens of `rows`, of every row by default."""
         for row in range(self.batch) if rows is None else rows:
@@ -111,6 +147,32 @@ class Backend(ABC):
     def _forward_all(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
         """Like `_forward`; logits (B,T,V). Only called where `all_logits` is true."""
         raise NotImplementedError
+
+    def _forward_row(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run ids (T,), T >= 1, through one sequence and append its new rows at `length[row]`; logits (V,) after the last.
+
+        Here by a step of the whole batch in which the others have no new token; a backend that can compute one sequence alone does.
+        """
+        return self._forward(*self._alone(row, ids))[row]
+
+    def _forward_row_all(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Like `_forward_row`; logits (T,V). Only called where `all_logits` is true."""
+        return self._forward_all(*self._alone(row, ids))[row]
+
+    @property
+    def copies_rows(self) -> bool:
+        """Whether `copy_row` works here."""
+        return type(self)._copy_row is not Backend._copy_row
+
+    def _copy_row(self, source: int, target: int, length: int) -> None:
+        """Lay the first `length` cached rows of sequence `source` over those of another, `target`; length >= 1. Lengths are the caller's."""
+        raise NotImplementedError
+
+    def _alone(self, row: int, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """ids (B,T) and new_length (B,) of a step in which one sequence takes ids (T,) and the others nothing."""
+        whole, new = np.zeros((self.batch, len(ids)), np.int64), np.zeros(self.batch, np.int32)
+        whole[row], new[row] = ids, len(ids)
+        return whole, new
 
     def _pick(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.int64]:
         """Like `_forward`; the most likely tokens (B,), -1 where a row's largest logit is not finite."""
@@ -143,16 +205,34 @@ class Backend(ABC):
         wanted = self.length + new
         if wanted.max() > self.capacity:
             row = int(wanted.argmax())
-            raise UserError("the context is full", got=f"{int(self.length[row])} cached and {counts[row]} new tokens in sequence {row}",
-                            allowed=f"a capacity of {self.capacity} tokens", fix="raise the capacity (--capacity) or shorten the prompt")
+            raise self._full(row, counts[row])
         fed: NDArray[np.int64] = np.ascontiguousarray(ids[:, :tokens], dtype=np.int64)
         if min(counts) < tokens:
             fed = np.where(np.arange(tokens) < new[:, None], fed, 0)
         if fed.view(np.uint64).max() >= self.config.vocab_size:  # a negative one is large there
-            wrong = ids[:, :tokens][fed.view(np.uint64) >= self.config.vocab_size][0]
-            raise UserError("a token id is outside the vocabulary", got=int(wrong), allowed=f"0..{self.config.vocab_size - 1}",
-                            fix="encode the prompt with the bundle's tokenizer")
+            raise outside_vocabulary(ids[:, :tokens][fed.view(np.uint64) >= self.config.vocab_size][0], self.config.vocab_size)
         return fed, new.astype(np.int32, copy=False)
+
+    def _checked_row(self, row: int, input_ids: IntArray) -> tuple[int, NDArray[np.int64]]:
+        row, ids = self._row(row), np.asarray(input_ids)
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+            raise UserError("the ids of one sequence have the wrong shape", got=f"{ids.shape} {ids.dtype}", allowed="(T,) integers, T >= 1")
+        if int(self.length[row]) + len(ids) > self.capacity:
+            raise self._full(row, len(ids))
+        fed: NDArray[np.int64] = np.ascontiguousarray(ids, dtype=np.int64)
+        wrong = fed.view(np.uint64) >= self.config.vocab_size  # a negative one is large there
+        if wrong.any():
+            raise outside_vocabulary(ids[wrong][0], self.config.vocab_size)
+        return row, fed
+
+    def _full(self, row: int, new: int) -> UserError:
+        return UserError("the context is full", got=f"{int(self.length[row])} cached and {new} new tokens in sequence {row}",
+                         allowed=f"a capacity of {self.capacity} tokens", fix="raise the capacity (--capacity) or shorten the prompt")
+
+
+def outside_vocabulary(token: object, vocab_size: int) -> UserError:
+    """What to tell a user of a token id that the model does not have."""
+    return UserError("a token id is outside the vocabulary", got=token, allowed=f"0..{vocab_size - 1}", fix="encode the prompt with the bundle's tokenizer")
 
 
 def last_rows(logits: NDArray[np.float32], new: NDArray[np.int32]) -> NDArray[np.float32]:

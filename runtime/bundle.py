@@ -104,6 +104,12 @@ class Bundle:
         digest: str = self.manifest["files"][name]["sha256"]
         return digest
 
+    def size(self, name: str) -> int:
+        """Bytes of a file as the manifest states them."""
+        self.file(name)
+        size: int = self.manifest["files"][name]["size"]
+        return size
+
 
 class BundleWriter:
     """Writes a bundle in place: `with BundleWriter(out) as w: ...files into w.folder...; bundle = w.commit(config, precision, ...)`.

@@ -66,6 +66,7 @@ def examine(bundle: Bundle | None = None) -> dict[str, Any]:
     for gpu in gpus:
         driver = f", driver {gpu['driver_version']}" if "driver_version" in gpu else ""
         add("a GPU", f"GPU {gpu['index']}", f"{gpu['name']}, {gpu['arch']}, {gpu['memory'] / 2**30:.0f} GiB{driver}", False, "")
+    checks.append(ort_library(gpus))
     road = tensorrt_road(gpus)
     for one in road:
         add("run on TensorRT", one["title"], one["found"], False, one["mend"])
@@ -104,11 +105,26 @@ def _providers(add: Any, installed: str | None, has_gpu: bool) -> list[str]:
         add("run on ONNX Runtime", "CUDA provider", None, False,
             "pip uninstall onnxruntime; pip install onnxruntime-gpu (Python 3.10: onnxruntime-gpu==1.23.2)")
     elif has_gpu and providers:
-        code = "import json\nfrom sessa_deploy.runtime import ort\nr = ort.load()\nort.preload(r)\nprint(json.dumps(ort.why_no_cuda(r)))"
+        code = "import json\nfrom sessa_deploy.runtime.ort import backend as ort\nr = ort.load()\nort.preload(r)\nprint(json.dumps(ort.why_no_cuda(r)))"
         missing, error = environment.probe(code)
         if missing or error:
             add("run on ONNX Runtime", "CUDA provider", None, False, f"it does not load ({missing or error}): install the CUDA and cuDNN it was built for")
     return providers
+
+
+def ort_library(gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    """The check of the library with which ONNX Runtime's CUDA provider runs a bundle at an engine's speed: where it is and its architectures, or the command
+    that makes it."""
+    library, why = environment.probe(_ORT_LIBRARY)
+    arch = int(gpus[0]["arch"].removeprefix("sm_")) if gpus else None
+    found, mend = "not installed", ""
+    if library is None:
+        mend = str(why).rpartition("fix: ")[2] if "fix: " in str(why) else "sessa-deploy plugin build --for ort"
+    else:
+        found = f"{library['path']}, sm_{', '.join(map(str, library['archs']))}"
+        if arch is not None and nearest(library["archs"], arch) is None:
+            mend = arch_mend(arch, "ort")
+    return {"use": "run on ONNX Runtime", "name": "its library of kernels", "found": found, "state": "optional" if mend else "ok", "mend": mend}
 
 
 def engine_here(bundle: Bundle, gpus: list[dict[str, Any]]) -> dict[str, Any]:
@@ -172,10 +188,14 @@ def tensorrt_road(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
 _IMPORTS = "import json\nfrom sessa_deploy.runtime.trt import api\nprint(json.dumps(api.load({name!r}).__version__))"
 _LIBRARY = """
 import json
-from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.plugins import library
-from sessa_deploy.runtime.trt.kernels import architectures
 seen = library.check(None, {major})
 library.require_major(seen, {major})
-print(json.dumps({{"path": str(seen.path), "major": seen.major, "archs": architectures(seen.path)}}))
+print(json.dumps({{"path": str(seen.path), "major": seen.major, "archs": seen.archs}}))
+"""
+_ORT_LIBRARY = """
+import json
+from sessa_deploy.plugins import library
+seen = library.check(product="ort")
+print(json.dumps({"path": str(seen.path), "archs": seen.archs}))
 """

@@ -9,6 +9,7 @@ from sessa_deploy.errors import MissingPackage, UserError, install_command
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.environment import check_threads, importable
+from sessa_deploy.runtime.report import note
 
 BACKENDS = ("auto", "ort", "ort-cuda", "trt")
 ON_A_GPU = ("ort-cuda", "trt")
@@ -25,6 +26,15 @@ def open_backend(bundle: Bundle, name: str = "auto", batch: int = 1, capacity: i
         return _trt().TrtBackend(bundle, batch=batch, capacity=capacity)  # type: ignore[no-any-return]
     from sessa_deploy.runtime.ort.backend import OrtBackend
 
+    if name == "ort-cuda":
+        from sessa_deploy.runtime.ort import engine
+        from sessa_deploy.runtime.ort.session import cuda_is_usable
+
+        if cuda_is_usable():  # else the plain graph's session says what is missing
+            why = engine.obstacle(bundle)
+            if why is None:
+                return engine.OrtCudaBackend(bundle, batch=batch, capacity=capacity)
+            note(why)
     return OrtBackend(bundle, batch=batch, capacity=capacity, provider="cuda" if name == "ort-cuda" else "cpu", threads=threads)
 
 
@@ -35,7 +45,7 @@ def choose(bundle: Bundle) -> str:
 
         if any(api.importable(p) for p in api.PRODUCTS if p.name in plan.products(bundle)):
             return "trt"
-    from sessa_deploy.runtime.ort.backend import cuda_is_usable
+    from sessa_deploy.runtime.ort.session import cuda_is_usable
 
     return "ort-cuda" if cuda_is_usable() else "ort"
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from sessa_deploy.errors import one_line
+
 if TYPE_CHECKING:
     from sessa_deploy.runtime.tokenizer import Tokenizer
 
@@ -51,6 +53,11 @@ def count_progress(label: str, least: float = _LONG_PROMPT) -> Iterator[Callable
                     shown.clear()
 
         yield update
+
+
+def note(line: str) -> None:
+    """Say one line on stderr that is no error."""
+    print(f"note: {one_line(line)}", file=sys.stderr, flush=True)
 
 
 def ignored_note(tokenizer: Tokenizer | None) -> str | None:

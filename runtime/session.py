@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sessa_deploy.checks import as_integer, integer
 from sessa_deploy.contract import TOKENIZER_FILE
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.backend import Backend, outside_vocabulary
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.engines import open_backend
 from sessa_deploy.runtime.sampling import Sampler, SamplingParams
@@ -220,8 +220,7 @@ class Session:
             raise UserError(f"prompt {row} is empty", allowed="at least one token", fix="pass some text")
         wrong = [token for token in ids if not 0 <= token < self.config.vocab_size]
         if wrong:
-            raise UserError("a token id is outside the vocabulary", got=wrong[0], allowed=f"0..{self.config.vocab_size - 1}",
-                            fix="encode the prompt with the bundle's tokenizer")
+            raise outside_vocabulary(wrong[0], self.config.vocab_size)
         before = len(slot.tokens)
         if before + len(ids) + new_tokens - 1 > self.capacity:  # the last token drawn needs no row in the cache
             held = f" behind {before} tokens of conversation" if before else ""

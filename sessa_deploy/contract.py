@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 DOMAIN = "sessa"
 DOMAIN_VERSION = 1
+ORT_API = 18  # the oldest version of ONNX Runtime's C API, and so the oldest 1.x, that our library compiles with and loads into
 FEEDBACK_OP = "SessaFeedbackAttention"
 CAUSAL_OP = "SessaCausalAttention"
 GRAPH_OPS = (FEEDBACK_OP, CAUSAL_OP)  # of a bundle's graph; each has a body of standard operators beside it
@@ -44,6 +45,7 @@ MODEL_DATA_FILE = "model.onnx.data"
 TOKENIZER_FILE = "tokenizer.json"
 PARITY_FILE = "parity.json"
 ENGINES_DIR = "engines"
+ORT_ENGINE = "ort"  # what such a folder's name begins with where it holds a graph prepared for ONNX Runtime, in place of an architecture
 
 MAX_POSITION = 2**18  # rotary tables are exact below it (see rope.py), and max_context is no limit of the graph
 

@@ -23,10 +23,10 @@ def serves(compiled: int, device: int) -> bool:
     return compiled < ACCELERATED and compiled // 10 == device // 10 and compiled < device and TEGRA not in (compiled, device)
 
 
-def mend(device: int) -> str:
-    """What to do where a device has no binary: the command that makes it, or the other road."""
+def mend(device: int, target: str = "") -> str:
+    """What to do where a device has no binary: the command that makes it, or the other road. target: the word of `plugin build --for`."""
     if device in ARCHS:
-        return f"sessa-deploy plugin build --arch {device}"
+        return f"sessa-deploy plugin build {f'--for {target} ' if target else ''}--arch {device}"
     return f"use --backend ort; the kernels are compiled for sm_{', '.join(map(str, ARCHS))}"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sessa_deploy.checkpoint_layout import PICKLES, locate
 from sessa_deploy.config import CONFIG_FILE, Note, SessaConfig
-from sessa_deploy.contract import MANIFEST_FILE, TOKENIZER_FILE
+from sessa_deploy.contract import ENGINES_DIR, MANIFEST_FILE, TOKENIZER_FILE
 from sessa_deploy.errors import MissingPackage, UserError, need, packages_named
 from sessa_deploy.reading import open_plain, read_json
 from sessa_deploy.safetensors_check import read_header
@@ -145,7 +145,7 @@ def _value(onnx: Any, value: Any) -> dict[str, Any]:
 
 
 def describe_bundle(path: Path, verify: bool = True) -> dict[str, Any]:
-    """config, precision, opset, versions, files with size and checksum, engines, and whether everything matches the manifest."""
+    """config, precision, opset, versions, files with size and checksum, engines and the bytes each adds, and whether everything matches the manifest."""
     from sessa_deploy.runtime.bundle import Bundle
 
     out: dict[str, Any] = {"kind": "bundle", "path": str(path)}
@@ -164,5 +164,9 @@ def describe_bundle(path: Path, verify: bool = True) -> dict[str, Any]:
     files = {n: e for n, e in files.items() if isinstance(e, dict)} if isinstance(files, dict) else {}
     sizes = [e["size"] for e in files.values() if isinstance(e.get("size"), int)]
     keys = ("schema_version", "precision", "opset", "versions", "config")
-    engines = sorted({n.split("/")[1] for n in files if n.startswith("engines/") and n.count("/") > 1})
-    return out | {k: manifest.get(k) for k in keys} | {"files": files, "bytes": sum(sizes), "engines": engines}
+    added: dict[str, int] = {}  # what each engine's folder adds to the bundle
+    for name, entry in files.items():
+        if name.startswith(f"{ENGINES_DIR}/") and name.count("/") > 1:
+            engine = name.split("/")[1]
+            added[engine] = added.get(engine, 0) + (entry["size"] if isinstance(entry.get("size"), int) else 0)
+    return out | {k: manifest.get(k) for k in keys} | {"files": files, "bytes": sum(sizes), "engines": sorted(added), "engine_bytes": added}

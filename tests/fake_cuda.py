@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sessa_deploy.runtime.trt.kernels import APPEND, ARGMAX, FINISH
+from sessa_deploy.runtime.device.kernels import APPEND, ARGMAX, FINISH
 
 SPLITS = 4
 
@@ -65,6 +65,10 @@ class HostCuda:
     def to_host(self, target: int, source: int, size: int) -> None:
         self.read_back += size
         self.do(lambda: ctypes.memmove(target, source, size))
+
+    def copy(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int) -> None:
+        for row in range(height):
+            self.do(lambda at=row: ctypes.memmove(target + at * target_pitch, source + at * source_pitch, width))
 
     def fill(self, target: int, word: int, count: int) -> None:
         self.do(lambda: view(target, np.uint32, count).fill(word))

@@ -28,14 +28,16 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     TRAINING: ({LAUNCH, KERNELS}, {"triton", "torch"}),
     "sessa_deploy": ({KERNELS, TRAINING, "runtime"}, {"torch", "numpy", "safetensors", "tokenizers", "matplotlib", "onnx", "google"}),
     "sessa_deploy/cli": ({"sessa_deploy", "runtime", "runtime/ort", "runtime/trt", "export", "export/parity", "plugins"}, {"click", "rich", "numpy"}),
-    "export": ({"sessa_deploy", KERNELS, "runtime", "runtime/trt", "plugins", "export/graph", "export/parity", "export/trt"},
-               {"torch", "onnx", "numpy", "platformdirs"}),
+    "export": ({"sessa_deploy", KERNELS, "runtime", "runtime/device", "runtime/ort", "runtime/trt", "plugins", "export/engine", "export/graph",
+                "export/parity", "export/trt"}, {"torch", "onnx", "numpy", "platformdirs"}),
+    "export/engine": ({LAUNCH, "runtime", "plugins", "export/graph"}, {"onnx", "numpy"}),
     "export/graph": ({"sessa_deploy", KERNELS, "export", "plugins"}, {"torch", "onnx", "onnx_ir", "onnxscript", "numpy"}),
     "export/parity": ({"sessa_deploy", KERNELS, "runtime", "runtime/ort", "runtime/trt", "export/graph"}, {"torch", "onnx", "numpy", "matplotlib"}),
-    "export/trt": ({LAUNCH, "runtime", "runtime/trt", "plugins", "export/graph"}, {"onnx", "numpy"}),
-    "runtime": ({"plugins", "runtime/ort", "runtime/trt"}, {"numpy", "tokenizers", "rich", "platformdirs"}),
-    "runtime/ort": ({"runtime"}, {"numpy", "onnxruntime"}),
-    "runtime/trt": ({"runtime", "plugins"}, {"numpy", "platformdirs"}),
+    "export/trt": ({"runtime", "export/engine", "export/graph"}, {"onnx", "numpy"}),
+    "runtime": ({"plugins", "runtime/device", "runtime/ort", "runtime/trt"}, {"numpy", "tokenizers", "rich", "platformdirs"}),
+    "runtime/device": ({"runtime"}, {"numpy"}),
+    "runtime/ort": ({"runtime", "runtime/device", "plugins"}, {"numpy", "onnxruntime"}),
+    "runtime/trt": ({"runtime", "runtime/device", "plugins"}, {"numpy", "platformdirs"}),
     "plugins": ({LAUNCH, FEEDBACK, CAUSAL, ENGINE}, {"triton", "torch", "platformdirs"}),
 }
 # Where a room may see but a part of another: (from, into) -> the modules.
@@ -46,6 +48,7 @@ DOORS = {
     (TRAINING, KERNELS): {"device", "ops", "route"},
     ("sessa_deploy", "runtime"): {"bundle", "publish", "tokenizer"},
     ("runtime", "plugins"): {"library"},
+    ("runtime/ort", "plugins"): {"library"},
     ("runtime/trt", "plugins"): {"library"},
 }
 PREFIXES = {"sessa_deploy.export": "export", "sessa_deploy.runtime": "runtime", "sessa_deploy.plugins": "plugins", "sessa_deploy": "sessa_deploy"}

@@ -16,7 +16,7 @@ from sessa_deploy.files import whole
 INLINE_LIMIT = 2**31 - 2**24
 _ALIGNMENT = 4096  # of tensors in the data file, so that a reader may map them
 # Field numbers of onnx.proto.
-_MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = 7, 5, 9
+MODEL_GRAPH, GRAPH_INITIALIZER, TENSOR_RAW_DATA = 7, 5, 9
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def write_model(
         if external:
             with whole(data, what="the weights") as data_stream:
                 places = [_append(data_stream, w, advance) for w in weights]
-                tensors = [_external(w, data.name, place) for w, place in zip(weights, places, strict=True)]
+                tensors = [external_tensor(w.name, w.dims, w.kind, data.name, at, w.size) for w, at in zip(weights, places, strict=True)]
                 _write_proto(stream, model, [(t.SerializeToString(deterministic=True), None) for t in tensors], None)
         else:
             _write_proto(stream, model, [(_header(w), w) for w in weights], advance)
@@ -54,22 +54,30 @@ def write_model(
     return external
 
 
+def external_tensor(name: str, dims: tuple[int, ...], kind: int, location: str, offset: int, size: int) -> TensorProto:
+    """An initializer whose `size` bytes lie from `offset` on in the file `location`, relative to the graph's folder. kind: ONNX type."""
+    tensor = TensorProto(name=name, dims=dims, data_type=kind, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", location), ("offset", offset), ("length", size)):
+        tensor.external_data.append(onnx.StringStringEntryProto(key=key, value=str(value)))
+    return tensor
+
+
 def _write_proto(stream: IO[bytes], model: ModelProto, tensors: list[tuple[bytes, Weight | None]], advance: Callable[[int], None] | None) -> None:
     """The ModelProto's bytes with the given tensors appended to its graph's initializers; a Weight's bytes end its tensor as raw_data."""
     shell = ModelProto()
     shell.CopyFrom(model)
     shell.ClearField("graph")
     graph = model.graph.SerializeToString(deterministic=True)
-    sizes = [len(head) + (len(_tag(_TENSOR_RAW_DATA, w.size)) + w.size if w else 0) for head, w in tensors]
-    total = len(graph) + sum(len(_tag(_GRAPH_INITIALIZER, size)) + size for size in sizes)
+    sizes = [len(head) + (len(_tag(TENSOR_RAW_DATA, w.size)) + w.size if w else 0) for head, w in tensors]
+    total = len(graph) + sum(len(_tag(GRAPH_INITIALIZER, size)) + size for size in sizes)
     stream.write(shell.SerializeToString(deterministic=True))
-    stream.write(_tag(_MODEL_GRAPH, total))
+    stream.write(_tag(MODEL_GRAPH, total))
     stream.write(graph)
     for (head, weight), size in zip(tensors, sizes, strict=True):
-        stream.write(_tag(_GRAPH_INITIALIZER, size))
+        stream.write(_tag(GRAPH_INITIALIZER, size))
         stream.write(head)
         if weight is not None:
-            stream.write(_tag(_TENSOR_RAW_DATA, weight.size))
+            stream.write(_tag(TENSOR_RAW_DATA, weight.size))
             _write_bytes(stream, weight, advance)
 
 
@@ -91,13 +99,6 @@ def _write_bytes(stream: IO[bytes], weight: Weight, advance: Callable[[int], Non
 
 def _header(weight: Weight) -> bytes:
     return TensorProto(name=weight.name, dims=weight.dims, data_type=weight.kind).SerializeToString(deterministic=True)
-
-
-def _external(weight: Weight, location: str, place: int) -> TensorProto:
-    tensor = TensorProto(name=weight.name, dims=weight.dims, data_type=weight.kind, data_location=TensorProto.EXTERNAL)
-    for key, value in (("location", location), ("offset", place), ("length", weight.size)):
-        tensor.external_data.append(onnx.StringStringEntryProto(key=key, value=str(value)))
-    return tensor
 
 
 def _tag(field: int, size: int) -> bytes:

@@ -16,6 +16,7 @@ from sessa_deploy.export.parity.drive import Engine, GraphStep, Tensors
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
 
+KERNELS = "kernels"  # among an engine's versions: whose kernels ran, where that is not plain from its name
 _ROOM = 264  # smallest capacity opened where the context allows it, so that most cases share one backend
 
 
@@ -68,7 +69,7 @@ def _session(bundle: Bundle, name: str, threads: int) -> BackendSession:
 
 
 def _ort_graph(bundle: Bundle, provider: str, threads: int) -> GraphStep:
-    from sessa_deploy.runtime.ort.backend import open_session
+    from sessa_deploy.runtime.ort.session import open_session
 
     session, names = open_session(bundle, provider, threads), graph_outputs(bundle.config.n_layers)
 
@@ -84,9 +85,21 @@ def open_ort(bundle: Bundle, threads: int) -> Engine:
 
 
 def open_ort_cuda(bundle: Bundle, threads: int) -> Engine:
-    """ONNX Runtime on a GPU; numpy has no bfloat16 to feed the graph with, so bf16 is driven through the backend only."""
+    """ONNX Runtime on a GPU: model.onnx itself, and the backend, which takes our library's kernels and the prepared graph where they are found. `kernels`
+    among the versions says whose ran in the sessions; those of the library also without the CUDA graph.
+
+    numpy has no bfloat16 to feed the graph with, so bf16 is driven through the backend only.
+    """
+    from sessa_deploy.runtime.ort import engine
+    from sessa_deploy.runtime.ort.session import cuda_is_usable
+
     graph = None if bundle.precision == "bf16" else _ort_graph(bundle, "cuda", threads)
-    return Engine(graph, _session(bundle, "ort-cuda", threads), _versions("onnxruntime-gpu", "onnxruntime"))
+    why = engine.obstacle(bundle) if cuda_is_usable() else None  # without a GPU opening the session says what is missing
+    eager = None
+    if why is None:
+        eager = BackendSession(lambda batch, capacity: engine.OrtCudaBackend(bundle, batch, capacity, graph=False), bundle.config.max_context)
+    versions = {**_versions("onnxruntime-gpu", "onnxruntime"), KERNELS: engine.kernels(bundle) if why is None else f"ONNX Runtime's own ({why})"}
+    return Engine(graph, _session(bundle, "ort-cuda", threads), versions, eager)
 
 
 def open_trt(bundle: Bundle, threads: int) -> Engine:

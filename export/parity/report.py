@@ -115,7 +115,7 @@ def _facts(report: Report) -> str:
 
 
 _MEANING = {ORACLE: "float64, token by token: the truth", PLAIN: "the textbook ops at the bundle's precision: the yardstick",
-            "torch": "the model at the bundle's precision", "ort": "model.onnx in ONNX Runtime, CPU", "ort-cuda": "model.onnx in ONNX Runtime, GPU",
+            "torch": "the model at the bundle's precision", "ort": "model.onnx in ONNX Runtime, CPU", "ort-cuda": "ONNX Runtime, GPU",
             "trt": "the TensorRT engine"}
 
 

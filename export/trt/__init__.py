@@ -1,1 +1,1 @@
-"""Making the graph TensorRT's: what is fused, what the plugin takes, what a build may cost, and what is checked."""
+"""Making an engine of TensorRT: what its parsers take, what a build may cost, and what is checked."""

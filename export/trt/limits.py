@@ -13,12 +13,13 @@ from sessa_deploy.checks import integer
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CAUSAL_OP, MODEL_DATA_FILE, MODEL_FILE, PRECISIONS, cache_entries, cache_row_shape
 from sessa_deploy.errors import UserError
+from sessa_deploy.export.engine.prepare import PLUGIN
 from sessa_deploy.runtime.bundle import Bundle
 
 RECIPE_VERSION = 6  # goes up when to_engine.py asks TensorRT for something else
 DEFAULT_PROMPT = 512
 OPT_LEVELS = (0, 5)
-LAYERS = ("plugin", "tensorrt")  # who computes what stands around the attentions
+LAYERS = (PLUGIN, "tensorrt")  # who computes what stands around the attentions
 _HEADROOM = 0.95  # share of the free memory that may be planned with
 
 
@@ -56,7 +57,7 @@ class Recipe:
     machine: Machine
     workspace: int | None = None
     opt_level: int | None = None
-    layers: str = LAYERS[0]
+    layers: str = PLUGIN
     targets: tuple[int, ...] = ()
     key: str = ""
 

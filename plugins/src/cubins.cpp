@@ -5,6 +5,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <set>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
 
 // cubins_data.S, written by CMake, holds the bytes of binary i between sessa_cubin_<i> and sessa_cubin_<i>_end.
 extern "C"
@@ -29,6 +32,23 @@ Cubin const kCubins[] = {
 };
 #undef SESSA_CUBIN
 
+// The binaries of a kernel: every enqueue looks for some, among hundreds.
+std::vector<Cubin const*> const& binariesOf(char const* kernel)
+{
+    using Index = std::unordered_map<std::string_view, std::vector<Cubin const*>>;
+    static Index const* const index = [] {
+        auto* const made = new Index; // never destroyed: a library may be asked until the process ends
+        for (auto const& c : kCubins)
+        {
+            (*made)[c.kernel].push_back(&c);
+        }
+        return made;
+    }();
+    static std::vector<Cubin const*> const* const none = new std::vector<Cubin const*>;
+    auto const found = index->find(kernel);
+    return found == index->end() ? *none : found->second;
+}
+
 } // namespace
 
 int32_t const* Cubin::findTile(char const* name) const noexcept
@@ -49,37 +69,46 @@ int32_t Cubin::tile(char const* name) const
     if (found == nullptr)
     {
         throw MissingTile(std::string(kernel) + " for sm_" + std::to_string(arch) + ", " + dtype + ", variant " + variant + " has no tile " + name
-            + ": the kernels in this library are of another version; rebuild it: sessa-deploy plugin build");
+            + ": the kernels in this library are of another version; rebuild it: " + kBuildCommand);
     }
     return *found;
 }
 
 Cubin const* findCubin(char const* kernel, int32_t arch, char const* dtype, char const* variant) noexcept
+try
 {
     Cubin const* best = nullptr;
-    for (auto const& c : kCubins)
+    for (auto const* c : binariesOf(kernel))
     {
-        bool const same = std::strcmp(c.kernel, kernel) == 0 && std::strcmp(c.dtype, dtype) == 0 && std::strcmp(c.variant, variant) == 0;
-        if (same && serves(c.arch, arch) && (best == nullptr || c.arch > best->arch))
+        bool const same = std::strcmp(c->dtype, dtype) == 0 && std::strcmp(c->variant, variant) == 0;
+        if (same && serves(c->arch, arch) && (best == nullptr || c->arch > best->arch))
         {
-            best = &c;
+            best = c;
         }
     }
     return best;
 }
+catch (...)
+{
+    return nullptr;
+}
 
 Cubin const* findCubinForWidth(char const* kernel, int32_t arch, char const* dtype, int32_t width) noexcept
+try
 {
     char const* best = nullptr;
-    for (auto const& c : kCubins)
+    for (auto const* c : binariesOf(kernel))
     {
-        bool const fits = std::strcmp(c.kernel, kernel) == 0 && std::atoi(c.variant) >= width;
-        if (fits && (best == nullptr || std::atoi(c.variant) < std::atoi(best)))
+        if (std::atoi(c->variant) >= width && (best == nullptr || std::atoi(c->variant) < std::atoi(best)))
         {
-            best = c.variant;
+            best = c->variant;
         }
     }
     return best == nullptr ? nullptr : findCubin(kernel, arch, dtype, best);
+}
+catch (...)
+{
+    return nullptr;
 }
 
 std::string architectures()

@@ -38,6 +38,9 @@ struct Cubin
     int32_t const* findTile(char const* name) const noexcept;
 };
 
+// The command that builds this library, for messages; each shell says its own.
+extern char const* const kBuildCommand;
+
 // A plan asks a binary for a tile that it was not lowered with: kernels and plugin are of different versions.
 class MissingTile : public std::runtime_error
 {

@@ -1,5 +1,6 @@
-// A C door to the embedded kernels: the runtime launches some of them itself around a decode step, see runtime/trt/kernels.py.
+// A C door to the embedded kernels: the runtime launches some of them itself around a decode step, see runtime/device/kernels.py.
 #include "cubins.h"
+#include "launcher.h"
 
 extern "C"
 {
@@ -36,6 +37,12 @@ __attribute__((visibility("default"))) int32_t sessaCubinTile(
         = kernel == nullptr || dtype == nullptr || variant == nullptr || tile == nullptr ? nullptr : sessa::findCubin(kernel, arch, dtype, variant);
     int32_t const* const value = found == nullptr ? nullptr : found->findTile(tile);
     return value == nullptr ? -1 : *value;
+}
+
+// Name of operation number `index` of this library; nullptr past the last.
+__attribute__((visibility("default"))) char const* sessaOpName(int32_t index) noexcept
+{
+    return index >= 0 && index < sessa::kOpCount ? sessa::opAt(index).name : nullptr;
 }
 
 } // extern "C"

@@ -17,12 +17,36 @@ std::unique_ptr<Plan> planFor(Problem const& p)
     return std::unique_ptr<Plan>(p.op->family->plan(p));
 }
 
+// Whether the library holds the problem's binaries, for whichever device.
+bool held(Problem const& p)
+{
+    bool any = false;
+    auto const plan = planFor(p);
+    for (size_t i = 0; !any && architectureAt(i) != 0; ++i)
+    {
+        any = plan->find(p, architectureAt(i));
+    }
+    return any;
+}
+
 bool missingCubin(Problem const& p, int32_t arch, std::string& error)
 {
+    std::string others;
+    for (Storage const storage : {Storage::kFloat, Storage::kHalf, Storage::kBFloat16})
+    {
+        Problem other = p;
+        other.storage = storage;
+        others += storage != p.storage && held(other) ? std::string(others.empty() ? "" : ", ") + dtypeName(storage) : "";
+    }
+    if (!others.empty() && !held(p))
+    {
+        error = std::string("no kernel for ") + dtypeName(p.storage) + "; allowed: " + others;
+        return false;
+    }
     error = "no kernel for sm_" + std::to_string(arch) + ", " + dtypeName(p.storage) + ": this library holds sm_" + architectures();
     if (std::find(std::begin(kArchs), std::end(kArchs), arch) != std::end(kArchs))
     {
-        error += "; rebuild it: sessa-deploy plugin build --arch " + std::to_string(arch);
+        error += std::string("; rebuild it: ") + kBuildCommand + " --arch " + std::to_string(arch);
     }
     return false;
 }

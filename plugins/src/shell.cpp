@@ -1,5 +1,7 @@
 #include "shell.h"
 
+#include "cubins.h"
+
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -14,6 +16,8 @@ using namespace nvinfer1;
 ILoggerFinder* gFinder = nullptr;
 
 } // namespace
+
+char const* const kBuildCommand = "sessa-deploy plugin build";
 
 bool storageOf(DataType type, Storage& storage) noexcept
 {

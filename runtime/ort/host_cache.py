@@ -68,6 +68,13 @@ class HostCache:
                 flat[start : start + count * size] = fresh[:count].reshape(-1)
         self.bytes_moved += int(new.sum()) * self.row_bytes
 
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Lay the first `length` rows of one sequence over another's; the source holds as many, so that the pitch does too."""
+        for flat, size in zip(self._flat, self._sizes, strict=True):
+            start, to = source * self.pitch * size, target * self.pitch * size
+            flat[to : to + length * size] = flat[start : start + length * size]
+        self.bytes_moved += length * self.row_bytes
+
     def shrink(self, length: NDArray[np.int32]) -> None:
         """Come back to the pitch that the lengths need, after sequences were reset."""
         need = int(length.max())

@@ -1,19 +1,10 @@
-"""TensorRT as a backend: caches that never leave the GPU, and each decode step one captured CUDA graph. numpy, tensorrt and the CUDA driver only.
-
-A step enqueues: ids and lengths to the device, the engine, append, argmax, and a last kernel that advances the lengths and writes the ids to the host.
-Lengths are read on the device, so every decode step is the same work on the same addresses and is recorded once; the host reads the ids, or the logits
-where somebody samples.
-"""
+"""TensorRT as a backend: its engine, contexts and profiles in a session of runtime/device. numpy, tensorrt and the CUDA driver only."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from sessa_deploy.contract import ALL_LOGITS_RANK, INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, graph_inputs, graph_outputs
 from sessa_deploy.cuda import Cuda, devices
@@ -21,15 +12,15 @@ from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.files import write_whole
 from sessa_deploy.plugins import library
 from sessa_deploy.process import command
-from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
+from sessa_deploy.runtime.device.backend import DeviceBackend
+from sessa_deploy.runtime.device.buffers import Buffers, Extent
+from sessa_deploy.runtime.device.kernels import images
 from sessa_deploy.runtime.trt import api as trt_api
 from sessa_deploy.runtime.trt import plan as trt_plan
-from sessa_deploy.runtime.trt.buffers import Buffers
-from sessa_deploy.runtime.trt.kernels import images
 
 
-class TrtBackend(Backend):
+class TrtBackend(DeviceBackend):
     """A bundle's TensorRT engine on the first GPU.
 
     batch, capacity: up to what the engine was built for (capacity None takes that). graph: replay decode steps as a CUDA graph; False enqueues them
@@ -39,6 +30,8 @@ class TrtBackend(Backend):
     """
 
     name = "trt"
+    engine_name = "TensorRT"
+    row_alignment = 256  # of an engine's inputs
 
     def __init__(self, bundle: Bundle, batch: int = 1, capacity: int | None = None, graph: bool = True, plugin: Path | None = None,
                  kernels: Path | None = None, cuda: Any = None) -> None:
@@ -48,10 +41,11 @@ class TrtBackend(Backend):
             trt_api.check_target(product, arch)
         self._trt = trt_api.load(product.name)
         plugin = library.load(self._trt, plugin, trt_api.interface(self._trt))
-        self._cuda = Cuda() if cuda is None else cuda
-        sm = f"sm_{self._cuda.arch}"
+        cuda = Cuda() if cuda is None else cuda
+        sm = f"sm_{cuda.arch}"
         folder, self.info = trt_plan.choose(bundle, self._trt.__version__, sm, product.name)
-        super().__init__(bundle.config, batch, self.info.capacity if capacity is None else capacity)
+        super().__init__(bundle.config, batch, self.info.capacity if capacity is None else capacity, graph)
+        self._cuda = cuda
         _check_limits(bundle, self.info, self.batch, self.capacity)
         self.best_chunk = self.info.max_prompt
         self._log = trt_api.logger(self._trt)
@@ -71,94 +65,25 @@ class TrtBackend(Backend):
         self._config, self._cache = trt_api.runtime_config(self._trt, self.engine, self._kept)
         size = trt_api.scratch_size(self.engine)
         scratch = self._cuda.allocate(size)
+        self._prefill_row: int | None = None  # whose cache addresses that context has
         self._prefill, self._decode = (self._context(profile, scratch, size) for profile in (trt_plan.PREFILL, trt_plan.DECODE))
-        self._on_device: bytes | None = None  # lengths the device holds, as an int32 array's bytes; None: unknown
-        self._use_graph, self._graph, self._steps = graph, 0, 0
 
-    def _pick(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.int64]:
-        if ids.shape[1] > 1:
-            return super()._pick(ids, new)
-        self._enqueue(ids, new, self.length)
-        picked: NDArray[np.int64] = self._own().picked()
-        return picked
-
-    def _forward(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
-        logits = np.zeros((self.batch, self.config.vocab_size), np.float32)
-        for _, part in self._parts(ids, new):
-            found = self._own().get_logits(part, int(part.max()))
-            logits[part > 0] = found[part > 0]
-        return logits
-
-    def _forward_all(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
-        logits = np.zeros((*ids.shape, self.config.vocab_size), np.float32)
-        for start, part in self._parts(ids, new):
-            tokens = int(part.max())
-            logits[:, start : start + tokens] = self._own().every_logits(tokens)
-        return logits
-
-    def _parts(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.int32]]]:
-        """Enqueue ids (B,T) in steps the engine takes; (first token, new_length (B,)) of each when it is enqueued."""
-        done = self.length.copy()
-        for start in range(0, ids.shape[1], self.info.max_prompt):
-            part = np.clip(new - start, 0, self.info.max_prompt).astype(np.int32)
-            self._enqueue(ids[:, start : start + int(part.max())], part, done)
-            done += part
-            yield start, part
-
-    def _enqueue(self, ids: NDArray[np.int64], new: NDArray[np.int32], length: NDArray[np.int32]) -> None:
-        """One step of at most max_prompt tokens on the stream; rows stand at `length` before it."""
-        buffers, tokens = self._own(), ids.shape[1]
-        self._cuda.enter()
-        if self._on_device != length.tobytes():
-            buffers.set_length(length)
-        self._on_device = None
-        buffers.put(ids, new)
-        if tokens > 1:
-            if not self._prefill.set_input_shape(INPUT_IDS, (self.batch, tokens)):
-                raise self._failure(f"a prefill step of {tokens} tokens")
-            self._record(self._prefill, tokens)
-        elif not self._use_graph or self._steps == 0:
-            self._record(self._decode, 1)  # TensorRT settles its shapes in a first step that is not captured
-            self._steps += 1
-        else:
-            if not self._graph:
-                self._graph = self._cuda.capture(lambda: self._record(self._decode, 1))
-            self._cuda.replay(self._graph)
-        # after the launch, so that the host's time is the device's too
-        self._on_device = (length + new).tobytes()
-        self.bytes_moved += int(new.sum()) * buffers.row_bytes
-
-    def _record(self, context: Any, tokens: int) -> None:
-        buffers = self._own()
-        buffers.feed(tokens)
+    def _run(self, step: Extent) -> None:
+        context = self._decode
+        if step.tokens > 1 or step.row is not None:
+            context = self._prefill
+            if step.row != self._prefill_row:
+                self._prefill_row = -1  # nobody's, should that fail halfway
+                self._bind(context, step)
+                self._prefill_row = step.row
+            elif not context.set_input_shape(INPUT_IDS, (step.batch, step.tokens)):
+                raise self._failure(f"a prefill step of {step.tokens} tokens")
         if not context.execute_async_v3(self._cuda.stream):
             raise self._failure("a step")
-        buffers.finish(tokens)
 
-    def cached(self, row: int) -> dict[str, NDArray[np.generic]]:
-        self._cuda.enter()
-        return self._own().rows(row, int(self.length[row]))
-
-    def poison(self) -> None:
-        self._cuda.enter()
-        self._own().poison(self.length)
-
-    def device_bytes(self) -> int:
-        self._own()
-        self._cuda.enter()
-        free, total = self._cuda.memory()
-        return int(total - free)
-
-    def close(self) -> None:
-        if self._buffers is None:
-            return
-        self._cuda.enter()
-        self._cuda.wait()
-        if self._graph:
-            self._cuda.forget(self._graph)
+    def _release(self) -> None:
         self._keep_kernels()
-        self._buffers = self._prefill = self._decode = self._cache = self._config = self.engine = self._runtime = None
-        self._cuda.close()
+        self._prefill = self._decode = self._cache = self._config = self.engine = self._runtime = None
 
     def _keep_kernels(self) -> None:
         """Write the kernels that were compiled on this card to where the next session finds them; one that cannot be written is compiled again."""
@@ -170,21 +95,21 @@ class TrtBackend(Backend):
                 self._cache_file.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(self._cache_file, data)
 
-    def _own(self) -> Any:
-        if self._buffers is None:
-            raise UserError("the session is closed", fix="open the bundle again")
-        return self._buffers
-
     def _context(self, profile: int, scratch: int, size: int) -> Any:
         context = trt_api.context(self._trt, self.engine, profile, self._cuda.stream, scratch, size, self._log, self._config)
         self._cuda.wait()
-        for name, shape in self._buffers.shapes(1 if profile == trt_plan.DECODE else self.info.max_prompt).items():
+        self._bind(context, Extent(self.batch, 1 if profile == trt_plan.DECODE else self.info.max_prompt))
+        return context
+
+    def _bind(self, context: Any, step: Extent) -> None:
+        """Tell a context all shapes and addresses of a step."""
+        buffers = self._own()
+        for name, shape in buffers.shapes(step).items():
             if not context.set_input_shape(name, shape):
                 raise self._failure(f"the shape {shape} of {name}")
-        for name, address in self._buffers.addresses().items():
+        for name, address in buffers.addresses(step.row).items():
             if not context.set_tensor_address(name, address):
                 raise self._failure(f"the address of {name}")
-        return context
 
     def _kinds(self, bundle: Bundle) -> dict[str, str | None]:
         """numpy's type names of all inputs and outputs, checked against the contract."""
@@ -201,7 +126,6 @@ class TrtBackend(Backend):
         return kinds
 
     def _failure(self, what: str) -> SessaError:
-        self._on_device = None
         return SessaError(f"TensorRT refused {what}: {self._reasons()}; fix: sessa-deploy build BUNDLE --force, or use --backend ort")
 
     def _reasons(self) -> str:

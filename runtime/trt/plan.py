@@ -1,4 +1,4 @@
-"""Engines in a bundle: how they are described, and which of them may be loaded here. Standard library only.
+"""TensorRT's engines in a bundle: how they are described, and which of them may be loaded here. Standard library only.
 
 engines/<sm>-<TensorRT version>-<precision>/ holds model.plan and engine.json; of TensorRT for RTX, rtx-<compute capabilities>-<version>-<precision>/. A
 plan is code: it reaches TensorRT only if its checksum, TensorRT's version and the GPU's architecture match.
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from sessa_deploy.contract import ENGINES_DIR
+from sessa_deploy.contract import ENGINES_DIR, ORT_ENGINE
 from sessa_deploy.errors import UserError
 from sessa_deploy.process import command
 from sessa_deploy.reading import open_plain, parse_json
@@ -80,11 +80,11 @@ def profiles(max_batch: int, max_prompt: int) -> dict[str, list[list[int]]]:
 
 
 def engines(bundle: Bundle) -> dict[str, EngineInfo]:
-    """folder -> description of every engine in a bundle. Raises UserError on a description that is damaged or of another version."""
+    """folder -> description of every engine of a TensorRT in a bundle. Raises UserError on a description that is damaged or of another version."""
     found = {}
     for name in bundle.names():
         path = PurePosixPath(name)
-        if path.parts[0] == ENGINES_DIR and path.name == ENGINE_FILE:
+        if path.parts[0] == ENGINES_DIR and path.name == ENGINE_FILE and not path.parent.name.startswith(f"{ORT_ENGINE}-"):
             found[str(path.parent)] = _read(bundle, name)
     return found
 

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from sessa_deploy.cli.options import FILE, PATH
-from sessa_deploy.cli.output import JsonCommand, check_outputs, to_stdout, write_json
+from sessa_deploy.cli.output import JsonCommand, check_outputs, size, to_stdout, write_json
+from sessa_deploy.contract import ORT_ENGINE
 from sessa_deploy.errors import one_line
 
 
@@ -32,8 +33,12 @@ def command(path: str, json_file: str | None, show_all: bool, config_file: str |
         from sessa_deploy.runtime import environment
         from sessa_deploy.runtime.bundle import Bundle
         from sessa_deploy.runtime.doctor import engine_here
+        from sessa_deploy.runtime.ort.prepared import describe as describe_prepared
 
-        found["engine_here"] = engine_here(Bundle.open(path, verify=False), environment.gpus())
+        bundle = Bundle.open(path, verify=False)
+        found |= describe_prepared(bundle)
+        if any(not name.startswith(f"{ORT_ENGINE}-") for name in found["engines"]):
+            found["engine_here"] = engine_here(bundle, environment.gpus())
     for line in found.get("notes", ()):
         click.echo(f"note: {line}", err=True)
     if not to_stdout(json_file):
@@ -86,17 +91,6 @@ def _config(config: dict[str, Any] | None) -> dict[str, object]:
     return {"config": "none"} if not isinstance(config, dict) else {k: v for k, v in config.items() if k not in hidden and v is not None}
 
 
-def _size(count: int | None) -> str:
-    if count is None:
-        return "missing"
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
-
-
 def _pairs(values: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in values.items()) or "none"
 
@@ -104,18 +98,18 @@ def _pairs(values: dict[str, Any]) -> str:
 def _checkpoint(console: Any, found: dict[str, Any], limit: int | None) -> None:
     _facts(console, f"checkpoint {found['path']}", {
         "parameters": f"{found['parameters']:,} ({_pairs(found['parts'])})", "tensors by dtype": _pairs(found["dtypes"]),
-        "size": f"{_size(found['bytes'])} in {', '.join(found['files'])}", "tokenizer": "tokenizer.json" if found["tokenizer"] else "none",
+        "size": f"{size(found['bytes'])} in {', '.join(found['files'])}", "tokenizer": "tokenizer.json" if found["tokenizer"] else "none",
         **_config(found["config"]),
     })
-    rows = [(t["name"], t["dtype"], tuple(t["shape"]), _size(t["bytes"]), t["file"]) for t in found["tensors"]]
+    rows = [(t["name"], t["dtype"], tuple(t["shape"]), size(t["bytes"]), t["file"]) for t in found["tensors"]]
     _rows(console, "tensors", ("name", "dtype", "shape", "size", "file"), rows, limit)
 
 
 def _onnx(console: Any, found: dict[str, Any], limit: int | None) -> None:
     _facts(console, f"ONNX {found['path']}", {
         "opsets": _pairs(found["opsets"]), "IR version": found["ir_version"], "producer": found["producer"] or "unknown", "nodes": f"{found['nodes']:,}",
-        "initializers": f"{found['initializers']:,} ({_pairs(found['parameters'])})", "size": _size(found["bytes"]),
-        "external data": ", ".join(f"{k} {_size(v)}" for k, v in found["external_data"].items()) or "none", "ops": _pairs(found["ops"]),
+        "initializers": f"{found['initializers']:,} ({_pairs(found['parameters'])})", "size": size(found["bytes"]),
+        "external data": ", ".join(f"{k} {size(v)}" for k, v in found["external_data"].items()) or "none", "ops": _pairs(found["ops"]),
     })
     for title in ("inputs", "outputs"):
         _rows(console, title, ("name", "dtype", "dims"), [(v["name"], v["dtype"], ", ".join(map(str, v["dims"])) or "scalar") for v in found[title]], limit)
@@ -135,11 +129,22 @@ def _engine(here: dict[str, Any] | None) -> dict[str, object]:
     return {"engine for this machine": here["engine"] or f"none: {here['why']}{fix}"}
 
 
+def _prepared(found: dict[str, Any]) -> dict[str, object]:
+    """What a graph prepared for ONNX Runtime holds, or why it is not used."""
+    here = found.get("prepared")
+    if here is None:
+        return {}
+    if here["why"]:
+        return {"for ONNX Runtime": f"none: {here['why']}; fix: {here['mend']}"}
+    return {"for ONNX Runtime": f"{here['folder']}, layers by {'the library' if here['layers'] == 'plugin' else 'ONNX Runtime'} ({_pairs(here['ops'])})"}
+
+
 def _bundle(console: Any, found: dict[str, Any], limit: int | None) -> None:
     versions = found["versions"] if isinstance(found["versions"], dict) else {}
     _facts(console, f"bundle {found['path']}", {
-        "precision": found["precision"], "opset": found["opset"], "schema": found["schema_version"], "size": _size(found["bytes"]),
-        "engines": ", ".join(found["engines"]) or "none", **_engine(found.get("engine_here")), "versions": _pairs(versions), **_config(found["config"]),
+        "precision": found["precision"], "opset": found["opset"], "schema": found["schema_version"], "size": size(found["bytes"]),
+        "engines": ", ".join(f"{n} (adds {size(found['engine_bytes'][n])})" for n in found["engines"]) or "none",
+        **_engine(found.get("engine_here")), **_prepared(found), "versions": _pairs(versions), **_config(found["config"]),
     })
-    rows = [(name, _size(e.get("size")), str(e.get("sha256"))[:16]) for name, e in found["files"].items()]
+    rows = [(name, size(e.get("size")), str(e.get("sha256"))[:16]) for name, e in found["files"].items()]
     _rows(console, "files", ("name", "size", "sha256"), rows, limit)

@@ -67,3 +67,15 @@ def write_text(target: str | Path, text: str, option: str, what: str) -> None:
         write_whole(target, text, option, what)
     except BrokenPipeError:
         raise SystemExit(0) from None
+
+
+def size(count: int | None) -> str:
+    """Bytes as a user reads them; None is a file that is not there."""
+    if count is None:
+        return "missing"
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"

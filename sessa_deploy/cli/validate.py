@@ -131,7 +131,12 @@ def _deliver(passed: bool, steps: Sequence[Callable[[], None]]) -> None:
 
 
 def _show(report: Report, console: Console, aside: bool) -> None:
+    from sessa_deploy.export.parity.engines import KERNELS
+
     console.print(_table(report))
+    for name, info in report.rungs.items():
+        if KERNELS in info["versions"]:
+            click.echo(f"{name}: kernels of {info['versions'][KERNELS]}", err=aside)
     if report.failure is not None and report.failure.hint:
         click.echo(f"where to look: {report.failure.hint}", err=aside)
     click.echo(report.line(), err=aside)

@@ -67,7 +67,7 @@ BACKEND = choice("auto", "ort", "ort-cuda", "trt")
 POSITIVE = number([1e-300, 0.5, 3.0, 1e300], [0.0, -0.0, -1e-300, -1.0])
 NOT_NEGATIVE = number([0.0, 1e-300, 1e300], [-1e-300, -1.0])
 MAJOR = Row((("8", 8), ("10", 10), ("11", 11)), ("", "7", "9", "12", "0", "-8", "8.0", "ten", " 8", "1e1"))
-TARGET = choice("tensorrt", "rtx")
+TARGET = choice("tensorrt", "rtx", "ort")
 ARCHS = Row((("90", "90"), ("80,86", "80,86")), ("", ",", "90,", "sm_90", "9.0", "75", "90,75", " 90", "90;86", "9" * 500))
 SAMPLING = {
     "--temperature": NOT_NEGATIVE, "--top-k": FROM_ZERO, "--top-p": number([1e-300, 0.5, 1.0], [0.0, -0.5, 1.0000001, 2.0]),
@@ -102,7 +102,7 @@ TABLE: dict[str, dict[str, Row]] = {
     },
     "build": {
         "BUNDLE": place(), "--max-batch": COUNT, "--max-context": COUNT, "--max-prompt": COUNT, "--workspace": COUNT, "--opt-level": integer(0, 5),
-        "--precision": choice("fp32", "fp16", "bf16"), "--layers": choice("plugin", "tensorrt"), "--plugin": place(), "--force": FLAG, "--verbose": FLAG,
+        "--precision": choice("fp32", "fp16", "bf16"), "--layers": choice("plugin", "tensorrt", "ort"), "--plugin": place(), "--force": FLAG, "--verbose": FLAG,
         "--for": TARGET, "--arch": ARCHS,
     },
     "run": {
@@ -123,7 +123,7 @@ TABLE: dict[str, dict[str, Row]] = {
     },
     "inspect": {"PATH": place("nowhere"), "--config": place(), "--json": JSON, "--all": FLAG, "--no-verify": FLAG},
     "plugin build": {
-        "--tensorrt-include": place(), "--cuda-include": place(), "--cubins": place(), "--out": place(),
+        "--tensorrt-include": place(), "--cuda-include": place(), "--onnxruntime-include": place(), "--cubins": place(), "--out": place(),
         "--arch": ARCHS, "--for": TARGET, "--tensorrt": MAJOR,
     },
     "plugin path": {"--tensorrt": MAJOR, "--for": TARGET},

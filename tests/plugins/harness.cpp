@@ -1,6 +1,6 @@
 // Stands in for TensorRT: opens the plugin library, creates the plugin and calls it through the interfaces an engine uses.
 // Every function returns 0 for success; built by test_plugin.py against the headers of the TensorRT under test.
-#include "launcher.h"
+#include "harness_ops.h"
 
 #include <NvInferRuntime.h>
 
@@ -13,24 +13,9 @@
 
 using namespace nvinfer1;
 
-namespace sessa
-{
-Op const kOps[] = {
-#define SESSA_OP(identifier, ...) Op{__VA_ARGS__, nullptr},
-#include "ops.inc"
-#undef SESSA_OP
-};
-char const kLetters[] = { // the order of `shape`
-#define SESSA_SIZE(letter, field, start) letter,
-#include "ops.inc"
-#undef SESSA_SIZE
-    0};
-} // namespace sessa
-
 namespace
 {
 
-using sessa::kLetters;
 using sessa::kOps;
 
 DataType typeOf(int32_t onnx)
@@ -54,7 +39,6 @@ Dims dims(std::vector<int64_t> const& values)
 }
 
 using sessa::Kind;
-using sessa::Operand;
 
 int32_t inputsOf(int32_t op)
 {
@@ -70,17 +54,10 @@ int32_t outputsOf(int32_t op)
 std::vector<PluginTensorDesc> descriptions(int32_t op, int32_t onnx, int64_t const* shape)
 {
     std::vector<PluginTensorDesc> all;
-    std::vector<Operand> operands(kOps[op].operands, kOps[op].operands + kOps[op].inputs);
-    operands.insert(operands.end(), kOps[op].results, kOps[op].results + kOps[op].outputs);
-    for (auto const& operand : operands)
+    for (auto const& operand : sessa::operandsOf(op))
     {
-        std::vector<int64_t> values;
-        for (char const letter : std::string(operand.shape))
-        {
-            values.push_back(shape[std::string(kLetters).find(letter)]);
-        }
         PluginTensorDesc desc{};
-        desc.dims = dims(values);
+        desc.dims = dims(sessa::dimensionsOf(operand, shape));
         desc.type = operand.kind == Kind::kFloat ? DataType::kFLOAT : operand.kind == Kind::kInt ? DataType::kINT32 : typeOf(onnx);
         desc.format = TensorFormat::kLINEAR;
         all.push_back(desc);

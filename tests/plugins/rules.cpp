@@ -14,6 +14,8 @@ unsigned char const sessa_cubin_0_end[1]{};
 
 namespace sessa
 {
+char const* const kBuildCommand = "sessa-deploy plugin build";
+
 #define SESSA_OP(identifier, ...) __attribute__((weak)) extern Family const k##identifier##Family{nullptr, nullptr};
 #include "ops.inc"
 #undef SESSA_OP

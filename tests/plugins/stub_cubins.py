@@ -1,4 +1,7 @@
-"""A folder like the one that lowering writes, without a compiler: real tiles, and binaries that nobody may launch. For a builder, which launches nothing."""
+"""A folder like the one that lowering writes, without a compiler: real tiles, and binaries that nobody may launch.
+
+For a builder, which launches nothing, and for a driver of a test's that writes launches down.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.plugins import lower
 
-DATA = b"no binary"
+DATA = b"\x7fELF: no binary"
 
 
 def write(archs: Sequence[int], folder: Path) -> Path:
@@ -22,10 +25,12 @@ def write(archs: Sequence[int], folder: Path) -> Path:
         description = table.kernel(unit.kernel)
         path = folder / f"{unit.stem}.cubin"
         path.write_bytes(DATA)
+        named = (unit.kernel, unit.arch, unit.dtype, unit.variant)
         cubins.append(lower.Cubin(
             **asdict(unit), file=path.name, sha256=hashlib.sha256(DATA).hexdigest(), size=len(DATA), entry=unit.kernel,
-            params=[{}] * (len(description.params) + len(lower.HIDDEN)), tiles=table.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant),
-            num_warps=4, num_stages=1, shared=0, registers=0, spill_bytes=0, global_scratch=0, vector_loads=1, scalar_loads=0, tuned=True,
+            params=[{}] * (len(description.params) + len(lower.HIDDEN)), tiles=table.tiles(*named),
+            num_warps=table.options(*named)["num_warps"], num_stages=1, shared=0, registers=0, spill_bytes=0, global_scratch=0, vector_loads=1,
+            scalar_loads=0, tuned=True, early_rows=table.early(*named),
         ))  # fmt: skip
     (folder / lower.TABLE).write_text("".join(lower._rows(cubins)))
     (folder / lower.MANIFEST).write_text(json.dumps({"schema": lower.SCHEMA, "cubins": [asdict(c) for c in cubins]}))

@@ -18,7 +18,7 @@ from sessa_deploy import contract, cuda_arch
 from sessa_deploy.errors import UserError
 from sessa_deploy.kernels.launch import limits, table
 from sessa_deploy.plugins import library, lower, ops
-from sessa_deploy.runtime.trt import kernels as trt_kernels
+from sessa_deploy.runtime.device import kernels as device_kernels
 
 ARCHS = (75, 80, 86, 87, 88, 89, 90, 100, 101, 103, 110, 120, 121)
 compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
@@ -63,11 +63,11 @@ def test_everyone_who_looks_for_a_binary_asks_that_rule(tmp_path: Path) -> None:
     for made, device in itertools.product(cuda_arch.ARCHS, ARCHS):
         (folder / "cubins.json").write_text(text.replace('"arch": 90', f'"arch": {made}'))
         if cuda_arch.serves(made, device):
-            assert trt_kernels.images(folder, device)[trt_kernels.FINISH].entry == trt_kernels.FINISH
+            assert device_kernels.images(folder, device)[device_kernels.FINISH].entry == device_kernels.FINISH
         else:
             fix = f"sessa-deploy plugin build --arch {device}$" if device in cuda_arch.ARCHS else "use --backend ort; the kernels are compiled for sm_80, 86, "
             with pytest.raises(UserError, match=f"no binary of decode_append for this GPU: got sm_{device} in .*; fix: {fix}"):
-                trt_kernels.images(folder, device)
+                device_kernels.images(folder, device)
         if device in cuda_arch.ARCHS and made != device:
             unit = lower.Unit("decode_append", device, "fp32", "any")
             alike = table.options("decode_append", made, "fp32", "any") == table.options("decode_append", device, "fp32", "any")
@@ -81,10 +81,10 @@ def test_a_binary_without_its_tile_is_named(tmp_path: Path) -> None:
     text = (folder / "cubins.json").read_text()
     (folder / "cubins.json").write_text(text.replace('"SPLITS"', '"PIECES"'))
     with pytest.raises(UserError, match="binary of decode_argmax has no tile SPLITS"):
-        trt_kernels.images(folder, 90)
+        device_kernels.images(folder, 90)
     (folder / "cubins.json").write_text(text.replace('"SPLITS": 4}', '"SPLITS": 8}'))
     with pytest.raises(UserError, match="do not belong together: got 4 and 8 splits"):
-        trt_kernels.images(folder, 90)
+        device_kernels.images(folder, 90)
 
 
 @compiled

@@ -33,7 +33,7 @@ def test_library_stands_alone(built: Built) -> None:
     assert (seen.interface, seen.major) == ("V2" if major == 8 else "V3", major)
     if shutil.which("nm") and shutil.which("readelf"):
         exports = subprocess.run(["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
-        door = {"sessaFindCubin", "sessaCubinTile", "sessaTensorRTMajor"}  # through which the runtime launches its own kernels
+        door = {"sessaFindCubin", "sessaCubinTile", "sessaOpName", "sessaTensorRTMajor"}  # through which the runtime launches its own kernels
         assert {line.split()[-1] for line in exports.splitlines()} == {"getPluginCreators" if major == 8 else "getCreators", "setLoggerFinder", *door}
         needed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
         assert not re.search(r"NEEDED.*(nvinfer|libcuda|cudart|stdc\+\+)", needed)
@@ -86,9 +86,9 @@ def test_fields_and_formats(built: Built, op: int, capfd: pytest.CaptureFixture[
 
 @pytest.mark.trt
 @pytest.mark.slow
-def test_workspace(built: Built) -> None:
-    harness = built[2]
-    feedback, causal = create(built, FEEDBACK), create(built, CAUSAL)
+def test_workspace(launching: Built) -> None:
+    harness = launching[2]
+    feedback, causal = create(launching, FEEDBACK), create(launching, CAUSAL)
     # One decode step of 2 sequences, capacity 4096, D 768: the most splits of float32 rows and two statistics.
     decode = harness.harness_workspace(feedback, FEEDBACK, HALF, sizes(2, 1, 4096, 768))
     assert decode == (4 * 768 + 8) * 2 * STEP_MAX_SPLITS
@@ -107,10 +107,10 @@ def test_workspace(built: Built) -> None:
 
 @pytest.mark.trt
 @pytest.mark.slow
-def test_workspace_of_a_layer(built: Built) -> None:
+def test_workspace_of_a_layer(launching: Built) -> None:
     """To the byte: what the kernels of a step of the mixer leave one another, what its chunks do, the normed rows of the entrance."""
-    harness, heads, d, p = built[2], 12, 768, 4096
-    mixer, enter, feedback = (create(built, op, storage=HALF) for op in (ph.At.Mixer, ph.At.NormEnter, FEEDBACK))
+    harness, heads, d, p = launching[2], 12, 768, 4096
+    mixer, enter, feedback = (create(launching, op, storage=HALF) for op in (ph.At.Mixer, ph.At.NormEnter, FEEDBACK))
 
     def needs(batch: int, tokens: int, capacity: int) -> int:
         return int(harness.harness_workspace(mixer, ph.At.Mixer, HALF, sizes(batch, tokens, capacity, d, heads, heads, d // heads)))

@@ -214,7 +214,7 @@ CASES = [*((ph.HALF, s, True) for s in SHAPES), *((ph.HALF, s, False) for s in S
 
 @pytest.mark.parametrize(("storage", "shape", "says"), CASES, ids=str)
 def test_the_plugin_launches_what_the_python_side_does(
-    built: Built, storage: int, shape: tuple[int, ...], says: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launching: Built, storage: int, shape: tuple[int, ...], says: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels, grids, threads, sizes and early starts; of a step's programs no more than the device holds, whatever the batch, if its driver says that.
 
@@ -223,7 +223,7 @@ def test_the_plugin_launches_what_the_python_side_does(
     from sessa_deploy.kernels.launch import table
     from sessa_deploy.kernels.launch.limits import STEP_PROGRAMS
 
-    _, library, harness = built
+    _, library, harness = launching
     held = EACH * MULTIPROCESSORS if says else STEP_PROGRAMS
     kernels = "".join(f'{{"{k.name}", {len(k.params)}}}, ' for k in table.kernels().values())
     defines = f"#define MULTIPROCESSORS {MULTIPROCESSORS}\n#define KERNELS {kernels}\n" + (f"#define EACH {EACH}\n" if says else "")

@@ -14,7 +14,8 @@ from sessa_deploy.runtime import environment
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.engines import open_backend
 from sessa_deploy.runtime.environment import check_threads, cores, default_threads
-from sessa_deploy.runtime.ort.backend import OrtBackend, open_session
+from sessa_deploy.runtime.ort.backend import OrtBackend
+from sessa_deploy.runtime.ort.session import open_session
 from sessa_deploy.runtime.session import Session
 
 WRONG: list[Any] = [0, -1, cores() + 1, 100_000, 10**30, 1.0, "1", True, float("nan"), np.float64(1)]

@@ -11,10 +11,10 @@ import onnxruntime
 import pytest
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from sessa_deploy.export.engine import fuse as engine_fuse
+from sessa_deploy.export.engine import layers as engine_layers
 from sessa_deploy.export.graph import passes
-from sessa_deploy.export.trt import fuse as trt_fuse
-from sessa_deploy.export.trt import graph as trt_graph
-from sessa_deploy.export.trt import layers as trt_layers
+from sessa_deploy.export.trt import parser as trt_parser
 
 F = TensorProto.FLOAT
 
@@ -62,9 +62,9 @@ PASSES: dict[str, Callable[[GraphProto], object]] = {
     "drop_weights": passes.drop_weights,
     "merge_constants": passes.merge_constants,
     "rename": lambda graph: passes.rename(graph, {"w1": "first.weight"}),
-    "unmasked_rows": trt_fuse.unmasked_rows,
-    "one_projection": lambda graph: trt_fuse.one_projection(graph, Path()),
-    "sorted": lambda graph: trt_layers._set_sorted(graph, list(graph.node)[::-1]),
+    "unmasked_rows": engine_fuse.unmasked_rows,
+    "one_projection": lambda graph: engine_fuse.one_projection(graph, Path()),
+    "sorted": lambda graph: engine_layers._set_sorted(graph, list(graph.node)[::-1]),
 }
 
 
@@ -88,7 +88,7 @@ def test_new_rows_that_a_body_reads_are_renamed_there() -> None:
             captured("c1", "rows")]
     made = model(mask, [weight("w1", 4, 4), weight("zero"), weight("c1", 4)], "new.0.s", "y")
     before = run(made)
-    assert trt_fuse.unmasked_rows(made.graph) == 1
+    assert engine_fuse.unmasked_rows(made.graph) == 1
     assert "rows" not in passes.reads(made.graph.node[-1]) and "new.0.s" in passes.reads(made.graph.node[-1])
     after = run(made)
     np.testing.assert_array_equal(before[1], after[1])
@@ -105,7 +105,7 @@ def test_a_projection_whose_inside_a_body_reads_stays(inside: str | None) -> Non
     weights = [w for part in ("q_proj", "k_proj") for w in (weight(f"{part}.w", 4, 4), weight(f"{part}.b", 4))]
     graph = model(made, [*weights, weight("c1", 4)], "z", "y")
     before = run(graph)
-    merged = trt_fuse.one_projection(graph.graph, Path())
+    merged = engine_fuse.one_projection(graph.graph, Path())
     assert bool(merged) == (inside != "product")
     for a, b in zip(before, run(graph), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -126,4 +126,4 @@ def test_a_shape_that_follows_from_a_captured_length_is_named() -> None:
     body = helper.make_graph([helper.make_node("Identity", ["past_length"], ["n"])], "b", [], [helper.make_tensor_value_info("n", TensorProto.INT64, [1])])
     graph = helper.make_graph([helper.make_node("If", ["flag"], ["length"], name="choice", then_branch=body, else_branch=body),
                                helper.make_node("ConstantOfShape", ["length"], ["z"], name="zeros")], "g", [], [])  # fmt: skip
-    assert trt_graph.data_dependent_shapes(graph) == ["zeros"]
+    assert trt_parser.data_dependent_shapes(graph) == ["zeros"]

@@ -250,7 +250,7 @@ def test_caches_that_do_not_fit_are_refused_in_one_line(tiny_bundle):
 def test_cuda_libraries_of_pip_are_loaded_in_order_and_others_are_not(tmp_path, monkeypatch):
     import types
 
-    from sessa_deploy.runtime.ort import backend as ort
+    from sessa_deploy.runtime.ort import session as ort
 
     wanted = ["nvidia/cu13/lib/libcudart.so.13", "nvidia/cu13/lib/libcublasLt.so.13", "nvidia/cu13/lib/libcurand.so.10", "nvidia/cudnn/lib/libcudnn.so.9"]
     others = ["nvidia/cublas/lib/libcublasLt.so.12", "nvidia/curand/lib/libcurand.so.10", "nvidia/cu13/lib/libcufft.so.12"]

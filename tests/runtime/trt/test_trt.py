@@ -18,12 +18,12 @@ from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime import engines
 from sessa_deploy.runtime.bundle import Bundle, add_files, write_bundle
+from sessa_deploy.runtime.device.kernels import images
 from sessa_deploy.runtime.ort.backend import OrtBackend
 from sessa_deploy.runtime.session import Session
 from sessa_deploy.runtime.trt import api as trt_api
 from sessa_deploy.runtime.trt import plan as trt_plan
 from sessa_deploy.runtime.trt.backend import TrtBackend
-from sessa_deploy.runtime.trt.kernels import images
 
 BATCH, CAPACITY, CHUNK = 3, 48, 8
 
@@ -121,6 +121,37 @@ def test_text_equals_onnx_runtimes_with_and_without_a_graph(build: Callable[...,
         with Session(bundle, backend) as session:
             assert [g.tokens for g in session.generate(prompts, 20)] == wanted
         assert (cuda.replays > 0) == graph and cuda.closed
+
+
+@pytest.mark.parametrize("alignment", [256, 4096])
+def test_one_sequence_alone_equals_onnx_runtime_s(
+    build: Callable[..., Any], bundles: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, alignment: int
+) -> None:
+    """By a context at batch 1 on that sequence's own rows, or, where these are not aligned as TensorRT asks, by a step in which the others stand still."""
+    monkeypatch.setattr(TrtBackend, "row_alignment", alignment)
+    backend, cuda, _ = build()
+    reference = OrtBackend(bundles("fp32"), batch=BATCH, capacity=CAPACITY, threads=1)
+    rng, one = np.random.default_rng(3), np.ones(BATCH, np.int32)
+    for _ in range(2):
+        backend.poison()
+        rows = [(0, 11), (2, 1), (2, 9)]
+        for row, tokens in rows:
+            ids = rng.integers(0, 257, tokens)
+            np.testing.assert_allclose(backend.step_row(row, ids), reference.step_row(row, ids), rtol=1e-5, atol=1e-5)
+        ids = rng.integers(0, 257, (BATCH, 1))
+        for each in (backend, reference):
+            each.copy_row(0, 1, 5)
+        for _ in range(2):
+            np.testing.assert_array_equal(backend.step_greedy(ids, one), reference.step_greedy(ids, one))
+        ids = rng.integers(0, 257, (BATCH, 3))
+        np.testing.assert_allclose(backend.step(ids, 3 * one), reference.step(ids, 3 * one), rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(backend.length, reference.length)
+    for row in range(BATCH):
+        for (name, mine), theirs in zip(backend.cached(row).items(), reference.cached(row).values(), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5, err_msg=name)
+    trt = sys.modules["tensorrt"] or sys.modules["tensorrt_rtx"]
+    assert backend._runs_rows() == (alignment == 256) and trt.calls.contexts[0].shapes["past_length"] == (BATCH,)
+    assert cuda.replays == (3 if alignment == 256 else 3 + 4)
 
 
 def test_a_greedy_step_is_one_copy_in_and_none_out(build: Callable[..., Any]) -> None:

@@ -1,4 +1,4 @@
-"""Layers computed by the plugin library alone: everything between embedding and logits becomes nodes that our kernels run.
+"""Layers computed by the library alone: everything between embedding and logits becomes nodes that our kernels run.
 
 TensorRT 8.6 gives a fused region one type. The float32 islands of a 16-bit graph (norm, GELU, gain, rotary positions) then make whole layers float32,
 products included, and its 16-bit products may sum in 16 bits. The library's kernels sum in float32 and round where the graph does. onnx and numpy only.
@@ -113,12 +113,12 @@ def rotary(graph: GraphProto, storage: int) -> dict[str, int] | None:
     return dict.fromkeys(flat, TensorProto.FLOAT)
 
 
-def rewrite(graph: GraphProto, config: SessaConfig, storage: int, folder: Path) -> dict[str, int]:
+def rewrite(graph: GraphProto, config: SessaConfig, storage: int, folder: Path, one_message: bool = True) -> dict[str, int]:
     """Put the library's nodes in place of the layers, the last norm and the product behind it; folder: of the graph's data file.
 
-    storage: ONNX type number. Returns the ONNX types of the new values. Raises Unavailable, with the graph as it was, where `refusal` says why, nodes or
-    weights are not our exporter's, or the merged weights would not fit into one message. Run `trt_fuse.unmasked_rows` before: rows behind new_length[b]
-    are computed, not zeroed.
+    storage: ONNX type number. one_message: the merged weights travel inside the graph's message. Returns the ONNX types of the new values. Raises
+    Unavailable, with the graph as it was, where `refusal` says why, nodes or weights are not our exporter's, or the merged weights would not fit into one
+    message. Run `fuse.unmasked_rows` before: rows behind new_length[b] are computed, not zeroed.
     """
     wrong = refusal(graph, config)
     if wrong is not None:
@@ -129,7 +129,7 @@ def rewrite(graph: GraphProto, config: SessaConfig, storage: int, folder: Path) 
         _layer(work, layer, tables)
     _logits(work)
     size = sum(len(x.raw_data) for x in (*work.weights, *graph.initializer))
-    if size > _MESSAGE_LIMIT:
+    if one_message and size > _MESSAGE_LIMIT:
         raise Unavailable(f"{size / 1e9:.1f} GB of merged weights, a message holds {_MESSAGE_LIMIT / 1e9:.1f} GB")
     made = {x for n in work.made for x in n.output}
     nodes = [n for n in graph.node if made.isdisjoint(n.output)] + work.made

@@ -12,8 +12,9 @@ import pytest
 
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.export.trt import fuse as trt_fuse
-from sessa_deploy.export.trt import graph as trt_graph
+from sessa_deploy.export.engine import fuse as engine_fuse
+from sessa_deploy.export.engine import graph as engine_graph
+from sessa_deploy.export.trt import parser as trt_parser
 
 CONFIG = SessaConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, max_context=32)
 
@@ -40,7 +41,7 @@ def run(model: onnx.ModelProto, functions: Path, precision: str) -> dict[str, np
 
     used = {n.op_type for n in model.graph.node}
     del model.functions[:]
-    model.functions.extend(f for f in trt_graph.load(functions).functions if f.name in used)
+    model.functions.extend(f for f in engine_graph.load(functions).functions if f.name in used)
     onnx.checker.check_model(model)
     rng, storage = np.random.default_rng(0), np.dtype(contract.PRECISIONS[precision].numpy)
     feeds: dict[str, Any] = {contract.INPUT_IDS: rng.integers(0, 61, (2, 3)), contract.PAST_LENGTH: np.array([4, 0], np.int32),
@@ -54,14 +55,14 @@ def run(model: onnx.ModelProto, functions: Path, precision: str) -> dict[str, np
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_session_sees_the_same_numbers(model: Callable[..., Path], precision: str) -> None:
     path = model(precision)
-    plain, spared = (trt_graph.prepare(trt_graph.load(path)) for _ in range(2))
+    plain, spared = (engine_graph.prepare(engine_graph.load(path)) for _ in range(2))
     before = len(spared.model.graph.node)
-    assert trt_fuse.unmasked_rows(spared.model.graph) == 8
-    same = trt_fuse.one_projection(spared.model.graph, path.parent)
+    assert engine_fuse.unmasked_rows(spared.model.graph) == 8
+    same = engine_fuse.one_projection(spared.model.graph, path.parent)
     assert len(same) == 4 and all(old in spared.types for old in same.values())
     assert len(spared.model.graph.node) < before - 8 - 2 * 2 * 3
     assert sum(n.op_type == "MatMul" for n in spared.model.graph.node) == sum(n.op_type == "MatMul" for n in plain.model.graph.node) - 2 * 3
-    assert trt_graph.complaints(spared.model, (8, 6, 0)) == []
+    assert trt_parser.complaints(spared.model, (8, 6, 0)) == []
     wanted, found = run(plain.model, path, precision), run(spared.model, path, precision)
     for name, value in wanted.items():
         counts = (3, 2) if name != contract.LOGITS else (1, 1)
@@ -72,13 +73,13 @@ def test_a_session_sees_the_same_numbers(model: Callable[..., Path], precision: 
 
 def test_weights_beside_the_graph_are_found_and_large_ones_left_alone(model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = model("fp32", 0)
-    prepared = trt_graph.prepare(trt_graph.load(path))
+    prepared = engine_graph.prepare(engine_graph.load(path))
     external = [x for x in prepared.model.graph.initializer if x.data_location == onnx.TensorProto.EXTERNAL]
     assert external
-    monkeypatch.setattr(trt_fuse, "_INLINE_LIMIT", 100)
-    assert trt_fuse.one_projection(prepared.model.graph, path.parent) == {}
+    monkeypatch.setattr(engine_fuse, "_INLINE_LIMIT", 100)
+    assert engine_fuse.one_projection(prepared.model.graph, path.parent) == {}
     monkeypatch.undo()
-    assert len(trt_fuse.one_projection(prepared.model.graph, path.parent)) == 4
+    assert len(engine_fuse.one_projection(prepared.model.graph, path.parent)) == 4
     merged = {x.name: x for x in prepared.model.graph.initializer}["layers.0.mixer.projections.weight"]
     assert list(merged.dims) == [16, 16 + 8 + 8 + 32]
     assert not any("q_proj" in x.name for x in prepared.model.graph.initializer)

@@ -1,9 +1,9 @@
-"""Everything a TensorRT session keeps on the GPU: caches at full capacity, one step's rows, ids, lengths and logits, and the kernels between them."""
+"""Everything a session keeps on the GPU: caches at full capacity, one step's rows, ids, lengths and logits, and the kernels between them."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,20 @@ from sessa_deploy.contract import (
     past_name,
 )
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.trt.kernels import APPEND, ARGMAX, FINISH, Image
+from sessa_deploy.runtime.device.kernels import APPEND, ARGMAX, FINISH, Image
 
 _NAN_WORD = {"fp32": 0x7FC00000, "fp16": 0x7E007E00, "bf16": 0x7FC07FC0}
 _WORD, _ALIGNMENT = 4, 16
 _TENSOR_ALIGNMENT = 256  # bytes, of an input or output of an engine
+_MOST_FRESH = 2 << 30  # bytes of new rows that a step may make
+
+
+class Extent(NamedTuple):
+    """What a step computes: `tokens` new rows of each of `batch` sequences. row: that sequence alone, on its own rows of the caches; None: all of them."""
+
+    batch: int
+    tokens: int
+    row: int | None = None
 
 
 class Entry:
@@ -40,21 +49,31 @@ class Entry:
         self.cache = self.fresh = 0
 
 
-def check_rows(config: SessaConfig, precision: str) -> None:
-    """Raise UserError unless D is within what the kernels hold and every cached row a multiple of 16 bytes, which they rely on."""
+def check_rows(config: SessaConfig, precision: str, engine: str = "TensorRT", fix: str = "use --backend ort") -> None:
+    """Raise UserError unless D is within what the kernels hold and every cached row a multiple of 16 bytes, which they rely on.
+
+    engine: what wants them; fix: what runs instead.
+    """
     for field in ("k_f", "k_b"):
         row = int(np.prod(cache_row_shape(field, config.d_model, config.kv_heads, config.head_dim))) * PRECISIONS[precision].itemsize
         if row % _ALIGNMENT or (field == "k_b" and (config.d_model % WIDTH_MULTIPLE or config.d_model > MAX_WIDTH)):
             got = f"d_model={config.d_model}, n_kv_heads={config.kv_heads}, {precision}: {field} rows of {row} bytes"
             allowed = f"d_model a multiple of {WIDTH_MULTIPLE} up to {MAX_WIDTH}, cached rows of a multiple of {_ALIGNMENT} bytes"
-            raise UserError("this model's width does not run in TensorRT", got=got, allowed=allowed, fix="use --backend ort")  # fmt: skip
+            raise UserError(f"this model's width does not run in {engine}", got=got, allowed=allowed, fix=fix)  # fmt: skip
+
+
+def most_tokens(config: SessaConfig, precision: str, tokens: int) -> int:
+    """Tokens, of all sequences together, whose new rows a step may make: `tokens`, or fewer where they would take more than 2 GiB."""
+    item = PRECISIONS[precision].itemsize
+    row = sum(Entry(layer, field, config, item).row for layer, field in cache_entries(config.n_layers))
+    return max(1, min(tokens, _MOST_FRESH // row))
 
 
 class Buffers:
-    """Device and page-locked memory of `batch` sequences of `capacity` rows, steps of at most `chunk` tokens.
+    """Device and page-locked memory of `batch` sequences of `capacity` rows, steps of at most `chunk` tokens a sequence, batch * chunk of one alone.
 
-    id_dtype: numpy's name of the type the engine takes token ids in. all_logits: the engine
-    gives (B,T,V), not (B,V). cuda: a sessa_deploy.cuda.Cuda. kernels: from trt_kernels.images.
+    id_dtype: numpy's name of the type the engine takes token ids in. all_logits: the engine gives (B,T,V), not (B,V). cuda: a sessa_deploy.cuda.Cuda.
+    kernels: from runtime.device.kernels.images.
     """
 
     def __init__(self, cuda: Any, config: SessaConfig, precision: str, batch: int, capacity: int, chunk: int, id_dtype: str, kernels: dict[str, Image],
@@ -76,49 +95,63 @@ class Buffers:
         self._logits_size = 4 * batch * config.vocab_size * (chunk if all_logits else 1)
         self.logits, self._all_logits = cuda.allocate(self._logits_size), all_logits
         self._best, self._where = cuda.allocate(4 * batch * self._splits), cuda.allocate(4 * batch * self._splits)
-        self._table = cuda.allocate(24 * len(self.entries))
         self._host_fed = self._host(self._ids_at + batch * chunk * self.id_type.itemsize, np.uint8)
         self._host_new, self._host_ids = self._host_fed[: 4 * batch].view(np.int32), self._host_fed[self._ids_at :].view(self.id_type)
         self._host_length, self._host_picked = (self._host(batch, np.int32) for _ in range(2))
         self._host_logits = self._host(batch * config.vocab_size, np.float32)
-        table = self._host(3 * len(self.entries), np.int64)
-        table[:] = [word for e in self.entries for word in (e.fresh, e.cache, e.row // _WORD)]
-        cuda.to_device(self._table, table.ctypes.data, table.nbytes)
+        # one table for all sequences, then one for each alone
+        tables = self._host(3 * len(self.entries) * (batch + 1), np.int64)
+        self._table_size = 24 * len(self.entries)
+        self._table = cuda.allocate(tables.nbytes)
+        tables[:] = [word for row in (None, *range(batch)) for e in self.entries for word in (e.fresh, self._cache(e, row), e.row // _WORD)]
+        cuda.to_device(self._table, tables.ctypes.data, tables.nbytes)
         cuda.wait()
         self._kernels = {name: cuda.kernel(k.data, k.entry, k.warps, k.shared, k.params) for name, k in kernels.items()}
 
-    def addresses(self) -> dict[str, int]:
-        """Graph name -> device address, of every input and output."""
-        pairs = {e.past: e.cache for e in self.entries} | {e.new: e.fresh for e in self.entries}
+    def addresses(self, row: int | None = None) -> dict[str, int]:
+        """Graph name -> device address, of every input and output; of a step of one sequence alone its caches'."""
+        pairs = {e.past: self._cache(e, row) for e in self.entries} | {e.new: e.fresh for e in self.entries}
         return {INPUT_IDS: self.ids, PAST_LENGTH: self.length, NEW_LENGTH: self.new, LOGITS: self.logits, **pairs}
 
-    def shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """Graph name -> shape of every input of a step over `tokens` tokens."""
-        pasts = {e.past: (self.batch, self.capacity, *e.shape) for e in self.entries}
-        return {INPUT_IDS: (self.batch, tokens), PAST_LENGTH: (self.batch,), NEW_LENGTH: (self.batch,), **pasts}
+    def shapes(self, step: Extent) -> dict[str, tuple[int, ...]]:
+        """Graph name -> shape of every input of a step."""
+        pasts = {e.past: (step.batch, self.capacity, *e.shape) for e in self.entries}
+        return {INPUT_IDS: (step.batch, step.tokens), PAST_LENGTH: (step.batch,), NEW_LENGTH: (step.batch,), **pasts}
+
+    def output_shapes(self, step: Extent) -> dict[str, tuple[int, ...]]:
+        """Graph name -> shape of every output of a step."""
+        rows = (step.batch, step.tokens) if self._all_logits else (step.batch,)
+        return {LOGITS: (*rows, self.config.vocab_size), **{e.new: (step.batch, step.tokens, *e.shape) for e in self.entries}}
+
+    def aligned(self, alignment: int = _TENSOR_ALIGNMENT) -> bool:
+        """Whether every sequence's rows of every cache begin at a multiple of `alignment` bytes, as an engine asks of an input of its own."""
+        return all(self.capacity * e.row % alignment == 0 for e in self.entries)
 
     def set_length(self, length: NDArray[np.int32]) -> None:
-        """Tell the device the lengths (B,); only needed where they did not come about by steps."""
-        self._host_length[:] = length
-        self.cuda.to_device(self.length, self._host_length.ctypes.data, 4 * self.batch)
+        """Tell the device the lengths (N,) of the sequences of a step; only needed where they did not come about by steps."""
+        self._host_length[: len(length)] = length
+        self.cuda.to_device(self.length, self._host_length.ctypes.data, 4 * len(length))
 
     def put(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> None:
-        """Lay ids (B,T) and new_length (B,) where `feed` takes them from. The step before must be over."""
+        """Lay ids (N,T) and new_length (N,) where `feed` takes them from. The step before must be over."""
         self._host_ids[: ids.size] = ids.reshape(-1)
-        self._host_new[:] = new
+        self._host_new[: len(new)] = new
 
-    def feed(self, tokens: int) -> None:
+    def feed(self, step: Extent) -> None:
         """Enqueue what was put to the device."""
-        self.cuda.to_device(self.new, self._host_fed.ctypes.data, self._ids_at + self.batch * tokens * self.id_type.itemsize)
+        self.cuda.to_device(self.new, self._host_fed.ctypes.data, self._ids_at + step.batch * step.tokens * self.id_type.itemsize)
 
-    def finish(self, tokens: int) -> None:
+    def finish(self, step: Extent) -> None:
         """Enqueue what follows the engine: append its new rows, pick the most likely tokens, advance the lengths.
 
-        The last kernel writes the tokens to the host's memory itself: a copy of its own would cost a decode step some microseconds.
+        The last kernel writes the tokens to the host's memory itself: a copy of its own would cost a decode step some microseconds. With all logits
+        and several tokens what is picked means nothing.
         """
-        ptr = "ptr"
-        batch, lengths = self.batch, ((ptr, self.length), (ptr, self.new))
-        self.cuda.launch(self._kernels[APPEND], (tokens, batch, len(self.entries)), ((ptr, self._table), *lengths, ("i32", tokens), ("i32", self.capacity)))
+        ptr, batch = "ptr", step.batch
+        lengths = ((ptr, self.length), (ptr, self.new))
+        table = self._table + (0 if step.row is None else (1 + step.row) * self._table_size)
+        self.cuda.launch(self._kernels[APPEND], (step.tokens, batch, len(self.entries)),
+                         ((ptr, table), *lengths, ("i32", step.tokens), ("i32", self.capacity)))
         self.cuda.launch(self._kernels[ARGMAX], (batch, self._splits, 1),
                          ((ptr, self.logits), (ptr, self._best), (ptr, self._where), ("i32", self.config.vocab_size)))
         picked = (ptr, self._host_picked.ctypes.data)
@@ -130,26 +163,26 @@ class Buffers:
         return self._host_picked.astype(np.int64)
 
     def get_logits(self, new: NDArray[np.int32], tokens: int) -> NDArray[np.float32]:
-        """Wait for a step of new (B,) among `tokens` rows; the logits (B,V) of each sequence's last."""
-        target, row = self._host_logits.ctypes.data, 4 * self.config.vocab_size
+        """Wait for a step of new (N,) among `tokens` rows; the logits (N,V) of each sequence's last."""
+        target, row, count = self._host_logits.ctypes.data, 4 * self.config.vocab_size, len(new)
         if not self._all_logits or tokens == 1:
-            self.cuda.to_host(target, self.logits, self._host_logits.nbytes)
+            self.cuda.to_host(target, self.logits, count * row)
         else:
             for b in np.flatnonzero(new).tolist():
                 self.cuda.to_host(target + b * row, self.logits + (b * tokens + int(new[b]) - 1) * row, row)
         self.cuda.wait()
-        return self._host_logits.reshape(self.batch, -1).copy()
+        return self._host_logits.reshape(self.batch, -1)[:count].copy()
 
-    def every_logits(self, tokens: int) -> NDArray[np.float32]:
-        """Wait for a step of `tokens` rows of an engine with all logits; its logits (B,tokens,V)."""
-        raw = self.cuda.read(self.logits, 4 * self.batch * tokens * self.config.vocab_size)
-        return np.frombuffer(raw, np.float32).reshape(self.batch, tokens, -1)
+    def every_logits(self, batch: int, tokens: int) -> NDArray[np.float32]:
+        """Wait for a step of `tokens` rows of `batch` sequences of an engine with all logits; its logits (batch,tokens,V)."""
+        raw = self.cuda.read(self.logits, 4 * batch * tokens * self.config.vocab_size)
+        return np.frombuffer(raw, np.float32).reshape(batch, tokens, -1)
 
     def rows(self, sequence: int, length: int) -> dict[str, NDArray[np.generic]]:
         """Copies of one sequence's first `length` rows by graph name; bfloat16 comes as float32."""
         found: dict[str, NDArray[np.generic]] = {}
         for entry in self.entries:
-            raw = self.cuda.read(entry.cache + sequence * self.capacity * entry.row, length * entry.row)
+            raw = self.cuda.read(self._cache(entry, sequence), length * entry.row)
             if self.precision == "bf16":
                 flat: NDArray[Any] = (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
             else:
@@ -157,15 +190,24 @@ class Buffers:
             found[entry.past] = flat.reshape(length, *entry.shape).copy()
         return found
 
+    def copy_rows(self, source: int, target: int, length: int) -> None:
+        """Enqueue a copy of the first `length` rows of one sequence's caches over another's."""
+        for entry in self.entries:
+            size = length * entry.row
+            self.cuda.copy(self._cache(entry, target), size, self._cache(entry, source), size, size, 1)
+
     def poison(self, length: NDArray[np.int32]) -> None:
         """NaN into every cache row at or beyond its sequence's length, and into the new rows and logits of the step before."""
         word = _NAN_WORD[self.precision]
         for entry in self.entries:
             for b, rows in enumerate(length):
-                at = (b * self.capacity + int(rows)) * entry.row
-                self.cuda.fill(entry.cache + at, word, (self.capacity - int(rows)) * entry.row // _WORD)
+                self.cuda.fill(self._cache(entry, b) + int(rows) * entry.row, word, (self.capacity - int(rows)) * entry.row // _WORD)
             self.cuda.fill(entry.fresh, word, self.batch * self.chunk * entry.row // _WORD)
         self.cuda.fill(self.logits, _NAN_WORD["fp32"], self._logits_size // _WORD)
+
+    def _cache(self, entry: Entry, row: int | None) -> int:
+        """Address of a cache, or of one sequence's part of it."""
+        return entry.cache + (row or 0) * self.capacity * entry.row
 
     def _host(self, count: int, kind: Any) -> NDArray[Any]:
         """A page-locked array; it lives as long as `cuda`."""

@@ -14,9 +14,9 @@ import pytest
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
-from sessa_deploy.export.trt import fuse as trt_fuse
-from sessa_deploy.export.trt import graph as trt_graph
-from sessa_deploy.export.trt import layers as trt_layers
+from sessa_deploy.export.engine import fuse as engine_fuse
+from sessa_deploy.export.engine import graph as engine_graph
+from sessa_deploy.export.engine import layers as engine_layers
 
 SIZES = {"two heads a key": {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "layer_norm_eps": 0.3}, "one head": {"d_model": 16, "n_heads": 1},
          "wide heads": {"d_model": 272, "n_heads": 2}}  # fmt: skip
@@ -137,11 +137,11 @@ def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_lo
 
     config = SessaConfig(n_layers=2, vocab_size=61, max_context=32, **SIZES[size])
     path = exported(tmp_path, config, all_logits, inline_limit=0)
-    prepared = trt_graph.prepare(trt_graph.load(path), trt_graph.PLUGIN_OPS)
+    prepared = engine_graph.prepare(engine_graph.load(path), engine_graph.PLUGIN_OPS)
     graph = prepared.model.graph
-    trt_fuse.unmasked_rows(graph)
-    assert trt_layers.rotary(graph, onnx.TensorProto.FLOAT) is not None
-    types = trt_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent)
+    engine_fuse.unmasked_rows(graph)
+    assert engine_layers.rotary(graph, onnx.TensorProto.FLOAT) is not None
+    types = engine_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent)
     assert types is not None and contract.LOGITS not in {n.op_type for n in graph.node}
     counts = Counter(n.op_type for n in graph.node)
     assert counts[contract.NORM_OP] == 1 and counts[contract.TAIL_OP] == counts[contract.NORM_ENTER_OP] == counts[contract.PROJECT_GAIN_OP] == 2
@@ -173,11 +173,11 @@ def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_lo
 def test_attentions_with_a_scale_of_their_own_are_not_merged(tmp_path: Path, op: str) -> None:
     config = SessaConfig(n_layers=1, vocab_size=11, max_context=8, d_model=32, n_heads=2)
     path = exported(tmp_path, config)
-    graph = trt_graph.prepare(trt_graph.load(path)).model.graph
-    assert trt_layers.rotary(graph, onnx.TensorProto.FLOAT) is not None
+    graph = engine_graph.prepare(engine_graph.load(path)).model.graph
+    assert engine_layers.rotary(graph, onnx.TensorProto.FLOAT) is not None
     node = next(n for n in graph.node if n.op_type == op)
     next(a for a in node.attribute if a.name == contract.ATTR_SCALE).f = 0.5
-    assert trt_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent) is not None
+    assert engine_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent) is not None
     counts = Counter(n.op_type for n in graph.node)
     assert counts[contract.MIXER_OP] == 0 and counts[contract.LINEAR_HEADS_OP] == counts[contract.CAUSAL_OP] == counts[contract.FEEDBACK_OP] == 1
 
@@ -188,11 +188,11 @@ def test_layers_without_kernels_stay_tensorrts(tmp_path: Path) -> None:
     for i, (wrong, reason) in enumerate(cases):
         config = SessaConfig(n_layers=1, vocab_size=11, max_context=8, **wrong)
         path = exported(tmp_path / str(i), config)
-        model = trt_graph.prepare(trt_graph.load(path), trt_graph.PLUGIN_OPS).model
-        assert (trt_layers.rotary(model.graph, onnx.TensorProto.FLOAT) is None) == (not config.use_forward_rope)
+        model = engine_graph.prepare(engine_graph.load(path), engine_graph.PLUGIN_OPS).model
+        assert (engine_layers.rotary(model.graph, onnx.TensorProto.FLOAT) is None) == (not config.use_forward_rope)
         before = model.SerializeToString()
-        with pytest.raises(trt_layers.Unavailable, match=reason):
-            trt_layers.rewrite(model.graph, config, onnx.TensorProto.FLOAT, path.parent)
+        with pytest.raises(engine_layers.Unavailable, match=reason):
+            engine_layers.rewrite(model.graph, config, onnx.TensorProto.FLOAT, path.parent)
         assert model.SerializeToString() == before
 
 
@@ -203,8 +203,8 @@ SMALL = SessaConfig(n_layers=1, vocab_size=11, max_context=8, d_model=16, n_head
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     """(folder, prepared graph with rotary tables) of one small model."""
     path = exported(tmp_path_factory.mktemp("small"), SMALL)
-    model = trt_graph.prepare(trt_graph.load(path)).model
-    assert trt_layers.rotary(model.graph, onnx.TensorProto.FLOAT) is not None
+    model = engine_graph.prepare(engine_graph.load(path)).model
+    assert engine_layers.rotary(model.graph, onnx.TensorProto.FLOAT) is not None
     return path.parent, model.SerializeToString()
 
 
@@ -214,8 +214,8 @@ def refused(small: tuple[Path, bytes], config: SessaConfig = SMALL, lost: str = 
     for node in model.graph.node:
         node.name = "renamed" if node.name == lost else node.name
     before = model.SerializeToString()
-    with pytest.raises(trt_layers.Unavailable) as caught:
-        trt_layers.rewrite(model.graph, config, onnx.TensorProto.FLOAT, small[0])
+    with pytest.raises(engine_layers.Unavailable) as caught:
+        engine_layers.rewrite(model.graph, config, onnx.TensorProto.FLOAT, small[0])
     assert model.SerializeToString() == before
     return str(caught.value)
 
@@ -227,11 +227,11 @@ def test_every_reason_is_named(small: tuple[Path, bytes], monkeypatch: pytest.Mo
     assert refused(small, dataclasses.replace(SMALL, n_kv_heads=1)) == "Hkv x head width: got 8; allowed: a multiple of 16 up to 65536"
     assert refused(small, dataclasses.replace(SMALL, d_model=4112)) == "width D: got 4112; allowed: a multiple of 16 up to 4096"
     assert refused(small, dataclasses.replace(SMALL, n_layers=2)) == "1 of 2 layers have SessaFeedbackAttention as a plugin"
-    monkeypatch.setattr(trt_layers, "_MESSAGE_LIMIT", 1000)
+    monkeypatch.setattr(engine_layers, "_MESSAGE_LIMIT", 1000)
     assert refused(small).endswith("GB of merged weights, a message holds 0.0 GB")
 
 
 def test_numbers_that_a_node_cannot_hold_are_refused(small: tuple[Path, bytes]) -> None:
     graph = onnx.ModelProto.FromString(small[1]).graph
     with pytest.raises(UserError, match="attribute epsilon of SessaNormEnter is out of range: got 1e-60; allowed: a finite number above 0"):
-        trt_layers.rewrite(graph, dataclasses.replace(SMALL, layer_norm_eps=1e-60), onnx.TensorProto.FLOAT, small[0])
+        engine_layers.rewrite(graph, dataclasses.replace(SMALL, layer_norm_eps=1e-60), onnx.TensorProto.FLOAT, small[0])

@@ -1,19 +1,18 @@
-"""The kernels around a decode step, out of the plugin library (or a folder that `python -m sessa_deploy.plugins.lower` wrote)."""
+"""The kernels around a decode step, out of one of our libraries (or a folder that `python -m sessa_deploy.plugins.lower` wrote)."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sessa_deploy.cuda_arch import ARCHS, mend, nearest
+from sessa_deploy.cuda_arch import mend, nearest
 from sessa_deploy.errors import UserError
 
 APPEND, ARGMAX, FINISH = "decode_append", "decode_argmax", "decode_finish"
-_MEND = "sessa-deploy plugin build"
+_BUILD = "sessa-deploy plugin build"
 
 
 @dataclass(frozen=True)
@@ -35,52 +34,40 @@ class _Cubin(ctypes.Structure):
                 ("shared", ctypes.c_int32), ("params", ctypes.c_int32)]
 
 
-def images(source: Path, arch: int) -> dict[str, Image]:
-    """The three kernels for a GPU of compute capability `arch` (90 for 9.0), from libsessa_plugin.so or a folder of cubins.
+def images(source: Path, arch: int, build: str = _BUILD) -> dict[str, Image]:
+    """The three kernels for a GPU of compute capability `arch` (90 for 9.0), from libsessa_plugin.so, libsessa_ort.so or a folder of cubins.
 
-    Raises UserError if the source is damaged, older than this version, or carries nothing for that GPU.
+    build: the command that builds that library. Raises UserError if the source is damaged, older than this version, or carries nothing for that GPU.
     """
     find = _from_folder if source.is_dir() else _from_library
-    found = {name: find(source, name, arch) for name in (APPEND, ARGMAX, FINISH)}
+    found = {name: find(source, name, arch, build) for name in (APPEND, ARGMAX, FINISH)}
     for name in (ARGMAX, FINISH):
         if found[name].splits < 1:
-            raise UserError(f"the binary of {name} has no tile SPLITS", got=str(source), allowed="kernels of this version", fix=_MEND)
+            raise UserError(f"the binary of {name} has no tile SPLITS", got=str(source), allowed="kernels of this version", fix=build)
     if found[ARGMAX].splits != found[FINISH].splits:
-        raise UserError("the decode kernels do not belong together", got=f"{found[ARGMAX].splits} and {found[FINISH].splits} splits in {source}", fix=_MEND)
+        raise UserError("the decode kernels do not belong together", got=f"{found[ARGMAX].splits} and {found[FINISH].splits} splits in {source}", fix=build)
     return found
 
 
-def architectures(path: Path) -> list[int]:
-    """Compute capabilities that the plugin library carries kernels for or serves, of those there are. Raises UserError where it holds no decode kernels."""
-    served = []
-    for arch in ARCHS:
-        with contextlib.suppress(UserError):
-            _from_library(path, APPEND, arch)
-            served.append(arch)
-    if not served:
-        raise UserError("the plugin library holds no decode kernels", got=str(path), fix=_MEND)
-    return served
-
-
-def _from_library(path: Path, name: str, arch: int) -> Image:
+def _from_library(path: Path, name: str, arch: int, build: str) -> Image:
     try:
         library = ctypes.CDLL(str(path))
         find, tile = library.sessaFindCubin, library.sessaCubinTile
     except (OSError, AttributeError) as error:
-        raise UserError("the plugin library holds no decode kernels", got=f"{path} ({error})", fix=_MEND) from None
+        raise UserError("the plugin library holds no decode kernels", got=f"{path} ({error})", fix=build) from None
     cubin, key = _Cubin(), (name.encode(), ctypes.c_int32(arch), b"fp32", b"any")
     if not find(*key, ctypes.byref(cubin)):
-        raise _no_binary(path, name, arch)
+        raise _no_binary(path, name, arch, build)
     return Image(ctypes.string_at(cubin.data, cubin.size), cubin.entry.decode(), cubin.warps, cubin.shared, cubin.params, max(tile(*key, b"SPLITS"), 0))
 
 
-def _from_folder(path: Path, name: str, arch: int) -> Image:
+def _from_folder(path: Path, name: str, arch: int, build: str) -> Image:
     try:
         rows = json.loads((path / "cubins.json").read_text(encoding="utf-8"))["cubins"]
         mine = {int(r["arch"]): r for r in rows if r["kernel"] == name}
         best = nearest(mine, arch)
         if best is None:
-            raise _no_binary(path, name, arch)
+            raise _no_binary(path, name, arch, build)
         row = mine[best]
         data = (path / row["file"]).read_bytes()
         if hashlib.sha256(data).hexdigest() != row["sha256"]:
@@ -90,5 +77,5 @@ def _from_folder(path: Path, name: str, arch: int) -> Image:
         raise UserError("that folder holds no cubins", got=f"{path} ({error})", fix=f"python -m sessa_deploy.plugins.lower --out {path}") from None
 
 
-def _no_binary(path: Path, name: str, arch: int) -> UserError:
-    return UserError(f"no binary of {name} for this GPU", got=f"sm_{arch} in {path}", fix=mend(arch))
+def _no_binary(path: Path, name: str, arch: int, build: str) -> UserError:
+    return UserError(f"no binary of {name} for this GPU", got=f"sm_{arch} in {path}", fix=mend(arch).replace(_BUILD, build))

@@ -1,4 +1,4 @@
-"""Work that a TensorRT engine is spared: rewrites of the prepared graph after which a session computes the same tokens with fewer kernels. onnx only."""
+"""Work that an engine is spared: rewrites of the prepared graph after which a session computes the same tokens with fewer kernels. onnx only."""
 
 from __future__ import annotations
 

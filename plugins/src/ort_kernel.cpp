@@ -1,0 +1,301 @@
+// An operation in a session of ONNX Runtime: attributes, types, shapes, workspace; launcher.cpp does the work.
+#include "ort.h"
+
+#include <array>
+#include <cstring>
+
+namespace sessa::ort
+{
+namespace
+{
+
+std::string nameOf(ONNXTensorElementDataType type)
+{
+    switch (type)
+    {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return "float32";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return "float16";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return "bfloat16";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32: return "int32";
+    default: return "ONNX type " + std::to_string(static_cast<int32_t>(type));
+    }
+}
+
+// The node's name for a message, "" where it has none.
+std::string nodeName(OrtApi const& api, OrtKernelInfo const& info)
+{
+    size_t size = 0;
+    if (!answered(api, api.KernelInfo_GetNodeName(&info, nullptr, &size)) || size < 2)
+    {
+        return "";
+    }
+    std::string name(size, '\0');
+    if (!answered(api, api.KernelInfo_GetNodeName(&info, name.data(), &size)))
+    {
+        return "";
+    }
+    return "node " + std::string(name.c_str()) + ": ";
+}
+
+// Whether the node has an attribute of that name which is no number of the right kind: the API has no word for that, so every other kind is tried.
+bool otherwise(OrtApi const& api, OrtKernelInfo const& info, char const* name)
+{
+    float real = 0;
+    int64_t whole = 0;
+    size_t reals = 0;
+    size_t wholes = 0;
+    size_t characters = 0;
+    bool const any[]{answered(api, api.KernelInfoGetAttribute_float(&info, name, &real)),
+        answered(api, api.KernelInfoGetAttribute_int64(&info, name, &whole)),
+        answered(api, api.KernelInfoGetAttribute_string(&info, name, nullptr, &characters)),
+        answered(api, api.KernelInfoGetAttributeArray_float(&info, name, nullptr, &reals)) && reals > 0,
+        answered(api, api.KernelInfoGetAttributeArray_int64(&info, name, nullptr, &wholes)) && wholes > 0};
+    return any[0] || any[1] || any[2] || any[3] || any[4];
+}
+
+bool readAttributes(OrtApi const& api, OrtKernelInfo const& info, Op const& op, Attributes& attributes, std::string& error)
+{
+    for (int32_t i = 0; i < op.attributes; ++i)
+    {
+        Attribute const& one = op.attribute[i];
+        float value = 0;
+        if (answered(api, api.KernelInfoGetAttribute_float(&info, one.name, &value)))
+        {
+            attributes.numbers.*one.field = value;
+        }
+        else if (otherwise(api, info, one.name))
+        {
+            error = std::string("attribute ") + one.name + ": allowed: one float32";
+            return false;
+        }
+    }
+    int64_t storage = 0;
+    if (answered(api, api.KernelInfoGetAttribute_int64(&info, kFieldStorage, &storage)))
+    {
+        bool const fits = storage == static_cast<int32_t>(storage);
+        attributes.storage = static_cast<Storage>(fits ? static_cast<int32_t>(storage) : -1);
+    }
+    else if (otherwise(api, info, kFieldStorage))
+    {
+        error = std::string("attribute ") + kFieldStorage + ": allowed: one integer";
+        return false;
+    }
+    return attributes.check(op, error);
+}
+
+} // namespace
+
+OrtStatus* refuse(OrtApi const& api, OrtErrorCode code, Op const& op, std::string const& text) noexcept
+try
+{
+    return api.CreateStatus(code, (std::string(op.name) + ": " + (text.empty() ? "out of memory" : text)).c_str());
+}
+catch (...)
+{
+    return api.CreateStatus(ORT_FAIL, op.name);
+}
+
+ONNXTensorElementDataType typeOf(Operand const& operand, Storage storage) noexcept
+{
+    switch (operand.kind)
+    {
+    case Kind::kFloat: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    case Kind::kInt: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+    case Kind::kStorage: break;
+    }
+    return static_cast<ONNXTensorElementDataType>(storage); // the numbers are ONNX's
+}
+
+void Inputs::add(OrtApi const& api, OrtTensorTypeAndShapeInfo const& info)
+{
+    ONNXTensorElementDataType type{};
+    size_t rank = 0;
+    must(api.GetTensorElementType(&info, &type));
+    must(api.GetDimensionsCount(&info, &rank));
+    mTypes.push_back(type);
+    mRanks.push_back(static_cast<int32_t>(rank));
+    mDims.resize(mDims.size() + rank);
+    must(api.GetDimensions(&info, mDims.data() + mDims.size() - rank, rank));
+}
+
+std::vector<Shape> Inputs::shapes() const
+{
+    std::vector<Shape> found;
+    int64_t const* at = mDims.data();
+    for (int32_t const rank : mRanks)
+    {
+        found.push_back({at, rank});
+        at += rank;
+    }
+    return found;
+}
+
+Kernel::Kernel(CustomOp const& custom, OrtApi const& api, OrtKernelInfo const& info)
+    : mApi(api)
+    , mCustom(custom)
+    , mAllocator(nullptr, api.ReleaseAllocator)
+{
+    std::string error;
+    bool const good = readAttributes(api, info, custom.op, mAttributes, error);
+    // ONNX Runtime gives a CPU's lone float16 node to float32 kernels, with casts around it.
+    bool const cast = !custom.device && custom.storage == Storage::kFloat && mAttributes.storage == Storage::kHalf;
+    if (good && mAttributes.storage != Storage::kAny && mAttributes.storage != custom.storage && !cast)
+    {
+        error = std::string(custom.op.operands[0].name) + " is " + nameOf(static_cast<ONNXTensorElementDataType>(custom.storage)) + "; allowed: "
+            + nameOf(static_cast<ONNXTensorElementDataType>(mAttributes.storage)) + ", as attribute " + kFieldStorage + " says";
+    }
+    if (!good || !error.empty())
+    {
+        must(refuse(api, ORT_INVALID_ARGUMENT, custom.op, nodeName(api, info) + error));
+    }
+    judge(info);
+    if (custom.device)
+    {
+        OrtAllocator* allocator = nullptr;
+        must(api.KernelInfoGetAllocator(&info, OrtMemTypeDefault, &allocator));
+        mAllocator.reset(allocator);
+        must(api.AllocatorGetInfo(allocator, &mMemory));
+    }
+}
+
+// Sizes that the graph leaves open, batch, rows and past that is, stand as their least. Where it says less there is nothing to judge before the first call.
+void Kernel::judge(OrtKernelInfo const& info) const
+{
+    Op const& op = mCustom.op;
+    Inputs inputs;
+    for (int32_t i = 0; i < op.inputs; ++i)
+    {
+        OrtTypeInfo* type = nullptr;
+        OrtTensorTypeAndShapeInfo const* tensor = nullptr;
+        if (!answered(mApi, mApi.KernelInfo_GetInputTypeInfo(&info, static_cast<size_t>(i), &type)))
+        {
+            return;
+        }
+        Held<OrtTypeInfo> const held(type, mApi.ReleaseTypeInfo);
+        if (!answered(mApi, mApi.CastTypeInfoToTensorInfo(type, &tensor)) || tensor == nullptr)
+        {
+            return;
+        }
+        inputs.add(mApi, *tensor);
+    }
+    Problem sizes;
+    std::string known;
+    auto const shapes = inputs.shapes();
+    std::vector<std::vector<int64_t>> filled;
+    for (int32_t i = 0; i < op.inputs; ++i)
+    {
+        std::string const letters = op.operands[i].shape;
+        bool const ranked = shapes[i].rank == static_cast<int32_t>(letters.size());
+        for (size_t a = 0; ranked && a < letters.size(); ++a)
+        {
+            if (shapes[i].dims[a] >= 0 && known.find(letters[a]) == std::string::npos)
+            {
+                known += letters[a];
+                *sizes.size(letters[a]) = shapes[i].dims[a];
+            }
+        }
+    }
+    bool open = false;
+    std::vector<Shape> judged;
+    for (int32_t i = 0; i < op.inputs; ++i)
+    {
+        std::string const letters = op.operands[i].shape;
+        auto& dims = filled.emplace_back(shapes[i].dims, shapes[i].dims + shapes[i].rank);
+        bool const unknown = dims.empty(); // a shape that is not known looks like a scalar's, and no operand is one
+        dims.resize(unknown ? letters.size() : dims.size(), -1);
+        for (size_t a = 0; a < letters.size() && a < dims.size(); ++a)
+        {
+            bool const said = known.find(letters[a]) != std::string::npos;
+            if (!said && std::strchr("BTP", letters[a]) == nullptr)
+            {
+                return;
+            }
+            open = open || !said;
+            dims[a] = dims[a] >= 0 ? dims[a] : *sizes.size(letters[a]);
+        }
+        judged.push_back({dims.data(), static_cast<int32_t>(dims.size())});
+    }
+    Problem problem;
+    std::string error;
+    if (!problemOf(op, mAttributes, mCustom.storage, judged.data(), problem, error))
+    {
+        bool const shown = open && error.find(" to match ") != std::string::npos;
+        std::string const least = shown ? "; what the graph leaves open stands here as its least" : "";
+        must(refuse(mApi, ORT_INVALID_ARGUMENT, op, nodeName(mApi, info) + error + least));
+    }
+}
+
+OrtStatus* Kernel::compute(OrtKernelContext& context) const
+{
+    Op const& op = mCustom.op;
+    if (!mCustom.device)
+    {
+        return refuse(mApi, ORT_NOT_IMPLEMENTED, op,
+            "got CPUExecutionProvider; allowed: CUDAExecutionProvider, for NVIDIA GPUs; fix: name that provider when the session is made (pip install "
+            "onnxruntime-gpu), or run the bundle's model.onnx without this library");
+    }
+    Inputs inputs;
+    std::array<void const*, kMaxInputs> in{};
+    for (int32_t i = 0; i < op.inputs; ++i)
+    {
+        OrtValue const* value = nullptr;
+        OrtTensorTypeAndShapeInfo* info = nullptr;
+        void* data = nullptr;
+        must(mApi.KernelContext_GetInput(&context, static_cast<size_t>(i), &value));
+        if (value == nullptr)
+        {
+            return refuse(mApi, ORT_INVALID_ARGUMENT, op, std::string(op.operands[i].name) + " is missing");
+        }
+        must(mApi.GetTensorTypeAndShape(value, &info));
+        Held<OrtTensorTypeAndShapeInfo> const held(info, mApi.ReleaseTensorTypeAndShapeInfo);
+        inputs.add(mApi, *info);
+        ONNXTensorElementDataType const wanted = typeOf(op.operands[i], mCustom.storage);
+        if (inputs.type(i) != wanted)
+        {
+            return refuse(mApi, ORT_INVALID_ARGUMENT, op,
+                std::string(op.operands[i].name) + " is " + nameOf(inputs.type(i)) + "; allowed: " + nameOf(wanted));
+        }
+        must(mApi.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+        in[static_cast<size_t>(i)] = data;
+    }
+    Problem problem;
+    std::string error;
+    if (!problemOf(op, mAttributes, mCustom.storage, inputs.shapes().data(), problem, error))
+    {
+        return refuse(mApi, ORT_INVALID_ARGUMENT, op, error);
+    }
+    std::array<void*, kMaxOutputs> outs{};
+    for (int32_t i = 0; i < op.outputs; ++i)
+    {
+        std::vector<int64_t> dims;
+        for (char const* letter = op.results[i].shape; *letter != 0; ++letter)
+        {
+            dims.push_back(*problem.size(*letter));
+        }
+        OrtValue* value = nullptr;
+        must(mApi.KernelContext_GetOutput(&context, static_cast<size_t>(i), dims.data(), dims.size(), &value));
+        must(mApi.GetTensorMutableData(value, &outs[static_cast<size_t>(i)]));
+    }
+    void* stream = nullptr;
+    must(mApi.KernelContext_GetGPUComputeStream(&context, &stream));
+    size_t const bytes = workspaceSize(problem, error);
+    if (!error.empty())
+    {
+        return refuse(mApi, ORT_FAIL, op, error);
+    }
+    // From the arena that the session's other nodes draw from: in use until the kernels ahead in this stream are through, whoever gets it next. Asked for
+    // again, it is there without a call of CUDA, so that a stream may be captured.
+    void* workspace = nullptr;
+    if (bytes > 0)
+    {
+        must(mApi.KernelContext_GetScratchBuffer(&context, mMemory, bytes, &workspace));
+    }
+    bool const ran = run(problem, {in.data(), outs[0], outs.data()}, workspace, static_cast<CUstream_st*>(stream), error);
+    if (workspace != nullptr)
+    {
+        must(mApi.AllocatorFree(mAllocator.get(), workspace));
+    }
+    return ran ? nullptr : refuse(mApi, ORT_FAIL, op, error);
+}
+
+} // namespace sessa::ort

@@ -1,0 +1,203 @@
+"""A session on the GPU, whichever engine runs the graph: caches that never leave it, and each decode step one captured CUDA graph.
+
+A step enqueues: ids and lengths to the device, the engine, append, argmax, and a last kernel that advances the lengths and writes the ids to the host.
+Lengths are read on the device, so steps of one extent (how many sequences, how many new rows of each) are the same work on the same addresses, whatever the
+sequences hold: it is recorded once and replayed. The host reads the ids, or the logits where somebody samples.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sessa_deploy.config import SessaConfig
+from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.device.buffers import Buffers, Extent
+from sessa_deploy.runtime.report import note
+
+
+class DeviceBackend(Backend):
+    """What an engine on a GPU does besides running the graph. It sets `_cuda`, `_buffers` (and `best_chunk`, the tokens a sequence that a step takes at most)
+    and implements `_run`; while the buffers are None it counts as closed.
+
+    recorded_tokens: steps of all sequences over at most so many tokens are replayed as a CUDA graph. warm_runs: of one extent, before it is recorded, on the
+    thread that records: what an engine allocates or loads at its first run must be there by then. row_alignment: bytes at whose multiples a
+    sequence's cache rows must begin for the engine to run that sequence alone.
+    """
+
+    recorded_tokens = 1
+    warm_runs = 1
+    row_alignment = 16
+    engine_name = "the engine"
+
+    def __init__(self, config: SessaConfig, batch: int, capacity: int | None, graph: bool = True) -> None:
+        super().__init__(config, batch, capacity)
+        self._cuda: Any = None
+        self._buffers: Buffers | None = None
+        self._on_device: bytes | None = None  # lengths the device holds, as an int32 array's bytes; None: unknown
+        self._use_graph = graph
+        self._graphs: dict[Extent, int] = {}
+        self._warm: Counter[tuple[Extent, int]] = Counter()
+
+    @abstractmethod
+    def _run(self, step: Extent) -> None:
+        """Enqueue the engine on the stream, on the buffers' addresses and shapes of `step`. Raises SessaError if it refuses."""
+
+    def _release(self) -> None:
+        """Let go of the engine; the GPU is idle and the recorded graphs are gone."""
+        return
+
+    def _pick(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.int64]:
+        if ids.shape[1] == 1:  # nothing between the step and its ids
+            self._enqueue(ids, new, self.length)
+            return self._own().picked()
+        if self.all_logits:  # the kernel looks at one row of logits a sequence
+            return super()._pick(ids, new)
+        picked = np.zeros(self.batch, np.int64)
+        for _, part in self._parts(ids, new):
+            found = self._own().picked()
+            picked[part > 0] = found[part > 0]  # a sequence's last part has its last token
+        return picked
+
+    def _forward(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
+        logits = np.zeros((self.batch, self.config.vocab_size), np.float32)
+        for _, part in self._parts(ids, new):
+            found = self._own().get_logits(part, int(part.max()))
+            logits[part > 0] = found[part > 0]
+        return logits
+
+    def _forward_all(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
+        logits = np.zeros((*ids.shape, self.config.vocab_size), np.float32)
+        for start, part in self._parts(ids, new):
+            tokens = int(part.max())
+            logits[:, start : start + tokens] = self._own().every_logits(self.batch, tokens)
+        return logits
+
+    def _forward_row(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        if not self._runs_rows():
+            return super()._forward_row(row, ids)
+        for part in self._row_parts(row, ids):
+            logits = self._own().get_logits(part, int(part[0]))[0]
+        return logits
+
+    def _forward_row_all(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        if not self._runs_rows():
+            return super()._forward_row_all(row, ids)
+        return np.concatenate([self._own().every_logits(1, int(part[0]))[0] for part in self._row_parts(row, ids)])
+
+    def _copy_row(self, source: int, target: int, length: int) -> None:
+        buffers = self._own()
+        self._cuda.enter()
+        buffers.copy_rows(source, target, length)
+        self.bytes_moved += length * buffers.row_bytes
+
+    def _runs_rows(self) -> bool:
+        """Whether a sequence can be computed alone where others stand beside it; of one sequence there is no other."""
+        return self.batch > 1 and self._own().aligned(self.row_alignment)
+
+    def _row_chunk(self) -> int:
+        """Tokens that one step of one sequence alone takes at most."""
+        return self._own().chunk
+
+    def _parts(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.int32]]]:
+        """Enqueue ids (B,T) in steps the engine takes; (first token, new_length (B,)) of each when it is enqueued. The caller waits for each."""
+        done, most = self.length.copy(), self._own().chunk
+        for start in range(0, ids.shape[1], most):
+            part = np.clip(new - start, 0, most).astype(np.int32)
+            self._enqueue(ids[:, start : start + int(part.max())], part, done)
+            done += part
+            yield start, part
+
+    def _row_parts(self, row: int, ids: NDArray[np.int64]) -> Iterator[NDArray[np.int32]]:
+        """Like `_parts` for ids (T,) of one sequence alone; new_length (1,) of each."""
+        done, most = self.length[row : row + 1].copy(), self._row_chunk()
+        for start in range(0, len(ids), most):
+            fed = ids[None, start : start + most]
+            part = np.array([fed.shape[1]], np.int32)
+            self._enqueue(fed, part, done, row)
+            done += part
+            yield part
+
+    def _enqueue(self, ids: NDArray[np.int64], new: NDArray[np.int32], length: NDArray[np.int32], row: int | None = None) -> None:
+        """One step over ids (N,T) on the stream, T within what a step takes; its sequences stand at `length` (N,) before it."""
+        buffers, step = self._own(), Extent(len(ids), ids.shape[1], row)
+        self._cuda.enter()
+        if self._on_device != length.tobytes():
+            buffers.set_length(length)
+        self._on_device = None
+        buffers.put(ids, new)
+        graph = self._graph(step)
+        if graph:
+            self._cuda.replay(graph)
+        else:
+            self._record(step)
+        # after the launch, so that the host's time is the device's too
+        self._on_device = (length + new).tobytes()
+        self.bytes_moved += int(new.sum()) * buffers.row_bytes
+
+    def _record(self, step: Extent) -> None:
+        buffers = self._own()
+        buffers.feed(step)
+        self._run(step)
+        buffers.finish(step)
+
+    def _graph(self, step: Extent) -> int:
+        """The CUDA graph that is this step, recorded now if it is time; 0 where it is to be enqueued piece by piece."""
+        found = self._graphs.get(step)
+        if found is not None or not self._use_graph or step.row is not None or step.tokens > self.recorded_tokens:
+            return found or 0
+        key = (step, threading.get_ident())
+        if self._warm[key] < self.warm_runs:
+            self._warm[key] += 1
+            return 0
+        try:
+            self._graphs[step] = self._cuda.capture(lambda: self._record(step))
+        except SessaError as error:
+            self._record_no_more(str(error))
+            return 0
+        return self._graphs[step]
+
+    def _record_no_more(self, why: str) -> None:
+        """Enqueue every step piece by piece from now on, and say so; what was recorded so far stays good."""
+        self._use_graph = False
+        note(f"decode steps run without a CUDA graph, and slower, as {self.engine_name} cannot be recorded: {why}")
+
+    def cached(self, row: int) -> dict[str, NDArray[np.generic]]:
+        buffers = self._own()
+        self._cuda.enter()
+        return buffers.rows(row, int(self.length[row]))
+
+    def poison(self) -> None:
+        buffers = self._own()
+        self._cuda.enter()
+        buffers.poison(self.length)
+
+    def device_bytes(self) -> int:
+        self._own()
+        self._cuda.enter()
+        free, total = self._cuda.memory()
+        return int(total - free)
+
+    def close(self) -> None:
+        if self._buffers is None:
+            return
+        self._cuda.enter()
+        self._cuda.wait()
+        for graph in self._graphs.values():  # before the engine: they hold addresses of its memory
+            self._cuda.forget(graph)
+        self._graphs.clear()
+        self._release()
+        self._buffers = None
+        self._cuda.close()
+
+    def _own(self) -> Buffers:
+        if self._buffers is None:
+            raise UserError("the session is closed", fix="open the bundle again")
+        return self._buffers
