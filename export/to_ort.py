@@ -91,7 +91,7 @@ def build_ort(
         description = ort_prepared.Prepared(
             folder=folder, model=bundle.path / folder / contract.MODEL_FILE, precision=bundle.precision, weights=tuple(_table(path, folder)),
             ops=plugin_nodes(model), layers=taken, inlined=made.inlined, plugin_sha256="", added_bytes=0,
-            all_logits=all_logits(model), key=key, state=ops.STATE_VERSION, files=sums,
+            all_logits=all_logits(model), key=key, state=contract.PLUGIN_STATE, files=sums,
         )  # fmt: skip
         files = {**written, f"{folder}/{ort_prepared.ENGINE_FILE}": description.to_json()}
         older = [n for n in bundle.names() if n.startswith(f"{folder}/") and n not in files]
@@ -105,7 +105,7 @@ def build_ort(
 def _key(bundle: Bundle, layers: str) -> str:
     """sha256 of everything that shapes the graph."""
     graph = {name: bundle.sha256(name) for name in (contract.MODEL_FILE, contract.MODEL_DATA_FILE) if name in bundle}
-    parts = {"recipe": RECIPE_VERSION, "graph": graph, "state": ops.STATE_VERSION, "precision": bundle.precision, "layers": layers}
+    parts = {"recipe": RECIPE_VERSION, "graph": graph, "state": contract.PLUGIN_STATE, "precision": bundle.precision, "layers": layers}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ from sessa_deploy import contract, cuda_arch
 from sessa_deploy.errors import UserError
 from sessa_deploy.kernels.launch import limits
 
-STATE_VERSION = 2  # of what an engine holds of a plugin; goes up with its form or its meaning
+STATE_VERSION = contract.PLUGIN_STATE
 MAX_INT = (1 << 63) - 1
 MAX_FLOAT = struct.unpack("<f", b"\xff\xff\x7f\x7f")[0]
 

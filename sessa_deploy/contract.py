@@ -21,6 +21,7 @@ LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, MIXER_OP = "SessaLinearHeads", "SessaLogits
 ENGINE_OPS = (*GRAPH_OPS, ROTARY_OP, NORM_OP, LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, NORM_ENTER_OP, PROJECT_GAIN_OP, MIXER_OP)
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = ""
+PLUGIN_STATE = 2  # of what an engine holds of a node of ours; goes up with its form or its meaning
 ATTR_SCALE = "scale"
 ATTR_STORAGE = "storage"
 WIDTH_MULTIPLE, MAX_WIDTH = 16, 4096  # of D, for the kernels of feedback attention

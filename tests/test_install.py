@@ -79,6 +79,8 @@ CASES: list[tuple[str, str, tuple[str, ...], str | None]] = [
     ("build", "{bundle}", (*TENSORRTS, "torch"), "tensorrt"),
     ("build", "{bundle} --for rtx", TENSORRTS, "rtx"),
     ("build", "{bundle} --for rtx", ("onnx",), "export"),
+    ("build", "{bundle} --for ort", ("onnx",), "export"),
+    ("build", "{bundle} --for ort", (*TENSORRTS, "torch", "triton", "onnxruntime"), None),
     ("run", "{bundle} --prompt a --max-new-tokens 2", ALL, "ort"),
     ("run", "{bundle} --prompt a --max-new-tokens 2 --backend trt", ALL, "tensorrt"),
     ("run", "{bundle} --prompt a --max-new-tokens 2", RUNTIME_ONLY, None),

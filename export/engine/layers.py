@@ -199,7 +199,10 @@ def _logits(work: _Rewrite) -> None:
     x = squeeze.input[0] if squeeze is not None and chosen else norm.input[0]
     product = _only([n for n in work.graph.node if norm.output[0] in reads(n)], "readers of the last norm")
     weight = product.input[1]
-    if product.op_type == "MatMul" or not any(a.name == "transB" and a.i for a in product.attribute):
+    turned = work.maker.get(weight)
+    if turned is not None and turned.op_type == "Transpose" and turned.input[0] in work.tensors:  # of the embedding's weight, which the file holds once
+        weight = turned.input[0]
+    elif product.op_type == "MatMul" or not any(a.name == "transB" and a.i for a in product.attribute):
         weight = work.put("lm_head.rows", work.array(weight).T)
     work.add(contract.NORM_OP, "norm/last", [x, norm.input[1], norm.input[2]], ["norm/last:0"], epsilon=work.config.layer_norm_eps)
     wide = "lm_head/wide:0" if chosen else contract.LOGITS

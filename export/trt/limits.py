@@ -16,7 +16,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.export.engine.prepare import PLUGIN
 from sessa_deploy.runtime.bundle import Bundle
 
-RECIPE_VERSION = 6  # goes up when to_engine.py asks TensorRT for something else
+RECIPE_VERSION = 7  # goes up when to_engine.py asks TensorRT for something else
 DEFAULT_PROMPT = 512
 OPT_LEVELS = (0, 5)
 LAYERS = (PLUGIN, "tensorrt")  # who computes what stands around the attentions

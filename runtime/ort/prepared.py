@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sessa_deploy.contract import ENGINES_DIR, MODEL_DATA_FILE, MODEL_FILE, ORT_ENGINE, PRECISIONS
+from sessa_deploy.contract import ENGINES_DIR, MODEL_DATA_FILE, MODEL_FILE, ORT_ENGINE, PLUGIN_STATE, PRECISIONS
 from sessa_deploy.errors import UserError
 from sessa_deploy.process import command
 from sessa_deploy.reading import open_plain, parse_json
@@ -50,12 +50,12 @@ class Weight:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What engine.json says, checked. folder: in the bundle; model: path of the graph; ops: op -> nodes of it that the library computes; layers: who computes
-    what stands around the attentions, "plugin" or "tensorrt" (ONNX Runtime's own kernels, by the graph that TensorRT would get); inlined: ops that run
-    without the library; added_bytes: what the folder adds to the bundle; all_logits: logits are (B,T,V).
+    """What engine.json says, checked.
 
-    key: of all that shapes the graph; state: of the operators (plugins/ops.py, STATE_VERSION); plugin_sha256: empty, as the graph fits every library of
-    that state; files: the graph's and the bundle's -> the SHA-256 they had together.
+    folder: in the bundle; model: path of the graph; ops: op -> nodes of it that the library computes; layers: who computes what stands around the
+    attentions, "plugin" or "ort"; inlined: ops of ours that run as standard operators, none today; plugin_sha256: empty, as every library of the same
+    `state` serves; added_bytes: what the folder adds to the bundle; all_logits: logits are (B,T,V); key: of all that shapes the graph; state: of the
+    operators (contract.PLUGIN_STATE); files: the graph's and the bundle's -> the SHA-256 they had together.
     """
 
     folder: str
@@ -138,6 +138,8 @@ def _read(bundle: Bundle, folder: str) -> Prepared:
     if wrong or data["schema_version"] != SCHEMA:
         got = ", ".join(wrong) or f"schema_version {data['schema_version']}"
         raise _refused(bundle, f"{name} is no description of a prepared graph of this version", got=got, allowed=f"schema_version {SCHEMA}")
+    if data["state"] != PLUGIN_STATE:
+        raise _refused(bundle, f"{name} is for operators of another version", got=f"state {data['state']}", allowed=f"state {PLUGIN_STATE}")
     if data["precision"] != bundle.precision:
         raise _refused(bundle, f"{name} is of another precision", got=data["precision"], allowed=bundle.precision)
     own = {file: bundle.sha256(file) for file in (*_sources(bundle, folder), f"{folder}/{MODEL_FILE}")}

@@ -21,11 +21,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from sessa_deploy import contract
 from sessa_deploy.checkpoint import load_for_export, read_state
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
 from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
+from sessa_deploy.runtime.ort import prepared
 from sessa_deploy.runtime.tokenizer import byte_level_tokenizer
 from sessa_deploy.runtime.trt import plan as trt_plan
 from sessa_deploy.safetensors_check import read_header
@@ -35,6 +37,11 @@ CONFIG = SessaConfig(d_model=8, n_layers=1, n_heads=2, vocab_size=257)
 STATE = {k: v.detach().clone().contiguous() for k, v in SessaLM(CONFIG).state_dict().items()}
 ENGINE = trt_plan.EngineInfo("k", "0" * 64, 4, "10.9.0", "sm_90", "gpu", "1", "fp32", 1, 8, 8, "0" * 64, 1.0)
 ENGINE_NAME = "engines/sm_90-10.9.0-fp32/engine.json"
+PREPARED = prepared.Prepared(
+    "engines/ort-fp32", Path(), "fp32", (prepared.Weight("w", "model.onnx", 1, 4, 1, (1,)), prepared.Weight("x", "model.onnx", 0, 0, 1, (0, 2))),
+    {"SessaTail": 1}, "plugin", [], "", 0, False, "k", contract.PLUGIN_STATE,
+    {n: hashlib.sha256(b"graph").hexdigest() for n in ("model.onnx", "engines/ort-fp32/model.onnx")},
+)  # fmt: skip
 few = settings(derandomize=True, print_blob=False, deadline=5000, max_examples=60, database=None, suppress_health_check=list(HealthCheck))
 
 numbers = st.one_of(st.integers(), st.integers(-3, 300), st.sampled_from([2**31, 2**60, 2**64, -1, 10**400]), st.floats())
@@ -234,7 +241,9 @@ def test_pickles_that_claim_more_than_they_hold(folder: Path, raw: bytes) -> Non
 @pytest.fixture(scope="module")
 def bundle() -> Iterator[Bundle]:
     with tempfile.TemporaryDirectory() as place:
-        yield write_bundle(Path(place) / "b", {"model.onnx": b"graph", "tokenizer.json": b"{}", ENGINE_NAME: ENGINE.to_json()}, CONFIG, "fp32", {"torch": "2"})
+        files = {"model.onnx": b"graph", "tokenizer.json": b"{}", ENGINE_NAME: ENGINE.to_json(), f"{PREPARED.folder}/model.onnx": b"graph",
+                 f"{PREPARED.folder}/engine.json": PREPARED.to_json()}
+        yield write_bundle(Path(place) / "b", files, CONFIG, "fp32", {"torch": "2"})
 
 
 MANIFEST = {"schema_version": 1, "config": CONFIG.to_dict(), "precision": "fp32", "opset": 17, "versions": {"torch": "2"},
@@ -261,6 +270,24 @@ def test_engine(bundle: Bundle, raw: bytes) -> None:
             assert all(isinstance(x, int) for x in (info.max_batch, info.capacity, info.max_prompt)) and math.isfinite(info.capacity)
 
     with_file(bundle.path, ENGINE_NAME, raw, read)
+
+
+@few
+@given(raw=changed(json.loads(PREPARED.to_json())))
+@example(raw=PREPARED.to_json())
+def test_prepared_graph(bundle: Bundle, raw: bytes) -> None:
+    name = f"{PREPARED.folder}/engine.json"
+
+    def read(_: Path) -> None:
+        entry = {"sha256": hashlib.sha256(raw).hexdigest(), "size": len(raw)}
+        found = Bundle(bundle.path, {**bundle.manifest, "files": {**bundle.manifest["files"], name: entry}})
+        seen = prepared.find(found)
+        assert seen is not None and all(w.offset + w.size <= 5 and w.file == "model.onnx" for w in seen.weights)
+        assert all(x.nbytes == w.size for w, x in zip(seen.weights, prepared.weights(found, seen).values(), strict=True))
+
+    with_file(bundle.path, name, raw, read)
+    if raw == PREPARED.to_json():
+        read(bundle.path)
 
 
 @few
