@@ -96,7 +96,7 @@ class OrtBackend(Backend):
         feeds = {INPUT_IDS: ids, PAST_LENGTH: self.length[first:last].copy(), NEW_LENGTH: new[first:last],
                  **dict(zip(self._past, host.views(first, last, self.length), strict=True))}
         found, *rows = self.session.run(self._outputs, feeds)
-        host.append(first, self.length, new, rows)
+        host.append(first, self.length, new, rows, self.kept())
         self.bytes_moved = host.bytes_moved
         return np.asarray(found, np.float32)
 
@@ -124,14 +124,14 @@ class OrtBackend(Backend):
     def reset(self, rows: Any = None) -> None:
         super().reset(rows)
         if self._host is not None:
-            self._host.shrink(self.length)
+            self._host.shrink(self.kept())
 
     def cached(self, row: int) -> dict[str, NDArray[np.generic]]:
         cache = self._own(self._host or self._device)
         return {name: cache.rows(entry, row, int(self.length[row])) for entry, name in enumerate(self._past)}
 
     def poison(self) -> None:
-        self._own(self._host or self._device).poison(self.length)
+        self._own(self._host or self._device).poison(self.kept())
 
     def device_bytes(self) -> int:
         return 0 if self._device is None else self._device.used()
