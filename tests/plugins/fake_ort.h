@@ -62,15 +62,15 @@ struct OrtKernelContext
     std::vector<OrtValue> out;
     void* stream{};
     void* workspace{};
-    int64_t asked{-1};
-    bool measuring{};
-    bool freed{true};
+    int64_t asked{}; // bytes of workspace
+    bool refusing{};  // to give it
 };
 
 namespace
 {
 
 OrtMemoryInfo gMemory;
+int32_t gBlocks = 0; // of workspace that are given out
 OrtKernelContext* gContext = nullptr; // of the call under way
 
 OrtStatus* status(OrtErrorCode, char const* text) noexcept
@@ -192,14 +192,15 @@ OrtApi oldestApi() noexcept
         *out = context->stream;
         return nullptr;
     });
-    FILL(KernelContext_GetScratchBuffer, [](OrtKernelContext const* context, OrtMemoryInfo const* info, size_t bytes, void** out) noexcept -> OrtStatus* {
+    FILL(GetErrorMessage, [](OrtStatus const* found) noexcept { return found->text.c_str(); });
+    FILL(AllocatorAlloc, [](OrtAllocator*, size_t bytes, void** out) noexcept -> OrtStatus* {
         gContext->asked = static_cast<int64_t>(bytes);
-        gContext->freed = context->workspace == nullptr;
-        *out = context->workspace;
-        return context->measuring || info != &gMemory || bytes == 0 ? status(ORT_FAIL, "measured") : nullptr;
+        *out = gContext->refusing || bytes == 0 ? nullptr : gContext->workspace;
+        gBlocks += *out == nullptr ? 0 : 1;
+        return gContext->refusing || bytes == 0 ? status(ORT_FAIL, "the arena is full") : nullptr;
     });
-    FILL(AllocatorFree, [](OrtAllocator*, void* data) noexcept -> OrtStatus* {
-        gContext->freed = data == gContext->workspace;
+    FILL(AllocatorFree, [](OrtAllocator*, void* block) noexcept -> OrtStatus* {
+        gBlocks -= block == nullptr ? 0 : 1;
         return nullptr;
     });
 #undef FILL

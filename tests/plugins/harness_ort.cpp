@@ -65,8 +65,8 @@ ONNXTensorElementDataType typeOf(sessa::Operand const& operand, int32_t onnx)
                                         : static_cast<ONNXTensorElementDataType>(onnx);
 }
 
-// One call of the node; `context` has been given everything but its tensors.
-bool call(Node const& node, int32_t op, int32_t onnx, int64_t const* shape, void* const* pointers, OrtKernelContext& context)
+// One call of a kernel of the node; `context` has been given everything but its tensors.
+bool call(OrtCustomOp const& custom, void* kernel, int32_t op, int32_t onnx, int64_t const* shape, void* const* pointers, OrtKernelContext& context)
 {
     auto const operands = sessa::operandsOf(op);
     for (size_t i = 0; i < operands.size(); ++i)
@@ -77,19 +77,21 @@ bool call(Node const& node, int32_t op, int32_t onnx, int64_t const* shape, void
         value.data = pointers == nullptr ? nullptr : pointers[i];
         (i < static_cast<size_t>(sessa::kOps[op].inputs) ? context.in : context.out).push_back(value);
     }
+    gContext = &context;
+    return well(custom.KernelComputeV2(kernel, &context));
+}
+
+// The same, of a session that is made for it.
+bool callOnce(Node const& node, int32_t op, int32_t onnx, int64_t const* shape, void* const* pointers, OrtKernelContext& context)
+{
     OrtCustomOp const* const custom = opFor(node, static_cast<ONNXTensorElementDataType>(onnx));
     void* kernel = nullptr;
-    gContext = &context;
     bool good = well(custom->CreateKernelV2(custom, &gApi, &node.info, &kernel));
     if (good)
     {
-        OrtStatus* const found = custom->KernelComputeV2(kernel, &context);
-        good = context.measuring && found != nullptr ? (delete found, false) : well(found);
+        good = call(*custom, kernel, op, onnx, shape, pointers, context);
         custom->KernelDestroy(kernel);
     }
-    context.in.clear();
-    context.out.clear();
-    gContext = nullptr;
     return good;
 }
 
@@ -161,13 +163,39 @@ void harness_destroy(void* node)
     delete static_cast<Node*>(node);
 }
 
-// Bytes of workspace that a call of these shapes asks for: one that ends there.
+// Bytes of workspace that a call of these shapes asks for: one that ends there, saying so.
 int64_t harness_workspace(void* node, int32_t op, int32_t onnx, int64_t const* shape)
 {
     OrtKernelContext context;
-    context.measuring = true;
-    call(*static_cast<Node*>(node), op, onnx, shape, nullptr, context);
-    return context.asked < 0 ? 0 : context.asked;
+    context.refusing = true;
+    callOnce(*static_cast<Node*>(node), op, onnx, shape, nullptr, context);
+    return context.asked;
+}
+
+// Two nodes of one session, called in turn: call i with shapes[i] on streams[i]. asked[i]: bytes of workspace that it asked the arena for. Returns how many
+// blocks the session holds then, or -1 if some are left when it is gone.
+int32_t harness_session(void* node, int32_t op, int32_t onnx, int32_t calls, int64_t const* shapes, int64_t const* streams, int64_t* asked)
+{
+    constexpr int32_t kSizes = sizeof(sessa::kLetters) - 1;
+    OrtCustomOp const* const custom = opFor(*static_cast<Node*>(node), static_cast<ONNXTensorElementDataType>(onnx));
+    void* kernels[2]{};
+    for (auto& kernel : kernels)
+    {
+        static_cast<void>(well(custom->CreateKernelV2(custom, &gApi, &static_cast<Node*>(node)->info, &kernel)));
+    }
+    for (int32_t i = 0; i < calls; ++i)
+    {
+        OrtKernelContext context;
+        context.stream = reinterpret_cast<void*>(streams[i]);
+        context.workspace = &context; // there is no driver that would look at it
+        call(*custom, kernels[i % 2], op, onnx, shapes + i * kSizes, nullptr, context);
+        asked[i] = context.asked;
+    }
+    int32_t const held = gBlocks;
+    custom->KernelDestroy(kernels[0]);
+    bool const kept = gBlocks == held;
+    custom->KernelDestroy(kernels[1]);
+    return kept && gBlocks == 0 ? held : -1;
 }
 
 // ONNX Runtime tells a kernel nothing before it calls it.
@@ -182,12 +210,7 @@ int32_t harness_enqueue(void* node, int32_t op, int32_t onnx, int64_t const* sha
     OrtKernelContext context;
     context.stream = stream;
     context.workspace = pointers[sessa::operandsOf(op).size()];
-    bool const good = call(*static_cast<Node*>(node), op, onnx, shape, pointers, context);
-    if (!context.freed)
-    {
-        std::fprintf(stderr, "the workspace was not given back\n");
-    }
-    return good && context.freed ? 0 : 1;
+    return callOnce(*static_cast<Node*>(node), op, onnx, shape, pointers, context) && gBlocks == 0 ? 0 : 1;
 }
 
 // Bit i: the operand at position i has the usual type in the operation for the storage type `onnx`.
