@@ -94,15 +94,15 @@ class OnnxRuntime(Engine):
         return OrtCudaBackend(Bundle.open(args.work / precision), plugin=args.plugin, **{"batch": BATCH, "capacity": CAPACITY, **options})
 
     def load(self, args: argparse.Namespace) -> Result:
-        from sessa_deploy.cuda import devices, driver_version
+        from sessa_deploy.cuda import Device, devices, driver_version
         from sessa_deploy.plugins import library
         from sessa_deploy.runtime.bundle import Bundle
         from sessa_deploy.runtime.ort import prepared, session
 
-        runtime = session.load()
+        runtime, found = session.load(), devices()
         seen = library.check(args.plugin, product="ort")
         graphs = {p: prepared.find(Bundle.open(args.work / p)) for p in ("fp32", "fp16")}
-        gpu = devices()[0]
+        gpu = found[0] if found else Device(0, "no GPU", "", 0)
         return {"ok": session.cuda_is_usable() and all(graphs.values()), "onnxruntime": runtime.__version__, "cuda": getattr(runtime, "cuda_version", ""),
                 "driver": driver_version(), "gpu": gpu.name, "arch": gpu.arch, "library": str(seen.path), "archs": seen.archs,
                 "ops": {p: g.ops for p, g in graphs.items() if g}, "added_bytes": {p: g.added_bytes for p, g in graphs.items() if g}}  # fmt: skip

@@ -1,6 +1,7 @@
 """Models with random weights down the whole road on one machine: export, build, validate, bench; every step a process with its own time limit.
 
     python benchmarks/trt_models.py --work DIR --out DIR --trt-python python3.10             125M and 350M, fp16 and fp32, on a GPU with TensorRT
+    python benchmarks/trt_models.py --work DIR --out DIR --backend ort-cuda                   with ONNX Runtime and libsessa_ort.so on a GPU
     python benchmarks/trt_models.py --work DIR --out DIR --backend ort --layers 1            a rehearsal where there is neither
 
 Needs torch and the exporter; --trt-python names the interpreter that has TensorRT. Models go side by side, --jobs at a time. What each step said is in
@@ -39,7 +40,9 @@ def commands(args: argparse.Namespace, size: str, precision: str) -> dict[str, l
         "bench": [engine, *sessa, "bench", bundle, "--backend", args.backend, "--capacity", str(args.max_context), "--steps", str(args.steps),
                   "--seconds", str(args.seconds), "--json", str(args.out / f"{name}.bench.json")],
     }  # fmt: skip
-    if args.backend != "trt":
+    if args.backend == "ort-cuda":
+        found["build"] = [sys.executable, *sessa, "build", bundle, "--for", "ort"]
+    elif args.backend != "trt":
         del found["build"]
     return found
 

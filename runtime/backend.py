@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from sessa_deploy.checks import as_integer, integer
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.errors import UserError
+from sessa_deploy.runtime.sampling import NotFinite
 
 IntArray = NDArray[np.integer]
 _MOST_LOGITS = 256 << 20  # bytes
@@ -33,6 +34,7 @@ class Backend(ABC):
         batch, capacity = integer("max_batch", batch, 1), integer("capacity", capacity, 1)
         self.config, self.batch, self.capacity = config, batch, capacity
         self.length: NDArray[np.int32] = np.zeros(batch, dtype=np.int32)
+        self._resting: NDArray[np.int32] = np.zeros(batch, dtype=np.int32)  # tokens of sequences that rest, whose length is 0
         self.bytes_moved = 0
 
     def step(self, input_ids: IntArray, new_length: IntArray) -> NDArray[np.float32]:
@@ -70,13 +72,13 @@ class Backend(ABC):
     def step_greedy(self, input_ids: IntArray, new_length: IntArray) -> NDArray[np.int64]:
         """Like `step`, returning the most likely token (B,) alone; a backend on a device may find it there.
 
-        Raises SessaError, with the lengths unchanged, on logits that are NaN or Inf.
+        Raises NotFinite, a SessaError, with the lengths unchanged, on logits that are NaN or Inf.
         """
         ids, new = self._checked(input_ids, new_length)
         picked = self._pick(ids, new)
         if picked.min() < 0:
             if (picked[new > 0] < 0).any():
-                raise SessaError("the model produced logits that are not finite; fix: run sessa-deploy validate on the bundle")
+                raise NotFinite()
             picked = np.maximum(picked, 0)
         self.length += new
         return picked
@@ -109,18 +111,39 @@ class Backend(ABC):
         return logits
 
     def copy_row(self, source: int, target: int, length: int) -> None:
-        """Make sequence `target` hold the first `length` tokens of sequence `source`, and forget what it held. Raises UserError if source holds fewer."""
+        """Make sequence `target` hold the first `length` tokens of sequence `source`, which may rest, and forget what it held.
+
+        Raises UserError if source holds fewer.
+        """
         source, target, held = self._row(source), self._row(target), as_integer(length)
-        if held is None or not 0 <= held <= int(self.length[source]):
-            raise UserError("a sequence cannot be copied so far", got=repr(length), allowed=f"0..{int(self.length[source])}")
+        if held is None or not 0 <= held <= self.held(source):
+            raise UserError("a sequence cannot be copied so far", got=repr(length), allowed=f"0..{self.held(source)}")
         if source != target and held:
+            self._resting[target] = self.length[target] = 0
             self._copy_row(source, target, held)
-        self.length[target] = held
+        self.length[target], self._resting[target] = held, 0
 
     def reset(self, rows: Iterable[int] | None = None) -> None:
         """Forget the tokens of `rows`, of every row by default."""
         for row in range(self.batch) if rows is None else rows:
-            self.length[self._row(row)] = 0
+            self.length[self._row(row)] = self._resting[row] = 0
+
+    def rest(self, row: int) -> None:
+        """Keep a sequence's cache, but let it cost nothing: its length is 0 until `wake`. Feeding it or copying to it forgets what it held."""
+        row = self._row(row)
+        self._resting[row], self.length[row] = self.held(row), 0
+
+    def wake(self, row: int, length: int) -> None:
+        """Go on behind the first `length` tokens that a sequence holds, resting or not. Raises UserError if it holds fewer."""
+        row, kept = self._row(row), as_integer(length)
+        if kept is None or not 0 <= kept <= self.held(row):
+            raise UserError("a sequence cannot be taken up there", got=repr(length), allowed=f"0..{self.held(row)}")
+        self.length[row], self._resting[row] = kept, 0
+
+    def held(self, row: int) -> int:
+        """Tokens whose cache rows a sequence has, resting or not."""
+        row = self._row(row)
+        return int(max(self.length[row], self._resting[row]))
 
     def rewind(self, row: int, length: int) -> None:
         """Forget all but the first `length` tokens of a row. Raises UserError if it holds fewer."""
@@ -132,6 +155,11 @@ class Backend(ABC):
     def room(self, row: int) -> int:
         """Tokens that still fit into a row."""
         return self.capacity - int(self.length[self._row(row)])
+
+    def kept(self) -> NDArray[np.int32]:
+        """(B,) cache rows of each sequence that must survive, those of resting ones too."""
+        kept: NDArray[np.int32] = np.maximum(self.length, self._resting)
+        return kept
 
     def _row(self, row: object) -> int:
         return integer("the sequence", row, 0, self.batch - 1)
@@ -185,7 +213,7 @@ class Backend(ABC):
 
     @abstractmethod
     def poison(self) -> None:
-        """Fill every cache row at or beyond its sequence's length with NaN. What comes out must not change: tests and `validate` rely on it."""
+        """Fill every cache row at or beyond its sequence's tokens (`kept`) with NaN. What comes out must not change: tests and `validate` rely on it."""
 
     def close(self) -> None:
         """Let go of what the backend holds."""
@@ -211,6 +239,8 @@ class Backend(ABC):
             fed = np.where(np.arange(tokens) < new[:, None], fed, 0)
         if fed.view(np.uint64).max() >= self.config.vocab_size:  # a negative one is large there
             raise outside_vocabulary(ids[:, :tokens][fed.view(np.uint64) >= self.config.vocab_size][0], self.config.vocab_size)
+        if self._resting.any():
+            self._resting[new > 0] = 0
         return fed, new.astype(np.int32, copy=False)
 
     def _checked_row(self, row: int, input_ids: IntArray) -> tuple[int, NDArray[np.int64]]:
@@ -223,6 +253,7 @@ class Backend(ABC):
         wrong = fed.view(np.uint64) >= self.config.vocab_size  # a negative one is large there
         if wrong.any():
             raise outside_vocabulary(ids[wrong][0], self.config.vocab_size)
+        self._resting[row] = 0
         return row, fed
 
     def _full(self, row: int, new: int) -> UserError:

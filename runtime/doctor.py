@@ -61,12 +61,12 @@ def examine(bundle: Bundle | None = None) -> dict[str, Any]:
         else:
             add(use, name, f"{version} (in {wanted})" if version and name in _PAIRED and wanted else version, needed, mend)
     providers = _providers(add, versions["onnxruntime"], bool(gpus))
+    checks.append(ort_library(gpus))
     add("a GPU", "CUDA driver", f"supports CUDA {driver_version()}" if driver_version() else None, False,
         "install the NVIDIA driver (a CPU needs none)")
     for gpu in gpus:
         driver = f", driver {gpu['driver_version']}" if "driver_version" in gpu else ""
         add("a GPU", f"GPU {gpu['index']}", f"{gpu['name']}, {gpu['arch']}, {gpu['memory'] / 2**30:.0f} GiB{driver}", False, "")
-    checks.append(ort_library(gpus))
     road = tensorrt_road(gpus)
     for one in road:
         add("run on TensorRT", one["title"], one["found"], False, one["mend"])
@@ -105,8 +105,7 @@ def _providers(add: Any, installed: str | None, has_gpu: bool) -> list[str]:
         add("run on ONNX Runtime", "CUDA provider", None, False,
             "pip uninstall onnxruntime; pip install onnxruntime-gpu (Python 3.10: onnxruntime-gpu==1.23.2)")
     elif has_gpu and providers:
-        code = "import json\nfrom sessa_deploy.runtime.ort import backend as ort\nr = ort.load()\nort.preload(r)\nprint(json.dumps(ort.why_no_cuda(r)))"
-        missing, error = environment.probe(code)
+        missing, error = environment.probe(_WHY_NO_CUDA)
         if missing or error:
             add("run on ONNX Runtime", "CUDA provider", None, False, f"it does not load ({missing or error}): install the CUDA and cuDNN it was built for")
     return providers
@@ -124,7 +123,7 @@ def ort_library(gpus: list[dict[str, Any]]) -> dict[str, Any]:
         found = f"{library['path']}, sm_{', '.join(map(str, library['archs']))}"
         if arch is not None and nearest(library["archs"], arch) is None:
             mend = arch_mend(arch, "ort")
-    return {"use": "run on ONNX Runtime", "name": "its library of kernels", "found": found, "state": "optional" if mend else "ok", "mend": mend}
+    return {"use": "run on ONNX Runtime", "name": "kernels for its CUDA provider", "found": found, "state": "optional" if mend else "ok", "mend": mend}
 
 
 def engine_here(bundle: Bundle, gpus: list[dict[str, Any]]) -> dict[str, Any]:
@@ -185,6 +184,7 @@ def tensorrt_road(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return road
 
 
+_WHY_NO_CUDA = "import json\nfrom sessa_deploy.runtime.ort import session as ort\nr = ort.load()\nort.preload(r)\nprint(json.dumps(ort.why_no_cuda(r)))"
 _IMPORTS = "import json\nfrom sessa_deploy.runtime.trt import api\nprint(json.dumps(api.load({name!r}).__version__))"
 _LIBRARY = """
 import json

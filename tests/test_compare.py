@@ -18,8 +18,8 @@ def test_every_peer_has_a_row_whatever_is_missing(tmp_path):
     sizes = {"d-model": 16, "n-layers": 2, "n-heads": 2, "vocabulary": 40, "capacity": 64, "context": 24, "short": 8, "batch": 3, "batch-capacity": 40,
              "prompt": 20}
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--precision", "fp32", "--peers", "eager", "graph", "trt", "ort", *options, "--warmup", "0",
-               "--seconds", "0", "--steps", "3", "--prefills", "2", "--bandwidth", "10", "--limit", "100", "--ort-python", "/nowhere/python",
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--precision", "fp32", "--peers", "eager", "graph", "trt", "ort", "ort-cuda", *options,
+               "--warmup", "0", "--seconds", "0", "--steps", "3", "--prefills", "2", "--bandwidth", "10", "--limit", "100", "--ort-python", "/nowhere/python",
                "--out", str(tmp_path)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
@@ -27,7 +27,8 @@ def test_every_peer_has_a_row_whatever_is_missing(tmp_path):
     assert set(found["points"]) == {"decode", "short", "small", "batch", "ragged", "prefill"}
     for name, rows in found["points"].items():
         assert rows["eager"]["p50_ms"] > 0 and rows["eager"]["count"] == (2 if name == "prefill" else 3)
-        for peer, reason in (("graph", "a CUDA graph needs a GPU"), ("trt", "no bundle has an engine"), ("ort", "/nowhere/python")):
+        for peer, reason in (("graph", "a CUDA graph needs a GPU"), ("trt", "no bundle has an engine"), ("ort", "/nowhere/python"),
+                             ("ort-cuda", "/nowhere/python")):
             assert reason in rows[peer]["error"]
     layer = 2 * 16 + (2 + 3 + 2 + 1) * 16 * 17 + 16 * 16 + 17
     weights, row = 2 * layer + 2 * 16 + 40 * 16 + 3 * 16, 2 * 4 * 16

@@ -5,14 +5,16 @@
 
 #include <onnxruntime_c_api.h>
 
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
 namespace sessa::ort
 {
 
-// The oldest C API with all that is used here (KernelContext_GetScratchBuffer and KernelInfoGetAllocator came last); later ones keep it.
+// The oldest C API with all that is used here (KernelInfoGetAllocator came last); later ones keep it.
 constexpr uint32_t kApiVersion = kOrtApi;
 static_assert(ORT_API_VERSION >= kApiVersion, "the header is of an older ONNX Runtime");
 
@@ -96,6 +98,38 @@ private:
 // Tells the graph the outputs' shapes, numbers and names, where the inputs' say them.
 void inferShapes(OrtApi const& api, Op const& op, OrtShapeInferContext& context);
 
+// What the calls on a stream use, one after another.
+struct Workspace
+{
+    std::mutex mutex; // held while an operation is enqueued, so that the kernels of two do not mix
+    std::vector<void*> blocks;
+    size_t size{}; // of the last block, the largest
+};
+
+// A workspace for each stream of a session, which all its nodes share: kept, since addresses that a captured graph holds must stay its own.
+class Workspaces
+{
+public:
+    // The session's of this node; it lives as long as one of the session's nodes holds it. Throws Failed.
+    static std::shared_ptr<Workspaces> ofSession(OrtApi const& api, OrtKernelInfo const& info);
+
+    Workspaces(OrtApi const& api, Held<OrtAllocator> allocator) noexcept;
+    Workspaces(Workspaces const&) = delete;
+    Workspaces& operator=(Workspaces const&) = delete;
+    ~Workspaces();
+
+    Workspace& of(void* stream);
+
+    // Sees to it that the last block has at least `bytes`; the caller holds the mutex. False and a reason where there is no memory.
+    bool grow(Workspace& workspace, size_t bytes, std::string& error);
+
+private:
+    OrtApi const& mApi;
+    Held<OrtAllocator> mAllocator; // the session's on its device
+    std::mutex mMutex;
+    std::map<void*, Workspace> mStreams;
+};
+
 // An operation in a session.
 class Kernel
 {
@@ -105,7 +139,7 @@ public:
     Kernel(Kernel const&) = delete;
     Kernel& operator=(Kernel const&) = delete;
 
-    // Enqueues the operation on the context's stream. Any number of threads may be here at once: a call's workspace is its own.
+    // Enqueues the operation on the context's stream. Any number of threads may be here at once.
     OrtStatus* compute(OrtKernelContext& context) const;
 
     OrtApi const& api() const noexcept
@@ -119,8 +153,7 @@ private:
     OrtApi const& mApi;
     CustomOp const& mCustom;
     Attributes mAttributes;
-    Held<OrtAllocator> mAllocator; // the session's on that device
-    OrtMemoryInfo const* mMemory{};
+    std::shared_ptr<Workspaces> mWorkspaces; // null on a CPU
 };
 
 } // namespace sessa::ort

@@ -133,7 +133,6 @@ std::vector<Shape> Inputs::shapes() const
 Kernel::Kernel(CustomOp const& custom, OrtApi const& api, OrtKernelInfo const& info)
     : mApi(api)
     , mCustom(custom)
-    , mAllocator(nullptr, api.ReleaseAllocator)
 {
     std::string error;
     bool const good = readAttributes(api, info, custom.op, mAttributes, error);
@@ -151,10 +150,7 @@ Kernel::Kernel(CustomOp const& custom, OrtApi const& api, OrtKernelInfo const& i
     judge(info);
     if (custom.device)
     {
-        OrtAllocator* allocator = nullptr;
-        must(api.KernelInfoGetAllocator(&info, OrtMemTypeDefault, &allocator));
-        mAllocator.reset(allocator);
-        must(api.AllocatorGetInfo(allocator, &mMemory));
+        mWorkspaces = Workspaces::ofSession(api, info);
     }
 }
 
@@ -283,18 +279,15 @@ OrtStatus* Kernel::compute(OrtKernelContext& context) const
     {
         return refuse(mApi, ORT_FAIL, op, error);
     }
-    // From the arena that the session's other nodes draw from: in use until the kernels ahead in this stream are through, whoever gets it next. Asked for
-    // again, it is there without a call of CUDA, so that a stream may be captured.
-    void* workspace = nullptr;
-    if (bytes > 0)
+    Tensors const tensors{in.data(), outs[0], outs.data()};
+    auto* const cuda = static_cast<CUstream_st*>(stream);
+    if (bytes == 0)
     {
-        must(mApi.KernelContext_GetScratchBuffer(&context, mMemory, bytes, &workspace));
+        return run(problem, tensors, nullptr, cuda, error) ? nullptr : refuse(mApi, ORT_FAIL, op, error);
     }
-    bool const ran = run(problem, {in.data(), outs[0], outs.data()}, workspace, static_cast<CUstream_st*>(stream), error);
-    if (workspace != nullptr)
-    {
-        must(mApi.AllocatorFree(mAllocator.get(), workspace));
-    }
+    Workspace& workspace = mWorkspaces->of(stream);
+    std::lock_guard<std::mutex> const lock(workspace.mutex);
+    bool const ran = mWorkspaces->grow(workspace, bytes, error) && run(problem, tensors, workspace.blocks.back(), cuda, error);
     return ran ? nullptr : refuse(mApi, ORT_FAIL, op, error);
 }
 

@@ -177,7 +177,7 @@ class DeviceBackend(Backend):
     def poison(self) -> None:
         buffers = self._own()
         self._cuda.enter()
-        buffers.poison(self.length)
+        buffers.poison(self.kept())
 
     def device_bytes(self) -> int:
         self._own()

@@ -29,7 +29,7 @@ from sessa_deploy.runtime.device.backend import DeviceBackend
 from sessa_deploy.runtime.device.buffers import Buffers, Extent, check_rows, most_tokens
 from sessa_deploy.runtime.device.kernels import images
 from sessa_deploy.runtime.ort import prepared as ort_prepared
-from sessa_deploy.runtime.ort.session import has_all_logits, load, session_options, start
+from sessa_deploy.runtime.ort.session import has_all_logits, load, preload, session_options, start
 
 _BUILD = library.build_command(None, ORT_ENGINE)
 _UPGRADE = "pip install -U onnxruntime-gpu"
@@ -69,11 +69,13 @@ class OrtCudaBackend(DeviceBackend):
             raise UserError("the bundle has no graph prepared for ONNX Runtime", got=str(bundle.path), fix=_prepare_command(bundle))
         plugin = plugin or library.find(product=ORT_ENGINE)
         self._told("ONNX Runtime imported")
+        preload(self._runtime)
+        self._told("CUDA's libraries loaded")
         self._cuda = Cuda() if cuda is None else cuda
         self._cuda.enter()
         try:
             binaries = images(kernels or plugin, self._cuda.arch, _BUILD)
-            self._told("CUDA opened")
+            self._told("GPU opened")
             self.session = self._open(bundle, found, plugin)
             self._told("session made")
             self.all_logits = has_all_logits(self.session)
@@ -136,14 +138,14 @@ class OrtCudaBackend(DeviceBackend):
         self._weights = {name: self._value(array, kinds[name]) for name, array in arrays.items()}
         if self._weights:
             options.add_external_initializers(list(self._weights), list(self._weights.values()))
-        cuda = {"user_compute_stream": str(self._cuda.stream)}
+        cuda, fix = {"user_compute_stream": str(self._cuda.stream)}, f"{_prepare_command(bundle)} --force"
         try:
-            return start(bundle, self._runtime, found.model, options, {**cuda, "enable_cuda_graph": str(int(self._use_graph))})
+            return start(bundle, self._runtime, found.model, options, {**cuda, "enable_cuda_graph": str(int(self._use_graph))}, fix)
         except UserError as error:
             if not self._use_graph or "graph capture" not in str(error).lower():
                 raise
             self._record_no_more(str(error.got))
-            return start(bundle, self._runtime, found.model, options, cuda)
+            return start(bundle, self._runtime, found.model, options, cuda, fix)
 
     def _value(self, array: Any, onnx_type: int) -> Any:
         make = self._runtime.OrtValue

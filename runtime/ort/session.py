@@ -99,12 +99,14 @@ def session_options(runtime: Any, threads: int) -> Any:
     return options
 
 
-def start(bundle: Bundle, runtime: Any, model: Path, options: Any, cuda: dict[str, str] | None) -> Any:
-    """A session on one of the bundle's graphs, checked against the contract. cuda: options of the CUDA provider; None: on the CPU.
+def start(bundle: Bundle, runtime: Any, model: Path, options: Any, cuda: dict[str, str] | None, fix: str | None = None) -> Any:
+    """A session on one of the bundle's graphs, checked against the contract. cuda: options of the CUDA provider; None: on the CPU. fix: the command that
+    makes the graph anew (None: export).
 
     Raises UserError if the provider is missing or does not start, or the graph cannot be loaded or is not the contract's.
     """
     providers: list[Any] = [CPU]
+    fix = fix or bundle.export_hint()
     if cuda is not None:
         preload(runtime)
         if CUDA not in runtime.get_available_providers():
@@ -115,7 +117,7 @@ def start(bundle: Bundle, runtime: Any, model: Path, options: Any, cuda: dict[st
     try:
         session = runtime.InferenceSession(str(model), options, providers=providers)
     except Exception as error:  # its exception classes differ between versions and derive from nothing in common
-        raise UserError("ONNX Runtime cannot load the graph", got=str(error)[:300], fix=bundle.export_hint()) from None
+        raise UserError("ONNX Runtime cannot load the graph", got=str(error)[:300], fix=fix) from None
     finally:
         if cuda is not None:
             runtime.set_default_logger_severity(_WARNINGS)  # its default
@@ -124,7 +126,7 @@ def start(bundle: Bundle, runtime: Any, model: Path, options: Any, cuda: dict[st
         version = getattr(runtime, "cuda_version", "")
         raise UserError("the CUDA provider of ONNX Runtime did not start", got=why_no_cuda(runtime) or ", ".join(session.get_providers()),
                         fix=f"install the CUDA{f' {version}' if version else ''} and cuDNN it was built for (sessa-deploy doctor), or use --backend ort")
-    _check_graph(bundle, session.get_inputs(), session.get_outputs())
+    _check_graph(bundle, session.get_inputs(), session.get_outputs(), fix)
     return session
 
 
@@ -133,7 +135,7 @@ def has_all_logits(session: Any) -> bool:
     return next(len(x.shape) for x in session.get_outputs() if x.name == LOGITS) == ALL_LOGITS_RANK
 
 
-def _check_graph(bundle: Bundle, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+def _check_graph(bundle: Bundle, inputs: Sequence[Any], outputs: Sequence[Any], fix: str) -> None:
     layers, storage = bundle.config.n_layers, _TYPES[bundle.precision]
     expected = dict.fromkeys(graph_inputs(layers), storage) | {INPUT_IDS: "tensor(int64)", PAST_LENGTH: _INT32, NEW_LENGTH: _INT32}
     found = {value.name: value.type for value in inputs}
@@ -143,5 +145,4 @@ def _check_graph(bundle: Bundle, inputs: Sequence[Any], outputs: Sequence[Any]) 
     if LOGITS in names and len(names[LOGITS].shape) not in (LAST_LOGITS_RANK, ALL_LOGITS_RANK):
         wrong.append(f"{LOGITS}: {len(names[LOGITS].shape)} dimensions")
     if wrong:
-        raise UserError("the graph's inputs and outputs are not what the manifest's config says", got="; ".join(wrong[:5]),
-                        fix=bundle.export_hint())
+        raise UserError("the graph's inputs and outputs are not what the manifest's config says", got="; ".join(wrong[:5]), fix=fix)

@@ -124,10 +124,10 @@ def _registered(path: Path) -> str:
     """Register a library with the installed ONNX Runtime and say so, or that there is none."""
     from sessa_deploy.errors import MissingPackage, install_command
     from sessa_deploy.plugins import library
-    from sessa_deploy.runtime.ort import backend
+    from sessa_deploy.runtime.ort import session
 
     try:
-        runtime = backend.load()
+        runtime = session.load()
     except MissingPackage:
         return f"no ONNX Runtime is here to take it ({install_command('onnxruntime', 'cuda')})"
     library.register(runtime.SessionOptions(), path)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from sessa_deploy import contract
@@ -72,6 +73,26 @@ def test_what_it_prints(bundle: str, capsys: pytest.CaptureFixture[str], monkeyp
     assert asked[0] == (bundle, 2, None, 512, 64 << 20, 3, None, None, False)
     main(["build", bundle])
     assert "nothing to do" in capsys.readouterr().out
+
+
+TENSORRTS = {"--arch": "90", "--max-batch": "1", "--max-context": "32", "--max-prompt": "512", "--workspace": "64", "--opt-level": "3", "--plugin": "lib.so"}
+
+
+def test_for_ort_takes_none_of_tensorrts_options(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each that is given is named, even one that says what the default does."""
+    from sessa_deploy.cli.build import command
+
+    ours = {"--for", "--layers", "--precision", "--force"}
+    assert {p.opts[0] for p in command.params if isinstance(p, click.Option)} == {*TENSORRTS, "--verbose", *ours}
+    for option, value in TENSORRTS.items():
+        text = error_of(capsys, bundle, "--for", "ort", option, value)
+        assert f"GPU: got {option} {value}; allowed: --layers, --precision, --force; fix: sessa-deploy build {bundle} --for ort\n" in text
+    text = error_of(capsys, bundle, "--verbose", "--max-batch", "4", "--for", "ort", "--layers", "ort", "--force")
+    assert "got --max-batch 4, --verbose;" in text
+    assert "no bundle" in error_of(capsys, f"{bundle}x", "--for", "ort") and "the graph cannot be read" in error_of(capsys, bundle, "--for", "ort")
+    assert "--layers is none of ours: got 'tensorrt'; allowed: plugin, ort" in error_of(capsys, bundle, "--for", "ort", "--layers", "tensorrt")
+    assert "--layers is none of ours: got 'ort'; allowed: plugin, tensorrt" in error_of(capsys, bundle, "--layers", "ort")
+    assert "error: --layers is unknown" in error_of(capsys, bundle, "--layers", "onnx")
 
 
 def test_help_imports_nothing_heavy() -> None:

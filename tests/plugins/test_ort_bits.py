@@ -17,7 +17,7 @@ from node_models import node_model, type_of
 from plugin_harness import NAMES, Built
 
 from sessa_deploy.plugins import library, ops
-from sessa_deploy.runtime.ort import backend
+from sessa_deploy.runtime.ort import session as ort_session
 
 pytestmark = pytest.mark.gpu
 CUDA = "CUDAExecutionProvider"
@@ -29,7 +29,7 @@ def open_session(path: Path, op: ops.Op, storage: int, value: float | None = Non
     runtime = pytest.importorskip("onnxruntime")
     if CUDA not in runtime.get_available_providers():
         pytest.skip("needs onnxruntime-gpu")
-    backend.preload(runtime)
+    ort_session.preload(runtime)
     settings = runtime.SessionOptions()
     library.register(settings, path)
     attributes = {"storage": storage} if value is None else {"storage": storage, op.attributes[0].name: value}

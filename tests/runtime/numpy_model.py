@@ -121,7 +121,7 @@ class NumpyBackend(Backend):
         for b in range(self.batch):
             for rows in self._caches[b]:
                 for values in rows.values():
-                    del values[int(self.length[b]) :]
+                    del values[int(self.kept()[b]) :]
             for token in ids[b, : new[b]]:
                 logits[b] = self.model.token(int(token), self._caches[b])
         return logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,33 @@ def test_the_one_command_that_is_missing(road: Callable[..., Any], installed: di
     assert found["mend"].startswith(mend) and bool(found["mend"]) == bool(mend) and found["ready"] == ready
     assert found["found"] == installed.get(name)
     assert bool(found["refused"]) == (name == "rtx" and gpus == H100) and ("sm_90" in found["refused"]) == bool(found["refused"])
+
+
+ORT_LIBRARY = {"path": "/x/libsessa_ort.so", "archs": [80, 86, 90]}
+
+
+@pytest.mark.parametrize(
+    ("library", "error", "gpus", "found", "mend"),
+    [(ORT_LIBRARY, None, H100, "/x/libsessa_ort.so, sm_80, 86, 90", ""), (ORT_LIBRARY, None, [], "/x/libsessa_ort.so, sm_80, 86, 90", ""),
+     (None, "no library of kernels for ONNX Runtime: got x; fix: sessa-deploy plugin build --for ort", H100, "not installed",
+      "sessa-deploy plugin build --for ort"),
+     (None, "it printed no answer", [], "not installed", "sessa-deploy plugin build --for ort"),
+     (ORT_LIBRARY, None, [{"arch": "sm_120"}], "/x/libsessa_ort.so, sm_80, 86, 90", "sessa-deploy plugin build --for ort --arch 120"),
+     (ORT_LIBRARY, None, TURING, "/x/libsessa_ort.so, sm_80, 86, 90", "use --backend ort; the kernels are compiled for ")],
+)  # fmt: skip
+def test_the_library_for_onnx_runtime_is_one_row(monkeypatch: pytest.MonkeyPatch, library: Any, error: str | None, gpus: list[Any], found: str,
+                                                 mend: str) -> None:
+    monkeypatch.setattr(environment, "probe", lambda code: (library, error))
+    row = doctor.ort_library(gpus)
+    assert row["found"] == found and row["mend"].startswith(mend) and bool(row["mend"]) == bool(mend)
+    assert row["state"] == ("optional" if mend else "ok")
+
+
+def test_every_probe_runs() -> None:
+    """In a fresh interpreter, as doctor asks: an answer, or an error of ours in words, and never a slip in the question."""
+    for code in (doctor._ORT_LIBRARY, doctor._LIBRARY.format(major=11), doctor._WHY_NO_CUDA, doctor._IMPORTS.format(name="tensorrt")):
+        answer, error = environment.probe(code)
+        assert answer is not None or re.match(r"sessa_deploy\.errors\.\w+: ", str(error)), error
 
 
 def test_an_installed_tensorrt_without_pips_records_is_installed(road: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

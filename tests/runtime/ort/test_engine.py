@@ -158,7 +158,7 @@ def test_a_graph_that_onnx_runtime_cannot_capture_is_opened_without(build: Build
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "Memcpy" in said and cuda.replays == 0
     assert "enable_cuda_graph" not in fake.sessions[0].cuda_options
-    with pytest.raises(UserError, match=r"cannot load the graph: got no such op.*sessa-deploy") as caught:
+    with pytest.raises(UserError, match=r"cannot load the graph: got no such op; fix: sessa-deploy build .* --for ort --force") as caught:
         build(module={"refused": "no such op"})
     assert "\n" not in str(caught.value)
 
@@ -197,7 +197,7 @@ def test_weights_are_given_as_they_lie_in_the_bundle(build: Build, bundles: Call
     given = fake.sessions[0].options.initializers
     assert {name: value.element_type() for name, value in given.items()} == {name: kind for name, (_, kind) in made.items()}
     assert all(given[name].data_ptr() == x.ctypes.data for name, (x, _) in made.items()), "not copied"
-    assert list(backend.seconds) == ["ONNX Runtime imported", "CUDA opened", "session made", "memory reserved"]
+    assert list(backend.seconds) == ["ONNX Runtime imported", "CUDA's libraries loaded", "GPU opened", "session made", "memory reserved"]
 
 
 def test_the_road_is_taken_where_library_and_graph_are_found_and_else_named(
