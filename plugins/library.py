@@ -262,7 +262,7 @@ def _run(command: list[str], what: str, say: Callable[[str], None]) -> str:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         fetched = re.search(r"No headers of TensorRT (\d+) here: fetching (\S+)", done.stdout)
         ort = re.search(r"No header of ONNX Runtime here: fetching (\S+)", done.stdout)
-        if ort and "-- ONNX Runtime, " not in done.stdout and "could not be fetched" in done.stderr:
+        if ort and "-- ONNX Runtime, " not in done.stdout and re.search("could not be fetched|Could NOT find Git", done.stderr):
             raise UserError(f"the header of ONNX Runtime ({ort[1]}) could not be fetched", got=" / ".join(lines[:4])[-400:],
                             allowed="a network that reaches github.com, or the folder of onnxruntime_c_api.h", fix=f"{_ORT_BUILD} --onnxruntime-include DIR")
         if fetched and "-- TensorRT " not in done.stdout and re.search(r"clone|checkout|download|tensorrt-subbuild", done.stderr + done.stdout):
