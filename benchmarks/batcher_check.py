@@ -82,12 +82,9 @@ def logit_error(pairs: list[tuple[Text, Text]]) -> float:
     return worst
 
 
-def compare(name: str, make: Any, texts: list[Text], reuse: bool) -> tuple[list[str], dict[str, Any]]:
-    """Play texts together and each alone; (what is wrong, figures)."""
-    batcher = make(reuse)
-    together = play(batcher, texts)
-    solo = make(False)
-    singles, alone = [], 0.0
+def compare(name: str, texts: list[Text], batcher: Batcher, together: float, reuse: bool, solo: Batcher) -> tuple[list[str], dict[str, Any]]:
+    """Texts that were played together in so many seconds, against each alone; (what is wrong, figures)."""
+    stats, singles, alone = batcher.stats(), [], 0.0
     for text in texts:
         singles.append(Text(text.request))
         alone += play(solo, singles[-1:])
@@ -99,11 +96,12 @@ def compare(name: str, make: Any, texts: list[Text], reuse: bool) -> tuple[list[
         wrong.append(f"{name}: {len(close)} of {len(texts)} texts differ where two logits are close")
     failed = [t.events[-1].error for t in texts if t.events[-1].finish == "error"]
     wrong += [f"{name}: a request failed: {reason}" for reason in failed[:3]]
-    stats, tokens = batcher.stats(), sum(len(t.tokens) for t in texts)
+    tokens = sum(len(t.tokens) for t in texts)
     return wrong, {
         "texts": len(texts), "differ_where_close": len(close), "wrong": len(found) - len(close), "cancelled": stats.finished["cancelled"],
-        "logit_error": error, "tokens": tokens, "cached_tokens": stats.cached_tokens, "prefix_hits": stats.prefix_hits, "prefix_copies": stats.prefix_copies,
-        "together_tokens_per_second": tokens / together, "alone_tokens_per_second": sum(len(t.tokens) for t in singles) / alone,
+        "logit_error": error, "tokens": tokens, "prompt_tokens": stats.prompt_tokens, "cached_tokens": stats.cached_tokens, "prefix_hits": stats.prefix_hits,
+        "prefix_copies": stats.prefix_copies, "together_tokens_per_second": tokens / together,
+        "alone_tokens_per_second": sum(len(t.tokens) for t in singles) / alone,
     }
 
 
@@ -134,22 +132,26 @@ def main() -> int:
         found: list[int] = rng.integers(0, backend.config.vocab_size, int(rng.integers(1, most + 1))).tolist()
         return found
 
+    report: dict[str, Any]
+    wrong: list[str]
     room = backend.capacity - NEW
     apart = [Text(request(fresh(room)), int(rng.integers(4 * given.requests)), int(rng.integers(NEW)) if rng.random() < 0.1 else None)
              for _ in range(given.requests)]
-    wrong, figures = compare("apart", make, apart, False)
-    report: dict[str, Any] = {"bundle": given.bundle, "backend": backend.name, "slots": backend.batch, "capacity": backend.capacity, "apart": figures}
+    batcher = make(False)
+    seconds = play(batcher, apart)
+    wrong, report = [], {"bundle": given.bundle, "backend": backend.name, "slots": backend.batch, "capacity": backend.capacity, "chunk": batcher.chunk}
+    faults, report["apart"] = compare("apart", apart, batcher, seconds, False, make(False))
+    wrong += faults
     # Each turn of a conversation goes on from the answer before, which is known once it was played.
-    piece = room // (2 * TURNS)
+    piece, batcher, seconds, talked = room // (2 * TURNS), make(True), 0.0, []
     talks = [fresh(piece) for _ in range(max(1, min(backend.batch, given.requests // TURNS)))]
-    for turn in range(TURNS):
+    for _ in range(TURNS):
         texts = [Text(request(talk[:room]), int(rng.integers(given.slots))) for talk in talks]
-        if turn == 0:
-            batcher = make(True)
-        again, figures = compare(f"turn {turn + 1}", lambda reuse: batcher if reuse else make(False), texts, True)  # noqa: B023 - used at once
-        wrong += again
-        report[f"turn {turn + 1}"] = figures
+        seconds += play(batcher, texts)
+        talked += texts
         talks = [[*talk, *text.tokens, *fresh(piece)] for talk, text in zip(talks, texts, strict=True)]
+    faults, report["conversations"] = compare("conversations", talked, batcher, seconds, True, make(False))
+    wrong += faults
     backend.close()
     for name, row in report.items():
         print(name, row if not isinstance(row, dict) else json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}))
