@@ -148,6 +148,11 @@ class Tokenizer:
         found = self._library.token_to_id(token)
         return None if found is None else int(found)
 
+    def token(self, token_id: int) -> str | None:
+        """A token as the vocabulary writes it (`<|endoftext|>`; bytes in a byte-level one stand there as its alphabet has them), or None."""
+        found = self._library.id_to_token(int(token_id))
+        return None if found is None else str(found)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` and nothing around them; special tokens written out in it are recognised.
 

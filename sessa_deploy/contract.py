@@ -42,6 +42,8 @@ MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 MODEL_DATA_FILE = "model.onnx.data"
 TOKENIZER_FILE = "tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"  # in a bundle: the special tokens that a chat template names
 PARITY_FILE = "parity.json"
 ENGINES_DIR = "engines"
 

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "sessa_deploy/kernels"
 LAUNCH, FEEDBACK, CAUSAL, ENGINE, TRAINING = (f"{KERNELS}/{name}" for name in ("launch", "feedback", "causal", "engine", "training"))
-HEAVY = {"torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib"}
+HEAVY = {"fastapi", "uvicorn", "pydantic", "jinja2", "prometheus_client", "torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib"}
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt"}
 # The modules beside the package's folders that need the standard library alone.
 GROUND = {"__init__", "checks", "config", "contract", "cuda", "cuda_arch", "errors", "files", "process", "reading"}
@@ -33,7 +33,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "export/graph": ({"sessa_deploy", KERNELS, "export", "plugins"}, {"torch", "onnx", "onnx_ir", "onnxscript", "numpy"}),
     "export/parity": ({"sessa_deploy", KERNELS, "runtime", "runtime/ort", "runtime/trt", "export/graph"}, {"torch", "onnx", "numpy", "matplotlib"}),
     "export/trt": ({LAUNCH, "runtime", "runtime/trt", "plugins", "export/graph"}, {"onnx", "numpy"}),
-    "runtime": ({"plugins", "runtime/ort", "runtime/trt"}, {"numpy", "tokenizers", "rich", "platformdirs"}),
+    "runtime": ({"plugins", "runtime/ort", "runtime/trt"}, {"numpy", "tokenizers", "rich", "platformdirs", "jinja2"}),
+    "runtime/serve": ({"runtime"}, {"numpy", "fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}),
     "runtime/ort": ({"runtime"}, {"numpy", "onnxruntime"}),
     "runtime/trt": ({"runtime", "plugins"}, {"numpy", "platformdirs"}),
     "plugins": ({LAUNCH, FEEDBACK, CAUSAL, ENGINE}, {"triton", "torch", "platformdirs"}),
@@ -44,7 +45,7 @@ DOORS = {
     (CAUSAL, KERNELS): {"device"},
     (ENGINE, KERNELS): {"device"},
     (TRAINING, KERNELS): {"device", "ops", "route"},
-    ("sessa_deploy", "runtime"): {"bundle", "publish", "tokenizer"},
+    ("sessa_deploy", "runtime"): {"bundle", "publish", "template", "tokenizer"},
     ("runtime", "plugins"): {"library"},
     ("runtime/trt", "plugins"): {"library"},
 }
