@@ -143,6 +143,13 @@ class Tokenizer:
         """The tokenizers JSON it was made from."""
         return self._text
 
+    def plain_json(self) -> str:
+        """The tokenizers JSON without what `ignored` names, so that other programs encode with it as this one does."""
+        plain = json.loads(self._library.to_str())
+        if self.first or any("behind" in line for line in self.ignored):
+            plain["post_processor"] = None
+        return json.dumps(plain, ensure_ascii=False)
+
     def token_id(self, token: str) -> int | None:
         """Id of a token by its text (`<|endoftext|>`), or None."""
         found = self._library.token_to_id(token)
@@ -171,8 +178,12 @@ class Tokenizer:
     def encode_first(self, text: str, bos: int | None = None) -> list[int]:
         """Token ids of text that begins a conversation: the model's bos token (None: the tokenizer's own `first`) before it, unless it is written out there.
         """
-        ids, first = self.encode(text), self.first if bos is None or bos in self.first else (bos,)
-        return ids if tuple(ids[: len(first)]) == first else [*first, *ids]
+        return self.begun(self.encode(text), bos)
+
+    def begun(self, ids: Sequence[int], bos: int | None = None) -> list[int]:
+        """Token ids that begin a conversation, with what `encode_first` puts before a text, unless they begin with it."""
+        first = self.first if bos is None or bos in self.first else (bos,)
+        return list(ids) if tuple(ids[: len(first)]) == first else [*first, *ids]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
