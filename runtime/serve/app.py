@@ -26,7 +26,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request is wrong", "model": ErrorAnswer}, 401: {"description": "The key is missing or wrong", "model": ErrorAnswer},
     404: {"description": "No such model", "model": ErrorAnswer}, 413: {"description": "The body is too large", "model": ErrorAnswer},
     429: {"description": "The queue is full", "model": ErrorAnswer}, 500: {"description": "The engine failed", "model": ErrorAnswer},
-    503: {"description": "Loading, draining, unhealthy, or waited too long", "model": ErrorAnswer}, 504: {"description": "The time limit", "model": ErrorAnswer},
+    503: {"description": "Loading, draining, unhealthy, or waited too long", "model": ErrorAnswer},
+    504: {"description": "The time limit", "model": ErrorAnswer},
 }
 
 
@@ -36,8 +37,7 @@ def make_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
                   description="OpenAI's API over one Sessa model.")
     _openai(app, service)
     _watching(app, service)
-    app.add_exception_handler(ApiError, lambda request, error: error.response())  # type: ignore[attr-defined]
-    app.add_exception_handler(RequestValidationError, lambda request, error: refusal(error.errors()).response())  # type: ignore[attr-defined]
+    app.add_exception_handler(RequestValidationError, _wrong_body)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.openapi = _openapi(app, service.settings.key is not None)  # type: ignore[method-assign]
     app.add_middleware(Door, service=service)
@@ -123,6 +123,10 @@ def _watching(app: FastAPI, service: Service) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
         return pages.respond("docs.html")
+
+
+async def _wrong_body(request: Request, error: RequestValidationError) -> Response:
+    return refusal(error.errors()).response()
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

@@ -63,6 +63,6 @@ def _bias(body: Generation, engine: Engine) -> dict[int, float]:
     for name, value in (body.logit_bias or {}).items():
         token = int(name) if name.isascii() and name.isdigit() and len(name) < 12 else -1
         if not 0 <= token < engine.config.vocab_size:
-            raise ApiError(400, f"logit_bias is wrong: got {name[:40]!r}; allowed: token ids in 0..{engine.config.vocab_size - 1}, written as text", "logit_bias")
+            raise ApiError(400, f"logit_bias is wrong: got {name[:40]!r}; allowed: token ids in 0..{engine.config.vocab_size - 1}, as text", "logit_bias")
         found[token] = value
     return found

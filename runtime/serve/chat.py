@@ -89,7 +89,7 @@ class _Choice:
         return event.text, found, self.finish
 
     def _told(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self._engine.string(token), "logprob": logprob, "bytes": self._engine.bytes(token)}
+        return {"token": self._engine.string(token), "logprob": logprob, "bytes": self._engine.token_bytes(token)}
 
     def json(self, index: int) -> dict[str, Any]:
         """The whole choice."""

@@ -23,7 +23,8 @@ _METASPACE = "\u2581"
 class Engine:
     """What a loaded bundle answers with.
 
-    queue, queue_timeout: the batcher's. capacity: tokens of prompt and answer together. ends: tokens that end an answer in a conversation, beside the model's own.
+    queue, queue_timeout: the batcher's. capacity: tokens of prompt and answer together. ends: tokens that end an answer in a conversation, beside the
+    model's own.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, queue: int = 256, queue_timeout: float | None = 30.0) -> None:
@@ -36,7 +37,7 @@ class Engine:
         self._strings: dict[int, str] = {}
         self._longest = 0
         if self.tokenizer is not None:
-            self._longest = max((len(self._bytes(token)) for token in range(self.tokenizer.vocab_size)), default=1) or 1
+            self._longest = max((len(self._raw(token)) for token in range(self.tokenizer.vocab_size)), default=1) or 1
             end = self.tokenizer.token_id(str(self.template.special.get("eos_token"))) if self.template is not None else None
             self.ends = () if end is None else (end,)
 
@@ -88,7 +89,7 @@ class Engine:
     def string(self, token: int) -> str:
         """A token as log probabilities name it: its text, or bytes:\\x.. where its bytes are no whole characters; token_id:N without a tokenizer."""
         if token not in self._strings:
-            raw = self._bytes(token)
+            raw = self._raw(token)
             try:
                 text = raw.decode("utf-8")
             except UnicodeDecodeError:
@@ -96,11 +97,11 @@ class Engine:
             self._strings[token] = text if self.tokenizer is not None else f"token_id:{token}"
         return self._strings[token]
 
-    def bytes(self, token: int) -> list[int]:
+    def token_bytes(self, token: int) -> list[int]:
         """A token's bytes, as chat's log probabilities list them."""
-        return list(self._bytes(token))
+        return list(self._raw(token))
 
-    def _bytes(self, token: int) -> bytes:
+    def _raw(self, token: int) -> bytes:
         if self.tokenizer is None:
             return b""
         raw, piece = self.tokenizer.token_bytes(token), self.tokenizer.token(token)

@@ -29,8 +29,8 @@ class ClientGone(Exception):
 class Job:
     """Requests that one client waits for together: all of them are taken on, or none.
 
-    Made on the event loop; limit: seconds from now for all of it, None for any. Leaving it (`close`) cancels whatever still runs. Raises ApiError: 429 where the queue is full, 503 where nothing is taken
-    on any more, 400 on a request that the batcher refuses.
+    Made on the event loop; limit: seconds from now for all of it, None for any. Leaving it (`close`) cancels whatever still runs. Raises ApiError: 429
+    where the queue is full, 503 where nothing is taken on any more, 400 on a request that the batcher refuses.
     """
 
     def __init__(self, batcher: Batcher, mailbox: Mailbox, requests: Sequence[Request], limit: float | None = None) -> None:

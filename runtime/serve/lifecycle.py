@@ -133,7 +133,7 @@ class _Life(uvicorn.Server):
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        self._say(f"loading {self._path}; {self._url} answers {self._url}/health/ready")
+        self._say(f"loading {self._path}; {self._url}/health/ready says when it is done")
         loop = asyncio.get_running_loop()
         # A daemon: where a signal comes first, nobody waits for an engine that takes minutes to load.
         threading.Thread(target=self._load, args=(loop,), name="loading", daemon=True).start()
@@ -164,7 +164,8 @@ class _Life(uvicorn.Server):
         note = ignored_note(engine.tokenizer)
         if note:
             self._say(note)
-        self._say(f"serving {self._service.settings.name} at {self._url} on {engine.backend.name}: {engine.slots} slots of {engine.capacity} tokens, {chat}, {key}")
+        what = f"{engine.slots} slots of {engine.capacity} tokens, {chat}, {key}"
+        self._say(f"serving {self._service.settings.name} at {self._url} on {engine.backend.name}: {what}")
 
 
 def load(path: Path, options: ServeOptions) -> Engine:

@@ -74,7 +74,8 @@ class _Watch:
         for finish, count in stats.finished.items():
             ended.add_metric((finish,), count)
         yield ended
-        yield CounterMetricFamily("sessa_cancels", "Requests that were cancelled: their client went away, or the server ended.", value=stats.finished["cancelled"])
+        yield CounterMetricFamily("sessa_cancels", "Requests that were cancelled: their client went away, or the server ended.",
+                                  value=stats.finished["cancelled"])
         yield GaugeMetricFamily("sessa_slots_busy", "Slots that read a prompt or generate.", value=stats.reading + stats.running)
         for name, (what, field) in _HISTOGRAMS.items():
             yield _histogram(name, what, getattr(stats, field))

@@ -15,8 +15,8 @@ from starlette.responses import Response
 def _read(name: str) -> tuple[bytes, str]:
     """(a page's bytes, the policy that lets its own script and style run and nothing else load)."""
     text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-    kinds = {kind: [f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
-                    for part in re.findall(rf"<{tag}>(.*?)</{tag}>", text, flags=re.DOTALL)] for kind, tag in (("script-src", "script"), ("style-src", "style"))}
+    kinds = {f"{tag}-src": [f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
+                            for part in re.findall(rf"<{tag}>(.*?)</{tag}>", text, flags=re.DOTALL)] for tag in ("script", "style")}
     own = "; ".join(f"{kind} {' '.join(hashes)}" for kind, hashes in kinds.items() if hashes)
     return text.encode(), f"default-src 'none'; {own}; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
