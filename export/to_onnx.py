@@ -66,8 +66,8 @@ def export_bundle(
     """Export a checkpoint as the bundle `out`: model.onnx (and .data), tokenizer.json, manifest.json; whole or not at all. Returns `out`.
 
     config: where the checkpoint holds none. The checkpoint's own tokenizer.json is taken; without one the byte-level tokenizer is, if the
-    vocabulary is its size, else none. A chat template goes along (see checkpoint_template). note: hears a line of each thing that was passed over. Raises UserError as load_for_export, export_onnx and the
-    bundle's writer do.
+    vocabulary is its size, else none. A chat template goes along (see checkpoint_template). note: hears a line of each thing that was passed over.
+    Raises UserError as load_for_export, read_template, export_onnx and the bundle's writer do.
     """
     from sessa_deploy.checkpoint import load_for_export
     from sessa_deploy.checkpoint_layout import locate

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from sessa_deploy.checks import as_integer, integer
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.errors import UserError
+from sessa_deploy.runtime.sampling import NotFinite
 
 IntArray = NDArray[np.integer]
 _MOST_LOGITS = 256 << 20  # bytes
@@ -33,6 +34,7 @@ class Backend(ABC):
         batch, capacity = integer("max_batch", batch, 1), integer("capacity", capacity, 1)
         self.config, self.batch, self.capacity = config, batch, capacity
         self.length: NDArray[np.int32] = np.zeros(batch, dtype=np.int32)
+        self._resting: NDArray[np.int32] = np.zeros(batch, dtype=np.int32)  # tokens of sequences that rest, whose length is 0
         self.bytes_moved = 0
 
     def step(self, input_ids: IntArray, new_length: IntArray) -> NDArray[np.float32]:
@@ -70,21 +72,78 @@ class Backend(ABC):
     def step_greedy(self, input_ids: IntArray, new_length: IntArray) -> NDArray[np.int64]:
         """Like `step`, returning the most likely token (B,) alone; a backend on a device may find it there.
 
-        Raises SessaError, with the lengths unchanged, on logits that are NaN or Inf.
+        Raises NotFinite, a SessaError, with the lengths unchanged, on logits that are NaN or Inf.
         """
         ids, new = self._checked(input_ids, new_length)
         picked = self._pick(ids, new)
         if picked.min() < 0:
             if (picked[new > 0] < 0).any():
-                raise SessaError("the model produced logits that are not finite; fix: run sessa-deploy validate on the bundle")
+                raise NotFinite()
             picked = np.maximum(picked, 0)
         self.length += new
         return picked
 
+    def step_row(self, row: int, ids: IntArray) -> NDArray[np.float32]:
+        """Feed ids (T,) to one sequence alone, while the others stand still and cost nothing; logits (V,) float32 after the last of them.
+
+        The way a prompt's chunk runs beside sequences that decode. Raises UserError as `step` does, with nothing changed.
+        """
+        row, fed = self._checked_row(row, ids)
+        logits = self._forward_row(row, fed)
+        self.length[row] += len(fed)
+        return logits
+
+    def step_row_all(self, row: int, ids: IntArray) -> NDArray[np.float32]:
+        """Like `step_row`, with the logits (T,V) float32 after every one of ids (T,). A graph without all logits is fed one token a step."""
+        row, fed = self._checked_row(row, ids)
+        if self.all_logits:
+            logits = self._forward_row_all(row, fed)
+            self.length[row] += len(fed)
+            return logits
+        logits, before = np.empty((len(fed), self.config.vocab_size), np.float32), int(self.length[row])
+        try:
+            for t in range(len(fed)):
+                logits[t] = self._forward_row(row, fed[t : t + 1])
+                self.length[row] += 1
+        except BaseException:
+            self.length[row] = before
+            raise
+        return logits
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Make sequence `target` hold the first `length` tokens of sequence `source`, which may rest, and forget what it held.
+
+        Raises UserError if source holds fewer.
+        """
+        source, target, held = self._row(source), self._row(target), as_integer(length)
+        if held is None or not 0 <= held <= self.held(source):
+            raise UserError("a sequence cannot be copied so far", got=repr(length), allowed=f"0..{self.held(source)}")
+        if source != target and held:
+            self._resting[target] = self.length[target] = 0
+            self._copy_row(source, target, held)
+        self.length[target], self._resting[target] = held, 0
+
     def reset(self, rows: Iterable[int] | None = None) -> None:
         """Forget the tokens of `rows`, of every row by default."""
         for row in range(self.batch) if rows is None else rows:
-            self.length[self._row(row)] = 0
+            self.length[self._row(row)] = self._resting[row] = 0
+
+    def rest(self, row: int) -> None:
+        """Keep a sequence's cache, but let it cost nothing: its length is 0 until `wake`. Feeding it or copying to it forgets what it held."""
+        row = self._row(row)
+        self._resting[row], self.length[row] = self.held(row), 0
+
+    def wake(self, row: int, length: int) -> None:
+        """Go on behind the first `length` tokens that a sequence holds, resting or not. Raises UserError if it holds fewer."""
+        row, kept = self._row(row), as_integer(length)
+        if kept is None or not 0 <= kept <= self.held(row):
+            raise UserError("a sequence cannot be taken up there", got=repr(length), allowed=f"0..{self.held(row)}")
+        self.length[row], self._resting[row] = kept, 0
+
+    def held(self, row: int) -> int:
+        """Tokens whose cache rows a sequence has, resting or not."""
+        row = self._row(row)
+        return int(max(self.length[row], self._resting[row]))
 
     def rewind(self, row: int, length: int) -> None:
         """Forget all but the first `length` tokens of a row. Raises UserError if it holds fewer."""
@@ -96,6 +155,11 @@ class Backend(ABC):
     def room(self, row: int) -> int:
         """Tokens that still fit into a row."""
         return self.capacity - int(self.length[self._row(row)])
+
+    def kept(self) -> NDArray[np.int32]:
+        """(B,) cache rows of each sequence that must survive, those of resting ones too."""
+        kept: NDArray[np.int32] = np.maximum(self.length, self._resting)
+        return kept
 
     def _row(self, row: object) -> int:
         return integer("the sequence", row, 0, self.batch - 1)
@@ -112,6 +176,32 @@ class Backend(ABC):
         """Like `_forward`; logits (B,T,V). Only called where `all_logits` is true."""
         raise NotImplementedError
 
+    def _forward_row(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run ids (T,), T >= 1, through one sequence and append its new rows at `length[row]`; logits (V,) after the last.
+
+        Here by a step of the whole batch in which the others have no new token; a backend that can compute one sequence alone does.
+        """
+        return self._forward(*self._alone(row, ids))[row]
+
+    def _forward_row_all(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Like `_forward_row`; logits (T,V). Only called where `all_logits` is true."""
+        return self._forward_all(*self._alone(row, ids))[row]
+
+    @property
+    def copies_rows(self) -> bool:
+        """Whether `copy_row` works here."""
+        return type(self)._copy_row is not Backend._copy_row
+
+    def _copy_row(self, source: int, target: int, length: int) -> None:
+        """Lay the first `length` cached rows of sequence `source` over those of another, `target`; length >= 1. Lengths are the caller's."""
+        raise NotImplementedError
+
+    def _alone(self, row: int, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """ids (B,T) and new_length (B,) of a step in which one sequence takes ids (T,) and the others nothing."""
+        whole, new = np.zeros((self.batch, len(ids)), np.int64), np.zeros(self.batch, np.int32)
+        whole[row], new[row] = ids, len(ids)
+        return whole, new
+
     def _pick(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.int64]:
         """Like `_forward`; the most likely tokens (B,), -1 where a row's largest logit is not finite."""
         logits = self._forward(ids, new)
@@ -123,7 +213,7 @@ class Backend(ABC):
 
     @abstractmethod
     def poison(self) -> None:
-        """Fill every cache row at or beyond its sequence's length with NaN. What comes out must not change: tests and `validate` rely on it."""
+        """Fill every cache row at or beyond its sequence's tokens (`kept`) with NaN. What comes out must not change: tests and `validate` rely on it."""
 
     def close(self) -> None:
         """Let go of what the backend holds."""
@@ -143,16 +233,37 @@ class Backend(ABC):
         wanted = self.length + new
         if wanted.max() > self.capacity:
             row = int(wanted.argmax())
-            raise UserError("the context is full", got=f"{int(self.length[row])} cached and {counts[row]} new tokens in sequence {row}",
-                            allowed=f"a capacity of {self.capacity} tokens", fix="raise the capacity (--capacity) or shorten the prompt")
+            raise self._full(row, counts[row])
         fed: NDArray[np.int64] = np.ascontiguousarray(ids[:, :tokens], dtype=np.int64)
         if min(counts) < tokens:
             fed = np.where(np.arange(tokens) < new[:, None], fed, 0)
         if fed.view(np.uint64).max() >= self.config.vocab_size:  # a negative one is large there
-            wrong = ids[:, :tokens][fed.view(np.uint64) >= self.config.vocab_size][0]
-            raise UserError("a token id is outside the vocabulary", got=int(wrong), allowed=f"0..{self.config.vocab_size - 1}",
-                            fix="encode the prompt with the bundle's tokenizer")
+            raise outside_vocabulary(ids[:, :tokens][fed.view(np.uint64) >= self.config.vocab_size][0], self.config.vocab_size)
+        if self._resting.any():
+            self._resting[new > 0] = 0
         return fed, new.astype(np.int32, copy=False)
+
+    def _checked_row(self, row: int, input_ids: IntArray) -> tuple[int, NDArray[np.int64]]:
+        row, ids = self._row(row), np.asarray(input_ids)
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+            raise UserError("the ids of one sequence have the wrong shape", got=f"{ids.shape} {ids.dtype}", allowed="(T,) integers, T >= 1")
+        if int(self.length[row]) + len(ids) > self.capacity:
+            raise self._full(row, len(ids))
+        fed: NDArray[np.int64] = np.ascontiguousarray(ids, dtype=np.int64)
+        wrong = fed.view(np.uint64) >= self.config.vocab_size  # a negative one is large there
+        if wrong.any():
+            raise outside_vocabulary(ids[wrong][0], self.config.vocab_size)
+        self._resting[row] = 0
+        return row, fed
+
+    def _full(self, row: int, new: int) -> UserError:
+        return UserError("the context is full", got=f"{int(self.length[row])} cached and {new} new tokens in sequence {row}",
+                         allowed=f"a capacity of {self.capacity} tokens", fix="raise the capacity (--capacity) or shorten the prompt")
+
+
+def outside_vocabulary(token: object, vocab_size: int) -> UserError:
+    """What to tell a user of a token id that the model does not have."""
+    return UserError("a token id is outside the vocabulary", got=token, allowed=f"0..{vocab_size - 1}", fix="encode the prompt with the bundle's tokenizer")
 
 
 def last_rows(logits: NDArray[np.float32], new: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sessa_deploy.checks import integer
-from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import bounded_chunk
+from sessa_deploy.runtime.sampling import log_probabilities
 from sessa_deploy.runtime.session import Prompt, Session
 
 
@@ -115,12 +116,7 @@ def _read(session: Session, ids: Sequence[int], known: int) -> Iterator[tuple[in
 
 def _log_likelihood(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:
     """log p (N,) of `targets` (N,) under logits (N,V)."""
-    scores = logits.astype(np.float64)
-    top = scores.max(axis=-1, keepdims=True)
-    if not np.isfinite(top).all():
-        raise SessaError("the model produced logits that are not finite; fix: run sessa-deploy validate on the bundle")
-    scores -= top
-    found: NDArray[np.float64] = scores[np.arange(len(targets)), targets] - np.log(np.exp(scores).sum(axis=-1))
+    found: NDArray[np.float64] = log_probabilities(logits)[np.arange(len(targets)), targets]
     return found
 
 

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from sessa_deploy.checks import as_integer, integer
 from sessa_deploy.contract import TOKENIZER_FILE
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.backend import Backend, outside_vocabulary
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.engines import open_backend
+from sessa_deploy.runtime.generation import Row, check_fits, decode
 from sessa_deploy.runtime.sampling import Sampler, SamplingParams
-from sessa_deploy.runtime.stopping import StopText
-from sessa_deploy.runtime.tokenizer import StreamDecoder, Tokenizer
+from sessa_deploy.runtime.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | NDArray[np.integer]
 Prompts = str | Sequence[Prompt | None]
@@ -71,7 +71,7 @@ class Session:
         chunk = None if chunk is None else integer("chunk", chunk, 1)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.config, self._progress = self.bundle.config, progress
-        self._tokenizer = _tokenizer(self.bundle) if TOKENIZER_FILE in self.bundle else None
+        self._tokenizer = Tokenizer.of(self.bundle)
         self.backend = backend if isinstance(backend, Backend) else open_backend(self.bundle, backend, max_batch, capacity, threads)
         self.chunk = self.backend.best_chunk if chunk is None else chunk
         self.max_batch, self.capacity = self.backend.batch, self.backend.capacity
@@ -181,27 +181,23 @@ class Session:
                 ends: frozenset[int], stop: Sequence[str]) -> Iterator[Chunk]:
         self._check_turn(turn)
         logits = self._feed(feeds)
-        rows = [_Row(self, row, params[row], ends, stop, limits[row]) for row, feed in enumerate(feeds) if feed is not None]
-        greedy = all(row.sampler.params.plain_greedy for row in rows)
-        picked = [row.sampler.next_token(logits[row.index]) for row in rows]
+        rows = [Row(row, self._slots[row].tokens, Sampler(params[row], self.config.vocab_size, self._slots[row].tokens), self._tokenizer, ends, stop,
+                    limits[row], self.capacity) for row, feed in enumerate(feeds) if feed is not None]
+        found: list[int | NDArray[np.float32]] = [logits[row.index] for row in rows]
         while rows:
-            chunks = [row.take(token) for row, token in zip(rows, picked, strict=True)]
-            rows = [row for row, chunk in zip(rows, chunks, strict=True) if chunk.finish is None]
+            picked = [row.pick(what) for row, what in zip(rows, found, strict=True)]
+            drawn = [row.take(token, what) for row, token, what in zip(rows, picked, found, strict=True)]
+            chunks = [Chunk(row.index, one.token, one.text, one.finish) for row, one in zip(rows, drawn, strict=True)]
+            for row in rows:
+                self._slots[row.index].pending += 1
+            rows = [row for row, one in zip(rows, drawn, strict=True) if one.finish is None]
             yield from chunks
             if not rows:
                 break
             self._check_turn(turn)
-            ids, new = np.zeros((self.max_batch, 1), np.int64), np.zeros(self.max_batch, np.int32)
+            found = decode(self.backend, rows)
             for row in rows:
-                ids[row.index, 0], new[row.index] = row.slot.tokens[-1], 1
-            if greedy:
-                found = self.backend.step_greedy(ids, new)
-                picked = [int(found[row.index]) for row in rows]
-            else:
-                logits = self.backend.step(ids, new)
-                picked = [row.sampler.next_token(logits[row.index]) for row in rows]
-            for row in rows:
-                row.slot.pending = 0
+                self._slots[row.index].pending = 0
 
     def _check_turn(self, turn: int) -> None:
         if turn != self._turn:
@@ -220,14 +216,8 @@ class Session:
             raise UserError(f"prompt {row} is empty", allowed="at least one token", fix="pass some text")
         wrong = [token for token in ids if not 0 <= token < self.config.vocab_size]
         if wrong:
-            raise UserError("a token id is outside the vocabulary", got=wrong[0], allowed=f"0..{self.config.vocab_size - 1}",
-                            fix="encode the prompt with the bundle's tokenizer")
-        before = len(slot.tokens)
-        if before + len(ids) + new_tokens - 1 > self.capacity:  # the last token drawn needs no row in the cache
-            held = f" behind {before} tokens of conversation" if before else ""
-            wanted = f" and {new_tokens} new tokens" if new_tokens > 1 else ""
-            raise UserError("the context is full", got=f"a prompt of {len(ids)} tokens{held}{wanted}", allowed=f"a capacity of {self.capacity} tokens",
-                            fix=f"raise the capacity (--capacity {before + len(ids) + new_tokens}), ask for fewer tokens or shorten the prompt")
+            raise outside_vocabulary(wrong[0], self.config.vocab_size)
+        check_fits(len(ids), new_tokens, self.capacity, len(slot.tokens))
         return ids
 
     def _feed(self, feeds: list[list[int] | None]) -> NDArray[np.float32]:
@@ -288,41 +278,3 @@ def _limits(max_new_tokens: int | Sequence[int | None] | None, prompts: int) -> 
             raise UserError("max_new_tokens has the wrong length", got=len(max_new_tokens), allowed=f"one, or one for each of {prompts} prompts")
         return [None if limit is None else integer("max_new_tokens", limit, 1) for limit in max_new_tokens]
     return [None if max_new_tokens is None else integer("max_new_tokens", max_new_tokens, 1)] * prompts
-
-
-def _tokenizer(bundle: Bundle) -> Tokenizer:
-    """The bundle's tokenizer, of the very bytes that match the manifest."""
-    return Tokenizer.from_json(bundle.read(TOKENIZER_FILE).decode("utf-8", "surrogateescape"), str(bundle.file(TOKENIZER_FILE)))
-
-
-class _Row:
-    """One sequence while it generates."""
-
-    def __init__(self, session: Session, index: int, params: SamplingParams, ends: frozenset[int], stop: Sequence[str], limit: int | None) -> None:
-        self.index, self.slot = index, session._slots[index]
-        self.sampler = Sampler(params, session.config.vocab_size, seen=self.slot.tokens)
-        self._decoder: StreamDecoder | None = session._tokenizer.stream(self.slot.tokens) if session._tokenizer else None
-        self._text, self._ends, self._limit, self._count = StopText(stop), ends, limit, 0
-        self._capacity = session.capacity
-
-    def take(self, token: int) -> Chunk:
-        """Record a drawn token and say what it means."""
-        self.slot.tokens.append(token)
-        self.slot.pending += 1
-        self._count += 1
-        finish = None
-        if token in self._ends:
-            finish = "stop"
-        elif self._limit is not None and self._count >= self._limit:
-            finish = "length"
-        elif len(self.slot.tokens) > self._capacity:
-            finish = "context"
-        if self._decoder is None:
-            return Chunk(self.index, token, "", finish)
-        text, found = self._text.push(self._decoder.push(token) if token not in self._ends else "")
-        if not found and finish is not None:
-            more, found = self._text.push(self._decoder.flush())
-            text += more
-            if not found:
-                text += self._text.flush()
-        return Chunk(self.index, token, text, "stop" if found else finish)

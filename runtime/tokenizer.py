@@ -8,10 +8,13 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sessa_deploy.contract import TOKENIZER_FILE
 from sessa_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from sessa_deploy.runtime.bundle import Bundle
 
 END_OF_TEXT = "<|endoftext|>"
 BYTE_VALUES = 256
@@ -75,6 +78,13 @@ class Tokenizer:
         tokenizer = cls.__new__(cls)
         tokenizer._open(text, source)
         return tokenizer
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Tokenizer | None:
+        """A bundle's tokenizer, of the very bytes that match the manifest; None if it has none."""
+        if TOKENIZER_FILE not in bundle:
+            return None
+        return cls.from_json(bundle.read(TOKENIZER_FILE).decode("utf-8", "surrogateescape"), str(bundle.file(TOKENIZER_FILE)))
 
     def _open(self, text: str, source: str) -> None:
         from tokenizers import Tokenizer as Library

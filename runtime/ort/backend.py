@@ -77,32 +77,61 @@ class OrtBackend(Backend):
             logits = self._device.run(ids, self.length, new)
             self.bytes_moved = self._device.bytes_moved
             return logits
-        host = self._own(self._host)
-        # Sequences outside first..last stand still and are not computed; one alone gets a view of exact length.
+        # Sequences outside first..last stand still and are not computed.
         active = np.flatnonzero(new)
         first, last = int(active[0]), int(active[-1]) + 1
-        feeds = {INPUT_IDS: ids[first:last], PAST_LENGTH: self.length[first:last].copy(), NEW_LENGTH: new[first:last],
-                 **dict(zip(self._past, host.views(first, last, self.length), strict=True))}
-        found, *rows = self.session.run(self._outputs, feeds)
-        host.append(first, self.length, new, rows)
-        self.bytes_moved = host.bytes_moved
+        found = self._span(first, ids[first:last], new)
         if first == 0 and last == self.batch:
-            return np.asarray(found, np.float32)
+            return found
         logits = np.zeros((self.batch, *found.shape[1:]), np.float32)
         logits[first:last] = found
         return logits
 
+    def _span(self, first: int, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Run ids (N,T) through sequences first..first+N-1 on host caches; their logits (N,V) or (N,T,V). One alone gets a view of exact length.
+
+        new: new_length (B,) of all sequences.
+        """
+        host, last = self._own(self._host), first + len(ids)
+        feeds = {INPUT_IDS: ids, PAST_LENGTH: self.length[first:last].copy(), NEW_LENGTH: new[first:last],
+                 **dict(zip(self._past, host.views(first, last, self.length), strict=True))}
+        found, *rows = self.session.run(self._outputs, feeds)
+        host.append(first, self.length, new, rows, self.kept())
+        self.bytes_moved = host.bytes_moved
+        return np.asarray(found, np.float32)
+
+    def _forward_row(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        if self._device is not None:
+            return super()._forward_row(row, ids)
+        found = self._span_of_one(row, ids)
+        return found if found.ndim == 1 else found[-1]
+
+    def _forward_row_all(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        return super()._forward_row_all(row, ids) if self._device is not None else self._span_of_one(row, ids)
+
+    def _span_of_one(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits (V,) or (T,V) of ids (T,) through one sequence on host caches."""
+        new = np.zeros(self.batch, np.int32)
+        new[row] = len(ids)
+        found: NDArray[np.float32] = self._span(row, ids[None], new)[0]
+        return found
+
+    def _copy_row(self, source: int, target: int, length: int) -> None:
+        cache = self._own(self._host or self._device)
+        cache.copy_row(source, target, length)
+        self.bytes_moved = cache.bytes_moved
+
     def reset(self, rows: Any = None) -> None:
         super().reset(rows)
         if self._host is not None:
-            self._host.shrink(self.length)
+            self._host.shrink(self.kept())
 
     def cached(self, row: int) -> dict[str, NDArray[np.generic]]:
         cache = self._own(self._host or self._device)
         return {name: cache.rows(entry, row, int(self.length[row])) for entry, name in enumerate(self._past)}
 
     def poison(self) -> None:
-        self._own(self._host or self._device).poison(self.length)
+        self._own(self._host or self._device).poison(self.kept())
 
     def device_bytes(self) -> int:
         return 0 if self._device is None else self._device.used()

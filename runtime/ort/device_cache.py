@@ -123,6 +123,15 @@ class DeviceCache:
                                   count * row, height)
         self.memory.wait()
 
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Lay the first `length` rows of one sequence over another's, on the device."""
+        self.memory.enter()
+        for value, row in zip(self._values, self._row, strict=True):
+            start, pitch = value.data_ptr(), self.capacity * row
+            self.memory.copy(start + target * pitch, pitch, start + source * pitch, pitch, length * row, 1)
+        self.memory.wait()
+        self.bytes_moved += length * sum(self._row)
+
     def rows(self, entry: int, sequence: int, length: int) -> NDArray[np.generic]:
         """A copy (length, ...) of one sequence's rows of one entry; bfloat16 comes as float32."""
         self.memory.enter()

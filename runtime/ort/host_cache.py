@@ -56,17 +56,27 @@ class HostCache:
         return [flat[start * size : (start + count * rows) * size].reshape(count, rows, *shape)
                 for flat, size, shape in zip(self._flat, self._sizes, self._shapes, strict=True)]
 
-    def append(self, first: int, length: NDArray[np.int32], new: NDArray[np.int32], rows: Sequence[Array]) -> None:
-        """Write rows[e][b - first, :new[b]] of every entry e behind the length[b] rows of sequence b, for the sequences rows has."""
+    def append(self, first: int, length: NDArray[np.int32], new: NDArray[np.int32], rows: Sequence[Array], kept: NDArray[np.int32] | None = None) -> None:
+        """Write rows[e][b - first, :new[b]] of every entry e behind the length[b] rows of sequence b, for the sequences rows has.
+
+        kept: (B,) rows of each sequence that must survive, where they are not `length`.
+        """
         need = int((length + new).max())
         if need > self.pitch:
-            self._spread(bucket(need, self.capacity), length)
+            self._spread(bucket(need, self.capacity), length if kept is None else kept)
         for flat, size, values in zip(self._flat, self._sizes, rows, strict=True):
             for b, fresh in enumerate(values, start=first):
                 count = int(new[b])
                 start = (b * self.pitch + int(length[b])) * size
                 flat[start : start + count * size] = fresh[:count].reshape(-1)
         self.bytes_moved += int(new.sum()) * self.row_bytes
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Lay the first `length` rows of one sequence over another's; the source holds as many, so that the pitch does too."""
+        for flat, size in zip(self._flat, self._sizes, strict=True):
+            start, to = source * self.pitch * size, target * self.pitch * size
+            flat[to : to + length * size] = flat[start : start + length * size]
+        self.bytes_moved += length * self.row_bytes
 
     def shrink(self, length: NDArray[np.int32]) -> None:
         """Come back to the pitch that the lengths need, after sequences were reset."""

@@ -141,7 +141,7 @@ class TrtBackend(Backend):
 
     def poison(self) -> None:
         self._cuda.enter()
-        self._own().poison(self.length)
+        self._own().poison(self.kept())
 
     def device_bytes(self) -> int:
         self._own()

@@ -30,6 +30,7 @@ VERBS: dict[str, str] = {
     "build": "Build a TensorRT engine into a bundle.",
     "run": "Generate text from a bundle, streaming tokens.",
     "chat": "Talk to a bundle: turns continue one text on the caches it has.",
+    "serve": "Serve a bundle to many clients at once, over OpenAI's API.",
     "score": "Score a text: log-likelihood, bits per byte, perplexity.",
     "bench": "Measure first-token and inter-token latency of a bundle.",
     "inspect": "Show what a checkpoint, an ONNX file or a bundle holds.",

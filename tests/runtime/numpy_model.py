@@ -121,10 +121,13 @@ class NumpyBackend(Backend):
         for b in range(self.batch):
             for rows in self._caches[b]:
                 for values in rows.values():
-                    del values[int(self.length[b]) :]
+                    del values[int(self.kept()[b]) :]
             for token in ids[b, : new[b]]:
                 logits[b] = self.model.token(int(token), self._caches[b])
         return logits
+
+    def _copy_row(self, source, target, length):
+        self._caches[target] = [{name: list(values[:length]) for name, values in rows.items()} for rows in self._caches[source]]
 
     def cached(self, row):
         return {f"past.{i}.{name}": np.array(values[: self.length[row]]) for i, rows in enumerate(self._caches[row]) for name, values in rows.items()}

@@ -1,0 +1,107 @@
+"""The one generation loop: what a drawn token means for its sequence, and the decode step of all sequences that run. Sessions and the batcher share it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sessa_deploy.errors import UserError
+from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.sampling import Sampler, log_probabilities, most_likely
+from sessa_deploy.runtime.stopping import StopText
+from sessa_deploy.runtime.tokenizer import Tokenizer
+
+Top = tuple[tuple[int, float], ...]  # (token, log probability), best first
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A drawn token: the text it completes (may be empty), why generation ended with it (None: it goes on; "stop", "length" or "context"), and where it
+    was asked for its log probability and the most likely tokens."""
+
+    token: int
+    text: str
+    finish: str | None = None
+    logprob: float | None = None
+    top: Top = ()
+
+
+class Row:
+    """Sequence `index` of a backend while it generates.
+
+    tokens: its whole conversation, prompt and answers, to which drawn tokens are appended; all but those fed last are in the cache. ends: tokens that end
+    it; stop: strings that do, not shown; limit: of new tokens; capacity: of the cache. logprobs: how many of the most likely tokens come with each; 0
+    gives the drawn token's log probability alone, None nothing. at: position of the next token to feed, -1 for the last.
+    """
+
+    def __init__(self, index: int, tokens: list[int], sampler: Sampler, tokenizer: Tokenizer | None, ends: Collection[int] = (), stop: Sequence[str] = (),
+                 limit: int | None = None, capacity: int | None = None, logprobs: int | None = None) -> None:
+        self.index, self.tokens, self.sampler, self.logprobs, self.at = index, tokens, sampler, logprobs, -1
+        self.count = 0
+        self._decoder = tokenizer.stream(tokens) if tokenizer else None
+        self._text, self._ends, self._limit, self._capacity = StopText(stop), frozenset(ends), limit, capacity
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is all that the next step must tell."""
+        return self.sampler.greedy and self.logprobs is None and self.at < 0
+
+    def pick(self, found: int | NDArray[np.float32]) -> int:
+        """The next token: `found` itself where the step picked it, else drawn from these logits (V,). Raises NotFinite on such logits."""
+        return found if isinstance(found, int) else self.sampler.next_token(found)
+
+    def take(self, token: int, found: int | NDArray[np.float32]) -> Drawn:
+        """Record a token that was picked from `found`, and say what it means."""
+        self.tokens.append(token)
+        self.count += 1
+        finish = None
+        if token in self._ends:
+            finish = "stop"
+        elif self._limit is not None and self.count >= self._limit:
+            finish = "length"
+        elif self._capacity is not None and len(self.tokens) > self._capacity:
+            finish = "context"
+        logprob: float | None = None
+        top: Top = ()
+        if self.logprobs is not None and not isinstance(found, int):
+            logprob, top = token_logprobs(found, token, self.logprobs)
+        if self._decoder is None:
+            return Drawn(token, "", finish, logprob, top)
+        text, stopped = self._text.push(self._decoder.push(token) if token not in self._ends else "")
+        if not stopped and finish is not None:
+            more, stopped = self._text.push(self._decoder.flush())
+            text += more
+            if not stopped:
+                text += self._text.flush()
+        return Drawn(token, text, "stop" if stopped else finish, logprob, top)
+
+
+def decode(backend: Backend, rows: Sequence[Row], logits: bool = False) -> list[int | NDArray[np.float32]]:
+    """One decode step over `rows`, the others standing still; what each row's next token comes from: the token itself where all of them only want the most
+    likely one, which the backend then finds where it computes, else (always, with `logits`) logits (V,). Raises NotFinite in the first case alone."""
+    ids, new = np.zeros((backend.batch, 1), np.int64), np.zeros(backend.batch, np.int32)
+    for row in rows:
+        ids[row.index, 0], new[row.index] = row.tokens[row.at], 1
+    if not logits and all(row.greedy for row in rows):
+        picked = backend.step_greedy(ids, new).tolist()
+        return [picked[row.index] for row in rows]
+    found = backend.step(ids, new)
+    return [found[row.index] for row in rows]
+
+
+def token_logprobs(logits: NDArray[np.float32], token: int, count: int) -> tuple[float, Top]:
+    """Log probability of a token under untouched logits (V,), and the `count` most likely tokens with theirs."""
+    found = log_probabilities(logits)
+    return float(found[token]), most_likely(found, count)
+
+
+def check_fits(prompt: int, new_tokens: int, capacity: int, before: int = 0) -> None:
+    """Raise UserError, with both numbers, unless a prompt of `prompt` tokens and `new_tokens` behind it fit, after `before` tokens of conversation."""
+    if before + prompt + new_tokens - 1 > capacity:  # the last token drawn needs no row in the cache
+        held = f" behind {before} tokens of conversation" if before else ""
+        wanted = f" and {new_tokens} new tokens" if new_tokens > 1 else ""
+        raise UserError("the context is full", got=f"a prompt of {prompt} tokens{held}{wanted}", allowed=f"a capacity of {capacity} tokens",
+                        fix=f"raise the capacity (--capacity {before + prompt + new_tokens}), ask for fewer tokens or shorten the prompt")
