@@ -353,7 +353,7 @@ class Batcher:
         (self._stats.first_token if first else self._stats.between_tokens).add(now - (task.born if task.told is None else task.told))
         task.told = now
         self._stats.new_tokens += 1
-        event = Event(drawn.token, drawn.text, drawn.logprob, drawn.top, drawn.finish, **extra)
+        event = Event(drawn.token, drawn.text, drawn.logprob, drawn.top, drawn.finish, held=drawn.held, **extra)
         if drawn.finish is None:
             self._tell(task, event)
         else:

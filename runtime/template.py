@@ -17,6 +17,7 @@ from sessa_deploy.reading import parse_json
 
 if TYPE_CHECKING:
     from sessa_deploy.runtime.bundle import Bundle
+    from sessa_deploy.runtime.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 # What a template is given beside the messages, by the names it has in tokenizer_config.json.
@@ -68,6 +69,11 @@ class ChatTemplate:
             raise TemplateError("the chat template refuses the conversation", got=str(error)[:_SAID] or None) from None
         except (jinja2.TemplateError, ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RecursionError, MemoryError) as error:
             raise TemplateError("the chat template fails on the conversation", got=f"{type(error).__name__}: {str(error)[:_SAID]}") from None
+
+    def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The token that ends an answer in a conversation; none where the template's eos_token is no token."""
+        end = tokenizer.token_id(str(self.special.get("eos_token")))
+        return () if end is None else (end,)
 
     def prove(self) -> None:
         """Raise UserError unless it renders at least one of the plainest conversations."""

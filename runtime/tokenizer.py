@@ -232,6 +232,11 @@ class StreamDecoder:
         self._shown: list[int] = [int(i) for i in context][-_MAX_HELD:]
         self._held: list[int] = []
 
+    @property
+    def held(self) -> bool:
+        """Whether text of a token that was pushed is still to come."""
+        return bool(self._held or self._utf8.getstate()[0])
+
     def push(self, token: int) -> str:
         """Text that token `token` completes; may be empty."""
         raw = self._tokenizer.token_bytes(token)

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sessa_deploy.checks import integer
 from sessa_deploy.contract import TEMPLATE_FILE
 from sessa_deploy.errors import MissingPackage, SessaError, UserError, install_command
+from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.batcher import Batcher
 from sessa_deploy.runtime.bundle import Bundle
-from sessa_deploy.runtime.engines import BACKENDS, open_backend
+from sessa_deploy.runtime.engines import BACKENDS, open_slots
 from sessa_deploy.runtime.environment import check_threads
-from sessa_deploy.runtime.requests import NotAccepting, QueueFull
-from sessa_deploy.runtime.serve.dynamo_requests import Asked, Chunks, Expired, asked
-from sessa_deploy.runtime.serve.engine import Engine
+from sessa_deploy.runtime.requests import Handle, NotAccepting, QueueFull
+from sessa_deploy.runtime.serve.dynamo_requests import Asked, Chunks, Expired, Served, asked
 from sessa_deploy.runtime.serve.folders import write_hugging_face
 from sessa_deploy.runtime.serve.mailbox import Mailbox
-from sessa_deploy.runtime.session import open_tokenizer
 
 _BLOCK = 16  # tokens of what Dynamo counts as a block of cache
 _DRAIN = 10.0  # seconds that running requests get when the worker ends; Dynamo has waited for them before
@@ -38,10 +39,10 @@ class Options:
 
     bundle: Bundle
     backend: str = "auto"
-    slots: int = 8
+    slots: int | None = None
     capacity: int | None = None
     queue: int = 256
-    queue_timeout: float | None = 30.0
+    queue_timeout: float = 30.0
     threads: int | None = None
     files: Path | None = None
     served_model_name: str | None = None
@@ -68,9 +69,13 @@ def engine_class() -> type[Any]:
 
         def __init__(self, options: Options) -> None:
             self.options = options
-            self._engine: Engine | None = None
+            context = options.capacity or options.bundle.config.max_context
+            self.folder = str(write_hugging_face(options.bundle, context, options.files))
+            self._served: Served | None = None
+            self._backend: Backend | None = None
+            self._batcher: Batcher | None = None
             self._mailbox: Mailbox | None = None
-            self._running: dict[str, list[Any]] = {}
+            self._running: dict[str, Handle] = {}
 
         @classmethod
         async def from_args(cls, argv: list[str] | None = None) -> tuple[Any, Any]:
@@ -79,24 +84,25 @@ def engine_class() -> type[Any]:
         @classmethod
         def of(cls, options: Options, config: Any) -> tuple[Any, Any]:
             """(an engine that is not started, Dynamo's configuration of its worker)."""
-            return cls(options), WorkerConfig.from_runtime_config(config, model_name=options.name, served_model_name=options.name)
+            engine = cls(options)
+            return engine, WorkerConfig.from_runtime_config(config, model_name=engine.folder, served_model_name=options.name)
 
         async def start(self, worker_id: int) -> Any:
             del worker_id
             options = self.options
-            backend = await asyncio.to_thread(open_backend, options.bundle, options.backend, options.slots, options.capacity, options.threads)
-            batcher = Batcher(backend, open_tokenizer(options.bundle), queue=options.queue, queue_timeout=options.queue_timeout)
-            self._engine, self._mailbox = Engine(options.bundle, backend, batcher), Mailbox()
-            folder = write_hugging_face(options.bundle, backend.capacity, options.files)
+            backend = await asyncio.to_thread(open_slots, options.bundle, options.backend, options.slots, options.capacity, options.threads)
+            self._backend = backend
+            self._served, self._mailbox = Served.of(options.bundle, backend.capacity), Mailbox()
+            batcher = self._batcher = Batcher(backend, self._served.tokenizer, queue=options.queue, queue_timeout=options.queue_timeout)
             batcher.start()
-            return EngineConfig(model=str(folder), served_model_name=options.name, llm=LlmRegistration(
+            return EngineConfig(model=self.folder, served_model_name=options.name, llm=LlmRegistration(
                 context_length=backend.capacity, kv_cache_block_size=_BLOCK, total_kv_blocks=backend.batch * backend.capacity // _BLOCK,
                 max_num_seqs=backend.batch, max_num_batched_tokens=batcher.chunk))
 
         async def generate(self, request: Any, context: Any) -> AsyncIterator[dict[str, Any]]:
-            assert self._engine is not None
+            assert self._served is not None
             try:
-                job = asked(normalize_request_token_ids(request), self._engine, self.options.first, context.trace_id)
+                job = asked(normalize_request_token_ids(request), self._served, self.options.first, context.trace_id)
                 async for chunk in self._chunks(job, context.id()):
                     yield chunk
             except QueueFull as error:
@@ -111,34 +117,29 @@ def engine_class() -> type[Any]:
                 raise Unknown(str(error)) from None
 
         async def _chunks(self, job: Asked, name: str) -> AsyncIterator[dict[str, Any]]:
-            assert self._engine is not None and self._mailbox is not None
-            chunks, came = Chunks(job, self._engine), asyncio.Event()
-            mailbox, handles = self._mailbox, []
+            assert self._served is not None and self._batcher is not None and self._mailbox is not None
+            chunks, came, mailbox = Chunks(job, self._served), asyncio.Event(), self._mailbox
 
-            def poster(choice: int) -> Any:
-                def receive(event: Any, at: float) -> None:
-                    chunks.add(choice, event)
-                    came.set()
+            def receive(event: Any) -> None:
+                chunks.add(event)
+                came.set()
 
-                return lambda event: mailbox.post(receive, event)
-
+            handle = self._batcher.submit(job.request, lambda event: mailbox.post(receive, event))
+            self._running[name] = handle
             try:
-                for choice, request in enumerate(job.requests):
-                    handles.append(self._engine.batcher.submit(request, poster(choice)))
-                self._running[name] = handles
                 while not chunks.done:
                     await came.wait()
                     came.clear()
-                    for chunk in chunks.take():
+                    chunk = chunks.take()
+                    if chunk is not None:
                         yield chunk
-            finally:  # the client may have gone, or a sibling failed
+            finally:  # the client may have gone
                 self._running.pop(name, None)
-                for handle in handles:
-                    handle.cancel()
+                handle.cancel()
 
         async def abort(self, context: Any) -> None:
-            for handle in self._running.get(context.id(), ()):
-                handle.cancel()
+            if context.id() in self._running:
+                self._running[context.id()].cancel()
 
         async def health_check_payload(self) -> dict[str, Any]:
             bos = self.options.bundle.config.bos_token_id
@@ -146,11 +147,13 @@ def engine_class() -> type[Any]:
             return payload
 
         async def cleanup(self) -> None:
-            engine, self._engine = self._engine, None
-            if engine is not None:
-                await asyncio.to_thread(engine.batcher.drain, _DRAIN)
-                await asyncio.to_thread(engine.batcher.close)
-                engine.backend.close()
+            batcher, self._batcher = self._batcher, None
+            if batcher is not None:
+                await asyncio.to_thread(batcher.drain, _DRAIN)
+                await asyncio.to_thread(batcher.close)
+            backend, self._backend = self._backend, None
+            if backend is not None:
+                backend.close()
 
     return SessaEngine
 
@@ -170,10 +173,10 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, Any]:
                      description="Serve a bundle as a worker of NVIDIA Dynamo. Without etcd: --discovery-backend file, here and at the frontend.")
     parser.add_argument("bundle", metavar="BUNDLE", help="A folder that export wrote; it needs a tokenizer.")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
-    parser.add_argument("--slots", type=int, default=8, help="Requests that run at once; default: 8.")
+    parser.add_argument("--slots", type=int, help="Requests that run at once; default: as many as the TensorRT engine takes, else 8.")
     parser.add_argument("--capacity", type=int, help="Tokens of prompt and answer together; default: the model's max_context.")
     parser.add_argument("--queue", type=int, default=256, help="Requests that wait; more get status 429. Default: 256.")
-    parser.add_argument("--queue-timeout", type=float, default=30.0, metavar="SECONDS", help="Longest wait, then status 503; 0 waits for ever. Default: 30.")
+    parser.add_argument("--queue-timeout", type=float, default=30.0, metavar="SECONDS", help="Longest wait for a slot, then status 503; default: 30.")
     parser.add_argument("--threads", type=int, help="Threads of the CPU backend; default: all.")
     parser.add_argument("--served-model-name", metavar="NAME", help="The model's name for clients; default: the bundle's folder.")
     parser.add_argument("--files", type=Path, metavar="DIR", help="Where the Hugging Face files for the frontend go; default: the user's cache. The frontend "
@@ -182,12 +185,13 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, Any]:
                         "since the frontend turns text into token ids without it.")
     DynamoRuntimeArgGroup().add_arguments(parser)
     given = parser.parse_args(None if argv is None else list(argv))
-    for name, low in (("slots", 1), ("capacity", 1), ("queue", 1), ("queue_timeout", 0)):
-        value = getattr(given, name)
-        if value is not None and not value >= low:
-            raise UserError(f"--{name.replace('_', '-')} is out of range", got=value, allowed=f"at least {low}")
+    for name, low in (("slots", 1), ("capacity", 1), ("queue", 0), ("threads", 1)):
+        if getattr(given, name) is not None:
+            integer(f"--{name}", getattr(given, name), low)
+    if not 0 < given.queue_timeout < math.inf:
+        raise UserError("--queue-timeout is out of range", got=given.queue_timeout, allowed="seconds > 0")
     bundle = Bundle.open(given.bundle)
-    options = Options(bundle, given.backend, given.slots, given.capacity, given.queue, given.queue_timeout or None, check_threads(given.threads), given.files,
+    options = Options(bundle, given.backend, given.slots, given.capacity, given.queue, given.queue_timeout, check_threads(given.threads), given.files,
                       given.served_model_name, not given.no_bos)
     config = DynamoRuntimeConfig.from_cli_args(given)
     try:

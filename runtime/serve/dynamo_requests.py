@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.requests import Event, Request
 from sessa_deploy.runtime.sampling import SamplingParams
-from sessa_deploy.runtime.serve.engine import Engine
+from sessa_deploy.runtime.serve.strings import TokenStrings
+from sessa_deploy.runtime.template import ChatTemplate
+from sessa_deploy.runtime.tokenizer import Tokenizer
 
 _SEEDS = 2**64
 _FINISH = {"stop": "stop", "length": "length", "context": "length", "cancelled": "cancelled"}  # the runtime's words in Dynamo's
@@ -22,7 +26,7 @@ _LINK = "5e55ade9"
 _REFUSED = {
     "sampling_options": ("use_beam_search", "length_penalty", "include_stop_str_in_output", "guided_decoding", "allowed_token_ids", "bad_words_token_ids"),
     "stop_conditions": ("min_tokens", "max_thinking_tokens", "stop_token_ids_visible"),
-    "output_options": ("return_tokens_as_token_ids",),
+    "output_options": ("return_tokens_as_token_ids", "prompt_logprobs"),
     "": ("multi_modal_data", "prompt_embeds", "encoder_result", "prefill_result", "bootstrap_info", "mm_processor_kwargs"),
 }
 
@@ -36,10 +40,29 @@ class Failed(SessaError):
 
 
 @dataclass(frozen=True)
-class Asked:
-    """requests: one a choice. position: tokens at the prompt's end that another worker drew before. trace: the request's trace id, or None."""
+class Served:
+    """A bundle that answers. capacity: tokens of prompt and answer together; ends: tokens that end an answer, beside the model's own."""
 
-    requests: tuple[Request, ...]
+    config: SessaConfig
+    tokenizer: Tokenizer
+    capacity: int
+    ends: tuple[int, ...]
+    strings: TokenStrings
+
+    @classmethod
+    def of(cls, bundle: Bundle, capacity: int) -> Served:
+        """Of a bundle that has a tokenizer, which `hugging_face_files` has seen to."""
+        tokenizer = Tokenizer.of(bundle)
+        assert tokenizer is not None
+        template = ChatTemplate.of(bundle)
+        return cls(bundle.config, tokenizer, capacity, () if template is None else template.ends(tokenizer), TokenStrings(tokenizer))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """position: tokens at the prompt's end that another worker drew before. trace: the request's trace id, or None."""
+
+    request: Request
     position: int = 0
     trace: str | None = None
 
@@ -49,7 +72,7 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def asked(request: Mapping[str, Any], engine: Engine, first: bool = True, trace: str | None = None) -> Asked:
+def asked(request: Mapping[str, Any], served: Served, first: bool = True, trace: str | None = None) -> Asked:
     """What Dynamo's preprocessor asks for. first: a prompt that does not begin with the model's first token gets it.
 
     Raises UserError on what cannot be served: a prompt and max_tokens beyond the capacity, n or another value out of range, an option that is not done here.
@@ -57,33 +80,31 @@ def asked(request: Mapping[str, Any], engine: Engine, first: bool = True, trace:
     groups = {name: request.get(name) or {} for name in ("sampling_options", "stop_conditions", "output_options")} | {"": request}
     for group, names in _REFUSED.items():
         for name in names:
-            if groups[group].get(name) not in (None, False, 0, [], {}):
-                raise UserError(f"{name} is not done by this model's engine", got=repr(groups[group][name])[:100], allowed="a request without it")
+            value = groups[group].get(name)
+            if value not in (None, False, [], {}) and (name, value) != ("min_tokens", 0):
+                raise UserError(f"{name} is not done by this model's engine", got=repr(value)[:100], allowed="a request without it")
     options, stops, output = groups["sampling_options"], groups["stop_conditions"], groups["output_options"]
     if output.get("skip_special_tokens") is False:
         raise UserError("special tokens have no text here", got="skip_special_tokens false", allowed="true")
-    n = options.get("n") or 1
-    if (options.get("best_of") or n) != n:
-        raise UserError("best_of is not done by this model's engine", got=options["best_of"], allowed=f"n, which is {n}")
+    for name in ("n", "best_of"):  # an LLMEngine's stream ends with the first choice that does
+        if (options.get(name) or 1) != 1:
+            raise UserError(f"{name} is out of range", got=options[name], allowed="1: ask for more answers by more requests, with a seed each")
     prompt, position = list(request["token_ids"]), _position(request)
     if position > len(prompt):
         raise UserError("a request that moved has lost its prompt", got=f"{len(prompt)} tokens, {position} of them drawn before")
-    if first and engine.tokenizer is not None:
-        prompt = engine.tokenizer.begun(prompt, engine.config.bos_token_id)
-    room = engine.capacity - len(prompt)
+    if first:
+        prompt = served.tokenizer.begun(prompt, served.config.bos_token_id)
+    room = served.capacity - len(prompt)
     new = stops.get("max_tokens")
     new = room if new is None else new
     if room < 0 or (new > room and not position):
         raise UserError(f"the prompt has {len(prompt)} tokens and max_tokens is {stops.get('max_tokens')}", got=f"{len(prompt) + max(new, 0)} together",
-                        allowed=f"{engine.capacity}, the context of this model")
+                        allowed=f"{served.capacity}, the context of this model")
     ignore = bool(stops.get("ignore_eos"))
-    ends = () if ignore else tuple(dict.fromkeys((*(stops.get("stop_token_ids_hidden") or ()), *engine.ends)))
-    sampling = _sampling(options)
-    logprobs, prompt_logprobs = output.get("logprobs"), output.get("prompt_logprobs")
-    return Asked(tuple(
-        Request(tuple(prompt), sampling, new, stop=tuple(stops.get("stop") or ()), stop_tokens=(*ends, *(stops.get("stop_token_ids") or ())),
-                choice=choice, position=position, logprobs=logprobs, prompt_logprobs=prompt_logprobs, ignore_eos=ignore)
-        for choice in range(n)), position, trace)
+    ends = () if ignore else tuple(dict.fromkeys((*(stops.get("stop_token_ids_hidden") or ()), *served.ends)))
+    moved = Request(tuple(prompt), _sampling(options), new, stop=tuple(stops.get("stop") or ()), stop_tokens=(*ends, *(stops.get("stop_token_ids") or ())),
+                    position=position, logprobs=output.get("logprobs"), ignore_eos=ignore)
+    return Asked(moved, position, trace)
 
 
 def _sampling(options: Mapping[str, Any]) -> SamplingParams:
@@ -102,74 +123,47 @@ def _position(request: Mapping[str, Any]) -> int:
 
 
 class Chunks:
-    """The chunks of one request, made of what the batcher tells of its choices.
+    """The chunks of one request, made of what the batcher tells of it.
 
     Tokens are told once their text is certain: what was told is all that another worker will know of, should this one die, and it draws the rest anew.
     """
 
-    def __init__(self, job: Asked, engine: Engine) -> None:
-        self._job, self._engine = job, engine
-        self._held: dict[int, list[Event]] = {choice: [] for choice in range(len(job.requests))}
-        self._told = dict.fromkeys(self._held, job.position)
-        self._cached = 0
-        self._prompt: Any = None
+    def __init__(self, job: Asked, served: Served) -> None:
+        self._job, self._name = job, served.strings.string
+        self._held: list[Event] = []
+        self._told, self._cached = job.position, 0
+        self.done = False
 
-    @property
-    def done(self) -> bool:
-        """Whether every choice has been told to its end."""
-        return not self._held
+    def add(self, event: Event) -> None:
+        """Note an event."""
+        self._held.append(event)
 
-    def add(self, choice: int, event: Event) -> None:
-        """Note an event of a choice."""
-        if choice in self._held:
-            self._held[choice].append(event)
-
-    def take(self) -> list[dict[str, Any]]:
-        """The chunks that can be told now. Raises Expired or Failed where a choice did not come to its end."""
-        found = []
-        for choice, events in list(self._held.items()):
-            certain = max((at for at, event in enumerate(events, 1) if event.finish is not None or not event.held), default=0)
-            if certain:
-                found.append(self._chunk(choice, events[:certain]))
-                del events[:certain]
-        return found
-
-    def _chunk(self, choice: int, events: list[Event]) -> dict[str, Any]:
+    def take(self) -> dict[str, Any] | None:
+        """What can be told now, the end with it; None where that is nothing. Raises Expired or Failed where the request failed."""
+        certain = max((at for at, event in enumerate(self._held, 1) if event.finish is not None or not event.held), default=0)
+        events, self._held = self._held[:certain], self._held[certain:]
+        if not events:
+            return None
         last = events[-1]
         if last.finish == "error":
             raise (Expired if last.expired else Failed)(last.error or "the request failed")
         drawn = [event for event in events if event.token is not None]
-        self._told[choice] += len(drawn)
+        self._told += len(drawn)
         self._cached = max(self._cached, events[0].cached)
-        self._prompt = self._prompt or next((event.prompt for event in events if event.prompt), None)
-        chunk: dict[str, Any] = {"index": choice, "token_ids": [event.token for event in drawn], "text": "".join(event.text for event in events)}
-        if self._job.requests[0].logprobs is not None:
+        chunk: dict[str, Any] = {"index": 0, "token_ids": [event.token for event in drawn], "text": "".join(event.text for event in events),
+                                 "worker_trace_link": {"trace_id": self._job.trace or _LINK * 4, "span_id": f"{_LINK}{self._told:08x}"}}
+        if self._job.request.logprobs is not None:
             chunk |= self._logprobs(drawn)
-        if len(self._job.requests) == 1:  # several choices are not moved
-            chunk["worker_trace_link"] = {"trace_id": self._job.trace or _LINK * 4, "span_id": f"{_LINK}{self._told[choice]:08x}"}
         if last.finish is not None:
-            chunk["finish_reason"] = _FINISH[last.finish]
-            del self._held[choice]
-            if len(self._job.requests) == 1:
-                chunk["completion_usage"] = self._usage(self._told[choice])
-            if self._prompt is not None:
-                chunk["engine_data"] = {"prompt_logprobs": self._prompt_logprobs()}
+            self.done = True
+            prompt = len(self._job.request.prompt) - self._job.position
+            chunk |= {"finish_reason": _FINISH[last.finish],
+                      "completion_usage": {"prompt_tokens": prompt, "completion_tokens": self._told, "total_tokens": prompt + self._told,
+                                           "prompt_tokens_details": {"cached_tokens": min(self._cached, prompt)}}}
         return chunk
 
-    def _usage(self, completion: int) -> dict[str, Any]:
-        prompt = len(self._job.requests[0].prompt) - self._job.position
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
-                "prompt_tokens_details": {"cached_tokens": min(self._cached, prompt)}}
-
     def _logprobs(self, drawn: list[Event]) -> dict[str, Any]:
-        name = self._engine.string
+        name = self._name
         return {"tokens": [name(event.token) for event in drawn if event.token is not None], "log_probs": [event.logprob for event in drawn],
                 "top_logprobs": [[{"rank": rank, "token_id": token, "token": name(token), "logprob": value} for rank, (token, value) in enumerate(event.top, 1)]
                                  for event in drawn]}
-
-    def _prompt_logprobs(self) -> list[dict[str, Any] | None]:
-        found: list[dict[str, Any] | None] = []
-        for token, (own, top) in zip(self._job.requests[0].prompt, self._prompt, strict=False):
-            ranked = {str(other): {"logprob": value, "rank": rank, "decoded_token": self._engine.string(other)} for rank, (other, value) in enumerate(top, 1)}
-            found.append(None if own is None else {str(token): {"logprob": own, "decoded_token": self._engine.string(token)}} | ranked)
-        return found

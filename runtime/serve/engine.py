@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.batcher import Batcher
 from sessa_deploy.runtime.serve.errors import ApiError
+from sessa_deploy.runtime.serve.strings import TokenStrings
 from sessa_deploy.runtime.template import ChatTemplate, TemplateError
 from sessa_deploy.runtime.tokenizer import Tokenizer
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from sessa_deploy.runtime.bundle import Bundle
 
 _LONG = 1 << 16  # bytes of text from which on its least number of tokens is judged before it is encoded
-_METASPACE = "\u2581"
 
 
 class Engine:
@@ -34,12 +33,11 @@ class Engine:
         self.template = ChatTemplate.of(bundle) if self.tokenizer is not None else None
         self.batcher = Batcher(backend, self.tokenizer, queue=queue, queue_timeout=queue_timeout)
         self.ends: tuple[int, ...] = ()
-        self._strings: dict[int, str] = {}
+        self._strings = TokenStrings(self.tokenizer)
         self._longest = 0
         if self.tokenizer is not None:
-            self._longest = max((len(self._raw(token)) for token in range(self.tokenizer.vocab_size)), default=1) or 1
-            end = self.tokenizer.token_id(str(self.template.special.get("eos_token"))) if self.template is not None else None
-            self.ends = () if end is None else (end,)
+            self._longest = max((len(self._strings.raw(token)) for token in range(self.tokenizer.vocab_size)), default=1) or 1
+            self.ends = () if self.template is None else self.template.ends(self.tokenizer)
 
     def close(self) -> None:
         """End the batcher and let go of the engine."""
@@ -87,26 +85,9 @@ class Engine:
                            "prompt" if prompt >= self.capacity else param, "context_length_exceeded")
 
     def string(self, token: int) -> str:
-        """A token as log probabilities name it: its text, or bytes:\\x.. where its bytes are no whole characters; token_id:N without a tokenizer."""
-        if token not in self._strings:
-            raw = self._raw(token)
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError:
-                text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-            self._strings[token] = text if self.tokenizer is not None else f"token_id:{token}"
-        return self._strings[token]
+        """A token as log probabilities name it (see TokenStrings)."""
+        return self._strings.string(token)
 
     def token_bytes(self, token: int) -> list[int]:
         """A token's bytes, as chat's log probabilities list them."""
-        return list(self._raw(token))
-
-    def _raw(self, token: int) -> bytes:
-        if self.tokenizer is None:
-            return b""
-        raw, piece = self.tokenizer.token_bytes(token), self.tokenizer.token(token)
-        if raw or piece is None:
-            return raw or b""
-        if raw is None and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):  # a byte of a vocabulary with byte fallback
-            return codecs.decode(piece[3:5], "hex") if all(c in "0123456789ABCDEFabcdef" for c in piece[3:5]) else piece.encode()
-        return piece.replace(_METASPACE, " ").encode("utf-8", "replace")
+        return list(self._strings.raw(token))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy.config import CONFIG_FILE, GENERATION_CONFIG_FILE
-from sessa_deploy.contract import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from sessa_deploy.contract import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from sessa_deploy.errors import UserError
 from sessa_deploy.reading import parse_json
 from sessa_deploy.runtime.bundle import Bundle
@@ -46,13 +46,13 @@ def hugging_face_files(bundle: Bundle, context: int) -> dict[str, bytes]:
     if TOKENIZER_FILE not in bundle:
         raise UserError(f"the bundle has no {TOKENIZER_FILE}", got=str(bundle.path), allowed="a bundle that takes text",
                         fix=f"put a {TOKENIZER_FILE} into the checkpoint and run: sessa-deploy export")
-    config, tokenizer = bundle.config, Tokenizer.from_json(bundle.read(TOKENIZER_FILE).decode("utf-8", "surrogateescape"))
-    ends = list(config.eos_token_ids)
+    config, tokenizer, template = bundle.config, Tokenizer.of(bundle), ChatTemplate.of(bundle)
+    assert tokenizer is not None
+    ends = list(dict.fromkeys((*config.eos_token_ids, *(() if template is None else template.ends(tokenizer)))))
     special = {"bos_token": config.bos_token_id, "eos_token": ends[0] if ends else None, "pad_token": config.pad_token_id}
     settings: dict[str, Any] = {name: tokenizer.token(token) for name, token in special.items() if token is not None}
     if TOKENIZER_CONFIG_FILE in bundle:
         settings |= parse_json(bundle.read(TOKENIZER_CONFIG_FILE), bundle.file(TOKENIZER_CONFIG_FILE))
-    template = ChatTemplate.of(bundle) if TEMPLATE_FILE in bundle else None
     if template is not None:
         settings["chat_template"] = template.text
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, "clean_up_tokenization_spaces": False, "add_bos_token": False}

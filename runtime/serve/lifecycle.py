@@ -21,7 +21,7 @@ from fastapi import FastAPI
 
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.bundle import Bundle
-from sessa_deploy.runtime.engines import most_sequences, open_backend
+from sessa_deploy.runtime.engines import open_slots
 from sessa_deploy.runtime.manifest import parse_manifest, read_manifest
 from sessa_deploy.runtime.report import ignored_note
 from sessa_deploy.runtime.serve.app import make_app
@@ -29,7 +29,6 @@ from sessa_deploy.runtime.serve.engine import Engine
 from sessa_deploy.runtime.serve.security import chosen_key
 from sessa_deploy.runtime.serve.service import Service, Settings
 
-DEFAULT_SLOTS = 8
 _LAST_SECONDS = 3.0  # for what is written already to reach slow readers, once all requests have ended
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PORT_FIX = "name another with --port, or --port 0 for any that is free"
@@ -171,8 +170,7 @@ class _Life(uvicorn.Server):
 def load(path: Path, options: ServeOptions) -> Engine:
     """A bundle, checked, on an engine with as many slots as are asked for. Raises UserError as the bundle and the engine do."""
     bundle = Bundle.open(path)
-    slots = options.slots or most_sequences(bundle, options.backend) or DEFAULT_SLOTS
-    backend = open_backend(bundle, options.backend, slots, options.capacity, options.threads)
+    backend = open_slots(bundle, options.backend, options.slots, options.capacity, options.threads)
     try:
         return Engine(bundle, backend, options.queue, options.queue_timeout)
     except BaseException:

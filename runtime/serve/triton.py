@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sessa_deploy.contract import TOKENIZER_FILE
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.batcher import Batcher
 from sessa_deploy.runtime.bundle import Bundle
-from sessa_deploy.runtime.engines import open_backend
+from sessa_deploy.runtime.engines import open_slots
 from sessa_deploy.runtime.requests import Event, NotAccepting, QueueFull, Request
 from sessa_deploy.runtime.sampling import SamplingParams
-from sessa_deploy.runtime.session import open_tokenizer
+from sessa_deploy.runtime.tokenizer import Tokenizer
 
 BUNDLE_DIR = "bundle"  # beside model.py
 _LOOK = 0.1  # seconds between two looks at whether a client has gone
@@ -167,9 +166,9 @@ class TritonPythonModel:
         bundle = Bundle.open(Path(args["model_repository"]) / args["model_version"] / BUNDLE_DIR)
         number = {name: int(set_to[name]) for name in ("slots", "capacity", "queue", "threads") if set_to.get(name)}
         self._config = bundle.config
-        self._tokenizer = open_tokenizer(bundle) if TOKENIZER_FILE in bundle else None
-        backend = open_backend(bundle, set_to.get("backend", "auto"), number.get("slots", 1), number.get("capacity"), number.get("threads"))
-        self._batcher = Batcher(backend, self._tokenizer, queue=number.get("queue", 256), queue_timeout=float(set_to.get("queue_timeout", 0)) or None)
+        self._tokenizer = Tokenizer.of(bundle)
+        backend = open_slots(bundle, set_to.get("backend", "auto"), number.get("slots"), number.get("capacity"), number.get("threads"))
+        self._batcher = Batcher(backend, self._tokenizer, queue=number.get("queue", 256), queue_timeout=float(set_to.get("queue_timeout", 30.0)))
         self._backend = backend
         self._events: deque[tuple[_Answer, Event]] = deque()
         self._came, self._ending = threading.Event(), False

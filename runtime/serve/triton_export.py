@@ -34,7 +34,7 @@ __all__ = ["TritonPythonModel"]
 '''
 
 
-def export_triton(bundle: Bundle | str | Path, out: str | Path, name: str | None = None, backend: str = "auto", slots: int = 8,
+def export_triton(bundle: Bundle | str | Path, out: str | Path, name: str | None = None, backend: str = "auto", slots: int | None = None,
                   capacity: int | None = None, queue: int = 256, queue_timeout: float = 30.0, threads: int | None = None) -> Path:
     """Write the model `name` (default: the bundle's folder) with a checked copy of the bundle into the model repository `out`; returns its folder.
 
@@ -50,7 +50,7 @@ def export_triton(bundle: Bundle | str | Path, out: str | Path, name: str | None
     if backend not in BACKENDS:
         raise UserError("no such backend", got=repr(backend), allowed=", ".join(BACKENDS))
     most = most_sequences(bundle, backend) if backend == "trt" else None
-    if most is not None and slots > most:
+    if most is not None and slots is not None and slots > most:
         raise UserError("the bundle's engine takes fewer sequences", got=f"slots {slots}", allowed=f"at most {most}",
                         fix=command("build", bundle.path, "--max-batch", slots))
     target = Path(os.path.realpath(out)) / name

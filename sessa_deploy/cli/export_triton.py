@@ -6,21 +6,22 @@ import shlex
 
 import click
 
-from sessa_deploy.cli.options import BACKEND, NOT_NEGATIVE, PATH, POSITIVE_INT, TEXT, THREADS
+from sessa_deploy.cli import inputs
+from sessa_deploy.cli.options import COUNT, PATH, POSITIVE, POSITIVE_INT, TEXT
 
 
 @click.command("export-triton")
 @click.argument("bundle", type=PATH)
 @click.option("--out", type=PATH, required=True, help="The model repository; its other models are left alone.")
 @click.option("--name", type=TEXT, help="The model's name; default: that of the bundle's folder. A model of export-triton's there is replaced in one step.")
-@click.option("--backend", type=BACKEND, default="auto", show_default=True, help="Engine that the server opens the bundle with.")
-@click.option("--slots", type=POSITIVE_INT, default=8, show_default=True, help="Requests that run at once.")
+@inputs.backend_option
+@click.option("--slots", type=POSITIVE_INT, help="Requests that run at once; default: as many as the TensorRT engine takes, else 8.")
 @click.option("--capacity", type=POSITIVE_INT, help="Tokens of prompt and answer together; default: the model's max_context.")
-@click.option("--queue", type=POSITIVE_INT, default=256, show_default=True, help="Requests that wait; more are refused.")
-@click.option("--queue-timeout", type=NOT_NEGATIVE, default=30.0, show_default=True, metavar="SECONDS", help="Longest wait of a request; 0 waits for ever.")
-@click.option("--threads", type=THREADS, help="Threads of the CPU backend; default: all.")
+@click.option("--queue", type=COUNT, default=256, show_default=True, help="Requests that may wait for a slot; the next one is refused.")
+@click.option("--queue-timeout", type=POSITIVE, default=30.0, show_default=True, help="Seconds that a request may wait for a slot.")
+@inputs.threads_option
 def command(
-    bundle: str, out: str, name: str | None, backend: str, slots: int, capacity: int | None, queue: int, queue_timeout: float, threads: int | None,
+    bundle: str, out: str, name: str | None, backend: str, slots: int | None, capacity: int | None, queue: int, queue_timeout: float, threads: int | None,
 ) -> None:
     """Write BUNDLE as a model for a stock Triton Inference Server with its python backend: config.pbtxt, model.py and a checked copy of the bundle.
 
