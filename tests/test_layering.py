@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "sessa_deploy/kernels"
 LAUNCH, FEEDBACK, CAUSAL, ENGINE, TRAINING = (f"{KERNELS}/{name}" for name in ("launch", "feedback", "causal", "engine", "training"))
-HEAVY = {"fastapi", "uvicorn", "pydantic", "jinja2", "prometheus_client", "torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib"}
+HEAVY = {"torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib", "fastapi", "uvicorn", "pydantic", "jinja2"}
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt"}
 # The modules beside the package's folders that need the standard library alone.
 GROUND = {"__init__", "checks", "config", "contract", "cuda", "cuda_arch", "errors", "files", "process", "reading"}

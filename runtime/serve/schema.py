@@ -13,10 +13,6 @@ from sessa_deploy.runtime.serve.errors import ApiError
 MOST_LOGPROBS = 20
 MOST_CHOICES = 128
 _MOST_STOPS = 64
-# Fields of OpenAI's that would change the answer and that nothing here serves: named when they are refused.
-_NOT_SERVED = frozenset(
-    "tools tool_choice functions function_call parallel_tool_calls response_format suffix modalities audio prediction reasoning_effort verbosity "
-    "web_search_options max_completion_tokens echo best_of".split())
 _LOW_SEED, _HIGH_SEED = -(2**63), 2**64 - 1
 
 
@@ -165,10 +161,10 @@ def refusal(errors: Sequence[Any]) -> ApiError:
     if kind == "json_invalid":
         why = (first.get("ctx") or {}).get("error") or "it cannot be read"
         return ApiError(400, f"the body is not JSON: {why}", code="invalid_json")
-    if kind == "extra_forbidden" or kind == "none_required":
-        served = place[-1] in _NOT_SERVED or kind == "none_required"
-        word = "is not supported by this server" if served else "is unknown"
-        return ApiError(400, f"{param} {word}", param, "unsupported_parameter" if served else "unknown_parameter")
+    if kind == "none_required":
+        return ApiError(400, f"{param} is not supported by this server", param, "unsupported_parameter")
+    if kind == "extra_forbidden":
+        return ApiError(400, f"{param} is unknown to this server, and nothing is ignored", param, "unknown_parameter")
     if param == "best_of":
         return ApiError(400, f"best_of above 1 is not supported by this server: got {first.get('input')!r}"[:200], param, "unsupported_parameter")
     if kind == "missing" and param is not None:
