@@ -84,7 +84,7 @@ class CompletionBody(Generation):
     prompt: Prompt
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    best_of: Literal[1] | None = None
+    best_of: int | None = Field(None, ge=1, le=1)
     suffix: None = None
 
     def prompts(self) -> list[str | list[int]]:
@@ -158,14 +158,11 @@ def refusal(errors: Sequence[Any]) -> ApiError:
     first = errors[0]
     kind, place = first["type"], [x for x in first["loc"] if x != "body"]
     param = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" if at else str(x) for at, x in enumerate(place)) or None
-    if kind == "json_invalid":
-        why = (first.get("ctx") or {}).get("error") or "it cannot be read"
-        return ApiError(400, f"the body is not JSON: {why}", code="invalid_json")
     if kind == "none_required":
         return ApiError(400, f"{param} is not supported by this server", param, "unsupported_parameter")
     if kind == "extra_forbidden":
         return ApiError(400, f"{param} is unknown to this server, and nothing is ignored", param, "unknown_parameter")
-    if param == "best_of":
+    if param == "best_of" and kind == "less_than_equal":
         return ApiError(400, f"best_of above 1 is not supported by this server: got {first.get('input')!r}"[:200], param, "unsupported_parameter")
     if kind == "missing" and param is not None:
         return ApiError(400, f"{param} is missing", param, "missing_required_parameter")

@@ -97,7 +97,7 @@ def test_stop_strings_end_the_text_and_never_leak(served: Served) -> None:
 
 
 def test_only_whole_characters_are_streamed(served: Served) -> None:
-    body = {"prompt": "a", "max_tokens": 12, "temperature": 1.0, "logprobs": 0, "logit_bias": {str(byte): 100 for byte in "\u20ac\u00e9b".encode()}}
+    body = {"prompt": "a", "max_tokens": 12, "temperature": 1.0, "logprobs": 0, "logit_bias": {str(byte): 100 for byte in "\u00e9".encode()}}
     whole = 0
     for seed in range(12):
         parts = [p["choices"][0] for p in served.stream("/v1/completions", {**body, "seed": seed})]
