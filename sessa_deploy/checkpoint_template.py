@@ -47,7 +47,8 @@ def _of_settings(found: Any, source: str) -> str:
     if isinstance(found, list):
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         if found and _DEFAULT not in named:
-            raise UserError(f"{source} has no default chat template", got=f"templates named {', '.join(map(str, named)) or 'nothing'}", allowed="one named default")
+            raise UserError(f"{source} has no default chat template", got=f"templates named {', '.join(map(str, named)) or 'nothing'}",
+                            allowed="one named default")
         found = named.get(_DEFAULT)
     if found is not None and not isinstance(found, str):
         raise UserError(f"{source} has a chat_template that is no text", got=type(found).__name__, allowed="a jinja2 template")

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "sessa_deploy/kernels"
 LAUNCH, FEEDBACK, CAUSAL, ENGINE, TRAINING = (f"{KERNELS}/{name}" for name in ("launch", "feedback", "causal", "engine", "training"))
-HEAVY = {"fastapi", "uvicorn", "pydantic", "jinja2", "prometheus_client", "torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib"}
+HEAVY = {"torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib", "fastapi", "uvicorn", "pydantic", "jinja2"}
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt"}
 # The modules beside the package's folders that need the standard library alone.
 GROUND = {"__init__", "checks", "config", "contract", "cuda", "cuda_arch", "errors", "files", "process", "reading"}
@@ -27,14 +27,14 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     KERNELS: ({LAUNCH, FEEDBACK, CAUSAL}, {"triton", "torch"}),
     TRAINING: ({LAUNCH, KERNELS}, {"triton", "torch"}),
     "sessa_deploy": ({KERNELS, TRAINING, "runtime"}, {"torch", "numpy", "safetensors", "tokenizers", "matplotlib", "onnx", "google"}),
-    "sessa_deploy/cli": ({"sessa_deploy", "runtime", "runtime/ort", "runtime/trt", "export", "export/parity", "plugins"}, {"click", "rich", "numpy"}),
+    "sessa_deploy/cli": ({"sessa_deploy", "runtime", "runtime/ort", "runtime/trt", "runtime/serve", "export", "export/parity", "plugins"}, {"click", "rich", "numpy"}),
     "export": ({"sessa_deploy", KERNELS, "runtime", "runtime/trt", "plugins", "export/graph", "export/parity", "export/trt"},
                {"torch", "onnx", "numpy", "platformdirs"}),
     "export/graph": ({"sessa_deploy", KERNELS, "export", "plugins"}, {"torch", "onnx", "onnx_ir", "onnxscript", "numpy"}),
     "export/parity": ({"sessa_deploy", KERNELS, "runtime", "runtime/ort", "runtime/trt", "export/graph"}, {"torch", "onnx", "numpy", "matplotlib"}),
     "export/trt": ({LAUNCH, "runtime", "runtime/trt", "plugins", "export/graph"}, {"onnx", "numpy"}),
     "runtime": ({"plugins", "runtime/ort", "runtime/trt"}, {"numpy", "tokenizers", "rich", "platformdirs", "jinja2"}),
-    "runtime/serve": ({"runtime"}, {"numpy", "fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}),
+    "runtime/serve": ({"runtime"}, {"numpy", "fastapi", "starlette", "uvicorn", "pydantic", "pydantic_core", "prometheus_client"}),
     "runtime/ort": ({"runtime"}, {"numpy", "onnxruntime"}),
     "runtime/trt": ({"runtime", "plugins"}, {"numpy", "platformdirs"}),
     "plugins": ({LAUNCH, FEEDBACK, CAUSAL, ENGINE}, {"triton", "torch", "platformdirs"}),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from sessa_deploy import __version__
+from sessa_deploy.errors import UserError
+from sessa_deploy.reading import parse_json
 from sessa_deploy.runtime.serve import metrics, pages
 from sessa_deploy.runtime.serve.chat import converse
 from sessa_deploy.runtime.serve.completions import complete
@@ -35,6 +38,7 @@ def make_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
     """The ASGI application of a service. lifespan: what happens when the server starts and ends."""
     app = FastAPI(title="sessa-deploy", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan or _nothing, redirect_slashes=False,
                   description="OpenAI's API over one Sessa model.")
+    app.router.route_class = _StrictRoute
     _openai(app, service)
     _watching(app, service)
     app.add_exception_handler(RequestValidationError, _wrong_body)  # type: ignore[arg-type]
@@ -123,6 +127,28 @@ def _watching(app: FastAPI, service: Service) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
         return pages.respond("docs.html")
+
+
+class _StrictRequest(Request):
+    """Its JSON is UTF-8 and names no key twice."""
+
+    async def json(self) -> Any:
+        try:
+            return parse_json(await self.body(), "the body")
+        except UserError as error:
+            raise ApiError(400, f"{error.what}: {error.got}", code="invalid_json") from None
+
+
+class _StrictRoute(APIRoute):
+    """FastAPI's own way to give handlers another Request."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strictly(request: Request) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return strictly
 
 
 async def _wrong_body(request: Request, error: RequestValidationError) -> Response:

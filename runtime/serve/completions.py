@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -77,7 +78,6 @@ class _Choice:
         self._engine, self._echo, self._wanted, self._prompt = engine, bool(body.echo), body.logprobs, prompt
         self._begun = False
         self._shown = 0  # characters so far, the prompt's too where it is echoed
-        self._offset = 0  # of the next token's text
         self._count = 0
         self.text: list[str] = []
         self.logprobs: dict[str, list[Any]] = _no_logprobs()
@@ -90,13 +90,14 @@ class _Choice:
             self._begun, self.cached = True, event.cached
             if self._echo:
                 text += self._echoed(event, found)
+            self._shown = len(text)
         if event.token is not None:
-            text += event.text if self._engine.tokenizer is not None else f"{' ' if self._count or self._echo else ''}{event.token}"
-            self._count += 1
             if self._wanted is not None:
-                self._add(found, event.token, event.logprob, event.top)
-        else:
-            text += event.text
+                self._add(found, event.token, event.logprob, event.top, self._shown)
+            more = event.text if self._engine.tokenizer is not None else f"{' ' if self._count or self._echo else ''}{event.token}"
+            self._count += 1
+            self._shown += len(more)
+            text += more
         if event.finish is not None:
             self.finish = FINISH[event.finish]
         self.text.append(text)
@@ -107,16 +108,18 @@ class _Choice:
     def _echoed(self, event: Event, found: dict[str, list[Any]]) -> str:
         """The prompt's text, and its tokens' log probabilities where they were asked for."""
         if self._wanted is not None:
+            decoder, shown = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
             for token, (logprob, top) in zip(self._prompt, event.prompt or (), strict=True):
-                self._add(found, token, logprob, top)
+                self._add(found, token, logprob, top, shown)
+                shown += len(decoder.decode(bytes(self._engine.token_bytes(token))))
         tokenizer = self._engine.tokenizer
         return tokenizer.decode(self._prompt, skip_special=False) if tokenizer is not None else " ".join(map(str, self._prompt))
 
-    def _add(self, found: dict[str, list[Any]], token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> None:
+    def _add(self, found: dict[str, list[Any]], token: int, logprob: float | None, top: Sequence[tuple[int, float]], offset: int) -> None:
         name = self._engine.string(token)
         found["tokens"].append(name)
         found["token_logprobs"].append(logprob)
-        found["text_offset"].append(self._offset)
+        found["text_offset"].append(offset)
         if logprob is None:
             found["top_logprobs"].append(None)
         else:
@@ -124,7 +127,6 @@ class _Choice:
             for other, value in (*top, (token, logprob)):  # two tokens may look alike: the likelier one is told
                 ranked.setdefault(self._engine.string(other), value)
             found["top_logprobs"].append(ranked if self._wanted else {})
-        self._offset += len(name)
 
     def json(self, index: int) -> dict[str, Any]:
         """The whole choice."""

@@ -25,7 +25,8 @@ class ApiError(Exception):
     @classmethod
     def of(cls, error: UserError, param: str | None = None) -> ApiError:
         """A user's mistake that the runtime found, as a 400; its fix speaks of a command line and is left out."""
-        return cls(400, str(UserError(error.what, got=error.got, allowed=error.allowed)), param)
+        what = error.what if param is None or param in error.what else f"{param}: {error.what}"
+        return cls(400, str(UserError(what, got=error.got, allowed=error.allowed)), param)
 
     def body(self) -> dict[str, Any]:
         """The JSON that says it."""

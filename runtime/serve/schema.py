@@ -13,10 +13,6 @@ from sessa_deploy.runtime.serve.errors import ApiError
 MOST_LOGPROBS = 20
 MOST_CHOICES = 128
 _MOST_STOPS = 64
-# Fields of OpenAI's that would change the answer and that nothing here serves: named when they are refused.
-_NOT_SERVED = frozenset(
-    "tools tool_choice functions function_call parallel_tool_calls response_format suffix modalities audio prediction reasoning_effort verbosity "
-    "web_search_options max_completion_tokens echo best_of".split())
 _LOW_SEED, _HIGH_SEED = -(2**63), 2**64 - 1
 
 
@@ -88,7 +84,7 @@ class CompletionBody(Generation):
     prompt: Prompt
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    best_of: Literal[1] | None = None
+    best_of: int | None = Field(None, ge=1, le=1)
     suffix: None = None
 
     def prompts(self) -> list[str | list[int]]:
@@ -162,14 +158,11 @@ def refusal(errors: Sequence[Any]) -> ApiError:
     first = errors[0]
     kind, place = first["type"], [x for x in first["loc"] if x != "body"]
     param = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" if at else str(x) for at, x in enumerate(place)) or None
-    if kind == "json_invalid":
-        why = (first.get("ctx") or {}).get("error") or "it cannot be read"
-        return ApiError(400, f"the body is not JSON: {why}", code="invalid_json")
-    if kind == "extra_forbidden" or kind == "none_required":
-        served = place[-1] in _NOT_SERVED or kind == "none_required"
-        word = "is not supported by this server" if served else "is unknown"
-        return ApiError(400, f"{param} {word}", param, "unsupported_parameter" if served else "unknown_parameter")
-    if param == "best_of":
+    if kind == "none_required":
+        return ApiError(400, f"{param} is not supported by this server", param, "unsupported_parameter")
+    if kind == "extra_forbidden":
+        return ApiError(400, f"{param} is unknown to this server, and nothing is ignored", param, "unknown_parameter")
+    if param == "best_of" and kind == "less_than_equal":
         return ApiError(400, f"best_of above 1 is not supported by this server: got {first.get('input')!r}"[:200], param, "unsupported_parameter")
     if kind == "missing" and param is not None:
         return ApiError(400, f"{param} is missing", param, "missing_required_parameter")

@@ -104,7 +104,8 @@ def _pairs(values: dict[str, Any]) -> str:
 def _checkpoint(console: Any, found: dict[str, Any], limit: int | None) -> None:
     _facts(console, f"checkpoint {found['path']}", {
         "parameters": f"{found['parameters']:,} ({_pairs(found['parts'])})", "tensors by dtype": _pairs(found["dtypes"]),
-        "size": f"{_size(found['bytes'])} in {', '.join(found['files'])}", "tokenizer": "tokenizer.json" if found["tokenizer"] else "none", "chat template": found["chat_template"] or "none",
+        "size": f"{_size(found['bytes'])} in {', '.join(found['files'])}", "tokenizer": "tokenizer.json" if found["tokenizer"] else "none",
+        "chat template": found["chat_template"] or "none",
         **_config(found["config"]),
     })
     rows = [(t["name"], t["dtype"], tuple(t["shape"]), _size(t["bytes"]), t["file"]) for t in found["tensors"]]
@@ -139,7 +140,8 @@ def _bundle(console: Any, found: dict[str, Any], limit: int | None) -> None:
     versions = found["versions"] if isinstance(found["versions"], dict) else {}
     _facts(console, f"bundle {found['path']}", {
         "precision": found["precision"], "opset": found["opset"], "schema": found["schema_version"], "size": _size(found["bytes"]),
-        "chat template": found["chat_template"] or "none", "engines": ", ".join(found["engines"]) or "none", **_engine(found.get("engine_here")), "versions": _pairs(versions), **_config(found["config"]),
+        "chat template": found["chat_template"] or "none",
+        "engines": ", ".join(found["engines"]) or "none", **_engine(found.get("engine_here")), "versions": _pairs(versions), **_config(found["config"]),
     })
     rows = [(name, _size(e.get("size")), str(e.get("sha256"))[:16]) for name, e in found["files"].items()]
     _rows(console, "files", ("name", "size", "sha256"), rows, limit)

@@ -32,7 +32,8 @@ def test_a_template_goes_along_checksummed_and_renders(tmp_path: Path, capsys: p
     assert bundle.read("chat_template.jinja").decode() == TEMPLATE
     template = ChatTemplate.of(bundle)
     assert template is not None and template.special == {"bos_token": "^", "eos_token": END}
-    assert template.render([{"role": "system", "content": " be kind "}, {"role": "user", "content": "Grüße"}]) == rendered(("system", "be kind"), ("user", "Grüße"))
+    asked = [{"role": "system", "content": " be kind "}, {"role": "user", "content": "Grüße"}]
+    assert template.render(asked) == rendered(("system", "be kind"), ("user", "Grüße"))
     assert template.render(USER, add_generation_prompt=False) == rendered(("user", "a")).removesuffix("<assistant>")
     with pytest.raises(TemplateError, match="a conversation begins with the user"):
         template.render([{"role": "assistant", "content": "x"}])
@@ -92,10 +93,13 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a tag nobody knows": (file(b"{% frobnicate %}"), "frobnicate"), "no UTF-8": (file(b"\xff"), "UTF-8"),
     "a name nobody gives": (file(b"{{ nothing.more }}"), "nothing"), "always refuses": (file(b"{{ raise_exception('never') }}"), "never"),
     "leaves the sandbox": (file(b"{{ messages.__class__.__mro__ }}"), "unsafe"), "changes what it is given": (file(b"{{ messages.append(1) }}"), "unsafe"),
-    "counts for ever": (file(b"{% for i in range(10 ** 9) %}{% endfor %}"), "Range too big"), "includes a file": (file(b"{% include '/etc/passwd' %}"), "loader"),
+    "counts for ever": (file(b"{% for i in range(10 ** 9) %}{% endfor %}"), "Range too big"),
+    "includes a file": (file(b"{% include '/etc/passwd' %}"), "loader"),
     "a number": (settings(chat_template=3), "int"), "templates without a default": (settings(chat_template=[{"name": "rag", "template": "x"}]), "rag"),
-    "no object": (lambda f: (f / "tokenizer_config.json").write_text("[]"), "JSON object"), "no JSON": (lambda f: (f / "tokenizer_config.json").write_text("{"), "JSON"),
-    "too large": (file(b"a" * ((1 << 20) + 1)), "too large"), "a folder": (lambda f: ((f / "chat_template.jinja").unlink(), (f / "chat_template.jinja").mkdir()), "folder"),
+    "no object": (lambda f: (f / "tokenizer_config.json").write_text("[]"), "JSON object"),
+    "no JSON": (lambda f: (f / "tokenizer_config.json").write_text("{"), "JSON"),
+    "too large": (file(b"a" * ((1 << 20) + 1)), "too large"),
+    "a folder": (lambda f: ((f / "chat_template.jinja").unlink(), (f / "chat_template.jinja").mkdir()), "folder"),
     "an unset setting": (lambda f: (f / "special_tokens_map.json").write_text("3"), "JSON object"),
 }
 
