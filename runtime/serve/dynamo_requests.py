@@ -81,7 +81,8 @@ def asked(request: Mapping[str, Any], served: Served, first: bool = True, trace:
     for group, names in _REFUSED.items():
         for name in names:
             value = groups[group].get(name)
-            if value not in (None, False, [], {}) and (name, value) != ("min_tokens", 0):
+            asks = value is not None and value is not False and value != [] and value != {} and (name, value) != ("min_tokens", 0)
+            if asks:
                 raise UserError(f"{name} is not done by this model's engine", got=repr(value)[:100], allowed="a request without it")
     options, stops, output = groups["sampling_options"], groups["stop_conditions"], groups["output_options"]
     if output.get("skip_special_tokens") is False:
