@@ -34,6 +34,7 @@ DEFAULT_SLOTS = 8
 _LAST_SECONDS = 3.0  # for what is written already to reach slow readers, once all requests have ended
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PORT_FIX = "name another with --port, or --port 0 for any that is free"
+_LONG_LOAD = 3.0  # seconds after which it is said that loading takes its time
 Say = Callable[[str], None]
 
 
@@ -61,7 +62,7 @@ class ServeOptions:
 def serve(path: str | Path, options: ServeOptions, say: Say) -> int:
     """Serve a bundle until a signal ends it; the exit code: 0 after a drain, 130 where a second interruption cut it short.
 
-    say: hears a line when the address is taken, when requests are served and when they are not any more. Raises UserError, before or while
+    say: hears a line when requests are served, when they are not any more, and where loading takes long. Raises UserError, before or while
     the engine loads, on a bundle or an engine that cannot be opened, an address that cannot be taken, and a key that is missing or wrong.
     """
     path = Path(path)
@@ -149,11 +150,17 @@ class _Life(uvicorn.Server):
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        self._say(f"loading {self._path}; {self._url}/health/ready says when it is done")
         self._loop = asyncio.get_running_loop()
         self.loading.start()
+        late = self._loop.call_later(_LONG_LOAD, self._still_loading)
         yield
-        self._say("stopped")
+        late.cancel()
+        if self._engine is not None:
+            self._say("stopped")
+
+    def _still_loading(self) -> None:
+        if self.loading.is_alive():
+            self._say(f"loading {self._path}; {self._url}/health/ready says when it is done")
 
     def _load(self) -> None:
         try:

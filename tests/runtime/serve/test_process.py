@@ -25,18 +25,18 @@ pytest.importorskip("onnxruntime")
 class Process:
     """A server started by the command line; `url` once it serves."""
 
-    def __init__(self, *args: object, ready: bool = True) -> None:
+    def __init__(self, *args: object, port: int = 0) -> None:
         environment = {k: v for k, v in os.environ.items() if k != "SESSA_API_KEY"}
         begun = time.monotonic()
-        self.process = subprocess.Popen([sys.executable, "-m", "sessa_deploy", "serve", *map(str, args), "--port", "0"], stderr=subprocess.PIPE,
+        self.process = subprocess.Popen([sys.executable, "-m", "sessa_deploy", "serve", *map(str, args), "--port", str(port)], stderr=subprocess.PIPE,
                                         stdout=subprocess.PIPE, text=True, env=environment)
         self.lines: list[str] = []
-        while not any(("serving" if ready else "loading") in line for line in self.lines):
+        while port == 0 and not any("serving" in line for line in self.lines):
             line = self.process.stderr.readline()  # type: ignore[union-attr]
             assert line, self.lines
             self.lines.append(line)
         self.seconds = time.monotonic() - begun
-        self.url = re.search(r"http://[\d.]+:\d+", "".join(self.lines))[0]  # type: ignore[index]
+        self.url = f"http://127.0.0.1:{port}" if port else re.search(r"http://[\d.]+:\d+", "".join(self.lines))[0]  # type: ignore[index]
 
     def end(self, number: int = signal.SIGTERM, seconds: float = 30) -> tuple[int, str]:
         """(exit code, what it said) after a signal."""
@@ -178,8 +178,18 @@ def test_a_drain_has_a_limit_and_a_second_signal_none(exported: Path, number: in
         assert server.process.returncode == code and time.monotonic() - begun < 15
 
 
-def test_a_signal_while_it_loads_ends_it(exported: Path) -> None:
-    with Process(exported, ready=False) as server:
+def test_it_answers_health_while_it_loads_and_a_signal_then_ends_it(exported: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with Process(exported, port=port) as server:
+        for _ in range(2000):
+            with contextlib.suppress(httpx.HTTPError):
+                assert httpx.get(f"{server.url}/health/live").status_code == 200
+                break
+            time.sleep(0.005)
+        ready = httpx.get(f"{server.url}/health/ready")
+        assert ready.status_code == 503 and ready.json()["error"]["code"] == "loading" or ready.status_code == 200
         code, said = server.end()
         assert code == 0 and "Traceback" not in said
 
@@ -187,7 +197,7 @@ def test_a_signal_while_it_loads_ends_it(exported: Path) -> None:
 def one_line(capfd: pytest.CaptureFixture[str], *args: object) -> str:
     assert call("serve", *args) == 2
     said = capfd.readouterr()
-    lines = [line for line in said.err.splitlines() if not line.startswith(("loading", "stopped"))]
+    lines = said.err.splitlines()
     assert said.out == "" and len(lines) == 1 and lines[0].startswith("error: "), said
     return lines[0]
 
