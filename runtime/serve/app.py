@@ -49,12 +49,12 @@ def make_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
 
 def _openai(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", responses=_ERRORS, tags=["text"])
+    @app.post("/v1/completions", responses=_ERRORS, tags=["text"], openapi_extra=_example(prompt="Once upon a time", max_tokens=64, temperature=0.7))
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Text behind a prompt, or behind several."""
         return await complete(service, body, request)
 
-    @app.post("/v1/chat/completions", responses=_ERRORS, tags=["text"])
+    @app.post("/v1/chat/completions", responses=_ERRORS, tags=["text"], openapi_extra=_example(messages=[{"role": "user", "content": "Hello"}]))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """The answer to a conversation, where the model has a chat template."""
         return await converse(service, body, request)
@@ -62,7 +62,7 @@ def _openai(app: FastAPI, service: Service) -> None:
     def card() -> dict[str, Any]:
         engine = service.loaded
         return {"id": service.settings.name, "object": "model", "created": service.created, "owned_by": "sessa-deploy",
-                "max_model_len": engine.capacity if engine is not None else None}
+                "max_model_len": engine.capacity if engine is not None else None, "chat": engine is not None and engine.template is not None}
 
     @app.get("/v1/models", responses={401: _ERRORS[401]}, tags=["models"])
     async def models() -> Response:
@@ -75,7 +75,7 @@ def _openai(app: FastAPI, service: Service) -> None:
         service.check_model(model)
         return JSONResponse(card())
 
-    @app.post("/tokenize", responses=_ERRORS, tags=["tokens"])
+    @app.post("/tokenize", responses=_ERRORS, tags=["tokens"], openapi_extra=_example(prompt="Hello"))
     async def tokenize(body: TokenizeBody) -> Response:
         """Token ids of text, or of a conversation."""
         service.check_model(body.model)
@@ -93,13 +93,18 @@ def _openai(app: FastAPI, service: Service) -> None:
             ids = await encoded(engine, text, False, "messages")
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": engine.capacity})
 
-    @app.post("/detokenize", responses=_ERRORS, tags=["tokens"])
+    @app.post("/detokenize", responses=_ERRORS, tags=["tokens"], openapi_extra=_example(tokens=[72, 105]))
     async def detokenize(body: DetokenizeBody) -> Response:
         """Text of token ids, special tokens written out."""
         service.check_model(body.model)
         engine = service.engine
         engine.check_ids(body.tokens, "tokens")
         return JSONResponse({"prompt": engine.text("prompt").decode(body.tokens, skip_special=False)})
+
+
+def _example(**body: Any) -> dict[str, Any]:
+    """What the page at /docs shows as a request."""
+    return {"x-example": body}
 
 
 def _watching(app: FastAPI, service: Service) -> None:

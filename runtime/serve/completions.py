@@ -35,7 +35,8 @@ async def complete(service: Service, body: CompletionBody, http: HttpRequest) ->
     asked = requests(body, engine, prompts, max_tokens, body.logprobs, body.logprobs if body.echo else None)
     job = service.submit(asked)
     head = {"id": f"cmpl-{http.state.id}", "object": "text_completion", "created": http.state.created, "model": service.settings.name}
-    choices = [_Choice(engine, body, asked[index].prompt) for index in range(len(asked))]
+    written = body.prompts()
+    choices = [_Choice(engine, body, asked[index].prompt, written[index // (body.n or 1)]) for index in range(len(asked))]
     told = sum(len(prompt) for prompt in prompts)
     http.state.counts = (told, job)
     if body.stream:
@@ -74,8 +75,8 @@ async def _encoded(engine: Engine, body: CompletionBody) -> list[list[int]]:
 class _Choice:
     """One answer as it grows. `take` gives what an event adds: (text, the tokens' log probabilities, why it ended)."""
 
-    def __init__(self, engine: Engine, body: CompletionBody, prompt: Sequence[int]) -> None:
-        self._engine, self._echo, self._wanted, self._prompt = engine, bool(body.echo), body.logprobs, prompt
+    def __init__(self, engine: Engine, body: CompletionBody, prompt: Sequence[int], written: str | list[int]) -> None:
+        self._engine, self._echo, self._wanted, self._prompt, self._written = engine, bool(body.echo), body.logprobs, prompt, written
         self._begun = False
         self._shown = 0  # characters so far, the prompt's too where it is echoed
         self._count = 0
@@ -106,14 +107,17 @@ class _Choice:
         return text, found, self.finish
 
     def _echoed(self, event: Event, found: dict[str, list[Any]]) -> str:
-        """The prompt's text, and its tokens' log probabilities where they were asked for."""
-        if self._wanted is not None:
-            decoder, shown = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
-            for token, (logprob, top) in zip(self._prompt, event.prompt or (), strict=True):
-                self._add(found, token, logprob, top, shown)
-                shown += len(decoder.decode(bytes(self._engine.token_bytes(token))))
+        """The prompt's text as it was sent, and its tokens' log probabilities where they were asked for."""
         tokenizer = self._engine.tokenizer
-        return tokenizer.decode(self._prompt, skip_special=False) if tokenizer is not None else " ".join(map(str, self._prompt))
+        decoded = tokenizer.decode(self._prompt, skip_special=False) if tokenizer is not None else " ".join(map(str, self._prompt))
+        text = self._written if isinstance(self._written, str) else decoded
+        if self._wanted is not None:
+            # a first token that was put before the text is a token of the prompt's and no part of its text
+            decoder, shown = codecs.getincrementaldecoder("utf-8")(errors="replace"), len(text) - len(decoded)
+            for token, (logprob, top) in zip(self._prompt, event.prompt or (), strict=True):
+                self._add(found, token, logprob, top, max(0, shown))
+                shown += len(decoder.decode(bytes(self._engine.token_bytes(token))))
+        return text
 
     def _add(self, found: dict[str, list[Any]], token: int, logprob: float | None, top: Sequence[tuple[int, float]], offset: int) -> None:
         name = self._engine.string(token)

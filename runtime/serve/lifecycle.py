@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from sessa_deploy.runtime.serve.service import Service, Settings
 _LAST_SECONDS = 3.0  # for what is written already to reach slow readers, once all requests have ended
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PORT_FIX = "name another with --port, or --port 0 for any that is free"
+_LONG_LOAD = 3.0  # seconds after which it is said that loading takes its time
 Say = Callable[[str], None]
 
 
@@ -59,7 +61,7 @@ class ServeOptions:
 def serve(path: str | Path, options: ServeOptions, say: Say) -> int:
     """Serve a bundle until a signal ends it; the exit code: 0 after a drain, 130 where a second interruption cut it short.
 
-    say: hears a line when the address is taken, when requests are served and when they are not any more. Raises UserError, before or while
+    say: hears a line when requests are served, when they are not any more, and where loading takes long. Raises UserError, before or while
     the engine loads, on a bundle or an engine that cannot be opened, an address that cannot be taken, and a key that is missing or wrong.
     """
     path = Path(path)
@@ -77,9 +79,17 @@ def serve(path: str | Path, options: ServeOptions, say: Say) -> int:
             asyncio.run(life.run(listener))
         finally:
             log.removeHandler(handler)
-    if life.failed is not None:
+    code = 130 if life.cut_short else 0
+    if life.loading.is_alive():  # inside an engine library, which must not lose its interpreter there
+        life.loading.join(0 if life.cut_short else _LAST_SECONDS)
+        if life.loading.is_alive():
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(code)
+    if life.failed is not None and not life.told:
         raise life.failed
-    return 130 if life.cut_short else 0
+    return code
 
 
 class _Life(uvicorn.Server):
@@ -87,11 +97,13 @@ class _Life(uvicorn.Server):
 
     def __init__(self, service: Service, path: Path, options: ServeOptions, say: Say, url: str) -> None:
         super().__init__(uvicorn.Config(
-            make_app(service, self._lifespan), log_config=None, log_level="warning", access_log=False, lifespan="on", server_header=False, ws="none",
+            make_app(service, self._lifespan), log_config=None, log_level="critical", access_log=False, lifespan="on", server_header=False, ws="none",
             timeout_graceful_shutdown=int(_LAST_SECONDS), timeout_keep_alive=75))
         self._service, self._path, self._options, self._say, self._url = service, path, options, say, url
         self._engine: Engine | None = None
         self._draining: asyncio.Task[None] | None = None
+        # A daemon: where a signal comes first, nobody waits for an engine that takes minutes to load.
+        self.loading = threading.Thread(target=self._load, name="loading", daemon=True)
         self.failed: BaseException | None = None
         self.cut_short = False
 
@@ -107,14 +119,19 @@ class _Life(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
         heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup is respected
-        before = {number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(self._told)) for number in heard}
+        before = {number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(self._hear)) for number in heard}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _told(self) -> None:
+    @property
+    def told(self) -> bool:
+        """Whether a signal came."""
+        return self._draining is not None
+
+    def _hear(self) -> None:
         if self._draining is not None:
             self.cut_short = self.force_exit = self.should_exit = True
         else:
@@ -132,14 +149,19 @@ class _Life(uvicorn.Server):
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        self._say(f"loading {self._path}; {self._url}/health/ready says when it is done")
-        loop = asyncio.get_running_loop()
-        # A daemon: where a signal comes first, nobody waits for an engine that takes minutes to load.
-        threading.Thread(target=self._load, args=(loop,), name="loading", daemon=True).start()
+        self._loop = asyncio.get_running_loop()
+        self.loading.start()
+        late = self._loop.call_later(_LONG_LOAD, self._still_loading)
         yield
-        self._say("stopped")
+        late.cancel()
+        if self._engine is not None:
+            self._say("stopped")
 
-    def _load(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _still_loading(self) -> None:
+        if self.loading.is_alive():
+            self._say(f"loading {self._path}; {self._url}/health/ready says when it is done")
+
+    def _load(self) -> None:
         try:
             engine = load(self._path, self._options)
         except BaseException as error:
@@ -148,7 +170,7 @@ class _Life(uvicorn.Server):
         else:
             call = lambda: self._begin(engine)  # noqa: E731
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(call)
+            self._loop.call_soon_threadsafe(call)
 
     def _give_up(self) -> None:
         self.should_exit = True

@@ -36,9 +36,10 @@ class EventStream(Response):
         try:
             await self._job.attended(receive, self._send(send))
         except ApiError as error:  # the time is over, and the reader may be what was slow
-            await asyncio.wait_for(_end(send, _data(error.body())), 1.0)
-        except ClientGone:
-            pass
+            try:
+                await asyncio.wait_for(_end(send, _data(error.body())), 1.0)
+            except asyncio.TimeoutError:
+                raise ClientGone from None
         finally:
             self._job.close()
 

@@ -117,6 +117,11 @@ TABLE: dict[str, dict[str, Row]] = {
         "BUNDLE": place("nowhere"), "--text": place("nowhere"), "--ids": place(), "--json": FLAG, "--backend": BACKEND, "--capacity": COUNT, "--stride": COUNT,
         "--threads": THREADS,
     },
+    "serve": {
+        "BUNDLE": place("nowhere"), "--backend": BACKEND, "--slots": COUNT, "--capacity": COUNT, "--threads": THREADS, "--host": text(""),
+        "--port": integer(0, 65535), "--api-key": text(""), "--no-api-key": FLAG, "--served-model-name": text(""), "--queue": FROM_ZERO,
+        "--queue-timeout": POSITIVE, "--timeout": POSITIVE, "--drain-timeout": NOT_NEGATIVE, "--metrics": FLAG, "--log-prompts": FLAG,
+    },
     "bench": {
         "BUNDLE": place("nowhere"), "--json": place("."), "--backend": BACKEND, "--batch": COUNT, "--prompt-tokens": COUNT, "--window": COUNT, "--steps": COUNT,
         "--seconds": NOT_NEGATIVE, "--max-seconds": NOT_NEGATIVE, "--capacity": COUNT, "--threads": THREADS, "--bandwidth": POSITIVE,
@@ -136,7 +141,7 @@ COMPLETE: dict[str, dict[str, str]] = {
     "train": {"--data": "text", "--out": "run"}, "export": {"CHECKPOINT": "checkpoint", "--out": "bundle"},
     "validate": {"BUNDLE": "bundle", "--checkpoint": "checkpoint"}, "build": {"BUNDLE": "bundle"},
     "run": {"BUNDLE": "bundle", "--prompt": "x"}, "chat": {"BUNDLE": "bundle"}, "score": {"BUNDLE": "bundle", "--text": "text/a.txt"},
-    "bench": {"BUNDLE": "bundle"}, "inspect": {"PATH": "checkpoint"},
+    "serve": {"BUNDLE": "bundle"}, "bench": {"BUNDLE": "bundle"}, "inspect": {"PATH": "checkpoint"},
 }
 
 

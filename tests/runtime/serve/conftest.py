@@ -10,9 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the numpy model, where these tests run alone
 
-pytest.importorskip("fastapi")
-
-from served import Served, bundle  # noqa: E402
+from served import Served, bundle
 
 
 @pytest.fixture(scope="session")

@@ -126,12 +126,14 @@ class Served:
 class Client:
     """One request whose client can go away: what was sent is in `sent`, `leave` hangs up."""
 
-    def __init__(self, served: Served, path: str, body: dict[str, Any]) -> None:
+    def __init__(self, served: Served, path: str, body: dict[str, Any], reads: bool = True) -> None:
         self.sent: list[dict[str, Any]] = []
         self._served, self._body = served, json.dumps(body).encode()
-        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": [
-            (b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http", "server": ("tiny", 80), "client": ("me", 1), "asgi": {"version": "3.0"}}
-        self._left = asyncio.Event()
+        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "http_version": "1.1", "scheme": "http",
+                 "headers": [(b"content-type", b"application/json")], "server": ("tiny", 80), "client": ("me", 1), "asgi": {"version": "3.0"}}
+        self._left, self._reading = asyncio.Event(), asyncio.Event()
+        if reads:
+            self._reading.set()
         self._asked = False
         self.done = asyncio.run_coroutine_threadsafe(served.app(scope, self._receive, self._send), served.loop)  # type: ignore[arg-type]
 
@@ -143,7 +145,11 @@ class Client:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: dict[str, Any]) -> None:
+        await self._reading.wait()  # as where a socket's reader does not read
         self.sent.append(message)
+
+    def read(self) -> None:
+        self._served.loop.call_soon_threadsafe(self._reading.set)
 
     def leave(self) -> None:
         self._served.loop.call_soon_threadsafe(self._left.set)

@@ -61,7 +61,8 @@ def test_both_names_of_the_limit(served: Served, name: str) -> None:
 
 
 def test_a_stream_names_the_role_gives_the_text_and_ends(served: Served) -> None:
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "n": 2, "seed": 4, "temperature": 1.0, "logprobs": True, "top_logprobs": 2}
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "n": 2, "seed": 4, "temperature": 1.0, "logprobs": True,
+                            "top_logprobs": 2}
     whole = served.chat(ASKED, **{k: v for k, v in body.items() if k != "messages"})
     parts = served.stream("/v1/chat/completions", {**body, "stream_options": {"include_usage": True}})
     for choice in whole["choices"]:

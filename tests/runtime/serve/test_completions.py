@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import CONFIG, MODEL, Served, bundle, greedy, oracle_logprobs
 from numpy_model import NumpyBackend
+from served import CONFIG, MODEL, Served, bundle, greedy, oracle_logprobs
 
 from sessa_deploy.runtime.sampling import SamplingParams
 from sessa_deploy.runtime.session import Session

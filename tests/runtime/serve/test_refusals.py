@@ -29,8 +29,8 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
 OWN: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     COMPLETION: {
         "prompt": (["a", ["a", "b"], [1, 2], [[1], [2]]], [
-            "", [], [""], [[]], [[1], []], ["a", ""], ["a", 1], [1, "a"], [[1], "a"], 3, {}, None, [1.5], [True], [-1], [257], [[257]], [[1], [10**30]], [[[1]]],
-            "\ud800", ["\ud800"]]),
+            "", [], [""], [[]], [[1], []], ["a", ""], ["a", 1], [1, "a"], [[1], "a"], 3, {}, None, [1.5], [True], [-1], [257], [[257]], [[1], [10**30]],
+            [[[1]]], "\ud800", ["\ud800"]]),
         "echo": ([True, False], [1, "x"]), "logprobs": ([0, 5, 20], [-1, 21, True, 1.5, "x"]), "best_of": ([1], [0, 2, 5, True, "1"]),
         "suffix": ([], ["", "x"]),
     },
@@ -44,8 +44,12 @@ OWN: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "response_format": ([], [{"type": "text"}, {"type": "json_object"}]),
     },
 }
-UNKNOWN = ["tool_choice", "functions", "function_call", "parallel_tool_calls", "modalities", "audio", "prediction", "reasoning_effort", "guided_json", "frobnicate",
-           "Temperature", "max_token", "prompt ", ""]
+UNKNOWN = ["tool_choice", "functions", "function_call", "parallel_tool_calls", "modalities", "audio", "prediction", "reasoning_effort", "guided_json",
+           "frobnicate", "Temperature", "max_token", "prompt ", ""]
+NO_OBJECTS = [
+    b"", b"{", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b'{"prompt": "a",}', b'{"prompt": ' + b"[" * 100_000, b"{" * 5000, b'{"prompt": "a", "prompt": "b"}',
+    b'{"a": ' + b"9" * 5000 + b"}", b'{"prompt": NaN}', b'{"prompt": "\xff"}', "{\"prompt\": \"a\"}".encode("utf-16"),
+]
 
 
 def error(answer: Any, status: int = 400) -> dict[str, Any]:
@@ -89,8 +93,7 @@ def test_unknown_keys_are_refused_by_name(served: Served, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", BASE)
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b'{"prompt": "a",}', b'{"prompt": ' + b"[" * 100_000, b"{" * 5000, b'{"prompt": "a", "prompt": "b"}', b'{"a": ' + b"9" * 5000 + b"}",
-                                  b'{"prompt": NaN}', b'{"prompt": "\xff"}', "{\"prompt\": \"a\"}".encode("utf-16")], ids=lambda body: repr(body[:16]))
+@pytest.mark.parametrize("body", NO_OBJECTS, ids=lambda body: repr(body[:16]))
 def test_bodies_that_are_no_json_objects(served: Served, path: str, body: bytes) -> None:
     error(served.request("POST", path, content=body, headers=JSON))
 
@@ -100,15 +103,18 @@ def test_a_body_that_is_not_said_to_be_json(served: Served, kind: str | None) ->
     """What a page of another site can send without asking the browser for leave."""
     headers = {} if kind is None else {"Content-Type": kind}
     assert "application/json" in error(served.request("POST", COMPLETION, content=b'{"prompt": "a"}', headers=headers))["message"]
-    assert served.request("POST", COMPLETION, content=b'{"prompt": "a", "max_tokens": 1}', headers={"Content-Type": "Application/JSON; charset=utf-8"}).status_code == 200
+    right = {"Content-Type": "Application/JSON; charset=utf-8"}
+    assert served.request("POST", COMPLETION, content=b'{"prompt": "a", "max_tokens": 1}', headers=right).status_code == 200
 
 
 def test_what_does_not_go_together(served: Served) -> None:
     cases = [
-        (COMPLETION, {"stream_options": {"include_usage": True}}, "stream_options"), (COMPLETION, {"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+        (COMPLETION, {"stream_options": {"include_usage": True}}, "stream_options"),
+        (COMPLETION, {"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
         (COMPLETION, {"max_tokens": 0}, "max_tokens"), (CHAT, {"max_tokens": 0}, "max_tokens"), (CHAT, {"top_logprobs": 2}, "top_logprobs"),
         (CHAT, {"logprobs": False, "top_logprobs": 2}, "top_logprobs"), (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        (CHAT, {"max_tokens": 2, "max_completion_tokens": 3}, "max_completion_tokens"), ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}, "prompt"),
+        (CHAT, {"max_tokens": 2, "max_completion_tokens": 3}, "max_completion_tokens"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}, "prompt"),
         ("/tokenize", {"prompt": None}, "prompt"), ("/tokenize", {"add_generation_prompt": True}, "add_generation_prompt"),
         ("/detokenize", {"tokens": [257]}, "tokens"), ("/detokenize", {"tokens": [-1]}, "tokens[0]"), ("/detokenize", {"tokens": "a"}, "tokens"),
     ]
@@ -119,12 +125,14 @@ def test_what_does_not_go_together(served: Served) -> None:
 def test_the_prompt_and_the_answer_fit_or_both_numbers_are_said(served: Served) -> None:
     capacity = CONFIG.max_context
     assert served.complete([1] * (capacity - 1), max_tokens=1)["usage"]["total_tokens"] == capacity
-    for prompt, more in ((capacity, {"max_tokens": 1}), (capacity - 1, {"max_tokens": 2}), (capacity - 15, {}), (10, {"max_tokens": 10**6}), (capacity + 50, {})):
+    for prompt, more in ((capacity, {"max_tokens": 1}), (capacity - 1, {"max_tokens": 2}), (capacity - 15, {}), (10, {"max_tokens": 10**6}),
+                         (capacity + 50, {})):
         asked = {k: v for k, v in {**BASE[COMPLETION], **more, "prompt": [1] * prompt}.items() if k != "max_tokens" or "max_tokens" in more}
         found = error(raw(served, COMPLETION, asked))
         assert found["code"] == "context_length_exceeded"
         assert all(str(number) in found["message"] for number in (prompt, asked.get("max_tokens", 16), capacity)), found
-    for more in ({"max_tokens": 96}, {"max_completion_tokens": 96, "max_tokens": None}, {"max_tokens": None, "messages": [{"role": "user", "content": "a" * 200}]}):
+    long = [{"role": "user", "content": "a" * 200}]
+    for more in ({"max_tokens": 96}, {"max_completion_tokens": 96, "max_tokens": None}, {"max_tokens": None, "messages": long}):
         assert error(raw(served, CHAT, {**BASE[CHAT], **more}))["code"] == "context_length_exceeded"
 
 
@@ -143,7 +151,8 @@ def test_routes_and_methods_that_are_not_there(served: Served) -> None:
     for path in ("/v1/embeddings", "/nothing", "/v1/completions/", "/v1", "/static/../etc/passwd", "/redoc"):
         for method in ("GET", "POST"):
             assert error(served.request(method, path, **({"json": {}} if method == "POST" else {})), 404)["code"] == "unknown_route"
-    for method, path in (("GET", COMPLETION), ("DELETE", CHAT), ("PUT", "/tokenize"), ("POST", "/v1/models"), ("PATCH", "/health/ready"), ("OPTIONS", COMPLETION)):
+    for method, path in (("GET", COMPLETION), ("DELETE", CHAT), ("PUT", "/tokenize"), ("POST", "/v1/models"), ("PATCH", "/health/ready"),
+                         ("OPTIONS", COMPLETION)):
         assert error(served.request(method, path, headers=JSON), 405)["code"] == "method_not_allowed"
 
 
