@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,7 @@ from sessa_deploy.runtime.tokenizer import Tokenizer
 Top = tuple[tuple[int, float], ...]  # (token, log probability), best first
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """A drawn token: the text it completes (may be empty), why generation ended with it (None: it goes on; "stop", "length" or "context"), and where it
     was asked for its log probability and the most likely tokens."""
 
