@@ -20,7 +20,7 @@ from sessa_deploy.runtime.serve.service import Service
 log = logging.getLogger("sessa_deploy.serve")
 PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize",
          "/detokenize")
-_QUIET = ("/health/live", "/health/ready", "/metrics")  # asked for every few seconds, and logged only where they fail
+_QUIET = ("/health/live", "/health/ready", "/metrics")  # asked for every few seconds, and not logged where they answer as they should
 _NAME = re.compile(r"[\x21-\x7e]{1,128}\Z")
 _BODY_SECONDS = 60.0
 _GONE = 499  # nginx's number for a client that left
@@ -106,7 +106,7 @@ class Door:
         return body, replay
 
     def _tell(self, scope: Scope, name: str, status: int, seconds: float, counts: Any, body: bytes) -> None:
-        if scope["path"] in _QUIET and status < 400:
+        if scope["path"] in _QUIET and status in (200, 503):
             return
         line = f"{name} {scope['method']} {json.dumps(scope['path'])[1:-1]} {status} {seconds * 1e3:.1f} ms"
         if counts is not None:
