@@ -87,6 +87,7 @@ CASES: list[tuple[str, str, tuple[str, ...], str | None]] = [
     *(("serve", "{bundle}", (name,), "serve") for name in ("fastapi", "uvicorn", "pydantic", "jinja2", "prometheus_client")),
     ("serve", "{bundle} --port 0", ("onnxruntime",), "ort"),
     ("serve", "{bundle} --backend trt", TENSORRTS, "tensorrt"),
+    ("export-triton", "{bundle} --out {new}-r", ALL, None),
     ("score", "{bundle} --text {text}/0.txt", ALL, "ort"),
     ("score", "{bundle} --text {text}/0.txt", RUNTIME_ONLY, None),
     ("bench", "{bundle} --prompt-tokens 4 --window 4", ALL, "ort"),

@@ -42,13 +42,13 @@ def export_triton(bundle: Bundle | str | Path, out: str | Path, name: str | None
     in config.pbtxt as parameters. The folder appears whole or not at all; one that this function wrote is replaced, other models are left alone.
     Raises UserError on a bundle that is not right, on a name that Triton would not take and on a place where something else stands.
     """
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    name = Path(os.path.realpath(bundle.path)).name if name is None else name
+    name = Path(os.path.realpath(bundle.path if isinstance(bundle, Bundle) else bundle)).name if name is None else name
     if not _NAME.match(name):
         raise UserError("that is no name for a model", got=repr(name), allowed="letters, digits, _ . and -, at most 128, beginning with a letter, digit or _",
                         fix="name it with --name")
     if backend not in BACKENDS:
         raise UserError("no such backend", got=repr(backend), allowed=", ".join(BACKENDS))
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     most = most_sequences(bundle, backend) if backend == "trt" else None
     if most is not None and slots is not None and slots > most:
         raise UserError("the bundle's engine takes fewer sequences", got=f"slots {slots}", allowed=f"at most {most}",

@@ -126,6 +126,10 @@ TABLE: dict[str, dict[str, Row]] = {
         "BUNDLE": place("nowhere"), "--json": place("."), "--backend": BACKEND, "--batch": COUNT, "--prompt-tokens": COUNT, "--window": COUNT, "--steps": COUNT,
         "--seconds": NOT_NEGATIVE, "--max-seconds": NOT_NEGATIVE, "--capacity": COUNT, "--threads": THREADS, "--bandwidth": POSITIVE,
     },
+    "export-triton": {
+        "BUNDLE": place("nowhere"), "--out": place(), "--name": Row((("x", "x"), ("a-1", "a-1")), ("",), (" ", "a/b", "..", "-a", "\u00fc", "a b")),
+        "--backend": BACKEND, "--slots": COUNT, "--capacity": COUNT, "--queue": FROM_ZERO, "--queue-timeout": POSITIVE, "--threads": THREADS,
+    },
     "inspect": {"PATH": place("nowhere"), "--config": place(), "--json": JSON, "--all": FLAG, "--no-verify": FLAG},
     "plugin build": {
         "--tensorrt-include": place(), "--cuda-include": place(), "--cubins": place(), "--out": place(),
@@ -141,7 +145,8 @@ COMPLETE: dict[str, dict[str, str]] = {
     "train": {"--data": "text", "--out": "run"}, "export": {"CHECKPOINT": "checkpoint", "--out": "bundle"},
     "validate": {"BUNDLE": "bundle", "--checkpoint": "checkpoint"}, "build": {"BUNDLE": "bundle"},
     "run": {"BUNDLE": "bundle", "--prompt": "x"}, "chat": {"BUNDLE": "bundle"}, "score": {"BUNDLE": "bundle", "--text": "text/a.txt"},
-    "serve": {"BUNDLE": "bundle"}, "bench": {"BUNDLE": "bundle"}, "inspect": {"PATH": "checkpoint"},
+    "serve": {"BUNDLE": "bundle"}, "bench": {"BUNDLE": "bundle"}, "export-triton": {"BUNDLE": "bundle", "--out": "repository"},
+    "inspect": {"PATH": "checkpoint"},
 }
 
 

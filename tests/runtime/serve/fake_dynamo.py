@@ -77,7 +77,8 @@ class LLMEngine(ABC):
     async def generate(self, request: Any, context: Any) -> AsyncGenerator[Any, None]:
         yield
 
-    async def abort(self, context: Any) -> None: ...
+    async def abort(self, context: Any) -> None:
+        return None
 
     @abstractmethod
     async def cleanup(self) -> None: ...

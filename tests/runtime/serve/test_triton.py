@@ -163,7 +163,8 @@ def test_ids_stops_and_log_probabilities(model: Any) -> None:
     model.execute([whole])
     text, tokens, _ = whole.answer()
     stop = next(text[at : at + 2] for at in range(4, len(text) - 1) if text[at : at + 2].isascii())
-    same, cut = Request(input_ids=list(b"ab c"), max_tokens=20, temperature=0.0, logprobs=2), Request(text_input="ab c", temperature=0.0, max_tokens=20, stop=[stop])
+    same = Request(input_ids=list(b"ab c"), max_tokens=20, temperature=0.0, logprobs=2)
+    cut = Request(text_input="ab c", temperature=0.0, max_tokens=20, stop=[stop])
     model.execute([same, cut])
     assert same.answer()[1] == tokens and cut.answer()[0] == text[: text.index(stop)] and cut.answer()[2] == "stop"
     tensors = same.responses[0].tensors
@@ -172,7 +173,8 @@ def test_ids_stops_and_log_probabilities(model: Any) -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any]]] = [
-    ("neither text_input nor input_ids", {}), ("both text_input and input_ids", {"text_input": "a", "input_ids": [97]}), ("top_p", {"text_input": "a", "top_p": 2.0}),
+    ("neither text_input nor input_ids", {}), ("both text_input and input_ids", {"text_input": "a", "input_ids": [97]}),
+    ("top_p", {"text_input": "a", "top_p": 2.0}),
     ("temperature", {"text_input": "a", "temperature": -1.0}), ("capacity of 96", {"text_input": "a", "max_tokens": 97}), ("vocabulary", {"input_ids": [300]}),
     ("empty", {"input_ids": []}), ("no such input: got n", {"text_input": "a", "beside": {"n": 2, "triton_enable_empty_final_response": True}}),
     ("max_new_tokens", {"text_input": "a", "max_tokens": -1}), ("max_tokens has the wrong shape", {"text_input": "a", "max_tokens": [1, 2]}),
@@ -232,11 +234,12 @@ def test_the_folder_appears_whole_or_not_at_all(tmp_path: Path, capsys: pytest.C
     export_triton(made, out, "sessa", slots=3)  # ours: replaced
     assert 'key: "slots" value { string_value: "3" }' in (out / "sessa/config.pbtxt").read_text()
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    for wrong, what in (({"name": "other"}, "something else stands"), ({"name": "../x"}, "no name"), ({"name": ""}, "no name"), ({"backend": "cpu"}, "backend")):
+    for wrong, what in (({"name": "other"}, "something else stands"), ({"name": "../x"}, "no name"), ({"name": ""}, "no name"),
+                        ({"backend": "cpu"}, "backend")):
         with pytest.raises(UserError, match=what):
             export_triton(made, out, **wrong)
     (made.path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="tokenizer.json"):
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
         export_triton(made.path, out, "sessa")
     fine = bundle(tmp_path / "fine")
     monkeypatch.setattr("sessa_deploy.runtime.serve.triton_export.config_pbtxt", lambda *args: 1 / 0)
