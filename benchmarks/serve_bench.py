@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--backend", default="auto", choices=["auto", "ort", "ort-cuda", "trt"])
     parser.add_argument("--slots", type=int, help="default: 8, or 32 for the curve")
-    parser.add_argument("--capacity", type=int, help="tokens of a slot; default: the model's max_context, for the curve at most 8192")
+    parser.add_argument("--capacity", type=int, help="tokens of a slot; default: the model's max_context, for the curve at most --long and 256")
     parser.add_argument("--prompt-tokens", type=int, help="default: 64, or 512 for the curve")
     parser.add_argument("--new-tokens", type=int, help="default: 256, or 128 for the curve")
     parser.add_argument("--rounds", type=int, default=5)
@@ -63,7 +63,7 @@ def main() -> int:
     args.prompt_tokens = args.prompt_tokens or (512 if curve else 64)
     args.new_tokens = args.new_tokens or (128 if curve else 256)
     if curve and args.capacity is None:
-        args.capacity = min(bundle.config.max_context, 8192)
+        args.capacity = min(bundle.config.max_context, args.long + 256)
     found = measure_curve(bundle, args) if curve else measure_server(bundle, args)
     found |= {"machine": platform.platform(), "python": platform.python_version(), "numpy": np.__version__}
     if args.json:
@@ -317,10 +317,10 @@ def long_prompt(batcher: Batcher, bundle: Bundle, random: np.random.Generator, a
     during = [b - a for one in running for a, b in zip(one.times, one.times[1:], strict=False) if b > long.begun and a < long.times[0]]
     added = max(during) - step
     reached = "reached" if added <= 1.1 * slowest else "NOT reached"
-    print(f"a prompt of {args.long} among {len(running)} streams, {chunks} chunks of {batcher.chunk}: gaps of {1e3 * statistics.median(during):.1f} ms (median) "
-          f"and {1e3 * max(during):.1f} ms (longest)\n  a step takes {1e3 * step:.1f} ms, its slowest chunk alone {1e3 * slowest:.1f} ms: "
-          f"added {added / slowest:.2f} chunks   {reached}: one chunk", flush=True)
-    return {"chunk": batcher.chunk, "slowest_chunk_ms": 1e3 * slowest, "step_ms": 1e3 * step, "longest_gap_ms": 1e3 * max(during)}
+    median, longest = 1e3 * statistics.median(during), 1e3 * max(during)
+    print(f"a prompt of {args.long} among {len(running)} streams, {chunks} chunks of {batcher.chunk}: gaps of {median:.1f} ms (median), {longest:.1f} ms (longest)")
+    print(f"  a step takes {1e3 * step:.1f} ms, its slowest chunk alone {1e3 * slowest:.1f} ms: added {added / slowest:.2f} chunks   {reached}: one chunk", flush=True)
+    return {"chunk": batcher.chunk, "slowest_chunk_ms": 1e3 * slowest, "step_ms": 1e3 * step, "longest_gap_ms": longest}
 
 
 def compare(backend: Backend, bundle: Bundle, random: np.random.Generator, count: int) -> tuple[int, int]:
