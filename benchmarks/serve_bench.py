@@ -318,8 +318,9 @@ def long_prompt(batcher: Batcher, bundle: Bundle, random: np.random.Generator, a
     added = max(during) - step
     reached = "reached" if added <= 1.1 * slowest else "NOT reached"
     median, longest = 1e3 * statistics.median(during), 1e3 * max(during)
-    print(f"a prompt of {args.long} among {len(running)} streams, {chunks} chunks of {batcher.chunk}: gaps of {median:.1f} ms (median), {longest:.1f} ms (longest)")
-    print(f"  a step takes {1e3 * step:.1f} ms, its slowest chunk alone {1e3 * slowest:.1f} ms: added {added / slowest:.2f} chunks   {reached}: one chunk", flush=True)
+    print(f"a prompt of {args.long} among {len(running)} streams, {chunks} chunks of {batcher.chunk}: gaps of {median:.1f} ms (median), "
+          f"{longest:.1f} ms (longest)\n  a step takes {1e3 * step:.1f} ms, its slowest chunk alone {1e3 * slowest:.1f} ms: "
+          f"added {added / slowest:.2f} chunks   {reached}: one chunk", flush=True)
     return {"chunk": batcher.chunk, "slowest_chunk_ms": 1e3 * slowest, "step_ms": 1e3 * step, "longest_gap_ms": longest}
 
 

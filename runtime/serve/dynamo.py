@@ -24,7 +24,7 @@ from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.engines import BACKENDS, open_slots
 from sessa_deploy.runtime.environment import check_threads
 from sessa_deploy.runtime.requests import Handle, NotAccepting, QueueFull
-from sessa_deploy.runtime.serve.dynamo_requests import Asked, Chunks, Expired, Served, asked
+from sessa_deploy.runtime.serve.dynamo_requests import Asked, Chunks, Expired, Failed, Served, asked
 from sessa_deploy.runtime.serve.folders import write_hugging_face
 from sessa_deploy.runtime.serve.mailbox import Mailbox
 
@@ -60,7 +60,7 @@ def engine_class() -> type[Any]:
         from dynamo.common.backend import EngineConfig, LLMEngine, LlmRegistration, WorkerConfig
         from dynamo.common.backend.health_check import build_health_check_payload
         from dynamo.common.utils.token_ids import normalize_request_token_ids
-        from dynamo.llm.exceptions import HttpError, InvalidArgument, Unknown, WorkerUnavailable
+        from dynamo.llm.exceptions import Disconnected, EngineShutdown, HttpError, InvalidArgument, Unknown
     except ImportError as error:
         raise MissingPackage("this needs the package ai-dynamo", got=str(error), fix=install_command("dynamo")) from None
 
@@ -110,7 +110,10 @@ def engine_class() -> type[Any]:
             except Expired as error:
                 raise HttpError(503, str(error)) from None
             except NotAccepting as error:
-                raise WorkerUnavailable(str(error)) from None  # the frontend asks another worker
+                raise Disconnected(str(error)) from None  # the frontend asks another worker
+            except Failed as error:  # so it does here, and with EngineShutdown it leaves this one alone from then on
+                healthy = self._batcher is not None and self._batcher.ready
+                raise (Disconnected if healthy else EngineShutdown)(str(error)) from None
             except UserError as error:
                 raise InvalidArgument(str(error)) from None
             except SessaError as error:

@@ -22,7 +22,11 @@ class Unknown(DynamoException):
     pass
 
 
-class WorkerUnavailable(DynamoException):
+class Disconnected(DynamoException):
+    pass
+
+
+class EngineShutdown(DynamoException):
     pass
 
 
@@ -131,7 +135,7 @@ NAMES = {
     "dynamo.common.backend.run": ("run",),
     "dynamo.common.configuration.groups.runtime_args": ("DynamoRuntimeArgGroup", "DynamoRuntimeConfig"),
     "dynamo.common.utils.token_ids": ("normalize_request_token_ids",),
-    "dynamo.llm.exceptions": ("HttpError", "InvalidArgument", "Unknown", "WorkerUnavailable"),
+    "dynamo.llm.exceptions": ("Disconnected", "EngineShutdown", "HttpError", "InvalidArgument", "Unknown"),
 }
 
 
