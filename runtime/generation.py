@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +12,12 @@ from numpy.typing import NDArray
 
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.environment import default_threads
 from sessa_deploy.runtime.sampling import Sampler, log_probabilities, most_likely
 from sessa_deploy.runtime.stopping import StopText
 from sessa_deploy.runtime.tokenizer import Tokenizer
 
+_LARGE_VOCABULARY, _MOST_THREADS = 8192, 8
 Top = tuple[tuple[int, float], ...]  # (token, log probability), best first
 
 
@@ -49,12 +53,8 @@ class Row:
         """Whether the most likely token is all that the next step must tell."""
         return self.sampler.greedy and self.logprobs is None and self.at < 0
 
-    def pick(self, found: int | NDArray[np.float32]) -> int:
-        """The next token: `found` itself where the step picked it, else drawn from these logits (V,). Raises NotFinite on such logits."""
-        return found if isinstance(found, int) else self.sampler.next_token(found)
-
     def take(self, token: int, found: int | NDArray[np.float32]) -> Drawn:
-        """Record a token that was picked from `found`, and say what it means."""
+        """Record a token that was picked (`pick_all`) from what a step gave, and say what it means."""
         self.tokens.append(token)
         self.count += 1
         finish = None
@@ -91,6 +91,27 @@ def decode(backend: Backend, rows: Sequence[Row], logits: bool = False) -> list[
         return [picked[row.index] for row in rows]
     found = backend.step(ids, new)
     return [found[row.index] for row in rows]
+
+
+def pick_all(rows: Sequence[Row], found: Sequence[int | NDArray[np.float32]]) -> list[int | Exception]:
+    """The next token of each row from what a step gave it, or what went wrong with that row alone."""
+    work = [row for row, what in zip(rows, found, strict=True) if not isinstance(what, int)]
+    if len(work) < 2 or work[0].sampler.vocab_size < _LARGE_VOCABULARY:
+        return list(map(_pick, rows, found))
+    return list(_threads().map(_pick, rows, found))
+
+
+def _pick(row: Row, found: int | NDArray[np.float32]) -> int | Exception:
+    try:
+        return found if isinstance(found, int) else row.sampler.next_token(found)
+    except Exception as error:
+        return error
+
+
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    """Threads that draw: over a large vocabulary that is a millisecond of numpy a sequence, which lets other threads run meanwhile."""
+    return ThreadPoolExecutor(min(_MOST_THREADS, default_threads()), "sampling")
 
 
 def token_logprobs(logits: NDArray[np.float32], token: int, count: int) -> tuple[float, Top]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sessa_deploy.errors import one_line
 from sessa_deploy.runtime.backend import Backend, bounded_chunk
-from sessa_deploy.runtime.generation import Row, decode, token_logprobs
+from sessa_deploy.runtime.generation import Row, decode, pick_all, token_logprobs
 from sessa_deploy.runtime.requests import Event, Request, Scored
 from sessa_deploy.runtime.sampling import NotFinite, Sampler
 from sessa_deploy.runtime.slots import Slot, Slots
@@ -115,8 +115,10 @@ class Turns:
             self.reading.append(task)
             return
         try:
-            self._begin(task)
-            self._draw(task, logits)
+            row = self._begin(task)
+            fault = self._follow(task, row, logits, pick_all([row], [logits])[0])
+            if fault is not None:
+                raise fault
         except Exception as error:  # what is drawn with, not the step
             self.failed([task], error, False)
 
@@ -127,7 +129,7 @@ class Turns:
         for row, token in zip(logits, task.prompt[at + 1 : at + 1 + len(logits)], strict=False):
             task.scored.append(token_logprobs(row, token, count))
 
-    def _begin(self, task: Task) -> None:
+    def _begin(self, task: Task) -> Row:
         """Let a task take part in decode steps: to draw, or, where a prompt is to be scored by a graph that gives the last logits alone, to read it so."""
         request, slot = task.request, task.slot
         assert slot is not None
@@ -139,6 +141,7 @@ class Turns:
         if task.done < len(task.prompt):
             task.row.at = 0 if len(task.prompt) > 1 else -1
         self.running.append(task)
+        return task.row
 
     def decode(self) -> None:
         """One decode step of all that run."""
@@ -155,18 +158,23 @@ class Turns:
             self.failed(tasks, error)
             return
         self.stats.steps += 1
-        faults = [(task, fault) for task, row, what in zip(tasks, rows, found, strict=True) if (fault := self._follow(task, row, what)) is not None]
+        drawing = [at for at, row in enumerate(rows) if row.at < 0]
+        picked = dict(zip(drawing, pick_all([rows[at] for at in drawing], [found[at] for at in drawing]), strict=True))
+        faults = [(task, fault) for at, (task, row, what) in enumerate(zip(tasks, rows, found, strict=True))
+                  if (fault := self._follow(task, row, what, picked.get(at))) is not None]
         none_good = len(faults) == len(tasks)
         if not none_good:
             self.stats.failures_in_row = 0
         for at, (task, fault) in enumerate(faults):
             self.failed([task], fault, none_good and at == 0)
 
-    def _follow(self, task: Task, row: Row, found: int | NDArray[np.float32]) -> Exception | None:
-        """Go on from what a decode step gave a task; what went wrong with it alone, logits that are not finite among others."""
+    def _follow(self, task: Task, row: Row, found: int | NDArray[np.float32], picked: int | Exception | None) -> Exception | None:
+        """Go on from what a decode step gave a task and the token picked from it; what went wrong with it alone, logits that are not finite among others."""
+        if isinstance(picked, Exception):
+            return picked
         try:
-            if row.at < 0:
-                self._draw(task, found)
+            if picked is not None:
+                self._draw(task, picked, found)
             elif not isinstance(found, int):
                 self._score(task, row.at, found[None])
                 row.at = row.at + 1 if row.at < len(task.prompt) - 2 else -1
@@ -174,8 +182,8 @@ class Turns:
             return error
         return None
 
-    def _draw(self, task: Task, found: int | NDArray[np.float32]) -> None:
-        """Take a task's next token from what a step gave, and tell of it. Raises NotFinite on such logits."""
+    def _draw(self, task: Task, token: int, found: int | NDArray[np.float32]) -> None:
+        """Take a task's next token, picked from what a step gave, and tell of it."""
         row = task.row
         assert row is not None
         first = task.told is None
@@ -183,7 +191,7 @@ class Turns:
         if task.request.max_new_tokens == 0:
             self.end(task, Event(None, finish="length", cached=cached, prompt=scored))
             return
-        drawn = row.take(row.pick(found), found)
+        drawn = row.take(token, found)
         now = self._clock()
         (self.stats.first_token if first else self.stats.between_tokens).add(now - (task.born if task.told is None else task.told))
         task.told = now

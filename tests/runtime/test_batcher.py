@@ -40,7 +40,7 @@ def test_every_request_gets_what_it_gets_alone(requests, slots, chunk, reuse):
         check_alike(found, alone(make, plan.request), plan)
 
 
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(plans(257, 64, most=20), st.integers(1, 6), st.sampled_from([1, 3, 4, 16, 64]), st.booleans())
 def test_every_request_gets_what_it_gets_alone_from_a_model_of_no_size(requests, slots, chunk, reuse):
     """Many more of them, with text."""
