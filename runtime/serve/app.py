@@ -22,16 +22,15 @@ from sessa_deploy.runtime.serve.completions import complete
 from sessa_deploy.runtime.serve.door import Door
 from sessa_deploy.runtime.serve.errors import ApiError
 from sessa_deploy.runtime.serve.schema import ChatBody, CompletionBody, DetokenizeBody, ErrorAnswer, TokenizeBody, refusal
+from sessa_deploy.runtime.serve.security import GUARDED
 from sessa_deploy.runtime.serve.service import Service, encoded
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "The request is wrong", "model": ErrorAnswer}, 401: {"description": "The key is missing or wrong", "model": ErrorAnswer},
-    404: {"description": "No such model", "model": ErrorAnswer}, 413: {"description": "The body is too large", "model": ErrorAnswer},
-    429: {"description": "The queue is full", "model": ErrorAnswer}, 500: {"description": "The engine failed", "model": ErrorAnswer},
-    503: {"description": "Loading, draining, unhealthy, or waited too long", "model": ErrorAnswer},
-    504: {"description": "The time limit", "model": ErrorAnswer},
-}
+_ERRORS: dict[int | str, dict[str, Any]] = {status: {"description": what, "model": ErrorAnswer} for status, what in {
+    400: "The request is wrong", 401: "The key is missing or wrong", 404: "No such model", 408: "The body did not come", 413: "The body is too large",
+    429: "The queue is full", 500: "The engine failed", 503: "Loading, draining, unhealthy, or waited too long", 504: "The time limit",
+}.items()}
+_STREAMED: dict[int | str, dict[str, Any]] = {**_ERRORS, 200: {"description": "The answer; with stream, its parts", "content": {"text/event-stream": {}}}}
 
 
 def make_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
@@ -49,12 +48,12 @@ def make_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
 
 def _openai(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", responses=_ERRORS, tags=["text"], openapi_extra=_example(prompt="Once upon a time", max_tokens=64, temperature=0.7))
+    @app.post("/v1/completions", responses=_STREAMED, tags=["text"], openapi_extra=_example(prompt="Once upon a time", max_tokens=64, temperature=0.7))
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Text behind a prompt, or behind several."""
         return await complete(service, body, request)
 
-    @app.post("/v1/chat/completions", responses=_ERRORS, tags=["text"], openapi_extra=_example(messages=[{"role": "user", "content": "Hello"}]))
+    @app.post("/v1/chat/completions", responses=_STREAMED, tags=["text"], openapi_extra=_example(messages=[{"role": "user", "content": "Hello"}]))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """The answer to a conversation, where the model has a chat template."""
         return await converse(service, body, request)
@@ -74,6 +73,11 @@ def _openai(app: FastAPI, service: Service) -> None:
         """The model by its name."""
         service.check_model(model)
         return JSONResponse(card())
+
+    @app.get("/tokenizer_info", responses={code: _ERRORS[code] for code in (400, 401, 503)}, tags=["tokens"])
+    async def tokenizer_info() -> Response:
+        """The special tokens and the chat template, as vLLM tells them."""
+        return JSONResponse(service.engine.tokenizer_info())
 
     @app.post("/tokenize", responses=_ERRORS, tags=["tokens"], openapi_extra=_example(prompt="Hello"))
     async def tokenize(body: TokenizeBody) -> Response:
@@ -151,6 +155,10 @@ class _StrictRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def strictly(request: Request) -> Response:
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if request.method == "POST" and kind != "application/json":
+                # A page of another site could post text or a form to this server without asking; JSON it cannot.
+                raise ApiError(400, f"the body must be sent as Content-Type: application/json; got {kind[:100] or 'none'}", code="not_json")
             return await handle(_StrictRequest(request.scope, request.receive))
 
         return strictly
@@ -178,7 +186,7 @@ def _openapi(app: FastAPI, guarded: bool) -> Callable[[], dict[str, Any]]:
             for path, methods in schema["paths"].items():
                 for operation in methods.values():
                     operation["responses"].pop("422", None)
-                    if guarded and path.startswith(("/v1", "/tokenize", "/detokenize")):
+                    if guarded and path.startswith(GUARDED):
                         operation["security"] = [{"key": []}]
             for name in ("HTTPValidationError", "ValidationError"):
                 schema["components"]["schemas"].pop(name, None)

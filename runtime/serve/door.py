@@ -19,7 +19,7 @@ from sessa_deploy.runtime.serve.service import Service
 
 log = logging.getLogger("sessa_deploy.serve")
 PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize",
-         "/detokenize")
+         "/detokenize", "/tokenizer_info")
 _QUIET = ("/health/live", "/health/ready", "/metrics")  # asked for every few seconds, and not logged where they answer as they should
 _NAME = re.compile(r"[\x21-\x7e]{1,128}\Z")
 _BODY_SECONDS = 60.0
@@ -70,15 +70,11 @@ class Door:
             self._tell(scope, name, status or _GONE, time.perf_counter() - begun, state.get("counts"), body)
 
     async def _body(self, scope: Scope, receive: Receive) -> tuple[bytes, Receive]:
-        """(the whole body, what hands it on). Raises ApiError on one that is too large, not JSON by its header, or never ends."""
+        """(the whole body, what hands it on). Raises ApiError on one that is too large or never ends."""
         headers, limit = dict(scope["headers"]), self._service.settings.body_limit
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and (len(length) > 18 or int(length) > limit):
             raise _too_large(limit)
-        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if scope["path"] in PATHS and kind != b"application/json":
-            # A page of another site could post text or a form to this server without asking; JSON it cannot.
-            raise ApiError(400, f"the body must be sent as Content-Type: application/json; got {kind.decode('latin-1')[:100] or 'none'}")
         parts: list[bytes] = []
         size = 0
         try:

@@ -61,6 +61,14 @@ class Engine:
         except UserError as error:
             raise ApiError.of(error, param) from None
 
+    def tokenizer_info(self) -> dict[str, str | None]:
+        """The special tokens by name, and the chat template: what a client that renders or encodes by itself asks for."""
+        tokenizer, special = self.text("prompt"), dict(self.template.special) if self.template is not None else {}
+        config = self.config
+        ids = {"bos_token": config.bos_token_id, "eos_token": next(iter(config.eos_token_ids), None), "pad_token": config.pad_token_id}
+        own = {name: None if token is None else tokenizer.token(token) for name, token in ids.items()}
+        return {"tokenizer_class": "PreTrainedTokenizerFast", **own, **special, "chat_template": self.template.text if self.template is not None else None}
+
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Raise ApiError unless ids are tokens of the model."""
         wrong = next((token for token in ids if not 0 <= token < self.config.vocab_size), None)

@@ -12,7 +12,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.serve.errors import ApiError
 
 KEY_VARIABLE = "SESSA_API_KEY"
-_GUARDED = ("/v1", "/tokenize", "/detokenize")
+GUARDED = ("/v1", "/tokenize", "/detokenize", "/tokenizer_info")
 
 
 def chosen_key(given: str | None, none_wanted: bool, host: str) -> str | None:
@@ -46,7 +46,7 @@ def is_loopback(host: str) -> bool:
 
 def check_key(path: str, headers: Iterable[tuple[bytes, bytes]], key: str | None) -> None:
     """Raise ApiError, 401, unless the path is open or the request carries the key. Takes as long whatever is wrong with the key."""
-    if key is None or not any(path == place or path.startswith(f"{place}/") for place in _GUARDED):
+    if key is None or not any(path == place or path.startswith(f"{place}/") for place in GUARDED):
         return
     given = [value for name, value in headers if name == b"authorization"]
     scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")

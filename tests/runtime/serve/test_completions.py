@@ -217,6 +217,12 @@ def test_tokenize_and_back(served: Served) -> None:
     assert served.post("/tokenize", {"prompt": ""}).json()["tokens"] == [] and served.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
 
 
+def test_what_a_client_s_tokenizer_asks_for(served: Served, plain: Served) -> None:
+    told = served.get("/tokenizer_info").json()
+    assert (told["bos_token"], told["eos_token"]) == ("^", "<|endoftext|>") and "add_generation_prompt" in told["chat_template"]
+    assert plain.get("/tokenizer_info").status_code == 400
+
+
 def test_the_model_is_listed_and_named(served: Served) -> None:
     card = served.get("/v1/models").json()["data"][0]
     assert (card["id"], card["object"], card["max_model_len"]) == ("tiny", "model", 96) and served.get("/v1/models/tiny").json() == card

@@ -151,9 +151,9 @@ def test_routes_and_methods_that_are_not_there(served: Served) -> None:
     for path in ("/v1/embeddings", "/nothing", "/v1/completions/", "/v1", "/static/../etc/passwd", "/redoc"):
         for method in ("GET", "POST"):
             assert error(served.request(method, path, **({"json": {}} if method == "POST" else {})), 404)["code"] == "unknown_route"
-    for method, path in (("GET", COMPLETION), ("DELETE", CHAT), ("PUT", "/tokenize"), ("POST", "/v1/models"), ("PATCH", "/health/ready"),
+    for method, path in (("GET", COMPLETION), ("DELETE", CHAT), ("PUT", "/tokenize"), ("POST", "/v1/models"), ("PATCH", "/health/ready"), ("PUT", "/metrics"),
                          ("OPTIONS", COMPLETION)):
-        assert error(served.request(method, path, headers=JSON), 405)["code"] == "method_not_allowed"
+        assert error(served.request(method, path), 405)["code"] == "method_not_allowed"
 
 
 def test_bodies_are_bounded_said_or_not(tmp_path: Any) -> None:
