@@ -199,7 +199,8 @@ def measure_curve(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
     """Saturation, arrivals, the long prompt and the comparison with solo runs."""
     random, new, length = np.random.default_rng(0), args.new_tokens, args.prompt_tokens
     backend = open_slots(bundle, args.backend, args.slots, args.capacity, args.threads)
-    slots, chunk = backend.batch, backend.best_chunk
+    batcher = Batcher(backend, queue=10**6, queue_timeout=None, prefix_reuse=False)
+    slots, chunk = backend.batch, batcher.chunk
     print(f"{backend.name}, {bundle.precision}, {slots} slots of {backend.capacity} tokens, chunk {chunk}; prompts of {length}, {new} new tokens", flush=True)
     prefill, step = statistics.median(map(sum, time_chunks(backend, random, length, chunk, 9)[2:])), time_step(backend, random, length + new // 2)
     slowest = max(time_chunks(backend, random, args.long, chunk, 3)[-1]) if args.long + 1 <= backend.capacity else 0.0
@@ -210,7 +211,6 @@ def measure_curve(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
     def request(prompt: list[int], count: int = new) -> Request:
         return Request(tuple(prompt), GREEDY, count, ignore_eos=True)
 
-    batcher = Batcher(backend, queue=10**6, queue_timeout=None, prefix_reuse=False)
     batcher.start()
     run_all(batcher, [request(p) for p in prompts_of(bundle, random, slots, length)])  # warm
     told = run_all(batcher, [request(p) for p in prompts_of(bundle, random, 5 * slots, length)])

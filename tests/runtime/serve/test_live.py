@@ -45,6 +45,16 @@ def interpreter(variable: str, package: str) -> str:
 
 
 @pytest.fixture(scope="module")
+def dynamo_python() -> str:
+    return interpreter("SESSA_DYNAMO_PYTHON", "dynamo.frontend")
+
+
+@pytest.fixture(scope="module")
+def triton_python() -> str:
+    return interpreter("SESSA_PYTRITON_PYTHON", "pytriton")
+
+
+@pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     pytest.importorskip("torch")
     from sessa_deploy.export.to_onnx import export_bundle
@@ -113,8 +123,8 @@ def running(commands: dict[str, list[str]], folder: Path, **environment: str) ->
                 process.kill()
 
 
-def test_dynamo_with_two_workers_of_which_one_is_killed(made: Bundle, tmp_path: Path) -> None:
-    python, port = interpreter("SESSA_DYNAMO_PYTHON", "dynamo.frontend"), free_port()
+def test_dynamo_with_two_workers_of_which_one_is_killed(dynamo_python: str, made: Bundle, tmp_path: Path) -> None:
+    python, port = dynamo_python, free_port()
     discovery = ["--discovery-backend", "file"]
     worker = [python, "-m", "sessa_deploy.runtime.serve.dynamo", str(made.path), "--backend", "ort", "--threads", "1", "--slots", "2", "--queue", "2",
               "--files", str(tmp_path / "files"), *discovery]
@@ -169,8 +179,8 @@ def test_dynamo_with_two_workers_of_which_one_is_killed(made: Bundle, tmp_path: 
         processes["front"].terminate()
 
 
-def test_triton_serves_what_run_writes(made: Bundle, tmp_path: Path) -> None:
-    python, ports = interpreter("SESSA_PYTRITON_PYTHON", "pytriton"), (free_port(), free_port())
+def test_triton_serves_what_run_writes(triton_python: str, made: Bundle, tmp_path: Path) -> None:
+    python, ports = triton_python, (free_port(), free_port())
     site, version, libraries = subprocess.run(
         [python, "-c", "import pytriton, sys, sysconfig; print(pytriton.__path__[0], '%d.%d' % sys.version_info[:2], sysconfig.get_config_var('LIBDIR'))"],
         capture_output=True, text=True, check=True).stdout.split()
