@@ -30,6 +30,7 @@ class Drawn(NamedTuple):
     finish: str | None = None
     logprob: float | None = None
     top: Top = ()
+    held: bool = False  # whether text of this token or of one before it is still to come
 
 
 class Row:
@@ -75,7 +76,8 @@ class Row:
             text += more
             if not stopped:
                 text += self._text.flush()
-        return Drawn(token, text, "stop" if stopped else finish, logprob, top)
+        held = not stopped and finish is None and (self._decoder.held or self._text.held)
+        return Drawn(token, text, "stop" if stopped else finish, logprob, top, held)
 
 
 def decode(backend: Backend, rows: Sequence[Row], logits: bool = False) -> list[int | NDArray[np.float32]]:

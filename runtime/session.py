@@ -71,7 +71,7 @@ class Session:
         chunk = None if chunk is None else integer("chunk", chunk, 1)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.config, self._progress = self.bundle.config, progress
-        self._tokenizer = _tokenizer(self.bundle) if TOKENIZER_FILE in self.bundle else None
+        self._tokenizer = Tokenizer.of(self.bundle)
         self.backend = backend if isinstance(backend, Backend) else open_backend(self.bundle, backend, max_batch, capacity, threads)
         self.chunk = self.backend.best_chunk if chunk is None else chunk
         self.max_batch, self.capacity = self.backend.batch, self.backend.capacity
@@ -281,8 +281,3 @@ def _limits(max_new_tokens: int | Sequence[int | None] | None, prompts: int) -> 
             raise UserError("max_new_tokens has the wrong length", got=len(max_new_tokens), allowed=f"one, or one for each of {prompts} prompts")
         return [None if limit is None else integer("max_new_tokens", limit, 1) for limit in max_new_tokens]
     return [None if max_new_tokens is None else integer("max_new_tokens", max_new_tokens, 1)] * prompts
-
-
-def _tokenizer(bundle: Bundle) -> Tokenizer:
-    """The bundle's tokenizer, of the very bytes that match the manifest."""
-    return Tokenizer.from_json(bundle.read(TOKENIZER_FILE).decode("utf-8", "surrogateescape"), str(bundle.file(TOKENIZER_FILE)))

@@ -196,7 +196,7 @@ class Turns:
         (self.stats.first_token if first else self.stats.between_tokens).add(now - (task.born if task.told is None else task.told))
         task.told = now
         self.stats.new_tokens += 1
-        event = Event(drawn.token, drawn.text, drawn.logprob, drawn.top, drawn.finish, cached=cached, prompt=scored)
+        event = Event(drawn.token, drawn.text, drawn.logprob, drawn.top, drawn.finish, cached=cached, prompt=scored, held=drawn.held)
         if drawn.finish is None:
             self._tell(task, event)
         else:

@@ -30,9 +30,11 @@ VERBS: dict[str, str] = {
     "build": "Build a TensorRT engine into a bundle.",
     "run": "Generate text from a bundle, streaming tokens.",
     "chat": "Talk to a bundle: turns continue one text on the caches it has.",
+    "serve": "Serve a bundle to many clients at once, over OpenAI's API.",
     "score": "Score a text: log-likelihood, bits per byte, perplexity.",
     "bench": "Measure first-token and inter-token latency of a bundle.",
     "inspect": "Show what a checkpoint, an ONNX file or a bundle holds.",
+    "export-triton": "Write a bundle as a model of a Triton Inference Server.",
     "plugin": "Build, find and check the TensorRT plugin library.",
     "doctor": "Show what is installed, what is missing and how to mend it.",
 }
@@ -47,7 +49,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command: click.Command = importlib.import_module(f"sessa_deploy.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"sessa_deploy.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

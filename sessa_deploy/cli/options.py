@@ -204,6 +204,7 @@ class Device(click.ParamType):
 
 POSITIVE_INT = Integer(1)
 COUNT = Integer(0)
+PORT = Integer(0, 65535)
 FINITE = Number()
 POSITIVE = Number(0.0, low_open=True)
 NOT_NEGATIVE = Number(0.0)

@@ -117,9 +117,18 @@ TABLE: dict[str, dict[str, Row]] = {
         "BUNDLE": place("nowhere"), "--text": place("nowhere"), "--ids": place(), "--json": FLAG, "--backend": BACKEND, "--capacity": COUNT, "--stride": COUNT,
         "--threads": THREADS,
     },
+    "serve": {
+        "BUNDLE": place("nowhere"), "--backend": BACKEND, "--slots": COUNT, "--capacity": COUNT, "--threads": THREADS, "--host": text(""),
+        "--port": integer(0, 65535), "--api-key": text(""), "--no-api-key": FLAG, "--served-model-name": text(""), "--queue": FROM_ZERO,
+        "--queue-timeout": POSITIVE, "--timeout": POSITIVE, "--drain-timeout": NOT_NEGATIVE, "--metrics": FLAG, "--log-prompts": FLAG,
+    },
     "bench": {
         "BUNDLE": place("nowhere"), "--json": place("."), "--backend": BACKEND, "--batch": COUNT, "--prompt-tokens": COUNT, "--window": COUNT, "--steps": COUNT,
         "--seconds": NOT_NEGATIVE, "--max-seconds": NOT_NEGATIVE, "--capacity": COUNT, "--threads": THREADS, "--bandwidth": POSITIVE,
+    },
+    "export-triton": {
+        "BUNDLE": place("nowhere"), "--out": place(), "--name": Row((("x", "x"), ("a-1", "a-1")), ("",), (" ", "a/b", "..", "-a", "\u00fc", "a b")),
+        "--backend": BACKEND, "--slots": COUNT, "--capacity": COUNT, "--queue": FROM_ZERO, "--queue-timeout": POSITIVE, "--threads": THREADS,
     },
     "inspect": {"PATH": place("nowhere"), "--config": place(), "--json": JSON, "--all": FLAG, "--no-verify": FLAG},
     "plugin build": {
@@ -136,7 +145,8 @@ COMPLETE: dict[str, dict[str, str]] = {
     "train": {"--data": "text", "--out": "run"}, "export": {"CHECKPOINT": "checkpoint", "--out": "bundle"},
     "validate": {"BUNDLE": "bundle", "--checkpoint": "checkpoint"}, "build": {"BUNDLE": "bundle"},
     "run": {"BUNDLE": "bundle", "--prompt": "x"}, "chat": {"BUNDLE": "bundle"}, "score": {"BUNDLE": "bundle", "--text": "text/a.txt"},
-    "bench": {"BUNDLE": "bundle"}, "inspect": {"PATH": "checkpoint"},
+    "serve": {"BUNDLE": "bundle"}, "bench": {"BUNDLE": "bundle"}, "export-triton": {"BUNDLE": "bundle", "--out": "repository"},
+    "inspect": {"PATH": "checkpoint"},
 }
 
 
