@@ -32,6 +32,7 @@ VERBS: dict[str, str] = {
     "chat": "Talk to a bundle: turns continue one text on the caches it has.",
     "score": "Score a text: log-likelihood, bits per byte, perplexity.",
     "bench": "Measure first-token and inter-token latency of a bundle.",
+    "influence": "Measure how far back the layers of a checkpoint reach.",
     "inspect": "Show what a checkpoint, an ONNX file or a bundle holds.",
     "plugin": "Build, find and check the TensorRT plugin library.",
     "doctor": "Show what is installed, what is missing and how to mend it.",
