@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sessa_deploy import influence_curves as curves
 from sessa_deploy.checkpoint import load_checkpoint
@@ -160,11 +161,12 @@ def even_attention(tokens: int) -> dict[str, Any]:
 @torch.no_grad()
 def end_to_end(
     forward: Callable[[Tensor], Tensor], x: Tensor, sources: Sequence[int], probes: int = PROBES, eps: float = EPSILON, seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | None = None, tangents: bool = False,
 ) -> Array:
     """||J[t,tau]||_F (T,N), J = dy_t / dx_tau with the routing free to move, of forward: (B,T,D) -> (B,T,E), any causal model's stack.
 
     x: (1,T,D), best float64: central differences with x_tau +- eps v, v ~ N(0, I), so that E ||dy_t||^2 / (2 eps)^2 = ||J[t,tau]||_F^2 ("probes" draws).
+    tangents: J v by forward-mode differentiation instead, for a model that computes in float32 whatever it is given, where such differences would drown.
     """
     tokens, width = x.shape[1:]
     generator = torch.Generator().manual_seed(seed)
@@ -174,26 +176,32 @@ def end_to_end(
         for first in range(0, probes, together):
             count = min(together, probes - first)
             v = torch.randn(count, width, generator=generator, dtype=torch.float64).to(x)
-            both = x.repeat(2 * count, 1, 1)
-            both[:count, source] += eps * v
-            both[count:, source] -= eps * v
-            y = forward(both).double()
-            found[:, n] += _numpy(((y[:count] - y[count:]) / (2 * eps)).square().sum(dim=(0, 2)))
+            step = torch.zeros_like(x).repeat(count, 1, 1)
+            step[:, source] = v
+            change = _tangent(forward, x, step) if tangents else (forward(x + eps * step) - forward(x - eps * step)) / (2 * eps)
+            found[:, n] += _numpy(change.double().square().sum(dim=(0, 2)))
             if progress is not None:
                 progress(n * probes + first + count, len(sources) * probes)
     return np.sqrt(found / probes)
 
 
-def _stack(model: SessaLM, layer: int | None) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """(ids -> its input, input -> its output) of the whole stack of layers, or of one layer, embeddings and final norm left out."""
+def _tangent(forward: Callable[[Tensor], Tensor], x: Tensor, step: Tensor) -> Tensor:
+    """J step (B,T,E) at x (1,T,D) for steps (B,T,D)."""
+    with forward_ad.dual_level():
+        y = forward(forward_ad.make_dual(x.expand_as(step).contiguous(), step))
+        change = forward_ad.unpack_dual(y).tangent
+    return torch.zeros_like(y) if change is None else change
 
-    def through(x: Tensor, layers: Sequence[Any]) -> Tensor:
-        for part in layers:
-            x = part(x)
+
+def stack(model: SessaLM, first: int = 0, last: int | None = None) -> Callable[[Tensor], Tensor]:
+    """(B,T,D) -> (B,T,D): the layers first..last-1 (all by default) of a model, without embeddings and final norm."""
+
+    def through(x: Tensor) -> Tensor:
+        for layer in list(model.layers)[first:last]:
+            x = layer(x)
         return x
 
-    first, last = (0, len(model.layers)) if layer is None else (layer, layer + 1)
-    return lambda ids: through(model.embedding(ids), list(model.layers)[:first]), lambda x: through(x, list(model.layers)[first:last])
+    return through
 
 
 def measure(
@@ -223,10 +231,10 @@ def measure(
         copy = SessaLM(config)
         copy.load_state_dict(model.state_dict())
         copy.to_precision("fp64").eval()
-        enter, forward = _stack(copy, layer)
+        before, judged = (stack(copy, 0, 0), stack(copy)) if layer is None else (stack(copy, 0, layer), stack(copy, layer, layer + 1))
         with torch.no_grad():
-            x = enter(ids.cpu())
-        columns = end_to_end(forward, x, places, seed=seed, progress=progress)
+            x = before(copy.embedding(ids.cpu()))
+        columns = end_to_end(judged, x, places, seed=seed, progress=progress)
         report["end_to_end"] = {"layer": layer, "norm": "frobenius", "probes": PROBES, "eps": EPSILON,
                                 "sources": [curves.describe(columns[:, n], source, listed) for n, source in enumerate(places)]}
     return report
