@@ -56,8 +56,8 @@ class ParityError(SessaError):
 
 # Which extra of this package brings a library; what stands nowhere here comes with every install.
 EXTRA_OF = {
-    "torch": "export", "onnx": "export", "onnx_ir": "export", "onnxscript": "export", "safetensors": "export", "matplotlib": "export", "triton": "train", "transformers": "paper",
-    "onnxruntime": "ort", "tensorrt": "tensorrt", "tensorrt_rtx": "rtx",
+    "torch": "export", "onnx": "export", "onnx_ir": "export", "onnxscript": "export", "safetensors": "export", "matplotlib": "export", "triton": "train",
+    "transformers": "paper", "onnxruntime": "ort", "tensorrt": "tensorrt", "tensorrt_rtx": "rtx",
 }
 _ALWAYS = ("click", "numpy", "platformdirs", "rich", "tokenizers")
 

@@ -249,7 +249,9 @@ def test_the_recall_tokenizer_spells_every_token() -> None:
 
 
 @pytest.mark.slow
-def test_a_sessa_goes_down_the_whole_road(study: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sessa_goes_down_the_whole_road(
+    study: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
     folder, _ = study
     args = ["deploy.py", "--runs", folder, "--checkpoint", tmp_path / "recall", "--bundle", tmp_path / "bundle", "--examples", 4, "--engines", "ort"]
     monkeypatch.setattr(sys, "argv", [str(x) for x in args])
