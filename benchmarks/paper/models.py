@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -82,13 +83,19 @@ def without_feedback(model: SessaLM) -> SessaLM:
     return model
 
 
-def _llama(vocabulary: int, width: int, layers: int, heads: int, context: int) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _causal(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **rest: Any) -> tuple[Tensor, None]:
+    """PyTorch's causal attention for transformers: a mask of its own would be made, and looked at by the host, at every step."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling).transpose(1, 2).contiguous(), None
 
+
+def _llama(vocabulary: int, width: int, layers: int, heads: int, context: int) -> nn.Module:
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+    AttentionInterface.register("causal", _causal)  # a name without a kind of mask: none is made
     swiglu = max(8, round(width * 5 / 3 / 8) * 8)  # 216, 320, 424 at 128, 192, 256
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=swiglu, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-        max_position_embeddings=context, tie_word_embeddings=False, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None))
+        max_position_embeddings=context, tie_word_embeddings=False, attn_implementation="causal", bos_token_id=None, eos_token_id=None))
 
 
 def _scan_in_float32() -> None:

@@ -1,7 +1,7 @@
 """The paper's comparison on tasks of this folder: Sessa, Sessa without feedback, Llama and Mamba-2, matched in parameters, tokens, steps and schedule.
 
     python benchmarks/paper/run.py                       # everything: Diffuse MQAR, SymbolSoup, language model; two seeds
-    python benchmarks/paper/run.py --preset quick        # eight minutes of one GPU: Diffuse MQAR, all four models, one seed
+    python benchmarks/paper/run.py --preset quick        # eight minutes of one GPU: Diffuse MQAR, all four models
     python benchmarks/paper/run.py --tasks mqar --seeds 3 --minutes 30
 
 Each model takes the best of three rates by validation loss, found on seed 0 at a fifth of the steps. Finished runs are files under --out and are never made
@@ -40,7 +40,7 @@ LEAST_STEPS, MOST_STEPS = 200, 16000
 SHARE = 0.78  # of the time at hand that runs may take; the rest is for tests, curves and what was measured wrongly
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
-    "quick": {"tasks": "mqar", "seeds": 1, "minutes": 8.0, "key_length": "auto"},
+    "quick": {"tasks": "mqar", "seeds": 2, "minutes": 8.0, "key_length": "auto"},
     "tiny": {"seeds": 1, "steps": 10, "width": 32, "layers": 2, "examples": 20, "batch": 4, "rates": "1e-3,2e-3", "workers": 0},
 }
 
@@ -60,12 +60,12 @@ class Study:
         """A run of this study's size."""
         return Setting(task, model, seed, lr, steps, self.options.width, self.options.layers)
 
-    def make(self, setting: Setting, task: tasks.Task, test: bool) -> dict[str, Any]:
+    def make(self, setting: Setting, task: tasks.Task, test: bool, weights: bool = True) -> dict[str, Any]:
         """A run, its progress shown; read from its file where it is finished."""
         known = training.finished(setting, self.machine.folder)
         if known is None and self.machine.left < 0:
             raise OutOfTime
-        result = training.run(setting, task, self.machine, lambda step, of, loss: self.tell(setting.stem, step, of, loss), test)
+        result = training.run(setting, task, self.machine, lambda step, of, loss: self.tell(setting.stem, step, of, loss), test, weights)
         if known is None:
             self.console.print(f"{setting.stem}: {report.line(result)}", highlight=False)
         return result
@@ -142,7 +142,7 @@ def best_rate(study: Study, task: tasks.Task, model: str, steps: int) -> float:
     """The rate with the lowest validation loss on seed 0 at a fifth of the steps."""
     found = {}
     for lr in study.rates:
-        result = study.make(study.setting(task.name, model, 0, lr, max(1, steps // SEARCH)), task, test=False)
+        result = study.make(study.setting(task.name, model, 0, lr, max(1, steps // SEARCH)), task, test=False, weights=False)
         if result["validation"] is not None:
             found[result["validation"]["loss"]] = lr
     if not found:

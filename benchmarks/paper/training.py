@@ -176,9 +176,9 @@ def _bytes(state: Any) -> bytes:
     return data.getvalue()
 
 
-def run(setting: Setting, task: Task, machine: Machine, tell: Tell | None = None, test: bool = True) -> dict[str, Any]:
-    """Train, or go on, or read the result of before. test: also measure the test points. The result, which is written as JSON beside the weights, holds
-    the setting, parameters, seconds, tokens, curve [(step, loss)], validation and test.
+def run(setting: Setting, task: Task, machine: Machine, tell: Tell | None = None, test: bool = True, weights: bool = True) -> dict[str, Any]:
+    """Train, or go on, or read the result of before. test: also measure the test points; weights: keep them, which a later test needs. The result, written as
+    JSON, holds the setting, parameters, seconds, tokens, curve [(step, loss)], validation and test.
 
     A run whose loss is not finite ends there, with None for its validation. Raises OutOfTime at machine.deadline, having kept what there is.
     """
@@ -248,7 +248,8 @@ def run(setting: Setting, task: Task, machine: Machine, tell: Tell | None = None
     }
     if test and not diverged:
         result["test"] = task.test(model)
-    write_whole(machine.folder / f"{setting.stem}.pt", _bytes({k: v.cpu() for k, v in model.state_dict().items()}), "--out", "the weights")
+    if weights:
+        write_whole(machine.folder / f"{setting.stem}.pt", _bytes({k: v.cpu() for k, v in model.state_dict().items()}), "--out", "the weights")
     _write(setting, machine.folder, result)
     partial.unlink(missing_ok=True)
     return result
