@@ -206,6 +206,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if {"llama", "mamba2"} & set(options.models):
         models.need_transformers()
     device = find_device(options.device)
+    torch.backends.cudnn.allow_tf32 = False  # tests are in float32
     options.out.mkdir(parents=True, exist_ok=True)
     deadline = None if options.minutes is None else time.monotonic() + 60.0 * options.minutes
     machine = Machine(options.out, device, options.workers, not options.no_graphs, deadline)

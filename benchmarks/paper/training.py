@@ -127,22 +127,28 @@ class Stepper:
         with torch.cuda.stream(side):
             for _ in range(3):
                 self._forget()
-                self._compute(*self._held)
+                eager = self._compute(*self._held)
         torch.cuda.current_stream().wait_stream(side)
         self._forget()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._loss = self._compute(*self._held)
-        self._graph = graph
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # threads that pin batches may go on
+            loss = self._compute(*self._held)
+        graph.replay()
+        if not torch.isclose(loss, eager, rtol=0.01):
+            raise RuntimeError(f"a replay's loss is {float(loss)}, eagerly it is {float(eager)}")
+        self._graph, self._loss = graph, loss
 
-    def __call__(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """The loss, on the device and valid until the next call; gradients are in the parameters."""
+    def prepare(self, batch: tuple[Tensor, ...]) -> None:
+        """Compile and capture on a batch, before any thread makes others."""
         if self.graphs and self._graph is None:
             try:
-                self._capture(batch)
+                self._capture(tuple(x.to(self.device) for x in batch))
             except RuntimeError as error:
                 self.graphs, self.refused = False, " ".join(str(error).split())[:200]
                 torch.cuda.synchronize()
+
+    def __call__(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """The loss, on the device and valid until the next call; gradients are in the parameters."""
         if self._graph is None:
             self._forget()
             return self._compute(*batch)
@@ -208,6 +214,7 @@ def run(setting: Setting, task: Task, machine: Machine, tell: Tell | None = None
 
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
+    stepper.prepare(task.padded_batch(setting.seed, step))
     total, count, clock = torch.zeros((), device=device), 0, time.perf_counter() - seconds
     diverged = False
     batches, kept = stream(task, setting.seed, step, setting.steps, machine), seconds
@@ -266,6 +273,7 @@ def step_seconds(setting: Setting, task: Task, machine: Machine, steps: int = 20
     stepper, options = Stepper(model, machine.device, machine.graphs), setting.options(task)
     optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=0.0, fused=machine.device.type == "cuda")  # type: ignore[arg-type]
     batch = next(iter(stream(task, 0, 0, 1, quiet)))
+    stepper.prepare(batch)
 
     def once() -> None:
         stepper(batch)
