@@ -45,11 +45,11 @@ def draw(report: dict[str, Any], title: str, form: str = "png") -> bytes:
     columns = min(COLUMNS, max(2, len(shown)))
     rows = math.ceil(len(shown) / columns)
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "sessa-influence"}):
-        figure = Figure(figsize=(3.1 * columns + 0.9, 2.9 * rows + 3.1), layout="constrained")
+        figure = Figure(figsize=(max(10.0, 3.1 * columns + 0.9), 2.9 * rows + 3.1), layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.0] * rows + [1.05])
-        panels = [figure.add_subplot(grid[i // columns, i % columns]) for i in range(len(shown))]
+        panels = [figure.add_subplot(grid[i // columns, i % columns] if len(shown) > 1 else grid[0, :]) for i in range(len(shown))]
         lowest = min((v for layer in shown for v in _heights(layer)), default=1e-6)
         for i, (panel, layer) in enumerate(zip(panels, shown, strict=True)):
             _panel(panel, layer)
@@ -60,7 +60,7 @@ def draw(report: dict[str, Any], title: str, form: str = "png") -> bytes:
             else:
                 panel.set_ylabel(r"$|K[\tau + l, \tau]|$")
             panel.set_xlabel("lag $l$, tokens")
-        _legend(figure, shown)
+        _legend(figure, shown, 5 if columns == COLUMNS else 3)
         _slopes(figure.add_subplot(grid[rows, : max(1, columns // 2)]), report)
         _gains(figure.add_subplot(grid[rows, max(1, columns // 2) :]), report)
         out = io.BytesIO()
@@ -118,7 +118,7 @@ def _panel(panel: Any, layer: dict[str, Any]) -> None:
     panel.set_title(f"layer {layer['layer']}:  {told}mean γ {gamma['mean']:+.2f}")
 
 
-def _legend(figure: Any, shown: Sequence[dict[str, Any]]) -> None:
+def _legend(figure: Any, shown: Sequence[dict[str, Any]], across: int) -> None:
     """What the lines are, beneath the picture."""
     from matplotlib.lines import Line2D
 
@@ -129,7 +129,7 @@ def _legend(figure: Any, shown: Sequence[dict[str, Any]]) -> None:
     if last:
         lines.insert(2, Line2D([], [], color=_colour(1.0), lw=0.9))
         words.insert(2, f"later sources, up to {last}")
-    figure.legend(lines, words, loc="outside lower left", ncols=len(lines), fontsize=8.5)
+    figure.legend(lines, words, loc="outside lower left", ncols=across, fontsize=8.5)
 
 
 def _slopes(axis: Any, report: dict[str, Any]) -> None:
@@ -144,7 +144,7 @@ def _slopes(axis: Any, report: dict[str, Any]) -> None:
     axis.axhline(0.0, color="#b9bec7", lw=0.8)
     low, high = axis.get_ylim()
     axis.set_ylim(max(low, -4.0), min(high, 1.5))
-    axis.set_title("slope by octave, source at 0: flat is a power law, doubling an exponential")
+    axis.set_title("slope by octave, source at 0; flat: power law, doubling: exponential")
     axis.set_xlabel("lag $l$, tokens")
     axis.set_ylabel("slope of the octaves' rms")
     if len(layers) <= MOST_PANELS:
