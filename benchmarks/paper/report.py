@@ -50,18 +50,22 @@ def _first(scores: dict[str, Any]) -> float:
 def write_task(folder: Path, task: Task, done: Sequence[Setting], rates: Sequence[float], search_steps: int) -> None:
     """summary.json of a task: mean and spread over the seeds of every finished model, what each run gave, yardsticks, data and machine."""
     found: dict[str, Any] = {}
+    marks = task.yardsticks()
     for model in dict.fromkeys(setting.model for setting in done):
         runs = [training.finished(setting, folder) for setting in done if setting.model == model]
         kept = [run for run in runs if run is not None]
         tested = [run["test"] for run in kept if run.get("test")]
         points = {point: _spread([_first(test[point]) for test in tested]) for point in task.points} if tested else {}
+        for point, scores in points.items():
+            if task.better == "higher":
+                scores["of the ceiling"] = scores["mean"] / max(marks[point].values())
         found[model] = {"parameters": kept[0]["parameters"], "lr": kept[0]["lr"], "points": points, "runs": kept,
                         "files": [s.stem for s in done if s.model == model]}
     first = next(iter(found.values()))["runs"][0]
     summary = {
         "task": task.name, "title": task.title, "metric": task.metric, "better": task.better, "points": list(task.points), "steps": first["steps"],
         "batch": task.batch_size, "tokens of a batch": task.batch_size * task.length, "rates": list(rates), "rate search": f"seed 0, {search_steps} steps",
-        "data": task.facts(), "yardsticks": task.yardsticks(), "models": found, "machine": machine_facts(), "versions": models.versions(),
+        "data": task.facts(), "yardsticks": marks, "models": found, "machine": machine_facts(), "versions": models.versions(),
     }
     write_whole(folder / task.name / SUMMARY, json.dumps(summary, indent=1) + "\n", "--out", "the summary")
 
@@ -75,23 +79,19 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{SUMMARY}"))]
 
 
-def ceiling(summary: dict[str, Any], point: str) -> float | None:
-    """The last yardstick where higher is better: the best a reader can do."""
-    return list(summary["yardsticks"][point].values())[-1] if summary["better"] == "higher" else None
-
-
 def rows_of(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(head, rows) of a task's table: models, then yardsticks from the lowest on."""
     head = [summary["title"], *(f"{point}" for point in summary["points"]), "rate", "parameters", "seconds"]
-    rows = []
+    rows, marks = [], summary["yardsticks"]
     for model, found in summary["models"].items():
         cells = []
         for point in summary["points"]:
             score = found["points"].get(point)
-            cells.append("diverged" if score is None else f"{score['mean']:.3f}" + (f" ± {score['spread']:.3f}" if score["seeds"] > 1 else ""))
+            spread = f" ± {score['spread']:.3f}" if score is not None and score["seeds"] > 1 else ""
+            share = f" ({score['of the ceiling']:.0%} of the ceiling)" if score is not None and max(marks[point].values()) < 1 and "of the ceiling" in score else ""
+            cells.append("diverged" if score is None else f"{score['mean']:.3f}{spread}{share}")
         seconds = statistics.fmean(run["seconds"] for run in found["runs"])
         rows.append([models.TITLES[model], *cells, f"{found['lr']:g}", f"{found['parameters']['body']:,}", f"{seconds:.0f}"])
-    marks = summary["yardsticks"]
     names = sorted(marks[summary["points"][0]], key=lambda name: marks[summary["points"][0]][name])
     rows += [[name, *(f"{marks[point][name]:.3f}" for point in summary["points"]), "", "", ""] for name in names]
     return head, rows
