@@ -88,7 +88,8 @@ def rows_of(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         for point in summary["points"]:
             score = found["points"].get(point)
             spread = f" ± {score['spread']:.3f}" if score is not None and score["seeds"] > 1 else ""
-            share = f" ({score['of the ceiling']:.0%} of the ceiling)" if score is not None and max(marks[point].values()) < 1 and "of the ceiling" in score else ""
+            known = score is not None and "of the ceiling" in score and max(marks[point].values()) < 1
+            share = f" ({score['of the ceiling']:.0%} of the ceiling)" if known else ""
             cells.append("diverged" if score is None else f"{score['mean']:.3f}{spread}{share}")
         seconds = statistics.fmean(run["seconds"] for run in found["runs"])
         rows.append([models.TITLES[model], *cells, f"{found['lr']:g}", f"{found['parameters']['body']:,}", f"{seconds:.0f}"])
