@@ -157,7 +157,7 @@ def _value(onnx: Any, value: Any) -> dict[str, Any]:
 
 
 def describe_bundle(path: Path, verify: bool = True) -> dict[str, Any]:
-    """config, precision, opset, versions, files with size and checksum, chat_template, engines and the bytes each adds, and whether all matches the manifest."""
+    """config, precision, opset, versions, files with size and checksum, chat_template, engines and the bytes each adds, whether all matches the manifest."""
     from sessa_deploy.runtime.bundle import Bundle
 
     out: dict[str, Any] = {"kind": "bundle", "path": str(path)}
@@ -182,5 +182,6 @@ def describe_bundle(path: Path, verify: bool = True) -> dict[str, Any]:
             engine = name.split("/")[1]
             added[engine] = added.get(engine, 0) + (entry["size"] if isinstance(entry.get("size"), int) else 0)
     return out | {k: manifest.get(k) for k in keys} | {
-        "files": files, "bytes": sum(sizes), "engines": sorted(added), "engine_bytes": added, "chat_template": TEMPLATE_FILE if TEMPLATE_FILE in files else None,
+        "files": files, "bytes": sum(sizes), "engines": sorted(added), "engine_bytes": added,
+        "chat_template": TEMPLATE_FILE if TEMPLATE_FILE in files else None,
     }  # fmt: skip

@@ -106,23 +106,28 @@ class TrainOptions:
     @property
     def torch_device(self) -> torch.device:
         """The device to train on: "auto" is the GPU where there is one. Raises UserError on one that is not there or is none to train on."""
-        count, name = torch.cuda.device_count() if torch.cuda.is_available() else 0, str(self.device)
-        if name == "auto":
-            name = "cuda" if count else "cpu"
-        found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
-        if found is None:
-            raise UserError("no such device", got=f"--device {name}", allowed="auto, cpu, cuda, or cuda:N for GPU number N")
-        if name == "cpu":
-            return torch.device(name)
-        if not count:
-            raise UserError("no CUDA GPU", got=f"--device {name}", fix="train with --device cpu, or run: sessa-deploy doctor")
-        if int(found[1] or 0) >= count:
-            raise UserError("no such device", got=f"--device {name}", allowed=", ".join(["auto", "cpu", "cuda", *(f"cuda:{i}" for i in range(count))]))
-        return torch.device(name)
+        return find_device(str(self.device), "train with --device cpu, or run: sessa-deploy doctor")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for reports and for resume.pt."""
         return dataclasses.asdict(self)
+
+
+def find_device(name: str, fix: str = "give --device cpu, or run: sessa-deploy doctor") -> torch.device:
+    """The device of a name; "auto" is the GPU where there is one. Raises UserError on one that is not there or is none of ours."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
+    if found is None:
+        raise UserError("no such device", got=f"--device {name}", allowed="auto, cpu, cuda, or cuda:N for GPU number N")
+    if name == "cpu":
+        return torch.device(name)
+    if not count:
+        raise UserError("no CUDA GPU", got=f"--device {name}", fix=fix)
+    if int(found[1] or 0) >= count:
+        raise UserError("no such device", got=f"--device {name}", allowed=", ".join(["auto", "cpu", "cuda", *(f"cuda:{i}" for i in range(count))]))
+    return torch.device(name)
 
 
 def learning_rate(options: TrainOptions, step: int, progress: float) -> float:

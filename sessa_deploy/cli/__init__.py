@@ -33,6 +33,7 @@ VERBS: dict[str, str] = {
     "serve": "Serve a bundle to many clients at once, over OpenAI's API.",
     "score": "Score a text: log-likelihood, bits per byte, perplexity.",
     "bench": "Measure first-token and inter-token latency of a bundle.",
+    "influence": "Measure how far back the layers of a checkpoint reach.",
     "inspect": "Show what a checkpoint, an ONNX file or a bundle holds.",
     "export-triton": "Write a bundle as a model of a Triton Inference Server.",
     "plugin": "Build, find and check the TensorRT plugin library.",
