@@ -22,9 +22,11 @@ from sessa_deploy.cli.options import (
     SEED,
     OneOf,
 )
+from sessa_deploy.process import speaks
 
 # What a resumed run may set anew; everything else is fixed by the run.
-_RESUMABLE = {"resume", "out", "data", "device", "stop_at", "max_seconds", "save_every", "eval_every", "store"}
+_RESUMABLE = {"resume", "out", "data", "device", "stop_at", "max_seconds", "save_every", "eval_every", "store", "batch_size", "shard", "compile",
+              "activation_checkpointing"}
 
 
 @click.command("train")
@@ -44,8 +46,14 @@ _RESUMABLE = {"resume", "out", "data", "device", "stop_at", "max_seconds", "save
 @click.option("--gamma-max", type=FINITE, default=0.999, show_default=True, help="Bound of the feedback gain, between 0 and 1.")
 @click.option("--tie-word-embeddings", is_flag=True, help="Share the embedding with the output head.")
 @click.option("--context", type=POSITIVE_INT, default=256, show_default=True, help="Tokens of a training window.")
-@click.option("--batch-size", type=POSITIVE_INT, default=16, show_default=True, help="Windows of a micro-batch.")
+@click.option("--batch-size", type=POSITIVE_INT, default=16, show_default=True, help="Windows of a process's micro-batch.")
 @click.option("--accumulate", type=POSITIVE_INT, default=1, show_default=True, help="Micro-batches of an optimizer step.")
+@click.option("--global-batch", type=POSITIVE_INT, help="Windows of an optimizer step over all processes, a multiple of --batch-size times the processes; "
+              "--accumulate follows from it.")
+@click.option("--shard/--no-shard", default=False, help="Deal parameters, gradients and moments out over the processes (FSDP2), for models beyond one GPU.")
+@click.option("--compile/--no-compile", default=False, help="torch.compile of each layer.")
+@click.option("--activation-checkpointing/--no-activation-checkpointing", default=False,
+              help="Compute each layer anew in the backward instead of keeping its activations: less memory, more time.")
 @click.option("--lr", type=POSITIVE, default=2e-3, show_default=True, help="Peak learning rate; a cosine takes it to zero.")
 @click.option("--warmup", type=COUNT, help="Steps of linear warm-up, 0 for none; default: 2% of --steps, at most 500.")
 @click.option("--weight-decay", type=NOT_NEGATIVE, default=0.1, show_default=True, help="On matrices only.")
@@ -63,46 +71,67 @@ _RESUMABLE = {"resume", "out", "data", "device", "stop_at", "max_seconds", "save
 def command(ctx: click.Context, **given: Any) -> None:
     """Train a model on any folder of text, byte by byte unless a tokenizer is given.
 
-    The run's folder holds checkpoint/, resume.pt, log.csv, loss.png and report.json. Ctrl-C and SIGTERM save; --resume continues the loss curve exactly
-    (on a CPU).
+    The run's folder holds checkpoint/, checkpoint-best/ (by held-out bits), resume.pt, log.csv, loss.png and report.json. Ctrl-C and SIGTERM save;
+    --resume continues the loss curve exactly (on a CPU).
+
+    On several GPUs: torchrun --nproc-per-node N -m sessa_deploy train ...; any number of processes may resume what any other saved.
     """
     from sessa_deploy.errors import UserError, need
 
     need("torch", "safetensors", "matplotlib", extra="train")
-    from sessa_deploy.runtime.report import ignored_note
-    from sessa_deploy.train import CHECKPOINT_DIR, Interrupted, TrainOptions, resume, start
-    from sessa_deploy.train_begin import SHAPE
+    from sessa_deploy.train import Interrupted, joined
 
     source = click.core.ParameterSource.COMMANDLINE
     explicit = {name for name in given if ctx.get_parameter_source(name) == source}
+    fixed = sorted(explicit - _RESUMABLE)
+    if given["resume"] and fixed:
+        raise UserError("a resumed run keeps its settings", got=", ".join(map(_option, fixed)), fix="leave these options out")
+    if not given["resume"] and given["data"] is None:
+        raise UserError("there is nothing to train on", got="no --data", allowed="a folder of text", fix="--data FOLDER")
+    folder = shlex.quote(str(given["out"]))
+    try:
+        with joined() as group:
+            _train(group, given, explicit)
+    except Interrupted as stop:
+        word = "interrupted" if stop.signal == signal.SIGINT else "terminated"
+        _tell(f"{word}; saved at step {stop.step}, continue with: sessa-deploy train --resume --out {folder}")
+        ctx.exit(128 + stop.signal)
+
+
+def _tell(text: str) -> None:
+    """A line on stderr, of process 0 alone."""
+    if speaks():
+        click.echo(text, err=True)
+
+
+def _train(group: Any, given: dict[str, Any], explicit: set[str]) -> None:
+    from sessa_deploy.runtime.report import ignored_note
+    from sessa_deploy.train import BEST_DIR, CHECKPOINT_DIR, TrainOptions, resume, start, train
+    from sessa_deploy.train_begin import SHAPE
+
     stop_at, out = given.pop("stop_at"), given["out"]
     given["extensions"] = given["extensions"] or ()
     if given.pop("resume"):
-        fixed = sorted(explicit - _RESUMABLE)
-        if fixed:
-            raise UserError("a resumed run keeps its settings", got=", ".join(map(_option, fixed)), fix="leave these options out")
-        run = resume(out, **{name: given[name] for name in explicit & _RESUMABLE if name in given and name != "out"})
+        run = resume(out, group, **{name: given[name] for name in explicit & _RESUMABLE if name in given and name != "out"})
         if stop_at is not None and stop_at <= run.step:
-            click.echo(f"note: --stop-at {stop_at} lies behind: the run is at step {run.step}, nothing is trained", err=True)
+            _tell(f"note: --stop-at {stop_at} lies behind: the run is at step {run.step}, nothing is trained")
     else:
-        if given["data"] is None:
-            raise UserError("there is nothing to train on", got="no --data", allowed="a folder of text", fix="--data FOLDER")
         shape = {name: given.pop(name) for name in SHAPE}
         if given["init_from"] is not None:
             shape = {name: value for name, value in shape.items() if name in explicit}
-        run = start(TrainOptions(**given), lambda text: click.echo(f"note: {text}", err=True), **shape)
-    note = ignored_note(run.tokenizer)
-    if note:
-        click.echo(note, err=True)
-    checkpoint, folder = Path(out) / CHECKPOINT_DIR, shlex.quote(str(out))
-    try:
-        report = _train(run, stop_at)
-    except Interrupted as stop:
-        word = "interrupted" if stop.signal == signal.SIGINT else "terminated"
-        click.echo(f"{word}; saved at step {stop.step}, continue with: sessa-deploy train --resume --out {folder}", err=True)
-        ctx.exit(128 + stop.signal)
+        run = start(TrainOptions(**given), lambda text: _tell(f"note: {text}"), group, **shape)
+    for note in (ignored_note(run.tokenizer), run.note()):
+        if note:
+            _tell(note)
+    if not group.chief:
+        train(run, stop_at)
+        return
+    report = _shown(run, stop_at)
     _show(report)
+    checkpoint, best = Path(out) / CHECKPOINT_DIR, report["best"]
     click.echo(f"checkpoint: {checkpoint}")
+    if best is not None and best["step"] < report["steps"]:
+        click.echo(f"best by held-out text, at step {best['step']}: {Path(out) / BEST_DIR}")
     click.echo(f"next: sessa-deploy export {shlex.quote(str(checkpoint))} --out {shlex.quote(str(Path(out) / 'bundle'))}")
 
 
@@ -110,7 +139,8 @@ def _option(name: str) -> str:
     return {"init_config": "--config"}.get(name, "--" + name.replace("_", "-"))
 
 
-def _train(run: Any, stop_at: int | None) -> dict[str, Any]:
+def _shown(run: Any, stop_at: int | None) -> dict[str, Any]:
+    """The report of a run that was trained under a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -120,7 +150,7 @@ def _train(run: Any, stop_at: int | None) -> dict[str, Any]:
     console = Console(stderr=True)
     console.print(f"{sum(p.numel() for p in run.model.parameters()):,} parameters ({config.n_layers} layers of {config.d_model}), "
                   f"{corpus.train_bytes:,} bytes in {len(corpus.train_files)} files, {corpus.held_out_bytes:,} bytes in {len(corpus.held_out_files)} held out, "
-                  f"on {run.device}", highlight=False)
+                  f"on {run.where()}", highlight=False)
     columns = (TextColumn("step {task.fields[step]}"), BarColumn(), TextColumn("loss {task.fields[loss]:.4f}  lr {task.fields[lr]:.1e}  {task.fields[held]}"),
                TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
