@@ -23,14 +23,14 @@ from torch import Tensor
 from sessa_deploy.checks import integer
 from sessa_deploy.distributed.group import Group, joined
 from sessa_deploy.errors import UserError
-from sessa_deploy.train_begin import resume, start
+from sessa_deploy.train_begin import prepare, resume, start
 from sessa_deploy.train_log import Row
 from sessa_deploy.train_measure import autocast, held_out_bits, told_of_memory
 from sessa_deploy.train_options import TrainOptions, learning_rate
 from sessa_deploy.train_run import BEST_DIR, CHECKPOINT_DIR, RESUME_FILE, Run, parameter_groups
 
 __all__ = ["BEST_DIR", "CHECKPOINT_DIR", "RESUME_FILE", "Group", "Interrupted", "Run", "TrainOptions", "autocast", "held_out_bits", "joined", "learning_rate",
-           "parameter_groups", "resume", "start", "train"]
+           "parameter_groups", "prepare", "resume", "start", "train"]
 
 FLUSH_EVERY = 10  # steps between two looks at the device's losses
 

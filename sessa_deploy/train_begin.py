@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sessa_deploy import data_file
 from sessa_deploy.checkpoint import load_checkpoint
 from sessa_deploy.checkpoint_layout import locate
 from sessa_deploy.checkpoint_tokenizer import read_tokenizer
@@ -20,7 +21,7 @@ from sessa_deploy.data import Corpus, load_corpus
 from sessa_deploy.distributed.group import ALONE, Group
 from sessa_deploy.distributed.states import STATE_FILE, read_plain_values
 from sessa_deploy.errors import UserError, need
-from sessa_deploy.files import check_folder
+from sessa_deploy.files import check_folder, check_target
 from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.tokenizer import Tokenizer, byte_level_tokenizer
 from sessa_deploy.train_options import TrainOptions
@@ -48,7 +49,7 @@ def start(options: TrainOptions, note: Note | None = None, group: Group = ALONE,
     initial = None if options.init_from is None else _initial(options, shape, note)
     tokenizer = _tokenizer(options, initial)
     ends = () if initial is None else initial[0].config.eos_token_ids
-    corpus = load_corpus(options.data, tokenizer, options.held_out, options.extensions, next(iter(ends), None), out)
+    corpus = _corpus(options, tokenizer, next(iter(ends), None), out)
     _require_one_text(corpus, group)
     if initial is None:
         special = {"bos_token_id": corpus.separator, "eos_token_id": corpus.separator}
@@ -61,6 +62,28 @@ def start(options: TrainOptions, note: Note | None = None, group: Group = ALONE,
                   model.state_dict())
     group.on_chief(lambda: _make(out))
     return run
+
+
+def prepare(options: TrainOptions, note: Note | None = None) -> Corpus:
+    """Write options.data as the token file options.out, which a later run takes as its data; returns its corpus. tokenizer, init_from, extensions and
+    held_out are looked at too; the file keeps what they say. Raises UserError as `start` does, and where the file cannot be written."""
+    check_target(options.out, "--out", "the token file")
+    initial = None if options.init_from is None else _initial(options, {}, note)
+    ends = () if initial is None else initial[0].config.eos_token_ids
+    return data_file.prepare(options.data, options.out, _tokenizer(options, initial), options.held_out, options.extensions, next(iter(ends), None))
+
+
+def _corpus(options: TrainOptions, tokenizer: Tokenizer, separator: int | None, out: Path) -> Corpus:
+    if not data_file.is_token_file(options.data):
+        return load_corpus(options.data, tokenizer, options.held_out, options.extensions, separator, out)
+    corpus, own = data_file.open_tokens(options.data)
+    if _vocabulary(own) != _vocabulary(tokenizer):
+        raise UserError("the token file was written with another tokenizer", got=options.data, allowed="the same vocabulary",
+                        fix="write it again with --prepare and this tokenizer")
+    if separator is not None and separator != corpus.separator:
+        raise UserError("the token file has another token between documents", got=f"{corpus.separator} in {options.data}", allowed=separator,
+                        fix="write it again with --prepare and this --init-from")
+    return corpus
 
 
 def _make(out: Path) -> None:
@@ -105,7 +128,7 @@ def resume(out: str | Path, group: Group = ALONE, **changes: Any) -> Run:
     except (TypeError, AttributeError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {str(error)[:120]}") from None
     options = options.reshared(group.size, before, batch_size)
-    corpus = load_corpus(options.data, tokenizer, options.held_out, options.extensions, next(iter(config.eos_token_ids), None), Path(out))
+    corpus = _corpus(options, tokenizer, next(iter(config.eos_token_ids), None), Path(out))
     _require_one_text(corpus, group)
     run = Run(options, config, tokenizer, corpus, state.get("origin"), group)
     try:
@@ -182,7 +205,8 @@ def _tokenizer(options: TrainOptions, initial: tuple[SessaLM, Tokenizer | None] 
         except UserError as error:
             raise UserError(error.what, error.got, error.allowed, "give --tokenizer a file that tokenizers' Tokenizer.save wrote, or leave it out") from None
     if initial is None:
-        return given or Tokenizer.from_json(byte_level_tokenizer())
+        own_data = given is None and data_file.is_token_file(options.data)
+        return data_file.open_tokens(options.data)[1] if own_data else given or Tokenizer.from_json(byte_level_tokenizer())
     path, size, own = options.init_from, initial[0].config.vocab_size, initial[1]
     if given is None:
         if own is None:

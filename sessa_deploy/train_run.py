@@ -92,12 +92,13 @@ class Run:
 
     def where(self) -> str:
         """What the run is trained on, for people."""
-        return str(self.device) if not self.group.many else f"{self.group.size} processes with a {self.device.type.replace('cuda', 'GPU').replace('cpu', 'CPU')} each"
+        kind = "a GPU" if self.device.type == "cuda" else "the CPU"
+        return f"{self.group.size} processes, each on {kind}" if self.group.many else str(self.device)
 
     def note(self) -> str | None:
         """What somebody should hear of how the run is shared; None for nothing."""
         if self.options.shard and not self.group.many:
-            return "note: one process alone has nothing to shard over; more of them: torchrun --nproc-per-node N -m sessa_deploy train ..."
+            return "note: one process alone has nothing to shard over; for more of them: torchrun --nproc-per-node N -m sessa_deploy train ..."
         return None
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     KERNELS: ({LAUNCH, FEEDBACK, CAUSAL}, {"triton", "torch"}),
     TRAINING: ({LAUNCH, KERNELS}, {"triton", "torch"}),
     DISTRIBUTED: (set(), {"torch"}),
-    "sessa_deploy": ({KERNELS, TRAINING, DISTRIBUTED, "runtime"}, {"torch", "numpy", "safetensors", "tokenizers", "matplotlib", "onnx", "google"}),
+    "sessa_deploy": ({KERNELS, TRAINING, DISTRIBUTED, "runtime"}, {"torch", "numpy", "safetensors", "tokenizers", "matplotlib", "onnx", "google", "wandb"}),
     "sessa_deploy/cli": ({"sessa_deploy", "runtime", "runtime/ort", "runtime/trt", "export", "export/parity", "plugins"}, {"click", "rich", "numpy"}),
     "export": ({"sessa_deploy", KERNELS, "runtime", "runtime/trt", "plugins", "export/graph", "export/parity", "export/trt"},
                {"torch", "onnx", "numpy", "platformdirs"}),

@@ -26,13 +26,15 @@ from sessa_deploy.process import speaks
 
 # What a resumed run may set anew; everything else is fixed by the run.
 _RESUMABLE = {"resume", "out", "data", "device", "stop_at", "max_seconds", "save_every", "eval_every", "store", "batch_size", "shard", "compile",
-              "activation_checkpointing"}
+              "activation_checkpointing", "log_to"}
+_PREPARING = {"prepare", "data", "out", "tokenizer", "init_from", "init_config", "extensions", "held_out"}
 
 
 @click.command("train")
-@click.option("--data", type=PATH, help="Folder of text (or one file).")
-@click.option("--out", type=PATH, required=True, help="The run's folder; its checkpoint/ is what `export` takes.")
+@click.option("--data", type=PATH, help="Folder of text, one file, or what --prepare wrote.")
+@click.option("--out", type=PATH, required=True, help="The run's folder; its checkpoint/ is what `export` takes. With --prepare: the token file.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out where it was saved last.")
+@click.option("--prepare", is_flag=True, help="Write --data as the token file --out and end: a later --data that is mapped, for text beyond the memory.")
 @click.option("--init-from", type=PATH, metavar="CHECKPOINT",
               help="Begin with the weights, shape, vocabulary and tokenizer of a checkpoint (whatever `export` takes) and a fresh optimizer.")
 @click.option("--config", "init_config", type=PATH, help="config.json of an --init-from that has none beside it.")
@@ -66,6 +68,7 @@ _RESUMABLE = {"resume", "out", "data", "device", "stop_at", "max_seconds", "save
 @click.option("--precision", type=OneOf(("auto", "fp32", "bf16")), default="auto", show_default=True, help="bf16 autocast on a GPU, or float32.")
 @click.option("--store", type=OneOf(("fp32", "fp16", "bf16")), default="fp32", show_default=True, help="Storage type of the checkpoint.")
 @click.option("--eval-every", type=POSITIVE_INT, default=500, show_default=True, help="Steps between two looks at the held-out text.")
+@click.option("--log-to", type=OneOf(("tensorboard", "wandb")), multiple=True, help="Send the curve there too; may be given for each.")
 @click.option("--save-every", type=POSITIVE_INT, default=500, show_default=True, help="Steps between two saves.")
 @click.pass_context
 def command(ctx: click.Context, **given: Any) -> None:
@@ -89,13 +92,31 @@ def command(ctx: click.Context, **given: Any) -> None:
     if not given["resume"] and given["data"] is None:
         raise UserError("there is nothing to train on", got="no --data", allowed="a folder of text", fix="--data FOLDER")
     folder = shlex.quote(str(given["out"]))
+    preparing = given.pop("prepare")
+    surplus = sorted(explicit - _PREPARING)
+    if preparing and surplus:
+        raise UserError("--prepare trains nothing", got=", ".join(map(_option, surplus)), fix="leave these options out")
     try:
         with joined() as group:
+            if preparing:
+                group.on_chief(lambda: _prepare(given))
+                return
             _train(group, given, explicit)
     except Interrupted as stop:
         word = "interrupted" if stop.signal == signal.SIGINT else "terminated"
         _tell(f"{word}; saved at step {stop.step}, continue with: sessa-deploy train --resume --out {folder}")
         ctx.exit(128 + stop.signal)
+
+
+def _prepare(given: dict[str, Any]) -> None:
+    from sessa_deploy.train import TrainOptions, prepare
+
+    names = _PREPARING - {"prepare"}
+    options = TrainOptions(**{**{name: given[name] for name in names}, "extensions": given["extensions"] or ()})
+    corpus = prepare(options, lambda text: _tell(f"note: {text}"))
+    click.echo(f"{len(corpus.train):,} tokens of {corpus.train_bytes:,} bytes in {len(corpus.train_files)} files, {len(corpus.held_out):,} tokens of "
+               f"{corpus.held_out_bytes:,} bytes held out: {given['out']}")
+    click.echo(f"next: sessa-deploy train --data {shlex.quote(str(given['out']))} --out RUN")
 
 
 def _tell(text: str) -> None:
@@ -105,17 +126,25 @@ def _tell(text: str) -> None:
 
 
 def _train(group: Any, given: dict[str, Any], explicit: set[str]) -> None:
+    from sessa_deploy.data_file import is_token_file
+    from sessa_deploy.errors import UserError
     from sessa_deploy.runtime.report import ignored_note
     from sessa_deploy.train import BEST_DIR, CHECKPOINT_DIR, TrainOptions, resume, start, train
     from sessa_deploy.train_begin import SHAPE
+    from sessa_deploy.train_hooks import hook, require
 
-    stop_at, out = given.pop("stop_at"), given["out"]
+    stop_at, tools, out = given.pop("stop_at"), given.pop("log_to"), given["out"]
+    for tool in tools:
+        require(tool)
     given["extensions"] = given["extensions"] or ()
     if given.pop("resume"):
         run = resume(out, group, **{name: given[name] for name in explicit & _RESUMABLE if name in given and name != "out"})
         if stop_at is not None and stop_at <= run.step:
             _tell(f"note: --stop-at {stop_at} lies behind: the run is at step {run.step}, nothing is trained")
     else:
+        own = sorted(explicit & {"held_out", "extensions"})
+        if own and is_token_file(given["data"]):
+            raise UserError("a token file is split already", got=", ".join(map(_option, own)), fix="leave these options out, or give them to --prepare")
         shape = {name: given.pop(name) for name in SHAPE}
         if given["init_from"] is not None:
             shape = {name: value for name, value in shape.items() if name in explicit}
@@ -126,7 +155,12 @@ def _train(group: Any, given: dict[str, Any], explicit: set[str]) -> None:
     if not group.chief:
         train(run, stop_at)
         return
-    report = _shown(run, stop_at)
+    hooks = [hook(tool, run) for tool in dict.fromkeys(tools)]
+    try:
+        report = _shown(run, stop_at, hooks)
+    finally:
+        for one in hooks:
+            one.close()
     _show(report)
     checkpoint, best = Path(out) / CHECKPOINT_DIR, report["best"]
     click.echo(f"checkpoint: {checkpoint}")
@@ -139,7 +173,7 @@ def _option(name: str) -> str:
     return {"init_config": "--config"}.get(name, "--" + name.replace("_", "-"))
 
 
-def _shown(run: Any, stop_at: int | None) -> dict[str, Any]:
+def _shown(run: Any, stop_at: int | None, hooks: list[Any]) -> dict[str, Any]:
     """The report of a run that was trained under a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -157,6 +191,8 @@ def _shown(run: Any, stop_at: int | None) -> dict[str, Any]:
         task = progress.add_task("train", total=1.0, step=run.step, loss=float("nan"), lr=0.0, held="")
 
         def on_row(row: Any, done: float) -> None:
+            for one in hooks:
+                one(row, done)
             fields = {"step": row.step, "loss": row.loss, "lr": row.lr}
             if row.held_out is not None:
                 fields["held"] = f"held out {row.held_out:.3f} bits/byte"

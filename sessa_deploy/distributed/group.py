@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sessa_deploy.checks import integer
-from sessa_deploy.distributed.watch import Failure, Watch
+from sessa_deploy.distributed.watch import Failure, Watch, say
 from sessa_deploy.errors import SessaError, UserError, one_line
 from sessa_deploy.process import launched
 
@@ -156,15 +156,15 @@ def _watch(store: Any, rank: int, local: int, local_size: int) -> Watch:
 
 def _told(error: BaseException, rank: int) -> Failure:
     """A failure of this process as the others hear it; what is no error of ours keeps its traceback here and has its name there."""
-    if isinstance(error, OtherFailed):
-        return Failure(rank, error.exit_code, str(error))
-    if isinstance(error, UserError):
-        return Failure(rank, error.exit_code, str(error) if rank == 0 else str(UserError(f"process {rank}: {error.what}", error.got, error.allowed, error.fix)))
+    if isinstance(error, SessaError):
+        here = isinstance(error, UserError) and rank != 0
+        text = str(UserError(f"process {rank}: {error.what}", error.got, error.allowed, error.fix)) if here else str(error)  # type: ignore[attr-defined]
+        return Failure(rank, error.exit_code, text)
     if isinstance(error, KeyboardInterrupt):
         return Failure(rank, 128 + signal.SIGINT, "interrupted")
     if isinstance(error, SystemExit):
         return Failure(rank, error.code if isinstance(error.code, int) else 1, "terminated")
-    return Failure(rank, 1, f"process {rank} failed: {type(error).__name__}: {error}")
+    return Failure(rank, 1, one_line(f"process {rank} failed: {type(error).__name__}: {error}"))
 
 
 def _ended(watch: Watch, rank: int, error: BaseException) -> BaseException:
@@ -177,9 +177,10 @@ def _ended(watch: Watch, rank: int, error: BaseException) -> BaseException:
         failure = watch.await_failure(_OTHERS_SAY)
         if failure is not None and failure.rank != rank:
             error = OtherFailed(failure)
-    told = _told(error, rank)
-    watch.post(told.code, told.text)
-    if rank != 0:
+            if rank == failure.speaker != 0:
+                say(failure.text)
+    watch.post(_told(error, rank))
+    if rank != 0 and not isinstance(error, OtherFailed):
         watch.await_leaving(0, _CHIEF_LEAVES)
     watch.leave()
     return error

@@ -111,22 +111,22 @@ class _Reader(dcp.FileSystemReader):
         """The index of the tensors' pieces."""
         with open(Path(self.path) / ".metadata", "rb") as file:
             found: Metadata = _Index(file).load()
-        if getattr(found, "storage_meta", None) is None:
-            found.storage_meta = StorageMeta()
+        found.storage_meta = found.storage_meta or StorageMeta()
         found.storage_meta.load_id = self.load_id
         return found
 
 
-class _Index(pickle.Unpickler):
-    _PACKAGE = "torch.distributed.checkpoint"
-    _KNOWN = frozenset({
-        *((f"{_PACKAGE}.metadata", name) for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
-                                                      "ChunkStorageMetadata", "MetadataIndex", "StorageMeta")),
-        (f"{_PACKAGE}.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"), ("torch", "Size"), ("pathlib", "PosixPath"),
-        ("pathlib._local", "PosixPath"), ("collections", "OrderedDict"), ("builtins", "set"),
-    })
+_METADATA = ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata", "MetadataIndex",
+             "StorageMeta")
+_KNOWN = frozenset({
+    *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA), ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"), ("torch", "Size"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("collections", "OrderedDict"),
+    ("builtins", "set"),
+})
 
+
+class _Index(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._KNOWN and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if (module, name) not in _KNOWN and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             raise pickle.UnpicklingError(f"{module}.{name} in the index")
         return super().find_class(module, name)

@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sessa_deploy.errors import UserError, one_line
+from sessa_deploy.errors import UserError
 
 _LOOK = 0.5  # seconds between two looks
 GRACE = 3.0  # seconds in which the main thread may end by itself once a failure is known
@@ -21,11 +21,17 @@ _LAST_WORDS = 1.0  # seconds in which a process that ended may have said why
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong in the process of number `rank`, and what the command line exits with for it."""
+    """What went wrong in the process of number `rank`, and what the command line exits with for it. gone: it can no longer say so itself."""
 
     rank: int
     code: int
     text: str
+    gone: bool = False
+
+    @property
+    def speaker(self) -> int:
+        """The number of the process that tells the user."""
+        return 1 if self.gone and self.rank == 0 else 0
 
 
 class Watch:
@@ -45,9 +51,8 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
-    def post(self, code: int, text: str, rank: int | None = None) -> None:
+    def post(self, failure: Failure) -> None:
         """Tell all processes of a failure; the first one counts."""
-        failure = Failure(self._rank if rank is None else rank, code, one_line(text))
         with contextlib.suppress(RuntimeError):  # the store has gone with the process that kept it
             self._store.compare_set("failed", "", json.dumps(asdict(failure)))
 
@@ -95,7 +100,7 @@ class Watch:
                     self._end(failure)
                     return
         except RuntimeError:  # the store has gone: the launcher, or process 0
-            self._end(Failure(0, 2, "the launcher has gone"))
+            self._end(Failure(0, 2, "the launcher of the processes has gone"))
 
     def _missing(self) -> Failure | None:
         if not self._peers:
@@ -104,21 +109,22 @@ class Watch:
         gone = [rank for rank, handle in self._peers.items() if handle in ended]
         if not gone or self._stop.wait(_LAST_WORDS):
             return None
-        self.post(2, str(UserError(f"process {gone[0]} of the run has gone", got="it ended without a word", allowed="all processes to the end",
-                                   fix="look at its messages and at the memory it had, then continue with --resume")), gone[0])
+        error = UserError(f"process {gone[0]} of the run has gone", got="it ended without a word",
+                          fix="look at the launcher's messages and at the memory it had, then continue with --resume")
+        self.post(Failure(gone[0], error.exit_code, str(error), gone=True))
         return self.failure()
 
     def _end(self, failure: Failure) -> None:
         if self._stop.wait(GRACE) or self._leaving:
             return
-        if self._rank == 0:
-            _say(failure.text)
+        if self._rank == failure.speaker:
+            say(failure.text)
         self.leave()
         os._exit(failure.code)
 
 
-def _say(text: str) -> None:
-    """The line of an error on stderr, from a thread that has no other way to tell it; a progress bar's cursor comes back."""
+def say(text: str) -> None:
+    """The line of an error on stderr, where the command line has no turn to tell it; a progress bar's cursor comes back."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(("\x1b[?25h\n" if sys.stderr.isatty() else "") + f"error: {text}\n")
         sys.stderr.flush()
