@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sessa_deploy.checkpoint import load_checkpoint, save_checkpoint
@@ -77,8 +76,12 @@ class Run:
         model = SessaLM(self.config).to(self.device)
         if values is not None:
             model.load_state_dict(values)
-        wrap.change_layers(model, self.options.compile, self.options.activation_checkpointing)
-        return wrap.replicated(model, self.group)
+        layers_differ = self.options.activation_checkpointing  # with it the layers are compiled one by one
+        wrap.change_layers(model, self.options.compile and layers_differ, layers_differ)
+        stepped = wrap.replicated(model, self.group)
+        if self.options.compile and not layers_differ:
+            stepped.compile()
+        return stepped
 
     def _sharded(self, values: dict[str, Tensor] | None) -> wrap.Stepped:
         if values is None and self.group.chief:  # the weights that one process alone would begin with
@@ -118,9 +121,7 @@ class Run:
             # the windows of a step are the same however many processes share them
             inputs, targets = self.batch((self.step * parts + part) * self.group.size + self.group.rank)
             with self.stepped.part(last=part == parts - 1):
-                with autocast(self.device, self.options.precision, cache=not self.stepped.sharded):
-                    logits = self.stepped.call(inputs)
-                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()) / parts
+                loss = self.stepped.loss(inputs, targets, autocast(self.device, self.options.precision, cache=not self.stepped.sharded)) / parts
                 loss.backward()
             total += loss.detach()
         norm = self.stepped.clip(self.options.grad_clip)

@@ -93,7 +93,7 @@ def test_two_processes_draw_the_curve_of_one(both: tuple[Path, Path, dict[str, A
 
 @pytest.mark.parametrize("name", ["half", "half sharded"])
 def test_one_process_goes_on_where_two_were(both: tuple[Path, Path, dict[str, Any]], name: str) -> None:
-    text, here, _ = both
+    _, here, _ = both
     assert (here / name / "resume" / "state.json").is_file() and not (here / name / "resume.pt").exists()
     run = resume(here / name)
     assert (run.step, run.share.windows, run.share.accumulate) == (4, 8, 4)

@@ -53,7 +53,8 @@ def test_the_curve_goes_to_both_tools_step_by_step(text: Path, tmp_path: Path, m
     command = ("train", "--data", text, *SMALL, "--eval-every", 2)
     assert call(*command, "--out", tmp_path / "run", "--log-to", "wandb", "--log-to", "tensorboard") == 0
     rows = read_log(tmp_path / "run")
-    assert [(step, values["train/loss"], values.get("held_out/bits_per_byte")) for step, values in seen["wandb"]] == [(r.step, r.loss, r.held_out) for r in rows]
+    sent = [(step, values["train/loss"], values.get("held_out/bits_per_byte")) for step, values in seen["wandb"]]
+    assert sent == [(r.step, r.loss, r.held_out) for r in rows]
     assert {(r.step, "train/lr", r.lr) for r in rows} <= set(seen["tensorboard"]) and sorted(seen["closed"]) == ["tensorboard", "wandb"]
     assert call(*command, "--out", tmp_path / "quiet") == 0 and len(seen["wandb"]) == 4  # off by default
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -25,12 +26,28 @@ from sessa_deploy.distributed.group import Group
 
 @dataclass
 class Stepped:
-    """A model and how its processes step it. model: what holds the parameters, by their plain names; call: what maps a micro-batch to logits."""
+    """A model and how its processes step it. model: what holds the parameters, by their plain names; call: what maps a micro-batch to logits; compiled:
+    what maps a micro-batch and its targets to the loss, where that is compiled too."""
 
     group: Group
     model: nn.Module
     call: Callable[[Tensor], Tensor]
     sharded: bool = False
+    compiled: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def compile(self) -> None:
+        """Compile the whole of it, loss included: two passes over the logits become one. For a model whose layers are plain, and dealt out over nobody."""
+        call = self.call
+        self.compiled = torch.compile(lambda inputs, targets: _cross_entropy(call(inputs), targets))
+
+    def loss(self, inputs: Tensor, targets: Tensor, precision: contextlib.AbstractContextManager[Any]) -> Tensor:
+        """Mean nats per token of a micro-batch (B,T) and its targets (B,T), the model run in a context of precision."""
+        if self.compiled is not None:
+            with precision:
+                return self.compiled(inputs, targets)
+        with precision:
+            logits = self.call(inputs)
+        return _cross_entropy(logits, targets)
 
     @contextlib.contextmanager
     def part(self, last: bool) -> Iterator[None]:
@@ -60,6 +77,10 @@ class Stepped:
         norm = (self.group.add(square) + _square(whole, pieces[0])).sqrt()
         torch._foreach_mul_(pieces, (most / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def _square(tensors: list[Tensor], like: Tensor) -> Tensor:

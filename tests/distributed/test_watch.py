@@ -57,17 +57,21 @@ def ended(codes: list[int], count: int = 1, seconds: float = 3.0) -> list[int]:
     return codes
 
 
-def test_the_first_failure_counts_and_ends_who_waits(watched: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_failure_counts_and_ends_who_waits(
+    watched: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     codes, chief = ends(monkeypatch), watched(0)
     chief.post(Failure(3, 2, "out of memory"))
     chief.post(Failure(1, 1, "later"))
     assert chief.failure() == Failure(3, 2, "out of memory") == chief.await_failure(1.0)
     assert ended(codes) == [2] and capsys.readouterr().err == "error: out of memory\n"
-    other = watched(1)
+    watched(1)
     assert ended(codes, 2) == [2, 2] and capsys.readouterr().err == ""  # process 0 alone speaks
 
 
-def test_a_process_that_ends_by_itself_is_left_to_it(watched: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_process_that_ends_by_itself_is_left_to_it(
+    watched: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     codes, chief = ends(monkeypatch), watched(0)
     chief.stand_back()
     chief.post(Failure(1, 2, "full disk"))
@@ -83,7 +87,7 @@ def test_a_process_that_is_killed_is_missed(
     watched: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gone: int, here: int
 ) -> None:
     codes, child = ends(monkeypatch), subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    mine = watched(here, {gone: child.pid})
+    watched(here, {gone: child.pid})
     assert ended(codes, seconds=0.3) == []
     child.kill()  # not waited for: a zombie is gone too
     assert ended(codes) == [2]
