@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "sessa_deploy/kernels"
+DISTRIBUTED = "sessa_deploy/distributed"
 LAUNCH, FEEDBACK, CAUSAL, ENGINE, TRAINING = (f"{KERNELS}/{name}" for name in ("launch", "feedback", "causal", "engine", "training"))
 HEAVY = {"torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib", "fastapi", "uvicorn", "pydantic", "jinja2"}
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt"}
@@ -26,7 +27,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ENGINE: ({LAUNCH, FEEDBACK, CAUSAL, KERNELS}, {"triton", "torch"}),
     KERNELS: ({LAUNCH, FEEDBACK, CAUSAL}, {"triton", "torch"}),
     TRAINING: ({LAUNCH, KERNELS}, {"triton", "torch"}),
-    "sessa_deploy": ({KERNELS, TRAINING, "runtime"}, {"torch", "numpy", "safetensors", "tokenizers", "matplotlib", "onnx", "google"}),
+    DISTRIBUTED: (set(), {"torch"}),
+    "sessa_deploy": ({KERNELS, TRAINING, DISTRIBUTED, "runtime"}, {"torch", "numpy", "safetensors", "tokenizers", "matplotlib", "onnx", "google", "wandb"}),
     "sessa_deploy/cli": ({"sessa_deploy", "runtime", "runtime/ort", "runtime/trt", "runtime/serve", "export", "export/parity", "plugins"},
                          {"click", "rich", "numpy"}),
     "export": ({"sessa_deploy", KERNELS, "runtime", "runtime/device", "runtime/ort", "runtime/trt", "plugins", "export/engine", "export/graph",

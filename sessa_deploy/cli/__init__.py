@@ -14,7 +14,7 @@ import click
 from sessa_deploy import __version__
 from sessa_deploy.cli.streams import guarded
 from sessa_deploy.errors import SessaError, UserError, packages_named
-from sessa_deploy.process import ending_cleanly
+from sessa_deploy.process import end_with_the_others, ending_cleanly, launched, speaks
 
 _SIGNALS = (129, 143)  # SIGHUP, SIGTERM
 _SPACE = "free space there, or name another place"
@@ -77,6 +77,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point. What a user or a machine can cause becomes one line on stderr and an exit code; anything else is a bug and keeps its traceback."""
     with ending_cleanly():
         code = _guarded(args)
+        if code and launched():
+            end_with_the_others()
     if code:
         sys.exit(code)
 
@@ -141,5 +143,7 @@ def _machine_error(error: Exception) -> UserError | None:
 
 
 def _say(line: str) -> None:
+    if not speaks():  # of several processes the first one speaks for all
+        return
     with contextlib.suppress(OSError):  # where even stderr takes nothing there is nobody to tell
         click.echo(line, err=True)

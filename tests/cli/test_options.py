@@ -80,17 +80,20 @@ SAMPLING = {
 
 TABLE: dict[str, dict[str, Row]] = {
     "train": {
-        "--data": place("nowhere", "/dev/null"), "--out": place("/dev/null", "text/a.txt", "/proc/run"), "--resume": FLAG,
+        "--data": place("nowhere", "/dev/null"), "--out": place("/dev/null", "text/a.txt", "/proc/run"), "--resume": FLAG, "--prepare": FLAG,
         "--init-from": place("nowhere", "text"), "--config": place(), "--steps": COUNT, "--stop-at": COUNT, "--max-seconds": POSITIVE,
         "--d-model": COUNT, "--n-layers": COUNT, "--n-heads": COUNT,
         "--n-kv-heads": COUNT, "--gamma-max": number([0.5, -3.0], [], ("0", "1", "-1", "1.5")), "--tie-word-embeddings": FLAG, "--context": COUNT,
-        "--batch-size": COUNT, "--accumulate": COUNT, "--lr": POSITIVE, "--warmup": FROM_ZERO, "--weight-decay": NOT_NEGATIVE, "--grad-clip": POSITIVE,
+        "--batch-size": COUNT, "--accumulate": COUNT,
+        "--global-batch": COUNT, "--shard": FLAG, "--compile": FLAG, "--activation-checkpointing": FLAG, "--lr": POSITIVE,
+        "--warmup": FROM_ZERO, "--weight-decay": NOT_NEGATIVE, "--grad-clip": POSITIVE,
         "--seed": SEED, "--tokenizer": place("nowhere", "text", "text/a.txt"),
         "--extensions": Row((("py", ("py",)), (".py,md", ("py", "md")), ("tar.gz, txt", ("tar.gz", "txt"))),
                             ("", " ", ",", "py,", ",py", "py,,md", ".", "a/b"), ("rs",)),
         "--held-out": number([1e-9, 0.5, 0.999999], [0.0, 1.0, -0.1, 1.5]),
         "--device": DEVICE,
         "--precision": choice("auto", "fp32", "bf16"), "--store": choice("fp32", "fp16", "bf16"), "--eval-every": COUNT, "--save-every": COUNT,
+        "--log-to": choice("tensorboard", "wandb"),
     },
     "export": {
         "CHECKPOINT": place("nowhere"), "--out": place(), "--precision": choice("fp32", "fp16", "bf16"), "--opset": integer(17, 23),
