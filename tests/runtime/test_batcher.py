@@ -149,13 +149,12 @@ def test_choice_0_draws_what_a_session_does(tmp_path):
 def test_a_large_vocabulary_is_drawn_from_on_threads(monkeypatch):
     """The same draws, log probabilities and faults."""
     large = SessaConfig(d_model=8, n_layers=1, n_heads=2, vocab_size=9000, max_context=64)
-    started = []
+    started, threads = [], generation._threads
     monkeypatch.setattr(generation, "_threads", lambda: started.append(1) or threads())
 
     def make(slots=4) -> Batcher:
         return Batcher(Toy(large, slots, 64), None, 4)
 
-    threads = generation._threads
     requests = [Plan(Request((n, 2), SamplingParams(1.0, seed=n), 6, logprobs=1)) for n in range(3)]
     requests += [Plan(Request((5, 2), max_new_tokens=6)), Plan(Request((3,) * 5, max_new_tokens=2, prompt_logprobs=1))]
     found = play(make(), requests)
