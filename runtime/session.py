@@ -185,11 +185,12 @@ class Session:
                     limits[row], self.capacity) for row, feed in enumerate(feeds) if feed is not None]
         found: list[int | NDArray[np.float32]] = [logits[row.index] for row in rows]
         while rows:
-            drawn = []
-            for row, look in zip(rows, look_all(rows, found), strict=True):
+            looks = []
+            for look in look_all(rows, found):
                 if isinstance(look, Exception):
                     raise look
-                drawn.append(row.take(look))
+                looks.append(look)
+            drawn = [row.take(look) for row, look in zip(rows, looks, strict=True)]
             chunks = [Chunk(row.index, one.token, one.text, one.finish) for row, one in zip(rows, drawn, strict=True)]
             for row in rows:
                 self._slots[row.index].pending += 1
