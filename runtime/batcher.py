@@ -216,7 +216,6 @@ class Batcher:
         self._tell(task, event)
         with self._lock:
             self._inflight -= 1
-            self._stats.finished[event.finish or "error"] += 1
             self._lock.notify_all()
 
     def _tell(self, task: Task, event: Event) -> None:

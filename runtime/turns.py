@@ -208,6 +208,7 @@ class Turns:
         if task.ended:
             return
         task.ended = True
+        self.stats.finished[event.finish or "error"] += 1  # first, so that whoever sees the slot free or the last event sees it counted
         if task in self.reading:
             self.reading.remove(task)
         if task in self.running:
