@@ -117,6 +117,7 @@ def _watching(app: FastAPI, service: Service) -> None:
         """Whether the process answers."""
         return JSONResponse({"status": "live"})
 
+    @app.get("/health", include_in_schema=False)  # where load generators look
     @app.get("/health/ready", responses={503: _ERRORS[503]}, tags=["health"])
     async def ready() -> Response:
         """Whether requests are taken: not while the model loads, after failures in a row, or while the server drains."""
