@@ -120,6 +120,7 @@ class Tokenizer:
             ignored.append(f"dropout of {data['model']['dropout']:g}")
             self._library.model.dropout = None
         self.first, last = self._around()
+        self._surrounds = bool(self.first or last)
         if self.first:
             ignored.append(f"{self._names(self.first)} before every text (a conversation begins with it once)")
         if last:
@@ -157,7 +158,7 @@ class Tokenizer:
     def plain_json(self) -> str:
         """The tokenizers JSON without what `ignored` names, so that other programs encode with it as this one does."""
         plain = json.loads(self._library.to_str())
-        if self.first or any("behind" in line for line in self.ignored):
+        if self._surrounds:
             plain["post_processor"] = None
         return json.dumps(plain, ensure_ascii=False)
 

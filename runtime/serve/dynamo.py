@@ -104,6 +104,8 @@ def engine_class() -> type[Any]:
             try:
                 job = asked(normalize_request_token_ids(request), self._served, self.options.first, context.trace_id)
                 async for chunk in self._chunks(job, context.id()):
+                    if chunk.get("finish_reason") == "cancelled" and not context.is_stopped():
+                        raise NotAccepting("the worker ends")
                     yield chunk
             except QueueFull as error:
                 raise HttpError(429, str(error)) from None
@@ -137,7 +139,8 @@ def engine_class() -> type[Any]:
                     if chunk is not None:
                         yield chunk
             finally:  # the client may have gone
-                self._running.pop(name, None)
+                if self._running.get(name) is handle:  # a request that moved may have come back under its name
+                    del self._running[name]
                 handle.cancel()
 
         async def abort(self, context: Any) -> None:

@@ -7,6 +7,7 @@ one response, and looks whether the client has gone. Decoupled: responses of man
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections import deque
@@ -27,6 +28,7 @@ from sessa_deploy.runtime.sampling import SamplingParams
 from sessa_deploy.runtime.tokenizer import Tokenizer
 
 BUNDLE_DIR = "bundle"  # beside model.py
+_log = logging.getLogger(__name__)
 _LOOK = 0.1  # seconds between two looks at whether a client has gone
 _OWN = "triton_"  # parameters that the server itself puts beside a request
 _FINISH = {"stop": "stop", "length": "length", "context": "length"}  # the runtime's words in OpenAI's
@@ -235,12 +237,17 @@ class TritonPythonModel:
             while self._events:
                 answer, event = self._events.popleft()
                 together.setdefault(answer, []).append(event)
-            for answer, events in together.items():
-                answer.give(events)
+            for answer in dict.fromkeys((*together, *tuple(self._open))):
+                try:
+                    if answer in together:
+                        answer.give(together[answer])
+                    answer.look()
+                except Exception:  # the server's own, of a request that it has let go of: the others go on
+                    _log.exception("a response could not be sent")
+                    answer.done = True
+                    answer.handle.cancel()
                 if answer.done:
                     self._open.discard(answer)
-            for answer in tuple(self._open):
-                answer.look()
 
 
 def _take_gpu(device: str) -> None:

@@ -16,7 +16,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.runtime import generation
 from sessa_deploy.runtime.batcher import Batcher
 from sessa_deploy.runtime.ort.backend import OrtBackend
-from sessa_deploy.runtime.requests import Request
+from sessa_deploy.runtime.requests import Event, Request
 from sessa_deploy.runtime.sampling import SamplingParams
 from sessa_deploy.runtime.tokenizer import Tokenizer, byte_level_tokenizer
 
@@ -237,7 +237,7 @@ def test_ends():
     assert (stopped.text, stopped.finish) == (text[: text.index(stop)], "stop") and len(stopped.tokens) < len(tokens)
     full = alone(lambda: toy(capacity=10), Request((1, 2), max_new_tokens=None))
     assert (full.tokens, full.finish) == (tokens[:9], "context")
-    assert alone(toy, Request((1, 2), max_new_tokens=0)).events == [(None, "", None, (), "length", None, False, 0, None)]
+    assert alone(toy, Request((1, 2), max_new_tokens=0)).events == [Event(None, finish="length")]
 
 
 def test_whole_characters_and_no_part_of_a_stop_string():

@@ -123,6 +123,10 @@ def run(engine_cls: Any, argv: list[str] | None = None, engine_factory: Any = No
 class Context:
     name: str = "request"
     trace_id: str | None = None
+    stopped: bool = False
+
+    def is_stopped(self) -> bool:
+        return self.stopped
 
     def id(self) -> str:
         return self.name

@@ -190,6 +190,7 @@ def test_full_queues_and_clients_that_go(worker: Callable[..., Any]) -> None:
         assert full.value.code == 429
         await asyncio.sleep(0.4)
         slow.open.set()
+        context.stopped = True
         await engine.abort(context)
         assert (await first)[-1]["finish_reason"] == "cancelled"
         for late in waiting:
@@ -203,6 +204,32 @@ def test_full_queues_and_clients_that_go(worker: Callable[..., Any]) -> None:
             await answer(engine, request())
 
     worker(crowd, slow, queue=2, queue_timeout=0.3)
+
+
+def test_what_a_worker_that_ends_cuts_off_goes_to_another(worker: Callable[..., Any], made: Bundle) -> None:
+    slow, options = SlowBackend(1), {"temperature": 0.7, "seed": 3}
+    slow.pause = 0.01
+    told: list[dict[str, Any]] = []
+
+    async def ending(engine: Any) -> None:
+        async def read() -> None:
+            async for chunk in engine.generate(request(max_tokens=80, ignore_eos=True, stop_token_ids_hidden=None, **options), fake_dynamo.Context()):
+                told.append(chunk)
+
+        reading = asyncio.ensure_future(read())
+        while len(told) < 3:
+            await asyncio.sleep(0.005)
+        await asyncio.to_thread(engine._batcher.drain, 0.0)
+        with pytest.raises(fake_dynamo.Disconnected):
+            await reading
+
+    worker(ending, slow)
+    tokens = [token for chunk in told for token in chunk["token_ids"]]
+    assert all("finish_reason" not in chunk for chunk in told) and len(tokens) < 80
+    again = request([*PROMPT, *tokens], 80 - len(tokens), ignore_eos=True, stop_token_ids_hidden=None, **options, migration_link=told[-1]["worker_trace_link"])
+    rest = worker(lambda engine: answer(engine, again))
+    with Session(made, NumpyBackend(MODEL, 2), max_batch=2) as session:
+        assert text(told) + text(rest) == session.generate([PROMPT], 80, SamplingParams(**options), [])[0].text
 
 
 def test_a_step_that_fails_sends_its_request_elsewhere_and_no_other(worker: Callable[..., Any]) -> None:

@@ -205,6 +205,9 @@ def test_full_queues_clients_that_go_and_steps_that_fail(exported: Path, monkeyp
     found.execute([failing])
     assert failing.error()[0] == "INTERNAL" and "fell off" in failing.error()[1]
     slow.broken = False
+    lost = Request(text_input="a", max_tokens=90, ignore_eos=True, stream=True)
+    monkeypatch.setattr(lost, "send", lambda *args, **more: 1 / 0)  # the server has let go of it
+    found.execute([lost])
     fine = Request(text_input="a", temperature=0.0, ignore_eos=True)
     found.execute([fine])
     assert len(fine.answer()[1]) == 16
