@@ -14,11 +14,11 @@ from sessa_deploy.model import SessaLayer
 from sessa_deploy.train import TrainOptions, start, train
 from sessa_deploy.train_log import read_log
 
-SHAPE: dict[str, Any] = {"d_model": 16, "n_layers": 2, "n_heads": 2}
+SHAPE: dict[str, Any] = {"d_model": 16, "n_layers": 1, "n_heads": 2}
 
 
 def curve(text: Path, out: Path, **changes: Any) -> list[tuple[Any, ...]]:
-    options = TrainOptions(data=str(text), out=str(out), **{"steps": 4, "batch_size": 4, "context": 16, "device": "cpu", "held_out": 0.3, "eval_every": 2,
+    options = TrainOptions(data=str(text), out=str(out), **{"steps": 2, "batch_size": 4, "context": 16, "device": "cpu", "held_out": 0.3, "eval_every": 2,
                                                             **changes})
     train(start(options, **SHAPE))
     return [(r.step, r.loss, r.grad_norm, r.held_out) for r in read_log(out)]
