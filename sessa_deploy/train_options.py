@@ -33,8 +33,8 @@ class TrainOptions:
     precision: "bf16" (autocast) or "fp32"; "auto" is bf16 on a GPU. store: storage type of the checkpoint. init_from: a checkpoint whose weights,
     configuration and tokenizer the run begins with, None for random weights; init_config: its config.json where none lies beside it.
     batch_size is a process's; global_batch fixes the windows of a step over all processes, and with them accumulate. shard: parameters, gradients and
-    moments dealt out over the processes (FSDP2). compile: torch.compile of each layer. activation_checkpointing: layers are computed anew in the backward.
-    Numpy's numbers are taken too. Raises UserError out of range.
+    moments dealt out over the processes (FSDP2). compile: torch.compile of model and loss, or of each layer. activation_checkpointing: layers are
+    computed anew in the backward. Numpy's numbers are taken too. Raises UserError out of range.
     """
 
     data: str

@@ -221,3 +221,21 @@ def test_a_refusal_is_one_line_of_process_zero_and_the_code_of_all(text: Path, t
     assert [child.returncode for child in children] == [2, 2]
     assert seen[1] == ("", "") and seen[0][0] == "" and seen[0][1].count("\n") == 1 and "allowed: a multiple of 4" in seen[0][1], seen
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("words", [[], ["--shard"], ["--compile"], ["--shard", "--activation-checkpointing", "--compile"]], ids=" ".join)
+def test_two_gpus_draw_the_curve_of_one(text: Path, tmp_path: Path, words: list[str]) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    shape = ["--d-model", "64", "--n-layers", "2", "--n-heads", "2", "--context", "64", "--device", "cuda", "--precision", "fp32", "--held-out", "0.3",
+             "--steps", "6", "--eval-every", "3"]
+    for name, command in (("one", [sys.executable, "-m", "sessa_deploy"]), ("two", torchrun("-m", "sessa_deploy"))):
+        size = "8" if name == "one" else "4"
+        done = subprocess.run([*command, "train", "--data", str(text), "--out", str(tmp_path / name), *shape, "--batch-size", size,
+                               *(words if name == "two" else [])], capture_output=True, text=True, env=ENVIRONMENT, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+    ours, theirs = (read_log(tmp_path / name) for name in ("two", "one"))
+    for field in ("loss", "grad_norm"):
+        assert [getattr(r, field) for r in ours] == pytest.approx([getattr(r, field) for r in theirs], rel=1e-3)
+    assert json.loads((tmp_path / "two" / "report.json").read_text())["processes"] == 2

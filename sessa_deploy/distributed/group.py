@@ -131,7 +131,7 @@ def joined() -> Iterator[Group]:
                         fix="look at MASTER_ADDR, MASTER_PORT and at the network between the machines") from None
     try:
         yield Group(rank, size, local, local_size, watch)
-        dist.barrier()  # nobody leaves while another may still need an answer
+        dist.all_reduce(torch.zeros(1))  # nobody leaves while another may still need an answer
     except BaseException as error:
         raised = _ended(watch, rank, error)
         if raised is error:

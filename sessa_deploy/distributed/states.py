@@ -9,19 +9,14 @@ A save that is cut off leaves the one before: state.json is replaced when the ne
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from sessa_deploy.distributed.group import Group
 from sessa_deploy.errors import UserError
@@ -54,10 +49,15 @@ def set_moments(model: nn.Module, optimizer: torch.optim.Optimizer, found: Mappi
 
 def save(folder: Path, group: Group, values: Mapping[str, Tensor], plain: dict[str, Any]) -> None:
     """Write tensors and plain values (JSON's; "step" among them), all processes together. Raises UserError where that cannot be; what was there stays."""
+    from sessa_deploy.distributed import stored
+
     name = f"step-{plain['step']:08d}"
 
     def clear() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError("the run cannot be written", got=f"{folder} ({error.strerror})", fix="choose another --out") from None
         shutil.rmtree(folder / name, ignore_errors=True)
 
     def publish() -> None:
@@ -66,15 +66,13 @@ def save(folder: Path, group: Group, values: Mapping[str, Tensor], plain: dict[s
             if other.name != name and _STEP.fullmatch(other.name):
                 shutil.rmtree(other, ignore_errors=True)
 
+    group.on_chief(clear)
     try:
-        group.on_chief(clear)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.save(dict(values), checkpoint_id=str(folder / name), no_dist=not group.many)
-    except (CheckpointException, OSError) as error:
+        stored.write(folder / name, dict(values), alone=not group.many)
+    except stored.StoredError as error:
         if group.chief:
             shutil.rmtree(folder / name, ignore_errors=True)
-        raise UserError("the run cannot be written", got=f"{folder} ({_reason(error)})", fix="free space there, or choose another --out") from None
+        raise UserError("the run cannot be written", got=f"{folder} ({error})", fix="free space there, or choose another --out") from None
     group.on_chief(publish)
 
 
@@ -89,44 +87,9 @@ def read_plain_values(folder: Path) -> dict[str, Any]:
 
 def load(folder: Path, group: Group, name: str, values: dict[str, Tensor]) -> None:
     """Fill the given tensors, held as `tensors` gives them, from a save of any number of processes. Raises UserError if it is damaged or of another model."""
+    from sessa_deploy.distributed import stored
+
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(values, storage_reader=_Reader(str(folder / name)), no_dist=not group.many)
-    except (Exception, CheckpointException) as error:  # a damaged or foreign file may raise anything, and nothing in it is executed
-        raise UserError(f"{folder / name} cannot be read", got=_reason(error), allowed="what train wrote", fix="start a new run in another --out") from None
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return f"{type(error).__name__}: {text.splitlines()[0][:120]}"
-
-
-class _Reader(dcp.FileSystemReader):
-    """The library's reader, but for its index, a pickle, in which nothing is executed."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index of the tensors' pieces."""
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            found: Metadata = _Index(file).load()
-        found.storage_meta = found.storage_meta or StorageMeta()
-        found.storage_meta.load_id = self.load_id
-        return found
-
-
-_METADATA = ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata", "MetadataIndex",
-             "StorageMeta")
-_KNOWN = frozenset({
-    *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA), ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"), ("torch", "Size"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("collections", "OrderedDict"),
-    ("builtins", "set"),
-})
-
-
-class _Index(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _KNOWN and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            raise pickle.UnpicklingError(f"{module}.{name} in the index")
-        return super().find_class(module, name)
+        stored.read(folder / name, values, alone=not group.many)
+    except stored.StoredError as error:
+        raise UserError(f"{folder / name} cannot be read", got=error, allowed="what train wrote", fix="start a new run in another --out") from None

@@ -15,9 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -66,17 +63,22 @@ class Stepped:
         if not self.sharded:
             return nn.utils.clip_grad_norm_(self.model.parameters(), most)
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        whole = [g for g in grads if not isinstance(g, DTensor)]
+        whole = [g for g in grads if not dealt_out(g)]
         if whole:  # of parameters that every process holds, which FSDP leaves to us
             flat = torch.cat([g.flatten() for g in whole])
             self.group.add(flat).div_(self.group.size)
             for g, part in zip(whole, flat.split([g.numel() for g in whole]), strict=True):
                 g.copy_(part.view_as(g))
-        pieces = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-        square = _square([piece for piece, g in zip(pieces, grads, strict=True) if isinstance(g, DTensor)], pieces[0])
+        pieces: list[Tensor] = [g.to_local() if dealt_out(g) else g for g in grads]  # type: ignore[attr-defined]
+        square = _square([piece for piece, g in zip(pieces, grads, strict=True) if dealt_out(g)], pieces[0])
         norm = (self.group.add(square) + _square(whole, pieces[0])).sqrt()
         torch._foreach_mul_(pieces, (most / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+
+def dealt_out(x: Tensor) -> Any:
+    """Whether the processes hold shares of a tensor: a DTensor, whose module takes a second to import and which whoever runs alone never sees."""
+    return hasattr(x, "placements")
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -85,6 +87,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _square(tensors: list[Tensor], like: Tensor) -> Tensor:
     """The sum of all squares, float32."""
+    tensors = [x for x in tensors if x.numel()]  # a process may hold nothing of a short parameter
     if not tensors:
         return torch.zeros((), device=like.device)
     return torch.stack(torch._foreach_norm(tensors)).float().square().sum()
@@ -134,6 +137,9 @@ def sharded(model: nn.Module, group: Group, device: torch.device) -> Stepped:
     Parameters without a dimension (a layer's gamma_bias) cannot be dealt out; every process holds them. Everything stays in the parameters' own type,
     also what travels: gamma in 16 bits would be another gamma.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")  # nothing is changed in place
     mesh = init_device_mesh(device.type, (group.size,))
     whole = {p for p in model.parameters() if p.dim() == 0}
@@ -160,9 +166,11 @@ def fill(model: nn.Module, group: Group, values: Mapping[str, Tensor] | None) ->
 def placed(whole: Tensor, like: Tensor) -> Tensor:
     """A tensor that every process has whole as `like` is held: on its device, and dealt out where `like` is."""
     whole = whole.to(like.device, like.dtype)
-    if not isinstance(like, DTensor):
+    if not dealt_out(like):
         return whole
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
 def gathered(model: nn.Module, keep: bool) -> dict[str, Tensor]:
@@ -170,8 +178,8 @@ def gathered(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
         whole = parameter.detach()
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
+        if dealt_out(whole):
+            whole = whole.full_tensor()  # type: ignore[attr-defined]
         if keep:
             found[name] = whole.cpu()
     return found
@@ -182,7 +190,7 @@ def unmixed(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for group in groups:
         for kind in (True, False):
-            members = [p for p in group["params"] if isinstance(p, DTensor) is kind]
+            members = [p for p in group["params"] if dealt_out(p) is kind]
             if members:
                 found.append({**group, "params": members})
     return found
