@@ -15,52 +15,28 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 from sessa_deploy.checks import as_flag, as_number, integer
-from sessa_deploy.errors import UserError, one_line
-from sessa_deploy.runtime.backend import Backend, bounded_chunk, outside_vocabulary
-from sessa_deploy.runtime.generation import Row, check_fits, decode, token_logprobs
-from sessa_deploy.runtime.requests import Event, Handle, NotAccepting, QueueFull, Request, Scored
-from sessa_deploy.runtime.sampling import NotFinite, Sampler
-from sessa_deploy.runtime.slots import Slot, Slots
+from sessa_deploy.errors import UserError
+from sessa_deploy.runtime.backend import Backend, outside_vocabulary
+from sessa_deploy.runtime.generation import check_fits
+from sessa_deploy.runtime.requests import Event, Handle, NotAccepting, QueueFull, Request
 from sessa_deploy.runtime.stats import Stats
 from sessa_deploy.runtime.tokenizer import Tokenizer
+from sessa_deploy.runtime.turns import Task, Turns
 
 _RED_AFTER = 3  # steps that fail in a row until `ready` is false
-_PROBE_SECONDS = 5.0
+_PROBE_SECONDS, _LAST_STEP_SECONDS = 5.0, 10.0
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Task:
-    """A request on its way. prompt: its tokens; done: how many of them are in the cache; cached: how many were there before; scored: what is known of them
-    where they are asked for; row: what it draws with, once its prompt is read."""
-
-    id: int
-    request: Request
-    prompt: list[int]
-    deliver: Callable[[Event], None]
-    born: float
-    slot: Slot | None = None
-    row: Row | None = None
-    done: int = 0
-    cached: int = 0
-    scored: list[Scored] | None = None
-    told: float | None = None  # when its last token was told
-    cancelled: str | None = None  # why
-    ended: bool = False
 
 
 class Batcher:
     """Requests on the slots of one open backend, which nobody else may use meanwhile. Whoever opened the backend closes it, after `close`.
 
-    tokenizer: gives events their text and finds stop strings; without one there are ids alone. chunk: tokens of a prompt that are read at once; None takes
-    what suits the backend. queue: requests that may wait for a slot; queue_timeout: seconds that one may, None: for ever. eos: tokens that end an answer;
-    None takes the model's. prefix_reuse: whether a prompt takes over what caches hold of its beginning. clock: seconds, for tests.
+    tokenizer: gives events their text and finds stop strings; without one there are ids alone. chunk: tokens of a prompt that are read at once, and the
+    grain in which prompts share beginnings; None takes what suits the backend. queue: requests that may wait for a slot; queue_timeout: seconds that one
+    may, None: for ever. eos: tokens that end an answer; None takes the model's. prefix_reuse: whether a prompt takes over what caches hold of its
+    beginning. clock: seconds, for tests.
 
     `start` runs it on a thread of its own; without that, each call of `turn` does a turn's work on the caller's.
     """
@@ -68,7 +44,7 @@ class Batcher:
     def __init__(self, backend: Backend, tokenizer: Tokenizer | None = None, chunk: int | None = None, queue: int = 256, queue_timeout: float | None = 30.0,
                  eos: Iterable[int] | None = None, prefix_reuse: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self.backend, self.tokenizer = backend, tokenizer
-        self.chunk = backend.best_chunk if chunk is None else integer("chunk", chunk, 1)
+        self.chunk = min(backend.best_chunk, backend.turn_chunk) if chunk is None else integer("chunk", chunk, 1)
         self._limit = integer("queue", queue, 0)
         found = None if queue_timeout is None else as_number(queue_timeout)
         if queue_timeout is not None and (found is None or not found > 0):
@@ -76,17 +52,15 @@ class Batcher:
         if as_flag(prefix_reuse) is None:
             raise UserError("prefix_reuse is wrong", got=repr(prefix_reuse), allowed="true or false")
         self._patience, self._clock = found, clock
-        self._eos = frozenset(backend.config.eos_token_ids if eos is None else (integer("eos", token, 0) for token in eos))
-        backend.reset()
-        self._slots = Slots(backend, self.chunk, bool(prefix_reuse))
+        eos_tokens = frozenset(backend.config.eos_token_ids if eos is None else (integer("eos", token, 0) for token in eos))
         self._numbers = itertools.count()
         self._lock = threading.Condition()
-        self._waiting: deque[_Task] = deque()  # what follows the lock guards: this, _inflight, _accepting, _stopping
+        self._waiting: deque[Task] = deque()  # what follows the lock guards: this and the four lines below
         self._inflight = 0
         self._accepting, self._stopping, self._swept = True, False, True
-        self._reading: deque[_Task] = deque()
-        self._running: list[_Task] = []
-        self._stats = Stats(slots=backend.batch)
+        self._evicted: str | None = None  # why all that are left have to go
+        self._turns = Turns(backend, tokenizer, self.chunk, eos_tokens, bool(prefix_reuse), clock, self._tell, self._over)
+        self._stats = self._turns.stats
         self._thread: threading.Thread | None = None
 
     def submit(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Handle:
@@ -99,7 +73,7 @@ class Batcher:
         waiting: queue.SimpleQueue[Event] | None = queue.SimpleQueue() if on_event is None else None
         deliver = waiting.put if waiting is not None else on_event
         assert deliver is not None
-        task = _Task(next(self._numbers), request, list(request.prompt), deliver, self._clock())
+        task = Task(next(self._numbers), request, list(request.prompt), deliver, self._clock())
         with self._lock:
             if not self._accepting:
                 raise NotAccepting("the server is shutting down", fix="send the request to another")
@@ -129,10 +103,13 @@ class Batcher:
         if self._thread is None:
             while time.monotonic() < end and self.turn():
                 pass
-        else:
-            with self._lock:
-                self._lock.wait_for(lambda: self._inflight == 0, max(0.0, end - time.monotonic()))
-        self._cancel_all("the server is shutting down")
+            self._evict("the server is shutting down")
+            return
+        with self._lock:
+            self._lock.wait_for(lambda: self._inflight == 0, max(0.0, end - time.monotonic()))
+        self._evict("the server is shutting down")
+        with self._lock:  # the step that runs now may be the last thing to wait for
+            self._lock.wait_for(lambda: self._inflight == 0, _LAST_STEP_SECONDS)
 
     def close(self) -> None:
         """Cancel what is left and end the loop. The backend stays open."""
@@ -141,8 +118,7 @@ class Batcher:
             self._lock.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        self._cancel_all("the server is closed")
-        self._sweep()
+        self._evict("the server is closed", here=True)
 
     @property
     def ready(self) -> bool:
@@ -154,17 +130,17 @@ class Batcher:
         with self._lock:
             found = copy.deepcopy(self._stats)
             found.queued = len(self._waiting)
-        found.reading, found.running, found.ready = len(self._reading), len(self._running), self.ready
-        found.resting = self._slots.resting
+        found.reading, found.running, found.ready = len(self._turns.reading), len(self._turns.running), self.ready
+        found.resting = self._turns.slots.resting
         return found
 
     def turn(self) -> bool:
         """One turn's work, for one who drives the batcher by hand; whether requests are left. Never raises what a step or an on_event raised."""
         self._sweep()
         self._admit()
-        self._read()
+        self._turns.read()
         self._sweep()
-        self._decode()
+        self._turns.decode()
         return self._inflight > 0
 
     def _check(self, request: Request) -> None:
@@ -174,17 +150,21 @@ class Batcher:
             raise outside_vocabulary(wrong[0], vocabulary)
         if request.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer", got="a bundle without one", allowed="stop_tokens")
-        check_fits(len(request.prompt), 1 if request.max_new_tokens is None else request.max_new_tokens, self.backend.capacity)
+        check_fits(len(request.prompt), max(1, request.max_new_tokens or 1), self.backend.capacity)
 
-    def _cancel(self, task: _Task, why: str) -> None:
+    def _cancel(self, task: Task, why: str) -> None:
         with self._lock:
             task.cancelled = task.cancelled or why
             self._swept = False
             self._lock.notify_all()
 
-    def _cancel_all(self, why: str) -> None:
-        for task in [*list(self._waiting), *list(self._reading), *list(self._running)]:
-            self._cancel(task, why)
+    def _evict(self, why: str, here: bool = False) -> None:
+        """Cancel all that are left; here: on this thread, as none other runs turns."""
+        with self._lock:
+            self._evicted, self._swept = why, False
+            self._lock.notify_all()
+        if here or self._thread is None:
+            self._sweep()
 
     def _loop(self) -> None:
         while True:
@@ -197,23 +177,11 @@ class Batcher:
                     return
             try:
                 if not self._inflight:
-                    self._probe()
+                    self._turns.probe()
                 self.turn()
             except Exception as error:  # a fault of ours; its requests must not wait for ever
                 _log.exception("a turn failed")
-                self._failed([*self._reading, *self._running], error)
-
-    def _probe(self) -> None:
-        """A step of one token where nothing else is to do: readiness that is red turns green again without a request."""
-        slot, _ = self._slots.take([0], False)
-        try:
-            self.backend.step_row(slot.index, np.zeros(1, np.int64))
-        except Exception as error:
-            _log.warning("still failing: %s", error)
-        else:
-            self._stats.failures_in_row = 0
-        slot.busy = False
-        self._slots.forget(slot)
+                self._turns.failed([*self._turns.reading, *self._turns.running], error)
 
     def _sweep(self) -> None:
         """End what was cancelled, or waited too long."""
@@ -223,171 +191,34 @@ class Batcher:
                 oldest = self._clock() - self._patience
                 while self._waiting and self._waiting[0].born < oldest:
                     over.append(self._waiting.popleft())
-            gone = [] if self._swept else [task for task in self._waiting if task.cancelled]
+            swept, self._swept = self._swept, True
+            gone = [] if swept else [task for task in self._waiting if task.cancelled or self._evicted]
             for task in gone:
                 self._waiting.remove(task)
             self._stats.expired += len(over)
         for task in over:
-            self._end(task, Event(None, finish="error", error=f"no slot was free for {self._patience:g} s", expired=True))
-        if not self._swept:
-            self._swept = True
-            for task in [*gone, *(task for task in (*self._reading, *self._running) if task.cancelled)]:
-                self._end(task, Event(None, finish="cancelled", error=task.cancelled))
+            self._turns.end(task, Event(None, finish="error", error=f"no slot was free for {self._patience:g} s", expired=True))
+        if not swept:
+            gone += [task for task in (*self._turns.reading, *self._turns.running) if task.cancelled or self._evicted]
+        for task in gone:
+            self._turns.end(task, Event(None, finish="cancelled", error=task.cancelled or self._evicted))
 
     def _admit(self) -> None:
         """Give free slots to those that wait, in their order."""
-        while self._slots.free:
+        while self._turns.slots.free:
             with self._lock:
                 if not self._waiting:
                     return
                 task = self._waiting.popleft()
-            self._stats.waiting.add(self._clock() - task.born)
-            self._stats.prompt_tokens += len(task.prompt)
-            echo = task.request.prompt_logprobs is not None
-            task.slot, task.done = self._slots.take(task.prompt, not echo)
-            self._took_over(task, task.done)
-            if echo:
-                task.scored = [(None, ())]
-            if echo and not self.backend.all_logits:
-                self._begin(task)
-            else:
-                self._reading.append(task)
+            self._turns.admit(task)
 
-    def _took_over(self, task: _Task, tokens: int) -> None:
-        self._stats.prefix_hits += tokens > 0 and not task.cached
-        self._stats.cached_tokens += tokens
-        task.cached += tokens
-
-    def _read(self) -> None:
-        """One chunk of one prompt."""
-        if not self._reading:
-            return
-        task = self._reading[0]
-        slot = task.slot
-        assert slot is not None
-        try:
-            shared = self._slots.share(slot, task.done)
-            if shared > task.done:
-                self._stats.prefix_copies += 1
-                self._took_over(task, shared - task.done)
-                task.done = shared
-            if task.scored is None:
-                ids = np.array(task.prompt[task.done : task.done + self.chunk])
-                logits = self.backend.step_row(slot.index, ids)
-            else:
-                ids = np.array(task.prompt[task.done : task.done + bounded_chunk(self.chunk, 1, self.backend.config.vocab_size)])
-                every = self.backend.step_row_all(slot.index, ids)
-                self._score(task, task.done, every)
-                logits = every[-1]
-        except Exception as error:
-            self._failed([task], error)
-            return
-        self._stats.chunks += 1
-        self._stats.failures_in_row = 0
-        task.done += len(ids)
-        self._reading.popleft()
-        if task.done < len(task.prompt):
-            self._reading.append(task)
-            return
-        self._begin(task)
-        self._draw(task, logits)
-
-    def _score(self, task: _Task, at: int, logits: NDArray[np.float32]) -> None:
-        """Note the log probabilities of the prompt's tokens behind position `at`, from logits (T,V) there and on."""
-        count = task.request.prompt_logprobs
-        assert task.scored is not None and count is not None
-        for row, token in zip(logits, task.prompt[at + 1 : at + 1 + len(logits)], strict=False):
-            task.scored.append(token_logprobs(row, token, count))
-
-    def _begin(self, task: _Task) -> None:
-        """Let a task take part in decode steps: to draw, or, where a prompt is to be scored by a graph that gives the last logits alone, to read it so."""
-        request, slot = task.request, task.slot
-        assert slot is not None
-        cut = len(task.prompt) - request.position
-        sampler = Sampler(request.sampling, self.backend.config.vocab_size, task.prompt[:cut], request.choice, task.prompt[cut:], request.logit_bias)
-        ends = {*request.stop_tokens, *(() if request.ignore_eos else self._eos)}
-        slot.tokens = list(task.prompt)
-        task.row = Row(slot.index, slot.tokens, sampler, self.tokenizer, ends, request.stop, request.max_new_tokens, self.backend.capacity, request.logprobs)
-        if task.done < len(task.prompt):
-            task.row.at = 0 if len(task.prompt) > 1 else -1
-        self._running.append(task)
-
-    def _decode(self) -> None:
-        """One decode step of all that run."""
-        tasks = list(self._running)
-        if not tasks:
-            return
-        rows = [task.row for task in tasks if task.row is not None]
-        try:
-            try:
-                found = decode(self.backend, rows)
-            except NotFinite:  # of one of them: logits tell which
-                found = decode(self.backend, rows, logits=True)
-        except Exception as error:
-            self._failed(tasks, error)
-            return
-        self._stats.steps += 1
-        self._stats.failures_in_row = 0
-        for task, row, what in zip(tasks, rows, found, strict=True):
-            if row.at < 0:
-                self._draw(task, what)
-            elif not isinstance(what, int):
-                self._score(task, row.at, what[None])
-                row.at = row.at + 1 if row.at < len(task.prompt) - 2 else -1
-
-    def _draw(self, task: _Task, found: int | NDArray[np.float32]) -> None:
-        """Take a task's next token from what a step gave, and tell of it."""
-        row = task.row
-        assert row is not None
-        first = task.told is None
-        extra = {"cached": task.cached, "prompt": None if task.scored is None else tuple(task.scored)} if first else {}
-        if task.request.max_new_tokens == 0:
-            self._end(task, Event(None, finish="length", **extra))
-            return
-        try:
-            drawn = row.take(row.pick(found), found)
-        except NotFinite as error:
-            self._failed([task], error)
-            return
-        now = self._clock()
-        (self._stats.first_token if first else self._stats.between_tokens).add(now - (task.born if task.told is None else task.told))
-        task.told = now
-        self._stats.new_tokens += 1
-        event = Event(drawn.token, drawn.text, drawn.logprob, drawn.top, drawn.finish, **extra)
-        if drawn.finish is None:
-            self._tell(task, event)
-        else:
-            self._end(task, event)
-
-    def _failed(self, tasks: list[_Task], error: Exception) -> None:
-        """End the tasks of a step that failed, with the reason, and forget what their caches hold."""
-        self._stats.failures += 1
-        self._stats.failures_in_row += 1
-        reason = one_line(str(error)) or type(error).__name__
-        _log.error("a step of %d requests failed (%d in a row): %s", len(tasks), self._stats.failures_in_row, reason)
-        for task in tasks:
-            if task.slot is not None:
-                task.slot.sound = False
-            self._end(task, Event(None, finish="error", error=reason))
-
-    def _end(self, task: _Task, event: Event) -> None:
-        """Tell of a task's end and free what it had."""
-        if task.ended:
-            return
-        task.ended = True
-        if task in self._reading:
-            self._reading.remove(task)
-        if task in self._running:
-            self._running.remove(task)
-        if task.slot is not None:
-            self._slots.give_back(task.slot)
+    def _over(self, task: Task, event: Event) -> None:
         self._tell(task, event)
         with self._lock:
             self._inflight -= 1
-            self._stats.finished[event.finish or "error"] += 1
             self._lock.notify_all()
 
-    def _tell(self, task: _Task, event: Event) -> None:
+    def _tell(self, task: Task, event: Event) -> None:
         try:
             task.deliver(event)
         except Exception as error:

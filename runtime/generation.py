@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.environment import default_threads
 from sessa_deploy.runtime.sampling import Sampler, log_probabilities, most_likely
 from sessa_deploy.runtime.stopping import StopText
 from sessa_deploy.runtime.tokenizer import Tokenizer
 
+_LARGE_VOCABULARY, _MOST_THREADS = 8192, 8
 Top = tuple[tuple[int, float], ...]  # (token, log probability), best first
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """A drawn token: the text it completes (may be empty), why generation ended with it (None: it goes on; "stop", "length" or "context"), and where it
     was asked for its log probability and the most likely tokens."""
 
@@ -29,17 +32,26 @@ class Drawn:
     top: Top = ()
 
 
+class Look(NamedTuple):
+    """The next token of a sequence as a step's logits give it, and, where they are asked for, its log probability and the most likely tokens."""
+
+    token: int
+    logprob: float | None = None
+    top: Top = ()
+
+
 class Row:
     """Sequence `index` of a backend while it generates.
 
     tokens: its whole conversation, prompt and answers, to which drawn tokens are appended; all but those fed last are in the cache. ends: tokens that end
     it; stop: strings that do, not shown; limit: of new tokens; capacity: of the cache. logprobs: how many of the most likely tokens come with each; 0
-    gives the drawn token's log probability alone, None nothing. at: position of the next token to feed, -1 for the last.
+    gives the drawn token's log probability alone, None nothing. at: position of the next token to feed, -1 for the last; before it, tokens are read that
+    are there already, with `scores` of the most likely in the place of each.
     """
 
     def __init__(self, index: int, tokens: list[int], sampler: Sampler, tokenizer: Tokenizer | None, ends: Collection[int] = (), stop: Sequence[str] = (),
-                 limit: int | None = None, capacity: int | None = None, logprobs: int | None = None) -> None:
-        self.index, self.tokens, self.sampler, self.logprobs, self.at = index, tokens, sampler, logprobs, -1
+                 limit: int | None = None, capacity: int | None = None, logprobs: int | None = None, scores: int | None = None) -> None:
+        self.index, self.tokens, self.sampler, self.logprobs, self.scores, self.at = index, tokens, sampler, logprobs, scores, -1
         self.count = 0
         self._decoder = tokenizer.stream(tokens) if tokenizer else None
         self._text, self._ends, self._limit, self._capacity = StopText(stop), frozenset(ends), limit, capacity
@@ -49,12 +61,22 @@ class Row:
         """Whether the most likely token is all that the next step must tell."""
         return self.sampler.greedy and self.logprobs is None and self.at < 0
 
-    def pick(self, found: int | NDArray[np.float32]) -> int:
-        """The next token: `found` itself where the step picked it, else drawn from these logits (V,). Raises NotFinite on such logits."""
-        return found if isinstance(found, int) else self.sampler.next_token(found)
+    def look(self, found: int | NDArray[np.float32]) -> Look | Exception:
+        """The next token: `found` itself where the step picked it, drawn from these logits (V,), or the one that is there already; or what went wrong."""
+        if isinstance(found, int):
+            return Look(found)
+        try:
+            if self.at >= 0:
+                token, count = self.tokens[self.at + 1], self.scores
+            else:
+                token, count = self.sampler.next_token(found), self.logprobs
+            return Look(token) if count is None else Look(token, *token_logprobs(found, token, count))
+        except Exception as error:
+            return error
 
-    def take(self, token: int, found: int | NDArray[np.float32]) -> Drawn:
-        """Record a token that was picked from `found`, and say what it means."""
+    def take(self, look: Look) -> Drawn:
+        """Record the next token and say what it means."""
+        token, logprob, top = look
         self.tokens.append(token)
         self.count += 1
         finish = None
@@ -64,10 +86,6 @@ class Row:
             finish = "length"
         elif self._capacity is not None and len(self.tokens) > self._capacity:
             finish = "context"
-        logprob: float | None = None
-        top: Top = ()
-        if self.logprobs is not None and not isinstance(found, int):
-            logprob, top = token_logprobs(found, token, self.logprobs)
         if self._decoder is None:
             return Drawn(token, "", finish, logprob, top)
         text, stopped = self._text.push(self._decoder.push(token) if token not in self._ends else "")
@@ -90,6 +108,28 @@ def decode(backend: Backend, rows: Sequence[Row], logits: bool = False) -> list[
         return [picked[row.index] for row in rows]
     found = backend.step(ids, new)
     return [found[row.index] for row in rows]
+
+
+def look_all(rows: Sequence[Row], found: Sequence[int | NDArray[np.float32]]) -> list[Look | Exception]:
+    """What each row makes of what a step gave it."""
+    return _spread(Row.look, rows, found)
+
+
+def score_all(logits: NDArray[np.float32], tokens: Sequence[int], count: int) -> list[tuple[float, Top]]:
+    """`token_logprobs` of each token under its row of logits (T,V), T = len(tokens)."""
+    return _spread(token_logprobs, logits, tokens, [count] * len(tokens))
+
+
+def _spread(work: Callable[..., Any], *columns: Any) -> list[Any]:
+    """work(...) of every row of `columns`, the logits of which are arrays; on threads where there are several and the vocabulary is large."""
+    heavy = sum(isinstance(found, np.ndarray) and found.size >= _LARGE_VOCABULARY for column in columns for found in column)
+    return list((_threads().map if heavy > 1 else map)(work, *columns))
+
+
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    """Threads that draw: over a large vocabulary that is a millisecond of numpy a sequence, which lets other threads run meanwhile."""
+    return ThreadPoolExecutor(min(_MOST_THREADS, default_threads()), "sampling")
 
 
 def token_logprobs(logits: NDArray[np.float32], token: int, count: int) -> tuple[float, Top]:

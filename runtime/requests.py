@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from sessa_deploy.checks import as_flag, as_integer, as_number, integer
 from sessa_deploy.errors import UserError
@@ -71,8 +71,7 @@ class Request:
             object.__setattr__(self, name, value)
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """What became of a request: one for each new token, and one alone where it ends without one.
 
     token: None where there is none. text: what became certain with it, whole characters only; what may yet begin a stop string waits. logprob and top:

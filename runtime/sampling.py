@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from sessa_deploy.checks import as_number, integer
 from sessa_deploy.errors import SessaError, UserError
 
+_CANDIDATES = (1024, 8192)  # so many of the most likely tokens are looked at alone, where they reach top_p
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -100,7 +102,7 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, vocab_size: int, seen: Iterable[int] = (), choice: int = 0, drawn: Iterable[int] = (),
                  bias: Mapping[int, float] | None = None) -> None:
-        self.params, drawn = params, list(drawn)
+        self.params, self.vocab_size, drawn = params, vocab_size, list(drawn)
         self.greedy = params.plain_greedy and not bias  # the argmax of the untouched logits, which a device can find
         self._random = random_stream(params.seed, choice, len(drawn))
         self._seen = np.zeros(vocab_size, dtype=bool)
@@ -116,11 +118,12 @@ class Sampler:
 
     def next_token(self, logits: NDArray[np.floating]) -> int:
         """Token id for `logits` (V,). Consumes one random number unless greedy. Raises NotFinite on such logits."""
-        scores = np.asarray(logits, dtype=np.float64)
-        if not np.isfinite(scores.max()):  # NaN wins a maximum; -inf elsewhere is a plain "never"
+        best = int(np.argmax(logits))
+        if not math.isfinite(logits[best]):  # NaN wins a maximum; -inf elsewhere is a plain "never"
             raise NotFinite()
         if self.greedy:
-            return int(np.argmax(scores))
+            return best
+        scores = np.asarray(logits, dtype=np.float64)
         if self._bias is not None:
             scores = scores.copy()
             scores[self._bias[0]] += self._bias[1]
@@ -136,9 +139,10 @@ class Sampler:
             np.add.at(self._drawn, np.fromiter(tokens, dtype=np.int64), 1.0)
 
     def _draw(self, scores: NDArray[np.float64]) -> int:
-        total = np.cumsum(np.exp(scores - scores.max()))
+        kept = np.flatnonzero(scores > -np.inf)  # the rest adds nothing to the sums
+        total = np.cumsum(np.exp(scores[kept] - scores.max()))
         at = int(np.searchsorted(total, self._random.random() * total[-1], side="right"))
-        return min(at, int(np.flatnonzero(np.isfinite(scores))[-1]))  # rounding may land on the end
+        return int(kept[min(at, len(kept) - 1)])  # rounding may land on the end
 
 
 def filter_logits(
@@ -158,14 +162,29 @@ def filter_logits(
     if 0 < params.top_k < scores.size:
         scores[scores < np.partition(scores, -params.top_k)[-params.top_k]] = -np.inf
     if params.top_p < 1.0:
-        order = np.argsort(scores, kind="stable")  # ascending: what the less likely tokens sum to decides, the last always stays
-        drop = np.cumsum(_softmax(scores[order])) <= 1.0 - params.top_p
-        drop[-1] = False
-        scores[order[drop]] = -np.inf
+        scores = _nucleus(scores, params.top_p)
     if params.min_p > 0.0:
         chance = _softmax(scores)
         scores[chance < params.min_p * chance.max()] = -np.inf
     return scores
+
+
+def _nucleus(scores: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
+    """Scores (V,) with all but the most likely tokens that reach top_p at -inf. What the less likely ones sum to decides; the last always stays."""
+    chance, result = _softmax(scores), np.full_like(scores, -np.inf)
+    among, rest = np.arange(scores.size), 0.0
+    for count in _CANDIDATES if scores.size > 4 * _CANDIDATES[0] else ():  # sorting all of a large vocabulary takes ten times as long as all else
+        if count < scores.size:
+            best = np.sort(np.argpartition(chance, -count)[-count:])
+            others = max(0.0, 1.0 - float(chance[best].sum()))
+            if others <= 1.0 - top_p:
+                among, rest = best, others
+                break
+    order = among[np.argsort(scores[among], kind="stable")]
+    keep = rest + np.cumsum(chance[order]) > 1.0 - top_p
+    keep[-1] = True
+    result[order[keep]] = scores[order[keep]]
+    return result
 
 
 def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend, outside_vocabulary
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.engines import open_backend
-from sessa_deploy.runtime.generation import Row, check_fits, decode
+from sessa_deploy.runtime.generation import Row, check_fits, decode, look_all
 from sessa_deploy.runtime.sampling import Sampler, SamplingParams
 from sessa_deploy.runtime.tokenizer import Tokenizer
 
@@ -185,8 +185,12 @@ class Session:
                     limits[row], self.capacity) for row, feed in enumerate(feeds) if feed is not None]
         found: list[int | NDArray[np.float32]] = [logits[row.index] for row in rows]
         while rows:
-            picked = [row.pick(what) for row, what in zip(rows, found, strict=True)]
-            drawn = [row.take(token, what) for row, token, what in zip(rows, picked, found, strict=True)]
+            looks = []
+            for look in look_all(rows, found):
+                if isinstance(look, Exception):
+                    raise look
+                looks.append(look)
+            drawn = [row.take(look) for row, look in zip(rows, looks, strict=True)]
             chunks = [Chunk(row.index, one.token, one.text, one.finish) for row, one in zip(rows, drawn, strict=True)]
             for row in rows:
                 self._slots[row.index].pending += 1

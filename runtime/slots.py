@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from sessa_deploy.runtime.backend import Backend
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """Sequence `index` of the backend. tokens: the conversation of its cache, which may have fewer rows than tokens; used: when it was let go last;
     sound: whether its rows are what reading a prompt in chunks gives, so that others may take them over."""
@@ -83,7 +83,7 @@ class Slots:
 
     def forget(self, slot: Slot) -> None:
         """Drop what a slot's cache holds."""
-        slot.tokens, slot.sound = [], True
+        slot.tokens, slot.sound = [], True  # first, so that nobody goes on from rows that are in doubt
         self._backend.reset([slot.index])
 
     def _best(self, prompt: list[int], among: list[Slot], least: int = 0) -> tuple[Slot | None, int]:

@@ -103,6 +103,7 @@ class Tokenizer:
         self._text = text
         self._special = frozenset(i for i, special in added.items() if special)
         self._added = frozenset(added)
+        self._known: dict[int, bytes] = {}  # a token's bytes, once asked for
         self._bytes_of = {char: byte for byte, char in byte_alphabet().items()} if self._byte_level else {}
 
     def _neutralise(self, data: dict[str, Any]) -> None:
@@ -193,9 +194,13 @@ class Tokenizer:
         """Bytes a token stands for in a byte-level tokenizer (empty for a special token); None for another kind of tokenizer."""
         if not self._byte_level:
             return None
-        if token in self._special:
-            return b""
-        piece = self._library.id_to_token(int(token))
+        found = self._known.get(token)
+        if found is None:
+            found = self._known[int(token)] = self._find_bytes(int(token))
+        return found
+
+    def _find_bytes(self, token: int) -> bytes:
+        piece = None if token in self._special else self._library.id_to_token(token)
         if piece is None:
             return b""
         if token in self._added or any(char not in self._bytes_of for char in piece):

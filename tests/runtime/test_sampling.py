@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sessa_deploy.errors import SessaError, UserError
-from sessa_deploy.runtime.sampling import Sampler, SamplingParams, filter_logits
+from sessa_deploy.runtime.sampling import Sampler, SamplingParams, filter_logits, log_probabilities, most_likely, random_stream
 
 
 def textbook(logits, p: SamplingParams, seen: set[int]) -> dict[int, float]:
@@ -82,6 +82,7 @@ def test_greedy_penalty_and_seeds():
 @pytest.mark.parametrize("bad", [
     {"temperature": -1}, {"temperature": math.nan}, {"temperature": "1"}, {"temperature": True}, {"temperature": math.inf}, {"top_k": -1}, {"top_k": 1.5},
     {"top_p": 0}, {"top_p": 1.1}, {"min_p": 1}, {"min_p": -0.1}, {"repetition_penalty": 0}, {"seed": -1}, {"seed": 1.0},
+    {"presence_penalty": 2.1}, {"presence_penalty": math.nan}, {"frequency_penalty": -2.1}, {"frequency_penalty": "1"},
 ])
 def test_values_out_of_range_are_refused(bad):
     with pytest.raises(UserError) as caught:
@@ -95,3 +96,48 @@ def test_logits_that_are_not_finite_stop_the_run(value):
         with pytest.raises(SessaError, match="finite"):
             Sampler(params, 3).next_token(np.array([0.0, value, 1.0]))
         assert Sampler(params, 3).next_token(np.array([-np.inf, -np.inf, 1.0])) == 2
+
+
+def test_numbers_are_keyed_by_seed_choice_and_position():
+    assert random_stream(7).random() == np.random.Generator(np.random.PCG64(7)).random()
+    for choice in (0, 1, 5):
+        whole = random_stream(7, choice).random(20)
+        for position in (0, 1, 13):
+            np.testing.assert_array_equal(random_stream(7, choice, position).random(5), whole[position : position + 5])
+    assert len({random_stream(seed, choice).random() for seed in range(5) for choice in range(5)}) == 25
+    assert random_stream(None).random() != random_stream(None).random()
+
+
+@pytest.mark.parametrize("params", [SamplingParams(1.0, top_p=0.9, seed=1), SamplingParams(0.7, 50, 0.8, seed=2), SamplingParams(5.0, top_p=0.999, seed=3)])
+@pytest.mark.parametrize("spread", [0.001, 1.0, 4.0])
+def test_a_large_vocabulary_keeps_what_sorting_all_of_it_keeps(params, spread):
+    logits = np.random.default_rng(0).normal(size=40_000) * spread
+    found = filter_logits(logits, params, np.zeros(40_000, bool))
+    scores = logits / params.temperature
+    if params.top_k:
+        scores[np.argsort(scores)[: -params.top_k]] = -np.inf
+    order = np.argsort(scores, kind="stable")
+    weight = np.exp(scores[order] - scores.max())
+    drop = np.cumsum(weight / weight.sum()) <= 1 - params.top_p
+    assert np.isfinite(found).sum() == 40_000 - drop.sum() and (found[order[drop]] == -np.inf).all()
+    np.testing.assert_array_equal(found[order[~drop]], scores[order[~drop]])
+
+
+def test_penalties_count_what_was_drawn_and_not_the_prompt():
+    logits = np.array([2.0, 1.5, 1.0])
+    sampler = Sampler(SamplingParams(frequency_penalty=0.4), 3, seen=[0, 0, 0])
+    assert [sampler.next_token(logits) for _ in range(5)] == [0, 0, 1, 0, 1]
+    moved = Sampler(SamplingParams(frequency_penalty=0.4), 3, seen=[0, 0, 0], drawn=[0, 0])
+    assert [moved.next_token(logits) for _ in range(3)] == [1, 0, 1]
+    assert Sampler(SamplingParams(presence_penalty=0.7), 3).next_token(logits) == 0
+    assert Sampler(SamplingParams(), 3, bias={2: 1.5}).next_token(logits) == 2 and not Sampler(SamplingParams(), 3, bias={2: 1.5}).greedy
+
+
+def test_log_probabilities_and_the_most_likely():
+    logits = np.array([[0.0, 3.0, -np.inf, 3.0, 1.0], [1e4, 0.0, 0.0, 0.0, 0.0]], np.float32)
+    found = log_probabilities(logits)
+    np.testing.assert_allclose(np.exp(found).sum(-1), 1.0)
+    assert [token for token, _ in most_likely(found[0], 3)] == [1, 3, 4] and [token for token, _ in most_likely(found[0], 9)] == [1, 3, 4, 0, 2]
+    assert most_likely(found[0], 0) == () and most_likely(found[1], 1) == ((0, 0.0),)
+    with pytest.raises(SessaError, match="finite"):
+        log_probabilities(np.array([np.nan, 1.0]))
