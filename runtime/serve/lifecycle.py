@@ -83,14 +83,14 @@ def serve(path: str | Path, options: ServeOptions, say: Say) -> int:
         finally:
             log.removeHandler(lines)
             lines.close()
+    if not life.cut_short and life.loading.is_alive():
+        life.loading.join(_LAST_SECONDS)
     code = 130 if life.cut_short else 0
-    if life.loading.is_alive():  # inside an engine library, which must not lose its interpreter there
-        life.loading.join(0 if life.cut_short else _LAST_SECONDS)
-        if life.loading.is_alive():
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    stream.flush()
-            os._exit(code)
+    if life.cut_short or life.loading.is_alive():  # a thread is inside an engine library, which must not lose its interpreter there
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
     if life.failed is not None and not life.told:
         raise life.failed
     return code
