@@ -17,6 +17,7 @@ from sessa_deploy.reading import parse_json
 
 if TYPE_CHECKING:
     from sessa_deploy.runtime.bundle import Bundle
+    from sessa_deploy.runtime.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 # What a template is given beside the messages, by the names it has in tokenizer_config.json.
@@ -57,16 +58,19 @@ class ChatTemplate:
         source = str(bundle.file(TEMPLATE_FILE))
         return cls(decoded(bundle.read(TEMPLATE_FILE), source), special if isinstance(special, dict) else {}, source)
 
+    def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The token that ends an answer, by its eos_token: one, or none."""
+        found = tokenizer.token_id(str(self.special.get("eos_token", "")))
+        return () if found is None else (found,)
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as text, with the beginning of the answer behind it. Raises TemplateError where the template takes no such conversation."""
-        import jinja2
-
         try:
             return self._template.render(messages=[dict(m) for m in messages], add_generation_prompt=add_generation_prompt, tools=None, documents=None,
                                          **self.special)
         except _Refused as error:
             raise TemplateError("the chat template refuses the conversation", got=str(error)[:_SAID] or None) from None
-        except (jinja2.TemplateError, ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        except Exception as error:  # a template is somebody's program: whatever it raises is its own fault
             raise TemplateError("the chat template fails on the conversation", got=f"{type(error).__name__}: {str(error)[:_SAID]}") from None
 
     def prove(self) -> None:

@@ -38,8 +38,7 @@ class Engine:
         self._longest = 0
         if self.tokenizer is not None:
             self._longest = max((len(self._raw(token)) for token in range(self.tokenizer.vocab_size)), default=1) or 1
-            end = self.tokenizer.token_id(str(self.template.special.get("eos_token"))) if self.template is not None else None
-            self.ends = () if end is None else (end,)
+            self.ends = self.template.ends(self.tokenizer) if self.template is not None else ()
 
     def close(self) -> None:
         """End the batcher and let go of the engine."""
