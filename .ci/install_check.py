@@ -142,7 +142,8 @@ def minima() -> list[str]:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     pairs = dict(re.findall(r'"([a-zA-Z][\w-]*)>=([\d.]+)', text.partition("[project]")[2]))
     return [f"{name}=={version}" for name, version in pairs.items()
-            if name not in ("torch", "triton", "onnxruntime-gpu", "ruff", "mypy", "cmake", "kernel-lens", "guidellm", "schemathesis", "ai-dynamo")
+            if name not in ("torch", "triton", "onnxruntime-gpu", "ruff", "mypy", "cmake", "kernel-lens", "guidellm", "schemathesis", "ai-dynamo",
+                            "transformers")
             and not name.startswith("tensorrt")]
 
 

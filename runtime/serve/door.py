@@ -18,8 +18,8 @@ from sessa_deploy.runtime.serve.security import check_key
 from sessa_deploy.runtime.serve.service import Service
 
 log = logging.getLogger("sessa_deploy.serve")
-PATHS = ("/", "/docs", "/openapi.json", "/health", "/health/live", "/health/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize",
-         "/detokenize", "/tokenizer_info")
+PATHS = ("/", "/docs", "/openapi.json", "/health", "/health/live", "/health/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions",
+         "/tokenize", "/detokenize", "/tokenizer_info")
 _QUIET = ("/health", "/health/live", "/health/ready", "/metrics")  # asked for every few seconds, and not logged where they answer as they should
 _NAME = re.compile(r"[\x21-\x7e]{1,128}\Z")
 _BODY_SECONDS = 60.0

@@ -22,16 +22,16 @@ _LONG = 1 << 16  # bytes of text from which on its least number of tokens is jud
 class Engine:
     """What a loaded bundle answers with.
 
-    queue, queue_timeout: the batcher's. capacity: tokens of prompt and answer together. ends: tokens that end an answer in a conversation, beside the
+    queue, queue_timeout, chunk: the batcher's. capacity: tokens of prompt and answer together. ends: tokens that end an answer in a conversation, beside the
     model's own.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, queue: int = 256, queue_timeout: float | None = 30.0) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, queue: int = 256, queue_timeout: float | None = 30.0, chunk: int | None = None) -> None:
         self.bundle, self.backend, self.config, self.queue = bundle, backend, bundle.config, queue
         self.capacity, self.slots = backend.capacity, backend.batch
         self.tokenizer = Tokenizer.of(bundle)
         self.template = ChatTemplate.of(bundle) if self.tokenizer is not None else None
-        self.batcher = Batcher(backend, self.tokenizer, queue=queue, queue_timeout=queue_timeout)
+        self.batcher = Batcher(backend, self.tokenizer, chunk, queue, queue_timeout)
         self.ends: tuple[int, ...] = ()
         self._strings = TokenStrings(self.tokenizer)
         self._longest = 0

@@ -8,6 +8,7 @@ import errno
 import gc
 import logging
 import os
+import queue
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from sessa_deploy.errors import UserError
+from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.engines import open_slots
 from sessa_deploy.runtime.manifest import parse_manifest, read_manifest
@@ -33,6 +34,7 @@ from sessa_deploy.runtime.serve.service import Service, Settings
 _LAST_SECONDS = 3.0  # for what is written already to reach slow readers, once all requests have ended
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PORT_FIX = "name another with --port, or --port 0 for any that is free"
+_LINES = 10_000  # of the log that may wait to be written
 _LONG_LOAD = 3.0  # seconds after which it is said that loading takes its time
 Say = Callable[[str], None]
 
@@ -71,22 +73,23 @@ def serve(path: str | Path, options: ServeOptions, say: Say) -> int:
     service = Service(Settings(name, key, options.timeout, options.metrics, log_prompts=options.log_prompts))
     with _bound(options.host, options.port) as listener:
         log = logging.getLogger("sessa_deploy")
-        handler = _Say(say)
-        log.addHandler(handler)
+        lines = _Log(say)
+        log.addHandler(lines)
         log.setLevel(logging.INFO)
         try:
-            life = _Life(service, path, options, say, _url(listener))
+            life = _Life(service, path, options, lines.line, _url(listener))
             asyncio.run(life.run(listener))
         finally:
-            log.removeHandler(handler)
+            log.removeHandler(lines)
+            lines.close()
+    if not life.cut_short and life.loading.is_alive():
+        life.loading.join(_LAST_SECONDS)
     code = 130 if life.cut_short else 0
-    if life.loading.is_alive():  # inside an engine library, which must not lose its interpreter there
-        life.loading.join(0 if life.cut_short else _LAST_SECONDS)
-        if life.loading.is_alive():
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    stream.flush()
-            os._exit(code)
+    if life.cut_short or life.loading.is_alive():  # a thread is inside an engine library, which must not lose its interpreter there
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
     if life.failed is not None and not life.told:
         raise life.failed
     return code
@@ -227,12 +230,30 @@ def _url(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-class _Say(logging.Handler):
-    """Log records as lines of the command's own."""
+class _Log(logging.Handler):
+    """Lines, and log records as lines, written in their order on a thread of its own: where nobody reads them no request waits, and lines are lost."""
 
     def __init__(self, say: Say) -> None:
         super().__init__()
         self._say = say
+        self._lines: queue.Queue[str | None] = queue.Queue(_LINES)
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def line(self, text: str | None) -> None:
+        """Write a line, soon."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(text)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._say(self.format(record))
+        self.line(self.format(record))
+
+    def close(self) -> None:
+        self.line(None)
+        self._thread.join(_LAST_SECONDS)
+        super().close()
+
+    def _write(self) -> None:
+        for text in iter(self._lines.get, None):
+            with contextlib.suppress(SessaError, SystemExit):  # standard error takes nothing any more
+                self._say(text)

@@ -116,6 +116,7 @@ TABLE: dict[str, dict[str, Row]] = {
     },
     "chat": {
         "BUNDLE": place("nowhere"), "--max-new-tokens": COUNT, **SAMPLING, "--backend": BACKEND, "--stop": text(""), "--capacity": COUNT, "--threads": THREADS,
+        "--plain": FLAG,
     },
     "score": {
         "BUNDLE": place("nowhere"), "--text": place("nowhere"), "--ids": place(), "--json": FLAG, "--backend": BACKEND, "--capacity": COUNT, "--stride": COUNT,

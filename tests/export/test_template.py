@@ -8,12 +8,18 @@ from pathlib import Path
 
 import pytest
 from command import call
+from hypothesis import HealthCheck, given
+from hypothesis import settings as settings_of
+from hypothesis import strategies as st
 from templated import END, SETTINGS, TEMPLATE, rendered, templated_checkpoint
 
+from sessa_deploy.checkpoint_template import read_template
+from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
 from sessa_deploy.export.to_onnx import export_bundle
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.template import ChatTemplate, TemplateError
+from sessa_deploy.runtime.tokenizer import byte_level_tokenizer
 
 USER = [{"role": "user", "content": "a"}]
 
@@ -126,6 +132,22 @@ def test_a_broken_template_is_refused_by_export_and_inspect(checkpoint: Path, tm
 ])
 def test_what_hugging_face_s_templates_count_on(text: str, wanted: str) -> None:
     assert ChatTemplate(text).render(USER) == wanted
+
+
+@settings_of(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"]),
+       st.binary(max_size=80) | st.text("{}%# '\"|.()[]=+-*/,:abforinmesgcotld10\n", max_size=80).map(str.encode))
+def test_whatever_stands_there_is_taken_or_refused_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+    for other in ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / other).unlink(missing_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / name).write_bytes(content)
+    try:
+        found = read_template(tmp_path, SessaConfig(16, 1, 2, 257), byte_level_tokenizer().encode())
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert found == {} or set(found) == {"chat_template.jinja", "tokenizer_config.json"}
 
 
 def test_a_template_may_want_a_system_message(checkpoint: Path, tmp_path: Path) -> None:

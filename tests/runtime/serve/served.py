@@ -57,9 +57,10 @@ def bundle(folder: Path, tokenizer: str | None = None, template: str | None = TE
 class Served:
     """An application that answers. `post` and `get` from any thread."""
 
-    def __init__(self, of: Bundle, slots: int = 2, queue: int = 8, queue_timeout: float | None = 30.0, backend: Any = None, **settings: Any) -> None:
+    def __init__(self, of: Bundle, slots: int = 2, queue: int = 8, queue_timeout: float | None = 30.0, backend: Any = None, chunk: int | None = None,
+                 **settings: Any) -> None:
         self.backend = backend or SlowBackend(slots)
-        self.engine = Engine(of, self.backend, queue, queue_timeout)
+        self.engine = Engine(of, self.backend, queue, queue_timeout, chunk)
         self.service = Service(Settings("tiny", **settings))
         self.app = make_app(self.service)
         self.loop = asyncio.new_event_loop()

@@ -200,8 +200,7 @@ def test_without_a_tokenizer_ids_are_taken_and_given(plain: Served) -> None:
 
 
 def test_a_prompt_is_counted_as_cached_when_it_was(tmp_path: Any) -> None:
-    with Served(bundle(tmp_path / "b"), slots=1) as server:
-        server.engine.batcher.chunk = server.engine.batcher._slots._chunk = 4
+    with Served(bundle(tmp_path / "b"), slots=1, chunk=4) as server:
         prompt = "a prompt that comes twice"
         first, second = (server.complete(prompt, max_tokens=4) for _ in range(2))
         assert first["choices"] == second["choices"] and first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
@@ -17,54 +16,14 @@ from pathlib import Path
 import httpx
 import pytest
 from command import call
-from templated import add_template
+from serving import Process, export_demo
 
 pytest.importorskip("onnxruntime")
 
 
-class Process:
-    """A server started by the command line; `url` once it serves."""
-
-    def __init__(self, *args: object, port: int = 0) -> None:
-        environment = {k: v for k, v in os.environ.items() if k != "SESSA_API_KEY"}
-        begun = time.monotonic()
-        self.process = subprocess.Popen([sys.executable, "-m", "sessa_deploy", "serve", *map(str, args), "--port", str(port)], stderr=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, text=True, env=environment)
-        self.lines: list[str] = []
-        while port == 0 and not any("serving" in line for line in self.lines):
-            line = self.process.stderr.readline()  # type: ignore[union-attr]
-            assert line, self.lines
-            self.lines.append(line)
-        self.seconds = time.monotonic() - begun
-        self.url = f"http://127.0.0.1:{port}" if port else re.search(r"http://[\d.]+:\d+", "".join(self.lines))[0]  # type: ignore[index]
-
-    def end(self, number: int = signal.SIGTERM, seconds: float = 30) -> tuple[int, str]:
-        """(exit code, what it said) after a signal."""
-        self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=seconds)
-        assert out == ""
-        return self.process.returncode, "".join(self.lines) + err
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *caught: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        with contextlib.suppress(ValueError):
-            self.process.communicate()
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo with a chat template."""
-    import shutil
-
-    from sessa_deploy.export.to_onnx import export_bundle
-
-    folder = tmp_path_factory.mktemp("exported")
-    shutil.copytree(Path(__file__).parents[3] / "checkpoints/demo", folder / "checkpoint")
-    return export_bundle(add_template(folder / "checkpoint"), folder / "demo")
+    return export_demo(tmp_path_factory.mktemp("exported"))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +42,8 @@ def test_it_serves_what_run_writes(running: Process, exported: Path, capfd: pyte
     for path, kind in (("/", "text/html"), ("/docs", "text/html"), ("/openapi.json", "application/json"), ("/metrics", "text/plain")):
         answer = httpx.get(running.url + path)
         assert answer.status_code == 200 and answer.headers["content-type"].startswith(kind) and "server" not in answer.headers
-    assert "serving demo at" in running.lines[-1] and "2 slots of" in running.lines[-1] and "chat" in running.lines[-1]
+    first = running.said().splitlines()[0]
+    assert first.startswith("serving demo at") and "2 slots of" in first and "chat" in first
 
 
 def test_openai_s_client_talks_to_it(running: Process) -> None:
@@ -155,8 +115,8 @@ def test_sigterm_lets_what_runs_end_and_then_ends(exported: Path) -> None:
             assert {a.status_code for a in (ready, more)} == {503} and more.headers["retry-after"] and more.json()["error"]["code"] == "draining"
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]" and json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
-        out, err = server.process.communicate(timeout=20)
-        assert server.process.returncode == 0 and "draining: 1 requests" in err and err.endswith("stopped\n") and out == ""
+        code, said = server.end(None)
+        assert code == 0 and "draining: 1 requests" in said and said.endswith("stopped\n")
 
 
 @pytest.mark.parametrize(("number", "twice", "code"), [(signal.SIGTERM, False, 0), (signal.SIGINT, False, 0), (signal.SIGINT, True, 130)])
@@ -174,8 +134,7 @@ def test_a_drain_has_a_limit_and_a_second_signal_none(exported: Path, number: in
             with contextlib.suppress(httpx.HTTPError):
                 rest = [line for line in lines if line]
                 assert '"code": "cancelled"' in rest[-2] or '"finish_reason": "length"' in rest[-2] or twice
-        server.process.communicate(timeout=20)
-        assert server.process.returncode == code and time.monotonic() - begun < 15
+        assert server.end(None)[0] == code and time.monotonic() - begun < 15
 
 
 def test_it_answers_health_while_it_loads_and_a_signal_then_ends_it(exported: Path) -> None:
@@ -189,7 +148,7 @@ def test_it_answers_health_while_it_loads_and_a_signal_then_ends_it(exported: Pa
                 break
             time.sleep(0.005)
         ready = httpx.get(f"{server.url}/health/ready")
-        assert ready.status_code == 503 and ready.json()["error"]["code"] == "loading" or ready.status_code == 200
+        assert (ready.status_code == 503 and ready.json()["error"]["code"] == "loading") or ready.status_code == 200
         code, said = server.end()
         assert code == 0 and "Traceback" not in said
 

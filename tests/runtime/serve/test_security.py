@@ -14,8 +14,8 @@ from sessa_deploy.runtime.serve import security
 from sessa_deploy.runtime.serve.security import KEY_VARIABLE, chosen_key, is_loopback
 
 KEY = "sk-of-the-house"
-GUARDED = [*(("POST", path) for path in BASE), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"), ("GET", "/v1"), ("GET", "/v1/anything"), ("GET", "/tokenizer_info"),
-           ("DELETE", "/tokenize")]
+GUARDED = [*(("POST", path) for path in BASE), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"), ("GET", "/v1"), ("GET", "/v1/anything"),
+           ("GET", "/tokenizer_info"), ("DELETE", "/tokenize")]
 OPEN = ["/health/live", "/health/ready", "/metrics", "/", "/docs", "/openapi.json"]
 WRONG = ["", "Bearer", "Bearer ", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", KEY, f"Bearer {KEY.upper()}", f"Bearer x {KEY}", "Bearer \u00e9"]
 
