@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sessa_deploy.errors import one_line
-from sessa_deploy.runtime.backend import Backend, bounded_chunk
+from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.generation import Look, Row, decode, look_all, score_all
 from sessa_deploy.runtime.requests import Event, Request, Scored
 from sessa_deploy.runtime.sampling import NotFinite, Sampler
@@ -49,7 +49,7 @@ class Turns:
 
     def __init__(self, backend: Backend, tokenizer: Tokenizer | None, chunk: int, eos: frozenset[int], reuse: bool, clock: Callable[[], float],
                  tell: Callable[[Task, Event], None], over: Callable[[Task, Event], None]) -> None:
-        self.backend, self.tokenizer, self.chunk = backend, tokenizer, chunk
+        self.backend, self.tokenizer = backend, tokenizer
         self._eos, self._clock, self._tell, self._over = eos, clock, tell, over
         backend.reset()
         self.slots = Slots(backend, chunk, reuse)
@@ -94,10 +94,10 @@ class Turns:
                 self._took_over(task, shared - task.done)
                 task.done = shared
             if task.scored is None:
-                ids = np.array(task.prompt[task.done : task.done + self.chunk])
+                ids = np.array(self.slots.chunk_of(task.prompt, task.done))
                 logits = self.backend.step_row(slot.index, ids)
             else:
-                ids = np.array(task.prompt[task.done : task.done + bounded_chunk(self.chunk, 1, self.backend.config.vocab_size)])
+                ids = np.array(self.slots.chunk_of(task.prompt, task.done, all_logits=True))
                 every = self.backend.step_row_all(slot.index, ids)
                 behind = task.prompt[task.done + 1 : task.done + 1 + len(ids)]
                 task.scored += score_all(every[: len(behind)], behind, task.request.prompt_logprobs or 0)

@@ -113,7 +113,7 @@ def test_requests_get_slots_in_the_order_they_came_and_lowest_first():
     for number in range(6):
         batcher.submit(Request((number,), max_new_tokens=3), lambda event, number=number: order.append(number) if event.finish else None)
     batcher.turn()
-    assert [slot.busy for slot in batcher._turns.slots.all] == [True, True] and batcher.backend.calls[0][0] == 0
+    assert [slot.busy for slot in batcher._slots.all] == [True, True] and batcher.backend.calls[0][0] == 0
     while batcher.turn():
         pass
     assert order == sorted(order)

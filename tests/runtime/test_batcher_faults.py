@@ -229,7 +229,7 @@ def test_two_hundred_clients_of_which_a_third_vanish():
         sizes.append(sys.getallocatedblocks())
         assert tasks() <= before, "a request that is over is forgotten"
     batcher.close()
-    assert not wrong and batcher._turns.slots.free == 8
+    assert not wrong and batcher._slots.free == 8
     stats = batcher.stats()
     assert sum(stats.finished.values()) == 600 and stats.finished["length"] >= 396 and stats.finished["error"] == 0
     assert sizes[2] - sizes[1] < 600, f"blocks of memory in use after each 200 requests: {sizes}"
@@ -296,7 +296,7 @@ def test_what_does_not_end_in_time_is_cancelled(threaded):
     last = [list(h.events())[-1] for h in handles]
     assert [event.finish for event in last] == ["cancelled"] * 5 and all("shutting down" in event.error for event in last)
     batcher.close()
-    assert batcher._turns.slots.free == 2
+    assert batcher._slots.free == 2
 
 
 def test_closing_ends_all_events():
