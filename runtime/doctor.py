@@ -25,6 +25,7 @@ _PACKAGES = (
     ("runtime", "platformdirs", True, "pip install platformdirs"),
     ("runtime", "click", True, "pip install click"),
     ("run on ONNX Runtime", "onnxruntime", False, "pip install 'sessa-deploy[ort]' (with a GPU: pip install 'sessa-deploy[cuda]')"),
+    *(("serve", name, False, install_command("fastapi")) for name in ("fastapi", "uvicorn", "jinja2", "prometheus_client")),
     ("export, validate, train", "torch", False, install_command("torch")),
     ("export", "onnx", False, install_command("onnx")),
     ("export", "onnxscript", False, install_command("onnxscript")),
@@ -86,6 +87,8 @@ def examine(bundle: Bundle | None = None) -> dict[str, Any]:
     if _CUDA in providers and gpus and not any(c["name"] == "CUDA provider" for c in checks):
         ready.append("run and bench with ort-cuda")
     ready += [one["ready"] for one in road if one["ready"]]
+    if ready and all(versions[name] for use, name, *_ in _PACKAGES if use == "serve"):
+        ready.append("serve")
     if all(versions[name] for name in ("torch", "onnx", "onnxscript", "safetensors")):
         ready.append("export")
         if providers:
