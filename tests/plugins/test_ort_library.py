@@ -180,6 +180,15 @@ def test_a_sessions_nodes_share_a_workspace_for_each_stream(ort_stub: Built, cap
     assert harness.harness_held() == 0
 
 
+def test_sessions_share_no_workspace(ort_stub: Built) -> None:
+    """Two in one process, one of them gone while the other runs, and a third whose allocator lies where the first's did."""
+    harness = ort_stub[2]
+    node = create(ort_stub, FEEDBACK, storage=HALF)
+    assert harness.harness_sessions(node, FEEDBACK, HALF, sizes(1, 300, 64, 256)) == 0b1111
+    harness.harness_destroy(node)
+    assert harness.harness_held() == 0
+
+
 def test_the_command_line_checks_it(ort_stub: Built, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(ort_stub[1])
     runtime = pytest.importorskip("onnxruntime")
@@ -233,8 +242,9 @@ def test_another_library_is_refused(tmp_path: Path) -> None:
     ):
         path = tmp_path / f"{len(source)}.so"
         subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(path)], input=f'extern "C" {{ {source} }}', text=True, check=True)
-        with pytest.raises(UserError, match=f"{says}.*fix: sessa-deploy plugin build --for ort"):
-            library.check(path, product="ort")
+        for look in (lambda path=path: library.check(path, product="ort"), lambda path=path: library.register(None, path)):
+            with pytest.raises(UserError, match=f"{says}.*fix: sessa-deploy plugin build --for ort"):
+                look()
 
 
 def test_a_library_that_was_cut_short_is_a_message_and_does_not_end_the_process(tmp_path: Path) -> None:
@@ -243,8 +253,9 @@ def test_a_library_that_was_cut_short_is_a_message_and_does_not_end_the_process(
     whole, cut = tmp_path / "whole.so", tmp_path / "cut.so"
     subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(whole)], input="char held[200000] = {1};", text=True, check=True)
     data = whole.read_bytes()
-    for size in (0, 3, 64, 200, 5000, 100_000, 190_000, len(data) - 1):
-        cut.write_bytes(data[:size])
+    stripped = data[:40] + bytes(8) + data[48:60] + bytes(4) + data[64:]  # no table of sections, which comes last
+    for text, size in [*((data, size) for size in (0, 3, 64, 200, 5000, 100_000, 190_000, len(data) - 1)), (stripped, 100_000)]:
+        cut.write_bytes(text[:size])
         for product, kind in (("ort", "library for ONNX Runtime"), ("tensorrt", "plugin library")):
             with pytest.raises(UserError, match=f"the {kind} cannot be loaded: got .*too short.*; fix: sessa-deploy plugin build"):
                 library.check(cut, product=product)
@@ -284,6 +295,7 @@ def test_a_header_that_is_too_old_is_refused(tmp_path: Path, version: int | None
         library.build(cubins=tmp_path, product="ort", onnxruntime_include=header(tmp_path / "x", version))
     with pytest.raises(UserError, match="no header of ONNX Runtime"):
         library.build(cubins=tmp_path, product="ort", onnxruntime_include=tmp_path)
+    library._check_api(header(tmp_path / "oldest", ORT_API))  # which serves
 
 
 def test_headers_decide_what_is_built(tmp_path: Path) -> None:

@@ -80,6 +80,14 @@ def test_every_number_of_rows_has_its_own_graph(build: Build) -> None:
             np.testing.assert_array_equal(mine, theirs, err_msg=name)
 
 
+def test_steps_of_up_to_sixteen_rows_have_graphs(build: Build) -> None:
+    for tokens, graphs in ((16, 1), (17, 0)):
+        backend, cuda, _ = build(chunk=20, capacity=64)
+        for _ in range(3):
+            backend.step_greedy(np.ones((BATCH, tokens), np.int64), np.full(BATCH, tokens, np.int32))
+        assert (len(cuda.graphs), cuda.replays) == (graphs, graphs)
+
+
 def test_a_captured_step_is_recorded_on_the_thread_that_warmed_it(build: Build) -> None:
     backend, cuda, _ = build()
     ids, new = np.ones((BATCH, 1), np.int64), np.ones(BATCH, np.int32)

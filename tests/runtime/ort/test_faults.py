@@ -76,7 +76,11 @@ def test_nothing_on_the_host_is_overwritten_before_the_gpu_has_read_it(build: Bu
 
     both(lambda b: b.step(np.arange(19 * BATCH).reshape(BATCH, 19), np.array([19, 12, 5], np.int32))[[0, 1, 2]])
     for token in range(5):
-        both(lambda b, t=token: b.step_greedy(fed(t), ONE))
+
+        def one(b: Any, token: int = token) -> Any:
+            return b.step_greedy(fed(token), ONE)
+
+        both(one)
     cuts: list[Callable[[Any], Any]] = [
         lambda b: b.step_greedy(fed(9), ONE), lambda b: b.step(fed(1, 2, 3, 4, 5, 6, 7, 8, 9), 9 * ONE), lambda b: b.step_row(1, np.arange(30, 39)),
     ]
@@ -97,6 +101,22 @@ def test_nothing_on_the_host_is_overwritten_before_the_gpu_has_read_it(build: Bu
         for (name, mine), theirs in zip(late.cached(row).items(), plain.cached(row).values(), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5, err_msg=name)
     assert (cuda.replays > 0) == graph
+
+
+def test_after_a_step_that_failed_the_gpu_is_told_the_lengths(build: Build, bundles: Callable[..., Bundle]) -> None:
+    """Also where they are those again that the last good step left."""
+    backend, _, fake = build()
+    plain = OrtBackend(bundles("fp32"), batch=BATCH, capacity=CAPACITY, threads=1)
+    for one in (backend, plain):
+        one.step(np.ones((BATCH, 2), np.int64), 2 * ONE)
+        one.rewind(0, 1)
+    fake.failing = "no"
+    with pytest.raises(SessaError):
+        backend.step_greedy(fed(5), ONE)
+    fake.failing = None
+    for one in (backend, plain):
+        one.copy_row(1, 0, 2)
+    np.testing.assert_allclose(backend.step(fed(6), ONE), plain.step(fed(6), ONE), rtol=1e-5, atol=1e-5)
 
 
 def test_ctrl_c_in_a_capture_leaves_no_half_graph(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
