@@ -159,7 +159,7 @@ def _weights(state: dict[str, Tensor], name: str, values: list[onnx.ValueInfoPro
 
         def load() -> memoryview:
             tensor = stored(part)
-            tensor = (tensor.t() if value.name.removesuffix(contract.QUANTISED).endswith(passes.TRANSPOSED) else tensor).contiguous()
+            tensor = (tensor.t() if value.name.endswith(passes.TRANSPOSED) else tensor).contiguous()
             if tuple(tensor.shape) != dims:
                 raise RuntimeError(f"{value.name} is {tuple(tensor.shape)}, the graph wants {dims}")
             return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)

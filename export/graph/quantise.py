@@ -2,13 +2,14 @@
 
 A matrix (out, in) becomes q = round(w / scale), one scale an output channel, symmetric: scale = max|w| / 127 for int8 and / 448 for fp8 (E4M3), in float32,
 rounded to nearest even as QuantizeLinear does. In the graph the matrix is DequantizeLinear(q, scale), which gives float32, with a Cast behind it where the
-graph stores 16 bits: scales of 16 bits would round what the dequantised weights are, and opset 17 knows none.
+graph stores 16 bits: scales of 16 bits would round what the dequantised weights are, and opset 17 knows none. Where a product reads it transposed a Transpose
+follows: a DequantizeLinear right before a MatMul is taken by ONNX Runtime for leave to round the activations to 8 bits too (seen with 1.32: logits off by 2e-3).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from onnx import GraphProto, TensorProto, helper
@@ -95,8 +96,19 @@ def rounded(weight: Tensor, weights: str, dtype: torch.dtype = torch.float32) ->
     return dequantise(*quantise(weight, weights), dtype)
 
 
+def change(config: SessaConfig, weights: Weights | None, dtype: torch.dtype = torch.float32) -> Callable[[str, Tensor], Tensor] | None:
+    """What load_checkpoint is to take in place of each tensor, so that a model computes with the weights that a bundle stores; None: those of the checkpoint.
+
+    dtype: in which q * scale is computed.
+    """
+    if weights is None:
+        return None
+    form, eight = weights.format, set(quantised(config, weights))
+    return lambda name, x: rounded(x, form, dtype) if name in eight else x
+
+
 def store(graph: GraphProto, names: Collection[str], weights: str, storage: int) -> None:
-    """Give out the named weights, which are inputs of the graph, by DequantizeLinear of two inputs in their place: `name`.q and `name`.scale.
+    """Give out the named weights, which are inputs of the graph, by DequantizeLinear of two inputs in their place, see `store_names`.
 
     storage: ONNX type of the graph. The value behind the last node has the weight's name, so that nothing else of the graph changes.
     """
@@ -105,15 +117,18 @@ def store(graph: GraphProto, names: Collection[str], weights: str, storage: int)
         if value.name not in names:
             inputs.append(value)
             continue
-        dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
-        axis, stem = channel_axis(value.name), value.name.removesuffix(TRANSPOSED)
+        dims, flipped = [d.dim_value for d in value.type.tensor_type.shape.dim], value.name.endswith(TRANSPOSED)
+        dims = dims[::-1] if flipped else dims
         q, scale = store_names(value.name)
-        inputs += [helper.make_tensor_value_info(q, WEIGHT_FORMATS[weights].onnx, dims),
-                   helper.make_tensor_value_info(scale, TensorProto.FLOAT, [dims[axis]])]
-        wide = value.name if storage == TensorProto.FLOAT else f"{stem}/DequantizeLinear:0"
-        nodes.append(helper.make_node("DequantizeLinear", [q, scale], [wide], name=f"{stem}/DequantizeLinear", axis=axis))
-        if wide != value.name:
-            nodes.append(helper.make_node("Cast", [wide], [value.name], name=f"{stem}/Cast", to=storage))
+        inputs += [helper.make_tensor_value_info(q, WEIGHT_FORMATS[weights].onnx, dims), helper.make_tensor_value_info(scale, TensorProto.FLOAT, dims[:1])]
+        steps = [("DequantizeLinear", {"axis": 0}), *([("Cast", {"to": storage})] if storage != TensorProto.FLOAT else []),
+                 *([("Transpose", {"perm": [1, 0]})] if flipped else [])]
+        read = [q, scale]
+        for op, attributes in steps:
+            node = f"{value.name.removesuffix(TRANSPOSED)}/{op}"
+            given = value.name if op == steps[-1][0] else f"{node}:0"
+            nodes.append(helper.make_node(op, read, [given], name=node, **attributes))
+            read = [given]
     copies = [type(value).FromString(value.SerializeToString()) for value in inputs]
     del graph.input[:]
     graph.input.extend(copies)
@@ -121,13 +136,9 @@ def store(graph: GraphProto, names: Collection[str], weights: str, storage: int)
 
 
 def store_names(name: str) -> list[str]:
-    """Names of the values q and of the scales of a weight, given its own name in the file: layers.0.W_in.weight.T.q and layers.0.W_in.weight.scale."""
-    return [name + QUANTISED, name.removesuffix(TRANSPOSED) + SCALE]
-
-
-def channel_axis(name: str) -> int:
-    """Which axis of a weight, as the file holds it, counts its output channels."""
-    return 1 if name.endswith(TRANSPOSED) else 0
+    """Names of the values q (out, in) and of the scales (out,) of a weight, given its own name in the file, which may say that it is transposed."""
+    stem = name.removesuffix(TRANSPOSED)
+    return [stem + QUANTISED, stem + SCALE]
 
 
 def _kind(name: str) -> str:
