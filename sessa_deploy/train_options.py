@@ -31,7 +31,8 @@ class TrainOptions:
     accumulate: micro-batches a step; context: tokens a window. lr: peak; warmup: steps, 0 for none, None for 2% (at most 500); the cosine ends at 0.
     max_seconds: end of the schedule by the clock, should it come before `steps` (such a run is not reproducible). held_out: fraction of files.
     precision: "bf16" (autocast) or "fp32"; "auto" is bf16 on a GPU. store: storage type of the checkpoint. init_from: a checkpoint whose weights,
-    configuration and tokenizer the run begins with, None for random weights; init_config: its config.json where none lies beside it.
+    configuration and tokenizer the run begins with, None for random weights; init_config: its config.json where none lies beside it. keep_sample: leave the
+    beginning of the held-out text in the checkpoint; data_licence: of the text, for its card.
     Numpy's numbers are taken too. Raises UserError out of range.
     """
 
@@ -59,6 +60,8 @@ class TrainOptions:
     max_seconds: float | None = None
     init_from: str | None = None
     init_config: str | None = None
+    keep_sample: bool = False
+    data_licence: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("data", "out"):
@@ -80,6 +83,8 @@ class TrainOptions:
                 raise UserError(f"{name} is unknown", got=getattr(self, name), allowed=", ".join(allowed))
         if isinstance(self.extensions, str) or not all(isinstance(x, str) and x.lstrip(".") for x in self.extensions):
             raise UserError("extensions are no list of file name endings", got=repr(self.extensions), allowed="such as ('py', 'md')")
+        if self.data_licence is not None and not self.keep_sample:
+            raise UserError("the licence is for the card of a sample", got=f"--data-licence {self.data_licence}", fix="add --keep-sample, or leave it out")
         if self.init_config is not None and self.init_from is None:
             raise UserError("a configuration belongs to a checkpoint to start from", got=f"--config {self.init_config}", fix="add --init-from CHECKPOINT")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sessa_deploy.checkpoint import expected_shapes, load_checkpoint, save_checkpoint
 from sessa_deploy.config import SessaConfig
+from sessa_deploy.contract import SAMPLE_FILE
 from sessa_deploy.data import Batches, Corpus
 from sessa_deploy.errors import UserError
 from sessa_deploy.files import write_whole
@@ -25,6 +26,7 @@ from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.tokenizer import Tokenizer
 from sessa_deploy.train_log import LOG_FILE, PLOT_FILE, REPORT_FILE, Row, read_log, write_log, write_plot, write_report
 from sessa_deploy.train_options import TrainOptions
+from sessa_deploy.train_sample import held_out_sample, sample_card
 
 RESUME_FILE, CHECKPOINT_DIR = "resume.pt", "checkpoint"
 RUN_FILES = (CHECKPOINT_DIR, RESUME_FILE, LOG_FILE, PLOT_FILE, REPORT_FILE)
@@ -166,6 +168,8 @@ class Run:
             write_whole(self.folder / RESUME_FILE, data.getvalue(), "--out", "the run")
             self.saved_step = self.step
             save_checkpoint(self.model, self.folder / CHECKPOINT_DIR, dtype=self.options.store, tokenizer=self.tokenizer.to_json(), card=self._card())
+            if self.options.keep_sample:
+                write_whole(self.folder / CHECKPOINT_DIR / SAMPLE_FILE, held_out_sample(self.corpus, self.tokenizer), "--out", "the sample")
             self.unsaved = False
         except UserError as error:
             if self.saved_step is None:
@@ -174,13 +178,14 @@ class Run:
             raise UserError(error.what, error.got, error.allowed, f"{error.fix}; the run goes on from step {self.saved_step} with: {again}") from None
 
     def _card(self) -> str | None:
-        """MODEL_CARD.md of a model that began as another one; one that began with random weights has its report alone."""
+        """MODEL_CARD.md of a model that began as another one, or that keeps a sample; another one has its report alone."""
+        kept = sample_card(self.corpus, Path(self.options.data).name, self.options.data_licence) if self.options.keep_sample else None
         if self.origin is None:
-            return None
+            return kept and f"# Trained by sessa-deploy\n\n{kept}"
         name, windows = self.origin["checkpoint"], self.options.batch_size * self.options.accumulate
         return (f"# Continued from {name}\n\nThe run began with the weights of `{name}` (SHA-256 of its tensors in float32: "
                 f"`{self.origin['weights_sha256']}`) and a fresh optimizer, and trained {self.step} steps of {windows} windows of {self.options.context} "
-                f"tokens on {self.corpus.train_bytes:,} bytes of text. Vocabulary, special tokens and shape are that checkpoint's.\n")
+                f"tokens on {self.corpus.train_bytes:,} bytes of text. Vocabulary, special tokens and shape are that checkpoint's.\n" + (f"\n{kept}" if kept else ""))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what `save` wrote. Raises UserError when the text has changed or the state does not fit the model."""

@@ -200,7 +200,7 @@ def _with(model: SessaLM, changed: Mapping[str, Tensor]) -> SessaLM:
 
 
 def _bits(likelihood: float, size: int) -> float:
-    return -likelihood / (np.log(2.0) * size)
+    return float(-likelihood / (np.log(2.0) * size))
 
 
 def _loss(before: float, after: float) -> float:
