@@ -73,8 +73,8 @@ def export_bundle(
     """Export a checkpoint as the bundle `out`: model.onnx (and .data), tokenizer.json, manifest.json; whole or not at all. Returns `out`.
 
     config: where the checkpoint holds none. The checkpoint's own tokenizer.json is taken; without one the byte-level tokenizer is, if the
-    vocabulary is its size, else none. weights, keep: of export_onnx. note: hears a line of each thing that was passed over. Raises UserError as load_for_export, export_onnx and the
-    bundle's writer do.
+    vocabulary is its size, else none. weights, keep: of export_onnx. note: hears a line of each thing that was passed over. Raises UserError as
+    load_for_export, export_onnx and the bundle's writer do.
     """
     from sessa_deploy.checkpoint import load_for_export
 
@@ -91,7 +91,7 @@ def export_bundle(
             (writer.folder / contract.TOKENIZER_FILE).write_bytes(tokenizer)
         writer.commit(model.config, precision, _versions(), opset, small)
     if model.config.tie_word_embeddings and quantise.HEAD in quantise.quantised(model.config, small) and note is not None:
-        note(f"{quantise.HEAD}: stored in 8 bits as a tensor of its own; embedding.weight, which it is tied to, stays in {precision} (--keep lm_head ties them)")
+        note(f"{quantise.HEAD}: stored in 8 bits as a tensor of its own; embedding.weight, which it is tied to, stays {precision} (--keep lm_head ties them)")
     if writer.kept and note is not None:
         note(one_line(f"{out}: left as they are, since they are not the bundle's: {', '.join(writer.kept[:6])}{' ...' if len(writer.kept) > 6 else ''}"))
     return Path(out)

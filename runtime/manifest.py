@@ -103,7 +103,7 @@ def parse_manifest(raw: bytes, path: Path) -> dict[str, Any]:
 def _check_weights(weights: Any, path: Path) -> None:
     """Raise UserError unless this is what a manifest says of weights in 8 bits; one without the key has none."""
     kept = weights.get("kept") if isinstance(weights, dict) else None
-    if not isinstance(weights, dict) or weights.get("format") not in WEIGHT_FORMATS:
+    if not isinstance(weights, dict) or weights.get("format") not in list(WEIGHT_FORMATS):
         raise bad(f"{MANIFEST_FILE} has weights of an unknown format", path, got=repr(weights)[:80], allowed=", ".join(WEIGHT_FORMATS))
     if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
         raise bad(f"{MANIFEST_FILE} has a bad list of kept weights", path, got=repr(kept)[:80], allowed="a list of names")

@@ -145,7 +145,8 @@ def _value(onnx: Any, value: Any) -> dict[str, Any]:
 
 
 def describe_bundle(path: Path, verify: bool = True) -> dict[str, Any]:
-    """config, precision, weights (None: none in 8 bits), opset, versions, files with size and checksum, engines and the bytes each adds, and whether everything matches the manifest."""
+    """config, precision, weights (None: none in 8 bits), opset, versions, files with size and checksum, engines and the bytes each adds, and whether everything
+    matches the manifest."""
     from sessa_deploy.runtime.bundle import Bundle
 
     out: dict[str, Any] = {"kind": "bundle", "path": str(path)}

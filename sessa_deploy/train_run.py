@@ -185,7 +185,8 @@ class Run:
         name, windows = self.origin["checkpoint"], self.options.batch_size * self.options.accumulate
         return (f"# Continued from {name}\n\nThe run began with the weights of `{name}` (SHA-256 of its tensors in float32: "
                 f"`{self.origin['weights_sha256']}`) and a fresh optimizer, and trained {self.step} steps of {windows} windows of {self.options.context} "
-                f"tokens on {self.corpus.train_bytes:,} bytes of text. Vocabulary, special tokens and shape are that checkpoint's.\n" + (f"\n{kept}" if kept else ""))
+                f"tokens on {self.corpus.train_bytes:,} bytes of text. Vocabulary, special tokens and shape are that checkpoint's.\n"
+                + (f"\n{kept}" if kept else ""))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what `save` wrote. Raises UserError when the text has changed or the state does not fit the model."""

@@ -27,5 +27,5 @@ def sample_card(corpus: Corpus, data: str, licence: str | None) -> str:
     """The section of MODEL_CARD.md about the sample: where it is from, and under which licence."""
     names = ", ".join(f"`{name}`" for name in corpus.held_out_files[:8]) + (" ..." if len(corpus.held_out_files) > 8 else "")
     terms = licence or "not stated (train --data-licence): say here which it is before you publish the checkpoint"
-    return (f"## {SAMPLE_FILE}\n\nThe beginning of the held-out text, at most 64 KiB, on which `sessa-deploy validate` judges weights in 8 bits; the model was not "
-            f"trained on it. Source: `{data}`, of its files {names}. Licence: {terms}.\n")
+    return (f"## {SAMPLE_FILE}\n\nThe beginning of the held-out text, at most 64 KiB, on which `sessa-deploy validate` judges weights in 8 bits; the "
+            f"model was not trained on it. Source: `{data}`, of its files {names}. Licence: {terms}.\n")

@@ -3,13 +3,14 @@
 A matrix (out, in) becomes q = round(w / scale), one scale an output channel, symmetric: scale = max|w| / 127 for int8 and / 448 for fp8 (E4M3), in float32,
 rounded to nearest even as QuantizeLinear does. In the graph the matrix is DequantizeLinear(q, scale), which gives float32, with a Cast behind it where the
 graph stores 16 bits: scales of 16 bits would round what the dequantised weights are, and opset 17 knows none. Where a product reads it transposed a Transpose
-follows: a DequantizeLinear right before a MatMul is taken by ONNX Runtime for leave to round the activations to 8 bits too (seen with 1.32: logits off by 2e-3).
+follows: a DequantizeLinear right before a MatMul is to ONNX Runtime leave to round the activations to 8 bits too (seen with 1.32: logits off by 2e-3).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from onnx import GraphProto, TensorProto, helper
@@ -66,7 +67,8 @@ def check(weights: str | None, keep: Sequence[str], opset: int | None) -> None:
         raise UserError("no such format of weights", got=weights, allowed=", ".join(WEIGHT_FORMATS))
     least = WEIGHT_FORMATS[weights].opset
     if opset is not None and opset < least:
-        raise UserError(f"{weights} weights need a later opset", got=f"opset {opset}", allowed=f"{least} or later", fix=f"add --opset {least}, or --weights int8")
+        raise UserError(f"{weights} weights need a later opset", got=f"opset {opset}", allowed=f"{least} or later",
+                        fix=f"add --opset {least}, or --weights int8")
 
 
 def quantised(config: SessaConfig, weights: Weights | None) -> list[str]:
@@ -121,8 +123,9 @@ def store(graph: GraphProto, names: Collection[str], weights: str, storage: int)
         dims = dims[::-1] if flipped else dims
         q, scale = store_names(value.name)
         inputs += [helper.make_tensor_value_info(q, WEIGHT_FORMATS[weights].onnx, dims), helper.make_tensor_value_info(scale, TensorProto.FLOAT, dims[:1])]
-        steps = [("DequantizeLinear", {"axis": 0}), *([("Cast", {"to": storage})] if storage != TensorProto.FLOAT else []),
-                 *([("Transpose", {"perm": [1, 0]})] if flipped else [])]
+        steps: list[tuple[str, dict[str, Any]]] = [("DequantizeLinear", {"axis": 0})]
+        steps += [("Cast", {"to": storage})] if storage != TensorProto.FLOAT else []
+        steps += [("Transpose", {"perm": [1, 0]})] if flipped else []
         read = [q, scale]
         for op, attributes in steps:
             node = f"{value.name.removesuffix(TRANSPOSED)}/{op}"

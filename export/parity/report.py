@@ -128,8 +128,8 @@ def _facts(report: Report) -> str:
 
 
 _MEANING = {ORACLE: "float64, token by token: the truth", PLAIN: "the textbook ops at the bundle's precision: the yardstick",
-            "torch": "the model at the bundle's precision", "worth": "its 8-bit weights beside the checkpoint's, on text", "ort": "model.onnx in ONNX Runtime, CPU", "ort-cuda": "ONNX Runtime, GPU",
-            "trt": "the TensorRT engine"}
+            "torch": "the model at the bundle's precision", "worth": "its 8-bit weights beside the checkpoint's, on text",
+            "ort": "model.onnx in ONNX Runtime, CPU", "ort-cuda": "ONNX Runtime, GPU", "trt": "the TensorRT engine"}
 
 
 def _score(c: Comparison) -> str:

@@ -63,7 +63,7 @@ class Report:
         line = (f"{found['format']} takes {found['loss_percent']:+.3f}% bits per byte ({found['bits_per_byte']:.4f} for {found['original_bits_per_byte']:.4f}; "
                 f"at most +{max_loss:g}%), KL {found['kl']:.1e} nats a token, greedy agreement {found['agreement']:.2%}, on {found['tokens']} tokens of "
                 f"{', '.join(found['texts'])}; the layer that costs most is {costliest['name']} (KL {costliest['kl']:.1e} alone)")
-        self.worth = {"passed": passed, "line": line, "max_loss_percent": max_loss, **found}
+        self.worth = {**found, "passed": passed, "line": line, "max_loss_percent": max_loss}
 
     def verdicts(self) -> list[str]:
         """Of weights in 8 bits, the two verdicts: whether the numbers are those of the weights as they are stored, and what these are worth."""
@@ -107,7 +107,8 @@ class Report:
             "schema_version": REPORT_SCHEMA, "passed": self.passed, "line": self.line(), "failure": failure, "precision": self.precision,
             "config": self.config.to_dict(), "environment": self.environment, "seconds": round(self.seconds, 1), "rungs": self.rungs, "cases": self.cases,
             "weights": self.weights, "exactness": None if self.worth is None else {"passed": self.failure is None, "line": self.verdicts()[0]},
-            "worth": None if self.worth is None else _plain(self.worth), "worst": [c.to_dict() for c in self.worst()], "tokens": [t.to_dict() for t in self.tokens],
+            "worth": None if self.worth is None else _plain(self.worth),
+            "worst": [c.to_dict() for c in self.worst()], "tokens": [t.to_dict() for t in self.tokens],
             "fp16_max": FP16_MAX,
             "headroom": {rung: {key: [plain_number(float(v)) for v in row] for key, row in rows.items()} for rung, rows in self.headroom.items()},
         }

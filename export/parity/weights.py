@@ -63,8 +63,8 @@ def check_weights(
             want = [_array(x) for x in quantise(tensor, weights.format)]
             parts = store_names(name)
             if any(named.get(part) != _digest(x) for part, x in zip(parts, want, strict=True)):
-                held = {part: x for part, x in _constants(model) if part in parts}
-                missing.append((name, quantised_fault(*(held.get(part) for part in parts), *want, weights.format)))
+                found = {part: x for part, x in _constants(model) if part in parts}
+                missing.append((name, quantised_fault(found.get(parts[0]), found.get(parts[1]), want[0], want[1], weights.format)))
             continue
         x = _array(cast(name, tensor, storage))
         if name in named:

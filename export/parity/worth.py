@@ -125,8 +125,8 @@ def _first(text: str) -> str:
 def require_tokenizer(bundle: Bundle) -> None:
     """Raise UserError where no text can be read for lack of a tokenizer."""
     if TOKENIZER_FILE not in bundle:
-        raise UserError("weights in 8 bits are judged on text, and the bundle has no tokenizer", got=str(bundle.path), allowed=f"a bundle with {TOKENIZER_FILE}",
-                        fix="put the tokenizer.json that the model was trained with into the checkpoint, and export again")
+        raise UserError("weights in 8 bits are judged on text, and the bundle has no tokenizer", got=str(bundle.path),
+                        allowed=f"a bundle with {TOKENIZER_FILE}", fix="put the tokenizer.json that the model was trained with into the checkpoint, and export again")
 
 
 def save_texts(texts: Mapping[str, str], folder: Path) -> None:

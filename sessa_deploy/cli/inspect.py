@@ -150,7 +150,8 @@ def _weights(said: Any) -> dict[str, object]:
 def _bundle(console: Any, found: dict[str, Any], limit: int | None) -> None:
     versions = found["versions"] if isinstance(found["versions"], dict) else {}
     _facts(console, f"bundle {found['path']}", {
-        "precision": found["precision"], **_weights(found.get("weights")), "opset": found["opset"], "schema": found["schema_version"], "size": size(found["bytes"]),
+        "precision": found["precision"], **_weights(found.get("weights")),
+        "opset": found["opset"], "schema": found["schema_version"], "size": size(found["bytes"]),
         "engines": ", ".join(f"{n} (adds {size(found['engine_bytes'][n])})" for n in found["engines"]) or "none",
         **_engine(found.get("engine_here")), **_prepared(found), "versions": _pairs(versions), **_config(found["config"]),
     })

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 @click.option("--compare", type=PLACE, metavar="DIR", help="Judge the tensors in DIR, dumped by another machine or interpreter.")
 @click.option("--python", "python", type=PLACE, help="Interpreter for the engines' rungs, where they need another one.")
 @click.option("--length", "lengths", multiple=True, type=POSITIVE_INT, help="Judge a prefill of this many tokens too, even beyond max_context. Repeat it.")
-@click.option("--text", "texts", type=PATH, multiple=True, metavar="FILE", help="Judge a text too, encoded by the bundle's tokenizer; - for standard input. Weights in 8 bits are judged on it; default: held_out.txt beside the checkpoint.")
+@click.option("--text", "texts", type=PATH, multiple=True, metavar="FILE",
+              help="Judge a text too, encoded by the bundle's tokenizer; - for standard input. Weights in 8 bits are "
+                   "judged on it; default: the checkpoint's held_out.txt.")
 @click.option("--max-loss", type=NOT_NEGATIVE, metavar="PERCENT",
               help="Of weights in 8 bits: more bits per byte than the original ones may cost; default: 0.5 for int8, 1 for fp8.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the token ids.")

@@ -95,7 +95,8 @@ TABLE: dict[str, dict[str, Row]] = {
     "export": {
         "CHECKPOINT": place("nowhere"), "--out": place(), "--precision": choice("fp32", "fp16", "bf16"), "--opset": integer(17, 23),
         "--config": place("nowhere"), "--all-logits": FLAG, "--weights": choice("int8", "fp8"),
-        "--keep": Row((("lm_head", ("lm_head",)), ("layers.0, mixer.q_proj", ("layers.0", "mixer.q_proj"))), ("", " ", ",", "lm_head,", ",x", "a,,b", "a\nb"), ("nope",)),
+        "--keep": Row((("lm_head", ("lm_head",)), ("layers.0, mixer.q_proj", ("layers.0", "mixer.q_proj"))),
+                      ("", " ", ",", "lm_head,", ",x", "a,,b", "a\nb"), ("nope",)),
     },
     "validate": {
         "BUNDLE": place("nowhere"), "--checkpoint": place(), "--config": place(), "--backend": BACKEND, "--json": place(),

@@ -83,7 +83,8 @@ def test_what_is_kept(keep: list[str], left: int) -> None:
 
 @pytest.mark.parametrize(("arguments", "says"), [
     (("int8", ["embedding"], 17), "lm_head, layers.0 to layers.1 whole, one of W_in"), (("int8", ["layers.2"], 17), "--keep layers.2"),
-    (("int8", ["layers.0.ln"], 17), "no such tensor to keep"), (("int4", [], 17), "int8, fp8"), (("fp8", [], 18), "--opset 19"), ((None, ["lm_head"], 17), "without --weights"),
+    (("int8", ["layers.0.ln"], 17), "no such tensor to keep"), (("int4", [], 17), "int8, fp8"), (("fp8", [], 18), "--opset 19"),
+    ((None, ["lm_head"], 17), "without --weights"),
     (("int8", ["layers.0", "layers.1", "lm_head"], 17), "nothing is left"),
 ])  # fmt: skip
 def test_what_is_refused(arguments: tuple[str | None, list[str], int], says: str) -> None:
