@@ -126,7 +126,7 @@ def require_tokenizer(bundle: Bundle) -> None:
     """Raise UserError where no text can be read for lack of a tokenizer."""
     if TOKENIZER_FILE not in bundle:
         raise UserError("weights in 8 bits are judged on text, and the bundle has no tokenizer", got=str(bundle.path),
-                        allowed=f"a bundle with {TOKENIZER_FILE}", fix="put the tokenizer.json that the model was trained with into the checkpoint, and export again")
+                        allowed=f"a bundle with {TOKENIZER_FILE}", fix="export again, with the tokenizer.json of the model in the checkpoint")
 
 
 def save_texts(texts: Mapping[str, str], folder: Path) -> None:
