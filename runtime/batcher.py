@@ -33,9 +33,10 @@ _log = logging.getLogger(__name__)
 class Batcher:
     """Requests on the slots of one open backend, which nobody else may use meanwhile. Whoever opened the backend closes it, after `close`.
 
-    tokenizer: gives events their text and finds stop strings; without one there are ids alone. chunk: tokens of a prompt that are read at once; None takes
-    what suits the backend. queue: requests that may wait for a slot; queue_timeout: seconds that one may, None: for ever. eos: tokens that end an answer;
-    None takes the model's. prefix_reuse: whether a prompt takes over what caches hold of its beginning. clock: seconds, for tests.
+    tokenizer: gives events their text and finds stop strings; without one there are ids alone. chunk: tokens of a prompt that are read at once, and the
+    grain in which prompts share beginnings; None takes what suits the backend. queue: requests that may wait for a slot; queue_timeout: seconds that one
+    may, None: for ever. eos: tokens that end an answer; None takes the model's. prefix_reuse: whether a prompt takes over what caches hold of its
+    beginning. clock: seconds, for tests.
 
     `start` runs it on a thread of its own; without that, each call of `turn` does a turn's work on the caller's.
     """
@@ -43,7 +44,7 @@ class Batcher:
     def __init__(self, backend: Backend, tokenizer: Tokenizer | None = None, chunk: int | None = None, queue: int = 256, queue_timeout: float | None = 30.0,
                  eos: Iterable[int] | None = None, prefix_reuse: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self.backend, self.tokenizer = backend, tokenizer
-        self.chunk = backend.best_chunk if chunk is None else integer("chunk", chunk, 1)
+        self.chunk = min(backend.best_chunk, backend.turn_chunk) if chunk is None else integer("chunk", chunk, 1)
         self._limit = integer("queue", queue, 0)
         found = None if queue_timeout is None else as_number(queue_timeout)
         if queue_timeout is not None and (found is None or not found > 0):
@@ -59,7 +60,7 @@ class Batcher:
         self._accepting, self._stopping, self._swept = True, False, True
         self._evicted: str | None = None  # why all that are left have to go
         self._turns = Turns(backend, tokenizer, self.chunk, eos_tokens, bool(prefix_reuse), clock, self._tell, self._over)
-        self._stats = self._turns.stats
+        self._slots, self._stats = self._turns.slots, self._turns.stats
         self._thread: threading.Thread | None = None
 
     def submit(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Handle:
@@ -130,7 +131,7 @@ class Batcher:
             found = copy.deepcopy(self._stats)
             found.queued = len(self._waiting)
         found.reading, found.running, found.ready = len(self._turns.reading), len(self._turns.running), self.ready
-        found.resting = self._turns.slots.resting
+        found.resting = self._slots.resting
         return found
 
     def turn(self) -> bool:
@@ -204,7 +205,7 @@ class Batcher:
 
     def _admit(self) -> None:
         """Give free slots to those that wait, in their order."""
-        while self._turns.slots.free:
+        while self._slots.free:
             with self._lock:
                 if not self._waiting:
                     return
@@ -215,7 +216,6 @@ class Batcher:
         self._tell(task, event)
         with self._lock:
             self._inflight -= 1
-            self._stats.finished[event.finish or "error"] += 1
             self._lock.notify_all()
 
     def _tell(self, task: Task, event: Event) -> None:

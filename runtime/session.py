@@ -16,7 +16,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend, outside_vocabulary
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.engines import open_backend
-from sessa_deploy.runtime.generation import Row, check_fits, decode, pick_all
+from sessa_deploy.runtime.generation import Row, check_fits, decode, look_all
 from sessa_deploy.runtime.sampling import Sampler, SamplingParams
 from sessa_deploy.runtime.tokenizer import Tokenizer
 
@@ -71,7 +71,7 @@ class Session:
         chunk = None if chunk is None else integer("chunk", chunk, 1)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.config, self._progress = self.bundle.config, progress
-        self._tokenizer = _tokenizer(self.bundle) if TOKENIZER_FILE in self.bundle else None
+        self._tokenizer = Tokenizer.of(self.bundle)
         self.backend = backend if isinstance(backend, Backend) else open_backend(self.bundle, backend, max_batch, capacity, threads)
         self.chunk = self.backend.best_chunk if chunk is None else chunk
         self.max_batch, self.capacity = self.backend.batch, self.backend.capacity
@@ -185,11 +185,12 @@ class Session:
                     limits[row], self.capacity) for row, feed in enumerate(feeds) if feed is not None]
         found: list[int | NDArray[np.float32]] = [logits[row.index] for row in rows]
         while rows:
-            picked = pick_all(rows, found)
-            for token in picked:
-                if isinstance(token, Exception):
-                    raise token
-            drawn = [row.take(token, what) for row, token, what in zip(rows, picked, found, strict=True) if isinstance(token, int)]
+            looks = []
+            for look in look_all(rows, found):
+                if isinstance(look, Exception):
+                    raise look
+                looks.append(look)
+            drawn = [row.take(look) for row, look in zip(rows, looks, strict=True)]
             chunks = [Chunk(row.index, one.token, one.text, one.finish) for row, one in zip(rows, drawn, strict=True)]
             for row in rows:
                 self._slots[row.index].pending += 1
@@ -281,8 +282,3 @@ def _limits(max_new_tokens: int | Sequence[int | None] | None, prompts: int) -> 
             raise UserError("max_new_tokens has the wrong length", got=len(max_new_tokens), allowed=f"one, or one for each of {prompts} prompts")
         return [None if limit is None else integer("max_new_tokens", limit, 1) for limit in max_new_tokens]
     return [None if max_new_tokens is None else integer("max_new_tokens", max_new_tokens, 1)] * prompts
-
-
-def _tokenizer(bundle: Bundle) -> Tokenizer:
-    """The bundle's tokenizer, of the very bytes that match the manifest."""
-    return Tokenizer.from_json(bundle.read(TOKENIZER_FILE).decode("utf-8", "surrogateescape"), str(bundle.file(TOKENIZER_FILE)))
