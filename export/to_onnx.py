@@ -21,7 +21,7 @@ from sessa_deploy.export.graph.capture import EXPORTER_OPSET, capture
 from sessa_deploy.export.graph.functions import functions
 from sessa_deploy.export.graph.writer import INLINE_LIMIT, Weight, write_model
 from sessa_deploy.model import SessaLM
-from sessa_deploy.runtime.bundle import BundleWriter, Weights
+from sessa_deploy.runtime.bundle import BundleWriter
 
 # Lowest IR version that goes with each opset, so that old readers take the file: TensorRT 8.6 knows 8, the first with functions.
 _IR_VERSION = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
@@ -110,7 +110,7 @@ def _check(precision: str, opset: int) -> None:
 
 
 def _graph_model(
-    config: SessaConfig, precision: str, opset: int, all_logits: bool, small: Weights | None = None
+    config: SessaConfig, precision: str, opset: int, all_logits: bool, small: contract.Weights | None = None
 ) -> tuple[ModelProto, dict[str, list[onnx.ValueInfoProto]]]:
     """The model without its weights, checked, and what to store: a weight's name in the graph -> name, type and shape in the file, of a matrix in 8 bits
     those of q and scale."""
@@ -147,7 +147,7 @@ def _graph_model(
     return model, {name: [values[x] for x in files[name]] for name in names}
 
 
-def _weights(state: dict[str, Tensor], name: str, values: list[onnx.ValueInfoProto], precision: str, small: Weights | None) -> list[Weight]:
+def _weights(state: dict[str, Tensor], name: str, values: list[onnx.ValueInfoProto], precision: str, small: contract.Weights | None) -> list[Weight]:
     """How to get one weight's bytes, cast and transposed at the moment it is written; of a matrix in 8 bits those of q, then of its scales."""
     name = name.removeprefix("model.")
     source = state[name]

@@ -14,12 +14,11 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.contract import BUNDLE_SCHEMA, DEFAULT_OPSET, MANIFEST_FILE, MODEL_DATA_FILE, MODEL_FILE
+from sessa_deploy.contract import BUNDLE_SCHEMA, DEFAULT_OPSET, MANIFEST_FILE, MODEL_DATA_FILE, MODEL_FILE, Weights
 from sessa_deploy.errors import UserError
 from sessa_deploy.process import command
 from sessa_deploy.reading import identity, open_plain
@@ -31,21 +30,6 @@ _BLOCK = 1 << 20
 _LIMIT = 16 << 20
 _KEYS = ("schema_version", "config", "precision", "opset", "files", "versions")
 Source = Path | str | bytes
-
-
-@dataclass(frozen=True)
-class Weights:
-    """How a bundle stores its matrices: the format ("int8" or "fp8", see contract.WEIGHT_FORMATS), and which of them stay in the bundle's precision."""
-
-    format: str
-    kept: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.format}, kept in the precision: {', '.join(self.kept)}" if self.kept else self.format
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as in the manifest."""
-        return {"format": self.format, "kept": list(self.kept)}
 
 
 class Bundle:

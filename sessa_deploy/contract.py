@@ -98,6 +98,21 @@ WEIGHT_FORMATS = {
     "int8": WeightFormat("int8", 3, "int8", 127.0, 17, 0.5),  # -127..127: symmetric
     "fp8": WeightFormat("fp8", 17, "float8_e4m3fn", 448.0, 19, 1.0),  # E4M3
 }
+@dataclass(frozen=True)
+class Weights:
+    """How a bundle stores its matrices: the format ("int8" or "fp8", see WEIGHT_FORMATS), and which of them stay in the bundle's precision."""
+
+    format: str
+    kept: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.format}, kept in the precision: {', '.join(self.kept)}" if self.kept else self.format
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, as in the manifest."""
+        return {"format": self.format, "kept": list(self.kept)}
+
+
 QUANTISED, SCALE = ".q", ".scale"  # suffixes of a matrix's 8-bit values and of its float32 scales, one an output channel, in model.onnx
 
 

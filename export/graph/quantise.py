@@ -18,10 +18,9 @@ from torch import Tensor
 
 from sessa_deploy.checkpoint import expected_shapes
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.contract import QUANTISED, SCALE, WEIGHT_FORMATS
+from sessa_deploy.contract import QUANTISED, SCALE, WEIGHT_FORMATS, Weights
 from sessa_deploy.errors import UserError
 from sessa_deploy.export.graph.passes import TRANSPOSED, set_nodes
-from sessa_deploy.runtime.bundle import Weights
 
 HEAD = "lm_head.weight"
 _GAIN = "gamma_ctx.weight"

@@ -19,11 +19,10 @@ from torch import Tensor
 from sessa_deploy.checkpoint import read_state
 from sessa_deploy.checkpoint_save import cast
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.contract import PRECISIONS, WEIGHT_FORMATS
+from sessa_deploy.contract import PRECISIONS, WEIGHT_FORMATS, Weights
 from sessa_deploy.errors import ParityError
 from sessa_deploy.export.graph.passes import TRANSPOSED
 from sessa_deploy.export.graph.quantise import quantise, quantised, store_names
-from sessa_deploy.runtime.bundle import Weights
 
 _KINDS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE, *(f.onnx for f in WEIGHT_FORMATS.values())}
 
