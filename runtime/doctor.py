@@ -77,6 +77,10 @@ def examine(bundle: Bundle | None = None) -> dict[str, Any]:
             checks.append({"use": "run on TensorRT", "name": f"{one['title']}: this GPU", "found": one["refused"], "state": "optional", "mend": one["mend"]})
     more: dict[str, Any] = {}
     if bundle is not None:
+        if bundle.weights is not None:
+            more["weights"] = bundle.weights.to_dict()
+            checks.append({"use": "run on ONNX Runtime", "name": "the bundle's weights", "found": f"{bundle.weights}; its plain graph runs them", "state": "ok",
+                           "mend": ""})
         here = more["engine"] = engine_here(bundle, gpus)
         found = here["engine"] or f"none would load: {here['why']}"
         checks.append({"use": "run on TensorRT", "name": "the bundle's engine", "found": found, "state": "ok" if here["engine"] else "optional",
@@ -134,6 +138,7 @@ def engine_here(bundle: Bundle, gpus: list[dict[str, Any]]) -> dict[str, Any]:
     installed = {p.name: v for p in api.PRODUCTS if (v := api.installed_version(p)) is not None}
     arch = int(gpus[0]["arch"].removeprefix("sm_")) if gpus else None
     try:
+        bundle.require_wide_weights("a TensorRT engine")
         name = plan.product_for(bundle, arch, installed)
         product = api.product(name) if name in api.NAMES else api.PRODUCTS[0]
         if name is not None and name not in installed:

@@ -64,6 +64,7 @@ class OrtCudaBackend(DeviceBackend):
         self._clock = time.perf_counter()
         self._runtime = load()
         _check_version(self._runtime)
+        bundle.require_wide_weights("the library for ONNX Runtime")
         check_rows(bundle.config, bundle.precision, "ONNX Runtime with our kernels")
         found = ort_prepared.find(bundle)
         if found is None:
@@ -182,6 +183,7 @@ def obstacle(bundle: Bundle) -> str | None:
     slow, absent = "ONNX Runtime runs the bundle's plain graph, without our kernels and many times slower", []
     try:
         _check_version(load())
+        bundle.require_wide_weights("the library")
         check_rows(bundle.config, bundle.precision, "our kernels")
     except UserError as error:
         return f"{slow}: {error.what} (got {error.got}{f'; allowed: {error.allowed}' if error.allowed else ''})"
