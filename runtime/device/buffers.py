@@ -62,6 +62,13 @@ def check_rows(config: SessaConfig, precision: str, engine: str = "TensorRT", fi
             raise UserError(f"this model's width does not run in {engine}", got=got, allowed=allowed, fix=fix)  # fmt: skip
 
 
+def values(raw: bytes, precision: str) -> NDArray[Any]:
+    """What the bytes of a cache hold, flat; bfloat16 comes as float32."""
+    if precision == "bf16":
+        return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, PRECISIONS[precision].numpy)
+
+
 def most_tokens(config: SessaConfig, precision: str, tokens: int) -> int:
     """Tokens, of all sequences together, whose new rows a step may make: `tokens`, or fewer where they would take more than 2 GiB."""
     item = PRECISIONS[precision].itemsize
@@ -183,11 +190,7 @@ class Buffers:
         found: dict[str, NDArray[np.generic]] = {}
         for entry in self.entries:
             raw = self.cuda.read(self._cache(entry, sequence), length * entry.row)
-            if self.precision == "bf16":
-                flat: NDArray[Any] = (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
-            else:
-                flat = np.frombuffer(raw, PRECISIONS[self.precision].numpy)
-            found[entry.past] = flat.reshape(length, *entry.shape).copy()
+            found[entry.past] = values(raw, self.precision).reshape(length, *entry.shape).copy()
         return found
 
     def copy_rows(self, source: int, target: int, length: int) -> None:

@@ -18,6 +18,8 @@ from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, PRECISIONS, cache_entries, cache_row_shape, new_name, past_name
 from sessa_deploy.cuda import Cuda
 from sessa_deploy.errors import UserError
+from sessa_deploy.runtime.device.buffers import values
+from sessa_deploy.runtime.ort.session import element_type
 
 _BITS = {"fp32": ("uint32", 0x7FC00000), "fp16": ("uint16", 0x7E00), "bf16": ("uint16", 0x7FC0)}  # the integer type and its NaN
 
@@ -65,8 +67,7 @@ class DeviceCache:
         self.memory: Cuda | HostMemory = Cuda() if device == "cuda" else HostMemory()
         self._binding: Any = session.io_binding()
         item = PRECISIONS[precision].itemsize
-        # bfloat16 has no numpy type; ONNX Runtime takes ONNX's number for it.
-        self._kind: Any = PRECISIONS[precision].onnx if precision == "bf16" else np.dtype(PRECISIONS[precision].numpy).type
+        self._kind = element_type(precision)
         self._new, self._shapes, self._row, self._values = [], [], [], []
         self._past = [past_name(layer, field) for layer, field in cache_entries(config.n_layers)]
         for layer, field in cache_entries(config.n_layers):
@@ -137,11 +138,7 @@ class DeviceCache:
         self.memory.enter()
         row = self._row[entry]
         raw = self.memory.read(self._values[entry].data_ptr() + sequence * self.capacity * row, length * row)
-        if self._precision == "bf16":
-            flat: NDArray[Any] = (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
-        else:
-            flat = np.frombuffer(raw, self._kind)
-        return flat.reshape(length, *self._shapes[entry]).copy()
+        return values(raw, self._precision).reshape(length, *self._shapes[entry]).copy()
 
     def overwrite(self, sequence: int, raw: bytes) -> None:
         """Lay `raw` over the first rows of every entry of one sequence, as far as it goes: contents for a benchmark."""

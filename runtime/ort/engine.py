@@ -29,7 +29,7 @@ from sessa_deploy.runtime.device.backend import DeviceBackend
 from sessa_deploy.runtime.device.buffers import Buffers, Extent, check_rows, most_tokens
 from sessa_deploy.runtime.device.kernels import images
 from sessa_deploy.runtime.ort import prepared as ort_prepared
-from sessa_deploy.runtime.ort.session import has_all_logits, load, preload, session_options, start
+from sessa_deploy.runtime.ort.session import element_type, has_all_logits, load, preload, session_options, start
 
 _BUILD = library.build_command(None, ORT_ENGINE)
 _UPGRADE = "pip install -U onnxruntime-gpu"
@@ -87,9 +87,7 @@ class OrtCudaBackend(DeviceBackend):
             self._buffers = Buffers(self._cuda, bundle.config, bundle.precision, self.batch, self.capacity, self.best_chunk, "int64", binaries,
                                     self.all_logits)  # fmt: skip
         self._told("memory reserved")
-        storage = PRECISIONS[bundle.precision]
-        # bfloat16 has no numpy type; ONNX Runtime takes ONNX's number for it.
-        self._kind: Any = storage.onnx if bundle.precision == "bf16" else np.dtype(storage.numpy).type
+        self._kind = element_type(bundle.precision)
         self._options = self._runtime.RunOptions()
         for key, value in _RUN.items():
             self._options.add_run_config_entry(key, value)

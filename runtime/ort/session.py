@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sessa_deploy.contract import (
     ALL_LOGITS_RANK,
     INPUT_IDS,
@@ -15,6 +17,7 @@ from sessa_deploy.contract import (
     LOGITS,
     NEW_LENGTH,
     PAST_LENGTH,
+    PRECISIONS,
     graph_inputs,
     graph_outputs,
 )
@@ -130,6 +133,11 @@ def start(bundle: Bundle, runtime: Any, model: Path, options: Any, cuda: dict[st
                         fix=f"install the CUDA{f' {version}' if version else ''} and cuDNN it was built for (sessa-deploy doctor), or use --backend ort")
     _check_graph(bundle, session.get_inputs(), session.get_outputs(), fix)
     return session
+
+
+def element_type(precision: str) -> Any:
+    """The storage type as an IOBinding takes it: numpy's, or for bfloat16, of which numpy has none, ONNX's number."""
+    return PRECISIONS[precision].onnx if precision == "bf16" else np.dtype(PRECISIONS[precision].numpy).type
 
 
 def has_all_logits(session: Any) -> bool:

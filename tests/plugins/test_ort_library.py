@@ -66,10 +66,11 @@ def test_every_operation_gives_the_graph_its_types_and_shapes(ort_stub: Built) -
     for shape in ([None, None, 64], None):  # a dimension without a name, no shape at all
         found = open_session(ort_stub[1], node_model(norm, HALF, shapes={"x": shape})).get_outputs()[0]
         assert (found.type, found.shape) == (STORAGES[HALF], [])
-    # one input says what another leaves open
+    # one input says what another leaves open, whichever comes first
     feedback = ops.op("SessaFeedbackAttention")
-    found = open_session(ort_stub[1], node_model(feedback, FLOAT, shapes={"q": ["b", "t", 64], "past_length": [7]})).get_outputs()[0]
-    assert found.shape == [7, "t", 64]
+    for rows, length in (("b", 7), (7, "b")):
+        found = open_session(ort_stub[1], node_model(feedback, FLOAT, shapes={"q": [rows, "t", 64], "past_length": [length]})).get_outputs()[0]
+        assert found.shape == [7, "t", 64]
 
 
 WRONG = [
