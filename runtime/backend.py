@@ -21,12 +21,14 @@ class Backend(ABC):
     """B sequences ("rows") of at most `capacity` cached tokens each.
 
     length: (B,) int32, tokens cached of each row. bytes_moved: bytes of cache rows that were copied since the start, appending included.
+    best_chunk, turn_chunk: tokens a prefill step takes at best, and beside sequences that decode, which longer ones hold up; the lesser of the two holds.
     all_logits: whether the graph gives the logits of every new row (`export --all-logits`); else it gives each sequence's last.
     A subclass runs the graph in `_forward` (and `_pick`, `_forward_all`) and appends; lengths, checks and resets are here, so that no backend differs in them.
     """
 
     name = "none"
     all_logits = False
+    turn_chunk = 512
     best_chunk = 256  # on a CPU the demo's 4096 tokens take 3.3 s in chunks of 64 to 256, 4.3 s of 512, 14.6 s at once
 
     def __init__(self, config: SessaConfig, batch: int = 1, capacity: int | None = None) -> None:

@@ -33,9 +33,10 @@ _log = logging.getLogger(__name__)
 class Batcher:
     """Requests on the slots of one open backend, which nobody else may use meanwhile. Whoever opened the backend closes it, after `close`.
 
-    tokenizer: gives events their text and finds stop strings; without one there are ids alone. chunk: tokens of a prompt that are read at once; None takes
-    what suits the backend. queue: requests that may wait for a slot; queue_timeout: seconds that one may, None: for ever. eos: tokens that end an answer;
-    None takes the model's. prefix_reuse: whether a prompt takes over what caches hold of its beginning. clock: seconds, for tests.
+    tokenizer: gives events their text and finds stop strings; without one there are ids alone. chunk: tokens of a prompt that are read at once, and the
+    grain in which prompts share beginnings; None takes what suits the backend. queue: requests that may wait for a slot; queue_timeout: seconds that one
+    may, None: for ever. eos: tokens that end an answer; None takes the model's. prefix_reuse: whether a prompt takes over what caches hold of its
+    beginning. clock: seconds, for tests.
 
     `start` runs it on a thread of its own; without that, each call of `turn` does a turn's work on the caller's.
     """
@@ -43,7 +44,7 @@ class Batcher:
     def __init__(self, backend: Backend, tokenizer: Tokenizer | None = None, chunk: int | None = None, queue: int = 256, queue_timeout: float | None = 30.0,
                  eos: Iterable[int] | None = None, prefix_reuse: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self.backend, self.tokenizer = backend, tokenizer
-        self.chunk = backend.best_chunk if chunk is None else integer("chunk", chunk, 1)
+        self.chunk = min(backend.best_chunk, backend.turn_chunk) if chunk is None else integer("chunk", chunk, 1)
         self._limit = integer("queue", queue, 0)
         found = None if queue_timeout is None else as_number(queue_timeout)
         if queue_timeout is not None and (found is None or not found > 0):
