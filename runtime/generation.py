@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.environment import default_threads
-from sessa_deploy.runtime.sampling import Sampler, log_probabilities, most_likely
+from sessa_deploy.runtime.sampling import NotFinite, Sampler, log_probabilities, most_likely
 from sessa_deploy.runtime.stopping import StopText
 from sessa_deploy.runtime.tokenizer import Tokenizer
 
@@ -51,6 +51,12 @@ class Row:
     def greedy(self) -> bool:
         """Whether the most likely token is all that the next step must tell."""
         return self.sampler.greedy and self.logprobs is None and self.at < 0
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be drawn."""
+        left = self._capacity + 1 - len(self.tokens) if self._capacity is not None else 1 << 31
+        return left if self._limit is None else min(left, self._limit - self.count)
 
     def take(self, token: int, found: int | NDArray[np.float32]) -> Drawn:
         """Record a token that was picked (`pick_all`) from what a step gave, and say what it means."""
@@ -91,6 +97,19 @@ def decode(backend: Backend, rows: Sequence[Row], logits: bool = False) -> list[
     return [found[row.index] for row in rows]
 
 
+def verify(backend: Backend, row: Row, draft: Sequence[int]) -> list[int | NDArray[np.float32]]:
+    """One step of `row` alone over its last token and a draft behind it; what the token after each of them comes from, as in `decode`. Needs all logits.
+
+    A drawn token is what a draft must agree with: for a draft that is certain of itself this accepts it with its probability and else draws from the other
+    tokens as they stand to each other, which is speculative sampling (Leviathan et al. 2023) with the random numbers of plain decoding, and so its tokens.
+    """
+    ids = np.array([row.tokens[-1], *draft])
+    if row.greedy:
+        picks: list[int | NDArray[np.float32]] = backend.step_row_picks(row.index, ids).tolist()
+        return picks
+    return list(backend.step_row_all(row.index, ids))
+
+
 def pick_all(rows: Sequence[Row], found: Sequence[int | NDArray[np.float32]]) -> list[int | Exception]:
     """The next token of each row from what a step gave it, or what went wrong with that row alone."""
     work = [row for row, what in zip(rows, found, strict=True) if not isinstance(what, int)]
@@ -101,7 +120,9 @@ def pick_all(rows: Sequence[Row], found: Sequence[int | NDArray[np.float32]]) ->
 
 def _pick(row: Row, found: int | NDArray[np.float32]) -> int | Exception:
     try:
-        return found if isinstance(found, int) else row.sampler.next_token(found)
+        if isinstance(found, int):
+            return found if found >= 0 else NotFinite()
+        return row.sampler.next_token(found)
     except Exception as error:
         return error
 
