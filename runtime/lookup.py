@@ -8,9 +8,11 @@ the same tokens give the same drafts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
-MOST_DRAFTED = 15  # tokens: with the one before them a step of 16 rows
+from sessa_deploy.contract import STEP_ROWS
+
+MOST_DRAFTED = STEP_ROWS - 1  # tokens, beside the one before them
 _SIZES = (6, 3)  # tokens that must agree; the longer first
 _DEEP = 16  # tokens agreeing beyond which more mean nothing
 _LATELY = 32.0  # matches that a rate looks back on
@@ -20,12 +22,25 @@ _START, _STAY = 1.15, 1.02  # expected tokens for the cost of one, above which d
 
 @dataclass
 class DraftStats:
-    """What drafts brought in one generation. steps: decode steps, those without a draft included; tokens: drawn by them; drafted, accepted: tokens of drafts."""
+    """What drafts brought. steps: decode steps, those without a draft included; tokens: drawn by them; drafted, accepted: tokens of drafts."""
 
     steps: int = 0
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+
+    def __add__(self, other: DraftStats) -> DraftStats:
+        return DraftStats(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def __str__(self) -> str:
+        if not self.steps:
+            return "no step"
+        share = "" if self.acceptance is None else f" ({100 * self.acceptance:.0f}%)"
+        return f"{self.tokens_per_step:.2f} tokens a step, {self.accepted} of {self.drafted} drafted tokens accepted{share}"
+
+    def to_dict(self) -> dict[str, int | float | None]:
+        """The counts, with acceptance and tokens_per_step."""
+        return {**asdict(self), "acceptance": self.acceptance, "tokens_per_step": self.tokens_per_step}
 
     @property
     def acceptance(self) -> float | None:
@@ -82,9 +97,10 @@ class Drafter:
         rehearsed = max(start, len(tokens) - _REHEARSED)
         if rehearsed > start:
             for size, after in zip(_SIZES, self._after, strict=True):
-                ends = range(max(start + 1, size), rehearsed + 1)
-                after.update(zip(zip(*(tokens[ends.start - size + i : rehearsed - size + i + 1] for i in range(size)), strict=True), ends, strict=True))
-            self._at = -1
+                first = max(start + 1, size) - size
+                last = max(first, rehearsed + 1 - size)
+                after.update(zip(zip(*(tokens[first + i : last + i] for i in range(size)), strict=True), range(first + size, last + size), strict=True))
+            self._at, self._match = -1, 0
         for at in range(rehearsed, len(tokens)):
             self._take(at)
         self._known = len(tokens)

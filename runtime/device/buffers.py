@@ -16,6 +16,7 @@ from sessa_deploy.contract import (
     NEW_LENGTH,
     PAST_LENGTH,
     PRECISIONS,
+    STEP_ROWS,
     WIDTH_MULTIPLE,
     cache_entries,
     cache_row_shape,
@@ -28,7 +29,6 @@ from sessa_deploy.runtime.device.kernels import APPEND, ARGMAX, FINISH, Image
 _NAN_WORD = {"fp32": 0x7FC00000, "fp16": 0x7E007E00, "bf16": 0x7FC07FC0}
 _WORD, _ALIGNMENT = 4, 16
 _TENSOR_ALIGNMENT = 256  # bytes, of an input or output of an engine
-_MOST_PICKED = 16  # rows of each sequence whose most likely tokens a step finds
 _MOST_FRESH = 2 << 30  # bytes of new rows that a step may make
 
 
@@ -95,7 +95,7 @@ class Buffers:
         self.ids = self.new + self._ids_at
         self._logits_size = 4 * batch * config.vocab_size * (chunk if all_logits else 1)
         self.logits, self._all_logits = cuda.allocate(self._logits_size), all_logits
-        self.picked_rows = min(chunk, _MOST_PICKED) if all_logits else 1
+        self.picked_rows = min(chunk, STEP_ROWS) if all_logits else 1
         most = batch * self.picked_rows
         self._best, self._where = cuda.allocate(4 * most * self._splits), cuda.allocate(4 * most * self._splits)
         self._zeros = cuda.allocate(4 * most)

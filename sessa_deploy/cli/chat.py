@@ -28,10 +28,12 @@ _HELP = "/reset begins anew, /more lets the answer go on, /quit or Ctrl-D ends, 
 @inputs.sampling_options
 @inputs.backend_option
 @inputs.stop_option
+@inputs.lookup_option
 @click.option("--capacity", type=POSITIVE_INT, help="Tokens the conversation may have; default: the model's max_context.")
 @inputs.threads_option
 def command(
-    bundle: str, max_new_tokens: int, backend: str, stop: tuple[str, ...], capacity: int | None, threads: int | None, **drawn: Any,
+    bundle: str, max_new_tokens: int, backend: str, stop: tuple[str, ...], lookup: int | None, capacity: int | None,
+    threads: int | None, **drawn: Any,
 ) -> None:
     """Talk to BUNDLE: every line is a turn, and the model goes on behind it.
 
@@ -43,7 +45,8 @@ def command(
     from sessa_deploy.runtime.session import Session
 
     params = inputs.sampling(**drawn)
-    with count_progress("prompt") as progress, Session(bundle, backend, capacity=capacity, threads=threads, progress=progress) as session:
+    with (count_progress("prompt") as progress,
+          Session(bundle, backend, capacity=capacity, threads=threads, progress=progress, lookup=lookup or 0) as session):
         _ = session.tokenizer  # a conversation needs text
         inputs.tell_ignored(session)
         chat = _Chat(session, max_new_tokens, params, stop)

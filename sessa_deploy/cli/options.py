@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from sessa_deploy.contract import EXPORT_PRECISIONS, OPSETS
+from sessa_deploy.contract import EXPORT_PRECISIONS, OPSETS, STEP_ROWS
 from sessa_deploy.errors import UserError
 
 _INTEGER = re.compile(r"[+-]?[0-9]+\Z")
@@ -204,6 +204,7 @@ class Device(click.ParamType):
 
 POSITIVE_INT = Integer(1)
 COUNT = Integer(0)
+DRAFTED = Integer(1, STEP_ROWS - 1)  # beside the token before them
 FINITE = Number()
 POSITIVE = Number(0.0, low_open=True)
 NOT_NEGATIVE = Number(0.0)
