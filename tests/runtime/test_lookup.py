@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from batching import Toy
+from drafting import PROMPTS, close_to_plain, settled
 from numpy_model import NumpyBackend, NumpyModel
 
 from sessa_deploy.cli import main
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime import lookup
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
 from sessa_deploy.runtime.lookup import MOST_DRAFTED, Drafter, DraftStats
 from sessa_deploy.runtime.ort.backend import OrtBackend
@@ -25,7 +25,7 @@ from sessa_deploy.runtime.session import Session
 from sessa_deploy.runtime.tokenizer import byte_level_tokenizer
 
 WORDS = SessaConfig(d_model=8, n_layers=1, n_heads=2, vocab_size=257, max_context=400)
-FEW = SessaConfig(d_model=8, n_layers=1, n_heads=2, vocab_size=6, max_context=300)
+FEW = SessaConfig(d_model=8, n_layers=1, n_heads=2, vocab_size=6, max_context=64)
 COST = (0.2, 0.05)
 SOURCE = list(b"for item in items:\n    total += item.value\nfor item in items:\n    count += item.number\nfor item in items:\n    ")
 
@@ -90,21 +90,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[SessaConfig], 
     return get
 
 
-@pytest.fixture
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bet on every match, whatever it is worth."""
-    monkeypatch.setattr(lookup, "_START", 0.0)
-    monkeypatch.setattr(lookup, "_STAY", 0.0)
-
-
 def pair(bundle: Callable[[SessaConfig], Bundle], config: SessaConfig = WORDS, most: int = 8, **toy: Any) -> tuple[Session, Session]:
     """A session that looks up and one that does not, on two toys alike."""
     return tuple(Session(bundle(config), Context(config, **toy), lookup=n) for n in (most, 0))  # type: ignore[return-value]
-
-
-def settled(session: Session) -> None:
-    """What holds between two calls: all but the last token are in the cache, and nothing else."""
-    assert session.backend.length[0] == len(session.tokens()) - 1
 
 
 # The tokens are those of plain decoding
@@ -141,7 +129,7 @@ def test_a_seed_draws_what_it_draws_without_drafts(bundle, params, eager):
 
 def test_drawn_tokens_have_the_distribution_of_plain_decoding(bundle, eager):
     """Chi-square over the whole words of three tokens that unseeded draws give, against their exact probabilities, in a place where drafts are made."""
-    prompt = np.random.default_rng(0).integers(0, 6, 250).tolist()  # holds most words of three tokens
+    prompt = [1, 2, 0, 3, 1, 2, 1, 4, 1, 2, 2, 5, 1, 2, 3, 0, 1, 2, 4, 1, 1, 2, 5, 2, 1, 2]  # whatever comes next, it came before
     drafting, _ = pair(bundle, FEW, sharp=1.2)
     toy: Any = drafting.backend
     exact: dict[tuple[int, ...], float] = {(): 1.0}
@@ -157,7 +145,7 @@ def test_drawn_tokens_have_the_distribution_of_plain_decoding(bundle, eager):
         word = drafting.generate([prompt], 3, SamplingParams(1.0, seed=number), stop_tokens=())[0].tokens
         seen[tuple(word)] += 1
         drafted += drafting.drafts.drafted
-    assert drafted > rounds / 2
+    assert drafted == rounds
     likely = [word for word, chance in exact.items() if chance * rounds >= 5]
     chances = np.array([exact[word] for word in likely])
     counts = np.array([seen[word] for word in likely])
@@ -319,26 +307,6 @@ def test_on_the_oracle(tmp_path, tiny: NumpyModel):
         session.reset()
         assert session.generate([prompt], 20, stop_tokens=())[0].tokens == tiny.greedy(prompt, 20)
     assert session.drafts.steps
-
-
-def close_to_plain(drafting: Session, plain: Session, prompts: list[list[int]], new: int) -> int:
-    """How many greedy texts leave that of plain decoding where the two best logits are all but equal; none may elsewhere. All by chance drafts too."""
-    left = 0
-    for prompt in prompts:
-        for s in (drafting, plain):
-            s.reset()
-        found, expected = (s.generate([prompt], new, stop_tokens=())[0].tokens for s in (drafting, plain))
-        settled(drafting)
-        at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), None)
-        if at is not None:
-            plain.reset()
-            best = np.sort(plain.prefill([[*prompt, *expected[:at]]])[0])[-2:]
-            assert best[1] - best[0] < 1e-4, (at, best)
-            left += 1
-    return left
-
-
-PROMPTS = [[int(t) for t in np.random.default_rng(i).integers(0, 257, 4)] * (1 + i % 4) for i in range(8)]
 
 
 def test_on_onnx_runtime(all_logits_bundle, tiny_bundle, eager):
