@@ -123,6 +123,9 @@ class Backend(ABC):
         self.length[row] += len(fed)
         return picked
 
+    def expect_rows(self, rows: int) -> None:  # noqa: B027 - nothing need be done
+        """Be told that steps of 2 to `rows` rows will come again and again, to verify drafts."""
+
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Make sequence `target` hold the first `length` tokens of sequence `source`, which may rest, and forget what it held.
 

@@ -90,6 +90,7 @@ class Session:
                 if self.backend is not backend:
                     self.close()
                 raise
+            self.backend.expect_rows(1 + self.lookup)
         self._slots = [_Slot() for _ in range(self.max_batch)]
         self._turn = 0  # counts uses, so that a stream that was overtaken notices
 

@@ -69,8 +69,9 @@ class TrtBackend(DeviceBackend):
         self._scratch = scratch, size
         self._few_rows: dict[int, Any] = {}
         self._prefill, self._decode = (self._context(profile) for profile in (trt_plan.PREFILL, trt_plan.DECODE))
-        if self.all_logits:  # else nobody verifies drafts
-            self.recorded_tokens = STEP_ROWS
+
+    def expect_rows(self, rows: int) -> None:
+        self.recorded_tokens = max(self.recorded_tokens, min(rows, STEP_ROWS))
 
     def _run(self, step: Extent) -> None:
         context = self._decode
