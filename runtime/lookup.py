@@ -14,6 +14,7 @@ from sessa_deploy.contract import STEP_ROWS
 
 MOST_DRAFTED = STEP_ROWS - 1  # tokens, beside the one before them
 _SIZES = (6, 3)  # tokens that must agree; the longer first
+_LENGTHS = (1, 3, 7)  # of drafts, beside the longest: steps of 2, 4 and 8 rows, so that an engine prepares itself for few sizes
 _DEEP = 16  # tokens agreeing beyond which more mean nothing
 _LATELY = 32.0  # matches that a rate looks back on
 _REHEARSED = 256  # tokens at a prompt's end on which the rates are learnt; what stands before them is only remembered
@@ -72,8 +73,7 @@ class Drafter:
 
     def draft(self, room: int) -> list[int]:
         """What is worth betting on behind the conversation as it stands, at most `room` tokens; empty where it is not worth it."""
-        self._follow()
-        if self._at < 0:
+        if not self.sees_more():
             return []
         first, each = self._cost
         best, length = _STAY if self.drafting else _START, 0
@@ -82,18 +82,29 @@ class Drafter:
             match = min(self._match + count - 1, _DEEP)
             chance *= self._hits[match] / self._tries[match]
             expected += chance
-            worth = expected / (1.0 + first + each * count)
-            if worth > best:
-                best, length = worth, count
-            elif chance < each:
-                break
+            if count == self.most or count in _LENGTHS:
+                worth = expected / (1.0 + first + each * count)
+                if worth > best:
+                    best, length = worth, count
+                elif chance < each:
+                    break
         self.drafting = length > 0
         tokens, at, period = self._tokens, self._at, len(self._tokens) - self._at
         return [tokens[at + i % period] for i in range(length)]  # a text that repeats itself goes on repeating
 
-    def _follow(self) -> None:
-        """Take note of the tokens that came since the last time."""
+    def sees_more(self) -> bool:
+        """Whether something followed the conversation's last tokens before. Takes note of the tokens that came since the last time."""
         tokens, start = self._tokens, self._known
+        if len(tokens) == start + 1:
+            self._take(start)
+            self._known = start + 1
+        elif len(tokens) > start:
+            self._catch_up(start)
+        return self._at >= 0
+
+    def _catch_up(self, start: int) -> None:
+        """Take note of the tokens from `start` on."""
+        tokens = self._tokens
         rehearsed = max(start, len(tokens) - _REHEARSED)
         if rehearsed > start:
             for size, after in zip(_SIZES, self._after, strict=True):

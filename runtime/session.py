@@ -239,23 +239,23 @@ class Session:
         draft: list[int] = []
         while True:
             for at, what in enumerate(found):
-                token = pick_all([row], [what])[0]
+                token = what if isinstance(what, int) and what >= 0 else pick_all([row], [what])[0]
                 if isinstance(token, Exception):
                     raise token
                 one, slot.pending = row.take(token, what), 1
                 accepted = at < len(draft) and token == draft[at]
-                drafts.tokens += drafts.steps > 0
+                drafts.tokens += drafts.steps > 0  # the first is the prompt's
                 drafts.accepted += accepted
                 last = one.finish is not None or not accepted
-                if last:
+                if last and draft:
                     self._forget_drafts(row.index)
-                yield Chunk(row.index, one.token, one.text, one.finish)
+                yield Chunk(row.index, token, one.text, one.finish)
                 if one.finish is not None:
                     return
                 self._check_turn(turn)
                 if last:
                     break
-            draft = drafter.draft(min(self.backend.room(row.index), row.left) - 1)
+            draft = drafter.draft(min(self.backend.room(row.index), row.left) - 1) if drafter.sees_more() else []
             found = verify(self.backend, row, draft) if draft else decode(self.backend, [row])
             drafts.steps += 1
             drafts.drafted += len(draft)
