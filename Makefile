@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
+# Options of benchmarks/paper/run.py.
+PAPER ?=
 # Where torch alone comes from, in place of the package index: the URL that pytorch.org shows for a CPU build, say.
 TORCH_INDEX ?=
 # More options for pip.
@@ -13,7 +15,7 @@ VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 # What VENV was made with; empty where it is not there, or where its interpreter has gone since.
 THERE := $(shell $(BIN)/python $(VERSION) 2> /dev/null)
 
-.PHONY: venv demo test lint clean FORCE
+.PHONY: venv demo test lint paper clean FORCE
 
 # An empty environment, for those who put their own torch into it first.
 venv: $(VENV)/.python
@@ -23,7 +25,7 @@ $(VENV)/.python: FORCE
 FORCE:
 else ifneq ($(filter command environment,$(origin PYTHON)),)
 # An interpreter was asked for: another one's environment is not taken for it. Without PYTHON=... whatever is there is kept.
-ifneq ($(filter venv demo test lint,$(or $(MAKECMDGOALS),venv)),)
+ifneq ($(filter venv demo test lint paper,$(or $(MAKECMDGOALS),venv)),)
 ASKED := $(shell $(PYTHON) $(VERSION) 2> /dev/null)
 ifneq ($(ASKED),$(THERE))
 $(error $(VENV) was made with Python $(THERE), and PYTHON=$(PYTHON) is $(or $(ASKED),no interpreter): name another place with VENV=..., or `make clean` first)
@@ -66,6 +68,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 tests/test_house.py tests/test_layering.py
+
+$(VENV)/.paper: $(VENV)/.torch $(DECLARED)
+	$(PIP) --progress-bar on -e '.[paper]'
+	@touch $@
+
+# The paper's comparison, hours on one GPU; runs that are finished are kept. PAPER holds options: make paper PAPER='--preset quick'
+paper: $(VENV)/.paper
+	$(BIN)/python benchmarks/paper/run.py $(PAPER)
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -66,10 +66,12 @@ def export_bundle(
     """Export a checkpoint as the bundle `out`: model.onnx (and .data), tokenizer.json, manifest.json; whole or not at all. Returns `out`.
 
     config: where the checkpoint holds none. The checkpoint's own tokenizer.json is taken; without one the byte-level tokenizer is, if the
-    vocabulary is its size, else none. note: hears a line of each thing that was passed over. Raises UserError as load_for_export, export_onnx and the
-    bundle's writer do.
+    vocabulary is its size, else none. A chat template goes along (see checkpoint_template). note: hears a line of each thing that was passed over.
+    Raises UserError as load_for_export, read_template, export_onnx and the bundle's writer do.
     """
     from sessa_deploy.checkpoint import load_for_export
+    from sessa_deploy.checkpoint_layout import locate
+    from sessa_deploy.checkpoint_template import read_template
     from sessa_deploy.runtime.bundle import BundleWriter
 
     report = progress or (lambda what, share: None)
@@ -77,10 +79,13 @@ def export_bundle(
     with BundleWriter(out) as writer:  # refuses a place that it may not replace before any work is done
         report("reading", 0.0)
         model, tokenizer = load_for_export(checkpoint, config, note)
+        template = read_template(locate(checkpoint).folder, model.config, tokenizer, note)
         report("reading", 1.0)
         export_onnx(model, writer.folder / contract.MODEL_FILE, precision, opset, all_logits, progress, inline_limit)
         if tokenizer is not None:
             (writer.folder / contract.TOKENIZER_FILE).write_bytes(tokenizer)
+        for name, content in template.items():
+            (writer.folder / name).write_bytes(content)
         writer.commit(model.config, precision, _versions(), opset)
     if writer.kept and note is not None:
         note(one_line(f"{out}: left as they are, since they are not the bundle's: {', '.join(writer.kept[:6])}{' ...' if len(writer.kept) > 6 else ''}"))

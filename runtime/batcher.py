@@ -60,7 +60,7 @@ class Batcher:
         self._accepting, self._stopping, self._swept = True, False, True
         self._evicted: str | None = None  # why all that are left have to go
         self._turns = Turns(backend, tokenizer, self.chunk, eos_tokens, bool(prefix_reuse), clock, self._tell, self._over)
-        self._stats = self._turns.stats
+        self._slots, self._stats = self._turns.slots, self._turns.stats
         self._thread: threading.Thread | None = None
 
     def submit(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Handle:
@@ -131,7 +131,7 @@ class Batcher:
             found = copy.deepcopy(self._stats)
             found.queued = len(self._waiting)
         found.reading, found.running, found.ready = len(self._turns.reading), len(self._turns.running), self.ready
-        found.resting = self._turns.slots.resting
+        found.resting = self._slots.resting
         return found
 
     def turn(self) -> bool:
@@ -205,7 +205,7 @@ class Batcher:
 
     def _admit(self) -> None:
         """Give free slots to those that wait, in their order."""
-        while self._turns.slots.free:
+        while self._slots.free:
             with self._lock:
                 if not self._waiting:
                     return
@@ -216,7 +216,6 @@ class Batcher:
         self._tell(task, event)
         with self._lock:
             self._inflight -= 1
-            self._stats.finished[event.finish or "error"] += 1
             self._lock.notify_all()
 
     def _tell(self, task: Task, event: Event) -> None:

@@ -13,6 +13,7 @@ from sessa_deploy.runtime.report import note
 
 BACKENDS = ("auto", "ort", "ort-cuda", "trt")
 ON_A_GPU = ("ort-cuda", "trt")
+DEFAULT_SLOTS = 8  # where the engine leaves the choice
 
 
 def open_backend(bundle: Bundle, name: str = "auto", batch: int = 1, capacity: int | None = None, threads: int | None = None) -> Backend:
@@ -72,3 +73,8 @@ def most_sequences(bundle: Bundle, name: str) -> int | None:
     from sessa_deploy.runtime.trt.plan import engines
 
     return min((info.max_batch for info in engines(bundle).values()), default=None)
+
+
+def open_slots(bundle: Bundle, name: str = "auto", slots: int | None = None, capacity: int | None = None, threads: int | None = None) -> Backend:
+    """Open a bundle to serve: as many sequences as are asked for, else as the engine takes, else 8. Raises UserError as `open_backend` does."""
+    return open_backend(bundle, name, slots or most_sequences(bundle, name) or DEFAULT_SLOTS, capacity, threads)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,15 @@ class Drawn(NamedTuple):
     finish: str | None = None
     logprob: float | None = None
     top: Top = ()
+    held: bool = False  # whether text of this token or of one before it is still to come
+
+
+class Look(NamedTuple):
+    """The next token of a sequence as a step's logits give it, and, where they are asked for, its log probability and the most likely tokens."""
+
+    token: int
+    logprob: float | None = None
+    top: Top = ()
 
 
 class Row:
@@ -37,12 +46,13 @@ class Row:
 
     tokens: its whole conversation, prompt and answers, to which drawn tokens are appended; all but those fed last are in the cache. ends: tokens that end
     it; stop: strings that do, not shown; limit: of new tokens; capacity: of the cache. logprobs: how many of the most likely tokens come with each; 0
-    gives the drawn token's log probability alone, None nothing. at: position of the next token to feed, -1 for the last.
+    gives the drawn token's log probability alone, None nothing. at: position of the next token to feed, -1 for the last; before it, tokens are read that
+    are there already, with `scores` of the most likely in the place of each.
     """
 
     def __init__(self, index: int, tokens: list[int], sampler: Sampler, tokenizer: Tokenizer | None, ends: Collection[int] = (), stop: Sequence[str] = (),
-                 limit: int | None = None, capacity: int | None = None, logprobs: int | None = None) -> None:
-        self.index, self.tokens, self.sampler, self.logprobs, self.at = index, tokens, sampler, logprobs, -1
+                 limit: int | None = None, capacity: int | None = None, logprobs: int | None = None, scores: int | None = None) -> None:
+        self.index, self.tokens, self.sampler, self.logprobs, self.scores, self.at = index, tokens, sampler, logprobs, scores, -1
         self.count = 0
         self._decoder = tokenizer.stream(tokens) if tokenizer else None
         self._text, self._ends, self._limit, self._capacity = StopText(stop), frozenset(ends), limit, capacity
@@ -58,8 +68,22 @@ class Row:
         left = self._capacity + 1 - len(self.tokens) if self._capacity is not None else 1 << 31
         return left if self._limit is None else min(left, self._limit - self.count)
 
-    def take(self, token: int, found: int | NDArray[np.float32]) -> Drawn:
-        """Record a token that was picked (`pick_all`) from what a step gave, and say what it means."""
+    def look(self, found: int | NDArray[np.float32]) -> Look | Exception:
+        """The next token: `found` itself where the step picked it, drawn from these logits (V,), or the one that is there already; or what went wrong."""
+        if isinstance(found, int):
+            return Look(found) if found >= 0 else NotFinite()
+        try:
+            if self.at >= 0:
+                token, count = self.tokens[self.at + 1], self.scores
+            else:
+                token, count = self.sampler.next_token(found), self.logprobs
+            return Look(token) if count is None else Look(token, *token_logprobs(found, token, count))
+        except Exception as error:
+            return error
+
+    def take(self, look: Look) -> Drawn:
+        """Record the next token and say what it means."""
+        token, logprob, top = look
         self.tokens.append(token)
         self.count += 1
         finish = None
@@ -69,10 +93,6 @@ class Row:
             finish = "length"
         elif self._capacity is not None and len(self.tokens) > self._capacity:
             finish = "context"
-        logprob: float | None = None
-        top: Top = ()
-        if self.logprobs is not None and not isinstance(found, int):
-            logprob, top = token_logprobs(found, token, self.logprobs)
         if self._decoder is None:
             return Drawn(token, "", finish, logprob, top)
         text, stopped = self._text.push(self._decoder.push(token) if token not in self._ends else "")
@@ -81,7 +101,8 @@ class Row:
             text += more
             if not stopped:
                 text += self._text.flush()
-        return Drawn(token, text, "stop" if stopped else finish, logprob, top)
+        held = not stopped and finish is None and (self._decoder.held or self._text.held)
+        return Drawn(token, text, "stop" if stopped else finish, logprob, top, held)
 
 
 def decode(backend: Backend, rows: Sequence[Row], logits: bool = False) -> list[int | NDArray[np.float32]]:
@@ -110,21 +131,20 @@ def verify(backend: Backend, row: Row, draft: Sequence[int]) -> list[int | NDArr
     return list(backend.step_row_all(row.index, ids))
 
 
-def pick_all(rows: Sequence[Row], found: Sequence[int | NDArray[np.float32]]) -> list[int | Exception]:
-    """The next token of each row from what a step gave it, or what went wrong with that row alone."""
-    work = [row for row, what in zip(rows, found, strict=True) if not isinstance(what, int)]
-    if len(work) < 2 or work[0].sampler.vocab_size < _LARGE_VOCABULARY:
-        return list(map(_pick, rows, found))
-    return list(_threads().map(_pick, rows, found))
+def look_all(rows: Sequence[Row], found: Sequence[int | NDArray[np.float32]]) -> list[Look | Exception]:
+    """What each row makes of what a step gave it."""
+    return _spread(Row.look, rows, found)
 
 
-def _pick(row: Row, found: int | NDArray[np.float32]) -> int | Exception:
-    try:
-        if isinstance(found, int):
-            return found if found >= 0 else NotFinite()
-        return row.sampler.next_token(found)
-    except Exception as error:
-        return error
+def score_all(logits: NDArray[np.float32], tokens: Sequence[int], count: int) -> list[tuple[float, Top]]:
+    """`token_logprobs` of each token under its row of logits (T,V), T = len(tokens)."""
+    return _spread(token_logprobs, logits, tokens, [count] * len(tokens))
+
+
+def _spread(work: Callable[..., Any], *columns: Any) -> list[Any]:
+    """work(...) of every row of `columns`, the logits of which are arrays; on threads where there are several and the vocabulary is large."""
+    heavy = sum(isinstance(found, np.ndarray) and found.size >= _LARGE_VOCABULARY for column in columns for found in column)
+    return list((_threads().map if heavy > 1 else map)(work, *columns))
 
 
 @lru_cache(maxsize=1)

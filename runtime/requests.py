@@ -78,7 +78,8 @@ class Event(NamedTuple):
     where they were asked for. finish: None while it goes on; else "stop" (a stop token or string), "length" (max_new_tokens), "context" (the capacity
     is full), "cancelled" or "error", with the reason in `error`. expired: whether that error is that it waited too long to be begun.
     cached: tokens of the prompt that were not computed again, with the first event. prompt: with the first event of a request for
-    prompt_logprobs, what each of its tokens had; (None, ()) for the first token, which nothing precedes.
+    prompt_logprobs, what each of its tokens had; (None, ()) for the first token, which nothing precedes. held: whether text of this token or of one
+    before it is still to come.
     """
 
     token: int | None
@@ -90,6 +91,7 @@ class Event(NamedTuple):
     expired: bool = False
     cached: int = 0
     prompt: tuple[Scored, ...] | None = None
+    held: bool = False
 
 
 class Handle:

@@ -118,11 +118,12 @@ class Sampler:
 
     def next_token(self, logits: NDArray[np.floating]) -> int:
         """Token id for `logits` (V,). Consumes one random number unless greedy. Raises NotFinite on such logits."""
-        scores = np.asarray(logits, dtype=np.float64)
-        if not np.isfinite(scores.max()):  # NaN wins a maximum; -inf elsewhere is a plain "never"
+        best = int(np.argmax(logits))
+        if not math.isfinite(logits[best]):  # NaN wins a maximum; -inf elsewhere is a plain "never"
             raise NotFinite()
         if self.greedy:
-            return int(np.argmax(scores))
+            return best
+        scores = np.asarray(logits, dtype=np.float64)
         if self._bias is not None:
             scores = scores.copy()
             scores[self._bias[0]] += self._bias[1]

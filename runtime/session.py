@@ -16,7 +16,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend, outside_vocabulary
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.engines import open_backend
-from sessa_deploy.runtime.generation import Row, check_fits, decode, pick_all, verify
+from sessa_deploy.runtime.generation import Row, check_fits, decode, look_all, verify
 from sessa_deploy.runtime.lookup import MOST_DRAFTED, Drafter, DraftStats
 from sessa_deploy.runtime.sampling import Sampler, SamplingParams
 from sessa_deploy.runtime.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ class Session:
         self.lookup, self.drafts = integer("lookup", lookup, 0, MOST_DRAFTED), DraftStats()
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.config, self._progress = self.bundle.config, progress
-        self._tokenizer = _tokenizer(self.bundle) if TOKENIZER_FILE in self.bundle else None
+        self._tokenizer = Tokenizer.of(self.bundle)
         self.backend = backend if isinstance(backend, Backend) else open_backend(self.bundle, backend, max_batch, capacity, threads)
         self.chunk = self.backend.best_chunk if chunk is None else chunk
         self.max_batch, self.capacity = self.backend.batch, self.backend.capacity
@@ -214,11 +214,12 @@ class Session:
             return
         found: list[int | NDArray[np.float32]] = [logits[row.index] for row in rows]
         while rows:
-            picked = pick_all(rows, found)
-            for token in picked:
-                if isinstance(token, Exception):
-                    raise token
-            drawn = [row.take(token, what) for row, token, what in zip(rows, picked, found, strict=True) if isinstance(token, int)]
+            looks = []
+            for look in look_all(rows, found):
+                if isinstance(look, Exception):
+                    raise look
+                looks.append(look)
+            drawn = [row.take(look) for row, look in zip(rows, looks, strict=True)]
             chunks = [Chunk(row.index, one.token, one.text, one.finish) for row, one in zip(rows, drawn, strict=True)]
             for row in rows:
                 self._slots[row.index].pending += 1
@@ -239,17 +240,17 @@ class Session:
         draft: list[int] = []
         while True:
             for at, what in enumerate(found):
-                token = what if isinstance(what, int) and what >= 0 else pick_all([row], [what])[0]
-                if isinstance(token, Exception):
-                    raise token
-                one, slot.pending = row.take(token, what), 1
-                accepted = at < len(draft) and token == draft[at]
+                look = row.look(what)
+                if isinstance(look, Exception):
+                    raise look
+                one, slot.pending = row.take(look), 1
+                accepted = at < len(draft) and one.token == draft[at]
                 drafts.tokens += drafts.steps > 0  # the first is the prompt's
                 drafts.accepted += accepted
                 last = one.finish is not None or not accepted
                 if last and draft:
                     self._forget_drafts(row.index)
-                yield Chunk(row.index, token, one.text, one.finish)
+                yield Chunk(row.index, one.token, one.text, one.finish)
                 if one.finish is not None:
                     return
                 self._check_turn(turn)
@@ -346,8 +347,3 @@ def _limits(max_new_tokens: int | Sequence[int | None] | None, prompts: int) -> 
             raise UserError("max_new_tokens has the wrong length", got=len(max_new_tokens), allowed=f"one, or one for each of {prompts} prompts")
         return [None if limit is None else integer("max_new_tokens", limit, 1) for limit in max_new_tokens]
     return [None if max_new_tokens is None else integer("max_new_tokens", max_new_tokens, 1)] * prompts
-
-
-def _tokenizer(bundle: Bundle) -> Tokenizer:
-    """The bundle's tokenizer, of the very bytes that match the manifest."""
-    return Tokenizer.from_json(bundle.read(TOKENIZER_FILE).decode("utf-8", "surrogateescape"), str(bundle.file(TOKENIZER_FILE)))

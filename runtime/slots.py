@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.backend import Backend, bounded_chunk
 
 
 @dataclass(eq=False)
@@ -71,6 +71,10 @@ class Slots:
             return done
         self._backend.copy_row(best.index, slot.index, shared)
         return shared
+
+    def chunk_of(self, prompt: list[int], done: int, all_logits: bool = False) -> list[int]:
+        """The tokens of a prompt that are read next, `done` of them being read; fewer where a large vocabulary's logits of all of them are wanted."""
+        return prompt[done : done + (bounded_chunk(self._chunk, 1, self._backend.config.vocab_size) if all_logits else self._chunk)]
 
     def give_back(self, slot: Slot) -> None:
         """Let a slot go. Its conversation rests for others to go on from, where they may."""

@@ -12,6 +12,11 @@ class StopText:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
 
+    @property
+    def held(self) -> bool:
+        """Whether text is held back."""
+        return bool(self._held)
+
     def push(self, text: str) -> tuple[str, bool]:
         """(text that may be shown, whether a stop string was found); what follows a stop string is dropped."""
         if not self._stops:

@@ -8,10 +8,13 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sessa_deploy.contract import TOKENIZER_FILE
 from sessa_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from sessa_deploy.runtime.bundle import Bundle
 
 END_OF_TEXT = "<|endoftext|>"
 BYTE_VALUES = 256
@@ -76,6 +79,13 @@ class Tokenizer:
         tokenizer._open(text, source)
         return tokenizer
 
+    @classmethod
+    def of(cls, bundle: Bundle) -> Tokenizer | None:
+        """A bundle's tokenizer, of the very bytes that match the manifest; None if it has none."""
+        if TOKENIZER_FILE not in bundle:
+            return None
+        return cls.from_json(bundle.read(TOKENIZER_FILE).decode("utf-8", "surrogateescape"), str(bundle.file(TOKENIZER_FILE)))
+
     def _open(self, text: str, source: str) -> None:
         from tokenizers import Tokenizer as Library
 
@@ -110,6 +120,7 @@ class Tokenizer:
             ignored.append(f"dropout of {data['model']['dropout']:g}")
             self._library.model.dropout = None
         self.first, last = self._around()
+        self._surrounds = bool(self.first or last)
         if self.first:
             ignored.append(f"{self._names(self.first)} before every text (a conversation begins with it once)")
         if last:
@@ -144,10 +155,22 @@ class Tokenizer:
         """The tokenizers JSON it was made from."""
         return self._text
 
+    def plain_json(self) -> str:
+        """The tokenizers JSON without what `ignored` names, so that other programs encode with it as this one does."""
+        plain = json.loads(self._library.to_str())
+        if self._surrounds:
+            plain["post_processor"] = None
+        return json.dumps(plain, ensure_ascii=False)
+
     def token_id(self, token: str) -> int | None:
         """Id of a token by its text (`<|endoftext|>`), or None."""
         found = self._library.token_to_id(token)
         return None if found is None else int(found)
+
+    def token(self, token_id: int) -> str | None:
+        """A token as the vocabulary writes it (`<|endoftext|>`; bytes in a byte-level one stand there as its alphabet has them), or None."""
+        found = self._library.id_to_token(int(token_id))
+        return None if found is None else str(found)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` and nothing around them; special tokens written out in it are recognised.
@@ -167,8 +190,12 @@ class Tokenizer:
     def encode_first(self, text: str, bos: int | None = None) -> list[int]:
         """Token ids of text that begins a conversation: the model's bos token (None: the tokenizer's own `first`) before it, unless it is written out there.
         """
-        ids, first = self.encode(text), self.first if bos is None or bos in self.first else (bos,)
-        return ids if tuple(ids[: len(first)]) == first else [*first, *ids]
+        return self.begun(self.encode(text), bos)
+
+    def begun(self, ids: Sequence[int], bos: int | None = None) -> list[int]:
+        """Token ids that begin a conversation, with what `encode_first` puts before a text, unless they begin with it."""
+        first = self.first if bos is None or bos in self.first else (bos,)
+        return list(ids) if tuple(ids[: len(first)]) == first else [*first, *ids]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -210,6 +237,11 @@ class StreamDecoder:
         # The general path decodes a window whose first part was already handed out, since the text of a token may depend on its neighbours.
         self._shown: list[int] = [int(i) for i in context][-_MAX_HELD:]
         self._held: list[int] = []
+
+    @property
+    def held(self) -> bool:
+        """Whether text of a token that was pushed is still to come."""
+        return bool(self._held or self._utf8.getstate()[0])
 
     def push(self, token: int) -> str:
         """Text that token `token` completes; may be empty."""

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sessa_deploy.errors import one_line
-from sessa_deploy.runtime.backend import Backend, bounded_chunk
-from sessa_deploy.runtime.generation import Row, decode, pick_all, token_logprobs
+from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.generation import Look, Row, decode, look_all, score_all
 from sessa_deploy.runtime.requests import Event, Request, Scored
 from sessa_deploy.runtime.sampling import NotFinite, Sampler
 from sessa_deploy.runtime.slots import Slot, Slots
@@ -50,7 +49,7 @@ class Turns:
 
     def __init__(self, backend: Backend, tokenizer: Tokenizer | None, chunk: int, eos: frozenset[int], reuse: bool, clock: Callable[[], float],
                  tell: Callable[[Task, Event], None], over: Callable[[Task, Event], None]) -> None:
-        self.backend, self.tokenizer, self.chunk = backend, tokenizer, chunk
+        self.backend, self.tokenizer = backend, tokenizer
         self._eos, self._clock, self._tell, self._over = eos, clock, tell, over
         backend.reset()
         self.slots = Slots(backend, chunk, reuse)
@@ -95,12 +94,13 @@ class Turns:
                 self._took_over(task, shared - task.done)
                 task.done = shared
             if task.scored is None:
-                ids = np.array(task.prompt[task.done : task.done + self.chunk])
+                ids = np.array(self.slots.chunk_of(task.prompt, task.done))
                 logits = self.backend.step_row(slot.index, ids)
             else:
-                ids = np.array(task.prompt[task.done : task.done + bounded_chunk(self.chunk, 1, self.backend.config.vocab_size)])
+                ids = np.array(self.slots.chunk_of(task.prompt, task.done, all_logits=True))
                 every = self.backend.step_row_all(slot.index, ids)
-                self._score(task, task.done, every)
+                behind = task.prompt[task.done + 1 : task.done + 1 + len(ids)]
+                task.scored += score_all(every[: len(behind)], behind, task.request.prompt_logprobs or 0)
                 logits = every[-1]
             if not np.isfinite(logits.max()):
                 raise NotFinite()
@@ -116,18 +116,11 @@ class Turns:
             return
         try:
             row = self._begin(task)
-            fault = self._follow(task, row, logits, pick_all([row], [logits])[0])
+            fault = self._follow(task, row, row.look(logits))
             if fault is not None:
                 raise fault
         except Exception as error:  # what is drawn with, not the step
             self.failed([task], error, False)
-
-    def _score(self, task: Task, at: int, logits: NDArray[np.float32]) -> None:
-        """Note the log probabilities of the prompt's tokens behind position `at`, from logits (T,V) there and on."""
-        count = task.request.prompt_logprobs
-        assert task.scored is not None and count is not None
-        for row, token in zip(logits, task.prompt[at + 1 : at + 1 + len(logits)], strict=False):
-            task.scored.append(token_logprobs(row, token, count))
 
     def _begin(self, task: Task) -> Row:
         """Let a task take part in decode steps: to draw, or, where a prompt is to be scored by a graph that gives the last logits alone, to read it so."""
@@ -137,7 +130,8 @@ class Turns:
         sampler = Sampler(request.sampling, self.backend.config.vocab_size, task.prompt[:cut], request.choice, task.prompt[cut:], request.logit_bias)
         ends = {*request.stop_tokens, *(() if request.ignore_eos else self._eos)}
         slot.tokens = list(task.prompt)
-        task.row = Row(slot.index, slot.tokens, sampler, self.tokenizer, ends, request.stop, request.max_new_tokens, self.backend.capacity, request.logprobs)
+        task.row = Row(slot.index, slot.tokens, sampler, self.tokenizer, ends, request.stop, request.max_new_tokens, self.backend.capacity, request.logprobs,
+                       request.prompt_logprobs)
         if task.done < len(task.prompt):
             task.row.at = 0 if len(task.prompt) > 1 else -1
         self.running.append(task)
@@ -158,45 +152,41 @@ class Turns:
             self.failed(tasks, error)
             return
         self.stats.steps += 1
-        drawing = [at for at, row in enumerate(rows) if row.at < 0]
-        picked = dict(zip(drawing, pick_all([rows[at] for at in drawing], [found[at] for at in drawing]), strict=True))
-        faults = [(task, fault) for at, (task, row, what) in enumerate(zip(tasks, rows, found, strict=True))
-                  if (fault := self._follow(task, row, what, picked.get(at))) is not None]
+        looks = look_all(rows, found)
+        faults = [(task, fault) for task, row, look in zip(tasks, rows, looks, strict=True) if (fault := self._follow(task, row, look)) is not None]
         none_good = len(faults) == len(tasks)
         if not none_good:
             self.stats.failures_in_row = 0
         for at, (task, fault) in enumerate(faults):
             self.failed([task], fault, none_good and at == 0)
 
-    def _follow(self, task: Task, row: Row, found: int | NDArray[np.float32], picked: int | Exception | None) -> Exception | None:
-        """Go on from what a decode step gave a task and the token picked from it; what went wrong with it alone, logits that are not finite among others."""
-        if isinstance(picked, Exception):
-            return picked
+    def _follow(self, task: Task, row: Row, look: Look | Exception) -> Exception | None:
+        """Go on with a task's next token; what went wrong with it alone, logits that are not finite among others."""
+        if isinstance(look, Exception):
+            return look
         try:
-            if picked is not None:
-                self._draw(task, picked, found)
-            elif not isinstance(found, int):
-                self._score(task, row.at, found[None])
+            if row.at < 0:
+                self._draw(task, row, look)
+            elif task.scored is not None:
+                task.scored.append((look.logprob, look.top))
                 row.at = row.at + 1 if row.at < len(task.prompt) - 2 else -1
         except Exception as error:
             return error
         return None
 
-    def _draw(self, task: Task, token: int, found: int | NDArray[np.float32]) -> None:
-        """Take a task's next token, picked from what a step gave, and tell of it."""
-        row = task.row
-        assert row is not None
+    def _draw(self, task: Task, row: Row, look: Look) -> None:
+        """Take a task's next token, and tell of it."""
         first = task.told is None
         cached, scored = (task.cached, None if task.scored is None else tuple(task.scored)) if first else (0, None)
         if task.request.max_new_tokens == 0:
             self.end(task, Event(None, finish="length", cached=cached, prompt=scored))
             return
-        drawn = row.take(token, found)
+        drawn = row.take(look)
         now = self._clock()
         (self.stats.first_token if first else self.stats.between_tokens).add(now - (task.born if task.told is None else task.told))
         task.told = now
         self.stats.new_tokens += 1
-        event = Event(drawn.token, drawn.text, drawn.logprob, drawn.top, drawn.finish, cached=cached, prompt=scored)
+        event = Event(drawn.token, drawn.text, drawn.logprob, drawn.top, drawn.finish, cached=cached, prompt=scored, held=drawn.held)
         if drawn.finish is None:
             self._tell(task, event)
         else:
@@ -218,6 +208,7 @@ class Turns:
         if task.ended:
             return
         task.ended = True
+        self.stats.finished[event.finish or "error"] += 1  # first, so that whoever sees the slot free or the last event sees it counted
         if task in self.reading:
             self.reading.remove(task)
         if task in self.running:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import lzma
+import mmap
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -25,20 +27,24 @@ class Corpus:
 
     train, held_out: (N,) int32. train_bytes, held_out_bytes: bytes of text behind them. held_out_files: names, in order.
     skipped: names of files that are not text. xz_bits_per_byte: `xz -9` on the held-out files concatenated, None if there is too much of it.
+    digest: the fingerprint, where a token file tells it; train and held_out are then mapped into memory, of the file's own integer type.
     """
 
     train: np.ndarray
     held_out: np.ndarray
     train_bytes: int
     held_out_bytes: int
-    train_files: tuple[str, ...]
-    held_out_files: tuple[str, ...]
+    train_files: Sequence[str]
+    held_out_files: Sequence[str]
     separator: int
     xz_bits_per_byte: float | None = None
     skipped: tuple[str, ...] = field(default=())
+    digest: str | None = None
 
     def fingerprint(self) -> str:
-        """SHA-256 over the tokens of both halves: what a resumed run must find unchanged."""
+        """SHA-256 over the tokens of both halves as int32: what a resumed run must find unchanged."""
+        if self.digest is not None:
+            return self.digest
         digest = hashlib.sha256(self.train.tobytes())
         digest.update(self.held_out.tobytes())
         return digest.hexdigest()
@@ -51,35 +57,59 @@ def read_files(folder: str | Path, extensions: Sequence[str] = (), without: str 
     link. extensions: keep only these (`py`, `.md`); () keeps all. without: a folder below, left out. Raises UserError if nothing is left, or if a file
     or folder cannot be read.
     """
-    root, away = Path(folder), None if without is None else os.path.realpath(without)
-    wanted = tuple("." + e.lower().lstrip(".") for e in extensions)
-    found, skipped, others = [], [], 0
-    try:
-        kind = os.stat(root).st_mode
-        if not stat.S_ISDIR(kind) and not stat.S_ISREG(kind):
-            raise UserError("the data is neither a folder nor a file", got=f"--data {root}", allowed="a folder of text files, or one of them")
-        for path in [root] if stat.S_ISREG(kind) else _below(root, away):
-            if path != root and (path.is_symlink() or not path.is_file()):
-                continue
-            if wanted and not path.name.lower().endswith(wanted):
-                others += 1
-                continue
-            name = path.name if path == root else path.relative_to(root).as_posix()
+    found, skipped = [], []
+    with reading_told(folder):
+        files, others = list_files(folder, extensions, without)
+        for name, path in files:
             content = path.read_bytes()
             if b"\0" in content:
                 skipped.append(name)
             elif content:
                 found.append((name, content))
+    if not found:
+        raise no_text(folder, len(skipped), others, extensions)
+    return found, skipped
+
+
+def list_files(folder: str | Path, extensions: Sequence[str] = (), without: str | Path | None = None) -> tuple[list[tuple[str, Path]], int]:
+    """([(name, path)] in sorted order, how many other extensions ruled out) of the files that `read_files` reads. OSError where that cannot be seen."""
+    root, away = Path(folder), None if without is None else os.path.realpath(without)
+    wanted = _endings(extensions)
+    found, others = [], 0
+    kind = os.stat(root).st_mode
+    if not stat.S_ISDIR(kind) and not stat.S_ISREG(kind):
+        raise UserError("the data is neither a folder nor a file", got=f"--data {root}", allowed="a folder of text files, or one of them")
+    for path in [root] if stat.S_ISREG(kind) else _below(root, away):
+        if path != root and (path.is_symlink() or not path.is_file()):
+            continue
+        if wanted and not path.name.lower().endswith(wanted):
+            others += 1
+            continue
+        found.append((path.name if path == root else path.relative_to(root).as_posix(), path))
+    return sorted(found), others
+
+
+def _endings(extensions: Sequence[str]) -> tuple[str, ...]:
+    return tuple("." + e.lower().lstrip(".") for e in extensions)
+
+
+@contextlib.contextmanager
+def reading_told(root: str | Path) -> Iterator[None]:
+    """Turns an OSError of reading a text into a UserError."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise UserError("no such data", got=error.filename or root, allowed="a folder of text files") from None
     except OSError as error:
         raise UserError("the data cannot be read", got=f"{error.filename or root} ({error.strerror})", allowed="files that this user may read",
                         fix="correct its permissions, or take it out of the folder") from None
-    if not found:
-        seen = [f"{len(skipped)} binary files"] + ([f"{others} files that do not end in {', '.join(wanted)}"] if wanted else [])
-        raise UserError("no text in the data folder", got=f"--data {root}, {', '.join(seen)}", allowed="files of text",
-                        fix="check --data and --extensions" if wanted else "check --data")
-    return sorted(found), sorted(skipped)
+
+
+def no_text(root: str | Path, binary: int, others: int, extensions: Sequence[str]) -> UserError:
+    """What to say where nothing is left to read."""
+    seen = [f"{binary} binary files"] + ([f"{others} files that do not end in {', '.join(_endings(extensions))}"] if extensions else [])
+    return UserError("no text in the data folder", got=f"--data {root}, {', '.join(seen)}", allowed="files of text",
+                     fix="check --data and --extensions" if extensions else "check --data")
 
 
 def _below(root: Path, away: str | None) -> Iterator[Path]:
@@ -108,18 +138,23 @@ def split_files(files: Sequence[tuple[str, bytes]], fraction: float) -> tuple[li
         raise UserError("the held-out fraction is out of range", got=fraction, allowed="a number in (0, 1)")
     if len(files) == 1:
         name, content = files[0]
-        if len(content) < 2:
-            raise UserError("too little text to hold any of it out", got=f"{len(content)} byte in {name}", allowed="2 bytes or more", fix="give more text")
-        most = min(len(content) - 1, max(1, int(len(content) * (1 - fraction))))
-        cut = content.rfind(b"\n", 0, most) + 1 or most
-        # a character of UTF-8 stays whole: one has at most 4 bytes, and those after its first are 10xxxxxx
-        near = [at for at in (*range(cut, max(0, cut - 4), -1), *range(cut + 1, min(len(content), cut + 4))) if content[at] & 0xC0 != 0x80]
-        cut = near[0] if near else cut
+        cut = cut_of(name, content, fraction)
         return [(name, content[:cut])], [(f"{name} (tail)", content[cut:])]
     held = {name for name, _ in files if is_held_out(name, fraction)}
     ranked = sorted((name for name, _ in files), key=_rank)
     held = (held or {ranked[0]}) - ({ranked[-1]} if len(held) == len(files) else set())
     return [x for x in files if x[0] not in held], [x for x in files if x[0] in held]
+
+
+def cut_of(name: str, content: bytes | mmap.mmap, fraction: float) -> int:
+    """Where the tail of a single file begins that is held out: after a line where there is one, between two characters of UTF-8 in any case."""
+    if len(content) < 2:
+        raise UserError("too little text to hold any of it out", got=f"{len(content)} byte in {name}", allowed="2 bytes or more", fix="give more text")
+    most = min(len(content) - 1, max(1, int(len(content) * (1 - fraction))))
+    cut = content.rfind(b"\n", 0, most) + 1 or most
+    # one has at most 4 bytes, and those after its first are 10xxxxxx
+    near = [at for at in (*range(cut, max(0, cut - 4), -1), *range(cut + 1, min(len(content), cut + 4))) if content[at] & 0xC0 != 0x80]
+    return near[0] if near else cut
 
 
 def byte_table(tokenizer: Tokenizer) -> np.ndarray | None:
@@ -147,18 +182,33 @@ def load_corpus(folder: str | Path, tokenizer: Tokenizer, held_out: float = 0.05
         odd = {name for name, content in files if not _is_utf8(content)}
         skipped, files = sorted([*skipped, *odd]), [x for x in files if x[0] not in odd]
         if not files:
-            raise UserError("no UTF-8 text in the data folder", got=folder, fix="use the byte-level tokenizer (leave --tokenizer out)")
-    if separator is None:
-        separator = next((i for i in map(tokenizer.token_id, (END_OF_TEXT, "</s>", "<eos>", "[SEP]")) if i is not None), None)
-    if separator is None:
-        raise UserError("the tokenizer has no token to separate documents", allowed=f"one of {END_OF_TEXT}, </s>, <eos>, [SEP]",
-                        fix="add one to the tokenizers JSON")
+            raise no_utf8(folder)
+    separator = separator_of(tokenizer) if separator is None else separator
     halves = split_files(files, held_out)
     train, tail = (_encode(half, tokenizer, table, separator) for half in halves)
     text = b"".join(content for _, content in halves[1])
-    xz = len(lzma.compress(text, preset=9)) * 8 / len(text) if 0 < len(text) <= XZ_LIMIT else None
+    xz = xz_bits(text) if len(text) <= XZ_LIMIT else None
     return Corpus(train, tail, sum(len(c) for _, c in halves[0]), len(text), tuple(n for n, _ in halves[0]), tuple(n for n, _ in halves[1]), separator,
                   xz, tuple(skipped))
+
+
+def separator_of(tokenizer: Tokenizer) -> int:
+    """The token that a tokenizer has to stand between documents. Raises UserError where it has none."""
+    found = next((i for i in map(tokenizer.token_id, (END_OF_TEXT, "</s>", "<eos>", "[SEP]")) if i is not None), None)
+    if found is None:
+        raise UserError("the tokenizer has no token to separate documents", allowed=f"one of {END_OF_TEXT}, </s>, <eos>, [SEP]",
+                        fix="add one to the tokenizers JSON")
+    return found
+
+
+def no_utf8(folder: str | Path) -> UserError:
+    """What to say where a tokenizer that needs UTF-8 finds none."""
+    return UserError("no UTF-8 text in the data folder", got=folder, fix="use the byte-level tokenizer (leave --tokenizer out)")
+
+
+def xz_bits(text: bytes) -> float | None:
+    """Bits per byte of `xz -9` on a text, None of an empty one."""
+    return len(lzma.compress(text, preset=9)) * 8 / len(text) if text else None
 
 
 def _is_utf8(content: bytes) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sessa_deploy.checkpoint_layout import PICKLES, locate
 from sessa_deploy.config import CONFIG_FILE, Note, SessaConfig
-from sessa_deploy.contract import ENGINES_DIR, MANIFEST_FILE, TOKENIZER_FILE
+from sessa_deploy.contract import ENGINES_DIR, MANIFEST_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from sessa_deploy.errors import MissingPackage, UserError, need, packages_named
 from sessa_deploy.reading import open_plain, read_json
 from sessa_deploy.safetensors_check import read_header
@@ -43,7 +43,7 @@ def describe(path: str | Path, verify: bool = True, config_file: str | Path | No
 
 
 def describe_checkpoint(path: Path, verify: bool = True, config_file: str | Path | None = None) -> dict[str, Any]:
-    """config, tensors [{name, dtype, shape, bytes, file}], parameters by part, dtypes, bytes, tokenizer, notes, verified / problem."""
+    """config, tensors [{name, dtype, shape, bytes, file}], parameters by part, dtypes, bytes, tokenizer, chat_template, notes, verified / problem."""
     notes: list[str] = []
     verdict: dict[str, Any] = _verify_checkpoint(path, config_file, notes.append) if verify else {"verified": None}
     try:
@@ -61,7 +61,7 @@ def describe_checkpoint(path: Path, verify: bool = True, config_file: str | Path
     out: dict[str, Any] = {
         "kind": "checkpoint", "path": str(path), "files": sizes, "bytes": sum(sizes.values()), "config": None,
         "parameters": sum(math.prod(t["shape"]) for t in tensors), "parts": _parts(tensors), "dtypes": dict(Counter(t["dtype"] for t in tensors)),
-        "tokenizer": os.path.isfile(layout.folder / TOKENIZER_FILE), "tensors": tensors, "notes": notes,
+        "tokenizer": os.path.isfile(layout.folder / TOKENIZER_FILE), "chat_template": _template_of(layout.folder), "tensors": tensors, "notes": notes,
     }
     with contextlib.suppress(UserError):  # of which the verdict speaks
         out["config"] = SessaConfig.load(config_file or layout.folder).to_dict()
@@ -74,13 +74,25 @@ def _verify_checkpoint(path: Path, config_file: str | Path | None, note: Note) -
         with packages_named():
             need("torch", "safetensors")
             from sessa_deploy.checkpoint import load_for_export
+            from sessa_deploy.checkpoint_template import read_template
     except MissingPackage as error:  # the shapes can be shown without it
         return {"verified": None, "problem": str(error)}
     try:
-        load_for_export(path, SessaConfig.load(config_file, note) if config_file else None, note)
+        model, tokenizer = load_for_export(path, SessaConfig.load(config_file, note) if config_file else None, note)
+        read_template(locate(path).folder, model.config, tokenizer, note)
     except UserError as error:
         return {"verified": False, "problem": str(error)}
     return {"verified": True, "problem": None}
+
+
+def _template_of(folder: Path) -> str | None:
+    """The file that a checkpoint's chat template stands in, or None."""
+    if os.path.lexists(folder / TEMPLATE_FILE):
+        return TEMPLATE_FILE
+    with contextlib.suppress(UserError):  # of which the verdict speaks
+        settings = read_json(folder / TOKENIZER_CONFIG_FILE) if os.path.lexists(folder / TOKENIZER_CONFIG_FILE) else None
+        return TOKENIZER_CONFIG_FILE if isinstance(settings, dict) and settings.get("chat_template") else None
+    return None
 
 
 def _tensors(file: Path) -> list[dict[str, Any]]:
@@ -145,7 +157,7 @@ def _value(onnx: Any, value: Any) -> dict[str, Any]:
 
 
 def describe_bundle(path: Path, verify: bool = True) -> dict[str, Any]:
-    """config, precision, opset, versions, files with size and checksum, engines and the bytes each adds, and whether everything matches the manifest."""
+    """config, precision, opset, versions, files with size and checksum, chat_template, engines and the bytes each adds, whether all matches the manifest."""
     from sessa_deploy.runtime.bundle import Bundle
 
     out: dict[str, Any] = {"kind": "bundle", "path": str(path)}
@@ -169,4 +181,7 @@ def describe_bundle(path: Path, verify: bool = True) -> dict[str, Any]:
         if name.startswith(f"{ENGINES_DIR}/") and name.count("/") > 1:
             engine = name.split("/")[1]
             added[engine] = added.get(engine, 0) + (entry["size"] if isinstance(entry.get("size"), int) else 0)
-    return out | {k: manifest.get(k) for k in keys} | {"files": files, "bytes": sum(sizes), "engines": sorted(added), "engine_bytes": added}
+    return out | {k: manifest.get(k) for k in keys} | {
+        "files": files, "bytes": sum(sizes), "engines": sorted(added), "engine_bytes": added,
+        "chat_template": TEMPLATE_FILE if TEMPLATE_FILE in files else None,
+    }  # fmt: skip

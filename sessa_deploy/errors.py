@@ -57,7 +57,8 @@ class ParityError(SessaError):
 # Which extra of this package brings a library; what stands nowhere here comes with every install.
 EXTRA_OF = {
     "torch": "export", "onnx": "export", "onnx_ir": "export", "onnxscript": "export", "safetensors": "export", "matplotlib": "export", "triton": "train",
-    "onnxruntime": "ort", "tensorrt": "tensorrt", "tensorrt_rtx": "rtx",
+    "transformers": "paper", "onnxruntime": "ort", "tensorrt": "tensorrt", "tensorrt_rtx": "rtx",
+    "dynamo": "dynamo", "fastapi": "serve", "uvicorn": "serve", "pydantic": "serve", "jinja2": "serve", "prometheus_client": "serve",
 }
 _ALWAYS = ("click", "numpy", "platformdirs", "rich", "tokenizers")
 

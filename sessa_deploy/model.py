@@ -6,7 +6,8 @@ Parameter names inside a layer are the official ones. `step` is the whole of a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -364,3 +365,16 @@ class SessaLM(nn.Module):
     def decode_step(self, input_ids: Tensor, caches: Sequence[SessaCache], new_length: Tensor | None = None) -> Tensor:
         """logits (B,V) for one new token (B,1) of each sequence; new_length[b] = 0 leaves a finished sequence as it is."""
         return self.prefill(input_ids, caches, new_length)
+
+
+@contextmanager
+def using_ops(model: SessaLM, ops: Ops) -> Iterator[None]:
+    """Let this model, and no other, call these implementations of its two ops inside the block."""
+    before = [layer.mixer.ops for layer in model.layers]
+    try:
+        for layer in model.layers:
+            layer.mixer.ops = ops
+        yield
+    finally:
+        for layer, own in zip(model.layers, before, strict=True):
+            layer.mixer.ops = own

@@ -10,12 +10,35 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 _TERMINATED = (signal.SIGTERM, signal.SIGHUP)
+_OTHERS = 2.0  # seconds between the end of the process that speaks and that of the others, where all meet the same error
 _GRACE = 5.0  # seconds between asking a program to end and ending it
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return "LOCAL_RANK" in os.environ and size.isascii() and size.isdigit() and int(size) > 1
+
+
+def speaks() -> bool:
+    """Whether this process tells the user things: of several, number 0 alone does."""
+    return not launched() or os.environ.get("RANK") == "0"
+
+
+def end_with_the_others() -> None:
+    """For one of several processes that ends with an error: torchrun ends all when the first has ended, so that the one that speaks needs a moment to
+    speak, and each goes deaf to end with its own code."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, *_TERMINATED):
+            signal.signal(number, signal.SIG_IGN)
+    if not speaks():
+        time.sleep(_OTHERS)
 
 
 def command(*words: object) -> str:
@@ -90,7 +113,8 @@ def ending_cleanly() -> Iterator[None]:
         yield
     finally:
         for number in caught:
-            signal.signal(number, signal.SIG_DFL)
+            if not launched() or signal.getsignal(number) is end:  # one of several processes may have gone deaf, to end with a code of its own
+                signal.signal(number, signal.SIG_DFL)
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:

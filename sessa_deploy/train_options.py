@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sessa_deploy.checks import as_integer, as_number, integer
+from sessa_deploy.checks import as_flag, as_integer, as_number, integer
 from sessa_deploy.errors import UserError
 
 MAX_SEED = 2**64 - 1  # what torch.manual_seed takes
@@ -32,7 +32,9 @@ class TrainOptions:
     max_seconds: end of the schedule by the clock, should it come before `steps` (such a run is not reproducible). held_out: fraction of files.
     precision: "bf16" (autocast) or "fp32"; "auto" is bf16 on a GPU. store: storage type of the checkpoint. init_from: a checkpoint whose weights,
     configuration and tokenizer the run begins with, None for random weights; init_config: its config.json where none lies beside it.
-    Numpy's numbers are taken too. Raises UserError out of range.
+    batch_size is a process's; global_batch fixes the windows of a step over all processes, and with them accumulate. shard: parameters, gradients and
+    moments dealt out over the processes (FSDP2). compile: torch.compile of model and loss, or of each layer. activation_checkpointing: layers are
+    computed anew in the backward. Numpy's numbers are taken too. Raises UserError out of range.
     """
 
     data: str
@@ -57,6 +59,10 @@ class TrainOptions:
     eval_every: int = 500
     save_every: int = 500
     max_seconds: float | None = None
+    global_batch: int | None = None
+    shard: bool = False
+    compile: bool = False
+    activation_checkpointing: bool = False
     init_from: str | None = None
     init_config: str | None = None
 
@@ -75,6 +81,13 @@ class TrainOptions:
         for name, (low, high, closed) in _NUMBERS.items():
             if getattr(self, name) is not None or name != "max_seconds":
                 self._set_number(name, low, high, closed)
+        if self.global_batch is not None:
+            self._set_integer("global_batch", 1, _MAX_COUNT, "an integer >= 1")
+        for name in ("shard", "compile", "activation_checkpointing"):
+            flag = as_flag(getattr(self, name))
+            if flag is None:
+                raise UserError(f"{name} is neither true nor false", got=repr(getattr(self, name)), allowed="True, False")
+            object.__setattr__(self, name, flag)
         for name, allowed in _WORDS.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} is unknown", got=getattr(self, name), allowed=", ".join(allowed))
@@ -106,23 +119,88 @@ class TrainOptions:
     @property
     def torch_device(self) -> torch.device:
         """The device to train on: "auto" is the GPU where there is one. Raises UserError on one that is not there or is none to train on."""
-        count, name = torch.cuda.device_count() if torch.cuda.is_available() else 0, str(self.device)
-        if name == "auto":
-            name = "cuda" if count else "cpu"
-        found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
-        if found is None:
-            raise UserError("no such device", got=f"--device {name}", allowed="auto, cpu, cuda, or cuda:N for GPU number N")
-        if name == "cpu":
-            return torch.device(name)
-        if not count:
-            raise UserError("no CUDA GPU", got=f"--device {name}", fix="train with --device cpu, or run: sessa-deploy doctor")
-        if int(found[1] or 0) >= count:
-            raise UserError("no such device", got=f"--device {name}", allowed=", ".join(["auto", "cpu", "cuda", *(f"cuda:{i}" for i in range(count))]))
-        return torch.device(name)
+        return find_device(str(self.device), "train with --device cpu, or run: sessa-deploy doctor")
+
+    def device_of(self, local: int, processes: int) -> torch.device:
+        """The device of process number `local` of those of this machine: of several, each has a GPU of its own or none has."""
+        found = self.torch_device
+        if processes == 1 or found.type == "cpu":
+            return found
+        count = torch.cuda.device_count()
+        if found.index is not None or processes > count:
+            raise UserError("the processes cannot have a GPU each", got=f"--device {self.device}, {processes} processes and {count} GPUs on this machine",
+                            allowed="auto or cuda, and at most as many processes as GPUs", fix="--device cuda with fewer processes, or --device cpu")
+        return torch.device("cuda", local)
+
+    def share(self, processes: int) -> Share:
+        """What each of so many processes does of a step. Raises UserError where global_batch cannot be dealt out so."""
+        if self.global_batch is None:
+            return Share(processes, self.batch_size, self.accumulate)
+        each = self.batch_size * processes
+        said = f"--global-batch {self.global_batch}, --batch-size {self.batch_size} and {_count(processes, 'process', 'processes')}"
+        if self.global_batch % each:
+            raise UserError("the global batch is no multiple of what the processes take at once", got=said, allowed=f"a multiple of {each}",
+                            fix="change --global-batch, --batch-size or the number of processes")
+        accumulate = self.global_batch // each
+        if self.accumulate not in (1, accumulate):
+            raise UserError("the global batch and the accumulation contradict each other", got=f"{said}, --accumulate {self.accumulate}",
+                            allowed=f"--accumulate {accumulate}", fix="leave --accumulate out")
+        return Share(processes, self.batch_size, accumulate)
+
+    def reshared(self, processes: int, saved_processes: int, batch_size: int | None = None) -> TrainOptions:
+        """The options of a run of `saved_processes` processes that `processes` go on with: the windows of a step stay, and where batch_size does not fit any
+        more the largest smaller one that does is taken. Raises UserError where there is none, or where the batch_size that is given does not fit."""
+        if processes == saved_processes and batch_size in (None, self.batch_size):
+            return self
+        windows = self.share(saved_processes).windows
+        each, rest = divmod(windows, processes)
+        if rest:
+            raise UserError("the run's global batch cannot be dealt out over these processes", got=f"{windows} windows a step and {processes} processes",
+                            allowed="a number of processes that divides it", fix="start as many processes as before, or a divisor of the windows")
+        if batch_size is not None and each % batch_size:
+            raise UserError("the run's global batch is no multiple of what the processes take at once", allowed=f"a divisor of {each}",
+                            got=f"--batch-size {batch_size}, {_count(processes, 'process', 'processes')} and {windows} windows a step")
+        fits = batch_size or next(size for size in range(min(self.batch_size, each), 0, -1) if each % size == 0)
+        return dataclasses.replace(self, batch_size=fits, accumulate=each // fits, global_batch=windows)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for reports and for resume.pt."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What each of `processes` processes does of an optimizer step: `accumulate` micro-batches of batch_size windows."""
+
+    processes: int
+    batch_size: int
+    accumulate: int
+
+    @property
+    def windows(self) -> int:
+        """Windows of a step, all processes together: the global batch."""
+        return self.processes * self.batch_size * self.accumulate
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def find_device(name: str, fix: str = "give --device cpu, or run: sessa-deploy doctor") -> torch.device:
+    """The device of a name; "auto" is the GPU where there is one. Raises UserError on one that is not there or is none of ours."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
+    if found is None:
+        raise UserError("no such device", got=f"--device {name}", allowed="auto, cpu, cuda, or cuda:N for GPU number N")
+    if name == "cpu":
+        return torch.device(name)
+    if not count:
+        raise UserError("no CUDA GPU", got=f"--device {name}", fix=fix)
+    if int(found[1] or 0) >= count:
+        raise UserError("no such device", got=f"--device {name}", allowed=", ".join(["auto", "cpu", "cuda", *(f"cuda:{i}" for i in range(count))]))
+    return torch.device(name)
 
 
 def learning_rate(options: TrainOptions, step: int, progress: float) -> float:

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import io
-import math
-import os
 import shlex
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from sessa_deploy.checkpoint import expected_shapes, load_checkpoint, save_checkpoint
+from sessa_deploy.checkpoint import load_checkpoint, save_checkpoint
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.data import Batches, Corpus
+from sessa_deploy.distributed import states, wrap
+from sessa_deploy.distributed.group import ALONE, Group
 from sessa_deploy.errors import UserError
 from sessa_deploy.files import write_whole
 from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.tokenizer import Tokenizer
 from sessa_deploy.train_log import LOG_FILE, PLOT_FILE, REPORT_FILE, Row, read_log, write_log, write_plot, write_report
+from sessa_deploy.train_measure import Windows, autocast, held_out_bits, require_memory, told_of_memory
 from sessa_deploy.train_options import TrainOptions
 
-RESUME_FILE, CHECKPOINT_DIR = "resume.pt", "checkpoint"
-RUN_FILES = (CHECKPOINT_DIR, RESUME_FILE, LOG_FILE, PLOT_FILE, REPORT_FILE)
-_LESS_MEMORY = "a smaller model, or a smaller --batch-size (with --accumulate) or --context"
-_STATE_BYTES = 16  # of each parameter: float32 weight, gradient and AdamW's two moments
+RESUME_FILE, RESUME_DIR, CHECKPOINT_DIR, BEST_DIR = "resume.pt", "resume", "checkpoint", "checkpoint-best"
+RUN_FILES = (CHECKPOINT_DIR, BEST_DIR, RESUME_FILE, RESUME_DIR, LOG_FILE, PLOT_FILE, REPORT_FILE)
 
 
-def parameter_groups(model: SessaLM, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups: matrices decay; biases, norms and gamma's parameters do not."""
     parameters = list(model.parameters())
     matrices = [p for p in parameters if p.dim() >= 2 and min(p.shape) > 1]
@@ -40,109 +36,95 @@ def parameter_groups(model: SessaLM, weight_decay: float) -> list[dict[str, Any]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """The precision's context: bf16 autocast, or none."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
-
-
-@torch.no_grad()
-def held_out_bits(
-    model: SessaLM, tokens: Tensor, text_bytes: int, context: int, batch_size: int, precision: str = "fp32", stride: int | None = None
-) -> float:
-    """Bits per byte of held-out text: the whole negative log-likelihood of tokens (N,) after the first, over the bytes of the text.
-
-    Windows of `context` tokens advance by `stride` (default context // 2); only what is new in a window counts, so every token is
-    predicted once, and from at least context - stride tokens wherever there are as many.
-    """
-    stride = max(1, stride or context // 2)
-    device = next(model.parameters()).device
-    last = len(tokens) - 1  # targets are tokens[1:]
-    starts = [0, *range(stride, max(1, last - context + stride), stride)] if last > context else [0]
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    tokens = tokens.to(device)
-    for first in range(0, len(starts), batch_size):
-        begin = torch.tensor(starts[first : first + batch_size], device=device)[:, None]
-        at = begin + torch.arange(context, device=device)
-        fresh = (at >= torch.where(begin > 0, begin + context - stride, 0)) & (at < last)
-        at = at.clamp(max=last - 1)
-        with autocast(device, precision):
-            logits = model(tokens[at].long())
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[at + 1].long().flatten(), reduction="none")
-        total += torch.where(fresh.flatten(), loss.double(), 0.0).sum()
-    return float(total) / math.log(2.0) / text_bytes
-
-
-def require_memory(options: TrainOptions, config: SessaConfig, device: torch.device) -> None:
-    """UserError if what a run cannot do without exceeds the memory of its device: weights, gradients, moments, and what a micro-batch leaves of each layer."""
-    one = expected_shapes(dataclasses.replace(config, n_layers=1))
-    layer = sum(math.prod(shape) for name, shape in one.items() if name.startswith("layers."))
-    parameters = sum(math.prod(shape) for name, shape in one.items()) + (config.n_layers - 1) * layer
-    tokens = options.batch_size * options.context
-    need = _STATE_BYTES * parameters + tokens * (4 * config.vocab_size + 2 * config.d_model * config.n_layers)
-    have = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > have:
-        raise UserError("the run does not fit into memory", got=f"{parameters:,} parameters and micro-batches of {tokens:,} tokens: {_giga(need)} at least",
-                        allowed=f"{_giga(have)}", fix=_LESS_MEMORY)
-
-
-def _giga(count: int) -> str:
-    return f"{min(count, 10**30) / 1e9:,.1f} GB"
-
-
-@contextlib.contextmanager
-def told_of_memory() -> Iterator[None]:
-    """Turns a failed allocation, of whichever device, into one UserError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in text:
-            raise
-        raise UserError("out of memory", got=text[:120] or type(error).__name__, fix=_LESS_MEMORY) from None
-
-
 class Run:
-    """The state of a training run: model, optimizer, step, log. origin: what the report says of the checkpoint it began with, None for none."""
+    """The state of a training run: model, optimizer, step, log. origin: what the report says of the checkpoint it began with, None for none.
 
-    def __init__(self, options: TrainOptions, config: SessaConfig, tokenizer: Tokenizer, corpus: Corpus, origin: dict[str, Any] | None = None) -> None:
-        self.options, self.config, self.tokenizer, self.corpus, self.origin = options, config, tokenizer, corpus, origin
-        self.device = options.torch_device
+    group: the processes that share its steps; all of them hold a Run and make the same calls. values: the weights to begin with, by the names of
+    the model's state dict, None for random ones; a sharded run looks at process 0's.
+    """
+
+    def __init__(
+        self, options: TrainOptions, config: SessaConfig, tokenizer: Tokenizer, corpus: Corpus, origin: dict[str, Any] | None = None, group: Group = ALONE,
+        values: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.options, self.config, self.tokenizer, self.corpus, self.origin, self.group = options, config, tokenizer, corpus, origin, group
+        self.share = options.share(group.size)
+        self.device = options.device_of(group.local, group.local_size)
         self.folder = Path(options.out)
         self.batches = Batches(corpus.train, options.context, options.batch_size, options.seed)
-        require_memory(options, config, self.device)
+        sharded = options.shard and group.many
+        require_memory(options, config, self.device, group.size if sharded else 1)
         with torch.random.fork_rng(devices=[]), told_of_memory():
             torch.manual_seed(options.seed)
-            self.model = SessaLM(config).to(self.device)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, options.weight_decay), lr=options.lr, betas=(options.beta1, options.beta2),
-                                           fused=self.device.type == "cuda")
-        self.train_tokens = torch.from_numpy(corpus.train).to(self.device)
-        self.held_tokens = torch.from_numpy(corpus.held_out).to(self.device)
+            self.stepped = self._sharded(values) if sharded else self._whole(values)
+        self.optimizer = torch.optim.AdamW(wrap.unmixed(parameter_groups(self.model, options.weight_decay)), lr=options.lr,
+                                           betas=(options.beta1, options.beta2), fused=self.device.type == "cuda")
+        self.train_tokens = Windows(corpus.train, self.device)
+        self.held_tokens = Windows(corpus.held_out, self.device)
         self.step, self.seconds = 0, 0.0
         self.saved_step: int | None = None  # where --resume would go on
         self.unsaved = True
         self.rows: list[Row] = []
+        self.best: tuple[float, int] | None = None  # held-out bits and the step of checkpoint-best/
+
+    @property
+    def model(self) -> SessaLM:
+        """The model, its parameters under their plain names; those of a sharded run are DTensors."""
+        return self.stepped.model  # type: ignore[return-value]
+
+    def _whole(self, values: dict[str, Tensor] | None) -> wrap.Stepped:
+        model = SessaLM(self.config).to(self.device)
+        if values is not None:
+            model.load_state_dict(values)
+        layers_differ = self.options.activation_checkpointing  # with it the layers are compiled one by one
+        wrap.change_layers(model, self.options.compile and layers_differ, layers_differ)
+        stepped = wrap.replicated(model, self.group)
+        if self.options.compile and not layers_differ:
+            stepped.compile()
+        return stepped
+
+    def _sharded(self, values: dict[str, Tensor] | None) -> wrap.Stepped:
+        if values is None and self.group.chief:  # the weights that one process alone would begin with
+            values = SessaLM(self.config).state_dict()
+        with torch.device("meta"):
+            model = SessaLM(self.config)
+        wrap.change_layers(model, self.options.compile, self.options.activation_checkpointing)
+        stepped = wrap.sharded(model, self.group, self.device)
+        wrap.fill(model, self.group, values)
+        return stepped
+
+    def where(self) -> str:
+        """What the run is trained on, for people."""
+        kind = "a GPU" if self.device.type == "cuda" else "the CPU"
+        return f"{self.group.size} processes, each on {kind}" if self.group.many else str(self.device)
+
+    def note(self) -> str | None:
+        """What somebody should hear of how the run is shared; None for nothing."""
+        if self.options.shard and not self.group.many:
+            return "note: one process alone has nothing to shard over; for more of them: torchrun --nproc-per-node N -m sessa_deploy train ..."
+        return None
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B,context) of micro-batch `number`."""
+        """Inputs and targets (B,context) of micro-batch `number`, counted over all processes."""
         starts = torch.from_numpy(self.batches.starts(number)).to(self.device)
-        window = self.train_tokens[starts[:, None] + torch.arange(self.options.context + 1, device=self.device)].long()
+        window = self.train_tokens[starts[:, None] + torch.arange(self.options.context + 1, device=self.device)]
         return window[:, :-1], window[:, 1:]
 
     def optimize(self, lr: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step; (loss in nats per token, gradient norm before clipping), still on the device."""
+        """One optimizer step; (loss in nats per token of this process's windows, gradient norm before clipping), still on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for part in range(self.options.accumulate):
-            inputs, targets = self.batch(self.step * self.options.accumulate + part)
-            with autocast(self.device, self.options.precision):
-                logits = self.model(inputs)
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()) / self.options.accumulate
-            loss.backward()
+        parts = self.share.accumulate
+        for part in range(parts):
+            # the windows of a step are the same however many processes share them
+            inputs, targets = self.batch((self.step * parts + part) * self.group.size + self.group.rank)
+            with self.stepped.part(last=part == parts - 1):
+                loss = self.stepped.loss(inputs, targets, autocast(self.device, self.options.precision, cache=not self.stepped.sharded)) / parts
+                loss.backward()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip)
+        norm = self.stepped.clip(self.options.grad_clip)
         self.optimizer.step()
         return total, norm
 
@@ -150,23 +132,55 @@ class Run:
         """Held-out bits per byte of the weights as they are."""
         self.model.eval()
         bits = held_out_bits(self.model, self.held_tokens, self.corpus.held_out_bytes, self.options.context, self.options.batch_size,
-                             self.options.precision, stride=self.options.context)
+                             self.options.precision, stride=self.options.context, group=self.group)
         self.model.train()
         return bits
 
+    def keep_best(self, bits: float) -> None:
+        """Write checkpoint-best/ if the weights as they are, with these held-out bits, are the best so far. Raises UserError where it cannot be written."""
+        if self.best is None or bits < self.best[0]:
+            self._told_where_to_go_on(lambda: self._save_checkpoint(BEST_DIR))
+            self.best = bits, self.step
+
     def save(self) -> None:
-        """Write resume.pt, the log and the checkpoint. Raises UserError where they cannot be written; what was saved before stays."""
-        state = {"options": self.options.to_dict(), "config": self.config.to_dict(), "step": self.step, "seconds": self.seconds,
-                 "tokenizer": self.tokenizer.to_json(), "corpus": self.corpus.fingerprint(), "origin": self.origin, "model": self.model.state_dict(),
-                 "optimizer": self.optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
-        data = io.BytesIO()
-        torch.save(state, data)
-        try:
-            write_log(self.folder, self.rows)
+        """Write the state, the log and the checkpoint. Raises UserError where they cannot be written; what was saved before stays."""
+        self._told_where_to_go_on(self._save)
+
+    def _save(self) -> None:
+        self.group.on_chief(lambda: write_log(self.folder, self.rows))
+        plain = {"options": self.options.to_dict(), "config": self.config.to_dict(), "step": self.step, "seconds": self.seconds,
+                 "tokenizer": self.tokenizer.to_json(), "corpus": self.corpus.fingerprint(), "origin": self.origin, "processes": self.group.size}
+        if self.group.many:
+            states.save(self.folder / RESUME_DIR, self.group, states.tensors(self.model, self.optimizer), plain)
+            self.group.on_chief(lambda: (self.folder / RESUME_FILE).unlink(missing_ok=True))
+        else:
+            data = io.BytesIO()
+            torch.save({**plain, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "torch_rng": torch.get_rng_state()}, data)
             write_whole(self.folder / RESUME_FILE, data.getvalue(), "--out", "the run")
-            self.saved_step = self.step
-            save_checkpoint(self.model, self.folder / CHECKPOINT_DIR, dtype=self.options.store, tokenizer=self.tokenizer.to_json(), card=self._card())
-            self.unsaved = False
+            shutil.rmtree(self.folder / RESUME_DIR, ignore_errors=True)
+        self.saved_step = self.step
+        self._save_checkpoint(CHECKPOINT_DIR)
+        self.unsaved = False
+
+    def _save_checkpoint(self, name: str) -> None:
+        model = self._gathered() if self.stepped.sharded else self.model
+        self.group.on_chief(lambda: save_checkpoint(model, self.folder / name, dtype=self.options.store, tokenizer=self.tokenizer.to_json(),
+                                                    card=self._card()))
+
+    def _gathered(self) -> SessaLM:
+        """A sharded run's model whole, on the CPU, in process 0; without values in the others."""
+        found = wrap.gathered(self.model, keep=self.group.chief)
+        with torch.device("meta"):
+            model = SessaLM(self.config)
+        if found:
+            if self.config.tie_word_embeddings:
+                found["lm_head.weight"] = found["embedding.weight"]
+            model.load_state_dict(found, assign=True)
+        return model
+
+    def _told_where_to_go_on(self, work: Any) -> None:
+        try:
+            work()
         except UserError as error:
             if self.saved_step is None:
                 raise
@@ -177,33 +191,63 @@ class Run:
         """MODEL_CARD.md of a model that began as another one; one that began with random weights has its report alone."""
         if self.origin is None:
             return None
-        name, windows = self.origin["checkpoint"], self.options.batch_size * self.options.accumulate
+        name, windows = self.origin["checkpoint"], self.share.windows
         return (f"# Continued from {name}\n\nThe run began with the weights of `{name}` (SHA-256 of its tensors in float32: "
                 f"`{self.origin['weights_sha256']}`) and a fresh optimizer, and trained {self.step} steps of {windows} windows of {self.options.context} "
                 f"tokens on {self.corpus.train_bytes:,} bytes of text. Vocabulary, special tokens and shape are that checkpoint's.\n")
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `save` wrote. Raises UserError when the text has changed or the state does not fit the model."""
+        """Continue from what `save` wrote, by whichever number of processes. Raises UserError when the text has changed or the state does not fit the model."""
         if state["corpus"] != self.corpus.fingerprint():
             raise UserError("the training text is not the one this run began with", got=self.options.data, fix="give the same --data, or start a new run")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["torch_rng"].cpu())
-        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        step = int(state["step"])
+        if "folder" in state:
+            values = states.tensors(self.model, self.optimizer)
+            states.load(self.folder / RESUME_DIR, self.group, state["folder"], values)
+            states.set_moments(self.model, self.optimizer, values, step)
+        elif self.stepped.sharded:
+            self._deal_out(state, step)
+        else:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["torch_rng"].cpu())
+        self.step, self.seconds = step, float(state["seconds"])
         self.saved_step = self.step
         self.rows = [row for row in read_log(self.folder) if row.step <= self.step]
+        self.best = min(((row.held_out, row.step) for row in self.rows if row.held_out is not None), default=None)
+
+    @torch.no_grad()
+    def _deal_out(self, state: dict[str, Any], step: int) -> None:
+        """Take a whole state, as one process saves it, into a sharded model."""
+        like = dict(self.model.named_parameters())
+        names = {id(p): name for name, p in like.items()}
+        ordered = [names[id(p)] for group in parameter_groups(self.model, 0.0) for p in group["params"]]  # as one process numbers them
+        for name, parameter in like.items():
+            parameter.copy_(wrap.placed(state["model"][name], parameter))
+        moments = {f"{moment}.{name}": wrap.placed(x, like[name]) for i, name in enumerate(ordered)
+                   for moment, x in state["optimizer"]["state"].get(i, {}).items() if moment != "step"}
+        states.set_moments(self.model, self.optimizer, moments, step)
 
     def finish(self) -> dict[str, Any]:
-        """Measure what was stored, write report.json and loss.png, return the report."""
+        """Measure what was stored, write report.json and loss.png, return the report; {} in other processes than number 0."""
         with told_of_memory():
-            stored = load_checkpoint(self.folder / CHECKPOINT_DIR, device=self.device)
-            bits = held_out_bits(stored, self.held_tokens, self.corpus.held_out_bytes, self.options.context, self.options.batch_size)
+            if self.stepped.sharded:  # one process alone may not hold what was stored: the weights as they are, before they were rounded to `store`
+                self.model.eval()
+                bits = held_out_bits(self.model, self.held_tokens, self.corpus.held_out_bytes, self.options.context, self.options.batch_size, group=self.group)
+                self.model.train()
+            else:
+                stored = load_checkpoint(self.folder / CHECKPOINT_DIR, device=self.device)
+                bits = held_out_bits(stored, self.held_tokens, self.corpus.held_out_bytes, self.options.context, self.options.batch_size, group=self.group)
+        return self.group.on_chief(lambda: self._report(bits)) or {}
+
+    def _report(self, bits: float) -> dict[str, Any]:
         report = {
             "steps": self.step, "tokens": self.rows[-1].tokens if self.rows else 0, "seconds": round(self.seconds, 1),
             "parameters": sum(p.numel() for p in self.model.parameters()), "train_loss": self.rows[-1].loss if self.rows else None,
             "held_out_bits_per_byte": bits, "xz_9_bits_per_byte": self.corpus.xz_bits_per_byte, "train_bytes": self.corpus.train_bytes,
             "held_out_bytes": self.corpus.held_out_bytes, "train_files": len(self.corpus.train_files), "held_out_files": list(self.corpus.held_out_files),
-            "skipped_files": list(self.corpus.skipped), "torch": torch.__version__,
+            "best": None if self.best is None else {"step": self.best[1], "held_out_bits_per_byte": self.best[0]},
+            "skipped_files": list(self.corpus.skipped), "torch": torch.__version__, "processes": self.group.size, "global_batch": self.share.windows,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu", "options": self.options.to_dict(),
             "init_from": self.origin,
         }

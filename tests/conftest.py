@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("full", max_examples=2000, deadline=None)  # --hypothesis-profile full: twenty times the requests in the batcher's tests
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("layer_*.safetensors"))
 

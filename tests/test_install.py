@@ -85,9 +85,17 @@ CASES: list[tuple[str, str, tuple[str, ...], str | None]] = [
     ("run", "{bundle} --prompt a --max-new-tokens 2 --backend trt", ALL, "tensorrt"),
     ("run", "{bundle} --prompt a --max-new-tokens 2", RUNTIME_ONLY, None),
     ("chat", "{bundle}", ALL, "ort"),
+    ("serve", "{bundle}", ALL, "serve"),
+    *(("serve", "{bundle}", (name,), "serve") for name in ("fastapi", "uvicorn", "pydantic", "jinja2", "prometheus_client")),
+    ("serve", "{bundle} --port 0", ("onnxruntime",), "ort"),
+    ("serve", "{bundle} --backend trt", TENSORRTS, "tensorrt"),
+    ("export-triton", "{bundle} --out {new}-r", ALL, None),
     ("score", "{bundle} --text {text}/0.txt", ALL, "ort"),
     ("score", "{bundle} --text {text}/0.txt", RUNTIME_ONLY, None),
     ("bench", "{bundle} --prompt-tokens 4 --window 4", ALL, "ort"),
+    ("influence", "{checkpoint}", RUNTIME_ONLY, "export"),
+    ("influence", "{checkpoint} --plot {new}.png", ("matplotlib",), "export"),
+    ("influence", "{checkpoint}", ("safetensors",), "export"),
     ("inspect", "{model.pt}", RUNTIME_ONLY, "export"),
     ("inspect", "{model.pt} --no-verify", ("torch",), "export"),
     ("inspect", "{onnx}", RUNTIME_ONLY, "export"),
@@ -177,7 +185,8 @@ def test_every_library_that_an_extra_brings_is_known_by_its_extra() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for module, extra in EXTRA_OF.items():
         listed = re.search(rf"^{extra} = \[(.*?)\]$", text, flags=re.MULTILINE | re.DOTALL)
-        assert listed is not None and f'"{module.replace("_", "-")}' in listed.group(1), (module, extra)
+        package = {"dynamo": "ai-dynamo"}.get(module, module.replace("_", "-"))
+        assert listed is not None and f'"{package}' in listed.group(1), (module, extra)
 
 
 def test_doctor_says_whether_versions_are_in_range(monkeypatch: pytest.MonkeyPatch) -> None:

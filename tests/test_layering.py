@@ -12,8 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "sessa_deploy/kernels"
+DISTRIBUTED = "sessa_deploy/distributed"
 LAUNCH, FEEDBACK, CAUSAL, ENGINE, TRAINING = (f"{KERNELS}/{name}" for name in ("launch", "feedback", "causal", "engine", "training"))
-HEAVY = {"torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib"}
+HEAVY = {"torch", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "safetensors", "matplotlib", "fastapi", "uvicorn", "pydantic", "jinja2"}
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt"}
 # The modules beside the package's folders that need the standard library alone.
 GROUND = {"__init__", "checks", "config", "contract", "cuda", "cuda_arch", "errors", "files", "process", "reading"}
@@ -26,18 +27,22 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ENGINE: ({LAUNCH, FEEDBACK, CAUSAL, KERNELS}, {"triton", "torch"}),
     KERNELS: ({LAUNCH, FEEDBACK, CAUSAL}, {"triton", "torch"}),
     TRAINING: ({LAUNCH, KERNELS}, {"triton", "torch"}),
-    "sessa_deploy": ({KERNELS, TRAINING, "runtime"}, {"torch", "numpy", "safetensors", "tokenizers", "matplotlib", "onnx", "google"}),
-    "sessa_deploy/cli": ({"sessa_deploy", "runtime", "runtime/ort", "runtime/trt", "export", "export/parity", "plugins"}, {"click", "rich", "numpy"}),
+    DISTRIBUTED: (set(), {"torch"}),
+    "sessa_deploy": ({KERNELS, TRAINING, DISTRIBUTED, "runtime"}, {"torch", "numpy", "safetensors", "tokenizers", "matplotlib", "onnx", "google", "wandb"}),
+    "sessa_deploy/cli": ({"sessa_deploy", "runtime", "runtime/ort", "runtime/trt", "runtime/serve", "export", "export/parity", "plugins"},
+                         {"click", "rich", "numpy"}),
     "export": ({"sessa_deploy", KERNELS, "runtime", "runtime/device", "runtime/ort", "runtime/trt", "plugins", "export/engine", "export/graph",
                 "export/parity", "export/trt"}, {"torch", "onnx", "numpy", "platformdirs"}),
     "export/engine": ({LAUNCH, "runtime", "plugins", "export/graph"}, {"onnx", "numpy"}),
     "export/graph": ({"sessa_deploy", KERNELS, "export", "plugins"}, {"torch", "onnx", "onnx_ir", "onnxscript", "numpy"}),
     "export/parity": ({"sessa_deploy", KERNELS, "runtime", "runtime/ort", "runtime/trt", "export/graph"}, {"torch", "onnx", "numpy", "matplotlib"}),
     "export/trt": ({"runtime", "export/engine", "export/graph"}, {"onnx", "numpy"}),
-    "runtime": ({"plugins", "runtime/device", "runtime/ort", "runtime/trt"}, {"numpy", "tokenizers", "rich", "platformdirs"}),
+    "runtime": ({"plugins", "runtime/device", "runtime/ort", "runtime/trt"}, {"numpy", "tokenizers", "rich", "platformdirs", "jinja2"}),
     "runtime/device": ({"runtime"}, {"numpy"}),
     "runtime/ort": ({"runtime", "runtime/device", "plugins"}, {"numpy", "onnxruntime"}),
     "runtime/trt": ({"runtime", "runtime/device", "plugins"}, {"numpy", "platformdirs"}),
+    "runtime/serve": ({"runtime"}, {"numpy", "fastapi", "starlette", "uvicorn", "pydantic", "pydantic_core", "prometheus_client", "dynamo", "platformdirs",
+                                     "triton_python_backend_utils"}),
     "plugins": ({LAUNCH, FEEDBACK, CAUSAL, ENGINE}, {"triton", "torch", "platformdirs"}),
 }
 # Where a room may see but a part of another: (from, into) -> the modules.
@@ -46,7 +51,7 @@ DOORS = {
     (CAUSAL, KERNELS): {"device"},
     (ENGINE, KERNELS): {"device"},
     (TRAINING, KERNELS): {"device", "ops", "route"},
-    ("sessa_deploy", "runtime"): {"bundle", "publish", "tokenizer"},
+    ("sessa_deploy", "runtime"): {"bundle", "publish", "template", "tokenizer"},
     ("runtime", "plugins"): {"library"},
     ("runtime/ort", "plugins"): {"library"},
     ("runtime/trt", "plugins"): {"library"},

@@ -70,7 +70,7 @@ def test_a_seed_is_a_run_and_another_seed_another(text: Path, tmp_path: Path) ->
 def test_it_learns_and_reports(text: Path, tmp_path: Path) -> None:
     report = run_to_end(text, tmp_path / "a", steps=60, batch_size=8, context=32, lr=1e-2)
     out = tmp_path / "a"
-    assert sorted(x.name for x in out.iterdir()) == ["checkpoint", "log.csv", "loss.png", "report.json", "resume.pt"]
+    assert sorted(x.name for x in out.iterdir()) == ["checkpoint", "checkpoint-best", "log.csv", "loss.png", "report.json", "resume.pt"]
     assert sorted(x.name for x in (out / "checkpoint").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert json.loads((out / "report.json").read_text())["held_out_bits_per_byte"] == report["held_out_bits_per_byte"] < 4.0
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG") and report["tokens"] == 60 * 8 * 32

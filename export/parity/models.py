@@ -28,7 +28,7 @@ from sessa_deploy.contract import (
 from sessa_deploy.export.parity.cases import Case, Cases
 from sessa_deploy.export.parity.drive import Tensors, layer_name, poison_rows
 from sessa_deploy.kernels import reference
-from sessa_deploy.model import Ops, Rows, SessaCache, SessaLM
+from sessa_deploy.model import Ops, Rows, SessaCache, SessaLM, using_ops
 
 ORACLE_OPS, PLAIN_OPS = Ops(reference.plain_causal, reference.recurrence), Ops(reference.plain_causal, reference.plain)
 Headroom = dict[str, list[float]]
@@ -38,19 +38,6 @@ def to_numpy(x: Tensor) -> np.ndarray:
     """A tensor as numpy, bfloat16 widened to float32."""
     x = x.detach().cpu()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
-
-
-@contextmanager
-def using_ops(model: SessaLM, ops: Ops) -> Iterator[None]:
-    """Let this model, and no other, call these implementations of its two ops inside the block."""
-    before = [layer.mixer.ops for layer in model.layers]
-    try:
-        for layer in model.layers:
-            layer.mixer.ops = ops
-        yield
-    finally:
-        for layer, own in zip(model.layers, before, strict=True):
-            layer.mixer.ops = own
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import click
 from sessa_deploy import __version__
 from sessa_deploy.cli.streams import guarded
 from sessa_deploy.errors import SessaError, UserError, packages_named
-from sessa_deploy.process import ending_cleanly
+from sessa_deploy.process import end_with_the_others, ending_cleanly, launched, speaks
 
 _SIGNALS = (129, 143)  # SIGHUP, SIGTERM
 _SPACE = "free space there, or name another place"
@@ -30,9 +30,12 @@ VERBS: dict[str, str] = {
     "build": "Build a TensorRT engine into a bundle.",
     "run": "Generate text from a bundle, streaming tokens.",
     "chat": "Talk to a bundle: turns continue one text on the caches it has.",
+    "serve": "Serve a bundle to many clients at once, over OpenAI's API.",
     "score": "Score a text: log-likelihood, bits per byte, perplexity.",
     "bench": "Measure first-token and inter-token latency of a bundle.",
+    "influence": "Measure how far back the layers of a checkpoint reach.",
     "inspect": "Show what a checkpoint, an ONNX file or a bundle holds.",
+    "export-triton": "Write a bundle as a model of a Triton Inference Server.",
     "plugin": "Build, find and check the TensorRT plugin library.",
     "doctor": "Show what is installed, what is missing and how to mend it.",
 }
@@ -47,7 +50,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command: click.Command = importlib.import_module(f"sessa_deploy.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"sessa_deploy.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -74,6 +77,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point. What a user or a machine can cause becomes one line on stderr and an exit code; anything else is a bug and keeps its traceback."""
     with ending_cleanly():
         code = _guarded(args)
+        if code and launched():
+            end_with_the_others()
     if code:
         sys.exit(code)
 
@@ -138,5 +143,7 @@ def _machine_error(error: Exception) -> UserError | None:
 
 
 def _say(line: str) -> None:
+    if not speaks():  # of several processes the first one speaks for all
+        return
     with contextlib.suppress(OSError):  # where even stderr takes nothing there is nobody to tell
         click.echo(line, err=True)

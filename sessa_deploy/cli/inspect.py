@@ -99,6 +99,7 @@ def _checkpoint(console: Any, found: dict[str, Any], limit: int | None) -> None:
     _facts(console, f"checkpoint {found['path']}", {
         "parameters": f"{found['parameters']:,} ({_pairs(found['parts'])})", "tensors by dtype": _pairs(found["dtypes"]),
         "size": f"{size(found['bytes'])} in {', '.join(found['files'])}", "tokenizer": "tokenizer.json" if found["tokenizer"] else "none",
+        "chat template": found["chat_template"] or "none",
         **_config(found["config"]),
     })
     rows = [(t["name"], t["dtype"], tuple(t["shape"]), size(t["bytes"]), t["file"]) for t in found["tensors"]]
@@ -143,6 +144,7 @@ def _bundle(console: Any, found: dict[str, Any], limit: int | None) -> None:
     versions = found["versions"] if isinstance(found["versions"], dict) else {}
     _facts(console, f"bundle {found['path']}", {
         "precision": found["precision"], "opset": found["opset"], "schema": found["schema_version"], "size": size(found["bytes"]),
+        "chat template": found["chat_template"] or "none",
         "engines": ", ".join(f"{n} (adds {size(found['engine_bytes'][n])})" for n in found["engines"]) or "none",
         **_engine(found.get("engine_here")), **_prepared(found), "versions": _pairs(versions), **_config(found["config"]),
     })

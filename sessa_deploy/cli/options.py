@@ -177,6 +177,20 @@ class Extensions(click.ParamType):
         return tuple(found)
 
 
+class Lags(click.ParamType):
+    """Lags with commas between, as in `1,4,16`: a tuple of integers >= 0, in the order given."""
+
+    name = "integer,integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        parts = value.split(",")
+        if not all(re.fullmatch(r"[0-9]{1,10}", part) and int(part) <= _CEILING for part in parts):
+            raise refuse(param, value, "is no list of lags", "integers >= 0 with commas between, as in 1,4,16")
+        return tuple(int(part) for part in parts)
+
+
 class Archs(click.ParamType):
     """Compute capabilities with commas between, as in `90,86`, each one that kernels are lowered for; the text as it was given."""
 
@@ -205,6 +219,7 @@ class Device(click.ParamType):
 POSITIVE_INT = Integer(1)
 COUNT = Integer(0)
 DRAFTED = Integer(1, STEP_ROWS - 1)  # beside the token before them
+PORT = Integer(0, 65535)
 FINITE = Number()
 POSITIVE = Number(0.0, low_open=True)
 NOT_NEGATIVE = Number(0.0)
@@ -222,6 +237,7 @@ PATH = Place()
 PLACE = Place(path_type=Path)
 FILE = Place(dir_okay=False)
 TEXT = Words()
+LAGS = Lags()
 ARCHS = Archs()
 EXTENSIONS = Extensions()
 DEVICE = Device()

@@ -69,6 +69,10 @@ NOT_NEGATIVE = number([0.0, 1e-300, 1e300], [-1e-300, -1.0])
 MAJOR = Row((("8", 8), ("10", 10), ("11", 11)), ("", "7", "9", "12", "0", "-8", "8.0", "ten", " 8", "1e1"))
 TARGET = choice("tensorrt", "rtx", "ort")
 ARCHS = Row((("90", "90"), ("80,86", "80,86")), ("", ",", "90,", "sm_90", "9.0", "75", "90,75", " 90", "90;86", "9" * 500))
+DEVICE = Row(tuple((x, x) for x in ("auto", "cpu", "cuda", "cuda:0", "cuda:7")),
+             ("", " ", "mps", "meta", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "cuda:\u0663", "xla", "toaster", "cuda:" + "9" * 20,
+              "cpu\n"),
+             ("cuda:999",))
 SAMPLING = {
     "--temperature": NOT_NEGATIVE, "--top-k": FROM_ZERO, "--top-p": number([1e-300, 0.5, 1.0], [0.0, -0.5, 1.0000001, 2.0]),
     "--min-p": number([0.0, 0.5, 0.999999], [-1e-9, 1.0, 2.0]), "--repetition-penalty": POSITIVE, "--seed": SEED,
@@ -76,20 +80,20 @@ SAMPLING = {
 
 TABLE: dict[str, dict[str, Row]] = {
     "train": {
-        "--data": place("nowhere", "/dev/null"), "--out": place("/dev/null", "text/a.txt", "/proc/run"), "--resume": FLAG,
+        "--data": place("nowhere", "/dev/null"), "--out": place("/dev/null", "text/a.txt", "/proc/run"), "--resume": FLAG, "--prepare": FLAG,
         "--init-from": place("nowhere", "text"), "--config": place(), "--steps": COUNT, "--stop-at": COUNT, "--max-seconds": POSITIVE,
         "--d-model": COUNT, "--n-layers": COUNT, "--n-heads": COUNT,
         "--n-kv-heads": COUNT, "--gamma-max": number([0.5, -3.0], [], ("0", "1", "-1", "1.5")), "--tie-word-embeddings": FLAG, "--context": COUNT,
-        "--batch-size": COUNT, "--accumulate": COUNT, "--lr": POSITIVE, "--warmup": FROM_ZERO, "--weight-decay": NOT_NEGATIVE, "--grad-clip": POSITIVE,
+        "--batch-size": COUNT, "--accumulate": COUNT,
+        "--global-batch": COUNT, "--shard": FLAG, "--compile": FLAG, "--activation-checkpointing": FLAG, "--lr": POSITIVE,
+        "--warmup": FROM_ZERO, "--weight-decay": NOT_NEGATIVE, "--grad-clip": POSITIVE,
         "--seed": SEED, "--tokenizer": place("nowhere", "text", "text/a.txt"),
         "--extensions": Row((("py", ("py",)), (".py,md", ("py", "md")), ("tar.gz, txt", ("tar.gz", "txt"))),
                             ("", " ", ",", "py,", ",py", "py,,md", ".", "a/b"), ("rs",)),
         "--held-out": number([1e-9, 0.5, 0.999999], [0.0, 1.0, -0.1, 1.5]),
-        "--device": Row(tuple((x, x) for x in ("auto", "cpu", "cuda", "cuda:0", "cuda:7")),
-                        ("", " ", "mps", "meta", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "cuda:\u0663", "xla", "toaster", "cuda:" + "9" * 20,
-                         "cpu\n"),
-                        ("cuda:999",)),
+        "--device": DEVICE,
         "--precision": choice("auto", "fp32", "bf16"), "--store": choice("fp32", "fp16", "bf16"), "--eval-every": COUNT, "--save-every": COUNT,
+        "--log-to": choice("tensorboard", "wandb"),
     },
     "export": {
         "CHECKPOINT": place("nowhere"), "--out": place(), "--precision": choice("fp32", "fp16", "bf16"), "--opset": integer(17, 23),
@@ -113,16 +117,32 @@ TABLE: dict[str, dict[str, Row]] = {
     },
     "chat": {
         "BUNDLE": place("nowhere"), "--max-new-tokens": COUNT, **SAMPLING, "--backend": BACKEND, "--stop": text(""), "--capacity": COUNT, "--threads": THREADS,
-        "--lookup": DRAFTED,
+        "--lookup": DRAFTED, "--plain": FLAG,
     },
     "score": {
         "BUNDLE": place("nowhere"), "--text": place("nowhere"), "--ids": place(), "--json": FLAG, "--backend": BACKEND, "--capacity": COUNT, "--stride": COUNT,
         "--threads": THREADS,
     },
+    "serve": {
+        "BUNDLE": place("nowhere"), "--backend": BACKEND, "--slots": COUNT, "--capacity": COUNT, "--threads": THREADS, "--host": text(""),
+        "--port": integer(0, 65535), "--api-key": text(""), "--no-api-key": FLAG, "--served-model-name": text(""), "--queue": FROM_ZERO,
+        "--queue-timeout": POSITIVE, "--timeout": POSITIVE, "--drain-timeout": NOT_NEGATIVE, "--metrics": FLAG, "--log-prompts": FLAG,
+    },
     "bench": {
         "BUNDLE": place("nowhere"), "--json": place("."), "--backend": BACKEND, "--batch": COUNT, "--prompt-tokens": COUNT, "--window": COUNT, "--steps": COUNT,
         "--seconds": NOT_NEGATIVE, "--max-seconds": NOT_NEGATIVE, "--capacity": COUNT, "--threads": THREADS, "--bandwidth": POSITIVE,
         "--lookup": DRAFTED, "--prompt-file": place("nowhere"),
+    },
+    "export-triton": {
+        "BUNDLE": place("nowhere"), "--out": place(), "--name": Row((("x", "x"), ("a-1", "a-1")), ("",), (" ", "a/b", "..", "-a", "\u00fc", "a b")),
+        "--backend": BACKEND, "--slots": COUNT, "--capacity": COUNT, "--queue": FROM_ZERO, "--queue-timeout": POSITIVE, "--threads": THREADS,
+    },
+    "influence": {
+        "CHECKPOINT": place("nowhere"), "--prompt": text(""), "--tokens": place("nowhere"), "--sources": COUNT, "--layer": FROM_ZERO,
+        "--lags": Row((("1", (1,)), ("0,4,16", (0, 4, 16)), ("16,1", (16, 1))),
+                      (*(x for x in ODD if x != "1,5"), ",", "1,", ",1", "1,,2", "1, 2", "-1", "1,-1", "1.5", "1;2", str(2**31), "9" * 5000)),
+        "--context": integer(2), "--end-to-end": FLAG, "--seed": SEED, "--config": place(), "--device": DEVICE, "--json": JSON,
+        "--plot": place(),
     },
     "inspect": {"PATH": place("nowhere"), "--config": place(), "--json": JSON, "--all": FLAG, "--no-verify": FLAG},
     "plugin build": {
@@ -139,7 +159,8 @@ COMPLETE: dict[str, dict[str, str]] = {
     "train": {"--data": "text", "--out": "run"}, "export": {"CHECKPOINT": "checkpoint", "--out": "bundle"},
     "validate": {"BUNDLE": "bundle", "--checkpoint": "checkpoint"}, "build": {"BUNDLE": "bundle"},
     "run": {"BUNDLE": "bundle", "--prompt": "x"}, "chat": {"BUNDLE": "bundle"}, "score": {"BUNDLE": "bundle", "--text": "text/a.txt"},
-    "bench": {"BUNDLE": "bundle"}, "inspect": {"PATH": "checkpoint"},
+    "serve": {"BUNDLE": "bundle"}, "bench": {"BUNDLE": "bundle"}, "export-triton": {"BUNDLE": "bundle", "--out": "repository"},
+    "influence": {"CHECKPOINT": "checkpoint"}, "inspect": {"PATH": "checkpoint"},
 }
 
 

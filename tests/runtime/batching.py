@@ -125,7 +125,7 @@ def play(batcher: Batcher, plans: list[Plan], poison: bool = True, most: int = 5
         if one.finish == "cancelled":
             assert plan.cancel is not None
     stats = batcher.stats()
-    assert (stats.queued, stats.reading, stats.running) == (0, 0, 0) and batcher._turns.slots.free == batcher.backend.batch, "a slot is lost"
+    assert (stats.queued, stats.reading, stats.running) == (0, 0, 0) and batcher._slots.free == batcher.backend.batch, "a slot is lost"
     assert sum(stats.finished.values()) == stats.accepted == len(plans) and stats.new_tokens == sum(len(one.tokens) for one in played)
     assert not batcher.backend.length.any(), "what is done rests or is forgotten"
     return played

@@ -13,9 +13,10 @@ from numpy_model import NumpyBackend, NumpyModel, random_weights
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
+from sessa_deploy.runtime import generation
 from sessa_deploy.runtime.batcher import Batcher
 from sessa_deploy.runtime.ort.backend import OrtBackend
-from sessa_deploy.runtime.requests import Request
+from sessa_deploy.runtime.requests import Event, Request
 from sessa_deploy.runtime.sampling import SamplingParams
 from sessa_deploy.runtime.tokenizer import Tokenizer, byte_level_tokenizer
 
@@ -112,7 +113,7 @@ def test_requests_get_slots_in_the_order_they_came_and_lowest_first():
     for number in range(6):
         batcher.submit(Request((number,), max_new_tokens=3), lambda event, number=number: order.append(number) if event.finish else None)
     batcher.turn()
-    assert [slot.busy for slot in batcher._turns.slots.all] == [True, True] and batcher.backend.calls[0][0] == 0
+    assert [slot.busy for slot in batcher._slots.all] == [True, True] and batcher.backend.calls[0][0] == 0
     while batcher.turn():
         pass
     assert order == sorted(order)
@@ -143,6 +144,23 @@ def test_choice_0_draws_what_a_session_does(tmp_path):
         assert (found.tokens, found.text, found.finish) == (wanted.tokens, wanted.text, wanted.finish)
     free = [tuple(alone(toy, Request((1,), SamplingParams(2.0), 20)).tokens) for _ in range(2)]
     assert free[0] != free[1], "without a seed every request draws its own"
+
+
+def test_a_large_vocabulary_is_drawn_from_on_threads(monkeypatch):
+    """The same draws, log probabilities and faults."""
+    large = SessaConfig(d_model=8, n_layers=1, n_heads=2, vocab_size=9000, max_context=64)
+    started, threads = [], generation._threads
+    monkeypatch.setattr(generation, "_threads", lambda: started.append(1) or threads())
+
+    def make(slots=4) -> Batcher:
+        return Batcher(Toy(large, slots, 64), None, 4)
+
+    requests = [Plan(Request((n, 2), SamplingParams(1.0, seed=n), 6, logprobs=1)) for n in range(3)]
+    requests += [Plan(Request((5, 2), max_new_tokens=6)), Plan(Request((3,) * 5, max_new_tokens=2, prompt_logprobs=1))]
+    found = play(make(), requests)
+    assert started
+    for plan, one in zip(requests, found, strict=True):
+        check_alike(one, alone(lambda: make(1), plan.request), plan)
 
 
 def textbook_greedy(prompt, count, presence, frequency, repetition, bias):
@@ -219,7 +237,7 @@ def test_ends():
     assert (stopped.text, stopped.finish) == (text[: text.index(stop)], "stop") and len(stopped.tokens) < len(tokens)
     full = alone(lambda: toy(capacity=10), Request((1, 2), max_new_tokens=None))
     assert (full.tokens, full.finish) == (tokens[:9], "context")
-    assert alone(toy, Request((1, 2), max_new_tokens=0)).events == [(None, "", None, (), "length", None, False, 0, None)]
+    assert alone(toy, Request((1, 2), max_new_tokens=0)).events == [Event(None, finish="length")]
 
 
 def test_whole_characters_and_no_part_of_a_stop_string():

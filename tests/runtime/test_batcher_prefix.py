@@ -161,7 +161,7 @@ def test_rows_taken_over_are_bit_for_bit_those_of_a_run_alone(tiny_bundle, chunk
         solo.submit(Request(shared, max_new_tokens=1), single.events.append)
         while solo.turn():
             pass
-        row = next(slot.index for slot in batcher._turns.slots.all if tuple(slot.tokens[:-1]) == shared)
+        row = next(slot.index for slot in batcher._slots.all if tuple(slot.tokens[:-1]) == shared)
         batcher.backend.wake(row, len(shared))
         solo.backend.wake(0, len(shared))
         for name, values in solo.backend.cached(0).items():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from templated import END, TEMPLATE, rendered
 from test_run_cli import call
 
 from sessa_deploy.runtime.bundle import write_bundle
@@ -105,6 +106,30 @@ def test_chat_continues_one_text_on_its_caches(tiny_bundle, capfd, monkeypatch):
     stdin(monkeypatch, b"def f\n\nx\r\n/more\n/reset\n/more\ndef f\n/quit\nnever")
     code, out, err = call(capfd, "chat", tiny_bundle.path, "--max-new-tokens", 4, "--backend", "ort", "--threads", 1)
     assert code == 0 and out == f"{first}\n{second}\n{more}\n{first}\n" and err == ""
+
+
+@pytest.fixture(scope="module")
+def templated(tiny_bundle, tmp_path_factory):
+    """The tiny bundle with a chat template."""
+    files = {"model.onnx": tiny_bundle.model, "tokenizer.json": tiny_bundle.file("tokenizer.json"), "chat_template.jinja": TEMPLATE.encode(),
+             "tokenizer_config.json": json.dumps({"bos_token": "^", "eos_token": END}).encode()}
+    return write_bundle(tmp_path_factory.mktemp("templated") / "b", files, tiny_bundle.config, "fp32", tiny_bundle.versions)
+
+
+def test_chat_puts_the_template_around_its_turns(templated, tiny_bundle, capfd, monkeypatch):
+    session = Session(templated, "ort", capacity=120, threads=1)
+    encode = session.tokenizer.encode
+    first = session.generate([encode(rendered(("user", "a")))], 4, stop_tokens=[256])[0].text
+    session.reset()
+    again = [("user", "a"), ("assistant", first), ("user", "b")]
+    second = session.generate([encode(rendered(*again))], 4, stop_tokens=[256])[0].text
+    more = session.generate([[]], 4, stop_tokens=[256])[0].text
+    stdin(monkeypatch, b"a\nb\n/more\n/reset\na\n" + b"y" * 200 + b"\n")
+    code, out, err = call(capfd, "chat", templated.path, "--capacity", 120, "--max-new-tokens", 4, "--backend", "ort", "--threads", 1)
+    assert code == 0 and out == f"{first}\n{second}\n{more}\n{first}\n" and err.count("\n") == 1 and "this turn's included" in err
+    stdin(monkeypatch, b"a\n")
+    _, plain, _ = call(capfd, "chat", templated.path, "--plain", "--max-new-tokens", 4, "--backend", "ort", "--threads", 1)
+    assert plain == alone(tiny_bundle, "a", 4).text + "\n"
 
 
 def test_chat_says_when_the_context_is_full_and_goes_on_after_reset(tiny_bundle, capfd, monkeypatch):

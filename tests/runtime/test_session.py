@@ -315,3 +315,15 @@ def test_logits_that_are_not_finite_stop_the_run(bundle, monkeypatch):
     monkeypatch.setattr(MODEL, "w", {**MODEL.w, "norm.weight": np.full(16, np.nan)})
     with pytest.raises(SessaError, match="finite"):
         s.generate([[1, 2]], 2)
+
+
+def test_logits_of_one_sequence_that_are_not_finite_leave_the_conversations_as_they_were(bundle, monkeypatch):
+    s = session(bundle, batch=2)
+    forward = s.backend._forward
+    monkeypatch.setattr(s.backend, "_forward", lambda *given: np.where([[False], [True]], np.nan, forward(*given)))
+    with pytest.raises(SessaError, match="finite"):
+        s.generate([[1, 2], [3]], 2, SamplingParams(1.0, seed=1))
+    assert s.tokens(0) == [1, 2] and s.tokens(1) == [3]
+    monkeypatch.setattr(s.backend, "_forward", forward)
+    s.reset()
+    assert s.generate([[1, 2], [3]], 3)[0].tokens == MODEL.greedy([1, 2], 3)

@@ -18,7 +18,7 @@ from sessa_deploy.runtime.batcher import Batcher
 def test_every_request_gets_what_it_gets_alone(build: Callable[..., Any], every: bool) -> None:  # noqa: F811
     backend, _, _ = build("fp32", every)
 
-    @settings(max_examples=examples(8), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(4), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(plans(257, CAPACITY, most=5, tokens=6))
     def property(requests):
         def make() -> Batcher:

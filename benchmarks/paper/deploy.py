@@ -1,0 +1,219 @@
+"""The best Sessa of Diffuse MQAR down the whole road: checkpoint, export, validate, ONNX Runtime (and TensorRT where there is one), its accuracy at each.
+
+    python benchmarks/paper/deploy.py --runs out/paper [--checkpoint checkpoints/recall] [--bundle out/recall]
+
+Writes a checkpoint with a word-level tokenizer.json and a card, so that `run` takes it; refuses more than 3 MB. Exit code 1 where an engine's accuracy is
+more than 0.1 points from PyTorch's in float32, 2 where a step of the road fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import models
+import mqar
+import numpy as np
+import report
+import tasks
+import torch
+import training
+from batches import Batch
+from run import make_task
+from training import Setting
+
+from sessa_deploy import SessaConfig, SessaLM, UserError, save_checkpoint
+from sessa_deploy.errors import SessaError, packages_named
+from sessa_deploy.files import write_whole
+from sessa_deploy.runtime.session import Session
+
+LARGEST = 3_000_000  # bytes
+ALLOWED = 0.001  # of accuracy, between an engine and PyTorch in float32
+ROWS = 50  # sequences of an engine's batch
+
+
+def tokenizer_json(spec: mqar.Spec) -> str:
+    """A word-level tokenizer: symbols a, b, ..., values 0, 1, ..., and <bos>, <sep>, <ask>, with white space between words."""
+    from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+
+    marks = {"<bos>": mqar.BOS, "<sep>": mqar.SEP, "<ask>": mqar.ASK, "<unk>": mqar.VOCABULARY - 1}
+    words = [chr(ord("a") + i) for i in range(spec.alphabet)] + [str(i) for i in range(spec.values)]
+    library = Tokenizer(WordLevel({word: i for i, word in enumerate(words)} | marks, unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in marks if word != "<unk>"])
+    text: str = library.to_str(pretty=True)
+    return text
+
+
+def words_of(spec: mqar.Spec, tokens: np.ndarray) -> str:
+    """Tokens (T,) as the text that the tokenizer reads."""
+    marks = {mqar.BOS: "<bos>", mqar.SEP: "<sep>", mqar.ASK: "<ask>"}
+    return " ".join(marks.get(t) or (chr(ord("a") + t) if t < spec.alphabet else str(t - spec.alphabet)) for t in map(int, tokens))
+
+
+def best_run(folder: Path) -> tuple[Setting, tasks.Mqar, dict[str, Any]]:
+    """(setting, task, result) of the finished Sessa run with the highest mean accuracy over the test points. Raises UserError where there is none."""
+    found = []
+    for summary in report.summaries(folder):
+        if summary["task"].startswith("mqar") and "sessa" in summary["models"]:
+            for run in summary["models"]["sessa"]["runs"]:
+                if run.get("test"):
+                    found.append((float(np.mean([scores["accuracy"] for scores in run["test"].values()])), run, summary))
+    if not found:
+        raise UserError("there is no finished Sessa of Diffuse MQAR", got=folder, fix=f"python benchmarks/paper/run.py --tasks mqar --out {folder}")
+    _, run, summary = max(found, key=lambda x: x[0])
+    task = make_task("mqar", argparse.Namespace(examples=2000, batch=None), int(summary["data"]["spec"]["key"]))
+    assert isinstance(task, tasks.Mqar)
+    return Setting(*(run[name] for name in ("task", "model", "seed", "lr", "steps", "width", "layers"))), task, run
+
+
+def as_checkpoint(model: SessaLM, spec: mqar.Spec) -> SessaLM:
+    """The model with the configuration that a deployed one needs: its first token, and the longest test as context."""
+    shape = model.config.to_dict() | {"bos_token_id": mqar.BOS, "max_context": max(spec.tokens(gap) for gap in spec.test_gaps)}
+    with torch.device("meta"):
+        made = SessaLM(SessaConfig.from_dict(shape))
+    made.load_state_dict(model.state_dict(), assign=True)
+    return made.eval()
+
+
+def engine_accuracy(session: Session, spec: mqar.Spec, batch: Batch) -> float:
+    """Accuracy of a deployed engine: the text up to the first query's end in one prefill, each further query as a chunk behind the cached past."""
+    right = []
+    for first in range(0, len(batch.tokens), ROWS):
+        tokens, at, labels = (x[first : first + ROWS] for x in (batch.tokens, batch.at, batch.labels))
+        rows, start = len(tokens), 0
+        backend = session.backend
+        backend.reset()
+        for query in range(at.shape[1]):
+            end = int(at[0, query]) + 1
+            ids, new = np.zeros((ROWS, end - start), np.int64), np.zeros(ROWS, np.int32)
+            ids[:rows], new[:rows] = tokens[:, start:end], end - start
+            right.append(backend.step(ids, new)[:rows].argmax(-1) == labels[:, query])
+            start = end
+    return float(np.concatenate(right).mean())
+
+
+def cli(*words: object) -> str:
+    """A command of sessa-deploy; its output. Raises UserError, with its last line, where it fails."""
+    done = subprocess.run([sys.executable, "-m", "sessa_deploy", *map(str, words)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"sessa-deploy {words[0]} failed", got=(done.stderr.strip().splitlines() or done.stdout.strip().splitlines() or ["no output"])[-1])
+    return done.stdout
+
+
+def engines(wanted: str) -> list[tuple[str, str]]:
+    """[(backend, precision)] to judge; auto: ONNX Runtime, and TensorRT in fp16 where both it and a GPU are."""
+    if wanted != "auto":
+        return [(backend, precision or "fp32") for backend, _, precision in (name.partition(":") for name in wanted.split(","))]
+    tensorrt = torch.cuda.is_available() and importlib.util.find_spec("tensorrt") is not None
+    return [("ort", "fp32"), *([("trt", "fp16")] if tensorrt else [])]
+
+
+def card(setting: Setting, spec: mqar.Spec, run: dict[str, Any], figures: dict[str, dict[str, float]], answers: int, example: str, told: str) -> str:
+    """MODEL_CARD.md."""
+    points = list(next(iter(figures.values())))
+    rows = "\n".join(f"| {name} | {' | '.join(f'{100 * scores[p]:.2f}%' for p in points)} |" for name, scores in figures.items())
+    shown = textwrap.fill(example, 110, subsequent_indent=" " * 8)
+    letters = f"a..{chr(ord('a') + spec.alphabet - 1)}"
+    return f"""# Recall: a Sessa of Diffuse MQAR
+
+{run['parameters']['all']:,} parameters ({setting.layers or models.LAYERS['sessa']} layers of {setting.width}), float32. It reads {spec.pairs} pairs of a key
+of {spec.key} symbols and a value, then distractors that share prefixes with the keys, and says the value of each key that it is asked for.
+
+| accuracy, {answers} answers a point | {' | '.join(points)} |
+|{'---|' * (len(points) + 1)}
+{rows}
+
+G is the number of distractors. Training had at most {spec.gaps[1]}, so the last point lies at four times the largest training lag. Of the stored values one
+at random would score {100 / spec.pairs:.1f}%.
+
+## Use
+
+    sessa-deploy export checkpoints/recall --out out/recall
+    sessa-deploy run out/recall --max-new-tokens 1 --prompt '{shown}'
+
+prints {told}. Words: {letters} are symbols, 0..{spec.values - 1} values, `<sep>` ends the pairs, `<ask>` begins the questions; `<bos>` comes before by itself.
+
+## Training
+
+`python benchmarks/paper/run.py --tasks mqar`: {setting.steps} steps, fresh examples at each, AdamW, peak rate {setting.lr:g}, seed {setting.seed}.
+No text was used: `benchmarks/paper/mqar.py` draws the examples. Apache-2.0, as this repository.
+"""
+
+
+def short_example(model: SessaLM, spec: mqar.Spec) -> tuple[str, str]:
+    """(a prompt with a few distractors, the model's answer to its first question) that the model gets right, where it gets one right."""
+    batch = mqar.test_batch(spec, spec.gaps[0], 16, split=4)
+    with torch.no_grad():
+        chosen = model(torch.from_numpy(batch.tokens)).argmax(-1).numpy()
+    first = chosen[np.arange(16), batch.at[:, 0]]
+    row = int(np.argmax(first == batch.labels[:, 0]))
+    return words_of(spec, batch.tokens[row, 1 : batch.at[row, 0] + 1]), words_of(spec, first[row : row + 1])
+
+
+def main() -> int:
+    """The command; its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("out/paper"), help="what run.py wrote; default: %(default)s")
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/recall"), help="where the checkpoint goes; default: %(default)s")
+    parser.add_argument("--bundle", type=Path, default=Path("out/recall"), help="where bundles go, -PRECISION behind; default: %(default)s")
+    parser.add_argument("--engines", default="auto", help="such as ort,trt:fp16; default: ort, and trt:fp16 where there is one")
+    parser.add_argument("--examples", type=int, default=250, help="of every test point; default: %(default)s")
+    options = parser.parse_args()
+    setting, task, run = best_run(options.runs)
+    spec = task.spec
+    loaded = training.load(setting, task, options.runs)
+    assert isinstance(loaded, SessaLM)
+    model = as_checkpoint(loaded, spec)
+    points = {f"G {gap}": mqar.test_batch(spec, gap, options.examples) for gap in spec.test_gaps}
+    figures = {"PyTorch, float32": {name: tasks.score(model, _parts(batch))["accuracy"] for name, batch in points.items()}}
+    prompt, told = short_example(model.eval(), spec)
+
+    def save() -> int:
+        text = card(setting, spec, run, figures, options.examples * spec.queries, prompt, told)
+        save_checkpoint(model, options.checkpoint, tokenizer=tokenizer_json(spec), card=text)
+        return sum(file.stat().st_size for file in options.checkpoint.iterdir() if file.is_file())
+
+    size = save()
+    print(f"{options.checkpoint}: {size / 1e6:.2f} MB, from {setting.stem}")
+    if size > LARGEST:
+        raise UserError("the checkpoint is too large for the tree", got=f"{size:,} bytes", allowed=f"{LARGEST:,}", fix="train a smaller --width")
+    for backend, precision in engines(options.engines):
+        bundle = Path(f"{options.bundle}-{precision}")
+        if not bundle.is_dir():
+            cli("export", options.checkpoint, "--out", bundle, "--precision", precision)
+        if backend == "trt":
+            cli("build", bundle, "--max-batch", ROWS, "--max-context", model.config.max_context)
+        print(cli("validate", bundle, "--checkpoint", options.checkpoint, "--backend", backend).strip().splitlines()[-1])
+        with Session(bundle, backend, max_batch=ROWS, capacity=model.config.max_context) as session:
+            figures[f"{session.backend.name}, {precision}"] = {name: engine_accuracy(session, spec, batch) for name, batch in points.items()}
+    save()
+    exact = figures["PyTorch, float32"]
+    worst = max(abs(scores[name] - exact[name]) for scores in figures.values() for name in exact)
+    for name, scores in figures.items():
+        print(f"{name:24} " + "   ".join(f"{point}: {100 * accuracy:.2f}%" for point, accuracy in scores.items()))
+    print(f"largest difference: {100 * worst:.3f} points ({'within' if worst <= ALLOWED else 'beyond'} {100 * ALLOWED:g})")
+    write_whole(options.runs / "recall.json", json.dumps({"run": setting.stem, "examples": options.examples, "accuracy": figures}, indent=1) + "\n")
+    print(f"try: sessa-deploy run {options.bundle}-fp32 --max-new-tokens 1 --prompt '{prompt}'   (says {told})")
+    return 0 if worst <= ALLOWED else 1
+
+
+def _parts(batch: Batch) -> list[Batch]:
+    return [Batch(batch.tokens[i : i + ROWS], batch.at[i : i + ROWS], batch.labels[i : i + ROWS]) for i in range(0, len(batch.tokens), ROWS)]
+
+
+if __name__ == "__main__":
+    try:
+        with packages_named():
+            code = main()
+    except SessaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)
