@@ -200,7 +200,7 @@ class Session:
         if not self.backend.all_logits:
             build = "; then build its engine again" if self.backend.name == "trt" else ""
             raise UserError("prompt lookup needs the logits of every token of a step", got="a bundle whose graph gives those of the last alone",
-                            fix=f"{self.bundle.export_hint(' --all-logits')}{build}, or leave lookup out")
+                            fix=f"{self.bundle.export_hint(f' --precision {self.bundle.precision} --all-logits')}{build}, or leave lookup out")
 
     def _stream(self, turn: int, feeds: list[list[int] | None], limits: list[int | None], params: list[SamplingParams],
                 ends: frozenset[int], stop: Sequence[str]) -> Iterator[Chunk]:
