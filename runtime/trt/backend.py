@@ -71,7 +71,7 @@ class TrtBackend(DeviceBackend):
         self._prefill, self._decode = (self._context(profile) for profile in (trt_plan.PREFILL, trt_plan.DECODE))
 
     def expect_rows(self, rows: int) -> None:
-        self.recorded_tokens = max(self.recorded_tokens, min(rows, STEP_ROWS))
+        self.recorded_tokens = min(rows, STEP_ROWS)
 
     def _run(self, step: Extent) -> None:
         context = self._decode
