@@ -111,7 +111,7 @@ def packages(work: Path) -> None:
     if tracked - held:
         sys.exit(f"the sdist lacks {sorted(tracked - held)}")
     rooms = {"export": "sessa_deploy/export", "runtime": "sessa_deploy/runtime", "plugins": "sessa_deploy/plugins", "sessa_deploy": "sessa_deploy"}
-    sources = [path.partition("/") for path in tracked if path.endswith((".py", ".json", ".cpp", ".h", ".txt"))]
+    sources = [path.partition("/") for path in tracked if path.endswith((".py", ".json", ".cpp", ".h", ".txt", ".html"))]
     wanted = {f"{rooms[room]}/{rest}" for room, _, rest in sources if room in rooms}
     lacking = wanted - set(zipfile.ZipFile(wheel).namelist())
     if lacking:

@@ -148,7 +148,7 @@ def copied(place: str, copy: Path) -> Path:
         source = Bundle.open(place)
         copy.parent.mkdir(parents=True, exist_ok=True)
         files: dict[str, Any] = {name: source.file(name) for name in source.names() if not name.startswith(f"{ENGINES_DIR}/")}
-        write_bundle(copy, files, source.config, source.precision, source.versions, source.opset)
+        write_bundle(copy, files, source.config, source.precision, source.versions, source.opset, weights=source.weights)
     return copy
 
 

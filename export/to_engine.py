@@ -70,6 +70,7 @@ def build_engine(
     Raises UserError on what is missing, does not fit or is refused; SessaError if TensorRT fails.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    bundle.require_wide_weights("a TensorRT engine")
     shapes = trt_limits.shapes_for(bundle.config, max_batch, max_context, max_prompt)
     workspace, opt_level = _check_options(workspace, opt_level, layers)
     product = trt_api.wanted(target)

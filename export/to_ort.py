@@ -65,6 +65,7 @@ def build_ort(
     report = progress or (lambda what, done, of: None)
     check_layers(LAYERS, layers)
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    bundle.require_wide_weights("the library for ONNX Runtime")
     check_precision(bundle, precision)
     check_rows(bundle.config, bundle.precision, "ONNX Runtime with the library", "use --backend ort-cuda, which runs the plain graph")
     if layers == PLUGIN and bundle.precision == "fp32":

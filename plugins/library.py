@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy.contract import ENGINE_OPS as OPS
-from sessa_deploy.contract import ORT_API, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from sessa_deploy.contract import ORT_API, PLUGIN_NAMESPACE, PLUGIN_STATE, PLUGIN_VERSION
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.errors import UserError, need
 from sessa_deploy.files import scratch, whole
 from sessa_deploy.process import run_group
+from sessa_deploy.reading import load_library
 
 LIBRARY = "libsessa_plugin.so"
 ENVIRONMENT = "SESSA_PLUGIN_LIBRARY"  # a path that goes before every other place
@@ -90,15 +91,20 @@ def check(path: Path | None = None, major: int | None = None, product: str = "te
     path, fix = path or find(major, product), build_command(major, product)
     kind, name = ("library for ONNX Runtime", ORT_LIBRARY) if product == "ort" else ("plugin library", LIBRARY)
     try:
-        handle = ctypes.CDLL(str(path))
+        handle = load_library(path)
     except OSError as error:
         raise UserError(f"the {kind} cannot be loaded", got=str(error), allowed=f"a {name} built on this kind of machine", fix=fix) from None
     if product == "ort":
         if not hasattr(handle, "RegisterCustomOps") or not hasattr(handle, "sessaOrtApiVersion"):
             raise UserError("not a library for ONNX Runtime", got=str(path), allowed="exports RegisterCustomOps and sessaOrtApiVersion", fix=fix)
         seen = Checked(path, path.stat().st_size, "ort", int(handle.sessaOrtApiVersion()), _architectures(handle), _listed(handle))
+        other = f"the {kind} was built by another sessa-deploy"
         if seen.ops != OPS:
-            raise UserError(f"the {kind} was built by another sessa-deploy", got=f"{path} with {', '.join(seen.ops)}", allowed=", ".join(OPS), fix=fix)
+            raise UserError(other, got=f"{path} with {', '.join(seen.ops)}", allowed=", ".join(OPS), fix=fix)
+        # the same names may stand for other numbers
+        state = int(handle.sessaStateVersion()) if hasattr(handle, "sessaStateVersion") else None
+        if state != PLUGIN_STATE:
+            raise UserError(other, got=f"{path}, operations of {'no state' if state is None else f'state {state}'}", allowed=f"state {PLUGIN_STATE}", fix=fix)
         return seen
     interface = "V3" if hasattr(handle, "getCreators") else "V2" if hasattr(handle, "getPluginCreators") else ""
     if not interface or not hasattr(handle, "setLoggerFinder"):

@@ -1,6 +1,7 @@
 """The folder that is deployed: a manifest with the checksum of every other file. Standard library only (rich for a progress bar).
 
-manifest.json: {"schema_version", "config", "precision", "opset", "files": {name: {"sha256", "size"}}, "versions"}
+manifest.json: {"schema_version", "config", "precision", "opset", "files": {name: {"sha256", "size"}}, "versions"}, and where matrices are stored in 8 bits
+"weights": {"format", "kept": [names of those that are not]}.
 Nothing of a bundle is loaded before every file that the manifest names matched, wherever links lead; other files in the folder are left alone and never
 loaded. A bundle appears, changes and is replaced by one rename, or, where others' files or a mount point forbid it, with its manifest last (see publish).
 """
@@ -17,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.contract import BUNDLE_SCHEMA, DEFAULT_OPSET, MANIFEST_FILE, MODEL_DATA_FILE, MODEL_FILE
+from sessa_deploy.contract import BUNDLE_SCHEMA, DEFAULT_OPSET, MANIFEST_FILE, MODEL_DATA_FILE, MODEL_FILE, Weights
 from sessa_deploy.errors import UserError
 from sessa_deploy.process import command
 from sessa_deploy.reading import identity, open_plain
@@ -41,6 +42,8 @@ class Bundle:
         self.precision: str = manifest["precision"]
         self.opset: int = manifest["opset"]
         self.versions: dict[str, str] = manifest["versions"]
+        said = manifest.get("weights")
+        self.weights = None if said is None else Weights(said["format"], tuple(said["kept"]))
         self._checked: dict[str, tuple[int, ...]] = {}  # name -> identity of the file whose contents matched
 
     @classmethod
@@ -93,6 +96,12 @@ class Bundle:
         """The command that writes this bundle anew, with further options; elsewhere, if it lies in a hub's cache."""
         return command("export", "CHECKPOINT", "--out", "BUNDLE" if in_cache(self.path) else self.path) + options
 
+    def require_wide_weights(self, who: str) -> None:
+        """Raise UserError where the matrices are stored in 8 bits, which `who` does not read."""
+        if self.weights is not None:
+            raise UserError(f"{who} does not read weights in 8 bits", got=f"{self.path} with --weights {self.weights.format}",
+                            allowed="a bundle exported without --weights", fix=f"use --backend ort, or {self.export_hint()}")
+
     @property
     def model(self) -> Path:
         """Path of model.onnx."""
@@ -139,11 +148,13 @@ class BundleWriter:
         """Where the files go; only valid inside the block and before `commit`."""
         return self._staging.folder
 
-    def commit(self, config: SessaConfig, precision: str, versions: Mapping[str, str], opset: int = DEFAULT_OPSET) -> Bundle:
-        """Checksum every file in the folder, write the manifest last and put the folder in place."""
+    def commit(self, config: SessaConfig, precision: str, versions: Mapping[str, str], opset: int = DEFAULT_OPSET,
+               weights: Weights | None = None) -> Bundle:
+        """Checksum every file in the folder, write the manifest last and put the folder in place. weights: where some are stored in 8 bits."""
         with _writing(self.target):
             files = {name: _describe(self.folder / name) for name in _listing(self.folder)}
             manifest = {"schema_version": BUNDLE_SCHEMA, "config": config.to_dict(), "precision": precision, "opset": opset,
+                        **({} if weights is None else {"weights": weights.to_dict()}),
                         "files": files, "versions": {str(k): str(v) for k, v in sorted(versions.items())}}
             parse_manifest(json.dumps(manifest).encode(), self.target)
             _write_manifest(self.folder, manifest)
@@ -156,7 +167,7 @@ class BundleWriter:
 
 
 def write_bundle(out: str | Path, files: Mapping[str, Source], config: SessaConfig, precision: str, versions: Mapping[str, str],
-                 opset: int = DEFAULT_OPSET, move: bool = False) -> Bundle:
+                 opset: int = DEFAULT_OPSET, move: bool = False, weights: Weights | None = None) -> Bundle:
     """Write a bundle of `files` (name -> a file to copy, or the bytes themselves) at `out`, whole or not at all.
 
     precision: fp32, fp16 or bf16. versions: of exporter, torch, onnx. move: take the source files away instead of copying them.
@@ -164,7 +175,7 @@ def write_bundle(out: str | Path, files: Mapping[str, Source], config: SessaConf
     """
     with BundleWriter(out) as writer:
         _fill(writer.folder, files, move)
-        return writer.commit(config, precision, versions, opset)
+        return writer.commit(config, precision, versions, opset, weights)
 
 
 def add_files(bundle: Bundle | str | Path, files: Mapping[str, Source], remove: Iterable[str] = (), move: bool = False) -> Bundle:

@@ -25,6 +25,7 @@ _PACKAGES = (
     ("runtime", "platformdirs", True, "pip install platformdirs"),
     ("runtime", "click", True, "pip install click"),
     ("run on ONNX Runtime", "onnxruntime", False, "pip install 'sessa-deploy[ort]' (with a GPU: pip install 'sessa-deploy[cuda]')"),
+    *(("serve", name, False, install_command("fastapi")) for name in ("fastapi", "uvicorn", "jinja2", "prometheus_client")),
     ("export, validate, train", "torch", False, install_command("torch")),
     ("export", "onnx", False, install_command("onnx")),
     ("export", "onnxscript", False, install_command("onnxscript")),
@@ -76,6 +77,10 @@ def examine(bundle: Bundle | None = None) -> dict[str, Any]:
             checks.append({"use": "run on TensorRT", "name": f"{one['title']}: this GPU", "found": one["refused"], "state": "optional", "mend": one["mend"]})
     more: dict[str, Any] = {}
     if bundle is not None:
+        if bundle.weights is not None:
+            more["weights"] = bundle.weights.to_dict()
+            checks.append({"use": "run on ONNX Runtime", "name": "the bundle's weights", "found": f"{bundle.weights}; its plain graph runs them", "state": "ok",
+                           "mend": ""})
         here = more["engine"] = engine_here(bundle, gpus)
         found = here["engine"] or f"none would load: {here['why']}"
         checks.append({"use": "run on TensorRT", "name": "the bundle's engine", "found": found, "state": "ok" if here["engine"] else "optional",
@@ -86,6 +91,8 @@ def examine(bundle: Bundle | None = None) -> dict[str, Any]:
     if _CUDA in providers and gpus and not any(c["name"] == "CUDA provider" for c in checks):
         ready.append("run and bench with ort-cuda")
     ready += [one["ready"] for one in road if one["ready"]]
+    if ready and all(versions[name] for use, name, *_ in _PACKAGES if use == "serve"):
+        ready.append("serve")
     if all(versions[name] for name in ("torch", "onnx", "onnxscript", "safetensors")):
         ready.append("export")
         if providers:
@@ -131,6 +138,7 @@ def engine_here(bundle: Bundle, gpus: list[dict[str, Any]]) -> dict[str, Any]:
     installed = {p.name: v for p in api.PRODUCTS if (v := api.installed_version(p)) is not None}
     arch = int(gpus[0]["arch"].removeprefix("sm_")) if gpus else None
     try:
+        bundle.require_wide_weights("a TensorRT engine")
         name = plan.product_for(bundle, arch, installed)
         product = api.product(name) if name in api.NAMES else api.PRODUCTS[0]
         if name is not None and name not in installed:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sessa_deploy.config import CONFIG_FILE, SessaConfig
-from sessa_deploy.contract import BUNDLE_SCHEMA, EXPORT_PRECISIONS, MANIFEST_FILE, MODEL_FILE
+from sessa_deploy.contract import BUNDLE_SCHEMA, EXPORT_PRECISIONS, MANIFEST_FILE, MODEL_FILE, WEIGHT_FORMATS
 from sessa_deploy.errors import UserError
 from sessa_deploy.process import command
 from sessa_deploy.reading import read_plain, unique_keys
@@ -79,6 +79,8 @@ def parse_manifest(raw: bytes, path: Path) -> dict[str, Any]:
         raise bad(f"{MANIFEST_FILE} has an unknown precision", path, got=repr(manifest["precision"]), allowed=", ".join(EXPORT_PRECISIONS))
     if type(manifest["opset"]) is not int:
         raise bad(f"{MANIFEST_FILE} has a bad opset", path, got=repr(manifest["opset"]), allowed="an integer")
+    if "weights" in manifest:
+        _check_weights(manifest["weights"], path)
     files, versions = manifest["files"], manifest["versions"]
     if not isinstance(files, dict) or MODEL_FILE not in files:
         raise bad(f"{MANIFEST_FILE} does not list {MODEL_FILE}", path)
@@ -96,6 +98,15 @@ def parse_manifest(raw: bytes, path: Path) -> dict[str, Any]:
         if type(size) is not int or size < 0:
             raise bad(f"{MANIFEST_FILE} has no size for {name}", path, got=repr(size), allowed="bytes")
     return manifest
+
+
+def _check_weights(weights: Any, path: Path) -> None:
+    """Raise UserError unless this is what a manifest says of weights in 8 bits; one without the key has none."""
+    kept = weights.get("kept") if isinstance(weights, dict) else None
+    if not isinstance(weights, dict) or weights.get("format") not in list(WEIGHT_FORMATS):
+        raise bad(f"{MANIFEST_FILE} has weights of an unknown format", path, got=repr(weights)[:80], allowed=", ".join(WEIGHT_FORMATS))
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        raise bad(f"{MANIFEST_FILE} has a bad list of kept weights", path, got=repr(kept)[:80], allowed="a list of names")
 
 
 def check_name(name: str, path: Path) -> None:

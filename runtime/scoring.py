@@ -50,12 +50,16 @@ class Score:
                 "bytes": self.bytes, "first_token_scored": self.first_scored, "window": self.window, "stride": self.stride, "windows": self.windows}
 
 
-def score(session: Session, text: Prompt, stride: int | None = None, progress: Callable[[float, float], None] | None = None) -> Score:
+def score(
+    session: Session, text: Prompt, stride: int | None = None, progress: Callable[[float, float], None] | None = None,
+    seen: Callable[[NDArray[np.int64], NDArray[np.float32]], None] | None = None,
+) -> Score:
     """Score text, or token ids, on sequence 0 of a session, which begins anew before and after.
 
     A text of at most the session's capacity is one window, and every token sees all before it. A longer one is read in windows of the capacity, each
     `stride` tokens (None: half the capacity) behind the last; a window scores only the tokens that the one before did not reach, so each counts once and
-    sees more than capacity - stride tokens. A graph without all logits is fed one token a step. progress hears (tokens read, tokens to read).
+    sees more than capacity - stride tokens. A graph without all logits is fed one token a step. progress hears (tokens read, tokens to read);
+    seen hears (tokens (N,), the logits (N,V) that stood before them) of each stretch that is scored, right after the backend's step.
     Raises UserError on text that is empty or too short to score, SessaError on logits that are not finite.
     """
     window = session.capacity
@@ -80,6 +84,8 @@ def score(session: Session, text: Prompt, stride: int | None = None, progress: C
         for at, logits in _read(session, ids[start:end], fresh - 1 - start):
             targets = np.asarray(ids[start + at + 1 : start + at + 1 + len(logits)])  # row i predicts the token behind it
             total += float(_log_likelihood(logits, targets).sum())
+            if seen is not None:
+                seen(targets, logits)
             if progress is not None:
                 progress(done + at + len(logits), work)
         done, windows = done + end - start, windows + 1

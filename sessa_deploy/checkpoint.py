@@ -6,7 +6,7 @@ Nothing half right is loaded: every refusal is one UserError that names the tens
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -27,20 +27,22 @@ __all__ = ["INDEX_FILE", "WEIGHTS_FILE", "expected_shapes", "load_checkpoint", "
 
 def load_checkpoint(
     path: str | Path, config: SessaConfig | None = None, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None,
-    note: Note | None = None,
+    note: Note | None = None, change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> SessaLM:
     """A whole model, in eval mode, from a checkpoint folder, a .safetensors file or a .pt, .pth, .bin or .ckpt state dict (see checkpoint_layout).
 
     config: by default the config.json in the folder, or beside the file. dtype: a torch dtype or "fp32", "fp16", "bf16", "fp64"; by default
     float32, whatever the file stores. gamma's two parameters stay float32 (float64 in a float64 model). note: hears a line of
-    each thing that was passed over or taken from elsewhere. Raises UserError (see `read_state`).
+    each thing that was passed over or taken from elsewhere. change: what to take in place of a tensor, given its name and its values as stored; with it a
+    tied head is a tensor of its own. Raises UserError (see `read_state`).
     """
     config, state = read_state(path, config, note)
     storage = storage_dtype(dtype)
     with torch.device("meta"):
         model = SessaLM(config)
-    model.load_state_dict({name: cast(name, x, storage).to(device) for name, x in _drain(state)}, strict=True, assign=True)
-    if config.tie_word_embeddings:
+    taken = change or (lambda name, x: x)
+    model.load_state_dict({name: cast(name, taken(name, x), storage).to(device) for name, x in _drain(state)}, strict=True, assign=True)
+    if config.tie_word_embeddings and change is None:
         model.lm_head.weight = model.embedding.weight
     return model.eval()
 

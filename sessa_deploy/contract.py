@@ -48,6 +48,7 @@ TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"  # in a bundle: the special tokens that a chat template names
 PARITY_FILE = "parity.json"
+SAMPLE_FILE = "held_out.txt"  # of a checkpoint: text it was not trained on
 ENGINES_DIR = "engines"
 ORT_ENGINE = "ort"  # what such a folder's name begins with where it holds a graph prepared for ONNX Runtime, in place of an architecture
 
@@ -77,6 +78,43 @@ PRECISIONS = {
     "fp64": Precision("fp64", "float64", "float64", 11, 8, 2.0**-52),
 }
 EXPORT_PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """An 8-bit form of a layer's matrices: its name in ONNX and torch, the largest magnitude that a scale is made for, and its oldest opset.
+
+    max_loss: how many percent more bits per byte than the original weights parity takes by default.
+    """
+
+    name: str
+    onnx: int
+    torch: str
+    largest: float
+    opset: int
+    max_loss: float
+
+
+WEIGHT_FORMATS = {
+    "int8": WeightFormat("int8", 3, "int8", 127.0, 17, 0.5),  # -127..127: symmetric
+    "fp8": WeightFormat("fp8", 17, "float8_e4m3fn", 448.0, 19, 1.0),  # E4M3
+}
+@dataclass(frozen=True)
+class Weights:
+    """How a bundle stores its matrices: the format ("int8" or "fp8", see WEIGHT_FORMATS), and which of them stay in the bundle's precision."""
+
+    format: str
+    kept: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.format}, kept in the precision: {', '.join(self.kept)}" if self.kept else self.format
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, as in the manifest."""
+        return {"format": self.format, "kept": list(self.kept)}
+
+
+QUANTISED, SCALE = ".q", ".scale"  # suffixes of a matrix's 8-bit values and of its float32 scales, one an output channel, in model.onnx
 
 
 def past_name(layer: int, field: str) -> str:

@@ -229,12 +229,15 @@ class Cuda:
     def capture(self, enqueue: Callable[[], None]) -> int:
         """What `enqueue` puts on the stream, as an executable graph; nothing of it runs now."""
         graph, executable = Handle(), Handle()
-        self.call("cuStreamBeginCapture_v2", self._stream, _CAPTURE_THREAD_LOCAL)
         try:
+            self.call("cuStreamBeginCapture_v2", self._stream, _CAPTURE_THREAD_LOCAL)
             enqueue()
-        finally:
-            code = self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(graph))
-        self._check("cuStreamEndCapture", code)
+        except BaseException:  # ended all the same: a stream that is left capturing takes nothing else
+            self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(graph))
+            if graph.value:
+                self._cuda.cuGraphDestroy(graph)
+            raise
+        self.call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
         try:
             self.call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
         finally:

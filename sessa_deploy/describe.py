@@ -157,7 +157,8 @@ def _value(onnx: Any, value: Any) -> dict[str, Any]:
 
 
 def describe_bundle(path: Path, verify: bool = True) -> dict[str, Any]:
-    """config, precision, opset, versions, files with size and checksum, chat_template, engines and the bytes each adds, whether all matches the manifest."""
+    """config, precision, weights (None: none in 8 bits), opset, versions, files with size and checksum, chat_template, engines and the bytes each adds,
+    whether all matches the manifest."""
     from sessa_deploy.runtime.bundle import Bundle
 
     out: dict[str, Any] = {"kind": "bundle", "path": str(path)}
@@ -175,7 +176,7 @@ def describe_bundle(path: Path, verify: bool = True) -> dict[str, Any]:
     files = manifest.get("files")
     files = {n: e for n, e in files.items() if isinstance(e, dict)} if isinstance(files, dict) else {}
     sizes = [e["size"] for e in files.values() if isinstance(e.get("size"), int)]
-    keys = ("schema_version", "precision", "opset", "versions", "config")
+    keys = ("schema_version", "precision", "weights", "opset", "versions", "config")
     added: dict[str, int] = {}  # what each engine's folder adds to the bundle
     for name, entry in files.items():
         if name.startswith(f"{ENGINES_DIR}/") and name.count("/") > 1:

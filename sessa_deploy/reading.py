@@ -6,9 +6,11 @@ Nothing here waits: a pipe, a device or a socket where a file should be is refus
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import stat
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,8 @@ JSON_LIMIT = 256 << 20  # bytes of a JSON file that anybody writes by hand or by
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"), (stat.S_ISSOCK, "a socket"))
 _DOWNLOAD = "copy or download it again"
+_ELF64 = b"\x7fELF\x02\x01"  # little-endian
+_ELF_HEADER = 64  # bytes
 
 
 @contextlib.contextmanager
@@ -51,6 +55,29 @@ def read_plain(path: str | Path, limit: int) -> bytes:
     if size > limit or len(data) > limit:
         raise UserError(f"{path} is too large", got=f"{max(size, len(data))} bytes", allowed=f"at most {limit} bytes")
     return data
+
+
+def load_library(path: str | Path) -> ctypes.CDLL:
+    """A shared library, loaded. Raises OSError where it cannot be, and on one that was cut short: the loader maps what is not there, and the process ends."""
+    if _is_cut_short(Path(path)):
+        raise OSError(f"{path}: file too short: it ends before what its header names")
+    return ctypes.CDLL(str(path))
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether an ELF file of this kind of machine ends before its tables or its segments do; of any other file the loader says what it is."""
+    with open(path, "rb") as file:
+        header, size = file.read(_ELF_HEADER), os.fstat(file.fileno()).st_size
+        if len(header) < _ELF_HEADER or not header.startswith(_ELF64):
+            return False
+        segments, sections = struct.unpack_from("<QQ", header, 32)
+        segment, count, section, others = struct.unpack_from("<4H", header, 54)
+        if max(segments + segment * count, sections + section * others) > size:
+            return True
+        file.seek(segments)
+        table = file.read(segment * count)
+    ends = (sum(struct.unpack_from("<Q", table, segment * i + at)[0] for at in (8, 32)) for i in range(count))  # p_offset and p_filesz
+    return any(end > size for end in ends)
 
 
 def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:

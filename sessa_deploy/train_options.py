@@ -34,7 +34,8 @@ class TrainOptions:
     configuration and tokenizer the run begins with, None for random weights; init_config: its config.json where none lies beside it.
     batch_size is a process's; global_batch fixes the windows of a step over all processes, and with them accumulate. shard: parameters, gradients and
     moments dealt out over the processes (FSDP2). compile: torch.compile of model and loss, or of each layer. activation_checkpointing: layers are
-    computed anew in the backward. Numpy's numbers are taken too. Raises UserError out of range.
+    computed anew in the backward. keep_sample: leave the beginning of the held-out text in the checkpoint; data_licence: of the
+    text, for its card. Numpy's numbers are taken too. Raises UserError out of range.
     """
 
     data: str
@@ -65,6 +66,8 @@ class TrainOptions:
     activation_checkpointing: bool = False
     init_from: str | None = None
     init_config: str | None = None
+    keep_sample: bool = False
+    data_licence: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("data", "out"):
@@ -93,6 +96,8 @@ class TrainOptions:
                 raise UserError(f"{name} is unknown", got=getattr(self, name), allowed=", ".join(allowed))
         if isinstance(self.extensions, str) or not all(isinstance(x, str) and x.lstrip(".") for x in self.extensions):
             raise UserError("extensions are no list of file name endings", got=repr(self.extensions), allowed="such as ('py', 'md')")
+        if self.data_licence is not None and not self.keep_sample:
+            raise UserError("the licence is for the card of a sample", got=f"--data-licence {self.data_licence}", fix="add --keep-sample, or leave it out")
         if self.init_config is not None and self.init_from is None:
             raise UserError("a configuration belongs to a checkpoint to start from", got=f"--config {self.init_config}", fix="add --init-from CHECKPOINT")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sessa_deploy.checkpoint import load_checkpoint, save_checkpoint
 from sessa_deploy.config import SessaConfig
+from sessa_deploy.contract import SAMPLE_FILE
 from sessa_deploy.data import Batches, Corpus
 from sessa_deploy.distributed import states, wrap
 from sessa_deploy.distributed.group import ALONE, Group
@@ -23,6 +24,7 @@ from sessa_deploy.runtime.tokenizer import Tokenizer
 from sessa_deploy.train_log import LOG_FILE, PLOT_FILE, REPORT_FILE, Row, read_log, write_log, write_plot, write_report
 from sessa_deploy.train_measure import Windows, autocast, held_out_bits, require_memory, told_of_memory
 from sessa_deploy.train_options import TrainOptions
+from sessa_deploy.train_sample import held_out_sample, sample_card
 
 RESUME_FILE, RESUME_DIR, CHECKPOINT_DIR, BEST_DIR = "resume.pt", "resume", "checkpoint", "checkpoint-best"
 RUN_FILES = (CHECKPOINT_DIR, BEST_DIR, RESUME_FILE, RESUME_DIR, LOG_FILE, PLOT_FILE, REPORT_FILE)
@@ -164,8 +166,12 @@ class Run:
 
     def _save_checkpoint(self, name: str) -> None:
         model = self._gathered() if self.stepped.sharded else self.model
-        self.group.on_chief(lambda: save_checkpoint(model, self.folder / name, dtype=self.options.store, tokenizer=self.tokenizer.to_json(),
-                                                    card=self._card()))
+        self.group.on_chief(lambda: self._write_checkpoint(model, self.folder / name))
+
+    def _write_checkpoint(self, model: SessaLM, folder: Path) -> None:
+        save_checkpoint(model, folder, dtype=self.options.store, tokenizer=self.tokenizer.to_json(), card=self._card())
+        if self.options.keep_sample:
+            write_whole(folder / SAMPLE_FILE, held_out_sample(self.corpus, self.tokenizer), "--out", "the sample")
 
     def _gathered(self) -> SessaLM:
         """A sharded run's model whole, on the CPU, in process 0; without values in the others."""
@@ -188,13 +194,15 @@ class Run:
             raise UserError(error.what, error.got, error.allowed, f"{error.fix}; the run goes on from step {self.saved_step} with: {again}") from None
 
     def _card(self) -> str | None:
-        """MODEL_CARD.md of a model that began as another one; one that began with random weights has its report alone."""
+        """MODEL_CARD.md of a model that began as another one, or that keeps a sample; another one has its report alone."""
+        kept = sample_card(self.corpus, Path(self.options.data).name, self.options.data_licence) if self.options.keep_sample else None
         if self.origin is None:
-            return None
+            return kept and f"# Trained by sessa-deploy\n\n{kept}"
         name, windows = self.origin["checkpoint"], self.share.windows
         return (f"# Continued from {name}\n\nThe run began with the weights of `{name}` (SHA-256 of its tensors in float32: "
                 f"`{self.origin['weights_sha256']}`) and a fresh optimizer, and trained {self.step} steps of {windows} windows of {self.options.context} "
-                f"tokens on {self.corpus.train_bytes:,} bytes of text. Vocabulary, special tokens and shape are that checkpoint's.\n")
+                f"tokens on {self.corpus.train_bytes:,} bytes of text. Vocabulary, special tokens and shape are that checkpoint's.\n"
+                + (f"\n{kept}" if kept else ""))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what `save` wrote, by whichever number of processes. Raises UserError when the text has changed or the state does not fit the model."""

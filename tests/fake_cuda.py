@@ -110,6 +110,38 @@ class HostCuda:
         self.closed = True
 
 
+class LateCuda(HostCuda):
+    """A GPU that does nothing of what is enqueued before somebody waits, or reads, and then reads the host's memory as it is by then.
+
+    interrupts: how many waits are to be cut short by Ctrl-C.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: list[Callable[[], None]] = []
+        self.interrupts = 0
+
+    def do(self, work: Callable[[], None]) -> None:
+        (self.queue if self.recording is None else self.recording).append(work)
+
+    def replay(self, graph: int) -> None:
+        self.replays += 1
+        self.queue += self.graphs[graph]
+
+    def wait(self) -> None:
+        super().wait()
+        if self.interrupts:
+            self.interrupts -= 1
+            raise KeyboardInterrupt
+        for work in self.queue:
+            work()
+        self.queue.clear()
+
+    def read(self, source: int, size: int) -> bytes:
+        self.wait()
+        return super().read(source, size)
+
+
 def view(address: int, kind: Any, count: int) -> Any:
     """A numpy array on memory."""
     size = count * np.dtype(kind).itemsize

@@ -27,7 +27,7 @@ class Options:
     """SessionOptions, as far as ours are asked of it."""
 
     intra_op_num_threads = inter_op_num_threads = log_severity_level = 0
-    enable_mem_pattern = True
+    enable_mem_pattern, use_deterministic_compute = True, False
 
     def __init__(self) -> None:
         self.entries: dict[str, str] = {}

@@ -22,7 +22,7 @@ DRIVER = r"""
 #include <stdlib.h>
 #include <string.h>
 typedef uint64_t ptr; typedef void* handle; typedef int rc;
-static int capturing, recorded, fail_alloc; static char stream_object, module_object, function_object, graph_object;
+static int capturing, recorded, fail_alloc, graphs; static char stream_object, module_object, function_object, graph_object;
 static void *slot[8]; /* what a captured launch copies */
 static ptr live;
 rc cuGetErrorName(rc code, char const** text) { *text = code == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_BAD"; return 0; }
@@ -75,12 +75,13 @@ rc cuLaunchKernel(handle f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
     return 0;
 }
 rc cuStreamBeginCapture_v2(handle q, int mode) { capturing = 1; return q == &stream_object && mode == 1 ? 0 : 1; }
-rc cuStreamEndCapture(handle q, handle* g) { capturing = 0; *g = &graph_object; return q == &stream_object ? 0 : 1; }
+rc cuStreamEndCapture(handle q, handle* g) { graphs += capturing; *g = capturing ? &graph_object : 0; capturing = 0; return q == &stream_object ? 0 : 1; }
 rc cuGraphInstantiateWithFlags(handle* x, handle g, unsigned long long flags) { *x = &recorded; return g == &graph_object && !flags ? 0 : 1; }
-rc cuGraphDestroy(handle g) { return g == &graph_object ? 0 : 1; }
+rc cuGraphDestroy(handle g) { --graphs; return g == &graph_object ? 0 : 1; }
 rc cuGraphLaunch(handle x, handle q) { if (x != &recorded || q != &stream_object || !recorded) return 1; copy(); return 0; }
 rc cuGraphExecDestroy(handle x) { return x == &recorded ? 0 : 1; }
 uint64_t still_allocated(void) { return live; }
+int still_described(void) { return graphs; }
 """
 
 
@@ -161,7 +162,7 @@ def test_bandwidth_counts_what_is_read_and_written(library: Any, monkeypatch: py
     assert traffic.copy_bandwidth() is None
 
 
-def test_errors_carry_the_drivers_words_and_a_failed_capture_ends(cuda: Cuda) -> None:
+def test_errors_carry_the_drivers_words_and_a_failed_capture_ends(cuda: Cuda, library: Any) -> None:
     with pytest.raises(SessaError, match=r"cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY \(2\), out of memory; fix: .*--max-batch"):
         cuda.allocate(1 << 33)
     with pytest.raises(SessaError, match=r"cuModuleLoadData: CUDA_ERROR_BAD \(200\), bad$"):
@@ -171,12 +172,16 @@ def test_errors_carry_the_drivers_words_and_a_failed_capture_ends(cuda: Cuda) ->
     with pytest.raises(UserError, match="too old: got no cuOfTomorrow; fix: install a newer NVIDIA driver"):
         cuda.call("cuOfTomorrow")
 
-    def broken() -> None:
-        raise SessaError("in the middle")
+    for error in (SessaError("in the middle"), KeyboardInterrupt("in the middle")):
 
-    with pytest.raises(SessaError, match="in the middle"):
-        cuda.capture(broken)
-    cuda.wait()  # would fail inside a capture
+        def broken(error: BaseException = error) -> None:
+            raise error
+
+        with pytest.raises(type(error), match="in the middle"):
+            cuda.capture(broken)
+        cuda.wait()  # would fail inside a capture
+    cuda.forget(cuda.capture(lambda: None))
+    assert library.still_described() == 0  # what was captured so far is freed
 
 
 def test_no_driver_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

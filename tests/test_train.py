@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.model import SessaLM
 from sessa_deploy.train import Run, TrainOptions, held_out_bits, learning_rate, parameter_groups, resume, start, train
 from sessa_deploy.train_log import read_log
+from sessa_deploy.train_sample import held_out_sample
 
 SHAPE: dict[str, Any] = {"d_model": 16, "n_layers": 1, "n_heads": 2}
 
@@ -172,3 +174,25 @@ def test_divergence_is_said_and_the_last_save_stays(text: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="diverged"):
         train(run)
     assert resume(tmp_path / "a").step == 3
+
+
+def test_a_sample_of_the_held_out_text_stays_with_the_checkpoint(text: Path, tmp_path: Path) -> None:
+    run = start(options(text, tmp_path / "run", keep_sample=True, data_licence="CC0-1.0", steps=2), **SHAPE)
+    train(run)
+    folder = tmp_path / "run" / "checkpoint"
+    held = "".join((text / name).read_text() for name in run.corpus.held_out_files)
+    assert held and (folder / "held_out.txt").read_text() == held
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert "CC0-1.0" in card and run.corpus.held_out_files[0] in card and "`text`" in card
+    run_to_end(text, tmp_path / "without", steps=2)
+    assert not (tmp_path / "without" / "checkpoint" / "held_out.txt").exists()
+    with pytest.raises(UserError, match="--keep-sample"):
+        options(text, tmp_path / "x", data_licence="CC0-1.0")
+
+
+def test_a_sample_is_cut_at_a_whole_character(text: Path, tmp_path: Path) -> None:
+    run = start(options(text, tmp_path / "run"), **SHAPE)
+    long = np.frombuffer(("\u20ac" * 40_000).encode(), np.uint8).astype(np.int32)  # a byte's token is its value
+    corpus = dataclasses.replace(run.corpus, held_out=np.concatenate([[run.corpus.separator], long]))
+    found = held_out_sample(corpus, run.tokenizer)
+    assert found == "\u20ac" * (65_536 // 3) and len(found.encode()) <= 65_536

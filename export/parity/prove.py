@@ -26,7 +26,7 @@ from sessa_deploy.export.parity.drive import Tensors, layer_name
 from sessa_deploy.export.parity.engines import has_all_logits, resolve_backends
 from sessa_deploy.export.parity.metrics import TokenCheck, Yardstick, check_tokens, compare, position_errors
 from sessa_deploy.export.parity.process import Launch, ProcessLaunch, Progress, RungError, launch_all, silent
-from sessa_deploy.export.parity.rungs import ENGINE_RUNGS, HEADER_FILE, ORACLE, PLAIN, TORCH, RungJob, read_header, read_tensors
+from sessa_deploy.export.parity.rungs import ENGINE_RUNGS, HEADER_FILE, ORACLE, PLAIN, TORCH, WORTH, RungJob, read_header, read_tensors
 from sessa_deploy.export.parity.verdict import Failure, Report, first_divergence
 from sessa_deploy.files import scratch
 from sessa_deploy.runtime.bundle import Bundle, add_files
@@ -38,19 +38,27 @@ def validate(
     bundle: str | Path, checkpoint: str | Path, backends: Sequence[str] = ("auto",), *, dump: str | Path | None = None, elsewhere: str | Path | None = None,
     lengths: Sequence[int] = LENGTHS, seed: int = 0, launch: Launch | None = None, workers: int | None = None, progress: Progress = silent,
     record: bool = False, also: Sequence[int] = (), config: str | Path | None = None, texts: Mapping[str, Sequence[int]] | None = None,
+    worth_texts: Mapping[str, str] | None = None, max_loss: float | None = None,
 ) -> Report:
     """Judge a bundle against the checkpoint it was exported from.
 
     backends: engines to run as rungs ("ort", ..., or "auto": those that run here). dump: keep cases and tensors in this folder. elsewhere: judge the rungs
     found in this folder, which other machines wrote, instead of running engines here. lengths, seed, also, texts: of the cases, see build_cases.
     config: config.json of a checkpoint that has none. launch, workers: how rungs are started and how many side by side.
+    worth_texts: name -> text on which weights in 8 bits are held against the checkpoint's own (None: the checkpoint's held_out.txt); max_loss: how many percent
+    more bits per byte they may take (None: 0.5 for int8, 1 for fp8).
     Raises UserError on bad input, ParityError on a checkpoint of another shape; disagreement is in the report.
     """
     need("torch", "onnx", "safetensors")
-    from sessa_deploy.export.parity.weights import check_weights  # torch and onnx, which dump_engines does without
+    from sessa_deploy.export.parity import worth  # torch and onnx, which dump_engines does without
+    from sessa_deploy.export.parity.weights import check_weights
 
     begun = time.perf_counter()
     opened = Bundle.open(bundle)
+    most, judged_on = worth.bound(opened, max_loss), {}
+    if opened.weights is not None:
+        worth.require_tokenizer(opened)
+        judged_on = worth.texts_for(checkpoint, worth_texts)
     launch = launch or ProcessLaunch()
     cores = len(os.sched_getaffinity(0))
     workers = workers or min(3, cores)
@@ -67,7 +75,8 @@ def validate(
             sources.setdefault(TORCH, folder)
             rungs = sorted(sources, key=[TORCH, *ENGINE_RUNGS].index)
         given_config = None if config is None else Path(config).absolute()
-        weights = check_weights(opened.model, checkpoint, opened.precision, opened.config, None if given_config is None else SessaConfig.load(given_config))
+        weights = check_weights(opened.model, checkpoint, opened.precision, opened.config, None if given_config is None else SessaConfig.load(given_config),
+                                opened.weights)
 
         def job(rung: str) -> RungJob:
             threads = max(1, cores // (1 if rung == ORACLE else workers)) if opened.config.d_model >= WIDE else 1
@@ -75,11 +84,16 @@ def validate(
                           None if rung in ENGINE_RUNGS else given_config)
 
         launch_all([job(ORACLE)], launch, 1, progress)
-        died = launch_all([job(r) for r in (PLAIN, *rungs) if r == PLAIN or sources[r] == folder], launch, workers, progress)
+        beside = [PLAIN, *([WORTH] if judged_on else []), *(r for r in rungs if sources[r] == folder)]
+        if judged_on:
+            worth.save_texts(judged_on, folder)
+        died = launch_all([job(r) for r in beside], launch, workers, progress)
         cases = load_cases(folder)
         sources |= {ORACLE: folder, PLAIN: folder}
         headers = {rung: read_header(source, rung) for rung, source in sources.items() if rung not in died}
         report = _judge(opened, cases, sources, headers, [r for r in rungs if r not in died])
+        if judged_on:
+            report.judge_worth(read_header(folder, WORTH)["worth"], most)
     report.weights = {"tensors": weights.tensors, "missing": dict(weights.missing)}
     report.failure = _first_failure(report, headers, died)
     report.seconds = time.perf_counter() - begun

@@ -41,7 +41,7 @@ def write_report(report: Report, path: str | Path) -> Path:
 
 def render(report: Report) -> str:
     """The report as HTML text."""
-    sections = [_verdict(report), _facts(report)]
+    sections = [_verdict(report), *([_worth(report.worth)] if report.worth else []), _facts(report)]
     if report.comparisons:
         sections.append(_card("Error by layer", _image(plots.error_by_layer(report), "error by layer"),
                               "Every output in the order of a forward pass, the worst case of each. A red ring marks an output beyond its limit."))
@@ -101,6 +101,19 @@ def _verdict(report: Report) -> str:
             f'<p class="soft small" style="margin-bottom:0">{_text(rule)}</p></section>')
 
 
+def _worth(worth: dict[str, Any]) -> str:
+    rows = [("", [_text(x["name"]), _number(x["kl"]), f"{x['loss_percent']:+.3f}%"]) for x in worth["layers"]]
+    word = "pass" if worth["passed"] else "fail"
+    facts = _pairs([("weights", worth["format"] + (f", kept: {', '.join(worth['kept'])}" if worth["kept"] else "")),
+                    ("bits per byte", f"{worth['bits_per_byte']:.4f}, of the original weights {worth['original_bits_per_byte']:.4f}"),
+                    ("more bits", f"{worth['loss_percent']:+.3f}%, at most +{worth['max_loss_percent']:g}%"),
+                    ("KL, nats a token", f"{_number(worth['kl'])}, at most {_number(worth['kl_max'])}"), ("greedy agreement", f"{worth['agreement']:.2%}"),
+                    ("text", f"{', '.join(worth['texts'])}: {worth['tokens']} tokens, {worth['bytes']} bytes")])
+    table = _table([("layer alone in 8 bits", False), ("KL, nats a token", True), ("more bits", True)], rows)
+    return _card("Worth of the weights in 8 bits", f'<p><span class="tag {word}">{word}</span></p>{facts}{table}',
+                 f"Beside the model with the checkpoint's own weights, both float32. The layers, each alone in 8 bits, on {worth['layer_tokens']} tokens.")
+
+
 def _facts(report: Report) -> str:
     rungs = [("", [f"<code>{_text(name)}</code>", _text(_MEANING.get(name, "the engine")),
                    _text(", ".join(f"{k} {v}" for k, v in info["versions"].items())), f"{info['seconds']:.1f} s"]) for name, info in report.rungs.items()]
@@ -115,8 +128,8 @@ def _facts(report: Report) -> str:
 
 
 _MEANING = {ORACLE: "float64, token by token: the truth", PLAIN: "the textbook ops at the bundle's precision: the yardstick",
-            "torch": "the model at the bundle's precision", "ort": "model.onnx in ONNX Runtime, CPU", "ort-cuda": "ONNX Runtime, GPU",
-            "trt": "the TensorRT engine"}
+            "torch": "the model at the bundle's precision", "worth": "its 8-bit weights beside the checkpoint's, on text",
+            "ort": "model.onnx in ONNX Runtime, CPU", "ort-cuda": "ONNX Runtime, GPU", "trt": "the TensorRT engine"}
 
 
 def _score(c: Comparison) -> str:

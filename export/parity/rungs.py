@@ -32,7 +32,8 @@ from sessa_deploy.reading import read_json
 from sessa_deploy.runtime.bundle import Bundle
 
 ORACLE, PLAIN, TORCH = "float64", "plain", "torch"
-TORCH_RUNGS = (ORACLE, PLAIN, TORCH)
+WORTH = "worth"  # of weights in 8 bits, on text, beside the ladder
+TORCH_RUNGS = (ORACLE, PLAIN, TORCH, WORTH)
 DECODE_KINDS = ("decode", "ragged", "greedy")
 HEADER_FILE = "header.json"
 HEADER_SCHEMA = 1
@@ -114,13 +115,20 @@ def _run_torch(job: RungJob, bundle: Bundle, report: Report) -> dict[str, Any]:
     import torch
 
     from sessa_deploy.checkpoint import load_checkpoint
+    from sessa_deploy.export.graph.quantise import change
     from sessa_deploy.export.parity import models as rungs
+    from sessa_deploy.export.parity import worth
 
     torch.set_num_threads(job.threads)
     torch.set_float32_matmul_precision("highest")
     out, versions = job.folder / job.rung, {"torch": str(torch.__version__), "numpy": np.__version__}
-    model = load_checkpoint(job.checkpoint, SessaConfig.load(job.config) if job.config else None, dtype="fp64" if job.rung == ORACLE else bundle.precision)
-    cases = load_cases(job.folder)
+    config, cases = SessaConfig.load(job.config) if job.config else None, load_cases(job.folder)
+    if job.rung == WORTH:
+        return {"cases": cases.digest(), "versions": versions, "headroom": None, "modes": {}, "nonzero_padding": {},
+                "worth": worth.measure(bundle, job.checkpoint, config, worth.load_texts(job.folder), report)}
+    # the truth is of the weights that the bundle stores, not of those they were made from
+    stored = change(bundle.config, bundle.weights, torch.float64 if job.rung == ORACLE else torch.float32)
+    model = load_checkpoint(job.checkpoint, config, dtype="fp64" if job.rung == ORACLE else bundle.precision, change=stored)
     if job.rung == ORACLE and cases.chosen_by != "oracle":
         cases = rungs.choose_tokens(model, cases)
         save_cases(cases, job.folder)

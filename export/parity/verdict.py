@@ -49,11 +49,28 @@ class Report:
     weights: dict[str, Any]
     failure: Failure | None = None
     seconds: float = 0.0
+    worth: dict[str, Any] | None = None  # of weights in 8 bits, see worth.measure; with passed, max_loss and line
 
     @property
     def passed(self) -> bool:
-        """Whether everything agrees."""
-        return self.failure is None
+        """Whether everything agrees, and weights in 8 bits are worth it."""
+        return self.failure is None and (self.worth is None or self.worth["passed"])
+
+    def judge_worth(self, found: dict[str, Any], max_loss: float) -> None:
+        """Take the figures of weights in 8 bits, and their verdict: a loss of more than max_loss percent fails, and so does one that is no number."""
+        costliest = found["layers"][0]
+        passed = bool(found["loss_percent"] <= max_loss)
+        line = (f"{found['format']} takes {found['loss_percent']:+.3f}% bits per byte ({found['bits_per_byte']:.4f} for {found['original_bits_per_byte']:.4f}; "
+                f"at most +{max_loss:g}%), KL {found['kl']:.1e} nats a token, greedy agreement {found['agreement']:.2%}, on {found['tokens']} tokens of "
+                f"{', '.join(found['texts'])}; the layer that costs most is {costliest['name']} (KL {costliest['kl']:.1e} alone)")
+        self.worth = {**found, "passed": passed, "line": line, "max_loss_percent": max_loss}
+
+    def verdicts(self) -> list[str]:
+        """Of weights in 8 bits, the two verdicts: whether the numbers are those of the weights as they are stored, and what these are worth."""
+        if self.worth is None:
+            return []
+        exact = f"FAILED at {self.failure.line}" if self.failure else f"PASSED ({self._agreement()}, with the weights as they are stored)"
+        return [f"exactness: {exact}", f"worth: {'PASSED' if self.worth['passed'] else 'FAILED'} ({self.worth['line']})"]
 
     @property
     def judged(self) -> list[tuple[str, str]]:
@@ -74,9 +91,14 @@ class Report:
         """`parity: PASSED (...)` or `parity: FAILED at ...`."""
         if self.failure is not None:
             return f"parity: FAILED at {self.failure.line}"
+        if self.worth is not None and not self.worth["passed"]:
+            return f"parity: FAILED at worth: {self.worth['line']}"
+        return f"parity: PASSED ({self._agreement()}; {self.seconds:.0f} s)"
+
+    def _agreement(self) -> str:
         worst = max(self.comparisons, key=_badness)
-        return (f"parity: PASSED ({', '.join(dict.fromkeys(r for r, _ in self.judged))} against float64 at {self.precision}; {len(self.comparisons)} outputs "
-                f"of {len(self.cases)} cases, the worst at {worst.score:.0%} of its limit in {worst.output}; {self.seconds:.0f} s)")
+        return (f"{', '.join(dict.fromkeys(r for r, _ in self.judged))} against float64 at {self.precision}; {len(self.comparisons)} outputs "
+                f"of {len(self.cases)} cases, the worst at {worst.score:.0%} of its limit in {worst.output}")
 
     def to_dict(self, details: bool = True) -> dict[str, Any]:
         """Plain values for JSON. details: every comparison and position, not only the worst case of each output."""
@@ -84,7 +106,9 @@ class Report:
         data = {
             "schema_version": REPORT_SCHEMA, "passed": self.passed, "line": self.line(), "failure": failure, "precision": self.precision,
             "config": self.config.to_dict(), "environment": self.environment, "seconds": round(self.seconds, 1), "rungs": self.rungs, "cases": self.cases,
-            "weights": self.weights, "worst": [c.to_dict() for c in self.worst()], "tokens": [t.to_dict() for t in self.tokens],
+            "weights": self.weights, "exactness": None if self.worth is None else {"passed": self.failure is None, "line": self.verdicts()[0]},
+            "worth": None if self.worth is None else _plain(self.worth),
+            "worst": [c.to_dict() for c in self.worst()], "tokens": [t.to_dict() for t in self.tokens],
             "fp16_max": FP16_MAX,
             "headroom": {rung: {key: [plain_number(float(v)) for v in row] for key, row in rows.items()} for rung, rows in self.headroom.items()},
         }
@@ -93,6 +117,13 @@ class Report:
             data["positions"] = {case: {name: {str(i): [plain_number(v) for v in row] for i, row in layers.items()} for name, layers in by.items()}
                                  for case, by in self.positions.items()}
         return data
+
+
+def _plain(value: Any) -> Any:
+    """Plain values for JSON at any depth."""
+    if isinstance(value, dict):
+        return {key: _plain(x) for key, x in value.items()}
+    return [_plain(x) for x in value] if isinstance(value, list) else plain_number(value)
 
 
 def _badness(c: Comparison) -> tuple[int, float]:

@@ -19,11 +19,14 @@ from torch import Tensor
 from sessa_deploy.checkpoint import read_state
 from sessa_deploy.checkpoint_save import cast
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.contract import PRECISIONS
+from sessa_deploy.contract import PRECISIONS, WEIGHT_FORMATS, Weights
 from sessa_deploy.errors import ParityError
 from sessa_deploy.export.graph.passes import TRANSPOSED
+from sessa_deploy.export.graph.quantise import quantise, quantised, store_names
 
-_FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
+_KINDS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE, *(f.onnx for f in WEIGHT_FORMATS.values())}
+
+_UNKNOWN_TO_NUMPY = (torch.bfloat16, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,13 @@ class WeightCheck:
     missing: tuple[tuple[str, str], ...]
 
 
-def check_weights(model: Path, checkpoint: str | Path, precision: str, config: SessaConfig, given: SessaConfig | None = None) -> WeightCheck:
+def check_weights(
+    model: Path, checkpoint: str | Path, precision: str, config: SessaConfig, given: SessaConfig | None = None, weights: Weights | None = None
+) -> WeightCheck:
     """Look for every tensor of the checkpoint, cast to `precision`, among the float constants of an ONNX file.
 
-    config: the bundle's; given: the checkpoint's, where it has none of its own.
+    config: the bundle's; given: the checkpoint's, where it has none of its own; weights: the bundle's, where it stores some in 8 bits, whose values and
+    scales must be those that the checkpoint's tensor gives.
     A tensor must equal the constant of its own name (transposed, where the name says so); without one, any of equal or transposed bytes will do.
     Raises UserError like checkpoint.read_state, ParityError if the checkpoint's shape is not the bundle's.
     """
@@ -50,8 +56,15 @@ def check_weights(model: Path, checkpoint: str | Path, precision: str, config: S
     for name, x in _constants(model):
         names[name], named[name] = x.shape, _digest(x)
         seen |= {_digest(form) for form in _forms(x)}
-    missing = []
+    missing, eight = [], set(quantised(config, weights))
     for name, tensor in state.items():
+        if weights is not None and name in eight:
+            want = [_array(x) for x in quantise(tensor, weights.format)]
+            parts = store_names(name)
+            if any(named.get(part) != _digest(x) for part, x in zip(parts, want, strict=True)):
+                found = {part: x for part, x in _constants(model) if part in parts}
+                missing.append((name, quantised_fault(found.get(parts[0]), found.get(parts[1]), want[0], want[1], weights.format)))
+            continue
         x = _array(cast(name, tensor, storage))
         if name in named:
             held = named[name] == _digest(x)
@@ -74,21 +87,54 @@ def require_same_shape(bundle: SessaConfig, checkpoint: SessaConfig, path: str |
 
 
 def _constants(model: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, bits as unsigned integers) of every float tensor in an ONNX file, one at a time."""
+    """(name, bits as unsigned integers) of every tensor of weights in an ONNX file, one at a time."""
     proto = onnx.load(str(model), load_external_data=False)
     for tensor in proto.graph.initializer:
-        if tensor.data_type in _FLOATS:
+        if tensor.data_type in _KINDS:
             yield tensor.name, _bits(numpy_helper.to_array(tensor, base_dir=str(model.parent)))
     for node in proto.graph.node:
         if node.op_type == "Constant":
             for attribute in node.attribute:
-                if attribute.name == "value" and attribute.t.data_type in _FLOATS:
+                if attribute.name == "value" and attribute.t.data_type in _KINDS:
                     yield node.output[0], _bits(numpy_helper.to_array(attribute.t, base_dir=str(model.parent)))
+
+
+def quantised_fault(
+    q: np.ndarray | None, scale: np.ndarray | None, want_q: np.ndarray, want_scale: np.ndarray, form: str
+) -> str:
+    """What is wrong with a matrix in 8 bits, and in which output channel. q, want_q (out, in), scale, want_scale (out,): bits; None: not in the graph."""
+    if q is None or scale is None or q.shape != want_q.shape or scale.shape != want_scale.shape:
+        return f"no values {want_q.shape} in {form} with a scale for each output channel in the graph"
+    rows, scales = np.flatnonzero((q != want_q).any(axis=1)), np.flatnonzero(scale != want_scale)
+    if len(rows):
+        r = int(rows[0])
+        from_where = [s for s in rows if (q[r] == want_q[s]).all()]
+        values, wanted = (_values(x[r], form) for x in (q, want_q))
+        wrong = np.flatnonzero(q[r] != want_q[r])
+        others = f" ({len(rows)} channels differ)" if len(rows) > 1 else ""
+        if from_where:
+            return f"channel {r} holds the values of channel {from_where[0]}: rows are swapped{others}"
+        if (values == -wanted).all():
+            return f"channel {r} has the opposite sign{others}"
+        c = int(wrong[0])
+        what = "the opposite sign" if values[c] == -wanted[c] else f"{values[c]:g}, and should be {wanted[c]:g}"
+        return f"channel {r}, input {c} is {what} ({len(wrong)} of {q.shape[1]} inputs differ){others}"
+    held, wanted = scale.view(np.float32), want_scale.view(np.float32)
+    c = int(scales[0])
+    for shift, way in ((1, "before"), (-1, "behind")):
+        if len(scales) > 1 and (scale[scales] == np.roll(want_scale, shift)[scales]).all():
+            return f"the scales are off by one channel: channel {c} has that of the one {way} it ({len(scales)} channels differ)"
+    return f"the scale of channel {c} is {held[c]:.6g}, and should be {wanted[c]:.6g} ({len(scales)} of {len(scale)} channels differ)"
+
+
+def _values(bits: np.ndarray, form: str) -> np.ndarray:
+    """The numbers that 8 bits stand for."""
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(getattr(torch, WEIGHT_FORMATS[form].torch)).float().numpy()
 
 
 def _array(x: Tensor) -> np.ndarray:
     x = x.detach().cpu().contiguous()
-    return _bits(x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy())
+    return _bits(x.view({1: torch.uint8, 2: torch.int16}[x.itemsize]).numpy() if x.dtype in _UNKNOWN_TO_NUMPY else x.numpy())
 
 
 def _bits(x: np.ndarray) -> np.ndarray:

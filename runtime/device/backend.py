@@ -7,6 +7,7 @@ sequences hold: it is recorded once and replayed. The host reads the ids, or the
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from abc import abstractmethod
 from collections import Counter
@@ -52,8 +53,20 @@ class DeviceBackend(Backend):
         """Enqueue the engine on the stream, on the buffers' addresses and shapes of `step`. Raises SessaError if it refuses."""
 
     def _release(self) -> None:
-        """Let go of the engine; the GPU is idle and the recorded graphs are gone."""
+        """Let go of the engine, or of as much of it as there is; the GPU is idle and the recorded graphs are gone."""
         return
+
+    @contextlib.contextmanager
+    def _opening(self, cuda: Any) -> Iterator[None]:
+        """What a constructor does once it has `cuda`: if it fails, or is interrupted, the GPU gets back what was taken."""
+        try:
+            yield
+        except BaseException:
+            self._buffers = None
+            self._release()
+            with contextlib.suppress(SessaError):  # the error on its way says more
+                cuda.close()
+            raise
 
     def _pick(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.int64]:
         if ids.shape[1] == 1:  # nothing between the step and its ids
@@ -137,6 +150,7 @@ class DeviceBackend(Backend):
         buffers, step = self._own(), Extent(len(ids), ids.shape[1], row)
         self._cuda.enter()
         if self._on_device != length.tobytes():
+            self._cuda.wait()  # for a step that was interrupted and may not have read what the host gave it
             buffers.set_length(length)
         self._on_device = None
         buffers.put(ids, new)
@@ -195,14 +209,16 @@ class DeviceBackend(Backend):
     def close(self) -> None:
         if self._buffers is None:
             return
-        self._cuda.enter()
-        self._cuda.wait()
-        for graph in self._graphs.values():  # before the engine: they hold addresses of its memory
-            self._cuda.forget(graph)
-        self._graphs.clear()
-        self._release()
-        self._buffers = None
-        self._cuda.close()
+        self._buffers = None  # closed, whatever the driver says of it
+        try:
+            self._cuda.enter()
+            self._cuda.wait()
+            for graph in self._graphs.values():  # before the engine: they hold addresses of its memory
+                self._cuda.forget(graph)
+        finally:
+            self._graphs.clear()
+            self._release()
+            self._cuda.close()
 
     def _own(self) -> Buffers:
         if self._buffers is None:

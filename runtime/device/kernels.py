@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sessa_deploy.cuda_arch import mend, nearest
 from sessa_deploy.errors import UserError
+from sessa_deploy.reading import load_library
 
 APPEND, ARGMAX, FINISH = "decode_append", "decode_argmax", "decode_finish"
 _BUILD = "sessa-deploy plugin build"
@@ -51,7 +52,7 @@ def images(source: Path, arch: int, build: str = _BUILD) -> dict[str, Image]:
 
 def _from_library(path: Path, name: str, arch: int, build: str) -> Image:
     try:
-        library = ctypes.CDLL(str(path))
+        library = load_library(path)
         find, tile = library.sessaFindCubin, library.sessaCubinTile
     except (OSError, AttributeError) as error:
         raise UserError("the plugin library holds no decode kernels", got=f"{path} ({error})", fix=build) from None

@@ -60,9 +60,11 @@ class OrtCudaBackend(DeviceBackend):
         super().__init__(bundle.config, batch, capacity, graph)
         self.seconds: dict[str, float] = {}
         self._weights: dict[str, Any] = {}
+        self._bindings: dict[Extent, Any] = {}
         self._clock = time.perf_counter()
         self._runtime = load()
         _check_version(self._runtime)
+        bundle.require_wide_weights("the library for ONNX Runtime")
         check_rows(bundle.config, bundle.precision, "ONNX Runtime with our kernels")
         found = ort_prepared.find(bundle)
         if found is None:
@@ -72,8 +74,8 @@ class OrtCudaBackend(DeviceBackend):
         preload(self._runtime)
         self._told("CUDA's libraries loaded")
         self._cuda = Cuda() if cuda is None else cuda
-        self._cuda.enter()
-        try:
+        with self._opening(self._cuda):
+            self._cuda.enter()
             binaries = images(kernels or plugin, self._cuda.arch, _BUILD)
             self._told("GPU opened")
             self.session = self._open(bundle, found, plugin)
@@ -84,15 +86,10 @@ class OrtCudaBackend(DeviceBackend):
                 self.best_chunk = bounded_chunk(self.best_chunk, self.batch, self.config.vocab_size)
             self._buffers = Buffers(self._cuda, bundle.config, bundle.precision, self.batch, self.capacity, self.best_chunk, "int64", binaries,
                                     self.all_logits)  # fmt: skip
-        except BaseException:
-            self.session = None
-            self._cuda.close()
-            raise
         self._told("memory reserved")
         storage = PRECISIONS[bundle.precision]
         # bfloat16 has no numpy type; ONNX Runtime takes ONNX's number for it.
         self._kind: Any = storage.onnx if bundle.precision == "bf16" else np.dtype(storage.numpy).type
-        self._bindings: dict[Extent, Any] = {}
         self._options = self._runtime.RunOptions()
         for key, value in _RUN.items():
             self._options.add_run_config_entry(key, value)
@@ -186,6 +183,7 @@ def obstacle(bundle: Bundle) -> str | None:
     slow, absent = "ONNX Runtime runs the bundle's plain graph, without our kernels and many times slower", []
     try:
         _check_version(load())
+        bundle.require_wide_weights("the library")
         check_rows(bundle.config, bundle.precision, "our kernels")
     except UserError as error:
         return f"{slow}: {error.what} (got {error.got}{f'; allowed: {error.allowed}' if error.allowed else ''})"

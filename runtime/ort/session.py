@@ -95,6 +95,8 @@ def session_options(runtime: Any, threads: int) -> Any:
     options.log_severity_level = _ERRORS_ONLY
     # Threads that spin fight whatever else runs: a step of the demo on two busy cores took 16 ms with and 4.7 ms without, at best 2.6 and 2.0 ms.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Weights in 8 bits are made wide once, as the session opens, and not at every step.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.enable_mem_pattern = False  # it would keep one plan for each length of the past
     return options
 

@@ -14,7 +14,7 @@ from sessa_deploy.runtime.serve.jobs import Job
 from sessa_deploy.runtime.serve.mailbox import Mailbox
 from sessa_deploy.runtime.serve.metrics import Metrics
 
-BODY_LIMIT = 16 << 20  # bytes
+BODY_LIMIT = 4 << 20  # bytes; what takes longer to parse would be felt by everybody
 _LONG = 20_000  # characters, some milliseconds of work
 
 

@@ -32,9 +32,11 @@ class TrtBackend(DeviceBackend):
     name = "trt"
     engine_name = "TensorRT"
     row_alignment = 256  # of an engine's inputs
+    _cache: Any = None  # of kernels compiled on this card
 
     def __init__(self, bundle: Bundle, batch: int = 1, capacity: int | None = None, graph: bool = True, plugin: Path | None = None,
                  kernels: Path | None = None, cuda: Any = None) -> None:
+        self._few_rows: dict[int, Any] = {}  # number of rows -> context
         here = _archs() if cuda is None else [cuda.arch]
         product = product_here(bundle, here)
         for arch in here[:1]:
@@ -42,33 +44,33 @@ class TrtBackend(DeviceBackend):
         self._trt = trt_api.load(product.name)
         plugin = library.load(self._trt, plugin, trt_api.interface(self._trt))
         cuda = Cuda() if cuda is None else cuda
-        sm = f"sm_{cuda.arch}"
-        folder, self.info = trt_plan.choose(bundle, self._trt.__version__, sm, product.name)
-        super().__init__(bundle.config, batch, self.info.capacity if capacity is None else capacity, graph)
-        self._cuda = cuda
-        _check_limits(bundle, self.info, self.batch, self.capacity)
-        self.best_chunk = self.info.max_prompt
-        self._log = trt_api.logger(self._trt)
-        plan = trt_plan.read_plan(bundle, folder, self.info)
-        self._cuda.enter()
-        self._runtime = self._trt.Runtime(self._log)
-        self.engine = self._runtime.deserialize_cuda_engine(plan)
-        if self.engine is None:
-            raise UserError("TensorRT cannot load the engine", got=self._reasons(), fix=command("build", bundle.path, "--force"))
-        kinds = self._kinds(bundle)
-        self.all_logits = len(self.engine.get_tensor_shape(LOGITS)) == ALL_LOGITS_RANK
-        self._buffers = Buffers(self._cuda, bundle.config, bundle.precision, self.batch, self.info.capacity, self.info.max_prompt, str(kinds[INPUT_IDS]),
-                                images(kernels or plugin, self._cuda.arch), self.all_logits)  # fmt: skip
-        gpu = next((d.name for d in devices()), "gpu")
-        self._cache_file = trt_api.cache_file("runtime", gpu, sm, self._trt.__version__)
-        self._kept = self._cache_file.read_bytes() if product.compiles and self._cache_file.is_file() else None
-        self._config, self._cache = trt_api.runtime_config(self._trt, self.engine, self._kept)
-        size = trt_api.scratch_size(self.engine)
-        scratch = self._cuda.allocate(size)
-        self._prefill_row: int | None = None  # whose cache addresses that context has
-        self._scratch = scratch, size
-        self._few_rows: dict[int, Any] = {}
-        self._prefill, self._decode = (self._context(profile) for profile in (trt_plan.PREFILL, trt_plan.DECODE))
+        with self._opening(cuda):
+            sm = f"sm_{cuda.arch}"
+            folder, self.info = trt_plan.choose(bundle, self._trt.__version__, sm, product.name)
+            super().__init__(bundle.config, batch, self.info.capacity if capacity is None else capacity, graph)
+            self._cuda = cuda
+            _check_limits(bundle, self.info, self.batch, self.capacity)
+            self.best_chunk = self.info.max_prompt
+            self._log = trt_api.logger(self._trt)
+            plan = trt_plan.read_plan(bundle, folder, self.info)
+            self._cuda.enter()
+            self._runtime = self._trt.Runtime(self._log)
+            self.engine = self._runtime.deserialize_cuda_engine(plan)
+            if self.engine is None:
+                raise UserError("TensorRT cannot load the engine", got=self._reasons(), fix=command("build", bundle.path, "--force"))
+            kinds = self._kinds(bundle)
+            self.all_logits = len(self.engine.get_tensor_shape(LOGITS)) == ALL_LOGITS_RANK
+            self._buffers = Buffers(self._cuda, bundle.config, bundle.precision, self.batch, self.info.capacity, self.info.max_prompt, str(kinds[INPUT_IDS]),
+                                    images(kernels or plugin, self._cuda.arch), self.all_logits)  # fmt: skip
+            gpu = next((d.name for d in devices()), "gpu")
+            self._cache_file = trt_api.cache_file("runtime", gpu, sm, self._trt.__version__)
+            self._kept = self._cache_file.read_bytes() if product.compiles and self._cache_file.is_file() else None
+            self._config, self._cache = trt_api.runtime_config(self._trt, self.engine, self._kept)
+            size = trt_api.scratch_size(self.engine)
+            scratch = self._cuda.allocate(size)
+            self._prefill_row: int | None = None  # whose cache addresses that context has
+            self._scratch = scratch, size
+            self._prefill, self._decode = (self._context(profile) for profile in (trt_plan.PREFILL, trt_plan.DECODE))
 
     def expect_rows(self, rows: int) -> None:
         self.recorded_tokens = min(rows, STEP_ROWS)
@@ -105,7 +107,7 @@ class TrtBackend(DeviceBackend):
 
     def _release(self) -> None:
         self._keep_kernels()
-        self._few_rows.clear()
+        self._few_rows = {}
         self._prefill = self._decode = self._cache = self._config = self.engine = self._runtime = None
 
     def _keep_kernels(self) -> None:

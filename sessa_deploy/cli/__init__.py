@@ -27,7 +27,7 @@ VERBS: dict[str, str] = {
     "train": "Train a model on a folder of text, or resume a run.",
     "export": "Turn a checkpoint into a deployable bundle with one model.onnx.",
     "validate": "Prove a bundle's numbers against its checkpoint, rung by rung.",
-    "build": "Build a TensorRT engine into a bundle.",
+    "build": "Build an engine for TensorRT, or a graph for ONNX Runtime on CUDA, into a bundle.",
     "run": "Generate text from a bundle, streaming tokens.",
     "chat": "Talk to a bundle: turns continue one text on the caches it has.",
     "serve": "Serve a bundle to many clients at once, over OpenAI's API.",
@@ -36,7 +36,7 @@ VERBS: dict[str, str] = {
     "influence": "Measure how far back the layers of a checkpoint reach.",
     "inspect": "Show what a checkpoint, an ONNX file or a bundle holds.",
     "export-triton": "Write a bundle as a model of a Triton Inference Server.",
-    "plugin": "Build, find and check the TensorRT plugin library.",
+    "plugin": "Build, find and check the libraries of kernels for TensorRT and ONNX Runtime.",
     "doctor": "Show what is installed, what is missing and how to mend it.",
 }
 

@@ -100,6 +100,6 @@ def _build_ort(bundle: str, layers: str | None, precision: str | None, force: bo
     built = build_ort(bundle, layers, precision, force)
     for line in built.notes:
         click.echo(line)
-    state = f"adds {size(built.prepared.added_bytes)} to the bundle" if built.fresh else "already there, nothing to do (--force builds anew)"
-    click.echo(f"graph: {built.bundle.path}/{built.prepared.folder}, {state}")
+    state = "" if built.fresh else "; already there, nothing to do (--force builds anew)"
+    click.echo(f"graph: {built.bundle.path}/{built.prepared.folder}, adds {size(built.prepared.added_bytes)} to the bundle{state}")
     click.echo(f"next: sessa-deploy run {shlex.quote(str(built.bundle.path))} --backend ort-cuda --prompt ...")

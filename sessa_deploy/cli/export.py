@@ -6,7 +6,7 @@ import shlex
 
 import click
 
-from sessa_deploy.cli.options import OPSET, PATH, PRECISION
+from sessa_deploy.cli.options import NAMES, OPSET, PATH, PRECISION, WEIGHTS
 
 
 @click.command("export")
@@ -15,8 +15,11 @@ from sessa_deploy.cli.options import OPSET, PATH, PRECISION
 @click.option("--precision", type=PRECISION, default="fp32", show_default=True, help="Storage type of weights, caches and activations.")
 @click.option("--opset", type=OPSET, default=17, show_default=True, help="ONNX opset of the graph, 17 to 23; TensorRT 8.6 reads 17.")
 @click.option("--config", "config_file", type=PATH, help="config.json of a checkpoint that has none beside it.")
+@click.option("--weights", type=WEIGHTS, help="Store the matrices in 8 bits, one scale an output channel; fp8 needs --opset 19.")
+@click.option("--keep", type=NAMES, metavar="NAME,NAME", help="Leave these in --precision: lm_head, layers.3, mixer.q_proj, layers.3.W_in.")
 @click.option("--all-logits", is_flag=True, help="Logits (B,T,V) of every position instead of the last one's.")
-def command(checkpoint: str, out: str, precision: str, opset: int, config_file: str | None, all_logits: bool) -> None:
+def command(checkpoint: str, out: str, precision: str, opset: int, config_file: str | None, weights: str | None, keep: tuple[str, ...] | None,
+            all_logits: bool) -> None:
     """Export CHECKPOINT (a folder, .safetensors, .pt, .pth, .bin or .ckpt) as a bundle: model.onnx, tokenizer.json and a manifest with checksums.
 
     One model.onnx serves ONNX Runtime as it is and TensorRT through the plugin. The same checkpoint and versions of torch and onnxscript give
@@ -46,7 +49,8 @@ def command(checkpoint: str, out: str, precision: str, opset: int, config_file: 
             bars.update(tasks[what], total=1.0 if what == "writing" or share >= 1.0 else None, completed=share)
 
         config = SessaConfig.load(config_file, notes.append) if config_file else None
-        path = export_bundle(checkpoint, out, precision, opset, all_logits, progress, config, note=notes.append)
+        path = export_bundle(checkpoint, out, precision, opset, all_logits, progress, config, note=notes.append, weights=weights,
+                             keep=keep or ())
     for line in notes:
         click.echo(f"note: {line}", err=True)
     click.echo(f"bundle: {path}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,24 +104,29 @@ def tell_ignored(session: Any) -> None:
         click.echo(note, err=True)
 
 
-def encoded_texts(bundle: str | Path, files: tuple[str, ...]) -> dict[str, list[int]]:
-    """text-1, text-2, ... -> token ids of files as a bundle's tokenizer encodes them, cut to the model's context with a note on standard error.
+def read_texts(files: tuple[str, ...]) -> dict[str, str]:
+    """Name -> text of the files of --text. Raises UserError on one that cannot be read, and on standard input given twice."""
+    one_stdin(files)
+    return {name: read_text(name, "--text") for name in files}
 
-    Raises UserError on a text that cannot be read or is empty, and on a bundle without a tokenizer.
+
+def encoded_texts(bundle: str | Path, texts: Mapping[str, str]) -> dict[str, list[int]]:
+    """text-1, text-2, ... -> token ids of texts, by their files' names, as a bundle's tokenizer encodes them, cut to the model's context with a note on
+    standard error.
+
+    Raises UserError on a text that is empty, and on a bundle without a tokenizer.
     """
-    if not files:
+    if not texts:
         return {}
     from sessa_deploy.contract import TOKENIZER_FILE
     from sessa_deploy.runtime.bundle import Bundle
     from sessa_deploy.runtime.report import ignored_note
     from sessa_deploy.runtime.tokenizer import Tokenizer
 
-    one_stdin(files)
-    texts = {name: read_text(name, "--text") for name in files}
     opened, found = Bundle.open(bundle), {}
     tokenizer, config = Tokenizer(opened.file(TOKENIZER_FILE)), opened.config
     notes = [ignored_note(tokenizer)]
-    for number, name in enumerate(files, start=1):
+    for number, name in enumerate(texts, start=1):
         ids = tokenizer.encode_first(texts[name], config.bos_token_id)
         if not ids or not texts[name]:  # with a first token of the model's there would be something to judge
             raise UserError("the text is empty", got=name, allowed="at least one token", fix="name a file of text for --text")

@@ -140,10 +140,19 @@ def _prepared(found: dict[str, Any]) -> dict[str, object]:
     return {"for ONNX Runtime": f"{here['folder']}, layers by {'the library' if here['layers'] == 'plugin' else 'ONNX Runtime'} ({_pairs(here['ops'])})"}
 
 
+def _weights(said: Any) -> dict[str, object]:
+    """How matrices are stored where not in the precision."""
+    if not isinstance(said, dict):
+        return {}
+    kept = said.get("kept") or []
+    return {"weights": f"{said.get('format')}, one scale an output channel" + (f"; kept in the precision: {', '.join(map(str, kept))}" if kept else "")}
+
+
 def _bundle(console: Any, found: dict[str, Any], limit: int | None) -> None:
     versions = found["versions"] if isinstance(found["versions"], dict) else {}
     _facts(console, f"bundle {found['path']}", {
-        "precision": found["precision"], "opset": found["opset"], "schema": found["schema_version"], "size": size(found["bytes"]),
+        "precision": found["precision"], **_weights(found.get("weights")),
+        "opset": found["opset"], "schema": found["schema_version"], "size": size(found["bytes"]),
         "chat template": found["chat_template"] or "none",
         "engines": ", ".join(f"{n} (adds {size(found['engine_bytes'][n])})" for n in found["engines"]) or "none",
         **_engine(found.get("engine_here")), **_prepared(found), "versions": _pairs(versions), **_config(found["config"]),

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from sessa_deploy.contract import EXPORT_PRECISIONS, OPSETS, STEP_ROWS
+from sessa_deploy.contract import EXPORT_PRECISIONS, OPSETS, STEP_ROWS, WEIGHT_FORMATS
 from sessa_deploy.errors import UserError
 
 _INTEGER = re.compile(r"[+-]?[0-9]+\Z")
@@ -177,6 +177,20 @@ class Extensions(click.ParamType):
         return tuple(found)
 
 
+class Names(click.ParamType):
+    """Names with commas between: a tuple of them. Whether there is anything of that name is the verb's to say."""
+
+    name = "name,name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        found = [x.strip() for x in value.split(",")]
+        if not all(x and x.isprintable() for x in found):
+            raise refuse(param, value, "is no list of names", "names with commas between, as in lm_head,layers.0")
+        return tuple(found)
+
+
 class Lags(click.ParamType):
     """Lags with commas between, as in `1,4,16`: a tuple of integers >= 0, in the order given."""
 
@@ -230,6 +244,8 @@ SEED = Seed()
 THREADS = Threads()
 OPSET = Integer(OPSETS[0], OPSETS[-1], f"{OPSETS[0]} to {OPSETS[-1]}")
 PRECISION = OneOf(EXPORT_PRECISIONS)
+WEIGHTS = OneOf(tuple(WEIGHT_FORMATS))
+NAMES = Names()
 BACKEND = OneOf(("auto", "ort", "ort-cuda", "trt"))
 TENSORRT_MAJOR = TensorRtMajor()
 TARGET = OneOf(("tensorrt", "rtx", "ort"))

@@ -20,6 +20,7 @@ from sessa_deploy.cli.options import (
     POSITIVE,
     POSITIVE_INT,
     SEED,
+    TEXT,
     OneOf,
 )
 from sessa_deploy.process import speaks
@@ -70,6 +71,8 @@ _PREPARING = {"prepare", "data", "out", "tokenizer", "init_from", "init_config",
 @click.option("--eval-every", type=POSITIVE_INT, default=500, show_default=True, help="Steps between two looks at the held-out text.")
 @click.option("--log-to", type=OneOf(("tensorboard", "wandb")), multiple=True, help="Send the curve there too; may be given for each.")
 @click.option("--save-every", type=POSITIVE_INT, default=500, show_default=True, help="Steps between two saves.")
+@click.option("--keep-sample", is_flag=True, help="Leave the first 64 KiB of the held-out text in the checkpoint: validate judges 8-bit weights on it.")
+@click.option("--data-licence", type=TEXT, help="Licence of the text, for the card that says where a sample is from.")
 @click.pass_context
 def command(ctx: click.Context, **given: Any) -> None:
     """Train a model on any folder of text, byte by byte unless a tokenizer is given.

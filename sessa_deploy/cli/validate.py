@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sessa_deploy.cli.options import BACKEND, PATH, PLACE, POSITIVE_INT, SEED
+from sessa_deploy.cli.options import BACKEND, NOT_NEGATIVE, PATH, PLACE, POSITIVE_INT, SEED
 from sessa_deploy.cli.output import check_outputs, to_stdout, write_json, write_text
 from sessa_deploy.errors import ParityError, SessaError, UserError, need
 from sessa_deploy.files import check_folder
@@ -36,20 +36,28 @@ if TYPE_CHECKING:
 @click.option("--compare", type=PLACE, metavar="DIR", help="Judge the tensors in DIR, dumped by another machine or interpreter.")
 @click.option("--python", "python", type=PLACE, help="Interpreter for the engines' rungs, where they need another one.")
 @click.option("--length", "lengths", multiple=True, type=POSITIVE_INT, help="Judge a prefill of this many tokens too, even beyond max_context. Repeat it.")
-@click.option("--text", "texts", type=PATH, multiple=True, metavar="FILE", help="Judge a text too, encoded by the bundle's tokenizer; - for standard input.")
+@click.option("--text", "texts", type=PATH, multiple=True, metavar="FILE",
+              help="Judge a text too, encoded by the bundle's tokenizer; - for standard input. Weights in 8 bits are "
+                   "judged on it; default: the checkpoint's held_out.txt.")
+@click.option("--max-loss", type=NOT_NEGATIVE, metavar="PERCENT",
+              help="Of weights in 8 bits: more bits per byte than the original ones may cost; default: 0.5 for int8, 1 for fp8.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the token ids.")
 @click.option("--record/--no-record", "record", default=True, show_default=True, help="Write parity.json into the bundle.")
 def command(
     bundle: Path, checkpoint: Path | None, config: Path | None, backends: tuple[str, ...], json_file: Path | None, report_file: Path | None,
-    dump: Path | None, compare: Path | None, python: Path | None, lengths: tuple[int, ...], texts: tuple[str, ...], seed: int, record: bool,
+    dump: Path | None, compare: Path | None, python: Path | None, lengths: tuple[int, ...], texts: tuple[str, ...], max_loss: float | None, seed: int,
+    record: bool,
 ) -> None:
     """Prove the numbers of BUNDLE against its checkpoint, rung by rung.
 
     Runs the model in float64, at the bundle's precision and in the engine on the same cases (prefill, decode, chunked, ragged, poisoned
-    caches), and names the first output that diverges. Exit code 0: passed, 1: failed, 2: bad input.
+    caches), and names the first output that diverges. A bundle with weights in 8 bits gets two verdicts: exactness, of the weights as they are stored, and
+    worth, against the original ones on text. Exit code 0: passed, 1: failed, 2: bad input.
     """
+    from sessa_deploy.runtime.bundle import Bundle
+
     _check(checkpoint, dump, compare)
-    if texts and compare is not None:
+    if texts and compare is not None and Bundle.open(bundle, verify=False).weights is None:
         raise UserError("--text and --compare exclude each other", got="both", allowed="the cases that were dumped", fix="give --text where --dump is given")
     check_outputs({"--json": (json_file, "the figures"), "--report": (report_file, "the report")})
     if dump is not None:
@@ -58,12 +66,13 @@ def command(
         need("matplotlib")
     from rich.console import Console
 
-    from sessa_deploy.cli.inputs import encoded_texts
+    from sessa_deploy.cli.inputs import encoded_texts, read_texts
     from sessa_deploy.export import parity
     from sessa_deploy.export.parity.process import ProcessLaunch
 
     notes, launch = Console(stderr=True), ProcessLaunch(python)
-    judged = encoded_texts(bundle, texts)
+    given = read_texts(texts)
+    judged = {} if compare is not None else encoded_texts(bundle, given)
     if checkpoint is None:
         assert dump is not None  # _check
         with _Bars(notes) as progress:
@@ -75,7 +84,7 @@ def command(
     try:
         with _Bars(notes) as progress:
             report = parity.validate(bundle, checkpoint, backends, dump=dump, elsewhere=compare, seed=seed, launch=launch, progress=progress, also=lengths,
-                                     config=config, texts=judged)
+                                     config=config, texts=judged, worth_texts=given, max_loss=max_loss)
     except ParityError as error:
         line = f"parity: FAILED at {error}"
         _deliver(False, [*_writes(json_file, {"passed": False, "line": line}), lambda: click.echo(line, err=aside)])
@@ -104,7 +113,7 @@ def _check(checkpoint: Path | None, dump: Path | None, compare: Path | None) -> 
     idle = given & {"--backend", "--python", "--length", "--seed"} if compare is not None else set()
     if idle:
         raise UserError("--compare judges tensors that are there", got=", ".join(sorted(idle)), fix="give these options where the tensors are dumped")
-    idle = given & {"--json", "--report", "--config"} if checkpoint is None else set()
+    idle = given & {"--json", "--report", "--config", "--max-loss"} if checkpoint is None else set()
     if idle:
         raise UserError("without a checkpoint nothing is judged", got=", ".join(sorted(idle)), fix="add --checkpoint CHECKPOINT, or leave these options out")
 
@@ -139,7 +148,8 @@ def _show(report: Report, console: Console, aside: bool) -> None:
             click.echo(f"{name}: kernels of {info['versions'][KERNELS]}", err=aside)
     if report.failure is not None and report.failure.hint:
         click.echo(f"where to look: {report.failure.hint}", err=aside)
-    click.echo(report.line(), err=aside)
+    for line in (*report.verdicts(), report.line()):
+        click.echo(line, err=aside)
 
 
 class _Bars:

@@ -93,16 +93,19 @@ TABLE: dict[str, dict[str, Row]] = {
         "--held-out": number([1e-9, 0.5, 0.999999], [0.0, 1.0, -0.1, 1.5]),
         "--device": DEVICE,
         "--precision": choice("auto", "fp32", "bf16"), "--store": choice("fp32", "fp16", "bf16"), "--eval-every": COUNT, "--save-every": COUNT,
+        "--keep-sample": FLAG, "--data-licence": text(""),
         "--log-to": choice("tensorboard", "wandb"),
     },
     "export": {
         "CHECKPOINT": place("nowhere"), "--out": place(), "--precision": choice("fp32", "fp16", "bf16"), "--opset": integer(17, 23),
-        "--config": place("nowhere"), "--all-logits": FLAG,
+        "--config": place("nowhere"), "--all-logits": FLAG, "--weights": choice("int8", "fp8"),
+        "--keep": Row((("lm_head", ("lm_head",)), ("layers.0, mixer.q_proj", ("layers.0", "mixer.q_proj"))),
+                      ("", " ", ",", "lm_head,", ",x", "a,,b", "a\nb"), ("nope",)),
     },
     "validate": {
         "BUNDLE": place("nowhere"), "--checkpoint": place(), "--config": place(), "--backend": BACKEND, "--json": place(),
         "--report": place(), "--dump": place(), "--compare": place(), "--python": place(), "--length": COUNT, "--text": place("nowhere"),
-        "--seed": SEED, "--record": FLAG,
+        "--max-loss": NOT_NEGATIVE, "--seed": SEED, "--record": FLAG,
     },
     "build": {
         "BUNDLE": place(), "--max-batch": COUNT, "--max-context": COUNT, "--max-prompt": COUNT, "--workspace": COUNT, "--opt-level": integer(0, 5),

@@ -45,16 +45,19 @@ struct OrtValue
     OrtTensorTypeAndShapeInfo info;
     void* data{};
 };
-struct OrtKernelInfo
-{
-    std::map<std::string, float> reals;
-    std::map<std::string, int64_t> wholes;
-};
 struct OrtMemoryInfo
 {
 };
+struct OrtKernelInfo
+{
+    OrtMemoryInfo const* session{}; // what its session's allocator describes
+    std::map<std::string, float> reals;
+    std::map<std::string, int64_t> wholes;
+};
 struct Arena : Counted
 {
+    explicit Arena(OrtMemoryInfo const* of) : memory(of) {}
+    OrtMemoryInfo const* memory;
 };
 struct OrtKernelContext
 {
@@ -143,13 +146,13 @@ OrtApi oldestApi() noexcept
         return nullptr;
     });
     FILL(ReleaseTypeInfo, release<OrtTypeInfo>);
-    FILL(KernelInfoGetAllocator, [](OrtKernelInfo const*, OrtMemType type, OrtAllocator** out) noexcept -> OrtStatus* {
-        *out = reinterpret_cast<OrtAllocator*>(new Arena);
+    FILL(KernelInfoGetAllocator, [](OrtKernelInfo const* info, OrtMemType type, OrtAllocator** out) noexcept -> OrtStatus* {
+        *out = reinterpret_cast<OrtAllocator*>(new Arena(info->session != nullptr ? info->session : &gMemory));
         return type == OrtMemTypeDefault ? nullptr : absent();
     });
     FILL(ReleaseAllocator, [](OrtAllocator* allocator) noexcept { delete reinterpret_cast<Arena*>(allocator); });
-    FILL(AllocatorGetInfo, [](OrtAllocator const*, OrtMemoryInfo const** out) noexcept -> OrtStatus* {
-        *out = &gMemory;
+    FILL(AllocatorGetInfo, [](OrtAllocator const* allocator, OrtMemoryInfo const** out) noexcept -> OrtStatus* {
+        *out = reinterpret_cast<Arena const*>(allocator)->memory;
         return nullptr;
     });
     FILL(GetTensorTypeAndShape, [](OrtValue const* value, OrtTensorTypeAndShapeInfo** out) noexcept -> OrtStatus* {

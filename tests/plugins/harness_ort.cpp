@@ -198,6 +198,38 @@ int32_t harness_session(void* node, int32_t op, int32_t onnx, int32_t calls, int
     return kept && gBlocks == 0 ? held : -1;
 }
 
+// A node of each of two sessions, called on one stream: bit 0: each asked the arena; bit 1: one's end takes its own block alone; bit 2: another session whose
+// allocator lies where one that ended had its own asks anew; bit 3: nothing is left.
+int32_t harness_sessions(void* node, int32_t op, int32_t onnx, int64_t const* shape)
+{
+    OrtCustomOp const* const custom = opFor(*static_cast<Node*>(node), static_cast<ONNXTensorElementDataType>(onnx));
+    OrtMemoryInfo memory[2];
+    auto const open = [&](int32_t session) {
+        OrtKernelInfo info = static_cast<Node*>(node)->info;
+        info.session = &memory[session];
+        void* kernel = nullptr;
+        static_cast<void>(well(custom->CreateKernelV2(custom, &gApi, &info, &kernel)));
+        return kernel;
+    };
+    auto const asks = [&](void* kernel) {
+        OrtKernelContext context;
+        context.stream = node;
+        context.workspace = &context;
+        call(*custom, kernel, op, onnx, shape, nullptr, context);
+        return context.asked > 0;
+    };
+    void* const first = open(0);
+    void* const second = open(1);
+    int32_t good = asks(first) && asks(second) && !asks(first) && gBlocks == 2 ? 1 : 0;
+    custom->KernelDestroy(first);
+    good |= gBlocks == 1 && !asks(second) ? 2 : 0;
+    void* const third = open(0);
+    good |= asks(third) && gBlocks == 2 ? 4 : 0;
+    custom->KernelDestroy(second);
+    custom->KernelDestroy(third);
+    return good | (gBlocks == 0 ? 8 : 0);
+}
+
 // ONNX Runtime tells a kernel nothing before it calls it.
 int32_t harness_shape(void*, int32_t, int32_t, int64_t const*)
 {

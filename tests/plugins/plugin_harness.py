@@ -107,5 +107,6 @@ def load_harness(path: Path) -> ctypes.CDLL:
     harness.harness_destroy.argtypes = [ctypes.c_void_p]
     if hasattr(harness, "harness_register"):
         harness.harness_register.argtypes = [ctypes.c_char_p, ctypes.c_uint32, ctypes.c_char_p]
+        harness.harness_sessions.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int64)]
         harness.harness_session.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, *[ctypes.POINTER(ctypes.c_int64)] * 3]
     return harness

@@ -20,9 +20,10 @@ from command import call
 from node_models import OPEN, SIZES, node_model
 from plugin_harness import BFLOAT, CAUSAL, FEEDBACK, FLOAT, HALF, NAMES, OPERANDS, Built, Pointers, create, headed, sizes
 
-from sessa_deploy.contract import ORT_API
+from sessa_deploy.contract import ORT_API, PLUGIN_STATE
 from sessa_deploy.errors import UserError
 from sessa_deploy.plugins import library, ops
+from sessa_deploy.runtime.device.kernels import images
 
 STORAGES = {FLOAT: "tensor(float)", HALF: "tensor(float16)", BFLOAT: "tensor(bfloat16)"}
 DOUBLE, INT64 = 11, 7
@@ -46,7 +47,7 @@ def test_it_stands_alone(ort_stub: Built) -> None:
     if shutil.which("nm") and shutil.which("readelf"):
         exports = subprocess.run(["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
         door = {"sessaFindCubin", "sessaCubinTile", "sessaOpName"}
-        assert {line.split()[-1] for line in exports.splitlines()} == {"RegisterCustomOps", "sessaOrtApiVersion", *door}
+        assert {line.split()[-1] for line in exports.splitlines()} == {"RegisterCustomOps", "sessaOrtApiVersion", "sessaStateVersion", *door}
         linked = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
         assert not re.search(r"NEEDED.*(onnxruntime|libcuda|cudart|stdc\+\+)", linked) and "NODELETE" in linked
 
@@ -179,6 +180,15 @@ def test_a_sessions_nodes_share_a_workspace_for_each_stream(ort_stub: Built, cap
     assert harness.harness_held() == 0
 
 
+def test_sessions_share_no_workspace(ort_stub: Built) -> None:
+    """Two in one process, one of them gone while the other runs, and a third whose allocator lies where the first's did."""
+    harness = ort_stub[2]
+    node = create(ort_stub, FEEDBACK, storage=HALF)
+    assert harness.harness_sessions(node, FEEDBACK, HALF, sizes(1, 300, 64, 256)) == 0b1111
+    harness.harness_destroy(node)
+    assert harness.harness_held() == 0
+
+
 def test_the_command_line_checks_it(ort_stub: Built, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(ort_stub[1])
     runtime = pytest.importorskip("onnxruntime")
@@ -221,11 +231,40 @@ def test_another_library_is_refused(tmp_path: Path) -> None:
         pytest.skip("no g++")
     old = ('void RegisterCustomOps() {} int sessaOrtApiVersion() { return 18; } '
            'char const* sessaOpName(int i) { return i == 0 ? "SessaEnter" : nullptr; }')  # fmt: skip
-    for source, says in (("", "not a library for ONNX Runtime"), (old, "built by another sessa-deploy: got .* with SessaEnter")):
+    names = ", ".join(f'"{name}"' for name in library.OPS)
+    same = f"static char const* all[] = {{{names}, 0}}; " + old.replace('i == 0 ? "SessaEnter" : nullptr', "all[i]")
+    last = f"int sessaStateVersion() {{ return {PLUGIN_STATE - 1}; }}"
+    for source, says in (
+        ("", "not a library for ONNX Runtime"),
+        (old, "built by another sessa-deploy: got .* with SessaEnter"),
+        (same, f"built by another sessa-deploy: got .*, operations of no state; allowed: state {PLUGIN_STATE};"),
+        (same + last, f"built by another sessa-deploy: got .*, operations of state {PLUGIN_STATE - 1}; allowed: state {PLUGIN_STATE};"),
+    ):
         path = tmp_path / f"{len(source)}.so"
         subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(path)], input=f'extern "C" {{ {source} }}', text=True, check=True)
-        with pytest.raises(UserError, match=f"{says}.*fix: sessa-deploy plugin build --for ort"):
-            library.check(path, product="ort")
+        for look in (lambda path=path: library.check(path, product="ort"), lambda path=path: library.register(None, path)):
+            with pytest.raises(UserError, match=f"{says}.*fix: sessa-deploy plugin build --for ort"):
+                look()
+
+
+def test_a_library_that_was_cut_short_is_a_message_and_does_not_end_the_process(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    whole, cut = tmp_path / "whole.so", tmp_path / "cut.so"
+    subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(whole)], input="char held[200000] = {1};", text=True, check=True)
+    data = whole.read_bytes()
+    stripped = data[:40] + bytes(8) + data[48:60] + bytes(4) + data[64:]  # no table of sections, which comes last
+    for text, size in [*((data, size) for size in (0, 3, 64, 200, 5000, 100_000, 190_000, len(data) - 1)), (stripped, 100_000)]:
+        cut.write_bytes(text[:size])
+        for product, kind in (("ort", "library for ONNX Runtime"), ("tensorrt", "plugin library")):
+            with pytest.raises(UserError, match=f"the {kind} cannot be loaded: got .*too short.*; fix: sessa-deploy plugin build"):
+                library.check(cut, product=product)
+        with pytest.raises(UserError, match=r"holds no decode kernels: got .*too short"):
+            images(cut, 90)
+    with pytest.raises(UserError, match="not a TensorRT plugin library"):
+        library.check(whole)
+    with pytest.raises(UserError, match=r"cannot be loaded: got .*No such file"):
+        library.check(tmp_path / "absent.so")
 
 
 @pytest.mark.parametrize(
@@ -256,6 +295,7 @@ def test_a_header_that_is_too_old_is_refused(tmp_path: Path, version: int | None
         library.build(cubins=tmp_path, product="ort", onnxruntime_include=header(tmp_path / "x", version))
     with pytest.raises(UserError, match="no header of ONNX Runtime"):
         library.build(cubins=tmp_path, product="ort", onnxruntime_include=tmp_path)
+    library._check_api(header(tmp_path / "oldest", ORT_API))  # which serves
 
 
 def test_headers_decide_what_is_built(tmp_path: Path) -> None:

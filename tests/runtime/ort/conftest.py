@@ -17,11 +17,13 @@ from sessa_deploy.runtime.ort.engine import OrtCudaBackend
 
 @pytest.fixture
 def build(bundles: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[OrtCudaBackend, HostCuda, Any]]:
-    """(precision, **options) -> (backend, cuda, module). chunk: tokens a step takes of each sequence; module: attributes of the fake module."""
+    """(precision, **options) -> (backend, cuda, module). chunk: tokens a step takes of each sequence; module: attributes of the fake module;
+    cuda: the driver."""
     fake_onnxruntime.install(monkeypatch, tmp_path)
 
-    def make(precision: str = "fp32", all_logits: bool = False, chunk: int = 8, module: dict[str, Any] | None = None, **options: Any) -> Any:
-        bundle, cuda = bundles(precision, all_logits), HostCuda()
+    def make(precision: str = "fp32", all_logits: bool = False, chunk: int = 8, module: dict[str, Any] | None = None,
+             cuda: HostCuda | None = None, **options: Any) -> Any:
+        bundle, cuda = bundles(precision, all_logits), HostCuda() if cuda is None else cuda
         fake = fake_onnxruntime.make(cuda, bundle.model)
         vars(fake).update(module or {})
         given = {"batch": fake_onnxruntime.BATCH, "capacity": fake_onnxruntime.CAPACITY, **options}

@@ -59,6 +59,7 @@ def test_steps_equal_the_plain_graph_s(build: Build, bundles: Callable[..., Bund
     (session,) = fake.sessions
     assert session.cuda_options["enable_cuda_graph"] == str(int(graph)) and len(session.options.libraries) == 1
     assert session.options.enable_mem_pattern is False and session.options.intra_op_num_threads == 1
+    assert session.options.use_deterministic_compute is True and session.options.entries["session.use_device_allocator_for_initializers"] == "1"
     backend.close()
     assert cuda.closed and cuda.graphs == {} and backend.session is None
 
@@ -78,6 +79,14 @@ def test_every_number_of_rows_has_its_own_graph(build: Build) -> None:
     for row in range(BATCH):
         for (name, mine), theirs in zip(captured.cached(row).items(), plain.cached(row).values(), strict=True):
             np.testing.assert_array_equal(mine, theirs, err_msg=name)
+
+
+def test_steps_of_up_to_sixteen_rows_have_graphs(build: Build) -> None:
+    for tokens, graphs in ((16, 1), (17, 0)):
+        backend, cuda, _ = build(chunk=20, capacity=64)
+        for _ in range(3):
+            backend.step_greedy(np.ones((BATCH, tokens), np.int64), np.full(BATCH, tokens, np.int32))
+        assert (len(cuda.graphs), cuda.replays) == (graphs, graphs)
 
 
 def test_a_captured_step_is_recorded_on_the_thread_that_warmed_it(build: Build) -> None:
@@ -160,7 +169,29 @@ def test_a_graph_that_onnx_runtime_cannot_capture_is_opened_without(build: Build
     assert "enable_cuda_graph" not in fake.sessions[0].cuda_options
     with pytest.raises(UserError, match=r"cannot load the graph: got no such op; fix: sessa-deploy build .* --for ort --force") as caught:
         build(module={"refused": "no such op"})
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and capsys.readouterr().err == ""  # that is no matter of graphs
+
+
+def test_the_oldest_onnx_runtime_serves_and_one_before_is_refused(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build(module={"__version__": "1.18.0"})[0].session is not None
+    with pytest.raises(UserError, match=r"too old for our kernels: got 1.17.3; allowed: 1.18 or later; fix: pip install -U onnxruntime-gpu"):
+        build(module={"__version__": "1.17.3"})
+    from sessa_deploy.runtime.device import buffers
+
+    monkeypatch.setattr(buffers, "MAX_WIDTH", 8)
+    with pytest.raises(UserError, match="width does not run in ONNX Runtime with our kernels: got d_model=16"):
+        build()
+
+
+def test_what_is_kept_for_a_step_s_shape_is_bounded(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of every length come; what was let go is made anew."""
+    monkeypatch.setattr(engine, "_MOST_BINDINGS", 3)
+    backend, _, _ = build(graph=False)
+    for tokens in (1, 2, 3, 4, 5, 1, 2):
+        backend.step(np.ones((BATCH, tokens), np.int64), np.full(BATCH, tokens, np.int32))
+    assert [step.tokens for step in backend._bindings] == [5, 1, 2]
+    monkeypatch.setattr("sessa_deploy.runtime.backend._MOST_LOGITS", 4 * BATCH * 257 * 2)
+    assert (build(all_logits=True)[0].best_chunk, build()[0].best_chunk) == (2, 8)
 
 
 def test_a_step_that_fails_is_one_line_and_changes_nothing(build: Build) -> None:

@@ -99,6 +99,20 @@ def test_a_copied_sequence_goes_on_by_itself(backend, tiny):
     close(backend.step_row(0, np.array([5])), tiny.logits([5])[-1])
 
 
+def test_a_sequence_that_rests_outlives_what_is_poisoned(backend, tiny):
+    """It costs a step nothing, for its length is 0 there, and its rows count all the same."""
+    moved = backend.bytes_moved
+    backend.copy_row(2, 1, 9)
+    if not isinstance(backend, NumpyBackend):  # which counts nothing
+        assert backend.bytes_moved - moved == 9 * sum(x.nbytes for x in backend.cached(2).values()) // 13
+    backend.rest(2)
+    backend.poison()
+    backend.step_row(0, np.array([5]))
+    backend.poison()
+    backend.wake(2, 13)
+    close(backend.step_row(2, np.array([5])), tiny.logits([*BEFORE[2], 5])[-1])
+
+
 @pytest.mark.parametrize("call", [
     lambda b: b.step_row(4, np.ones(1, int)), lambda b: b.step_row(True, np.ones(1, int)), lambda b: b.step_row(0, np.ones((1, 1), int)),
     lambda b: b.step_row(0, np.ones(0, int)), lambda b: b.step_row(0, np.ones(1)), lambda b: b.step_row(0, np.array([257])),

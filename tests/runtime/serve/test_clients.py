@@ -1,4 +1,4 @@
-"""Programs of others against a running server: curl, schemathesis, lm-evaluation-harness, guidellm. Each is skipped where it is not installed."""
+"""Programs of others against a running server: schemathesis, lm-evaluation-harness, guidellm, a browser. Each is skipped where it is not installed."""
 
 from __future__ import annotations
 
@@ -51,15 +51,6 @@ def done(*command: object, timeout: float = 250) -> str:
     return result.stdout
 
 
-def test_curl(running: Process) -> None:
-    curl, place = program("curl"), f"{running.url}/v1/completions"
-    body = json.dumps({"model": "demo", "prompt": "import ", "max_tokens": 5, "temperature": 0, "ignore_eos": True})
-    whole = json.loads(done(curl, "-sS", place, "-H", "Content-Type: application/json", "-d", body))
-    stream = done(curl, "-sSN", place, "-H", "Content-Type: application/json", "-d", body[:-1] + ', "stream": true}')
-    parts = [json.loads(line[6:]) for line in stream.split("\n\n") if line.startswith("data: {")]
-    assert "".join(p["choices"][0]["text"] for p in parts) == whole["choices"][0]["text"] and stream.endswith("data: [DONE]\n\n")
-
-
 def test_schemathesis_finds_no_answer_that_openapi_does_not_describe(running: Process) -> None:
     """Without the check that every request of the schema's is taken: a schema cannot say that a prompt and max_tokens must fit together."""
     left_out = ("--exclude-checks", "positive_data_acceptance")
@@ -92,3 +83,14 @@ def test_guidellm_measures_it_under_load(running: Process, tmp_path: Path) -> No
          "--output", f"kind=json,path={tmp_path / 'out.json'}", "--disable-console-interactive")
     told = json.loads((tmp_path / "out.json").read_text())["benchmarks"][0]["metrics"]["request_totals"]
     assert told["successful"] == 24 and told["errored"] == 0
+
+
+def test_a_browser_shows_the_page_without_a_complaint(running: Process, tmp_path: Path) -> None:
+    """The page names the model it found by itself: its script ran, under the policy that the server sends."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome") or program("chromium")
+    options = ("--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000")
+    page = done(browser, *options, "--dump-dom", f"{running.url}/")
+    assert '<h1 id="name">demo</h1>' in page and "512 tokens of context" in page and '<label id="modes">' in page
+    assert "/v1/chat/completions" in done(browser, *options, "--dump-dom", f"{running.url}/docs")
+    done(browser, *options, "--window-size=1180,820", f"--screenshot={tmp_path / 'page.png'}", f"{running.url}/")
+    assert (tmp_path / "page.png").stat().st_size > 10_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -72,6 +73,19 @@ def test_openai_s_client_talks_to_it(running: Process) -> None:
     next(iter(stream))
     stream.close()  # hangs up
     idle(running)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl_talks_to_it(running: Process) -> None:
+    body = json.dumps({"model": "demo", "prompt": "import ", "max_tokens": 5, "temperature": 0, "ignore_eos": True})
+
+    def curl(body: str) -> str:
+        command = ["curl", "-sSN", f"{running.url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    whole, stream = json.loads(curl(body)), curl(body[:-1] + ', "stream": true}')
+    parts = [json.loads(line[6:]) for line in stream.split("\n\n") if line.startswith("data: {")]
+    assert "".join(p["choices"][0]["text"] for p in parts) == whole["choices"][0]["text"] and stream.endswith("data: [DONE]\n\n")
 
 
 def idle(server: Process) -> None:
@@ -174,8 +188,6 @@ def test_what_is_refused_at_the_start_is_one_line(exported: Path, tmp_path: Path
     assert "no such host" in one_line(capfd, exported, "--host", "no.such.host.invalid", "--no-api-key", "--port", 0)
     assert "not this machine's" in one_line(capfd, exported, "--host", "192.0.2.7", "--no-api-key", "--port", 0)
     assert "one of them" in one_line(capfd, exported, "--api-key", "x", "--no-api-key", "--port", 0)
-    import shutil
-
     broken = shutil.copytree(exported, tmp_path / "broken")
     data = bytearray((broken / "model.onnx").read_bytes())
     data[len(data) // 2] ^= 1

@@ -137,7 +137,7 @@ def test_the_prompt_and_the_answer_fit_or_both_numbers_are_said(served: Served) 
 
 
 def test_a_text_that_is_far_too_long_is_not_encoded(served: Served) -> None:
-    found = error(served.post(COMPLETION, {"prompt": "x" * 5_000_000}))
+    found = error(served.post(COMPLETION, {"prompt": "x" * 3_000_000}))
     assert "at least" in found["message"] and str(CONFIG.max_context) in found["message"] and len(found["message"]) < 300
 
 

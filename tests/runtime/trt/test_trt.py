@@ -22,6 +22,7 @@ from sessa_deploy.runtime.device.kernels import images
 from sessa_deploy.runtime.ort.backend import OrtBackend
 from sessa_deploy.runtime.session import Session
 from sessa_deploy.runtime.trt import api as trt_api
+from sessa_deploy.runtime.trt import backend as trt_backend
 from sessa_deploy.runtime.trt import plan as trt_plan
 from sessa_deploy.runtime.trt.backend import TrtBackend
 
@@ -208,6 +209,20 @@ def test_limits_of_the_engine_are_named(build: Callable[..., Any]) -> None:
         backend.cached(0)
 
 
+def test_whatever_fails_while_opening_gives_the_gpu_back(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, cuda, bundle = build()
+
+    def fail(*given: Any, **named: Any) -> Any:
+        raise SessaError("the CUDA driver refused it")
+
+    for module, name in ((trt_plan, "choose"), (trt_plan, "read_plan"), (trt_backend, "Buffers"), (trt_api, "runtime_config"), (trt_api, "context")):
+        other = HostCuda(arch=cuda.arch)
+        with monkeypatch.context() as patch, pytest.raises(SessaError, match="refused it"):
+            patch.setattr(module, name, fail)
+            TrtBackend(bundle, kernels=tmp_path, cuda=other)
+        assert other.closed, name
+
+
 def test_a_plan_is_loaded_only_where_it_belongs(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _, cuda, bundle = build()
     folder, info = next(iter(trt_plan.engines(bundle).items()))
@@ -294,6 +309,11 @@ def test_decode_kernels_are_checked(tmp_path: Path) -> None:
     (folder / "decode_append.cubin").write_bytes(b"other")
     with pytest.raises(UserError, match="checksum"):
         images(folder, 90)
+    for change, says in (('"SPLITS": 8', "do not belong together: got 4 and 8 splits"), ('"OTHER": 1', "decode_finish has no tile SPLITS")):
+        head, _, tail = fake_cubins(folder).joinpath("cubins.json").read_text().rpartition(f'"SPLITS": {fake_tensorrt.SPLITS}')
+        (folder / "cubins.json").write_text(head + change + tail)
+        with pytest.raises(UserError, match=says):
+            images(folder, 90)
     broken = tmp_path / "x.so"
     broken.write_bytes(b"no library")
     with pytest.raises(UserError, match="plugin build"):
