@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,10 +16,12 @@ from sessa_deploy.checks import as_number, integer
 from sessa_deploy.contract import MODEL_FILE
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime import environment, traffic
+from sessa_deploy.runtime.lookup import DraftStats
 from sessa_deploy.runtime.session import Session
 
 BENCH_SCHEMA = 2
 _QUANTILES = (50, 95, 99)
+_LOOKUP_WARMUP = 3  # windows, after which every number of rows has been seen and recorded
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,24 @@ class BenchOptions:
 
 def measure(
     session: Session, options: BenchOptions, progress: Callable[[float, float], None] | None = None, device_before: int = 0,
+    text: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Measure an open session on all of its sequences; the result is plain data, ready for JSON. The session is reset.
 
-    device_before: bytes of the device's memory that were in use before the session was opened; what came on top is the session's.
-    Raises UserError if prompt and window do not fit the capacity.
+    device_before: bytes of the device's memory that were in use before the session was opened; what came on top is the session's. text: tokens whose first
+    ones are the prompt, in place of random ones. Of a session with lookup it is also measured what that makes of a window.
+    Raises UserError if prompt and window do not fit the capacity, or the text is too short.
     """
     if options.prompt_tokens + options.window > session.capacity:
         raise UserError("the context is full", got=f"a prompt of {options.prompt_tokens} tokens and a window of {options.window}",
                         allowed=f"a capacity of {session.capacity} tokens", fix="raise --capacity or lower --prompt-tokens")
+    if text is not None and len(text) < options.prompt_tokens:
+        raise UserError("the text is shorter than the prompt", got=f"{len(text)} tokens", allowed=f"at least {options.prompt_tokens}",
+                        fix=f"lower --prompt-tokens to {len(text)}" if text else "name a file of text")
     random = np.random.default_rng(options.seed)
     prompts = random.integers(0, session.config.vocab_size, (session.max_batch, options.prompt_tokens)).tolist()
+    if text is not None:
+        prompts = [list(text[: options.prompt_tokens])] * session.max_batch
     first = _prefills(session, prompts, options)
     times, where = _decode(session, options, progress or (lambda done, total: None))
     total, context = float(times.sum()), options.prompt_tokens + (options.window - 1) / 2
@@ -82,6 +91,8 @@ def measure(
         "bytes_per_step": moved, "achieved_bytes_per_second": moved / float(np.median(times)),
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "environment": where,
     }
+    if session.lookup:
+        result["lookup"] = _lookup(session, prompts[0], options)
     if options.bandwidth is not None:
         result["floor_ms"] = 1e3 * moved / options.bandwidth
         result["share_of_floor"] = result["floor_ms"] / result["inter_token_ms"]["p50"]
@@ -138,6 +149,35 @@ def _decode(session: Session, options: BenchOptions, progress: Callable[[float, 
     look.join()
     session.reset()
     return np.array(times), where
+
+
+def _lookup(session: Session, prompt: list[int], options: BenchOptions) -> dict[str, Any]:
+    """A window of greedy text with and without drafts, in turn, so that other load hits both alike: tokens a second of each, and what drafts brought."""
+    most = session.lookup
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    stats, tokens = DraftStats(), 0
+    begun = time.perf_counter()
+    while True:
+        for drafted in (True, False) if len(seconds[True]) % 2 else (False, True):
+            session.reset()
+            session.lookup = most if drafted else 0
+            try:
+                stream = session.stream([prompt], options.window + 1, stop_tokens=())
+                next(stream)  # the prompt's
+                start = time.perf_counter()
+                count = sum(1 for _ in stream)
+                seconds[drafted].append(time.perf_counter() - start)
+            finally:
+                session.lookup = most
+            if drafted and len(seconds[True]) > _LOOKUP_WARMUP:
+                stats, tokens = stats + session.drafts, tokens + count
+        spent = time.perf_counter() - begun
+        if len(seconds[True]) > _LOOKUP_WARMUP and (spent >= options.seconds or spent >= options.max_seconds):
+            break
+    session.reset()
+    with_drafts, plain = (sum(seconds[drafted][_LOOKUP_WARMUP:]) for drafted in (True, False))
+    return {"most": most, **stats.to_dict(), "tokens_per_second": tokens / with_drafts, "plain_tokens_per_second": tokens / plain,
+            "ratio": plain / with_drafts}
 
 
 def _summary(seconds: NDArray[np.float64]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.environment import default_threads
-from sessa_deploy.runtime.sampling import Sampler, log_probabilities, most_likely
+from sessa_deploy.runtime.sampling import NotFinite, Sampler, log_probabilities, most_likely
 from sessa_deploy.runtime.stopping import StopText
 from sessa_deploy.runtime.tokenizer import Tokenizer
 
@@ -62,10 +62,16 @@ class Row:
         """Whether the most likely token is all that the next step must tell."""
         return self.sampler.greedy and self.logprobs is None and self.at < 0
 
+    @property
+    def left(self) -> int:
+        """Tokens that may still be drawn."""
+        left = self._capacity + 1 - len(self.tokens) if self._capacity is not None else 1 << 31
+        return left if self._limit is None else min(left, self._limit - self.count)
+
     def look(self, found: int | NDArray[np.float32]) -> Look | Exception:
         """The next token: `found` itself where the step picked it, drawn from these logits (V,), or the one that is there already; or what went wrong."""
         if isinstance(found, int):
-            return Look(found)
+            return Look(found) if found >= 0 else NotFinite()
         try:
             if self.at >= 0:
                 token, count = self.tokens[self.at + 1], self.scores
@@ -110,6 +116,19 @@ def decode(backend: Backend, rows: Sequence[Row], logits: bool = False) -> list[
         return [picked[row.index] for row in rows]
     found = backend.step(ids, new)
     return [found[row.index] for row in rows]
+
+
+def verify(backend: Backend, row: Row, draft: Sequence[int]) -> list[int | NDArray[np.float32]]:
+    """One step of `row` alone over its last token and a draft behind it; what the token after each of them comes from, as in `decode`. Needs all logits.
+
+    A drawn token is what a draft must agree with: for a draft that is certain of itself this accepts it with its probability and else draws from the other
+    tokens as they stand to each other, which is speculative sampling (Leviathan et al. 2023) with the random numbers of plain decoding, and so its tokens.
+    """
+    ids = np.array([row.tokens[-1], *draft])
+    if row.greedy:
+        picks: list[int | NDArray[np.float32]] = backend.step_row_picks(row.index, ids).tolist()
+        return picks
+    return list(backend.step_row_all(row.index, ids))
 
 
 def look_all(rows: Sequence[Row], found: Sequence[int | NDArray[np.float32]]) -> list[Look | Exception]:

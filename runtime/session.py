@@ -16,7 +16,8 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend, outside_vocabulary
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.engines import open_backend
-from sessa_deploy.runtime.generation import Row, check_fits, decode, look_all
+from sessa_deploy.runtime.generation import Row, check_fits, decode, look_all, verify
+from sessa_deploy.runtime.lookup import MOST_DRAFTED, Drafter, DraftStats
 from sessa_deploy.runtime.sampling import Sampler, SamplingParams
 from sessa_deploy.runtime.tokenizer import Tokenizer
 
@@ -51,10 +52,12 @@ class Generation:
 
 @dataclass
 class _Slot:
-    """tokens: all of the conversation so far. The last `pending` of them are not in the cache yet."""
+    """tokens: all of the conversation so far. The last `pending` of them are not in the cache yet; what it holds beyond the others is of a draft that
+    nobody took. drafter: what knows where the conversation repeats itself, once it was asked."""
 
     tokens: list[int] = field(default_factory=list)
     pending: int = 0
+    drafter: Drafter | None = None
 
 
 class Session:
@@ -62,19 +65,32 @@ class Session:
 
     backend: "auto", "ort", "ort-cuda", "trt", or a Backend that is already open. chunk: tokens a prefill step takes at most; None takes what suits the backend.
     threads: of the CPU backend; None takes all. progress: hears (tokens done, tokens in all) of the longest prompt after each prefill step.
+    lookup: prompt-lookup decoding: up to so many tokens (0 to 15) of what followed the last ones earlier in the conversation are verified in one step,
+    where that pays. The tokens are those of plain decoding, drawn with a seed or not. For one sequence, of a bundle exported with --all-logits.
+    drafts: what drafts brought in the latest call of `stream` or `generate`.
     Sequence b keeps its conversation: each call appends to it until `reset`. Numbers may be Python's or numpy's.
     Raises UserError on bad input; a call that raises it has changed nothing.
     """
 
     def __init__(self, bundle: Bundle | str | Path, backend: str | Backend = "auto", max_batch: int = 1, capacity: int | None = None,
-                 chunk: int | None = None, threads: int | None = None, progress: Callable[[int, int], None] | None = None) -> None:
+                 chunk: int | None = None, threads: int | None = None, progress: Callable[[int, int], None] | None = None,
+                 lookup: int = 0) -> None:
         chunk = None if chunk is None else integer("chunk", chunk, 1)
+        self.lookup, self.drafts = integer("lookup", lookup, 0, MOST_DRAFTED), DraftStats()
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.config, self._progress = self.bundle.config, progress
         self._tokenizer = Tokenizer.of(self.bundle)
         self.backend = backend if isinstance(backend, Backend) else open_backend(self.bundle, backend, max_batch, capacity, threads)
         self.chunk = self.backend.best_chunk if chunk is None else chunk
         self.max_batch, self.capacity = self.backend.batch, self.backend.capacity
+        if self.lookup:
+            try:
+                self._check_lookup()
+            except UserError:
+                if self.backend is not backend:
+                    self.close()
+                raise
+            self.backend.expect_rows(1 + self.lookup)
         self._slots = [_Slot() for _ in range(self.max_batch)]
         self._turn = 0  # counts uses, so that a stream that was overtaken notices
 
@@ -177,12 +193,25 @@ class Session:
         """Token ids of a prompt, proven to fit behind sequence `row` with max_new_tokens after it. Computes nothing. Raises UserError as `stream` does."""
         return self._encode_one(prompt, row, _limits(max_new_tokens, 1)[0] or 1)
 
+    def _check_lookup(self) -> None:
+        if self.max_batch > 1:
+            raise UserError("prompt lookup is for one sequence", got=f"lookup {self.lookup} with max_batch {self.max_batch}", allowed="max_batch 1",
+                            fix="generate one after the other, or leave lookup out")
+        if not self.backend.all_logits:
+            build = "; then build its engine again" if self.backend.name == "trt" else ""
+            raise UserError("prompt lookup needs the logits of every token of a step", got="a bundle whose graph gives those of the last alone",
+                            fix=f"{self.bundle.export_hint(f' --precision {self.bundle.precision} --all-logits')}{build}, or leave lookup out")
+
     def _stream(self, turn: int, feeds: list[list[int] | None], limits: list[int | None], params: list[SamplingParams],
                 ends: frozenset[int], stop: Sequence[str]) -> Iterator[Chunk]:
         self._check_turn(turn)
         logits = self._feed(feeds)
         rows = [Row(row, self._slots[row].tokens, Sampler(params[row], self.config.vocab_size, self._slots[row].tokens), self._tokenizer, ends, stop,
                     limits[row], self.capacity) for row, feed in enumerate(feeds) if feed is not None]
+        self.drafts = DraftStats()
+        if self.lookup and rows:
+            yield from self._stream_drafts(turn, rows[0], logits[0])
+            return
         found: list[int | NDArray[np.float32]] = [logits[row.index] for row in rows]
         while rows:
             looks = []
@@ -202,6 +231,41 @@ class Session:
             found = decode(self.backend, rows)
             for row in rows:
                 self._slots[row.index].pending = 0
+
+    def _stream_drafts(self, turn: int, row: Row, logits: NDArray[np.float32]) -> Iterator[Chunk]:
+        """Generate in the one sequence, its first token from logits (V,), the others by steps that verify a draft where there is one."""
+        slot, drafts = self._slots[row.index], self.drafts
+        drafter = slot.drafter = slot.drafter or Drafter(slot.tokens, self.lookup, self.backend.draft_cost)
+        found: list[int | NDArray[np.float32]] = [logits]
+        draft: list[int] = []
+        while True:
+            for at, what in enumerate(found):
+                look = row.look(what)
+                if isinstance(look, Exception):
+                    raise look
+                one, slot.pending = row.take(look), 1
+                accepted = at < len(draft) and one.token == draft[at]
+                drafts.tokens += drafts.steps > 0  # the first is the prompt's
+                drafts.accepted += accepted
+                last = one.finish is not None or not accepted
+                if last and draft:
+                    self._forget_drafts(row.index)
+                yield Chunk(row.index, one.token, one.text, one.finish)
+                if one.finish is not None:
+                    return
+                self._check_turn(turn)
+                if last:
+                    break
+            draft = drafter.draft(min(self.backend.room(row.index), row.left) - 1) if drafter.sees_more() else []
+            found = verify(self.backend, row, draft) if draft else decode(self.backend, [row])
+            drafts.steps += 1
+            drafts.drafted += len(draft)
+
+    def _forget_drafts(self, row: int) -> None:
+        """Shorten a sequence's cache to the conversation, less what is pending."""
+        held = len(self._slots[row].tokens) - self._slots[row].pending
+        if self.backend.length[row] > held:
+            self.backend.rewind(row, held)
 
     def _check_turn(self, turn: int) -> None:
         if turn != self._turn:
@@ -227,7 +291,8 @@ class Session:
     def _feed(self, feeds: list[list[int] | None]) -> NDArray[np.float32]:
         """Run what is pending and then feeds[b] through sequence b, chunk by chunk; logits (len(feeds), V) after each one's last token."""
         whole = []
-        for slot, feed in zip(self._slots, feeds, strict=False):
+        for row, (slot, feed) in enumerate(zip(self._slots, feeds, strict=False)):
+            self._forget_drafts(row)
             late = slot.tokens[len(slot.tokens) - slot.pending :] if feed is not None else []
             whole.append([*late, *(feed or [])])
         logits = np.zeros((len(feeds), self.config.vocab_size), np.float32)

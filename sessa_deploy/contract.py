@@ -24,6 +24,7 @@ PLUGIN_NAMESPACE = ""
 PLUGIN_STATE = 2  # of what an engine holds of a node of ours; goes up with its form or its meaning
 ATTR_SCALE = "scale"
 ATTR_STORAGE = "storage"
+STEP_ROWS = 16  # of a sequence, in a step that verifies a draft: one CUDA graph for each number of rows
 WIDTH_MULTIPLE, MAX_WIDTH = 16, 4096  # of D, for the kernels of feedback attention
 
 FEEDBACK_INPUTS = ("q", "k", "gamma", "f", "past_k", "past_s", "past_length")

@@ -33,7 +33,8 @@ class DeviceBackend(Backend):
     sequence's cache rows must begin for the engine to run that sequence alone.
     """
 
-    recorded_tokens = 1
+    recorded_tokens: int = 1
+    draft_cost = (0.1, 0.04)  # weights and caches are read once, whatever the rows
     warm_runs = 1
     row_alignment = 16
     engine_name = "the engine"
@@ -70,12 +71,12 @@ class DeviceBackend(Backend):
     def _pick(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.int64]:
         if ids.shape[1] == 1:  # nothing between the step and its ids
             self._enqueue(ids, new, self.length)
-            return self._own().picked()
+            return self._own().picked()[:, 0]
         if self.all_logits:  # the kernel looks at one row of logits a sequence
             return super()._pick(ids, new)
         picked = np.zeros(self.batch, np.int64)
         for _, part in self._parts(ids, new):
-            found = self._own().picked()
+            found = self._own().picked()[:, 0]
             picked[part > 0] = found[part > 0]  # a sequence's last part has its last token
         return picked
 
@@ -104,6 +105,12 @@ class DeviceBackend(Backend):
         if not self._runs_rows():
             return super()._forward_row_all(row, ids)
         return np.concatenate([self._own().every_logits(1, int(part[0]))[0] for part in self._row_parts(row, ids)])
+
+    def _pick_row_all(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        if self.batch > 1 or len(ids) > self._own().picked_rows:
+            return super()._pick_row_all(row, ids)
+        self._enqueue(*self._alone(row, ids), self.length)
+        return self._own().picked(len(ids))[0]
 
     def _copy_row(self, source: int, target: int, length: int) -> None:
         buffers = self._own()

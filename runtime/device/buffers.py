@@ -16,6 +16,7 @@ from sessa_deploy.contract import (
     NEW_LENGTH,
     PAST_LENGTH,
     PRECISIONS,
+    STEP_ROWS,
     WIDTH_MULTIPLE,
     cache_entries,
     cache_row_shape,
@@ -80,7 +81,7 @@ class Buffers:
     """Device and page-locked memory of `batch` sequences of `capacity` rows, steps of at most `chunk` tokens a sequence, batch * chunk of one alone.
 
     id_dtype: numpy's name of the type the engine takes token ids in. all_logits: the engine gives (B,T,V), not (B,V). cuda: a sessa_deploy.cuda.Cuda.
-    kernels: from runtime.device.kernels.images.
+    kernels: from runtime.device.kernels.images. picked_rows: in steps of at most so many rows, the most likely token after each is found on the device.
     """
 
     def __init__(self, cuda: Any, config: SessaConfig, precision: str, batch: int, capacity: int, chunk: int, id_dtype: str, kernels: dict[str, Image],
@@ -101,11 +102,15 @@ class Buffers:
         self.ids = self.new + self._ids_at
         self._logits_size = 4 * batch * config.vocab_size * (chunk if all_logits else 1)
         self.logits, self._all_logits = cuda.allocate(self._logits_size), all_logits
-        self._best, self._where = cuda.allocate(4 * batch * self._splits), cuda.allocate(4 * batch * self._splits)
+        self.picked_rows = min(chunk, STEP_ROWS) if all_logits else 1
+        most = batch * self.picked_rows
+        self._best, self._where = cuda.allocate(4 * most * self._splits), cuda.allocate(4 * most * self._splits)
+        self._zeros = cuda.allocate(4 * most)
+        cuda.fill(self._zeros, 0, most)
         self._host_fed = self._host(self._ids_at + batch * chunk * self.id_type.itemsize, np.uint8)
         self._host_new, self._host_ids = self._host_fed[: 4 * batch].view(np.int32), self._host_fed[self._ids_at :].view(self.id_type)
-        self._host_length, self._host_picked = (self._host(batch, np.int32) for _ in range(2))
-        self._host_logits = self._host(batch * config.vocab_size, np.float32)
+        self._host_length, self._host_picked = self._host(batch, np.int32), self._host(most, np.int32)
+        self._host_logits = self._host((most if batch == 1 else batch) * config.vocab_size, np.float32)
         # one table for all sequences, then one for each alone
         tables = self._host(3 * len(self.entries) * (batch + 1), np.int64)
         self._table_size = 24 * len(self.entries)
@@ -152,22 +157,26 @@ class Buffers:
         """Enqueue what follows the engine: append its new rows, pick the most likely tokens, advance the lengths.
 
         The last kernel writes the tokens to the host's memory itself: a copy of its own would cost a decode step some microseconds. With all logits
-        and several tokens what is picked means nothing.
+        and more than `picked_rows` rows what is picked means nothing.
         """
         ptr, batch = "ptr", step.batch
         lengths = ((ptr, self.length), (ptr, self.new))
         table = self._table + (0 if step.row is None else (1 + step.row) * self._table_size)
         self.cuda.launch(self._kernels[APPEND], (step.tokens, batch, len(self.entries)),
                          ((ptr, table), *lengths, ("i32", step.tokens), ("i32", self.capacity)))
-        self.cuda.launch(self._kernels[ARGMAX], (batch, self._splits, 1),
+        rows = batch * (step.tokens if self._all_logits and step.tokens <= self.picked_rows else 1)
+        self.cuda.launch(self._kernels[ARGMAX], (rows, self._splits, 1),
                          ((ptr, self.logits), (ptr, self._best), (ptr, self._where), ("i32", self.config.vocab_size)))
-        picked = (ptr, self._host_picked.ctypes.data)
-        self.cuda.launch(self._kernels[FINISH], (batch, 1, 1), ((ptr, self._best), (ptr, self._where), *lengths, picked))
+        best, picked = ((ptr, self._best), (ptr, self._where)), (ptr, self._host_picked.ctypes.data)
+        self.cuda.launch(self._kernels[FINISH], (batch, 1, 1), (*best, *lengths, picked))
+        if rows > batch:  # once more for the tokens, with lengths that nobody reads and that stand still
+            self.cuda.launch(self._kernels[FINISH], (rows, 1, 1), (*best, (ptr, self._zeros), (ptr, self._zeros), picked))
 
-    def picked(self) -> NDArray[np.int64]:
-        """Wait for the step; its most likely tokens (B,), -1 where the logits were not finite."""
+    def picked(self, tokens: int = 1) -> NDArray[np.int64]:
+        """Wait for the step; the most likely tokens (B,T) after each of its `tokens` rows (of a graph without all logits 1: the last of each sequence),
+        -1 where the logits were not finite."""
         self.cuda.wait()
-        return self._host_picked.astype(np.int64)
+        return self._host_picked[: self.batch * tokens].reshape(self.batch, tokens).astype(np.int64)
 
     def get_logits(self, new: NDArray[np.int32], tokens: int) -> NDArray[np.float32]:
         """Wait for a step of new (N,) among `tokens` rows; the logits (N,V) of each sequence's last."""
@@ -178,12 +187,16 @@ class Buffers:
             for b in np.flatnonzero(new).tolist():
                 self.cuda.to_host(target + b * row, self.logits + (b * tokens + int(new[b]) - 1) * row, row)
         self.cuda.wait()
-        return self._host_logits.reshape(self.batch, -1)[:count].copy()
+        return self._host_logits[: count * self.config.vocab_size].reshape(count, -1).copy()
 
     def every_logits(self, batch: int, tokens: int) -> NDArray[np.float32]:
         """Wait for a step of `tokens` rows of `batch` sequences of an engine with all logits; its logits (batch,tokens,V)."""
-        raw = self.cuda.read(self.logits, 4 * batch * tokens * self.config.vocab_size)
-        return np.frombuffer(raw, np.float32).reshape(batch, tokens, -1)
+        count = batch * tokens * self.config.vocab_size
+        if count > len(self._host_logits):
+            return np.frombuffer(self.cuda.read(self.logits, 4 * count), np.float32).reshape(batch, tokens, -1)
+        self.cuda.to_host(self._host_logits.ctypes.data, self.logits, 4 * count)
+        self.cuda.wait()
+        return self._host_logits[:count].reshape(batch, tokens, -1).copy()
 
     def rows(self, sequence: int, length: int) -> dict[str, NDArray[np.generic]]:
         """Copies of one sequence's first `length` rows by graph name; bfloat16 comes as float32."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, ORT_API, ORT_ENGINE, PAST_LENGTH, PRECISIONS
+from sessa_deploy.contract import INPUT_IDS, LOGITS, NEW_LENGTH, ORT_API, ORT_ENGINE, PAST_LENGTH, PRECISIONS, STEP_ROWS
 from sessa_deploy.cuda import Cuda, devices
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.plugins import library
@@ -52,7 +52,7 @@ class OrtCudaBackend(DeviceBackend):
 
     name = "ort-cuda"
     engine_name = "ONNX Runtime"
-    recorded_tokens = 16
+    recorded_tokens = STEP_ROWS
     warm_runs = 2  # the arena finds its chunks in the first, and has them in the second
 
     def __init__(self, bundle: Bundle, batch: int = 1, capacity: int | None = None, graph: bool = True, plugin: Path | None = None,

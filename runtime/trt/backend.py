@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from sessa_deploy.contract import ALL_LOGITS_RANK, INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, graph_inputs, graph_outputs
+from sessa_deploy.contract import ALL_LOGITS_RANK, INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, STEP_ROWS, graph_inputs, graph_outputs
 from sessa_deploy.cuda import Cuda, devices
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.files import write_whole
@@ -36,6 +36,7 @@ class TrtBackend(DeviceBackend):
 
     def __init__(self, bundle: Bundle, batch: int = 1, capacity: int | None = None, graph: bool = True, plugin: Path | None = None,
                  kernels: Path | None = None, cuda: Any = None) -> None:
+        self._few_rows: dict[int, Any] = {}  # number of rows -> context
         here = _archs() if cuda is None else [cuda.arch]
         product = product_here(bundle, here)
         for arch in here[:1]:
@@ -68,11 +69,18 @@ class TrtBackend(DeviceBackend):
             size = trt_api.scratch_size(self.engine)
             scratch = self._cuda.allocate(size)
             self._prefill_row: int | None = None  # whose cache addresses that context has
-            self._prefill, self._decode = (self._context(profile, scratch, size) for profile in (trt_plan.PREFILL, trt_plan.DECODE))
+            self._scratch = scratch, size
+            self._prefill, self._decode = (self._context(profile) for profile in (trt_plan.PREFILL, trt_plan.DECODE))
+
+    def expect_rows(self, rows: int) -> None:
+        self.recorded_tokens = min(rows, STEP_ROWS)
 
     def _run(self, step: Extent) -> None:
         context = self._decode
-        if step.tokens > 1 or step.row is not None:
+        few = self._few(step.tokens) if step.row is None and 1 < step.tokens <= self.recorded_tokens else None
+        if few is not None:
+            context = few
+        elif step.tokens > 1 or step.row is not None:
             context = self._prefill
             if step.row != self._prefill_row:
                 self._prefill_row = -1  # nobody's, should that fail halfway
@@ -83,8 +91,23 @@ class TrtBackend(DeviceBackend):
         if not context.execute_async_v3(self._cuda.stream):
             raise self._failure("a step")
 
+    def _few(self, tokens: int) -> Any:
+        """The context of steps of so many rows, which a CUDA graph may be of: its shapes never change. None where TensorRT gives a profile to one context
+        alone (8.6); such steps are then enqueued piece by piece."""
+        if tokens not in self._few_rows:
+            try:
+                context = self._context(trt_plan.PREFILL)
+            except SessaError:
+                self.recorded_tokens = 1
+                return None
+            if not context.set_input_shape(INPUT_IDS, (self.batch, tokens)):
+                raise self._failure(f"a step of {tokens} rows")
+            self._few_rows[tokens] = context
+        return self._few_rows[tokens]
+
     def _release(self) -> None:
         self._keep_kernels()
+        self._few_rows = {}
         self._prefill = self._decode = self._cache = self._config = self.engine = self._runtime = None
 
     def _keep_kernels(self) -> None:
@@ -97,8 +120,8 @@ class TrtBackend(DeviceBackend):
                 self._cache_file.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(self._cache_file, data)
 
-    def _context(self, profile: int, scratch: int, size: int) -> Any:
-        context = trt_api.context(self._trt, self.engine, profile, self._cuda.stream, scratch, size, self._log, self._config)
+    def _context(self, profile: int) -> Any:
+        context = trt_api.context(self._trt, self.engine, profile, self._cuda.stream, *self._scratch, self._log, self._config)
         self._cuda.wait()
         self._bind(context, Extent(self.batch, 1 if profile == trt_plan.DECODE else self.info.max_prompt))
         return context

@@ -29,11 +29,13 @@ _HELP = "/reset begins anew, /more lets the answer go on, /quit or Ctrl-D ends, 
 @inputs.sampling_options
 @inputs.backend_option
 @inputs.stop_option
+@inputs.lookup_option
 @click.option("--capacity", type=POSITIVE_INT, help="Tokens the conversation may have; default: the model's max_context.")
 @click.option("--plain", is_flag=True, help="Leave the bundle's chat template out: each turn is the text as it is.")
 @inputs.threads_option
 def command(
-    bundle: str, max_new_tokens: int, backend: str, stop: tuple[str, ...], capacity: int | None, plain: bool, threads: int | None, **drawn: Any,
+    bundle: str, max_new_tokens: int, backend: str, stop: tuple[str, ...], capacity: int | None, plain: bool, lookup: int | None,
+    threads: int | None, **drawn: Any,
 ) -> None:
     """Talk to BUNDLE: every line is a turn, and the model goes on behind it.
 
@@ -46,7 +48,8 @@ def command(
     from sessa_deploy.runtime.template import ChatTemplate
 
     params = inputs.sampling(**drawn)
-    with count_progress("prompt") as progress, Session(bundle, backend, capacity=capacity, threads=threads, progress=progress) as session:
+    with (count_progress("prompt") as progress,
+          Session(bundle, backend, capacity=capacity, threads=threads, progress=progress, lookup=lookup or 0) as session):
         _ = session.tokenizer  # a conversation needs text
         inputs.tell_ignored(session)
         chat = _Chat(session, max_new_tokens, params, stop, None if plain else ChatTemplate.of(session.bundle))

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from sessa_deploy.cli.options import BACKEND, COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, SEED, SHARE, TEXT, THREADS
+from sessa_deploy.cli.options import BACKEND, COUNT, DRAFTED, NOT_NEGATIVE, POSITIVE, PROBABILITY, SEED, SHARE, TEXT, THREADS
 from sessa_deploy.errors import UserError
 
 _NUMBERS = re.compile(r"\s*\[?\s*(\d+(?:[\s,]+\d+)*)[\s,]*\]?\s*", re.ASCII)
@@ -32,6 +32,13 @@ def backend_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def threads_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """--threads of a verb that opens a session."""
     return click.option("--threads", type=THREADS, help="CPU threads, no more than the cores there are; default: all.")(command)
+
+
+def lookup_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--lookup of a verb that generates."""
+    return click.option("--lookup", type=DRAFTED, metavar="N", default=None,
+                        help="Prompt lookup: verify up to N tokens (1 to 15) of what followed the last ones earlier in the text in one step, where that pays. "
+                             "The same text, faster where it repeats itself. Needs a bundle exported with --all-logits.")(command)
 
 
 def stop_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from sessa_deploy.contract import EXPORT_PRECISIONS, OPSETS, WEIGHT_FORMATS
+from sessa_deploy.contract import EXPORT_PRECISIONS, OPSETS, STEP_ROWS, WEIGHT_FORMATS
 from sessa_deploy.errors import UserError
 
 _INTEGER = re.compile(r"[+-]?[0-9]+\Z")
@@ -232,6 +232,7 @@ class Device(click.ParamType):
 
 POSITIVE_INT = Integer(1)
 COUNT = Integer(0)
+DRAFTED = Integer(1, STEP_ROWS - 1)  # beside the token before them
 PORT = Integer(0, 65535)
 FINITE = Number()
 POSITIVE = Number(0.0, low_open=True)

@@ -15,6 +15,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.process import command as command_line
 
 if TYPE_CHECKING:
+    from sessa_deploy.runtime.lookup import DraftStats
     from sessa_deploy.runtime.session import Session
 
 _DEFAULT_TOKENS = 128
@@ -40,22 +41,23 @@ class _InOrder(inputs.JsonFlag):
 @click.option("--prompt-ids", "ids", multiple=True, metavar='"1 2 3"',
               help="A prompt as token ids, separated by spaces or commas; also for bundles without a tokenizer, which answer in ids. Repeat it for several.")
 @click.option("--json", "as_json", is_flag=True,
-              help="One JSON object a line and prompt: index, prompt, text, tokens, finish, first_token_ms, tokens_per_second.")
+              help="One JSON object a line and prompt: index, prompt, text, tokens, finish, first_token_ms, tokens_per_second; with --lookup also lookup.")
 @click.option("--max-new-tokens", type=POSITIVE_INT, help="Stop after this many tokens; default: 128, or fewer where the capacity ends.")
 @inputs.sampling_options
 @inputs.backend_option
 @inputs.stop_option
+@inputs.lookup_option
 @click.option("--capacity", type=POSITIVE_INT, help="Tokens the cache holds; default: the model's max_context.")
 @inputs.threads_option
 @click.pass_context
 def command(
     ctx: click.Context, bundle: str, prompts: tuple[str, ...], files: tuple[str, ...], ids: tuple[str, ...], as_json: bool, max_new_tokens: int | None,
-    backend: str, stop: tuple[str, ...], capacity: int | None, threads: int | None, **drawn: Any,
+    backend: str, stop: tuple[str, ...], lookup: int | None, capacity: int | None, threads: int | None, **drawn: Any,
 ) -> None:
     """Generate text from BUNDLE. The text goes to standard output, a line of figures to standard error.
 
-    Several prompts are generated together, each as if it were alone: with the same seed it draws the same text. Their texts appear in the order in which
-    the prompts were given.
+    Several prompts are generated together (with --lookup one after the other), each as if it were alone: with the same seed it draws the same text. Their
+    texts appear in the order in which the prompts were given.
     """
     from sessa_deploy.runtime.bundle import Bundle
     from sessa_deploy.runtime.engines import most_sequences
@@ -65,8 +67,9 @@ def command(
     params = inputs.sampling(**drawn)
     given = _prompts(ctx, {"prompts": prompts, "files": files, "ids": ids})
     opened = Bundle.open(bundle)
-    together = min(len(given), most_sequences(opened, backend) or _TOGETHER, _TOGETHER)
-    with count_progress("prompt") as progress, Session(opened, backend, together, capacity, threads=threads, progress=progress) as session:
+    together = 1 if lookup else min(len(given), most_sequences(opened, backend) or _TOGETHER, _TOGETHER)
+    with (count_progress("prompt") as progress,
+          Session(opened, backend, together, capacity, threads=threads, progress=progress, lookup=lookup or 0) as session):
         jobs = [_Job(index, prompt, *_fitted(session, prompt, max_new_tokens)) for index, prompt in enumerate(given)]
         if stop and not session.has_tokenizer:
             _ = session.tokenizer  # says what is missing
@@ -77,6 +80,7 @@ def command(
             session.reset()
             _generate(session, batch, params, stop, out if len(jobs) == 1 and not as_json else None)
             for job in batch:
+                job.drafts = session.drafts if lookup else None
                 _show(job, session, out, as_json, len(jobs))
             if out.closed:
                 return
@@ -84,11 +88,12 @@ def command(
     if len(jobs) == 1:
         job = jobs[0]
         rate = f"{job.rate:.1f} tokens/s after it" if job.rate is not None else "one token"
-        click.echo(f"{name}: {len(job.ids)} prompt tokens, {len(job.tokens)} new; first token {job.first_ms:.1f} ms, {rate}; ended by {job.finish}", err=True)
+        click.echo(f"{name}: {len(job.ids)} prompt tokens, {len(job.tokens)} new; first token {job.first_ms:.1f} ms, {rate}; ended by {job.finish}"
+                   f"{_told([job])}", err=True)
         return
     count = sum(len(job.tokens) for job in jobs)
     click.echo(f"{name}: {len(jobs)} prompts, {sum(len(job.ids) for job in jobs)} prompt tokens, {count} new; {count / spent:.1f} tokens/s in all, "
-               f"{together} at once", err=True)
+               f"{together} at once{_told(jobs)}", err=True)
 
 
 @dataclass
@@ -104,6 +109,7 @@ class _Job:
     finish: str | None = None
     first_ms: float = 0.0
     rate: float | None = None
+    drafts: DraftStats | None = None
 
 
 def _prompts(ctx: click.Context, given: dict[str, tuple[str, ...]]) -> list[str | list[int]]:
@@ -157,11 +163,18 @@ def _show(job: _Job, session: Session, out: inputs.Writer, as_json: bool, of: in
         out.write(json.dumps({
             "index": job.index, "prompt": job.prompt, "text": job.text if session.has_tokenizer else None, "tokens": job.tokens, "finish": job.finish,
             "first_token_ms": round(job.first_ms, 3), "tokens_per_second": None if job.rate is None else round(job.rate, 3),
+            **({} if job.drafts is None else {"lookup": job.drafts.to_dict()}),
         }) + "\n")
     elif of > 1:
         text = job.text if session.has_tokenizer else " ".join(map(str, job.tokens))
         shown = job.prompt if isinstance(job.prompt, str) else " ".join(map(str, job.prompt))
         out.write(f"{chr(10) if job.index else ''}==> {job.index + 1} of {of}: {_one_line(shown)} <==\n{text}\n")
+
+
+def _told(jobs: list[_Job]) -> str:
+    """What drafts brought, for the line of figures; nothing without --lookup."""
+    found = [job.drafts for job in jobs if job.drafts is not None]
+    return f"; lookup: {sum(found[1:], found[0])}" if found else ""
 
 
 def _one_line(text: str, width: int = 60) -> str:

@@ -62,7 +62,7 @@ JSON = Row(place().taken, place().refused, alone=True)
 FREE = text()  # any text, the empty one too, is the verb's to judge
 SEED = integer(0, 2**64 - 1)
 THREADS = integer(1, CORES)
-COUNT, FROM_ZERO = integer(1), integer(0)
+COUNT, FROM_ZERO, DRAFTED = integer(1), integer(0), integer(1, 15)
 BACKEND = choice("auto", "ort", "ort-cuda", "trt")
 POSITIVE = number([1e-300, 0.5, 3.0, 1e300], [0.0, -0.0, -1e-300, -1.0])
 NOT_NEGATIVE = number([0.0, 1e-300, 1e300], [-1e-300, -1.0])
@@ -116,10 +116,11 @@ TABLE: dict[str, dict[str, Row]] = {
         "BUNDLE": place("nowhere"), "--prompt": FREE, "--prompt-file": place("nowhere"),
         "--prompt-ids": Row((("1 2 3", "1 2 3"), ("[1, 2]", "[1, 2]")), ("", " ", "x", "1.5", "-1", "1e3", "0x10", "\u0663", "1;2", "9" * 5000)),
         "--json": FLAG, "--max-new-tokens": COUNT, **SAMPLING, "--backend": BACKEND, "--stop": text(""), "--capacity": COUNT, "--threads": THREADS,
+        "--lookup": DRAFTED,
     },
     "chat": {
         "BUNDLE": place("nowhere"), "--max-new-tokens": COUNT, **SAMPLING, "--backend": BACKEND, "--stop": text(""), "--capacity": COUNT, "--threads": THREADS,
-        "--plain": FLAG,
+        "--lookup": DRAFTED, "--plain": FLAG,
     },
     "score": {
         "BUNDLE": place("nowhere"), "--text": place("nowhere"), "--ids": place(), "--json": FLAG, "--backend": BACKEND, "--capacity": COUNT, "--stride": COUNT,
@@ -133,6 +134,7 @@ TABLE: dict[str, dict[str, Row]] = {
     "bench": {
         "BUNDLE": place("nowhere"), "--json": place("."), "--backend": BACKEND, "--batch": COUNT, "--prompt-tokens": COUNT, "--window": COUNT, "--steps": COUNT,
         "--seconds": NOT_NEGATIVE, "--max-seconds": NOT_NEGATIVE, "--capacity": COUNT, "--threads": THREADS, "--bandwidth": POSITIVE,
+        "--lookup": DRAFTED, "--prompt-file": place("nowhere"),
     },
     "export-triton": {
         "BUNDLE": place("nowhere"), "--out": place(), "--name": Row((("x", "x"), ("a-1", "a-1")), ("",), (" ", "a/b", "..", "-a", "\u00fc", "a b")),

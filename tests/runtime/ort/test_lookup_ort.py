@@ -1,0 +1,69 @@
+"""Prompt lookup in ONNX Runtime's CUDA sessions, ours and the plain graph's, over fakes: what verifies a draft, and that the host reads ids alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from drafting import PROMPTS, close_to_plain
+
+from sessa_deploy.runtime.bundle import Bundle
+from sessa_deploy.runtime.ort.backend import OrtBackend
+from sessa_deploy.runtime.ort.device_cache import DeviceCache
+from sessa_deploy.runtime.sampling import SamplingParams
+from sessa_deploy.runtime.session import Session
+
+
+@pytest.mark.parametrize("chunk", [3, 16])
+def test_texts_are_those_of_plain_decoding(build: Callable[..., Any], all_logits_bundle: Bundle, tiny_bundle: Bundle, chunk: int, eager: None) -> None:
+    """Of drafts longer than what a step takes, too."""
+    backend, cuda, _ = build(all_logits=True, batch=1, capacity=64, chunk=chunk)
+    drafting, plain = Session(all_logits_bundle, backend, lookup=5), Session(tiny_bundle, OrtBackend(tiny_bundle, threads=1))
+    assert close_to_plain(drafting, plain, PROMPTS, 32) == 0
+    assert drafting.drafts.drafted > 0
+    params = SamplingParams(0.8, seed=3)
+    for s in (drafting, plain):
+        s.reset()
+    assert drafting.generate([PROMPTS[3]], 40, params)[0].tokens == plain.generate([PROMPTS[3]], 40, params)[0].tokens
+    assert cuda.replays > 20
+
+
+def test_verifying_is_one_graph_of_each_number_of_rows_and_reads_no_logits(build: Callable[..., Any], all_logits_bundle: Bundle) -> None:
+    backend, cuda, _ = build(all_logits=True, batch=1, capacity=40, chunk=16)
+    reference = OrtBackend(all_logits_bundle, 1, 40, threads=1)
+    rng, read = np.random.default_rng(0), cuda.read_back
+    for turn in range(5):
+        for tokens in (2, 5, 16):
+            for each in (backend, reference):
+                each.rewind(0, min(turn, int(each.length[0])))
+            ids = rng.integers(0, 257, tokens)
+            expected = reference.step_row_all(0, ids).argmax(axis=-1)
+            np.testing.assert_array_equal(backend.step_row_picks(0, ids), expected)
+            assert backend.length[0] == reference.length[0]
+    assert cuda.read_back == read and len(cuda.graphs) == 3
+    logits = backend.step_row_all(0, ids[:4])
+    np.testing.assert_allclose(logits, reference.step_row_all(0, ids[:4]), rtol=1e-4, atol=1e-4)
+    backend.rewind(0, 3)
+    reference.rewind(0, 3)  # the device's own lengths follow
+    assert backend.step_greedy(ids[None, :1], np.ones(1, np.int32)) == reference.step_greedy(ids[None, :1], np.ones(1, np.int32))
+
+
+@pytest.mark.parametrize("kind", ["ours", "plain"])
+def test_a_token_behind_logits_that_are_not_finite(build: Callable[..., Any], all_logits_bundle: Bundle, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "ours":
+        backend, cuda, _ = build(all_logits=True, batch=1, capacity=40, chunk=16, graph=False)
+        run = backend._run
+
+        def broken(step: Any) -> None:
+            run(step)
+            cuda.fill(backend._buffers.logits + 4 * 257, 0x7FC00000, 257)  # behind the second of them
+
+        monkeypatch.setattr(backend, "_run", broken)
+    else:
+        backend = OrtBackend(all_logits_bundle, 1, 40, threads=1)
+        backend._host, backend._device = None, DeviceCache(backend.config, 1, 40, "fp32", backend.session, "cpu")
+        every = backend._forward_all
+        monkeypatch.setattr(backend, "_forward_all", lambda ids, new: np.where(np.arange(ids.shape[1])[None, :, None] == 1, np.nan, every(ids, new)))
+    assert [token < 0 for token in backend.step_row_picks(0, np.array([1, 2, 3, 4]))] == [False, True, False, False] and backend.length[0] == 4
