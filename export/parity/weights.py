@@ -129,7 +129,7 @@ def quantised_fault(
 
 def _values(bits: np.ndarray, form: str) -> np.ndarray:
     """The numbers that 8 bits stand for."""
-    return torch.from_numpy(np.ascontiguousarray(bits)).view(getattr(torch, WEIGHT_FORMATS[form].torch)).float().numpy()
+    return torch.from_numpy(np.array(bits)).view(getattr(torch, WEIGHT_FORMATS[form].torch)).float().numpy()
 
 
 def _array(x: Tensor) -> np.ndarray:
