@@ -35,7 +35,7 @@ from sessa_deploy.files import whole
 from sessa_deploy.runtime.tokenizer import Tokenizer
 from sessa_deploy.safetensors_check import MAX_HEADER, Header, read_header
 
-_MARK, _VERSION = "sessa-deploy tokens", "1"
+_MARK, _VERSION = "sessa_deploy.tokens", "1"
 _BEGIN = f'{{"__metadata__":{{"format":"{_MARK}"'.encode()
 _PIECE = 16 * 2**20  # bytes of text that are encoded at once; a longer document is cut between two lines where it has any
 _SLACK = 4096  # bytes of the header for numbers that are not known when its room is set aside

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,8 @@ def test_a_verb_names_the_extra_it_lacks(made: dict[str, str], tmp_path: Path, v
     said = done.stderr.strip().splitlines()
     if extra is None:
         assert done.returncode == 0, done.stderr
+        for written in Path(made["new"]).parent.glob("new*"):
+            shutil.rmtree(written)
         return
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(said) == 1 and said[0].startswith("error: ") and f"pip install 'sessa-deploy[{extra}]'" in said[0], done.stderr

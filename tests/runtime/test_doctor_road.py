@@ -76,7 +76,7 @@ def test_the_library_for_onnx_runtime_is_one_row(monkeypatch: pytest.MonkeyPatch
     row = doctor.ort_library(gpus)
     assert row["found"] == found and row["mend"].startswith(mend) and bool(row["mend"]) == bool(mend)
     assert row["state"] == ("optional" if mend else "ok")
-    monkeypatch.setattr(environment, "gpus", lambda: gpus)
+    monkeypatch.setattr(environment, "gpus", lambda: [{"index": 0, "name": "a card", "memory": 1 << 34, **gpu} for gpu in gpus])
     monkeypatch.setattr(doctor, "_providers", lambda *given: [])
     monkeypatch.setattr(doctor, "tensorrt_road", lambda gpus: [])
     assert row in doctor.examine()["checks"]

@@ -323,8 +323,8 @@ def test_rows_that_should_be_zero(material: tuple[Path, Path, Path]) -> None:
 
 def test_cache_row_appended_one_late(material: tuple[Path, Path, Path]) -> None:
     def late(append: Callable[..., None]) -> Callable[..., None]:
-        def call(cache: HostCache, first: int, length: np.ndarray, new: np.ndarray, rows: Any) -> None:
-            append(cache, first, length + (new == 1), new, rows)
+        def call(cache: HostCache, first: int, length: np.ndarray, new: np.ndarray, rows: Any, kept: Any = None) -> None:
+            append(cache, first, length + (new == 1), new, rows, kept)
 
         return call
 
