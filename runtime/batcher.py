@@ -55,8 +55,9 @@ class Batcher:
         eos_tokens = frozenset(backend.config.eos_token_ids if eos is None else (integer("eos", token, 0) for token in eos))
         self._numbers = itertools.count()
         self._lock = threading.Condition()
-        self._waiting: deque[Task] = deque()  # what follows the lock guards: this and the four lines below
-        self._inflight = 0
+        self._waiting: deque[Task] = deque()  # what follows the lock guards: this and the five lines below
+        self._inflight = 0  # requests whose last event is not told yet
+        self._taken = 0  # of those, the ones that still take up room: whoever has heard the last event may send the next request
         self._accepting, self._stopping, self._swept = True, False, True
         self._evicted: str | None = None  # why all that are left have to go
         self._turns = Turns(backend, tokenizer, self.chunk, eos_tokens, bool(prefix_reuse), clock, self._tell, self._over)
@@ -77,11 +78,12 @@ class Batcher:
         with self._lock:
             if not self._accepting:
                 raise NotAccepting("the server is shutting down", fix="send the request to another")
-            if self._inflight >= self.backend.batch + self._limit:
+            if self._taken >= self.backend.batch + self._limit:
                 self._stats.rejected += 1
                 raise QueueFull("too many requests are waiting", got=len(self._waiting), allowed=f"{self._limit} (--queue)", fix="try again later")
             self._waiting.append(task)
             self._inflight += 1
+            self._taken += 1
             self._stats.accepted += 1
             self._lock.notify_all()
         return Handle(task.id, lambda: self._cancel(task, "by the client"), waiting)
@@ -213,6 +215,8 @@ class Batcher:
             self._turns.admit(task)
 
     def _over(self, task: Task, event: Event) -> None:
+        with self._lock:
+            self._taken -= 1
         self._tell(task, event)
         with self._lock:
             self._inflight -= 1

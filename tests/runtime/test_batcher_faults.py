@@ -14,7 +14,7 @@ from batching import Plan, Played, Toy, alone, check_alike, play
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.runtime.batcher import Batcher
-from sessa_deploy.runtime.requests import NotAccepting, QueueFull, Request
+from sessa_deploy.runtime.requests import Event, NotAccepting, QueueFull, Request
 from sessa_deploy.runtime.sampling import NotFinite, SamplingParams
 from sessa_deploy.runtime.tokenizer import Tokenizer, byte_level_tokenizer
 from sessa_deploy.runtime.turns import Task
@@ -249,6 +249,21 @@ def test_a_full_queue_is_refused_at_once():
     none.submit(Request((1,)))
     with pytest.raises(QueueFull):
         none.submit(Request((2,)))
+
+
+def test_whoever_hears_a_last_event_may_send_the_next_request():
+    batcher, heard = toy(1, queue=0), []
+
+    def deliver(event: Event) -> None:
+        if event.finish is not None:
+            heard.append(event.finish)
+            if len(heard) < 3:
+                batcher.submit(Request((2,), max_new_tokens=1), deliver)
+
+    batcher.submit(Request((1,), max_new_tokens=1), deliver)
+    while batcher.turn():
+        pass
+    assert heard == ["length"] * 3 and batcher.stats().rejected == 0
 
 
 def test_waiting_too_long_is_said():
