@@ -109,7 +109,8 @@ class DeviceBackend(Backend):
     def _pick_row_all(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         if self.batch > 1 or len(ids) > self._own().picked_rows:
             return super()._pick_row_all(row, ids)
-        self._enqueue(*self._alone(row, ids), self.length)
+        fed, new = self._alone(row, ids)
+        self._enqueue(fed, new, self.length)
         return self._own().picked(len(ids))[0]
 
     def _copy_row(self, source: int, target: int, length: int) -> None:
