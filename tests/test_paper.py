@@ -96,7 +96,7 @@ def test_the_official_data_begins_as_published() -> None:
         assert 400 <= len(ids) <= 600 and ids[0] == soup.BOS and ids[-1] == soup.LABEL and ids.count(soup.SEP1) == ids.count(soup.SEP2) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_the_official_data_is_the_published_one() -> None:
     found = soup.official()
     assert soup.checksums(found) == soup.SHA256
@@ -248,7 +248,7 @@ def test_the_recall_tokenizer_spells_every_token() -> None:
     assert tokenizer.vocab_size <= mqar.PADDED and tokenizer.decode([16, 79]) == "0 63"
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_sessa_goes_down_the_whole_road(
     study: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:

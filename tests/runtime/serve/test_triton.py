@@ -145,7 +145,16 @@ def model(exported: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     found.finalize()
 
 
-def test_answers_are_those_of_solo_runs(model: Any, exported: Path) -> None:
+class Paced(NumpyBackend):
+    """Slow enough that tokens are sent one by one: those that are there at once go in one response."""
+
+    def _forward(self, ids: Any, new: Any) -> Any:
+        time.sleep(0.005)
+        return super()._forward(ids, new)
+
+
+def test_answers_are_those_of_solo_runs(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(exported, Paced(MODEL, 2), monkeypatch)
     with Session(Bundle.open(exported / "1" / "bundle"), NumpyBackend(MODEL, 2), max_batch=2) as session:
         wanted = []
         for seed in range(4):
@@ -156,6 +165,7 @@ def test_answers_are_those_of_solo_runs(model: Any, exported: Path) -> None:
     for request, solo in zip(asked, wanted, strict=True):
         assert request.answer() == (solo.text, solo.tokens, solo.finish)
     assert len(asked[0].responses) > 1 and len(asked[1].responses) == 1
+    model.finalize()
 
 
 def test_ids_stops_and_log_probabilities(model: Any) -> None:
