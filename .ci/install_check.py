@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("ort", "cuda", "dynamo", "tensorrt", "rtx", "serve", "export", "train", "paper", "dev")
+EXTRAS = ("ort", "cuda", "dynamo", "tensorrt", "rtx", "export", "train", "dev")  # [dev] holds [serve] and [paper]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 ELSEWHERE = "special placeholder package"  # what NVIDIA's stubs of TensorRT say where their own index is out of reach
 TESTS = ("tests/export/test_to_onnx.py", "tests/export/graph/test_onnx_functions.py", "tests/runtime/ort/test_ort.py", "tests/runtime/test_session.py",
