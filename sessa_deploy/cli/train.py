@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 from pathlib import Path
@@ -23,7 +24,7 @@ from sessa_deploy.cli.options import (
     TEXT,
     OneOf,
 )
-from sessa_deploy.process import speaks
+from sessa_deploy.process import launched, speaks
 
 # What a resumed run may set anew; everything else is fixed by the run.
 _RESUMABLE = {"resume", "out", "data", "device", "stop_at", "max_seconds", "save_every", "eval_every", "store", "batch_size", "shard", "compile",
@@ -82,6 +83,8 @@ def command(ctx: click.Context, **given: Any) -> None:
 
     On several GPUs: torchrun --nproc-per-node N -m sessa_deploy train ...; any number of processes may resume what any other saved.
     """
+    if launched():  # torch reads it once: it warns of each process that leaves before another, beside the one line that says why
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from sessa_deploy.errors import UserError, need
 
     need("torch", "safetensors", "matplotlib", extra="train")
