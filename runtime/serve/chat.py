@@ -15,7 +15,7 @@ from sessa_deploy.runtime.serve.errors import ApiError
 from sessa_deploy.runtime.serve.jobs import FINISH, Job
 from sessa_deploy.runtime.serve.schema import ChatBody
 from sessa_deploy.runtime.serve.service import Service, encoded
-from sessa_deploy.runtime.serve.streaming import Batch, Chunks, EventStream, begin
+from sessa_deploy.runtime.serve.streaming import Batch, Chunks, EventStream, begin, gather
 
 
 async def converse(service: Service, body: ChatBody, http: HttpRequest) -> Response:
@@ -35,15 +35,7 @@ async def converse(service: Service, body: ChatBody, http: HttpRequest) -> Respo
         stream = _Stream(head, body, choices, len(prompt), job)
         return EventStream(job, first, batches, stream.write, stream.last)
 
-    async def collect() -> None:
-        async for batch in job.batches():
-            for index, event in batch:
-                choices[index].take(event)
-
-    try:
-        await job.attended(http.receive, collect())
-    finally:
-        job.close()
+    await gather(job, http.receive, lambda index, event: choices[index].take(event))
     usage = Usage(len(prompt), job.tokens, choices[0].cached)
     return JSONResponse({**head, "choices": [choice.json(index) for index, choice in enumerate(choices)], "usage": usage.json()})
 

@@ -17,7 +17,7 @@ from sessa_deploy.runtime.serve.errors import ApiError
 from sessa_deploy.runtime.serve.jobs import FINISH, Job
 from sessa_deploy.runtime.serve.schema import CompletionBody
 from sessa_deploy.runtime.serve.service import Service, encoded
-from sessa_deploy.runtime.serve.streaming import Batch, Chunks, EventStream, begin
+from sessa_deploy.runtime.serve.streaming import Batch, Chunks, EventStream, begin, gather
 
 _DEFAULT_TOKENS = 16
 
@@ -44,15 +44,7 @@ async def complete(service: Service, body: CompletionBody, http: HttpRequest) ->
         stream = _Stream(head, body, choices, told, job)
         return EventStream(job, first, batches, stream.write, stream.last)
 
-    async def collect() -> None:
-        async for batch in job.batches():
-            for index, event in batch:
-                choices[index].take(event)
-
-    try:
-        await job.attended(http.receive, collect())
-    finally:
-        job.close()
+    await gather(job, http.receive, lambda index, event: choices[index].take(event))
     usage = Usage(told, job.tokens, sum(choices[i].cached for i in range(0, len(choices), body.n or 1)))
     return JSONResponse({**head, "choices": [choice.json(index) for index, choice in enumerate(choices)], "usage": usage.json()})
 

@@ -73,6 +73,20 @@ async def begin(job: Job, receive: Receive) -> tuple[Batch, AsyncIterator[Batch]
         raise
 
 
+async def gather(job: Job, receive: Receive, take: Callable[[int, Event], None]) -> None:
+    """Give every event of a job to `take` with its choice's index, and close it. Raises what `begin` does, however late."""
+
+    async def collect() -> None:
+        async for batch in job.batches():
+            for index, event in batch:
+                take(index, event)
+
+    try:
+        await job.attended(receive, collect())
+    finally:
+        job.close()
+
+
 async def _end(send: Send, text: str) -> None:
     await send({"type": "http.response.body", "body": f"{text}data: [DONE]\n\n".encode(), "more_body": False})
 
