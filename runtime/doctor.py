@@ -138,7 +138,7 @@ def engine_here(bundle: Bundle, gpus: list[dict[str, Any]]) -> dict[str, Any]:
     installed = {p.name: v for p in api.PRODUCTS if (v := api.installed_version(p)) is not None}
     arch = int(gpus[0]["arch"].removeprefix("sm_")) if gpus else None
     try:
-        bundle.require_wide_weights("a TensorRT engine")
+        bundle.require_engine_weights("a TensorRT engine", [] if arch is None else [arch])
         name = plan.product_for(bundle, arch, installed)
         product = api.product(name) if name in api.NAMES else api.PRODUCTS[0]
         if name is not None and name not in installed:

@@ -125,6 +125,7 @@ def weights(bundle: Bundle, prepared: Prepared) -> dict[str, NDArray[Any]]:
                 raise _refused(bundle, f"{w.file} has another size than the manifest says", got=f"{mapped[w.file].nbytes} bytes")
         flat = mapped[w.file][w.offset : w.offset + w.size].view(_NUMPY[w.onnx_type])
         found[w.name] = np.require(flat, requirements="A").reshape(w.shape)
+        found[w.name].flags.writeable = False
     return found
 
 
