@@ -25,7 +25,9 @@ class Point:
 
 
 class Peer(ABC):
-    """Something that decodes greedily. Opened for a batch and a capacity; `begin` says where each sequence stands."""
+    """Something that decodes greedily. Opened for a batch and a capacity; `begin` says where each sequence stands. weights: which are read in 8 bits."""
+
+    weights: Any = None
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job, self.config, self.precision = job, SessaConfig.from_dict(job["config"]), str(job["precision"])

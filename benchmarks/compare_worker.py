@@ -47,7 +47,8 @@ class Runtime(Peer):
         if self.job["peer"] == "trt":
             from sessa_deploy.runtime.trt.backend import TrtBackend
 
-            self.backend = TrtBackend(engine_bundle(self.job, batch, capacity), batch=batch)
+            bundle = engine_bundle(self.job, batch, capacity)
+            self.backend = TrtBackend(bundle, batch=batch)
         elif self.job["peer"] == "ort-cuda":
             from sessa_deploy.runtime.ort.engine import OrtCudaBackend, kernels
 
@@ -59,7 +60,9 @@ class Runtime(Peer):
 
             if not self.job["bundle"]:
                 raise RuntimeError("no --bundle")
-            self.backend = OrtBackend(Bundle.open(self.job["bundle"]), batch, capacity, provider="cuda" if self.device == "cuda" else "cpu")
+            bundle = Bundle.open(self.job["bundle"])
+            self.backend = OrtBackend(bundle, batch, capacity, provider="cuda" if self.device == "cuda" else "cpu")
+        self.weights = bundle.weights if self.backend.packed_weights else None
         self.ids, self.new = np.zeros((batch, 1), np.int64), np.ones(batch, np.int32)
 
     def begin(self, contexts: tuple[int, ...]) -> None:
@@ -196,7 +199,7 @@ def measure(peer: Peer, point: Point, job: dict[str, Any], before: int | None) -
     return {
         **{f"p{q}_ms": float(np.percentile(ms, q)) for q in (50, 95, 99)}, "min_ms": float(ms.min()), "count": len(ms),
         "tokens_per_second": tokens * len(ms) / float(seconds.sum()),
-        "bytes_per_step": None if point.prompt else traffic.step_bytes(peer.config, peer.precision, [n + mean for n in point.contexts]),
+        "bytes_per_step": None if point.prompt else traffic.step_bytes(peer.config, peer.precision, [n + mean for n in point.contexts], peer.weights),
         # engines and allocators keep what they took, so that what is in use at the end was the peak; the CUDA context is not in it
         "device_bytes": None if now is None or before is None or now < before else now - before,  # less: another process gave memory back
     }

@@ -23,12 +23,14 @@ class Backend(ABC):
     length: (B,) int32, tokens cached of each row. bytes_moved: bytes of cache rows that were copied since the start, appending included.
     best_chunk, turn_chunk: tokens a prefill step takes at best, and beside sequences that decode, which longer ones hold up; the lesser of the two holds.
     all_logits: whether the graph gives the logits of every new row (`export --all-logits`); else it gives each sequence's last.
+    packed_weights: whether matrices in 8 bits stay so in memory; else they are made wide as the graph is opened.
     draft_cost: what a step of several rows of one sequence takes beyond one of a single row, and what each row more adds, as shares of the latter.
     A subclass runs the graph in `_forward` (and `_pick`, `_forward_all`) and appends; lengths, checks and resets are here, so that no backend differs in them.
     """
 
     name = "none"
     all_logits = False
+    packed_weights = False
     turn_chunk = 512
     draft_cost = (0.2, 0.05)  # the demo at 300 tokens on two cores: 1.2 for 2 rows, 1.3 for 4, 1.4 for 8, 1.65 for 16
     best_chunk = 256  # on a CPU the demo's 4096 tokens take 3.3 s in chunks of 64 to 256, 4.3 s of 512, 14.6 s at once

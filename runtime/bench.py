@@ -18,6 +18,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.runtime import environment, traffic
 from sessa_deploy.runtime.lookup import DraftStats
 from sessa_deploy.runtime.session import Session
+from sessa_deploy.runtime.sizes import weight_sizes
 
 BENCH_SCHEMA = 2
 _QUANTILES = (50, 95, 99)
@@ -80,10 +81,13 @@ def measure(
     first = _prefills(session, prompts, options)
     times, where = _decode(session, options, progress or (lambda done, total: None))
     total, context = float(times.sum()), options.prompt_tokens + (options.window - 1) / 2
-    moved = traffic.step_bytes(session.config, session.bundle.precision, [context] * session.max_batch)
+    bundle, read = session.bundle, session.bundle.weights if session.backend.packed_weights else None
+    moved = traffic.step_bytes(session.config, bundle.precision, [context] * session.max_batch, read)
     result: dict[str, Any] = {
         "schema_version": BENCH_SCHEMA, "kind": "sessa-deploy bench", "backend": session.backend.name,
-        "bundle": {"model_sha256": session.bundle.sha256(MODEL_FILE), "precision": session.bundle.precision, "config": session.config.to_dict()},
+        "bundle": {"model_sha256": bundle.sha256(MODEL_FILE), "precision": bundle.precision, "config": session.config.to_dict(),
+                   "weights": None if bundle.weights is None else bundle.weights.to_dict()},
+        "weight_bytes": weight_sizes(session.config, bundle.precision, read).to_dict(),  # as this engine holds them
         "settings": {**asdict(options), "batch": session.max_batch, "capacity": session.capacity, "chunk": session.chunk},
         "ttft_ms": _summary(first), "inter_token_ms": _summary(times), "tokens_per_second": session.max_batch * len(times) / total,
         "prefill_tokens_per_second": session.max_batch * options.prompt_tokens / float(np.median(first)),

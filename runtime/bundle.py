@@ -104,7 +104,8 @@ class Bundle:
         form = self.weights.format
         if self.precision not in _SIXTEEN_BITS:
             raise UserError(f"{who} takes weights in 8 bits beside activations of 16", got=f"{self.path}, {self.precision} with {form}",
-                            allowed=f"{' or '.join(_SIXTEEN_BITS)}; {self.precision} with --backend ort", fix=self.export_hint(f" --precision fp16{self._weights_hint(form)}"))
+                            allowed=f"{' or '.join(_SIXTEEN_BITS)}; {self.precision} with --backend ort",
+                            fix=self.export_hint(f" --precision fp16{self._weights_hint(form)}"))
         least = WEIGHT_FORMATS[form].arch
         early = sorted(arch for arch in archs if arch < least)
         if early:

@@ -119,6 +119,7 @@ class Weights:
         return {"format": self.format, "kept": list(self.kept)}
 
 
+HEAD = "lm_head.weight"
 QUANTISED, SCALE = ".q", ".scale"  # suffixes of a matrix's 8-bit values and of its float32 scales, one an output channel, in model.onnx
 
 

@@ -21,7 +21,6 @@ from sessa_deploy.kernels.launch.limits import ROTARY_LIMBS
 from sessa_deploy.plugins import ops
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "proj_fb")  # of a layer, which one product computes
-_HEAD = "lm_head.weight"
 _EIGHT = {f.onnx for f in contract.WEIGHT_FORMATS.values()}
 _MESSAGE_LIMIT = 2_000_000_000  # bytes; protobuf refuses 2 GiB
 
@@ -263,8 +262,8 @@ def _logits(work: _Rewrite) -> None:
     product = _only([n for n in work.graph.node if norm.output[0] in reads(n)], "readers of the last norm")
     weight, head = product.input[1], None
     turned = work.maker.get(weight)
-    if work.eight(_HEAD) is not None:
-        head = work.matrix("lm_head", _HEAD)
+    if work.eight(contract.HEAD) is not None:
+        head = work.matrix("lm_head", contract.HEAD)
         weight = head.weight
     elif turned is not None and turned.op_type == "Transpose" and turned.input[0] in work.tensors:  # of the embedding's weight, which the file holds once
         weight = turned.input[0]

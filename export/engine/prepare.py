@@ -54,8 +54,8 @@ def prepare(bundle: Bundle, target: Target, asked: str | None) -> tuple[Prepared
         raise unavailable(bundle, target, why)
     if bundle.weights is not None:
         if taken != PLUGIN:
-            raise UserError(f"{target.short} reads no weights in 8 bits, and the library has no kernels for these layers", got=why,
-                            allowed="a bundle exported without --weights", fix=f"use --backend ort, or {bundle.export_hint()}")
+            raise UserError(f"weights in 8 bits are read by the library's kernels alone, and it has none for these layers ({why})", got=str(bundle.path),
+                            allowed=f"--backend ort; for {target.short} a bundle exported without --weights", fix=bundle.export_hint())
         _readable(bundle, target, prepared)  # the library's nodes read them, and no DequantizeLinear is left
     notes = [f"{op}: standard operators in place of the plugin ({prepared.reasons.get(op, 'the library does not bring it')})" for op in prepared.inlined]
     who = "the plugin library" if taken == PLUGIN else target.short

@@ -33,6 +33,7 @@ class DeviceBackend(Backend):
     sequence's cache rows must begin for the engine to run that sequence alone.
     """
 
+    packed_weights = True
     recorded_tokens: int = 1
     draft_cost = (0.1, 0.04)  # weights and caches are read once, whatever the rows
     warm_runs = 1
