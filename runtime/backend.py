@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sessa_deploy.checks import as_integer, integer
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.sampling import NotFinite
+from sessa_deploy.runtime.sampling import finite_tokens, most_likely_tokens
 
 IntArray = NDArray[np.integer]
 _MOST_LOGITS = 256 << 20  # bytes
@@ -97,7 +97,7 @@ class Backend(ABC):
         Raises NotFinite, a SessaError, with the lengths unchanged, on logits that are NaN or Inf.
         """
         ids, new = self._checked(input_ids, new_length)
-        picked = _finite(self._pick(ids, new), new)
+        picked = finite_tokens(self._pick(ids, new), new)
         self.length += new
         return picked
 
@@ -139,7 +139,7 @@ class Backend(ABC):
             raise UserError("there is no greedy step to end", fix="begin_greedy first")
         begun = self._begun[0]
         try:
-            self._picked = _finite(self._end(begun), begun.new)
+            self._picked = finite_tokens(self._end(begun), begun.new)
             self.length += begun.new
         except BaseException:
             self._begun.clear()
@@ -305,7 +305,7 @@ class Backend(ABC):
         """Like `_forward`; the most likely tokens (B,), -1 where a row's largest logit is not finite."""
         return most_likely_tokens(self._forward(ids, new))
 
-    def _begin(self, begun: Begun) -> None:
+    def _begin(self, begun: Begun) -> None:  # noqa: B027 - a backend that cannot run behind the host need do nothing
         """Launch a step that is fed ids; here it waits until somebody wants its tokens."""
 
     def _begin_next(self, begun: Begun) -> bool:
@@ -376,23 +376,9 @@ class Backend(ABC):
                          allowed=f"a capacity of {self.capacity} tokens", fix="raise the capacity (--capacity) or shorten the prompt")
 
 
-def _finite(picked: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.int64]:
-    """What a step picked, 0 for sequences that stand still and whose logits may be anything. Raises NotFinite for others."""
-    if picked.min() < 0:
-        if (picked[new > 0] < 0).any():
-            raise NotFinite()
-        picked = np.maximum(picked, 0)
-    return picked
-
-
 def outside_vocabulary(token: object, vocab_size: int) -> UserError:
     """What to tell a user of a token id that the model does not have."""
     return UserError("a token id is outside the vocabulary", got=token, allowed=f"0..{vocab_size - 1}", fix="encode the prompt with the bundle's tokenizer")
-
-
-def most_likely_tokens(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The most likely tokens (...) of logits (..., V), -1 where the largest is NaN or Inf."""
-    return np.where(np.isfinite(logits.max(axis=-1)), logits.argmax(axis=-1), -1)
 
 
 def last_rows(logits: NDArray[np.float32], new: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -146,6 +146,7 @@ class Steps:
             self._begun.popleft()
         except BaseException:
             self._begun.clear()
+            backend.call_off()
             raise
         return among, [picked[row.index] for row in among]
 
