@@ -68,8 +68,8 @@ _DECODES = (
            ("BLOCK",), _ANY, dtypes=("fp32",), scalar_loads=6),
     Kernel("decode_argmax", _DECODE, (Param("logits", "*fp32"), *pointers("best", type="*fp32"), *pointers("where", type="*i32"), *integers("vocabulary")),
            ("SPLITS", "BLOCK"), _ANY, dtypes=("fp32",), scalar_loads=64, wide=False),
-    Kernel("decode_finish", _DECODE, (*pointers("best", type="*fp32"), *pointers("where", type="*i32"), *_LENGTHS, Param("ids", "*i32")),
-           ("SPLITS",), _ANY, dtypes=("fp32",), scalar_loads=4),
+    Kernel("decode_finish", _DECODE, (*pointers("best", type="*fp32"), *pointers("where", type="*i32"), *_LENGTHS, Param("ids", "*i32"),
+                                      Param("next_ids", "*i32"), *integers("words")), ("SPLITS",), _ANY, dtypes=("fp32",), scalar_loads=4),
 )  # fmt: skip
 
 KERNELS = by_name((*_LAYERS, *_MIXERS, *_DECODES))
