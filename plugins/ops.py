@@ -131,8 +131,8 @@ class Op:
         at = next((i for i, x in enumerate(self.inputs) if x.name == contract.WEIGHT and len(x.shape) == 2 and x.shape.isupper()), None)
         if at is None:
             return None
-        rows, width = self.inputs[at].shape
-        packed = Operand(contract.WEIGHT, rows + width.lower(), "storage")
+        shape = self.inputs[at].shape
+        rows, packed = shape[0], Operand(contract.WEIGHT, shape[0] + shape[1].lower(), "storage")
         scales = Operand(contract.WEIGHT_SCALE, rows, "float32")
         return replace(self, inputs=(*self.inputs[:at], packed, *self.inputs[at + 1 :], scales))
 
@@ -269,14 +269,17 @@ def _members(one: Op) -> str:
 def limits_h() -> str:
     """Constants that the plans share with the kernels' Python side, and the positions of each operation's operands."""
     numbers = {
-        "MaxInputs": max(len((o.quantised or o).inputs) for o in OPS), "MaxOutputs": max(len(o.outputs) for o in OPS), "MaxAttributes": max(len(o.attributes) for o in OPS),
+        "MaxInputs": max(len((o.quantised or o).inputs) for o in OPS), "MaxOutputs": max(len(o.outputs) for o in OPS),
+        "MaxAttributes": max(len(o.attributes) for o in OPS),
         "MaxLimits": max(len(o.limits) for o in OPS), "StateVersion": STATE_VERSION, "OrtApi": contract.ORT_API,
         "Tegra": cuda_arch.TEGRA, "Accelerated": cuda_arch.ACCELERATED,
         "StepPrograms": limits.STEP_PROGRAMS, "StepMaxSplits": limits.STEP_MAX_SPLITS, "Wide": limits.WIDE, "PanelBytes": limits.PANEL_BYTES,
         "HeadMultiple": limits.HEAD_MULTIPLE, "Group": limits.GROUP, "Single": limits.SINGLE_ROWS,
+        "Float8Arch": limits.FLOAT8_ARCH,
     }  # fmt: skip
     lists = {
-        "Archs": cuda_arch.ARCHS, "Rows": limits.PRODUCT_ROWS, "HeadWidths": limits.HEAD_WIDTHS, "LayerWidths": limits.LAYER_WIDTHS,
+        "Archs": cuda_arch.ARCHS, "Rows": limits.PRODUCT_ROWS, "QuantisedRows": limits.QUANTISED_ROWS,
+        "HeadWidths": limits.HEAD_WIDTHS, "LayerWidths": limits.LAYER_WIDTHS,
         "MixerWidths": limits.MIXER_WIDTHS, "MixerHeads": limits.MIXER_HEADS, "StepWidths": limits.FEEDBACK_WIDTHS,
     }  # fmt: skip
     texts = {"PluginVersion": contract.PLUGIN_VERSION, "PluginNamespace": contract.PLUGIN_NAMESPACE, "Domain": contract.DOMAIN}

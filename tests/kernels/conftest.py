@@ -27,7 +27,8 @@ def _use_interpreter() -> None:
 
 
 def _give_bfloat16(interpreter: Any) -> None:
-    """Triton's interpreter (3.6 and 3.7) keeps bfloat16 as bits: it cuts where a GPU rounds to nearest, and multiplies the bits as integers."""
+    """Triton's interpreter (3.6 and 3.7) keeps bfloat16 as bits: it cuts where a GPU rounds to nearest, multiplies the bits as integers, and takes integers
+    for bits."""
     import numpy as np
     import triton.language as tl
 
@@ -48,6 +49,14 @@ def _give_bfloat16(interpreter: Any) -> None:
             a, b = (interpreter.TensorHandle(widen(x.data), tl.float32) for x in (a, b))
         return dot(self, a, b, d, precision, imprecise)
 
+    from_integer = interpreter.InterpreterBuilder.create_si_to_fp
+
+    def create_si_to_fp(self: Any, src: Any, target: Any) -> Any:
+        if target.scalar != tl.bfloat16:
+            return from_integer(self, src, target)
+        return interpreter.TensorHandle(convert_float(src.data.astype(np.float32), tl.float32, tl.bfloat16, None), tl.bfloat16)
+
+    interpreter.InterpreterBuilder.create_si_to_fp = create_si_to_fp
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot
 
