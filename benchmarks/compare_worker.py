@@ -82,8 +82,16 @@ class Runtime(Peer):
         for row, length in enumerate(self.contexts):
             self.backend.rewind(row, length)
 
-    def step(self) -> list[int]:
-        self.ids[:, 0] = self.backend.step_greedy(self.ids, self.new)
+    def step(self, last: bool = False) -> list[int]:
+        backend = self.backend
+        if not backend.looks_ahead:
+            self.ids[:, 0] = backend.step_greedy(self.ids, self.new)
+            return self.ids[:, 0].tolist()
+        if not backend.under_way:
+            backend.begin_greedy(self.ids, self.new)
+        if not last:  # as a session does: the step behind this one is launched before its ids are read
+            backend.begin_next(self.new)
+        self.ids[:, 0] = backend.end_greedy()
         return self.ids[:, 0].tolist()
 
     def prompt(self, tokens: int) -> list[int]:
@@ -166,7 +174,7 @@ def decode(peer: Peer, point: Point, job: dict[str, Any]) -> np.ndarray:
             peer.rewind()
             at = 0
         start = time.perf_counter()
-        peer.step()
+        peer.step(at == window - 1)
         end = time.perf_counter()
         at, taken = at + 1, taken + 1
         if taken == WARM_STEPS:
@@ -220,17 +228,23 @@ def main() -> int:
     parser.add_argument("result", type=Path, help="where the figures go, JSON")
     given = parser.parse_args()
     job, out = json.loads(given.job.read_text()), given.result
-    points = [Point(p["name"], p["capacity"], tuple(p["contexts"]), p["prompt"]) for p in job["points"]]
+    points = [Point(p["name"], p["capacity"], tuple(p["contexts"]), p["prompt"], p["size"]) for p in job["points"]]
     result: dict[str, Any] = {"points": {}, "bandwidth": traffic.copy_bandwidth()}
     before, room = used_memory(), None
-    peer = make(job)
+    size = points[0].size
+    peer: Peer | None = make(job | job["others"].get(size, {}))
     for point in points:
         began = time.perf_counter()
         try:
-            if room != (point.batch, point.capacity):
+            if peer is not None and (room != (point.batch, point.capacity) or size != point.size):
                 peer.close()
-                gc.collect()
                 room = None
+                if size != point.size:
+                    peer = None  # before there are two models
+                gc.collect()
+            if peer is None:
+                size, peer = point.size, make(job | job["others"].get(point.size, {}))
+            if room is None:
                 peer.open(point.batch, point.capacity)
                 room = (point.batch, point.capacity)
             result["points"][point.name] = measure(peer, point, job, before) | {"wall_s": time.perf_counter() - began}
@@ -238,9 +252,10 @@ def main() -> int:
             traceback.print_exc()
             result["points"][point.name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
             room = None
-        result |= {"notes": peer.notes(), "environment": environment.describe()}
+        result |= {"notes": {} if peer is None else peer.notes(), "environment": environment.describe()}
         write_whole(out, json.dumps(result), what="the result")
-    peer.close()
+    if peer is not None:
+        peer.close()
     return 0
 
 
