@@ -76,4 +76,6 @@ def install() -> None:
         for name, ours in (("mamba2_chunk_scan", chunk_scan), ("causal_conv1d_fn", causal_conv)):
             if not hasattr(library, name):
                 raise ImportError(f"transformers has no {name} in its Mamba-2")
-            setattr(library, name, ours)
+            if getattr(library, name) is not ours:
+                ours.theirs = getattr(library, name)  # type: ignore[attr-defined]
+                setattr(library, name, ours)

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,8 @@ class Stepper:
         self._rate(0.0)  # weights stand still until the run begins
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*capturable=True")  # of an optimizer that steps before it is captured
             for _ in range(3):
                 self._forget()
                 eager = self._compute(*self._batch)
