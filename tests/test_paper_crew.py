@@ -79,7 +79,8 @@ def test_the_place_with_the_least_work_gets_the_next_job() -> None:
 
 
 @pytest.mark.parametrize(("what", "error", "told"), [
-    ("bad", UserError, "a bad rate: got -1; fix: give a positive one"), ("bug", WorkerFailed, r"job of bug: ValueError: two lines \(test_paper_crew.py, line \d+\)"),
+    ("bad", UserError, "a bad rate: got -1; fix: give a positive one"),
+    ("bug", WorkerFailed, r"job of bug: ValueError: two lines \(test_paper_crew.py, line \d+\)"),
     ("dies", WorkerFailed, "job of dies: its process ended with exit code 7"), ("late", OutOfTime, ""),
 ])
 def test_what_ends_one_ends_all(tmp_path: Path, what: str, error: type[Exception], told: str) -> None:

@@ -25,11 +25,11 @@ import tasks
 import torch
 import training
 from batches import Batch
+from door import leave
 from run import make_task
 from training import Setting
 
 from sessa_deploy import SessaConfig, SessaLM, UserError, save_checkpoint
-from sessa_deploy.errors import SessaError, packages_named
 from sessa_deploy.files import write_whole
 from sessa_deploy.runtime.session import Session
 
@@ -210,10 +210,4 @@ def _parts(batch: Batch) -> list[Batch]:
 
 
 if __name__ == "__main__":
-    try:
-        with packages_named():
-            code = main()
-    except SessaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
-    sys.exit(code)
+    leave(main)

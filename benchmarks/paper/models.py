@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import scan
@@ -21,6 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sessa_deploy import SessaConfig, SessaLM, UserError
 from sessa_deploy.errors import need
 from sessa_deploy.influence import end_to_end, stack
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from peers import Logits
 
 MODELS = ("sessa", "no-feedback", "llama", "mamba2")
 TITLES = {"sessa": "Sessa", "no-feedback": "Sessa without feedback", "llama": "Llama", "mamba2": "Mamba-2"}
@@ -37,28 +41,6 @@ def need_transformers() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()  # that its Mamba-2 runs without CUDA kernels is known: the report says which path ran
-
-
-class Logits(nn.Module):
-    """A causal model of transformers as ids (B,T) -> logits (B,T,V) float32."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits.float()
-
-    def stack(self, x: Tensor) -> Tensor:
-        """The layers' output of embeddings x (B,T,D); transformers' base models end with their norm."""
-        out: Tensor = self.base(inputs_embeds=x, use_cache=False).last_hidden_state
-        return out
-
-    @property
-    def base(self) -> Any:
-        """The model without its head."""
-        return self.model.base_model
 
 
 def build(name: str, vocabulary: int, width: int = 128, layers: int | None = None, context: int = 1024, seed: int = 0) -> nn.Module:

@@ -28,11 +28,12 @@ import tasks
 import torch
 import training
 from crew import Crew, Job, OutOfTime, Tell
+from door import leave
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from training import Machine, Setting
 
-from sessa_deploy.errors import SessaError, UserError, packages_named
+from sessa_deploy.errors import UserError
 from sessa_deploy.files import write_whole
 from sessa_deploy.runtime.environment import cores
 from sessa_deploy.train_options import find_device
@@ -364,10 +365,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        with packages_named():
-            code = main()
-    except SessaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
-    sys.exit(code)
+    leave(main)
