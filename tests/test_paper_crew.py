@@ -29,7 +29,10 @@ def do(place: str, work: Any, tell: Tell) -> Any:
         raise ValueError("two\nlines")
     if what == "dies":
         os._exit(7)
+    if what == "never":
+        time.sleep(0.3)
     if what == "late":
+        (folder / "meets2").touch()
         raise OutOfTime
     if what == "long":
         time.sleep(60)
@@ -85,7 +88,7 @@ def test_the_place_with_the_least_work_gets_the_next_job() -> None:
 ])
 def test_what_ends_one_ends_all(tmp_path: Path, what: str, error: type[Exception], told: str) -> None:
     begin = time.monotonic()
-    other = "good" if what == "late" else "long"
+    other = "meets1" if what == "late" else "long"
     with pytest.raises(error, match=f"^{told}$"), Crew(["a", "b"], do, lambda *_: None) as crew:
         crew.run([Job(f"job of {x}", (tmp_path, x), stage) for stage, x in enumerate((other, what, "never", "never", "never"))])
     assert time.monotonic() - begin < 20 and all(not worker.process.is_alive() for worker in crew._workers if worker.process)
