@@ -111,21 +111,21 @@ class Crew:
                 continue
             while waiting and not late and (worker := self._free(alone)) is not None:
                 self._start(worker, self._first(waiting))
-            busy = {worker.pipe: worker for worker in self._workers if worker.job is not None}
+            busy = {worker.pipe: worker for worker in self._workers if worker.pipe is not None and worker.job is not None}
             if not busy:
                 if late:
                     raise OutOfTime
                 return
-            for pipe in wait(list(busy)):
+            for pipe in wait([*busy]):
                 worker = busy[pipe]  # type: ignore[index]
                 kind, said = self._heard(worker)
                 if kind == "step":
                     self.tell(*said)
                     continue
-                job, worker.job = worker.job, None
+                done, worker.job = worker.job, None
                 late |= kind == "late"
-                if kind == "done":
-                    waiting += then(job, said)  # type: ignore[arg-type]
+                if kind == "done" and done is not None:
+                    waiting += then(done, said)
 
     @staticmethod
     def _first(waiting: list[Job]) -> Job:

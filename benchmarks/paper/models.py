@@ -83,7 +83,7 @@ def _llama(vocabulary: int, width: int, layers: int, heads: int, context: int) -
     swiglu = max(8, round(width * 5 / 3 / 8) * 8)  # 216, 320, 424 at 128, 192, 256
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=swiglu, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-        max_position_embeddings=context, tie_word_embeddings=False, initializer_range=width**-0.5, attn_implementation="causal",
+        max_position_embeddings=context, tie_word_embeddings=False, initializer_range=width**-0.5, attn_implementation="causal",  # type: ignore[call-arg]
         bos_token_id=None, eos_token_id=None))
 
 
@@ -112,8 +112,8 @@ def parameters(model: nn.Module) -> dict[str, int]:
 
 def embed(model: nn.Module, ids: Tensor) -> Tensor:
     """(1,T,D) embeddings of ids (1,T)."""
-    table = model.embedding if isinstance(model, SessaLM) else model.base.get_input_embeddings()  # type: ignore[union-attr]
-    x: Tensor = table(ids)  # type: ignore[operator]
+    table: nn.Module = model.embedding if isinstance(model, SessaLM) else model.base.get_input_embeddings()  # type: ignore[union-attr, operator]
+    x: Tensor = table(ids)
     return x.detach()
 
 

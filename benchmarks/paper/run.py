@@ -4,9 +4,9 @@
     python benchmarks/paper/run.py --preset quick        # eight minutes: Diffuse MQAR with keys of two symbols, all four models
     python benchmarks/paper/run.py --tasks mqar --seeds 3 --minutes 30
 
-Each model takes the best of three rates by validation loss, found on seed 0 at a fifth of the steps. Finished runs are files under --out and are never made
-again; a run that was cut short goes on. Several are made beside each other, on all GPUs there are (--jobs). --minutes ends in time: fewer steps, down to
-half of a task's, then fewer seeds, then fewer tasks, then fewer steps still, for all models alike.
+Each model takes the best of three rates by validation loss, found on seed 0 at a fifth of the steps, or the one that --rates gives it. Finished runs are
+files under --out and are never made again; a run that was cut short goes on. One is made on every GPU there is (--jobs). --minutes ends in time: fewer
+steps, down to half of a task's, then fewer seeds, then fewer tasks, then fewer steps still, for all models alike; with --steps it cuts the last runs.
 What comes out is printed and written as table.json, table.md and pictures, whatever it says.
 """
 
@@ -16,10 +16,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import models
@@ -27,6 +26,7 @@ import report
 import tasks
 import torch
 import training
+from choices import options_of, places_of
 from crew import Crew, Job, OutOfTime, Tell
 from door import leave
 from rich.console import Console
@@ -36,18 +36,11 @@ from training import Machine, Setting
 from sessa_deploy.errors import UserError
 from sessa_deploy.files import write_whole
 from sessa_deploy.runtime.environment import cores
-from sessa_deploy.train_options import find_device
 
 SEARCH = 5  # a search for the rate takes steps / SEARCH
 PILOTS, PILOT_RATE, LEARNT = ("sessa", "llama"), 1e-3, 0.5
 LEAST_STEPS, MOST_STEPS = 200, 16000
 SHARE = 0.78  # of the time at hand that runs may take; the rest is for tests, curves and what was measured wrongly
-JOBS_PER_GPU = 4
-PRESETS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "quick": {"tasks": "mqar", "seeds": 2, "minutes": 8.0, "key_length": "2", "rates": "1e-3,2e-3,4e-3"},
-    "tiny": {"seeds": 1, "steps": 10, "width": 32, "layers": 2, "examples": 20, "batch": 4, "rates": "1e-3,2e-3", "workers": 0},
-}
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ class Study:
     options: argparse.Namespace
     machine: Machine
     names: tuple[str, ...]
-    rates: tuple[float, ...]
+    rates: Mapping[str, Sequence[float]]  # of each model
     console: Console
     crew: Crew
 
@@ -152,26 +145,32 @@ def seconds_per_step(study: Study, name: str, key: int) -> dict[str, float]:
     return {model: known[f"{device}: {model}"] for model in study.names}
 
 
-def fit_steps(seconds: dict[str, float], budget: float, wanted: int, seeds: int, pilots: Sequence[str] = (), most: int | None = None,
-              rates: int = len(training.RATES)) -> tuple[int, int]:
-    """(steps, seeds) that fit into `budget` seconds: more steps than wanted up to `most`, else fewer seeds, then fewer steps for all models alike. rates: how
-    many are searched, 0 where that is done."""
-    whole = sum(seconds.values())
-    for count in range(seeds, 0, -1):
-        cost = whole * (count + rates / SEARCH) + sum(seconds.get(name, 0.0) for name in pilots)
+def fit_steps(seconds: Mapping[str, float], budget: float, wanted: int, seeds: Mapping[str, int], rates: Mapping[str, Sequence[float]],
+              pilots: Sequence[str] = (), most: int | None = None) -> tuple[int, int]:
+    """(steps, most seeds of a model) that fit into `budget` seconds: more steps than wanted up to `most`, else fewer seeds, then fewer steps for all models
+    alike. rates: those to be searched of each model, which one that is given needs not."""
+    for count in range(max(seeds.values()), 0, -1):
+        cost = sum(x * (min(count, seeds[name]) + searched(rates.get(name, ())) / SEARCH) for name, x in seconds.items())
+        cost += sum(seconds.get(name, 0.0) for name in pilots)
         if wanted * cost <= budget:
             return min(max(wanted, most or wanted), max(wanted, int(budget / cost) // 100 * 100)), count
     return max(LEAST_STEPS, int(budget / cost) // 100 * 100), 1
 
 
+def searched(rates: Sequence[float]) -> int:
+    """How many rates a model tries: a single one is taken as it is."""
+    return len(rates) if len(rates) > 1 else 0
+
+
 @dataclass
 class Plan:
-    """What a task's runs are. steps None: to be found from the time that is left after the search. seconds: of a step of each model, where measured."""
+    """What a task's runs are. steps None: to be found from the time that is left after the search. seeds: how many of each model. seconds: of a step of each
+    model, where measured."""
 
     key: int
     search: int
     steps: int | None
-    seeds: int
+    seeds: dict[str, int]
     seconds: dict[str, float]
 
 
@@ -187,13 +186,19 @@ def plan(study: Study, name: str) -> Plan:
     if options.minutes is not None and not fixed:
         seconds = seconds_per_step(study, name, key)
         budget = max(1.0, SHARE * study.machine.left * study.devices)
-        steps, seeds = fit_steps(seconds, budget, task.steps // 2, options.seeds, PILOTS if auto and "key" not in known else (), MOST_STEPS, len(study.rates))
+        pilots = PILOTS if auto and "key" not in known else ()
+        steps, most = fit_steps(seconds, budget, task.steps // 2, seeds, study.rates, pilots, MOST_STEPS)
+        seeds = _at_most(seeds, most)
     if auto and "key" not in known:
         key = known["key"] = pilot(study, task, steps)
     search = int(known.get("search", max(1, steps // SEARCH)))
     found = Plan(key, search, None if options.minutes is not None and not fixed else steps, seeds, seconds)
     _decided(study, name, known | {"search": search} | ({} if found.steps is None else {"steps": steps}))
     return found
+
+
+def _at_most(seeds: Mapping[str, int], most: int) -> dict[str, int]:
+    return {model: min(count, most) for model, count in seeds.items()}
 
 
 def _decided(study: Study, name: str, what: dict[str, Any]) -> None:
@@ -231,88 +236,51 @@ def study_task(study: Study, name: str) -> None:
     task, seeds, steps = make_task(name, study.options, plan_.key), plan_.seeds, plan_.steps
     cost = {model: plan_.seconds.get(model, 3.0 if model == "mamba2" else 1.0) for model in study.names}  # unmeasured: the PyTorch scan is the slow one
     losses: dict[str, dict[float, float | None]] = {model: {} for model in study.names}
-    rates: dict[str, float] = {}
+    rates = {model: study.rates[model][0] for model in study.names if not searched(study.rates[model])}
+    order, alike = list(seeds), len(set(seeds.values())) == 1
+
+    def job(setting: Setting, stage: int, whole: bool = True) -> Job:
+        seconds = cost[setting.model] * setting.steps if len(study.crew.places) > 1 else 0.0  # one after the other: as they were asked for
+        return Job(setting.stem, Work(name, plan_.key, setting, test=whole, weights=whole), stage, seconds)
 
     def whole(model: str, of: int) -> list[Job]:
-        settings = [study.setting(task.name, model, seed, rates[model], of) for seed in range(seeds)]
-        return [Job(s.stem, Work(name, plan_.key, s), 1 + s.seed, cost[model] * of) for s in settings]
+        settings = [study.setting(task.name, model, seed, rates[model], of) for seed in range(seeds[model])]
+        return [job(s, 1 + (s.seed if alike else order.index(model))) for s in settings]
 
-    def searched(job: Job, result: dict[str, Any]) -> list[Job]:
+    def judged(job: Job, result: dict[str, Any]) -> list[Job]:
         if job.stage > 0:
             return []
         setting = job.work.setting
         losses[setting.model][setting.lr] = None if result["validation"] is None else result["validation"]["loss"]
-        if len(losses[setting.model]) < len(study.rates):
+        if len(losses[setting.model]) < len(study.rates[setting.model]):
             return []
         rates[setting.model] = best_rate(setting.model, task.title, losses[setting.model])
         return [] if steps is None else whole(setting.model, steps)
 
-    search = [study.setting(task.name, model, 0, lr, plan_.search) for model in study.names for lr in study.rates]
+    search = [study.setting(task.name, model, 0, lr, plan_.search) for model in study.names if model not in rates for lr in study.rates[model]]
     missing = sum(cost[s.model] * s.steps for s in search if training.finished(s, study.machine.folder) is None)
     begin = time.monotonic()
-    study.console.print(f"{task.title}: rates by {plan_.search} steps of {task.batch_size} x {task.length} tokens; {len(study.crew.places)} at once on "
+    what = f"rates by {plan_.search} steps" if search else f"{steps or 'as many'} steps{'' if steps else ' as fit'}"
+    study.console.print(f"{task.title}: {what} of {task.batch_size} x {task.length} tokens; {len(study.crew.places)} at once on "
                         f"{study.devices} device{'s' * (study.devices > 1)}", highlight=False)
     try:
-        study.make([Job(s.stem, Work(name, plan_.key, s, test=False, weights=False), 0, cost[s.model] * s.steps) for s in search], searched)
+        given = [] if steps is None else [job for model in order if model in rates for job in whole(model, steps)]
+        study.make([*(job(s, 0, whole=False) for s in search), *given], judged)
         if steps is None:
             took = time.monotonic() - begin
             gain = missing / took if plan_.seconds and missing and took > 1.0 else float(study.devices)
             budget = max(1.0, SHARE * study.machine.left * gain)
-            steps, seeds = fit_steps(cost, budget, task.steps // 2, seeds, (), MOST_STEPS, 0)
+            steps, most = fit_steps(cost, budget, task.steps // 2, seeds, {}, (), MOST_STEPS)
+            seeds = _at_most(seeds, most)
             _decided(study, name, {"key": plan_.key, "search": plan_.search, "steps": steps})
-            study.console.print(f"{task.title}: {steps} steps, {seeds} seed{'s' * (seeds > 1)}; the search did {gain:.1f} seconds of runs a second",
+            study.console.print(f"{task.title}: {steps} steps, {most} seed{'s' * (most > 1)}; the search did {gain:.1f} seconds of runs a second",
                                 highlight=False)
-            study.make([job for model in study.names for job in whole(model, steps)])
+            study.make([job for model in order for job in whole(model, steps)])
     finally:
-        settings = [study.setting(task.name, model, seed, rates[model], steps or 0) for seed in range(seeds) for model in study.names if model in rates]
+        settings = [study.setting(task.name, model, seed, rates[model], steps or 0) for model in study.names if model in rates for seed in range(seeds[model])]
         done = [s for s in settings if training.finished(s, study.machine.folder) is not None]
         if done:
             report.write_task(study.machine.folder, task, done, study.rates, plan_.search)
-
-
-def options_of(args: Sequence[str] | None) -> argparse.Namespace:
-    """The options, a preset's where one is not given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="full", help="quick: eight minutes of two GPUs; tiny: a rehearsal on a CPU")
-    parser.add_argument("--tasks", default=",".join(tasks.TASKS), help="with commas between; default: %(default)s, in this order")
-    parser.add_argument("--models", default=",".join(models.MODELS), help="with commas between; default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=2, help="how many; default: %(default)s")
-    parser.add_argument("--minutes", type=float, help="be done by then, with fewer seeds or steps where needed")
-    parser.add_argument("--steps", type=int, help="of every model; default: what the task has, or what --minutes allows")
-    parser.add_argument("--rates", default=",".join(f"{x:g}" for x in training.RATES), help="peak rates to choose from; default: %(default)s")
-    parser.add_argument("--key-length", choices=("2", "3", "auto"), default="3", help="symbols of a Diffuse MQAR key; auto: 2 if no pilot learns 3")
-    parser.add_argument("--width", type=int, default=128, help="of every model; default: %(default)s")
-    parser.add_argument("--layers", type=int, help="of every model; default: each one's own, matched in parameters")
-    parser.add_argument("--batch", type=int, help="examples a step; default: the task's")
-    parser.add_argument("--examples", type=int, default=2000, help="of a test; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("out/paper"), help="folder of runs, tables and pictures; default: %(default)s")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--jobs", type=int, help=f"runs beside each other; default: {JOBS_PER_GPU} a visible GPU, 1 on a CPU")
-    parser.add_argument("--workers", type=int, help="processes that make the batches of one run; default: the cores that runs leave, at most 8")
-    parser.add_argument("--no-graphs", action="store_true", help="launch every kernel from the host; else a training step is one CUDA graph")
-    parser.add_argument("--no-influence", action="store_true", help="leave the influence curves out")
-    preset = parser.parse_known_args(args)[0].preset
-    parser.set_defaults(**PRESETS[preset])
-    found = parser.parse_args(args)
-    for name, known in (("tasks", tasks.TASKS), ("models", models.MODELS)):
-        given = getattr(found, name).split(",")
-        if not set(given) <= set(known):
-            parser.error(f"--{name}: some of {','.join(known)}, with commas between; got {getattr(found, name)}")
-        setattr(found, name, tuple(x for x in known if x in given))
-    return found
-
-
-def places_of(options: argparse.Namespace) -> tuple[torch.device, list[str]]:
-    """(the device that names the machine, the places of the crew): all visible GPUs in turn, or the one that --device names."""
-    device = find_device(options.device)
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError("runs beside each other are counted from 1", got=f"--jobs {options.jobs}", allowed="an integer >= 1")
-    if device.type != "cuda":
-        return device, ["cpu"] * (options.jobs or 1)
-    one = device.index is not None
-    gpus = [str(device)] if one else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    jobs = options.jobs or max(1, min(JOBS_PER_GPU * len(gpus), cores() // 2))
-    return torch.device(gpus[0]), [gpus[i % len(gpus)] for i in range(jobs)]
 
 
 class Bars(Progress):
@@ -336,7 +304,7 @@ class Bars(Progress):
 
 def main(args: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
-    options = options_of(args)
+    options = options_of(args, __doc__)
     if {"llama", "mamba2"} & set(options.models):
         models.need_transformers()
     device, places = places_of(options)
@@ -349,7 +317,7 @@ def main(args: Sequence[str] | None = None) -> int:
     with Bars(console) as bars:
         do = partial(perform, options, machine, None if len(places) == 1 else max(1, cores() // len(places)))
         with Crew(places, do, bars.tell) as crew:
-            study = Study(options, machine, options.models, tuple(float(x) for x in options.rates.split(",")), console, crew)
+            study = Study(options, machine, options.models, options.rates, console, crew)
             try:
                 for name in options.tasks:
                     study_task(study, name)

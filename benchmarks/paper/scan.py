@@ -73,9 +73,10 @@ def install() -> None:
     from transformers.models.mamba2 import modeling_mamba2 as library
 
     if importlib.util.find_spec("mamba_ssm") is None:
-        for name, ours in (("mamba2_chunk_scan", chunk_scan), ("causal_conv1d_fn", causal_conv)):
+        functions: dict[str, Any] = {"mamba2_chunk_scan": chunk_scan, "causal_conv1d_fn": causal_conv}
+        for name, ours in functions.items():
             if not hasattr(library, name):
                 raise ImportError(f"transformers has no {name} in its Mamba-2")
             if getattr(library, name) is not ours:
-                ours.theirs = getattr(library, name)  # type: ignore[attr-defined]
+                ours.theirs = getattr(library, name)
                 setattr(library, name, ours)
