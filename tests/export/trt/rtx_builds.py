@@ -1,7 +1,7 @@
 """Builds engines with TensorRT for RTX's real builder and prints what it said, as JSON; run by test_rtx.py in a process of its own, which may crash.
 
-Input, one JSON object: {"plugin": the library, "any_major": true where it was compiled with other headers, "cases": {name: {...}}}. A case is a model
-("checkpoint", or "config" of a random one) and how to export and build it.
+Input, one JSON object: {"plugin": the library, "any_major": true where it was compiled with other headers, "traces": the run's traced graphs,
+"cases": {name: {...}}}. A case is a model ("checkpoint", or "config" of a random one) and how to export and build it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from sessa_deploy.export.trt import check
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime.bundle import write_bundle
 from sessa_deploy.runtime.trt import api
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from traces import share
 
 ARCHS = [80, 86]
 exported: dict[str, Path] = {}
@@ -105,6 +108,7 @@ def main() -> None:
     asked = json.loads(sys.stdin.read())
     if asked["any_major"]:
         library.require_major = lambda seen, major: None  # headers of another major, for tests alone: seen to build
+    share(Path(asked["traces"]))
     with tempfile.TemporaryDirectory() as folder:
         for name, case in asked["cases"].items():
             print(json.dumps({name: build(case, Path(asked["plugin"]), Path(folder))}), flush=True)

@@ -28,7 +28,7 @@ import stub_cubins
 from plugin_harness import INCLUDES, SOURCES
 
 DEMO = str(Path(__file__).parents[3] / "checkpoints/demo")
-TINY = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 61, "max_context": 64}
+TINY = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 257, "max_context": 64}
 WIDE = {"d_model": 256, "n_layers": 1, "n_heads": 4, "vocab_size": 1024, "max_context": 64}  # its weights are most of its plan
 _INLINED = [contract.CAUSAL_OP]
 CASES: dict[str, dict[str, Any]] = {
@@ -74,12 +74,12 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool]:
 
 
 @pytest.fixture(scope="module")
-def builds(plugin: tuple[Path, bool]) -> dict[str, Any]:
+def builds(plugin: tuple[Path, bool], traces: Path) -> dict[str, Any]:
     """What the builder said of each case."""
     pytest.importorskip("torch")
     if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
         pytest.skip("needs TensorRT for RTX: pip install 'sessa-deploy[rtx]'")
-    asked = {"plugin": str(plugin[0]), "any_major": plugin[1], "cases": CASES}
+    asked = {"plugin": str(plugin[0]), "any_major": plugin[1], "traces": str(traces), "cases": CASES}
     done = subprocess.run([sys.executable, str(Path(__file__).parent / "rtx_builds.py")], input=json.dumps(asked), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = {}
