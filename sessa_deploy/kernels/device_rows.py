@@ -1,0 +1,31 @@
+"""What the kernels of a step of several rows inline, whichever family they belong to.
+
+A step of 2 to ROWS new rows of a sequence reads its past once: the rows are one matrix tile, padded to ROWS whatever their number, so that a row's bits depend
+neither on how many there are nor on those behind it. The past is dealt out in splits as in a step of one row (device.py), a program each.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sessa_deploy.contract import STEP_ROWS
+
+ROWS = tl.constexpr(STEP_ROWS)
+
+
+@triton.jit
+def join(part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr):
+    """(columns o_d of the sum of `used` splits from o_first on, its weight, the maximum both are relative to), in an order that `used` alone decides.
+
+    part (.., width), stat (.., 2) = (maximum in log2 units, sum of weights), float32; BLOCK_S covers every split. Without a split: zeros and -inf.
+    """
+    o_s = tl.arange(0, BLOCK_S)
+    m_s = o_s < used
+    o_part = o_first + o_s
+    b_part = tl.load(part + o_part[:, None] * width + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
+    b_max = tl.load(stat + o_part * 2, mask=m_s, other=float("-inf"))
+    b_sum = tl.load(stat + o_part * 2 + 1, mask=m_s, other=0.0)
+    top = tl.max(b_max, 0)
+    b_w = tl.where(m_s, tl.exp2(b_max - tl.where(top == float("-inf"), 0.0, top)), 0.0)
+    return tl.sum(b_part * b_w[:, None], 0), tl.sum(b_w * b_sum, 0), top
