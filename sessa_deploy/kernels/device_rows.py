@@ -15,17 +15,18 @@ ROWS = tl.constexpr(STEP_ROWS)
 
 
 @triton.jit
-def join(part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr):
-    """(columns o_d of the sum of `used` splits from o_first on, its weight, the maximum both are relative to), in an order that `used` alone decides.
+def join(part, stat, o_first, m_n, used, width, o_d, m_d, BLOCK_S: tl.constexpr):
+    """For each of o_first (N,): (columns o_d of the sum of `used` splits from it on, its weight, the maximum both are relative to).
 
-    part (.., width), stat (.., 2) = (maximum in log2 units, sum of weights), float32; BLOCK_S covers every split. Without a split: zeros and -inf.
+    The order is one that `used` alone decides. part (.., width), stat (.., 2) = (maximum in log2 units, sum of weights), float32; BLOCK_S covers every
+    split. Without a split: zeros and -inf.
     """
     o_s = tl.arange(0, BLOCK_S)
-    m_s = o_s < used
-    o_part = o_first + o_s
-    b_part = tl.load(part + o_part[:, None] * width + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
+    m_s = m_n[:, None] & (o_s < used)[None, :]
+    o_part = o_first[:, None] + o_s[None, :]
+    b_part = tl.load(part + o_part[:, :, None] * width + o_d[None, None, :], mask=m_s[:, :, None] & m_d[None, None, :], other=0.0)
     b_max = tl.load(stat + o_part * 2, mask=m_s, other=float("-inf"))
     b_sum = tl.load(stat + o_part * 2 + 1, mask=m_s, other=0.0)
-    top = tl.max(b_max, 0)
-    b_w = tl.where(m_s, tl.exp2(b_max - tl.where(top == float("-inf"), 0.0, top)), 0.0)
-    return tl.sum(b_part * b_w[:, None], 0), tl.sum(b_w * b_sum, 0), top
+    b_top = tl.max(b_max, 1)
+    b_w = tl.exp2(b_max - tl.where(b_top == float("-inf"), 0.0, b_top)[:, None])
+    return tl.sum(b_part * b_w[:, :, None], 1), tl.sum(b_w * b_sum, 1), b_top

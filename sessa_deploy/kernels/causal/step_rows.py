@@ -1,9 +1,9 @@
 """A step of 2 to ROWS new rows of causal attention with a cache: the past read once for all of them.
 
-o_t = sum_j softmax_j(q_t . k_j * d^-1/2) v_j over past rows j < past_length[b] and new rows j <= t. `causal_rows_partial` gives each split of the past, and the
-new rows, to a program: the queries of a key/value head are one matrix tile of ROWS rows for each query head, whatever T is. Maximum, sum and values run along in
-float32, the weights of a tile are rounded to the storage type and summed as rounded. `causal_rows_combine` adds the splits in a fixed order. Past rows from
-past_length[b] on are never read; a new row's NaN or Inf reaches itself and later rows only.
+o_t = sum_j softmax_j(q_t . k_j * d^-1/2) v_j over past rows j < past_length[b] and new rows j <= t. `causal_rows_partial` gives each split of the past, and
+the new rows, to a program: the queries of a key/value head are one matrix tile of ROWS rows for each query head, whatever T is. Maximum, sum and values run
+along in float32, the weights of a tile are rounded to the storage type and summed as rounded. `causal_rows_combine` adds the splits in a fixed order. Past rows
+from past_length[b] on are never read; a new row's NaN or Inf reaches itself and later rows only.
 """
 
 from __future__ import annotations
@@ -93,11 +93,16 @@ def piece(
 
 
 @triton.jit
-def combined(part, stat, length, i_q, splits, rows, slots, width, o_d, m_d, BLOCK_S: tl.constexpr):
-    """Columns o_d of o for row and query head i_q: the new rows' part and that of every split; BLOCK_S covers all slots, rows is what a split takes at least."""
-    o_first = i_q * (1 + splits * slots)
-    b_new, m_new = tl.load(part + o_first * width + o_d, mask=m_d, other=0.0), tl.load(stat + o_first * 2)
-    b_past, past, m_past = join(part, stat, o_first + 1, splits_used(length, splits, rows) * slots, width, o_d, m_d, BLOCK_S)
-    top = tl.maximum(m_new, m_past)
-    w_new, w_past = tl.exp2(m_new - top), tl.exp2(m_past - top)
-    return (b_past * w_past + b_new * w_new) / (past * w_past + tl.load(stat + o_first * 2 + 1) * w_new)
+def combined(part, stat, length, o_q, m_q, splits, rows, slots, width, o_d, m_d, BLOCK_S: tl.constexpr):
+    """Columns o_d of o for rows and query heads o_q (N,): the new rows' part and that of every split.
+
+    BLOCK_S covers all slots of the splits, rows is what a split takes at least.
+    """
+    o_first = o_q * (1 + splits * slots)
+    b_new = tl.load(part + o_first[:, None] * width + o_d[None, :], mask=m_q[:, None] & m_d[None, :], other=0.0)
+    m_new = tl.load(stat + o_first * 2, mask=m_q, other=0.0)
+    b_past, w_past, m_past = join(part, stat, o_first + 1, m_q, splits_used(length, splits, rows) * slots, width, o_d, m_d, BLOCK_S)
+    b_top = tl.maximum(m_new, m_past)
+    b_new_fade, b_past_fade = tl.exp2(m_new - b_top), tl.exp2(m_past - b_top)
+    b_sum = w_past * b_past_fade + tl.load(stat + o_first * 2 + 1, mask=m_q, other=1.0) * b_new_fade
+    return (b_past * b_past_fade[:, None] + b_new * b_new_fade[:, None]) / b_sum[:, None]

@@ -60,35 +60,37 @@ def mixer_rows_partial(
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_rows_combine"))
 def mixer_rows_combine(
-    part_f, stat_f, part_b, stat_b, scores, past_length, gamma, o, add, inverse, tokens, capacity, splits_f, rows_f, slots_f, splits_b, rows_b, heads, units, width,
-    BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, DF: tl.constexpr, DB: tl.constexpr, PDL: tl.constexpr = False,
+    part_f, stat_f, part_b, stat_b, scores, past_length, gamma, o, add, inverse,
+    tokens, capacity, splits_f, rows_f, slots_f, splits_b, rows_b, heads, units, width,
+    BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, NF: tl.constexpr, NB: tl.constexpr, DF: tl.constexpr, DB: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (1 + T (Hq * ceil(d / DF) + ceil(D / DB)), B): o (B,T,Hq,d), add (B,T,D) float32 = gamma times the past's part of feedback attention's sum, and
-    inverse (B,ROWS,ROWS) float32.
+    """Grid (1 + ceil(T Hq / NF) ceil(d / DF) + ceil(T / NB) ceil(D / DB), B): o (B,T,Hq,d), add (B,T,D) float32 = gamma times the past's
+    part of feedback attention's sum, and inverse (B,ROWS,ROWS) float32.
 
-    heads = Hq. rows_f, rows_b: what a split takes at least. BLOCK_F, BLOCK_B cover every split (of slots_f slots).
+    heads = Hq. A program adds up NF rows of heads or NB rows. rows_f, rows_b: what a split takes at least. BLOCK_F, BLOCK_B cover every split (of slots_f slots).
     """
     begin(PDL)
     i_b = tl.program_id(1).to(tl.int64)
     length = tl.minimum(tl.load(past_length + i_b), capacity)
     head = units * 8
     parts_f, parts_b = tl.cdiv(head, DF), tl.cdiv(width, DB)
-    program = tl.program_id(0) - 1
+    program, programs_f = tl.program_id(0) - 1, tl.cdiv(tokens * heads, NF) * tl.cdiv(head, DF)
     if program < 0:
         invert(stat_b, scores, gamma, inverse, length, i_b, tokens, splits_b, rows_b, BLOCK_B)
-    elif program < tokens * heads * parts_f:
-        i_q = i_b * tokens * heads + program // parts_f
-        o_d = (program % parts_f) * DF + tl.arange(0, DF)
-        m_d = o_d < head
-        b_o = combined(part_f, stat_f, length, i_q, splits_f, rows_f, slots_f, head, o_d, m_d, BLOCK_F)
-        tl.store(o + i_q * head + o_d, b_o.to(o.dtype.element_ty), mask=m_d)
+    elif program < programs_f:
+        o_q = program // parts_f * NF + tl.arange(0, NF)
+        o_d = program % parts_f * DF + tl.arange(0, DF)
+        m_q, m_d = o_q < tokens * heads, o_d < head
+        o_q = i_b * tokens * heads + o_q
+        b_o = combined(part_f, stat_f, length, o_q, m_q, splits_f, rows_f, slots_f, head, o_d, m_d, BLOCK_F)
+        tl.store(o + o_q[:, None] * head + o_d[None, :], b_o.to(o.dtype.element_ty), mask=m_q[:, None] & m_d[None, :])
     else:
-        program -= tokens * heads * parts_f
-        i_t = program // parts_b
-        o_d = (program % parts_b) * DB + tl.arange(0, DB)
+        program -= programs_f
+        o_t = program // parts_b * NB + tl.arange(0, NB)
+        o_d = program % parts_b * DB + tl.arange(0, DB)
         m_d = o_d < width
-        b_add = added(part_b, stat_b, scores, gamma, length, i_b, i_t, tokens, splits_b, rows_b, width, o_d, m_d, BLOCK_B)
-        tl.store(add + (i_b * tokens + i_t) * width + o_d, b_add, mask=m_d)
+        b_add = added(part_b, stat_b, scores, gamma, length, i_b, o_t, tokens, splits_b, rows_b, width, o_d, m_d, BLOCK_B)
+        tl.store(add + (i_b * tokens + o_t)[:, None] * width + o_d[None, :], b_add, mask=(o_t < tokens)[:, None] & m_d[None, :])
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_rows_out"))
@@ -144,9 +146,10 @@ def step(
         (programs_f + 1 + splits_b, batch), *map(address, (q, k, v, past_k, past_v, q_b, k_b, past_kb, past_s, past_length)), *parts,
         tokens, splits_f, splits_b, capacity, heads, group, units, width, head**-0.5 * LOG2E, width**-0.5 * LOG2E, programs_f,
     )  # fmt: skip
-    columns = q_heads * triton.cdiv(head, combine["DF"]) + triton.cdiv(width, combine["DB"])
+    programs = triton.cdiv(tokens * q_heads, combine["NF"]) * triton.cdiv(head, combine["DF"])
+    programs += triton.cdiv(tokens, combine["NB"]) * triton.cdiv(width, combine["DB"])
     launcher(mixer_rows_combine, device, dtype, combine)(
-        (1 + tokens * columns, batch), *parts, address(past_length), address(gamma), at["o"], at["add"], at["inverse"],
+        (1 + programs, batch), *parts, address(past_length), address(gamma), at["o"], at["add"], at["inverse"],
         tokens, capacity, splits_f, rows_f, slots, splits_b, rows_b, q_heads, units, width,
     )  # fmt: skip
     launcher(mixer_rows_out, device, dtype, out)(

@@ -74,7 +74,7 @@ _MIXER_ROWS = (
     Kernel("mixer_rows_combine", _ROWS,
            (*_PARTS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", "inverse", type="*fp32"),
             *integers("tokens", "capacity", "splits_f", "rows_f", "slots_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
-           ("BLOCK_F", "BLOCK_B", "DF", "DB", "PDL"), _ANY, dtypes=_HALF, scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
+           ("BLOCK_F", "BLOCK_B", "NF", "NB", "DF", "DB", "PDL"), _ANY, dtypes=_HALF, scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
     Kernel("mixer_rows_out", _ROWS,
            (*pointers("x", "weight", "bias"), *pointers("add", "inverse", type="*fp32"), *pointers("out"), *integers("tokens"), Param("depth", "i32", True)),
            ("BN", "BK", "KS", "PDL"), _ANY, dtypes=_HALF, scalar_loads=32, early=_ANY, early_rows=_EARLY_ROWS),

@@ -1,10 +1,10 @@
 """A step of 2 to ROWS new rows of feedback attention: the past read once for all of them.
 
-s_t = f_t + gamma_t * (sum_j alpha[t,j] s_j over the past rows j < past_length[b] and the new rows j < t). `feedback_rows_partial` gives each split of the past to
-a program, for which the T queries are one matrix tile of ROWS rows, whatever T is; a program more makes the scores of the new rows among themselves.
+s_t = f_t + gamma_t * (sum_j alpha[t,j] s_j over the past rows j < past_length[b] and the new rows j < t). `feedback_rows_partial` gives each split of the past
+to a program, for which the T queries are one matrix tile of ROWS rows, whatever T is; a program more makes the scores of the new rows among themselves.
 `feedback_rows_combine` adds the splits in a fixed order, joins both normalisers and inverts I - (gamma alpha) of the new rows by forward substitution, all
-float32; then s = (I - gamma alpha)^-1 (f + gamma * the past's sum). A past's weights go into its product as pairs of the storage type, which lose nothing that
-float32 would keep. Past rows from past_length[b] on are never read; a new row's NaN or Inf reaches itself and later rows only.
+float32; then s = (I - gamma alpha)^-1 (f + gamma * the past's sum). A past's weights go into its product as pairs of the storage type. Past rows from
+past_length[b] on are never read; a new row's NaN or Inf reaches itself and later rows only.
 """
 
 from __future__ import annotations
@@ -79,17 +79,19 @@ def piece(
 
 
 @triton.jit
-def added(part, stat, scores, gamma, length, i_b, i_t, tokens, splits, rows, width, o_d, m_d, BLOCK_S: tl.constexpr):
-    """Columns o_d of gamma times the past's share of new row i_t's sum; BLOCK_S covers every split, rows is what one takes at least."""
-    i_q = i_b * tokens + i_t
-    b_past, past, m_past = join(part, stat, i_q * splits, splits_used(length, splits, rows), width, o_d, m_d, BLOCK_S)
-    o_t = tl.arange(0, ROWS)
-    b_x = tl.load(scores + (i_b * ROWS + i_t) * ROWS + o_t, mask=o_t < i_t, other=float("-inf"))
-    top = tl.maximum(m_past, tl.max(b_x, 0))
-    base = tl.where(top == float("-inf"), 0.0, top)
-    w_past = tl.exp2(m_past - base)
-    share = tl.load(gamma + i_q) * (w_past / (past * w_past + tl.sum(tl.exp2(b_x - base), 0)))
-    return tl.where((length > 0) | (i_t > 0), b_past * share, 0.0)
+def added(part, stat, scores, gamma, length, i_b, o_t, tokens, splits, rows, width, o_d, m_d, BLOCK_S: tl.constexpr):
+    """Columns o_d of gamma times the past's share of the sums of new rows o_t (N,); BLOCK_S covers every split, rows is what one takes at least."""
+    m_t = o_t < tokens
+    o_q, o_j = i_b * tokens + o_t, tl.arange(0, ROWS)
+    b_past, w_past, m_past = join(part, stat, o_q * splits, m_t, splits_used(length, splits, rows), width, o_d, m_d, BLOCK_S)
+    m_x = m_t[:, None] & (o_j[None, :] < o_t[:, None])
+    b_x = tl.load(scores + (i_b * ROWS + o_t)[:, None] * ROWS + o_j[None, :], mask=m_x, other=float("-inf"))
+    b_top = tl.maximum(m_past, tl.max(b_x, 1))
+    b_base = tl.where(b_top == float("-inf"), 0.0, b_top)
+    b_fade = tl.exp2(m_past - b_base)
+    b_sum = w_past * b_fade + tl.sum(tl.exp2(b_x - b_base[:, None]), 1)
+    b_share = tl.load(gamma + o_q, mask=m_t, other=0.0) * (b_fade / b_sum)
+    return tl.where(((length > 0) | (o_t > 0))[:, None], b_past * b_share[:, None], 0.0)
 
 
 @triton.jit
