@@ -8,11 +8,20 @@ from past_length[b] on are never read; a new row's NaN or Inf reaches itself and
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from sessa_deploy.kernels.device import rows_each, splits_used
+from sessa_deploy.contract import STEP_ROWS
+from sessa_deploy.kernels.causal.spec import head_variant
+from sessa_deploy.kernels.causal.step import in_place, strides
+from sessa_deploy.kernels.device import begin, rows_each, splits_used
 from sessa_deploy.kernels.device_rows import ROWS, join
+from sessa_deploy.kernels.launch import table
+from sessa_deploy.kernels.launch.jit import Options, address, aligned, launcher, pinned, workspace
+from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E
+from sessa_deploy.kernels.launch.splits import step_splits
 
 
 @triton.jit
@@ -106,3 +115,74 @@ def combined(part, stat, length, o_q, m_q, splits, rows, slots, width, o_d, m_d,
     b_new_fade, b_past_fade = tl.exp2(m_new - b_top), tl.exp2(m_past - b_top)
     b_sum = w_past * b_past_fade + tl.load(stat + o_first * 2 + 1, mask=m_q, other=1.0) * b_new_fade
     return (b_past * b_past_fade[:, None] + b_new * b_new_fade[:, None]) / b_sum[:, None]
+
+
+@triton.jit(do_not_specialize=table.do_not_specialize("causal_rows_partial"))
+def causal_rows_partial(
+    q, k, v, past_k, past_v, past_length, part, stat,
+    stride_kb: tl.int64, stride_kr, stride_vb: tl.int64, stride_vr, tokens, splits, capacity, heads, group, units, scale,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    """Grid ((1 + splits) * ceil(Hkv / BLOCK_H) * ceil(group / BLOCK_G), B).
+
+    heads = Hkv, group = Hq / Hkv, scale = d^-1/2 * log2(e); units = d / 8, and the strides are in units of 8 elements too. A tile is BLOCK_R rows of each of
+    BLOCK_S slots, which share out a split, for BLOCK_H key/value heads and BLOCK_G query heads of each.
+    """
+    begin(PDL)
+    piece(
+        tl.program_id(0), tl.cdiv(heads, BLOCK_H) * tl.cdiv(group, BLOCK_G), q, k, v, past_k, past_v, past_length, part, stat,
+        stride_kb, stride_kr, stride_vb, stride_vr, tl.program_id(1).to(tl.int64), tokens, splits, capacity, heads, group, units, scale,
+        BLOCK_R, BLOCK_H, BLOCK_S, BLOCK_G, BLOCK_D, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=table.do_not_specialize("causal_rows_combine"))
+def causal_rows_combine(
+    part, stat, past_length, out, tokens, capacity, splits, rows, slots, heads, units,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False,
+):  # fmt: skip
+    """Grid (ceil(T Hq / BLOCK_N), ceil(d / BLOCK_D), B): o (B,T,Hq,d). heads = Hq; BLOCK_S covers every slot, rows is what a split takes at least."""
+    begin(PDL)
+    i_b = tl.program_id(2).to(tl.int64)
+    length = tl.minimum(tl.load(past_length + i_b), capacity)
+    width = units * 8
+    o_n, o_d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_n, m_d = o_n < tokens * heads, o_d < width
+    o_q = i_b * tokens * heads + o_n
+    b_o = combined(part, stat, length, o_q, m_n, splits, rows, slots, width, o_d, m_d, BLOCK_S)
+    tl.store(out + o_q[:, None] * width + o_d[None, :], b_o.to(out.dtype.element_ty), mask=m_n[:, None] & m_d[None, :])
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor, early: int = 0, tiles: Options | None = None) -> Tensor:
+    """A step of 2 <= T <= 16 new rows of causal attention on a GPU: o (B,T,Hq,d) over past rows j < past_length[b] and new rows j <= t.
+
+    q: (B,T,Hq,d), k, v: (B,T,Hkv,d), rotated, float16 or bfloat16, d a multiple of 8 up to 128, Hq a multiple of Hkv. past_k, past_v: (B,P,Hkv,d) in the
+    storage dtype, P >= 1; views with any batch and row stride that is a multiple of 8 are read in place. past_length: (B,) int32. early: see `jit.pinned`;
+    tiles: kernel -> launch options in place of the pinned ones. Raises ValueError on any other T or wider heads.
+    """
+    batch, tokens, q_heads, width = q.shape
+    if not 2 <= tokens <= STEP_ROWS:
+        raise ValueError(f"sessa: a step of several rows takes T = 2 to {STEP_ROWS}, got {tuple(q.shape)}")
+    heads, capacity, device, dtype, group = k.shape[2], past_k.shape[1], q.device, q.dtype, q_heads // k.shape[2]
+    options = tiles or {**pinned(("causal_rows_partial",), device, dtype, head_variant(width, group), early),
+                        **pinned(("causal_rows_combine",), device, dtype, "any", early)}  # fmt: skip
+    partial, combine = options["causal_rows_partial"], options["causal_rows_combine"]
+    slots = partial["BLOCK_S"]
+    rows = partial["BLOCK_R"] * slots
+    splits = step_splits(capacity, rows, combine["BLOCK_S"] // slots)
+    q, k, v, past_length = aligned(q), aligned(k), aligned(v), past_length.to(torch.int32).contiguous()
+    past_k, past_v = in_place(past_k), in_place(past_v)
+    parts, units = batch * tokens * q_heads * (1 + splits * slots), width // HEAD_MULTIPLE
+    at, _memory = workspace(device, {"part": (parts * width, torch.float32), "stat": (parts * 2, torch.float32)})
+    out = torch.empty_like(q)
+    blocks = triton.cdiv(heads, partial["BLOCK_H"]) * triton.cdiv(group, partial["BLOCK_G"])
+    launcher(causal_rows_partial, device, dtype, partial)(
+        ((1 + splits) * blocks, batch), *map(address, (q, k, v, past_k, past_v, past_length)), at["part"], at["stat"],
+        *strides(past_k), *strides(past_v), tokens, splits, capacity, heads, group, units, width**-0.5 * LOG2E,
+    )  # fmt: skip
+    launcher(causal_rows_combine, device, dtype, combine)(
+        (triton.cdiv(tokens * q_heads, combine["BLOCK_N"]), triton.cdiv(width, combine["BLOCK_D"]), batch),
+        at["part"], at["stat"], address(past_length), address(out), tokens, capacity, splits, rows, slots, q_heads, units,
+    )  # fmt: skip
+    return out

@@ -67,7 +67,8 @@ def mixer_rows_combine(
     """Grid (1 + ceil(T Hq / NF) ceil(d / DF) + ceil(T / NB) ceil(D / DB), B): o (B,T,Hq,d), add (B,T,D) float32 = gamma times the past's
     part of feedback attention's sum, and inverse (B,ROWS,ROWS) float32.
 
-    heads = Hq. A program adds up NF rows of heads or NB rows. rows_f, rows_b: what a split takes at least. BLOCK_F, BLOCK_B cover every split (of slots_f slots).
+    heads = Hq. A program adds up NF rows of heads or NB rows. rows_f, rows_b: what a split takes at least; BLOCK_F, BLOCK_B cover every split (of slots_f
+    slots).
     """
     begin(PDL)
     i_b = tl.program_id(1).to(tl.int64)

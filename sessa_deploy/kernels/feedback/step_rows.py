@@ -3,17 +3,25 @@
 s_t = f_t + gamma_t * (sum_j alpha[t,j] s_j over the past rows j < past_length[b] and the new rows j < t). `feedback_rows_partial` gives each split of the past
 to a program, for which the T queries are one matrix tile of ROWS rows, whatever T is; a program more makes the scores of the new rows among themselves.
 `feedback_rows_combine` adds the splits in a fixed order, joins both normalisers and inverts I - (gamma alpha) of the new rows by forward substitution, all
-float32; then s = (I - gamma alpha)^-1 (f + gamma * the past's sum). A past's weights go into its product as pairs of the storage type. Past rows from
+float32; `feedback_rows_finish` is s = (I - gamma alpha)^-1 (f + gamma * the past's sum). A past's weights go into its product as pairs of the storage type. Past rows from
 past_length[b] on are never read; a new row's NaN or Inf reaches itself and later rows only.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from sessa_deploy.kernels.device import rows_each, splits_used
+from sessa_deploy.contract import STEP_ROWS
+from sessa_deploy.kernels.device import begin, rows_each, splits_used
 from sessa_deploy.kernels.device_rows import ROWS, join
+from sessa_deploy.kernels.feedback.step import _in_place
+from sessa_deploy.kernels.launch import table
+from sessa_deploy.kernels.launch.jit import Options, address, aligned, launcher, pinned, workspace
+from sessa_deploy.kernels.launch.limits import LOG2E
+from sessa_deploy.kernels.launch.splits import step_splits
 
 
 @triton.jit
@@ -126,3 +134,89 @@ def solved(b_inverse, b_y, o_t):
     b_first = tl.min(tl.where(fine, ROWS, o_t[:, None]), 0)
     b_s = tl.dot(b_inverse, tl.where(fine, b_y, 0.0), input_precision="ieee")
     return tl.where(o_t[:, None] < b_first[None, :], b_s, float("nan"))
+
+
+@triton.jit(do_not_specialize=table.do_not_specialize("feedback_rows_partial"))
+def feedback_rows_partial(
+    q, k, past_k, past_s, past_length, part, stat, scores,
+    stride_kb: tl.int64, stride_kr, stride_sb: tl.int64, stride_sr, tokens, splits, capacity, width, scale,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr = False,
+):  # fmt: skip
+    """Grid (1 + splits, B): see `piece`; scale = D^-1/2 * log2(e)."""
+    begin(PDL)
+    piece(
+        tl.program_id(0), q, k, past_k, past_s, past_length, part, stat, scores, stride_kb, stride_kr, stride_sb, stride_sr,
+        tl.program_id(1).to(tl.int64), tokens, splits, capacity, width, scale, BLOCK_R, BLOCK_C, BLOCK_L, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=table.do_not_specialize("feedback_rows_combine"))
+def feedback_rows_combine(
+    part, stat, scores, past_length, gamma, add, inverse, tokens, capacity, splits, rows, width,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False,
+):  # fmt: skip
+    """Grid (1 + ceil(T / BLOCK_N) ceil(D / BLOCK_D), B): add (B,T,D) and inverse (B,ROWS,ROWS), both float32; see `added` and `invert`."""
+    begin(PDL)
+    i_b = tl.program_id(1).to(tl.int64)
+    length = tl.minimum(tl.load(past_length + i_b), capacity)
+    program, parts = tl.program_id(0) - 1, tl.cdiv(width, BLOCK_D)
+    if program < 0:
+        invert(stat, scores, gamma, inverse, length, i_b, tokens, splits, rows, BLOCK_S)
+    else:
+        o_t, o_d = program // parts * BLOCK_N + tl.arange(0, BLOCK_N), program % parts * BLOCK_D + tl.arange(0, BLOCK_D)
+        m_d = o_d < width
+        b_add = added(part, stat, scores, gamma, length, i_b, o_t, tokens, splits, rows, width, o_d, m_d, BLOCK_S)
+        tl.store(add + (i_b * tokens + o_t)[:, None] * width + o_d[None, :], b_add, mask=(o_t < tokens)[:, None] & m_d[None, :])
+
+
+@triton.jit(do_not_specialize=table.do_not_specialize("feedback_rows_finish"))
+def feedback_rows_finish(f, add, inverse, out, tokens, width, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False):
+    """Grid (ceil(D / BLOCK_D), B): s (B,T,D) = inverse times (f + add)."""
+    begin(PDL)
+    i_b = tl.program_id(1).to(tl.int64)
+    o_t, o_d = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_y = (i_b * tokens + o_t)[:, None] * width + o_d[None, :]
+    m_y = (o_t < tokens)[:, None] & (o_d < width)[None, :]
+    b_f, b_add = tl.load(f + o_y, mask=m_y, other=0.0), tl.load(add + o_y, mask=m_y, other=0.0)
+    b_inverse = tl.load(inverse + i_b * ROWS * ROWS + o_t[:, None] * ROWS + o_t[None, :])
+    tl.store(out + o_y, solved(b_inverse, b_f.to(tl.float32) + b_add, o_t).to(b_f.dtype), mask=m_y)
+
+
+def step(
+    q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, early: int = 0, tiles: Options | None = None
+) -> Tensor:
+    """A step of 2 <= T <= 16 new rows of feedback attention (arXiv 2604.18580, section 3) on a GPU: s (B,T,D).
+
+    q, k, f: (B,T,D) float16 or bfloat16, D a multiple of 16 up to 2048. gamma: (B,T) float32. past_k, past_s: (B,P,D) in the storage dtype, P >= 1; views
+    with any batch and row stride that is a multiple of 16 are read in place. past_length: (B,) int32. early: see `jit.pinned`; tiles: kernel -> launch
+    options in place of the pinned ones. Raises ValueError on any other T or a wider D.
+    """
+    batch, tokens, width = q.shape
+    if not 2 <= tokens <= STEP_ROWS:
+        raise ValueError(f"sessa: a step of several rows takes T = 2 to {STEP_ROWS}, got {tuple(q.shape)}")
+    capacity, device, dtype = past_k.shape[1], q.device, q.dtype
+    options = tiles or {**pinned(("feedback_rows_partial",), device, dtype, table.width_variant("feedback_rows_partial", width), early),
+                        **pinned(("feedback_rows_combine",), device, torch.float32, "any", early),
+                        **pinned(("feedback_rows_finish",), device, dtype, "any", early)}  # fmt: skip
+    partial, combine, finish = (options[f"feedback_rows_{name}"] for name in ("partial", "combine", "finish"))
+    rows, f32, square = partial["BLOCK_R"], torch.float32, STEP_ROWS * STEP_ROWS
+    splits = step_splits(capacity, rows, combine["BLOCK_S"])
+    q, k, f, gamma, past_length = aligned(q), aligned(k), aligned(f), gamma.contiguous(), past_length.to(torch.int32).contiguous()
+    past_k, past_s = _in_place(past_k), _in_place(past_s)
+    at, _memory = workspace(device, {
+        "part": (batch * tokens * splits * width, f32), "stat": (2 * batch * tokens * splits, f32), "scores": (batch * square, f32),
+        "add": (batch * tokens * width, f32), "inverse": (batch * square, f32),
+    })  # fmt: skip
+    out, parts = torch.empty_like(f), [at[name] for name in ("part", "stat", "scores")]
+    launcher(feedback_rows_partial, device, dtype, partial)(
+        (1 + splits, batch), *map(address, (q, k, past_k, past_s, past_length)), *parts,
+        past_k.stride(0), past_k.stride(1), past_s.stride(0), past_s.stride(1), tokens, splits, capacity, width, width**-0.5 * LOG2E,
+    )  # fmt: skip
+    launcher(feedback_rows_combine, device, f32, combine)(
+        (1 + triton.cdiv(tokens, combine["BLOCK_N"]) * triton.cdiv(width, combine["BLOCK_D"]), batch),
+        *parts, address(past_length), address(gamma), at["add"], at["inverse"], tokens, capacity, splits, rows, width,
+    )  # fmt: skip
+    launcher(feedback_rows_finish, device, dtype, finish)(
+        (triton.cdiv(width, finish["BLOCK_D"]), batch), address(f), at["add"], at["inverse"], address(out), tokens, width
+    )
+    return out
