@@ -108,8 +108,8 @@ def bundles(given: argparse.Namespace) -> dict[str, Path]:
 def opened(form: str, place: Path, given: argparse.Namespace, batch: int, capacity: int) -> tuple[Runtime, int | None]:
     """One form's backend, and the bytes of device memory that it took."""
     bundle = Bundle.open(place, verify=False)
-    job = {"peer": "ort" if given.cpu else "ort-cuda", "config": bundle.config.to_dict(), "precision": bundle.precision, "device": "cpu" if given.cpu else "cuda",
-           "bundle": str(place), "trt_bundles": [], "build": None}  # fmt: skip
+    job = {"peer": "ort" if given.cpu else "ort-cuda", "config": bundle.config.to_dict(), "precision": bundle.precision, "bundle": str(place),
+           "device": "cpu" if given.cpu else "cuda", "trt_bundles": [], "build": None}  # fmt: skip
     peer, before = Runtime(job), used_memory()
     peer.open(batch, capacity)
     after = used_memory()

@@ -269,7 +269,7 @@ def _target(trt: Any) -> Target:
     ours = "its kernels are the tuned ones" if trt_api.strongly_typed(trt) else f"TensorRT {trt.__version__} would compute them in float32"
     interface = (trt_api.interface(trt),)
     return Target(f"TensorRT {trt.__version__}", "TensorRT", trt_limits.LAYERS[1], f"{ours}; --layers tensorrt gives TensorRT's own",
-                  complaints=lambda model: trt_parser.complaints(model, interface))
+                  complaints=lambda model: trt_parser.complaints(model, interface, contract.ENGINE_OPS))
 
 
 def _present(bundle: Bundle, folder: str) -> trt_plan.EngineInfo | None:

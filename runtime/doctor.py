@@ -146,7 +146,7 @@ def weights_here(bundle: Bundle, gpus: list[dict[str, Any]]) -> dict[str, Any]:
     except UserError as wrong:
         read, mend = f"plain ONNX Runtime alone runs them, wide; {wrong.what}: {wrong.got}; allowed: {wrong.allowed}", str(wrong.fix)
     found = f"{bundle.weights}; {sizes.eight / 1e6:.1f} MB with scales, {sizes.eight / sizes.instead_of:.2f} x of {bundle.precision}; {read}"
-    return {"use": "run the bundle", "name": "its weights", "found": found, "state": "optional" if mend else "ok", "mend": mend}
+    return {"use": "run the bundle", "name": "the bundle's weights", "found": found, "state": "optional" if mend else "ok", "mend": mend}
 
 
 def prepared_here(bundle: Bundle) -> dict[str, Any]:
