@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import greedy_step
 from compare_peer import Peer, Point
 
 from sessa_deploy.contract import PRECISIONS
@@ -83,15 +84,7 @@ class Runtime(Peer):
             self.backend.rewind(row, length)
 
     def step(self, last: bool = False) -> list[int]:
-        backend = self.backend
-        if not backend.looks_ahead:
-            self.ids[:, 0] = backend.step_greedy(self.ids, self.new)
-            return self.ids[:, 0].tolist()
-        if not backend.under_way:
-            backend.begin_greedy(self.ids, self.new)
-        if not last:  # as a session does: the step behind this one is launched before its ids are read
-            backend.begin_next(self.new)
-        self.ids[:, 0] = backend.end_greedy()
+        self.ids[:, 0] = greedy_step(self.backend, self.ids, self.new, last)
         return self.ids[:, 0].tolist()
 
     def prompt(self, tokens: int) -> list[int]:

@@ -120,10 +120,11 @@ class Backend(ABC):
         new_length (B,): 1 for sequences that go on, 0 for others. False, with nothing begun, where that cannot be: no step is under way or two are, another
         came between, a sequence had no part in it or was changed since, or has no room left.
         """
-        new = np.asarray(new_length).astype(np.int32)
-        if len(self._begun) != 1 or not new.any() or (new > (self._begun[-1].new > 0)).any():
+        if len(self._begun) != 1:
             return False
-        if (self.length + self._begun[-1].new + new).max() > self.capacity:
+        new, before = (np.asarray(new_length) > 0).astype(np.int32), self._begun[0].new.tolist()
+        going = [(fed, held + fed < self.capacity) for goes, fed, held in zip(new.tolist(), before, self.length.tolist(), strict=True) if goes]
+        if not going or not all(fed and room for fed, room in going):
             return False
         begun = Begun(None, new)
         if not self._begin_next(begun):
