@@ -162,7 +162,7 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
     """A GPU before sm_90 has no griddepcontrol; where there is one, a decode step's kernels ask for it, but no product of more than 64 rows."""
     early = [k for k in table.kernels().values() if k.early]
     assert {k.name for k in early} == {k.name for k in table.kernels().values() if "PDL" in k.constexprs}
-    assert {k.name for k in early} == {n for n in table.kernels() if n.startswith(("feedback_step", "causal_step", "mixer_step", "layer_"))}
+    assert {k.name for k in early} == {n for n in table.kernels() if n.startswith(("feedback_step", "causal_step", "mixer_", "layer_")) or "_rows_" in n}
     for k in early:
         for variant in k.variants:
             may = variant in k.early
@@ -190,26 +190,28 @@ for module in modules:
 JIT = {
     "feedback_": """
 import hashlib, torch
-from sessa_deploy.kernels.feedback import forward, step, tiles
+from sessa_deploy.kernels import route
+from sessa_deploy.kernels.feedback import forward, step, step_rows, tiles
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    for tokens, width in ((1, 768), (1, 4096), (130, 256), (257, 1024)):
+    for tokens, width in ((1, 768), (1, 4096), (5, 768), (16, 2048), (130, 256), (257, 1024)):
         q, k, f = torch.randn(3, 2, tokens, width, device="cuda").to(dtype)
         past = torch.randn(2, 2, 300, width, device="cuda").to(dtype)
-        run = step.step if tokens == 1 else forward.forward
-        run(q, k, torch.rand(2, tokens, device="cuda"), f, past[0], past[1], torch.tensor([300, 7], device="cuda", dtype=torch.int32))
-modules = (step, tiles, forward)
+        lengths = torch.tensor([300, 7], device="cuda", dtype=torch.int32)
+        route.feedback_forward(q, k, torch.rand(2, tokens, device="cuda"), f, past[0], past[1], lengths, need_lse=False)
+modules = (step, step_rows, tiles, forward)
 """,
     "causal_": """
 import hashlib, torch
 from sessa_deploy.kernels import route
-from sessa_deploy.kernels.causal import prefill, step
+from sessa_deploy.kernels.causal import prefill, step, step_rows
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    for tokens, heads, width in ((1, 4, 64), (1, 2, 40), (1, 8, 128), (1, 2, 256), (130, 2, 64), (33, 4, 128), (40, 2, 200)):
+    few = ((2, 2, 64), (9, 4, 48), (16, 8, 128), (5, 2, 100))
+    for tokens, heads, width in (*few, (1, 4, 64), (1, 2, 40), (1, 8, 128), (1, 2, 256), (130, 2, 64), (33, 4, 128), (40, 2, 200)):
         q = torch.randn(2, tokens, heads, width, device="cuda").to(dtype)
         k, v = torch.randn(2, 2, tokens, 2, width, device="cuda").to(dtype)
         past = torch.randn(2, 2, 300, 2, width, device="cuda").to(dtype)
         route.causal_kernels(q, k, v, past[0], past[1], torch.tensor([300, 7], device="cuda", dtype=torch.int32))
-modules = (step, prefill)
+modules = (step, step_rows, prefill)
 """,
 }
 

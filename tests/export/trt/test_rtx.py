@@ -106,7 +106,7 @@ def test_an_engine_is_what_the_graph_says(builds: dict[str, Any], name: str) -> 
     # every plugin stands in the plan, once a profile, and nothing else reads a cache that one reads
     ours = set(got["plugin_nodes"])
     for node in ours:
-        assert sum(n == node for n, _, _ in layers) == 2, node
+        assert sum(n == node for n, _, _ in layers) == 3, node
     assert sum(info["plugins"].values()) == len(got["plugin_nodes"]) and info["profiles"]["decode"] == [[1, 1], [2, 1], [2, 1]]
     layers_of_model = CASES[name].get("config", {}).get("n_layers", 4)
     caches = ("k_b", "s") if name == "heads of 20" else ("k_f", "v_f", "k_b", "s")
