@@ -296,7 +296,8 @@ def test_what_is_said(bundles: dict[str, Path], tmp_path: Path, capsys: pytest.C
     assert good["state"] == "ok" and not good["mend"] and "read them in 8 bits" in good["found"]
     assert early["state"] == "optional" and "need a later GPU: sm_80" in early["found"] and "--weights int8" in early["mend"]
     single = doctor.weights_here(Bundle.open(bundles["int8 fp32"]), [])
-    assert "beside activations of 16" in single["found"] and "--precision fp16 --weights int8" in single["mend"]
+    for check in (single, doctor.prepared_here(Bundle.open(bundles["int8 fp32"]))):
+        assert "beside activations of 16" in check["found"] and "--precision fp16 --weights int8" in check["mend"]
     copy = write_bundle(tmp_path / "copy", {n: opened.file(n) for n in opened.names()}, opened.config, "fp16", {}, 19, weights=opened.weights)
     built = to_ort.build_ort(copy)
     here = doctor.prepared_here(built.bundle)
