@@ -86,7 +86,11 @@ def units(archs: Sequence[int], kernels: Sequence[str] | None = None) -> list[Un
     """Every binary the plugin needs on these architectures, or those of the named kernels; without what an earlier architecture's binary serves."""
     chosen = [k for k in table.kernels().values() if k.lowered and (kernels is None or k.name in kernels)]
     found = [Unit(k.name, arch, dtype, v) for k in chosen for arch in archs for dtype in k.dtypes for v in k.variants if v != "bwd"]
-    return [u for u in found if (u.variant != "wide" or table.has(u.kernel, u.arch, u.dtype, u.variant)) and served_by(u, archs) is None]
+    return [u for u in found if (not _optional(u) or table.has(u.kernel, u.arch, u.dtype, u.variant)) and served_by(u, archs) is None]
+
+
+def _optional(unit: Unit) -> bool:
+    return unit.variant == "wide" or unit.variant in table.kernel(unit.kernel).optional
 
 
 def served_by(unit: Unit, archs: Sequence[int]) -> int | None:
