@@ -128,7 +128,8 @@ def chain_jobs(models: list[str], rows: list[int]) -> list[tuple[str, str, Optio
             ("layer_norm_enter", table.width_variant("layer_norm_enter", width))]  # fmt: skip
         for kernel, key in [*mixers, *around, ("layer_project_gain", variant), ("layer_tail", variant), ("layer_rotary", "any")]:
             kind = "fp16" if "fp16" in table.kernel(kernel).dtypes else "fp32"
-            found[kernel, key, 0 < count <= table.early(kernel, arch_of(0), kind, key)] = None
+            for early in {False, 0 < count <= table.early(kernel, arch_of(0), kind, key)}:
+                found[kernel, key, early] = None
     return [(kernel, key, None, early) for kernel, key, early in sorted(found, key=lambda f: "partial" not in f[0])]
 
 
