@@ -51,7 +51,7 @@ DOORS = {
     (CAUSAL, KERNELS): {"device", "device_rows"},
     (ENGINE, KERNELS): {"device", "device_rows"},
     (TRAINING, KERNELS): {"device", "ops", "route"},
-    ("sessa_deploy", "runtime"): {"bundle", "publish", "template", "tokenizer"},
+    ("sessa_deploy", "runtime"): {"bundle", "publish", "sizes", "template", "tokenizer"},
     ("runtime", "plugins"): {"library"},
     ("runtime/ort", "plugins"): {"library"},
     ("runtime/trt", "plugins"): {"library"},

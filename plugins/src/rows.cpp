@@ -260,7 +260,7 @@ struct Either final : Plan
 
 Plan* rowsOrMixer(Problem const& p, Plan* other)
 {
-    return fewRows(p) && narrow(p) && narrowHeads(p) ? new Either(new MixerRows, other) : other;
+    return p.weights == Weights::kStorage && fewRows(p) && narrow(p) && narrowHeads(p) ? new Either(new MixerRows, other) : other;
 }
 
 Plan* rowsOrFeedback(Problem const& p, Plan* other)
