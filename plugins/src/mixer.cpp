@@ -178,8 +178,7 @@ struct Chunk final : Plan
 
 Plan* planMixer(Problem const& p)
 {
-    Plan* const rows = planMixerRows(p);
-    return rows != nullptr ? rows : p.tokens == 1 ? static_cast<Plan*>(new Step) : new Chunk;
+    return p.tokens == 1 ? static_cast<Plan*>(new Step) : rowsOrMixer(p, new Chunk);
 }
 
 // Every width, head and number of rows that selects binaries.

@@ -181,7 +181,7 @@ def launches(
     past, q, gamma = [half(batch, capacity, kv_heads, d) for _ in range(2)], half(batch, tokens, heads, d), floats(batch, tokens)
     k, v = [half(batch, tokens, kv_heads, d) for _ in range(2)]
 
-    few_b, few_f = steps_rows(q, capacity, width, ROWS_WIDTHS[-1]), steps_rows(q, capacity, d, ROWS_HEADS[-1])
+    few_b, few_f = (steps_rows(q, capacity) and x <= most for x, most in ((width, ROWS_WIDTHS[-1]), (d, ROWS_HEADS[-1])))
 
     def feedback(f: torch.Tensor) -> None:
         if tokens == 1:

@@ -5,7 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
-from sessa_deploy.kernels.causal.spec import head_variant
+from sessa_deploy.kernels.causal.spec import head_variant, rows_variant
 from sessa_deploy.kernels.launch.limits import (
     GROUP,
     LAYER_WIDTHS,
@@ -72,7 +72,8 @@ _MIXERS = (
 )  # fmt: skip
 
 _ROWS = "sessa_deploy.kernels.engine.mixer_rows"
-_ROWS_STEPS = tuple(f"{w}.{h}{g}" for w in ROWS_WIDTHS for h in ROWS_HEADS for g in ("", f"x{GROUP}"))
+_ROWS_STEPS = tuple(f"{w}.{h}" for w in ROWS_WIDTHS for h in ROWS_HEADS)
+_WIDE_ROWS = tuple(v for v in _ROWS_STEPS if not v.startswith(f"{ROWS_WIDTHS[0]}."))
 _PARTS = pointers("part_f", "stat_f", "part_b", "stat_b", "scores", type="*fp32")
 
 _MIXER_ROWS = (
@@ -80,11 +81,11 @@ _MIXER_ROWS = (
            (*pointers("q", "k", "v", "past_k", "past_v", "q_b", "k_b", "past_kb", "past_s"), Param("past_length", "*i32"), *_PARTS,
             *integers("tokens", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
-           ("ROWS_F", "HEADS_F", "SLOTS_F", "GROUP_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "PDL"),
-           _ROWS_STEPS, dtypes=_HALF, scalar_loads=16, early=_ROWS_STEPS, early_rows=0),
+           ("ROWS_F", "HEADS_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "PDL"),
+           _ROWS_STEPS, dtypes=_HALF, scalar_loads=16, early=_ROWS_STEPS, early_rows=0, optional=_WIDE_ROWS),
     Kernel("mixer_rows_combine", _ROWS,
            (*_PARTS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", "inverse", type="*fp32"),
-            *integers("tokens", "capacity", "splits_f", "rows_f", "slots_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
+            *integers("tokens", "capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
            ("BLOCK_F", "BLOCK_B", "NF", "NB", "DF", "DB", "PDL"), _ANY, dtypes=_HALF, scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
     Kernel("mixer_rows_out", _ROWS,
            (*pointers("x", "weight", "bias"), *pointers("add", "inverse", type="*fp32"), *pointers("out"), *integers("tokens"), Param("depth", "i32", True)),
@@ -119,9 +120,9 @@ def mixer_variant(width: int, head: int, group: int) -> str:
     return f"{padded}.{head_variant(head, group)}"
 
 
-def rows_variant(width: int, head: int, group: int) -> str:
+def mixer_rows_variant(width: int, head: int) -> str:
     """`mixer_variant` for a step of several rows. Raises ValueError beyond the largest."""
     padded = next((w for w in ROWS_WIDTHS if width <= w), 0)
     if not padded or head > ROWS_HEADS[-1]:
         raise ValueError(f"a step of several rows has no kernel for D = {width} and heads of {head}; the largest are {ROWS_WIDTHS[-1]} and {ROWS_HEADS[-1]}")
-    return f"{padded}.{head_variant(head, group)}"
+    return f"{padded}.{rows_variant(head)}"
