@@ -299,6 +299,8 @@ def test_what_is_said(bundles: dict[str, Path], tmp_path: Path, capsys: pytest.C
     for check in (single, doctor.prepared_here(Bundle.open(bundles["int8 fp32"]))):
         assert "beside activations of 16" in check["found"] and "--precision fp16 --weights int8" in check["mend"]
     copy = write_bundle(tmp_path / "copy", {n: opened.file(n) for n in opened.names()}, opened.config, "fp16", {}, 19, weights=opened.weights)
+    none_left = write_bundle(tmp_path / "none", {MODEL_FILE: b"not read"}, CONFIG, "fp16", {}, weights=Weights("int8", tuple(sizes.matrices(CONFIG))))
+    assert "0.0 MB with scales;" in doctor.weights_here(none_left, [])["found"] and "in 8 bits" not in said("inspect", str(none_left.path))
     built = to_ort.build_ort(copy)
     here = doctor.prepared_here(built.bundle)
     assert here["state"] == "ok" and "engines/ort-fp16, layers by the library, weights in 8 bits 0.0 MB" in here["found"]
