@@ -1,5 +1,5 @@
 // A layer's mixer: causal attention o, f = o weight^T + bias, and s = f + gamma * feedback attention's sum. Its decode step is that of kernels/engine/mixer.py.
-#include "plan.h"
+#include "rows.h"
 
 #include <memory>
 
@@ -23,7 +23,7 @@ struct Step final : Plan
         char const* dtype = dtypeName(p.storage);
         partial = findCubin("mixer_step_partial", arch, dtype, variant(p).c_str());
         combine = findCubin("mixer_step_combine", arch, dtype, "any");
-        out = findCubin("layer_out", arch, dtype, productVariant(p.batch).c_str());
+        out = findProduct("layer_out", arch, p, p.batch);
         return partial != nullptr && combine != nullptr && out != nullptr;
     }
 
@@ -65,7 +65,7 @@ struct Step final : Plan
         second.add(partF).add(statF).add(partB).add(statB).add(t.in[kPastLength]).add(t.in[kGamma]).add(o).add(add).add(i32(p.capacity));
         second.add(i32(splitsF)).add(i32(rowsF)).add(i32(splitsB)).add(i32(rowsB)).add(i32(p.heads)).add(units).add(i32(p.width));
         Arguments third;
-        third.add(o).add(t.in[kWeight]).add(t.in[kBias]).add(add).add(t.out).add(i32(p.batch)).add(i32(p.width));
+        addMatrix(third.add(o), p, t, kWeight).add(t.in[kBias]).add(add).add(t.out).add(i32(p.batch)).add(i32(p.width));
         int64_t const lanes = combine->tile("BLOCK_D");
         int64_t const tiles = ceilDiv(p.batch, out->tile("BM")) * ceilDiv(p.width, out->tile("BN"));
         return launch(*partial, {programsF + programsB, 1, 1}, first, stream, error, p.batch)
@@ -111,7 +111,7 @@ struct Chunk final : Plan
     bool find(Problem const& p, int32_t arch) override
     {
         causal = part(p, kCausal);
-        linear = part(p, kLinearHeads);
+        linear = part(p, p.weights == Weights::kStorage ? kLinearHeads : *quantised(kLinearHeads));
         linear.columns = p.width;
         feedback = part(p, kFeedback);
         plans.clear();
@@ -146,10 +146,10 @@ struct Chunk final : Plan
         plans[2]->layout(feedback, arena, bound);
     }
 
-    bool run(Problem const&, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         void const* const forCausal[] = {t.in[kQ], t.in[kK], t.in[kV], t.in[kPastK], t.in[kPastV], t.in[kPastLength]};
-        void const* const forLinear[] = {o, t.in[kWeight], t.in[kBias]};
+        void const* const forLinear[] = {o, t.in[kWeight], t.in[kBias], p.weights == Weights::kStorage ? nullptr : t.in[kWeightScale]};
         void const* const forFeedback[] = {t.in[kQB], t.in[kKB], t.in[kGamma], f, t.in[kPastKb], t.in[kPastS], t.in[kPastLength]};
         return runPart(0, causal, forCausal, o, stream, error) && runPart(1, linear, forLinear, f, stream, error)
             && runPart(2, feedback, forFeedback, t.out, stream, error);
@@ -178,7 +178,8 @@ struct Chunk final : Plan
 
 Plan* planMixer(Problem const& p)
 {
-    return p.tokens == 1 ? static_cast<Plan*>(new Step) : new Chunk;
+    Plan* const rows = planMixerRows(p);
+    return rows != nullptr ? rows : p.tokens == 1 ? static_cast<Plan*>(new Step) : new Chunk;
 }
 
 // Every width, head and number of rows that selects binaries.
@@ -212,7 +213,7 @@ std::vector<Problem> everyMixer(Storage storage)
     p.width = 256; // narrow tiles of the solve
     p.headWidth = 64;
     p.heads = p.kvHeads = 4;
-    p.tokens = 2;
+    p.tokens = kStepRows + 1;
     all.push_back(p);
     return all;
 }

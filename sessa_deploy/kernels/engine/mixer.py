@@ -86,12 +86,13 @@ def mixer_step_combine(
 
 def step(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, weight: Tensor, bias: Tensor, q_b: Tensor, gamma: Tensor, past_kb: Tensor,
-    past_s: Tensor, past_length: Tensor, early: int = 0,
+    past_s: Tensor, past_length: Tensor, early: int = 0, scale: Tensor | None = None,
 ) -> Tensor:
     """s (B,D) of one new token a sequence, from PyTorch: for tests and timings.
 
     q (B,Hq,d), k, v (B,Hkv,d), past_k, past_v (B,P,Hkv,d), weight (D,D) and bias (D,) of the output projection, q_b (B,D), gamma (B,) float32, past_kb,
     past_s (B,P,D), past_length (B,) int32; all dense. early: see `jit.pinned`.
+    scale (D,) float32: of a weight of 8 bits.
     """  # fmt: skip
     batch, q_heads, head = q.shape
     heads, capacity, width, device, dtype = k.shape[1], past_k.shape[1], q_b.shape[1], q.device, q.dtype
@@ -119,4 +120,4 @@ def step(
     launcher(mixer_step_combine, device, dtype, combine)(
         grid, *parts, *map(address, (past_length, gamma, o, add)), capacity, splits_f, rows_f, splits_b, rows_b, q_heads, units, width,
     )  # fmt: skip
-    return out_add(o, weight, bias, add, early)
+    return out_add(o, weight, bias, add, early, scale)

@@ -35,7 +35,7 @@ def test_the_parsers_graph_computes_the_same(models: Callable[[str], Path], prec
     assert trt_parser.complaints(prepared.model, (8, 6, 0)) == []
     prepared.model.functions.extend(f for f in whole.functions if f.name == contract.FEEDBACK_OP)
     rng, storage = np.random.default_rng(0), np.dtype(contract.PRECISIONS[precision].numpy)
-    feeds: dict[str, Any] = {contract.INPUT_IDS: rng.integers(0, 61, (2, 3)), contract.PAST_LENGTH: np.array([4, 0], np.int32),
+    feeds: dict[str, Any] = {contract.INPUT_IDS: rng.integers(0, 257, (2, 3)), contract.PAST_LENGTH: np.array([4, 0], np.int32),
                              contract.NEW_LENGTH: np.array([3, 2], np.int32)}  # fmt: skip
     for layer, field in contract.cache_entries(2):
         shape = (2, 6, *contract.cache_row_shape(field, 16, 2, 4))
@@ -53,7 +53,7 @@ def test_widths_decide_what_the_plugin_claims(tmp_path: Path) -> None:
 
     def graph(d_model: int, n_heads: int) -> onnx.ModelProto:
         torch.manual_seed(0)
-        config = SessaConfig(d_model=d_model, n_layers=1, n_heads=n_heads, vocab_size=11, max_context=16)
+        config = SessaConfig(d_model=d_model, n_layers=1, n_heads=n_heads, vocab_size=257, max_context=16)
         return engine_graph.load(export_onnx(SessaLM(config), tmp_path / f"{d_model}.{n_heads}.onnx", "fp32"))
 
     model = graph(16, 2)
