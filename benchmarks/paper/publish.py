@@ -69,7 +69,8 @@ def kept(summary: dict[str, Any]) -> dict[str, Any]:
         for run in entry["runs"]:
             every = max(1, len(run["curve"]) // CURVE_POINTS)
             run["curve"] = run["curve"][every - 1 :: every]
-            del run["machine"], run["versions"]  # the summary's
+            for name in ("machine", "versions"):  # the summary's
+                run.pop(name, None)
     return found
 
 
