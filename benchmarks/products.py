@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
@@ -134,5 +135,9 @@ def _compile(job: Job) -> str:
 
 def compile_all(jobs: Sequence[Job], processes: int = 12) -> dict[int, str]:
     """Compiles them side by side into Triton's cache; index of a job -> why it cannot be had."""
-    with ProcessPoolExecutor(min(processes, max(1, len(jobs))), mp_context=get_context("spawn")) as pool:
-        return {i: why for i, why in enumerate(pool.map(_compile, jobs)) if why}
+    try:
+        with ProcessPoolExecutor(min(processes, max(1, len(jobs))), mp_context=get_context("spawn")) as pool:
+            return {i: why for i, why in enumerate(pool.map(_compile, jobs)) if why}
+    except BrokenProcessPool as error:
+        print(f"not compiled ahead: {error}", flush=True)
+        return {}

@@ -60,8 +60,6 @@ def main() -> int:
     names = ("layer_enter", "layer_norm_enter", "layer_project_gain", "layer_linear", "layer_out", "layer_tail", "layer_logits")
     without = {("layer_logits", "any"), ("layer_enter", "1"), *(("layer_norm_enter", v) for v in tried if v != "1")}
     pairs = [(n, v) for v in tried for n in names if (n, v) not in without and (not args.only or f"{n}:{v}" in args.only)]
-    jobs = [(name, variant, c) for name, variant in pairs for c in tried[variant][1]]
-
     def tiles(name: str, c: tuple[int, ...]) -> dict[str, int]:
         """The launch table's entry; one row's weights are all read ahead, up to 1024 columns where a candidate says nothing else."""
         if name == "layer_norm_enter":
@@ -69,6 +67,8 @@ def main() -> int:
         ahead = (c[6] if len(c) > 6 else 1024 // c[2]) if c[0] == 1 else 0
         return {**dict(zip(("BM", "BN", "BK", "KS"), c, strict=False)), "AHEAD": ahead, "num_warps": c[4], "num_stages": c[5]}
 
+    candidates = {pair: list({str(tiles(pair[0], c)): c for c in reversed(tried[pair[1]][1])}.values())[::-1] for pair in pairs}
+    jobs = [(*pair, c) for pair in pairs for c in candidates[pair]]
     options: dict[tuple[Any, ...], dict[str, Any]] = {}  # a job's, the same object at every launch
     for name, variant, c in jobs:
         early = variant in table.kernel(name).early or name == "layer_norm_enter"
@@ -82,12 +82,9 @@ def main() -> int:
             print(f"no time left for {name}:{variant}")
             continue
         rows = min(tried[variant][0], 32) if name == "layer_logits" else tried[variant][0]
-        case, times, seen = Case(name, rows, args.width, args.vocabulary, dtype, args.weights, cold=variant != "any"), [], []
+        case, times = Case(name, rows, args.width, args.vocabulary, dtype, args.weights, cold=variant != "any"), []
         library = case.time(None) if not weights else 0.0
-        for c in tried[variant][1]:
-            if (name, variant, c) in failed or tiles(name, c) in seen:
-                continue
-            seen.append(tiles(name, c))
+        for c in (c for c in candidates[name, variant] if (name, variant, c) not in failed):
             try:
                 times.append((case.time(options[name, variant, c]), c))
             except Exception as error:
