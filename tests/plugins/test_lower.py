@@ -13,7 +13,7 @@ import pytest
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import SHARED_LIMIT
+from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, SHARED_LIMIT
 from sessa_deploy.plugins import lower
 
 pytest.importorskip("triton")
@@ -26,9 +26,10 @@ def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def lowered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """(folder, cubins.json, standard output) of one run for sm_90 and sm_86; an interpreter asked for by other tests must not matter."""
+    """(folder, cubins.json, standard output) of one run for sm_90 and sm_86, weights of 8 bits left out; an interpreter asked for by other tests must not
+    matter."""
     out = tmp_path_factory.mktemp("cubins")
-    done = run("--arch", "90,86", "--out", str(out), TRITON_INTERPRET="1")
+    done = run("--arch", "90,86", "--weights", "storage", "--out", str(out), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     return out, json.loads((out / lower.MANIFEST).read_text()), done.stdout
 
@@ -38,7 +39,8 @@ def test_every_unit_is_made_and_described(lowered: tuple[Path, dict[str, Any], s
     out, manifest, stdout = lowered
     cubins = manifest["cubins"]
     assert manifest["schema"] == lower.SCHEMA
-    assert {(c["kernel"], c["arch"], c["dtype"], c["variant"]) for c in cubins} == {(u.kernel, u.arch, u.dtype, u.variant) for u in lower.units([90, 86])}
+    wanted = lower.units([90, 86], weights=["storage"])
+    assert {(c["kernel"], c["arch"], c["dtype"], c["variant"]) for c in cubins} == {(u.kernel, u.arch, u.dtype, u.variant) for u in wanted}
     assert {p.name for p in out.glob("*.cubin")} == {c["file"] for c in cubins}
     for c in cubins:
         described = table.kernel(c["kernel"])
@@ -61,6 +63,33 @@ def test_lowering_again_gives_the_same_bytes(lowered: tuple[Path, dict[str, Any]
     before = {c["file"]: c["sha256"] for c in manifest["cubins"]}
     assert again and all(before[c["file"]] == c["sha256"] for c in again)
     assert not (tmp_path / "stale.cubin").exists()
+
+
+def test_weights_of_8_bits_double_no_librarys_size() -> None:
+    """Products alone read them, with a variant less; E4M3 from sm_89 on. Which there are follows from the tables of each architecture."""
+    storage, int8, fp8 = (lower.units(ARCHS, weights=[kind]) for kind in lower.KINDS)
+    assert sorted([*storage, *int8, *fp8]) == sorted(lower.units(ARCHS)) and len(int8) + len(fp8) < len(storage) / 2
+    readers = {k.name for k in table.kernels().values() if "*weight" in {p.type for p in k.params}}
+    for units, kind in ((int8, ".i8"), (fp8, ".f8")):
+        assert {u.kernel for u in units} == readers and {u.dtype for u in units} == {"fp16" + kind, "bf16" + kind}
+        assert not {u.variant for u in units} & {"16"}
+    assert {lower.served_by(lower.Unit("layer_out", a, "fp16.i8", "1"), ARCHS) or a for a in ARCHS} == {80, 87, 90, 100, 120}
+    assert {u.arch for u in fp8} == {a for a in ARCHS if a >= FLOAT8_ARCH}
+    assert not lower.units([80, 86, 87], weights=["fp8"])
+
+
+@pytest.mark.slow
+def test_kernels_that_read_8_bits_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample: each kind of tile and weight; all of them are the work of `python -m sessa_deploy.plugins.lower`."""
+    chosen = [lower.Unit("layer_norm_enter", 80, "fp16.i8", "1024"), lower.Unit("layer_tail", 89, "bf16.f8", "64"),
+              lower.Unit("layer_out", 90, "bf16.i8", "any"), lower.Unit("layer_logits", 90, "fp16.f8", "1")]  # fmt: skip
+    assert set(chosen) <= set(lower.units(ARCHS))
+    monkeypatch.setattr(lower, "units", lambda *_: chosen)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for made, unit in zip(lower.lower(ARCHS, tmp_path), chosen, strict=True):
+        assert (made.problems, made.dtype) == ([], unit.dtype)
+        weight, scale = [p["type"] for p in made.params if p["name"] in ("weight", "scale")]
+        assert weight == {".i8": "*i8", ".f8": "*fp8e4nv"}[unit.dtype[4:]] and scale == "*fp32"
 
 
 def cubin(**change: Any) -> lower.Cubin:
