@@ -86,7 +86,7 @@ EXPORT_PRECISIONS = ("fp32", "fp16", "bf16")
 class WeightFormat:
     """An 8-bit form of a layer's matrices: its name in ONNX and torch, the largest magnitude that a scale is made for, and its oldest opset.
 
-    max_loss: how many percent more bits per byte than the original weights parity takes by default.
+    max_loss: how many percent more bits per byte than the original weights parity takes by default. arch: the oldest architecture whose kernels read it.
     """
 
     name: str
@@ -95,11 +95,12 @@ class WeightFormat:
     largest: float
     opset: int
     max_loss: float
+    arch: int
 
 
 WEIGHT_FORMATS = {
-    "int8": WeightFormat("int8", 3, "int8", 127.0, 17, 0.5),  # -127..127: symmetric
-    "fp8": WeightFormat("fp8", 17, "float8_e4m3fn", 448.0, 19, 1.0),  # E4M3
+    "int8": WeightFormat("int8", 3, "int8", 127.0, 17, 0.5, 0),  # -127..127: symmetric
+    "fp8": WeightFormat("fp8", 17, "float8_e4m3fn", 448.0, 19, 1.0, 89),  # E4M3
 }
 
 
@@ -118,6 +119,7 @@ class Weights:
         return {"format": self.format, "kept": list(self.kept)}
 
 
+HEAD = "lm_head.weight"
 QUANTISED, SCALE = ".q", ".scale"  # suffixes of a matrix's 8-bit values and of its float32 scales, one an output channel, in model.onnx
 
 

@@ -55,11 +55,11 @@ bool missingCubin(Problem const& p, int32_t arch, std::string& error)
     return false;
 }
 
-// The most that this problem, or one with fewer sequences, rows or past, takes on `arch`; decode steps included.
+// The most that this problem, or one with fewer sequences, rows or past, takes on `arch`; steps of one and of several rows included.
 size_t workspaceFor(Problem const& p, int32_t arch)
 {
     size_t most = 0;
-    for (int64_t const tokens : {int64_t{1}, p.tokens})
+    for (int64_t const tokens : {int64_t{1}, std::min(p.tokens, kStepRows), p.tokens})
     {
         Problem one = p;
         one.tokens = tokens;

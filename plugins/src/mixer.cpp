@@ -1,5 +1,5 @@
 // A layer's mixer: causal attention o, f = o weight^T + bias, and s = f + gamma * feedback attention's sum. Its decode step is that of kernels/engine/mixer.py.
-#include "plan.h"
+#include "rows.h"
 
 #include <memory>
 
@@ -178,7 +178,8 @@ struct Chunk final : Plan
 
 Plan* planMixer(Problem const& p)
 {
-    return p.tokens == 1 ? static_cast<Plan*>(new Step) : new Chunk;
+    Plan* const rows = planMixerRows(p);
+    return rows != nullptr ? rows : p.tokens == 1 ? static_cast<Plan*>(new Step) : new Chunk;
 }
 
 // Every width, head and number of rows that selects binaries.
@@ -212,7 +213,7 @@ std::vector<Problem> everyMixer(Storage storage)
     p.width = 256; // narrow tiles of the solve
     p.headWidth = 64;
     p.heads = p.kvHeads = 4;
-    p.tokens = 2;
+    p.tokens = kStepRows + 1;
     all.push_back(p);
     return all;
 }

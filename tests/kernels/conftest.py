@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from typing import Any
@@ -24,6 +25,7 @@ def _use_interpreter() -> None:
 
     interpreter._patch_lang_tensor = patched
     _give_bfloat16(interpreter)
+    _patch_once_a_launch(interpreter)
 
 
 def _give_bfloat16(interpreter: Any) -> None:
@@ -59,6 +61,33 @@ def _give_bfloat16(interpreter: Any) -> None:
     interpreter.InterpreterBuilder.create_si_to_fp = create_si_to_fp
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _patch_once_a_launch(interpreter: Any) -> None:
+    """At each call of a device function Triton's interpreter (3.6 and 3.7) patches triton.language again: half of what a kernel took, and the same patches."""
+    import triton.language as tl
+
+    patch_lang, patched = interpreter._patch_lang, set()
+
+    class Launch(interpreter._LangPatchScope):  # type: ignore[name-defined,misc]
+        """What the launch puts back at its end."""
+
+        def restore(self) -> None:
+            patched.clear()
+            super().restore()
+
+    @functools.cache
+    def modules(fn: Any) -> frozenset[str]:
+        return frozenset(x.__name__ for x in fn.__globals__.values() if x is tl or x is tl.core)
+
+    def once(fn: Any) -> Any:
+        scope = Launch()
+        if not modules(fn) <= patched:
+            scope._changes += patch_lang(fn)._changes
+            patched.update(modules(fn))
+        return scope
+
+    interpreter._patch_lang = once
 
 
 _use_interpreter()

@@ -132,11 +132,15 @@ def launches(
 
     from sessa_deploy.kernels.causal import prefill as causal_prefill
     from sessa_deploy.kernels.causal import step as causal_step
-    from sessa_deploy.kernels.engine import layer
+    from sessa_deploy.kernels.causal import step_rows as causal_rows
+    from sessa_deploy.kernels.engine import layer, mixer_rows
     from sessa_deploy.kernels.engine import mixer as mixer_step
     from sessa_deploy.kernels.feedback import forward as feedback_fwd
     from sessa_deploy.kernels.feedback import step as feedback_step
+    from sessa_deploy.kernels.feedback import step_rows as feedback_rows
     from sessa_deploy.kernels.launch import table
+    from sessa_deploy.kernels.launch.limits import ROWS_HEADS, ROWS_WIDTHS
+    from sessa_deploy.kernels.route import steps_rows
 
     noted: list[Launch] = []
 
@@ -157,7 +161,7 @@ def launches(
     def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str, early: int = 0, weights: str = "") -> dict[str, Any]:
         return {name: table.options(name, 90, ("fp32" if dtype == torch.float32 else "fp16") + weights, variant) for name in names}
 
-    for module in (causal_prefill, causal_step, feedback_fwd, feedback_step, layer, mixer_step):
+    for module in (causal_prefill, causal_rows, causal_step, feedback_fwd, feedback_rows, feedback_step, layer, mixer_rows, mixer_step):
         monkeypatch.setattr(module, "launcher", Writer)
         monkeypatch.setattr(module, "pinned", pinned)
     monkeypatch.setattr(feedback_fwd, "_plan", feedback_fwd.Plan)  # a plan keeps its launchers
@@ -177,18 +181,24 @@ def launches(
     past, q, gamma = [half(batch, capacity, kv_heads, d) for _ in range(2)], half(batch, tokens, heads, d), floats(batch, tokens)
     k, v = [half(batch, tokens, kv_heads, d) for _ in range(2)]
 
+    few_b, few_f = steps_rows(q, capacity, width, ROWS_WIDTHS[-1]), steps_rows(q, capacity, d, ROWS_HEADS[-1])
+
     def feedback(f: torch.Tensor) -> None:
         if tokens == 1:
             feedback_step.step(q_b, k_b, gamma, f, *past_b, length)
+        elif few_b:
+            feedback_rows.step(q_b, k_b, gamma, f, *past_b, length)
         else:
             feedback_fwd.forward(q_b, k_b, gamma, f, *past_b, length, need_lse=False)
 
     def causal() -> torch.Tensor:
-        return (causal_step.step if tokens == 1 else causal_prefill.prefill)(q, k, v, *past, length)
+        return (causal_step.step if tokens == 1 else causal_rows.step if few_f else causal_prefill.prefill)(q, k, v, *past, length)
 
     def mixer() -> None:
         if tokens == 1:
             mixer_step.step(q[:, 0], k[:, 0], v[:, 0], *past, square.weight, row, q_b[:, 0], gamma[:, 0], *past_b, length, scale=square.scale)
+        elif few_b and few_f and square.scale is None:
+            mixer_rows.step(q, k, v, *past, square.weight, row, q_b, k_b, gamma, *past_b, length)
         else:
             o = causal()  # kept until the end, so that no other tensor takes its place
             feedback(layer.linear(o.view(n, width), square.weight, row, scale=square.scale).view(batch, tokens, width))
@@ -209,8 +219,9 @@ def launches(
 
 SHAPES = [
     (1, 1, 4096, 1024, 16, 16), (32, 1, 2048, 1024, 16, 16), (16, 1, 96, 192, 6, 2), (17, 1, 96, 192, 6, 2),  # steps
-    (3, 5, 1, 768, 12, 12), (1, 70, 1, 64, 2, 2), (2, 100, 0, 256, 4, 1), (1, 513, 0, 2048, 16, 4),  # prefill
-    (2, 130, 300, 1024, 16, 4), (3, 2, 4096, 192, 8, 2), (1, 64, 65, 4096, 32, 8), (1, 34000, 40, 64, 2, 1),  # chunks, the last in panels
+    (3, 5, 1, 768, 12, 12), (1, 16, 4096, 2048, 16, 16), (32, 2, 700, 256, 8, 2), (1, 9, 50, 4096, 32, 8),  # several rows; the last has no kernels for them
+    (1, 70, 1, 64, 2, 2), (2, 100, 0, 256, 4, 1), (1, 513, 0, 2048, 16, 4),  # prefill
+    (2, 130, 300, 1024, 16, 4), (3, 17, 4096, 192, 8, 2), (1, 64, 65, 4096, 32, 8), (1, 34000, 40, 64, 2, 1),  # chunks, the last in panels
 ]  # fmt: skip
 
 
@@ -258,7 +269,7 @@ def test_the_plugin_launches_what_the_python_side_does(
         assert [name for name, *_ in found].count("feedback_solve") > 2 * 2, "rows in panels"
     if weights:
         assert len({name for name, *_ in found if name.startswith("layer_")}) >= 5
-    elif shape[0] == 32 and storage == ph.HALF:
+    elif shape[:2] == (32, 1) and storage == ph.HALF:
         partial = [grid for name, grid, *_ in found if name.endswith("step_partial")]
         assert len(partial) == 3 and all(x * y <= held for x, y, _ in partial)
 

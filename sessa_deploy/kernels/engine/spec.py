@@ -6,7 +6,9 @@ Standard library only.
 from __future__ import annotations
 
 from sessa_deploy.kernels.causal.spec import head_variant
-from sessa_deploy.kernels.launch.limits import GROUP, LAYER_WIDTHS, MIXER_HEADS, MIXER_WIDTHS, PRODUCT_ROWS, QUANTISED_ROWS
+from sessa_deploy.kernels.launch.limits import (
+    GROUP, LAYER_WIDTHS, MIXER_HEADS, MIXER_WIDTHS, PRODUCT_ROWS, QUANTISED_ROWS, ROWS_HEADS, ROWS_WIDTHS,
+)  # fmt: skip
 from sessa_deploy.kernels.launch.spec import QUANTISED, Kernel, Param, by_name, integers, pointers
 
 _LAYER, _MIXER, _DECODE = (f"sessa_deploy.kernels.engine.{name}" for name in ("layer", "mixer", "decode_io"))
@@ -62,6 +64,26 @@ _MIXERS = (
            ("BLOCK_F", "BLOCK_B", "BLOCK_D", "PDL"), _ANY, dtypes=_HALF, scalar_loads=20, early=_ANY, early_rows=64),
 )  # fmt: skip
 
+_ROWS = "sessa_deploy.kernels.engine.mixer_rows"
+_ROWS_STEPS = tuple(f"{w}.{h}{g}" for w in ROWS_WIDTHS for h in ROWS_HEADS for g in ("", f"x{GROUP}"))
+_PARTS = pointers("part_f", "stat_f", "part_b", "stat_b", "scores", type="*fp32")
+
+_MIXER_ROWS = (
+    Kernel("mixer_rows_partial", _ROWS,
+           (*pointers("q", "k", "v", "past_k", "past_v", "q_b", "k_b", "past_kb", "past_s"), Param("past_length", "*i32"), *_PARTS,
+            *integers("tokens", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
+            Param("scale_b", "fp32"), *integers("programs_f")),
+           ("ROWS_F", "HEADS_F", "SLOTS_F", "GROUP_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "PDL"),
+           _ROWS_STEPS, dtypes=_HALF, scalar_loads=16, early=_ROWS_STEPS, early_rows=0),
+    Kernel("mixer_rows_combine", _ROWS,
+           (*_PARTS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", "inverse", type="*fp32"),
+            *integers("tokens", "capacity", "splits_f", "rows_f", "slots_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
+           ("BLOCK_F", "BLOCK_B", "NF", "NB", "DF", "DB", "PDL"), _ANY, dtypes=_HALF, scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
+    Kernel("mixer_rows_out", _ROWS,
+           (*pointers("x", "weight", "bias"), *pointers("add", "inverse", type="*fp32"), *pointers("out"), *integers("tokens"), Param("depth", "i32", True)),
+           ("BN", "BK", "KS", "PDL"), _ANY, dtypes=_HALF, scalar_loads=32, early=_ANY, early_rows=_EARLY_ROWS),
+)  # fmt: skip
+
 _LENGTHS = (Param("past_length", "*i32"), Param("new_length", "*i32"))
 
 # They see words and float32 logits only, whatever the storage type: one binary an architecture.
@@ -70,11 +92,11 @@ _DECODES = (
            ("BLOCK",), _ANY, dtypes=("fp32",), scalar_loads=6),
     Kernel("decode_argmax", _DECODE, (Param("logits", "*fp32"), *pointers("best", type="*fp32"), *pointers("where", type="*i32"), *integers("vocabulary")),
            ("SPLITS", "BLOCK"), _ANY, dtypes=("fp32",), scalar_loads=64, wide=False),
-    Kernel("decode_finish", _DECODE, (*pointers("best", type="*fp32"), *pointers("where", type="*i32"), *_LENGTHS, Param("ids", "*i32")),
-           ("SPLITS",), _ANY, dtypes=("fp32",), scalar_loads=4),
+    Kernel("decode_finish", _DECODE, (*pointers("best", type="*fp32"), *pointers("where", type="*i32"), *_LENGTHS, Param("ids", "*i32"),
+                                      Param("next_ids", "*i32"), *integers("words")), ("SPLITS",), _ANY, dtypes=("fp32",), scalar_loads=4),
 )  # fmt: skip
 
-KERNELS = by_name((*_LAYERS, *_MIXERS, *_DECODES))
+KERNELS = by_name((*_LAYERS, *_MIXERS, *_MIXER_ROWS, *_DECODES))
 
 
 def product_variant(rows: int, weights: str = "") -> str:
@@ -87,4 +109,12 @@ def mixer_variant(width: int, head: int, group: int) -> str:
     padded = next((w for w in MIXER_WIDTHS if width <= w), 0)
     if not padded or head > MIXER_HEADS[-1]:
         raise ValueError(f"the mixer has no kernel for D = {width} and heads of {head}; the largest are {MIXER_WIDTHS[-1]} and {MIXER_HEADS[-1]}")
+    return f"{padded}.{head_variant(head, group)}"
+
+
+def rows_variant(width: int, head: int, group: int) -> str:
+    """`mixer_variant` for a step of several rows. Raises ValueError beyond the largest."""
+    padded = next((w for w in ROWS_WIDTHS if width <= w), 0)
+    if not padded or head > ROWS_HEADS[-1]:
+        raise ValueError(f"a step of several rows has no kernel for D = {width} and heads of {head}; the largest are {ROWS_WIDTHS[-1]} and {ROWS_HEADS[-1]}")
     return f"{padded}.{head_variant(head, group)}"

@@ -45,3 +45,7 @@ ROTARY_MAX_PAIRS = 128  # d / 2
 # --- the decode step of both attentions at a time
 MIXER_WIDTHS = LAYER_WIDTHS
 MIXER_HEADS = HEAD_WIDTHS[:2]
+
+# --- a step of 2 to STEP_ROWS rows of a sequence; wider models take the kernels of prefill
+ROWS_WIDTHS = MIXER_WIDTHS[:2]
+ROWS_HEADS = MIXER_HEADS
