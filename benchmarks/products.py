@@ -36,7 +36,7 @@ class Case:
 
     def __init__(self, kernel: str, rows: int, width: int, vocabulary: int, dtype: torch.dtype, weights: str = "", cold: bool = True) -> None:
         self.kernel, self.rows, self.width, self.dtype = kernel, rows, width, dtype
-        self.columns = {"layer_enter": 2, "layer_norm_enter": 2, "layer_project_gain": 5}.get(kernel, 1) * width if kernel != "layer_logits" else vocabulary
+        self.columns = {"layer_enter": 2, "layer_norm_enter": 2, "layer_project_gain": 5, "layer_widen": 5}.get(kernel, 1) * width if kernel != "layer_logits" else vocabulary
 
         def make(*shape: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.randn(shape, device="cuda", dtype=torch.float32).mul_(0.1).to(kind)
@@ -48,6 +48,7 @@ class Case:
         self.name = weights_name(one.dtype)
         self.copies = max(2, -(-COLD // (one.numel() * one.itemsize))) if cold else 2
         self.weights = [one, *(one.clone() for _ in range(self.copies - 1))]
+        self.wide = torch.empty(self.columns if kernel == "layer_widen" else 1, width, device="cuda", dtype=dtype)
         self.out = make(rows, self.columns, kind=float32 if kernel == "layer_logits" else dtype)
         self.cos, self.sin, self.add = make(rows, 32, kind=float32), make(rows, 32, kind=float32), make(rows, width, kind=float32)
         self.parts, self.gains, self.gamma = [make(rows, width) for _ in range(5)], make(width, kind=float32), make(rows, kind=float32)
@@ -62,6 +63,8 @@ class Case:
         x, h, bias, out, scale = self.x, self.h, self.bias, self.out, self.scale
         sizes = (self.rows, self.width)
         match self.kernel:
+            case "layer_widen":
+                return w, self.wide, w.numel()
             case "layer_linear":
                 return x, w, scale, bias, out, *sizes, self.columns
             case "layer_out":
@@ -78,6 +81,8 @@ class Case:
         return h, w, scale, *biases, self.cos, self.sin, self.gains, self.gains, *self.parts, self.gamma, *sizes, self.width, 8, 0.999
 
     def grid(self, tiles: Options) -> tuple[int, ...]:
+        if self.kernel == "layer_widen":
+            return (triton.cdiv(self.columns * self.width, tiles["BLOCK"]),)
         tall = triton.cdiv(self.rows, tiles.get("BM", 1))
         if self.kernel == "layer_project_gain":
             return (layer.gamma_programs(self.rows, tiles["BM"]) + 5 * tall * triton.cdiv(self.width, tiles["BN"]),)
