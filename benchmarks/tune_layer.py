@@ -104,7 +104,8 @@ def main() -> int:
             continue
         order: list[Job] = [(n, dtype, kinds[f], options[n, f, variant, t]) for n, f, t in jobs]
         failed = {jobs[i]: why for i, why in compile_all(order, 16).items()}
-        print(f"D {width}, {variant}: compiled {len(jobs)} by {time.perf_counter() - begun:.0f} s, failed {len(failed)}: {list(failed.values())[:2]}", flush=True)
+        now = time.perf_counter() - begun
+        print(f"D {width}, {variant}: compiled {len(jobs)} by {now:.0f} s, failed {len(failed)}: {list(failed.values())[:2]}", flush=True)
         for name, format in pairs:
             if time.perf_counter() - begun > args.seconds:
                 print(f"no time left for {name}:{variant} {format}")
@@ -125,7 +126,8 @@ def main() -> int:
                           "candidates": [(us, listed[at]) for us, at in times]})  # fmt: skip
             best = "  ".join(f"{us:.2f} {tuple(listed[at].values())}" for us, at in times[: args.top])
             beside = f"today {first:6.2f}" if format else f"cuBLAS {library:6.2f}"
-            print(f"{name:18} {format or args.dtype:>4} {variant:>3} D {width} rows {rows:4}: {beside} us | {best} ... {times[-1][0] if times else 0:.2f}", flush=True)
+            worst = times[-1][0] if times else 0.0
+            print(f"{name:18} {format or args.dtype:>4} {variant:>3} D {width} rows {rows:4}: {beside} us | {best} ... {worst:.2f}", flush=True)
             del case
             torch.cuda.empty_cache()
             if args.pin and times:
@@ -140,7 +142,7 @@ def main() -> int:
 def _is(kernel: str, variant: str, quantised: bool) -> bool:
     """Whether there is such a binary."""
     if kernel in ("layer_norm_enter", "layer_enter"):
-        return (variant == "1") == (kernel == "layer_norm_enter") and not (quantised and variant not in BYTES or quantised and variant == "any")
+        return (variant == "1") == (kernel == "layer_norm_enter") and (not quantised or variant in ("1", "64"))
     if quantised:
         return variant in BYTES and (variant == "any") == (kernel == "layer_widen")
     return kernel != "layer_widen" and (kernel, variant) != ("layer_logits", "any")

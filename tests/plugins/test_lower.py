@@ -66,13 +66,13 @@ def test_lowering_again_gives_the_same_bytes(lowered: tuple[Path, dict[str, Any]
 
 
 def test_weights_of_8_bits_double_no_librarys_size() -> None:
-    """Products alone read them, with a variant less; E4M3 from sm_89 on. Which there are follows from the tables of each architecture."""
+    """Products of few rows and what widens them alone read them; E4M3 from sm_89 on. Which there are follows from the tables of each architecture."""
     storage, int8, fp8 = (lower.units(ARCHS, weights=[kind]) for kind in lower.KINDS)
     assert sorted([*storage, *int8, *fp8]) == sorted(lower.units(ARCHS)) and len(int8) + len(fp8) < len(storage) / 2
     readers = {k.name for k in table.kernels().values() if "*weight" in {p.type for p in k.params}}
     for units, kind in ((int8, ".i8"), (fp8, ".f8")):
         assert {u.kernel for u in units} == readers and {u.dtype for u in units} == {"fp16" + kind, "bf16" + kind}
-        assert not {u.variant for u in units} & {"16"}
+        assert not {u.variant for u in units} & {"16"} and {u.kernel for u in units if u.variant == "any"} == {"layer_widen"}
     assert {lower.served_by(lower.Unit("layer_out", a, "fp16.i8", "1"), ARCHS) or a for a in ARCHS} == {80, 87, 90, 100, 120}
     assert {u.arch for u in fp8} == {a for a in ARCHS if a >= FLOAT8_ARCH}
     assert not lower.units([80, 86, 87], weights=["fp8"])
@@ -82,14 +82,15 @@ def test_weights_of_8_bits_double_no_librarys_size() -> None:
 def test_kernels_that_read_8_bits_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample: each kind of tile and weight; all of them are the work of `python -m sessa_deploy.plugins.lower`."""
     chosen = [lower.Unit("layer_norm_enter", 80, "fp16.i8", "1024"), lower.Unit("layer_tail", 89, "bf16.f8", "64"),
-              lower.Unit("layer_out", 90, "bf16.i8", "any"), lower.Unit("layer_logits", 90, "fp16.f8", "1")]  # fmt: skip
+              lower.Unit("layer_out", 90, "bf16.i8", "64"), lower.Unit("layer_logits", 90, "fp16.f8", "1"),
+              lower.Unit("layer_widen", 90, "bf16.f8", "any")]  # fmt: skip
     assert set(chosen) <= set(lower.units(ARCHS))
     monkeypatch.setattr(lower, "units", lambda *_: chosen)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for made, unit in zip(lower.lower(ARCHS, tmp_path), chosen, strict=True):
         assert (made.problems, made.dtype) == ([], unit.dtype)
-        weight, scale = [p["type"] for p in made.params if p["name"] in ("weight", "scale")]
-        assert weight == {".i8": "*i8", ".f8": "*fp8e4nv"}[unit.dtype[4:]] and scale == "*fp32"
+        types = {p["name"]: p["type"] for p in made.params}
+        assert types["weight"] == {".i8": "*i8", ".f8": "*fp8e4nv"}[unit.dtype[4:]] and types.get("scale", "*fp32") == "*fp32"
 
 
 def cubin(**change: Any) -> lower.Cubin:
@@ -158,7 +159,7 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
     """A GPU before sm_90 has no griddepcontrol; where there is one, a decode step's kernels ask for it, but no product of more than 64 rows."""
     early = [k for k in table.kernels().values() if k.early]
     assert {k.name for k in early} == {k.name for k in table.kernels().values() if "PDL" in k.constexprs}
-    assert {k.name for k in early} == {n for n in table.kernels() if n.startswith(("feedback_step", "causal_step", "mixer_step", "layer_"))}
+    assert {k.name for k in early} == {n for n in table.kernels() if n.startswith(("feedback_step", "causal_step", "mixer_step", "layer_"))} - {"layer_widen"}
     for k in early:
         for variant in k.variants:
             may = variant in k.early

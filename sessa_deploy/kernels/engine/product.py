@@ -218,7 +218,10 @@ def scale_of(scale, weight, column, m_n, BN: tl.constexpr):
 
 @triton.jit
 def scaled(b_y, b_scale, scale, weight, column, m_n, BM: tl.constexpr, BN: tl.constexpr):
-    """b_y (BM,BN) times `scale_of`. Large tiles of 16-bit weights may be of `layer_widen`: they have scales where `scale` is not the weights' address."""
+    """b_y (BM,BN) times `scale_of`. Large tiles of 16-bit weights may be of `layer_widen`: they have scales where `scale` is not the weights' address.
+
+    Those are read here: ahead of the product they would take registers that let one program fewer run beside another.
+    """
     if weight.dtype.element_ty.primitive_bitwidth == 8:
         b_y = b_y * b_scale[None, :]
     elif BM > FEW:
