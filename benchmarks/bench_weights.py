@@ -24,16 +24,14 @@ import numpy as np
 from common import write
 from compare_peer import Point
 from compare_worker import Runtime, decode, prefill
-from random_bundle import SIZES, VOCABULARY
+from random_bundle import SIZES, VOCABULARY, config_of, random_model, write_bundle
 
-from sessa_deploy.config import SessaConfig
-from sessa_deploy.contract import MODEL_FILE, WEIGHT_FORMATS
+from sessa_deploy.contract import DEFAULT_OPSET, WEIGHT_FORMATS
 from sessa_deploy.cuda import used_memory
 from sessa_deploy.runtime import environment
-from sessa_deploy.runtime.bundle import Bundle, BundleWriter
+from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.sizes import weight_sizes
 
-SHAPES = {"1.1B": (2048, 24, 16), **SIZES}  # d_model, layers, heads
 FORMS = ("16", *WEIGHT_FORMATS)
 DEMO = Path(__file__).resolve().parent.parent / "checkpoints/demo"
 # point -> (times faster than weights in 16 bits: must, aim), by size
@@ -52,40 +50,25 @@ def describe(p: Point) -> str:
     return f"prompt of {p.prompt}" if p.prompt else f"{p.batch} at {p.contexts[0]} of {p.capacity}"
 
 
-def model_config(given: argparse.Namespace) -> SessaConfig:
-    """The config of the random model."""
-    width, layers, heads = SHAPES[given.size]
-    return SessaConfig(d_model=width, n_layers=given.layers or layers, n_heads=heads, vocab_size=given.vocabulary, max_context=given.capacity)
-
-
 def make(form: str, given: argparse.Namespace) -> None:
     """Write one form's bundle: of the demo for a CPU, else of a random model, prepared for ONNX Runtime."""
-    from sessa_deploy.export.to_onnx import export_bundle, export_onnx
+    from sessa_deploy.export.to_onnx import export_bundle
     from sessa_deploy.export.to_ort import build_ort
 
     begun, out = time.perf_counter(), given.folder / form
     weights = None if form == "16" else form
-    opset = WEIGHT_FORMATS[form].opset if weights else 17
     if given.cpu:
-        export_bundle(DEMO, out, "fp32", opset, weights=weights)
+        export_bundle(DEMO, out, "fp32", WEIGHT_FORMATS[form].opset if weights else DEFAULT_OPSET, weights=weights)
         return
     import torch
 
-    from sessa_deploy.contract import Weights
-    from sessa_deploy.model import SessaLM
-
-    torch.manual_seed(0)
     torch.set_num_threads(given.threads)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = SessaLM(model_config(given))
-    model = model.cpu()
+    model = random_model(config_of(given.size, given.layers, given.vocabulary, given.capacity))
     torch.cuda.empty_cache()
     drawn = time.perf_counter()
-    with BundleWriter(out) as writer:
-        export_onnx(model, writer.folder / MODEL_FILE, given.precision, opset, weights=weights)
-        bundle = writer.commit(model.config, given.precision, {"torch": str(torch.__version__)}, opset, Weights(weights) if weights else None)
+    write_bundle(model, out, given.precision, weights)
     exported = time.perf_counter()
-    build_ort(bundle)
+    build_ort(out)
     print(f"{form}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, weights {drawn - begun:.1f} s, export {exported - drawn:.1f} s, "
           f"prepared {time.perf_counter() - exported:.1f} s", flush=True)
 
@@ -172,7 +155,7 @@ def show(p: Point, rows: dict[str, Any], given: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--size", choices=list(SHAPES), default="1.1B")
+    add("--size", choices=list(SIZES), default="1.1B")
     add("--layers", type=int, help="another depth at the size's width")
     add("--vocabulary", type=int, default=VOCABULARY)
     add("--precision", choices=("fp16", "bf16"), default="fp16", help="of activations and caches, and of weights in 16 bits")

@@ -153,6 +153,10 @@ def prepared_here(bundle: Bundle) -> dict[str, Any]:
     """The check of the graph that `build --for ort` puts into a bundle: where it is and who computes its layers, or the command that makes it."""
     here = describe_prepared(bundle).get("prepared")
     found, mend = "none: build --for ort makes it", command("build", bundle.path, "--for", ORT_ENGINE)
+    try:
+        bundle.require_engine_weights("it")
+    except UserError as wrong:
+        found, mend = f"none: {wrong.what}", str(wrong.fix)
     if here is not None and here["why"]:
         found, mend = f"not used: {here['why']}", here["mend"]
     elif here is not None:

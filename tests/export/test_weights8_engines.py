@@ -23,6 +23,7 @@ from sessa_deploy.checkpoint import save_checkpoint
 from sessa_deploy.cli import main
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import MODEL_DATA_FILE, MODEL_FILE, PRECISIONS, SAMPLE_FILE, WEIGHT_FORMATS, Weights
+from sessa_deploy.cuda import Device
 from sessa_deploy.errors import UserError
 from sessa_deploy.export import to_ort
 from sessa_deploy.export.graph import quantise
@@ -34,6 +35,7 @@ from sessa_deploy.export.parity.rungs import RungJob
 from sessa_deploy.export.to_onnx import export_bundle
 from sessa_deploy.runtime import doctor, sizes, traffic
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
+from sessa_deploy.runtime.ort import engine
 from sessa_deploy.runtime.ort import prepared as ort_prepared
 from sessa_deploy.runtime.ort.backend import OrtBackend
 from sessa_deploy.runtime.ort.engine import OrtCudaBackend
@@ -280,7 +282,7 @@ def test_graphs_of_others_are_not_read_as_ours(bundles: dict[str, Path], tmp_pat
         to_ort.build_ort(nowhere)
 
 
-def test_what_is_said(bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_said(bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def said(*arguments: str) -> str:
         main([*arguments])
         return " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -296,12 +298,16 @@ def test_what_is_said(bundles: dict[str, Path], tmp_path: Path, capsys: pytest.C
     assert good["state"] == "ok" and not good["mend"] and "read them in 8 bits" in good["found"]
     assert early["state"] == "optional" and "need a later GPU: sm_80" in early["found"] and "--weights int8" in early["mend"]
     single = doctor.weights_here(Bundle.open(bundles["int8 fp32"]), [])
-    assert "beside activations of 16" in single["found"] and "--precision fp16 --weights int8" in single["mend"]
+    for check in (single, doctor.prepared_here(Bundle.open(bundles["int8 fp32"]))):
+        assert "beside activations of 16" in check["found"] and "--precision fp16 --weights int8" in check["mend"]
     copy = write_bundle(tmp_path / "copy", {n: opened.file(n) for n in opened.names()}, opened.config, "fp16", {}, 19, weights=opened.weights)
     built = to_ort.build_ort(copy)
     here = doctor.prepared_here(built.bundle)
     assert here["state"] == "ok" and "engines/ort-fp16, layers by the library, weights in 8 bits 0.0 MB" in here["found"]
     assert f"weights in 8 bits {built.prepared.eight_bytes / 1000:.2f} kB" in said("inspect", str(built.bundle.path))
+    for arch, says in (("sm_80", "fp8 weights need a later GPU (got sm_80; allowed: sm_89 or later); fast with: sessa-deploy export"), ("sm_89", "no library")):
+        monkeypatch.setattr(engine, "devices", lambda arch=arch: [Device(0, "GPU", arch, 1 << 34)])
+        assert says in (engine.obstacle(built.bundle) or "")
     assert OrtCudaBackend.packed_weights and not OrtBackend.packed_weights
     counts = Counter(c["name"] for c in json.loads(said("doctor", str(built.bundle.path), "--json"))["checks"])
     assert counts["the bundle's weights"] == counts["the bundle's graph for our kernels"] == 1

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from sessa_deploy.kernels.causal.spec import head_variant
 from sessa_deploy.kernels.launch.limits import (
-    GROUP, LAYER_WIDTHS, MIXER_HEADS, MIXER_WIDTHS, PRODUCT_ROWS, QUANTISED_ROWS, ROWS_HEADS, ROWS_WIDTHS,
+    GROUP,
+    LAYER_WIDTHS,
+    MIXER_HEADS,
+    MIXER_WIDTHS,
+    PRODUCT_ROWS,
+    QUANTISED_ROWS,
+    ROWS_HEADS,
+    ROWS_WIDTHS,
 )  # fmt: skip
 from sessa_deploy.kernels.launch.spec import QUANTISED, Kernel, Param, by_name, integers, pointers
 
