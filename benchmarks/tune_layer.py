@@ -92,6 +92,8 @@ def main() -> int:
     dtype, begun, arch, found = DTYPES[args.dtype], time.perf_counter(), arch_of(0), []
     kinds = {format: weights_name(getattr(torch, WEIGHT_FORMATS[format].torch)) if format else "" for format in args.weights}
     options: dict[tuple[Any, ...], dict[str, Any]] = {}  # a job's, the same object at every launch
+    made: set[tuple[str, ...]] = set()
+    failed: dict[tuple[str, ...], str] = {}
     for width, variant in ((w, v) for w in args.width for v in CASES):
         pairs = [(name, format) for format in args.weights for name in KERNELS if name not in args.skip and _is(name, variant, bool(format))
                  if not args.only or f"{name}:{variant}" in args.only]  # fmt: skip
@@ -102,10 +104,12 @@ def main() -> int:
             options.setdefault((n, f, variant, t), launched(n, variant, tried(n, variant, f)[0], entries[n, f][t]))
         if not jobs or time.perf_counter() - begun > args.seconds:
             continue
-        order: list[Job] = [(n, dtype, kinds[f], options[n, f, variant, t]) for n, f, t in jobs]
-        failed = {jobs[i]: why for i, why in compile_all(order, 16).items()}
+        new = [(n, f, t) for n, f, t in jobs if (n, f, variant, t) not in made]
+        order: list[Job] = [(n, dtype, kinds[f], options[n, f, variant, t]) for n, f, t in new]
+        failed |= {(*new[i][:2], variant, new[i][2]): why for i, why in (compile_all(order, 16) if order else {}).items()}
+        made |= {(n, f, variant, t) for n, f, t in new}
         now = time.perf_counter() - begun
-        print(f"D {width}, {variant}: compiled {len(jobs)} by {now:.0f} s, failed {len(failed)}: {list(failed.values())[:2]}", flush=True)
+        print(f"D {width}, {variant}: compiled {len(new)} by {now:.0f} s, failed {len(failed)}: {list(failed.values())[:2]}", flush=True)
         for name, format in pairs:
             if time.perf_counter() - begun > args.seconds:
                 print(f"no time left for {name}:{variant} {format}")
@@ -114,7 +118,7 @@ def main() -> int:
             case = Case(name, rows, width, args.vocabulary, dtype, format, cold=variant != "any" or bool(format))
             library, times = case.time(None) if not format else 0.0, []
             for at, t in enumerate(entries[name, format]):
-                if (name, format, t) not in failed:
+                if (name, format, variant, t) not in failed:
                     try:
                         times.append((case.time(options[name, format, variant, t]), at))
                     except Exception as error:
