@@ -138,7 +138,7 @@ def launches(
     from sessa_deploy.kernels.feedback import forward as feedback_fwd
     from sessa_deploy.kernels.feedback import step as feedback_step
     from sessa_deploy.kernels.feedback import step_rows as feedback_rows
-    from sessa_deploy.kernels.launch import table
+    from sessa_deploy.kernels.launch import jit, table
     from sessa_deploy.kernels.launch.limits import ROWS_HEADS, ROWS_WIDTHS
     from sessa_deploy.kernels.route import steps_rows
 
@@ -164,6 +164,17 @@ def launches(
     for module in (causal_prefill, causal_rows, causal_step, feedback_fwd, feedback_rows, feedback_step, layer, mixer_rows, mixer_step):
         monkeypatch.setattr(module, "launcher", Writer)
         monkeypatch.setattr(module, "pinned", pinned)
+    kept: list[torch.Tensor] = []  # workspaces and widened weights, so that no other tensor takes their place
+    take = jit.Workspace.take
+
+    def taken(self: Any, device: Any) -> Any:
+        addresses, memory = take(self, device)
+        kept.append(memory)
+        return addresses, memory
+
+    monkeypatch.setattr(jit.Workspace, "take", taken)
+    widen = layer.widen
+    monkeypatch.setattr(layer, "widen", lambda *w: kept.append(widen(*w)) or kept[-1])  # type: ignore[func-returns-value]
     monkeypatch.setattr(feedback_fwd, "_plan", feedback_fwd.Plan)  # a plan keeps its launchers
     n, d = batch * tokens, width // heads
 

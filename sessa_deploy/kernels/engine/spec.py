@@ -21,7 +21,8 @@ from sessa_deploy.kernels.launch.spec import QUANTISED, Kernel, Param, by_name, 
 _LAYER, _MIXER, _DECODE = (f"sessa_deploy.kernels.engine.{name}" for name in ("layer", "mixer", "decode_io"))
 _ANY = ("any",)
 _HALF = ("fp16", "bf16")  # a float32 engine keeps TensorRT's own layers
-_PRODUCT = tuple(dtype + kind for kind in ("", *QUANTISED) for dtype in _HALF)
+_QUANTISED = tuple(dtype + kind for kind in QUANTISED for dtype in _HALF)
+_PRODUCT = (*_HALF, *_QUANTISED)
 _MATRIX = (*pointers("weight", type="*weight"), *pointers("scale", type="*fp32"))  # scale: of each column of 8-bit weights; of others not looked at
 _WIDTHS = tuple(map(str, LAYER_WIDTHS))
 _PRODUCTS = (*map(str, PRODUCT_ROWS), "any")
@@ -35,13 +36,14 @@ _LAYERS = (
            ("BD", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=16, wide=False, early=_ANY, early_rows=_EARLY_ROWS),
     Kernel("layer_norm", _LAYER, (*pointers("x", "weight", "bias", "out"), Param("width", "i32", True), Param("eps", "fp32")),
            ("BD", "PDL"), _WIDTHS, dtypes=_HALF, early=_WIDTHS, early_rows=_EARLY_ROWS),
+    Kernel("layer_widen", _LAYER, (*_MATRIX[:1], *pointers("out"), Param("count", "i32", True)), ("BLOCK",), _ANY, dtypes=_QUANTISED),
     Kernel("layer_norm_enter", _LAYER,
            (*pointers("x", "norm_weight", "norm_bias"), *_MATRIX, *pointers("bias", "out"), Param("depth", "i32", True), Param("eps", "fp32")),
            ("BN", "BK", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS),
     Kernel("layer_linear", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
-           dtypes=_PRODUCT, scalar_loads=8, early=_FEW, early_rows=1),
+           dtypes=_PRODUCT, scalar_loads=16, early=_FEW, early_rows=1),
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
-           dtypes=_PRODUCT, scalar_loads=8, early=_FEW, early_rows=_EARLY_ROWS),
+           dtypes=_PRODUCT, scalar_loads=16, early=_FEW, early_rows=_EARLY_ROWS),
     Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, _PRODUCTS, dtypes=_PRODUCT,
            scalar_loads=32, early=_FEW),
     Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES, _PRODUCTS,
@@ -110,6 +112,17 @@ KERNELS = by_name((*_LAYERS, *_MIXERS, *_MIXER_ROWS, *_DECODES))
 def product_variant(rows: int, weights: str = "") -> str:
     """The variant of a matrix product for `rows` rows; weights: of `jit.weights_name`. Those of 8 bits have fewer."""
     return next((str(r) for r in (QUANTISED_ROWS if weights else PRODUCT_ROWS) if rows <= r), "any")
+
+
+def product_choice(kernel: str, rows: int, weights: str) -> tuple[str, str]:
+    """(variant, weights) of the binary of a product whose weights are of 8 bits, or "": beyond QUANTISED_ROWS it reads what layer_widen made of them.
+
+    But not that of the logits: the vocabulary's matrix would be the largest of all buffers, and many rows of logits are rare.
+    """
+    variant = product_variant(rows, weights)
+    if not weights or variant != "any":
+        return variant, weights
+    return (str(QUANTISED_ROWS[-1]), weights) if kernel == "layer_logits" else (variant, "")
 
 
 def mixer_variant(width: int, head: int, group: int) -> str:
