@@ -9,7 +9,7 @@ from sessa_deploy.kernels.causal.spec import head_variant
 from sessa_deploy.kernels.launch.limits import GROUP, LAYER_WIDTHS, MIXER_HEADS, MIXER_WIDTHS, PRODUCT_ROWS
 from sessa_deploy.kernels.launch.spec import Kernel, Param, by_name, integers, pointers
 
-_LAYER, _MIXER, _DECODE = (f"sessa_deploy.kernels.engine.{name}" for name in ("layer", "mixer", "decode_io"))
+_LAYER, _MIXER, _ONE, _DECODE = (f"sessa_deploy.kernels.engine.{name}" for name in ("layer", "mixer", "mixer_one", "decode_io"))
 _ANY = ("any",)
 _HALF = ("fp16", "bf16")  # a float32 engine keeps TensorRT's own layers
 _WIDTHS = tuple(map(str, LAYER_WIDTHS))
@@ -58,6 +58,16 @@ _MIXERS = (
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
             *integers("capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
            ("BLOCK_F", "BLOCK_B", "BLOCK_D", "PDL"), _ANY, dtypes=_HALF, scalar_loads=20, early=_ANY, early_rows=64),
+    Kernel("mixer_one_partial", _ONE,
+           (*pointers("q", "k", "v", "past_k", "past_v", "q_b", "past_kb", "past_s"), Param("past_length", "*i32"), *_FLOATS,
+            *integers("splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
+            Param("scale_b", "fp32")),
+           ("ROWS_F", "HEADS_F", "GROUP_F", "LANES_F", "STAGES_F", "TILES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "TILES_B", "PDL"),
+           _STEPS, dtypes=_HALF, scalar_loads=16, early=_STEPS, early_rows=1),
+    Kernel("mixer_one_out", _ONE,
+           (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("weight", "bias", "out"),
+            *integers("capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("depth", "i32", True)),
+           ("SPLITS_F", "SPLITS_B", "BN", "BK", "PDL"), _WIDTHS, dtypes=_HALF, scalar_loads=64, early=_WIDTHS, early_rows=1),
 )  # fmt: skip
 
 _LENGTHS = (Param("past_length", "*i32"), Param("new_length", "*i32"))
