@@ -79,6 +79,7 @@ def share(
     program, programs, block, q, k, v, past_k, past_v, past_length, part, stat,
     stride_kb, stride_kr, stride_vb, stride_vr, batch, splits, capacity, heads, group, units, scale,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
+    LATE: tl.constexpr = False,
 ):  # fmt: skip
     """What one of `programs` programs that share a block of heads of the batch computes."""
     every = programs >= batch * splits
@@ -93,7 +94,7 @@ def share(
             if (i_split * each < length) | (i_split == 0):  # without rows: the combination does not read this split
                 _one_split(
                     block, q, k, v, past_k, past_v, part, stat, stride_kb, stride_kr, stride_vb, stride_vr, i_b.to(tl.int64), i_split, splits, each, length,
-                    heads, group, units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES,
+                    heads, group, units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES, LATE,
                 )  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def share(
 def _one_split(
     block, q, k, v, past_k, past_v, part, stat,
     stride_kb, stride_kr, stride_vb, stride_vr, i_b, i_split, splits, each, length, heads, group, units, scale,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """Split i_split of sequence i_b for one block of heads."""
     group_blocks = tl.cdiv(group, BLOCK_G)
@@ -115,7 +116,14 @@ def _one_split(
     i_g = (block % group_blocks) * BLOCK_G
     o_q = (i_b * heads + o_h) * group + i_g  # query heads, the first of the BLOCK_G
     p_q = q + o_q[:, None] * width + o_d[None, :]
-    b_q0 = tl.load(p_q, mask=m_hd, other=0.0).to(tl.float32) * scale
+    if LATE:
+        if i_split == 0:
+            begin(True)
+            b_q0 = tl.load(p_q, mask=m_hd, other=0.0).to(tl.float32) * scale
+        else:
+            b_q0 = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
+    else:
+        b_q0 = tl.load(p_q, mask=m_hd, other=0.0).to(tl.float32) * scale
     b_max0 = tl.full([BLOCK_R, BLOCK_H], float("-inf"), dtype=tl.float32)
     b_sum0 = tl.zeros([BLOCK_R, BLOCK_H], dtype=tl.float32)
     b_acc0 = tl.zeros([BLOCK_R, BLOCK_H, BLOCK_D], dtype=tl.float32)
@@ -146,6 +154,10 @@ def _one_split(
         o_row = o_row.to(tl.int64)[:, None, None] * 8
         b_k = tl.load(p_k + o_row * stride_kr, mask=mask, other=0.0).to(tl.float32)
         b_v = tl.load(p_v + o_row * stride_vr, mask=mask, other=0.0).to(tl.float32)
+        if LATE:  # noqa: SIM102
+            if start == first:
+                begin(True)
+                b_q0 = tl.load(p_q, mask=m_hd, other=0.0).to(tl.float32) * scale
         b_max0, b_sum0, b_acc0 = _fold(b_q0, b_max0, b_sum0, b_acc0, b_k, b_v, m_row)
         if BLOCK_G == 4:
             b_max1, b_sum1, b_acc1 = _fold(b_q1, b_max1, b_sum1, b_acc1, b_k, b_v, m_row)

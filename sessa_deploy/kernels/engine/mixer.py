@@ -37,7 +37,8 @@ def mixer_step_partial(
     The first programs_f, a multiple of the blocks of heads, compute what `causal_step_partial` does, the others what `feedback_step_partial` does; tiles and
     parameters are those kernels', *_F of causal attention, *_B of feedback attention.
     """
-    begin(PDL)
+    if PDL != 3:
+        begin(PDL)
     program = tl.program_id(0)
     if program < programs_f:
         blocks = tl.cdiv(heads, HEADS_F) * tl.cdiv(group, GROUP_F)
@@ -45,12 +46,16 @@ def mixer_step_partial(
         share_causal(
             program // blocks, programs_f // blocks, program % blocks, q, k, v, past_k, past_v, past_length, part_f, stat_f, capacity.to(tl.int64) * row, row,
             capacity.to(tl.int64) * row, row, batch, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, GROUP_F, LANES_F, STAGES_F, TILES_F,
+            PDL == 3,
         )  # fmt: skip
     else:
         share_feedback(
             program - programs_f, tl.num_programs(0) - programs_f, q_b, past_kb, past_s, past_length, part_b, stat_b, capacity.to(tl.int64) * width, width,
             capacity.to(tl.int64) * width, width, batch, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, TILES_B, OWN_B,
+            PDL == 3,
         )  # fmt: skip
+    if PDL == 3:
+        begin(True)  # a program that found nothing to do waits too
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_step_combine"))

@@ -128,43 +128,42 @@ def _feedback_split(
     i_split, q, past_k, past_s, part, stat, length, splits, width, scale,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split: part (splits,D), stat (splits,). Chunks of D come before the rows of a tile, so that its warps lie along the rows and not across D."""
+    """One split: part (splits,D), stat (splits,). With 256 lanes a tile's warps lie along its rows, so that a row's sum crosses none."""
     o_r = tl.arange(0, ROWS)
-    o_d = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    o_d = tl.arange(0, CHUNKS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     m_d = o_d < width
-    p_k, p_s = past_k + o_d, past_s + o_d
-    b_q = tl.zeros([CHUNKS, 1, LANES], dtype=tl.float32)
+    p_k, p_s = past_k + o_d[None, :, :], past_s + o_d[None, :, :]
+    b_q = tl.zeros([CHUNKS, LANES], dtype=tl.float32)
     b_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([ROWS], dtype=tl.float32)
-    b_acc = tl.zeros([CHUNKS, ROWS, LANES], dtype=tl.float32)
+    b_acc = tl.zeros([ROWS, CHUNKS, LANES], dtype=tl.float32)
     each = rows_each(length, splits, ROWS * TILES)
     first = i_split * each
     end = tl.minimum(first + each, length)
     for start in tl.range(first, end, ROWS, num_stages=STAGES):
         o_row = start + o_r
         m_row = o_row < end
-        mask = m_row[None, :, None] & m_d
-        o_row = o_row.to(tl.int64)[None, :, None] * width
+        mask = m_row[:, None, None] & m_d[None, :, :]
+        o_row = o_row.to(tl.int64)[:, None, None] * width
         b_k = tl.load(p_k + o_row, mask=mask, other=0.0)
         b_s = tl.load(p_s + o_row, mask=mask, other=0.0)
         if start == first:  # as in `_causal_split`
             begin(PDL)
             b_q = _query(q + o_d, m_d, scale)
-        b_x = tl.where(m_row, tl.sum(tl.sum(b_k.to(tl.float32) * b_q, 0), 1), float("-inf"))
+        b_x = tl.where(m_row, tl.sum(tl.sum(b_k.to(tl.float32) * b_q[None, :, :], 1), 1), float("-inf"))
         b_top = tl.maximum(b_max, b_x)
         b_base = tl.where(b_top == float("-inf"), 0.0, b_top)  # a slot that has seen no row yet
         b_p = tl.exp2(b_x - b_base)
         b_fade = tl.exp2(b_max - b_base)
         b_sum = b_sum * b_fade + b_p
-        b_acc = b_acc * b_fade[None, :, None] + b_s.to(tl.float32) * b_p[None, :, None]
+        b_acc = b_acc * b_fade[:, None, None] + b_s.to(tl.float32) * b_p[:, None, None]
         b_max = b_top
     begin(PDL)
     if first < length:
         b_top = tl.max(b_max, 0)
         b_w = tl.where(b_max == float("-inf"), 0.0, tl.exp2(b_max - b_top))
         b_total = tl.sum(b_sum * b_w, 0)
-        o_out = tl.arange(0, CHUNKS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-        tl.store(part + i_split * width + o_out, tl.sum(b_acc * b_w[None, :, None], 1) / b_total, mask=o_out < width)
+        tl.store(part + i_split * width + o_d, tl.sum(b_acc * b_w[:, None, None], 0) / b_total, mask=m_d)
         tl.store(stat + i_split, b_top + tl.log2(b_total))
 
 
