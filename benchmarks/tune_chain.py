@@ -198,7 +198,7 @@ def values() -> None:
     for n in (0, 1, 5, 63, 65, 160, 511, 1000, 4128, 32768):
         length = torch.tensor([n], dtype=torch.int32, device="cuda")
         wanted = truth(a, n)
-        new, old = (m.step(**a, past_length=length)[0].double() for m in (mixer_one, mixer))
+        new, old = (run(**a, past_length=length)[0].double() for run in (mixer_one.step, mixer.step_batch))
         same = torch.equal(new, mixer_one.step(**a, past_length=length, early=1)[0].double())
         errors = [float((x - wanted).abs().max() / wanted.abs().max()) for x in (new, old)]
         row.append(f"{n}: {errors[0]:.1e} (was {errors[1]:.1e})" + ("" if same else " BITS"))
@@ -301,9 +301,9 @@ def one_sequence(config: SessaConfig, copy: float, until: float) -> None:
     for name, tiles in PROJECTS:
         consider(name, {**base, PROJECT: tiles})
         consider(f"{name}, lets the next in first", {**base, PROJECT: tiles, "pdl:layer_project_gain": 2})
-    base = best
+    settled = best
     for percent in (44, 58, 72, 86, 100):
-        consider(f"shared memory {percent}%", {**base, "carve": percent})
+        consider(f"shared memory {percent}%", {**settled, "carve": percent})
     print(f"best: {best}", flush=True)
     bench.same_bits("best", best)
     print("without the mixer early: ", end="")

@@ -55,16 +55,20 @@ bool missingCubin(Problem const& p, int32_t arch, std::string& error)
 size_t workspaceFor(Problem const& p, int32_t arch)
 {
     size_t most = 0;
-    for (int64_t const tokens : {int64_t{1}, p.tokens})
+    for (int64_t const batch : {int64_t{1}, p.batch})
     {
-        Problem one = p;
-        one.tokens = tokens;
-        auto const plan = planFor(one);
-        if (plan->find(one, arch))
+        for (int64_t const tokens : {int64_t{1}, p.tokens})
         {
-            Arena arena(nullptr);
-            plan->layout(one, arena, true);
-            most = std::max(most, static_cast<size_t>(arena.used()));
+            Problem one = p;
+            one.batch = batch;
+            one.tokens = tokens;
+            auto const plan = planFor(one);
+            if (plan->find(one, arch))
+            {
+                Arena arena(nullptr);
+                plan->layout(one, arena, true);
+                most = std::max(most, static_cast<size_t>(arena.used()));
+            }
         }
     }
     return most;

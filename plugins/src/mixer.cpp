@@ -105,6 +105,66 @@ struct Step final : Plan
     char* add{};
 };
 
+// A step of one sequence, as kernels/engine/mixer_one.py computes it.
+struct One final : Plan
+{
+    bool find(Problem const& p, int32_t arch) override
+    {
+        partial = findCubin("mixer_one_partial", arch, dtypeName(p.storage), variant(p).c_str());
+        out = findCubinForWidth("mixer_one_out", arch, dtypeName(p.storage), i32(p.width));
+        return partial != nullptr && out != nullptr;
+    }
+
+    std::vector<Cubin const*> cubins() const override
+    {
+        return {partial, out};
+    }
+
+    void layout(Problem const& p, Arena& arena, bool) override
+    {
+        rowsF = partial->tile("ROWS_F") * partial->tile("TILES_F");
+        rowsB = partial->tile("ROWS_B") * partial->tile("TILES_B");
+        splitsF = stepSplits(p.capacity, rowsF, out->tile("SPLITS_F"));
+        splitsB = stepSplits(p.capacity, rowsB, out->tile("SPLITS_B"));
+        partF = arena.take(4 * splitsF * p.width);
+        statF = arena.take(4 * splitsF * p.heads);
+        partB = arena.take(4 * splitsB * p.width);
+        statB = arena.take(4 * splitsB);
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        int64_t const group = p.heads / p.kvHeads;
+        int64_t const blocks = ceilDiv(p.kvHeads, partial->tile("HEADS_F")) * ceilDiv(group, partial->tile("GROUP_F"));
+        int32_t const units = i32(p.headWidth / kHeadMultiple);
+        Arguments first;
+        for (auto const i : {kQ, kK, kV, kPastK, kPastV, kQB, kPastKb, kPastS, kPastLength})
+        {
+            first.add(t.in[i]);
+        }
+        first.add(partF).add(statF).add(partB).add(statB).add(i32(splitsF)).add(i32(splitsB)).add(i32(p.capacity)).add(i32(p.kvHeads)).add(i32(group));
+        first.add(units).add(i32(p.width)).add(scaleLog2(p.headWidth, 0.0F)).add(scaleLog2(p.width, 0.0F));
+        Arguments second;
+        second.add(partF).add(statF).add(partB).add(statB).add(t.in[kPastLength]).add(t.in[kGamma]).add(t.in[kWeight]).add(t.in[kBias]).add(t.out);
+        second.add(i32(p.capacity)).add(i32(splitsF)).add(i32(rowsF)).add(i32(splitsB)).add(i32(rowsB)).add(i32(p.heads)).add(units).add(i32(p.width));
+        // It reads its pasts before it waits. The projections write none of them; what else might stand ahead of it nobody knows here.
+        int64_t const rows = launchedLast(stream, "layer_project_gain") ? p.batch : kManyRows;
+        return launch(*partial, {blocks * splitsF + splitsB, 1, 1}, first, stream, error, rows)
+            && launch(*out, {ceilDiv(p.width, out->tile("BN")), 1, 1}, second, stream, error, p.batch);
+    }
+
+    Cubin const* partial{};
+    Cubin const* out{};
+    int64_t rowsF{}; // that a split takes at least
+    int64_t rowsB{};
+    int64_t splitsF{};
+    int64_t splitsB{};
+    char* partF{};
+    char* statF{};
+    char* partB{};
+    char* statB{};
+};
+
 // Prefill and chunks: the three operations, one after the other.
 struct Chunk final : Plan
 {
@@ -178,6 +238,10 @@ struct Chunk final : Plan
 
 Plan* planMixer(Problem const& p)
 {
+    if (p.tokens == 1 && p.batch == 1)
+    {
+        return new One;
+    }
     return p.tokens == 1 ? static_cast<Plan*>(new Step) : new Chunk;
 }
 

@@ -129,7 +129,7 @@ def launches(
 
     from sessa_deploy.kernels.causal import prefill as causal_prefill
     from sessa_deploy.kernels.causal import step as causal_step
-    from sessa_deploy.kernels.engine import layer
+    from sessa_deploy.kernels.engine import layer, mixer_one
     from sessa_deploy.kernels.engine import mixer as mixer_step
     from sessa_deploy.kernels.feedback import forward as feedback_fwd
     from sessa_deploy.kernels.feedback import step as feedback_step
@@ -144,6 +144,7 @@ def launches(
             self.name, self.threads = kernel.__name__, 32 * options["num_warps"]
             # whether kernels start early the Python side leaves to the plugin: the rule is the number of rows and that the binary can
             self.early = bool(options.get("PDL")) and batch * tokens <= table.kernel(self.name).early_rows
+            self.early = self.early and self.name != "mixer_one_partial"  # behind the projections alone, which it is not here
 
         def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
             kinds = [p.type for p in table.kernel(self.name).params]
@@ -154,7 +155,7 @@ def launches(
     def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str, early: int = 0) -> dict[str, Any]:
         return {name: table.options(name, 90, "fp32" if dtype == torch.float32 else "fp16", variant) for name in names}
 
-    for module in (causal_prefill, causal_step, feedback_fwd, feedback_step, layer, mixer_step):
+    for module in (causal_prefill, causal_step, feedback_fwd, feedback_step, layer, mixer_step, mixer_one):
         monkeypatch.setattr(module, "launcher", Writer)
         monkeypatch.setattr(module, "pinned", pinned)
     monkeypatch.setattr(feedback_fwd, "_plan", feedback_fwd.Plan)  # a plan keeps its launchers

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels.causal.step import share as share_causal
 from sessa_deploy.kernels.device import add_splits, begin, splits_used
+from sessa_deploy.kernels.engine import mixer_one
 from sessa_deploy.kernels.engine.layer import out_add
 from sessa_deploy.kernels.engine.spec import mixer_variant
 from sessa_deploy.kernels.feedback.step import share as share_feedback
@@ -97,7 +98,17 @@ def step(
 
     q (B,Hq,d), k, v (B,Hkv,d), past_k, past_v (B,P,Hkv,d), weight (D,D) and bias (D,) of the output projection, q_b (B,D), gamma (B,) float32, past_kb,
     past_s (B,P,D), past_length (B,) int32; all dense. early: see `jit.pinned`.
+    One sequence has kernels of its own: mixer_one.py.
     """  # fmt: skip
+    run = mixer_one.step if q.shape[0] == 1 else step_batch
+    return run(q, k, v, past_k, past_v, weight, bias, q_b, gamma, past_kb, past_s, past_length, early)
+
+
+def step_batch(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, weight: Tensor, bias: Tensor, q_b: Tensor, gamma: Tensor, past_kb: Tensor,
+    past_s: Tensor, past_length: Tensor, early: int = 0,
+) -> Tensor:
+    """`step` by this file's kernels, whatever the batch."""
     batch, q_heads, head = q.shape
     heads, capacity, width, device, dtype = k.shape[1], past_k.shape[1], q_b.shape[1], q.device, q.dtype
     group, units = q_heads // heads, head // HEAD_MULTIPLE
