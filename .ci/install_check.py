@@ -1,4 +1,4 @@
-"""Whether this package installs where nothing of it is yet: `resolve`, `packages` and `lowest`, any of them in one call.
+"""Whether this package installs where nothing of it is yet: `resolve`, `packages` and `lowest`, any of them in one call, side by side.
 
 resolve: every extra, and the constraints, from the package index alone for Python 3.10 to 3.13. packages: the sdist and the wheel hold what they should, and
 the wheel with [ort] generates text. lowest: the lowest version of every dependency (torch as constrained) runs tests of export and runtime.
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Sequence
@@ -20,11 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("ort", "cuda", "dynamo", "tensorrt", "rtx", "export", "train", "dev")  # [dev] holds [serve] and [paper]
+EXTRAS = ("cuda", "dynamo", "tensorrt", "dev")  # [dev] holds what all others ask for: where it resolves, so does each of them
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 ELSEWHERE = "special placeholder package"  # what NVIDIA's stubs of TensorRT say where their own index is out of reach
 TESTS = ("tests/export/test_to_onnx.py", "tests/export/graph/test_onnx_functions.py", "tests/runtime/ort/test_ort.py", "tests/runtime/test_session.py",
          "tests/runtime/test_tokenizer.py", "tests/test_checkpoint.py", "tests/runtime/serve/test_completions.py", "tests/runtime/serve/test_refusals.py")
+# Two of the golden layers are enough here, with rotary positions and without: another one's trace takes the same calls of the libraries.
+LEFT_OUT = [f"tests/export/test_to_onnx.py::test_golden_numbers_through_onnx_runtime[layer_0{i}]" for i in (1, 3, 4, 5)]
+_building = threading.Lock()
 
 
 def run(command: Sequence[str | Path], clean: bool = False, **more: object) -> subprocess.CompletedProcess[str]:
@@ -64,9 +68,9 @@ def resolve(work: Path) -> None:
     """Every extra by `pip install --dry-run` from the index alone."""
     pythons = {version: interpreter(version) for version in PYTHONS}
     pip = environment(work, Path(sys.executable), "pip", newest_pip=True)  # an older one fetches every wheel whole, gigabytes for each resolve with torch
-    wheel = build(work / "resolve-dist", pip)[1]
+    wheel = build(work)[1]
     jobs = [(version, extra, constrained) for version in PYTHONS for extra in EXTRAS for constrained in (False, True) if pythons[version]
-            and (not constrained or extra in ("export", "dev"))]
+            and (not constrained or extra == "dev")]
 
     def one(job: tuple[str, str, bool]) -> tuple[bool, str]:
         version, extra, constrained = job
@@ -95,16 +99,19 @@ def resolve(work: Path) -> None:
         sys.exit(f"{failed} of {len(jobs)} were not resolved")
 
 
-def build(out: Path, python: Path) -> tuple[Path, Path]:
-    """(the sdist, the wheel made from it)."""
-    must([python, "-m", "pip", "install", "-q", "build"])
-    must([python, "-m", "build", "--outdir", out, ROOT])
-    return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
+def build(work: Path) -> tuple[Path, Path]:
+    """(the sdist, the wheel made from it), made once."""
+    with _building:
+        if not (work / "dist").is_dir():
+            python = environment(work, Path(sys.executable), "build")
+            must([python, "-m", "pip", "install", "-q", "build"])
+            must([python, "-m", "build", "--outdir", work / "dist", ROOT])
+    return next((work / "dist").glob("*.tar.gz")), next((work / "dist").glob("*.whl"))
 
 
 def packages(work: Path) -> None:
     """The sdist holds the clone, the wheel every module, and text comes out of the wheel with [ort]."""
-    sdist, wheel = build(work / "dist", environment(work, Path(sys.executable), "build"))
+    sdist, wheel = build(work)
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     tracked = set(must(["git", "-C", ROOT, "ls-files"]).split("\n")) - {"", ".gitignore"}
@@ -152,18 +159,23 @@ def lowest(work: Path) -> None:
     python = environment(work, interpreter("3.11") or Path(sys.executable), "lowest", newest_pip=True)  # that of 3.11 searches old versions for very long
     must([python, "-m", "pip", "install", "-q", "--only-binary", ":all:", "-c", ROOT / "constraints.txt", "torch", *minima()])
     must([python, "-m", "pip", "install", "-q", "--no-deps", "-e", ROOT])
-    subprocess.run([str(python), "-m", "pytest", "-n", "2", "--dist", "loadfile", *TESTS], cwd=ROOT, check=True)
+    skipped = [word for test in LEFT_OUT for word in ("--deselect", test)]
+    subprocess.run([str(python), "-m", "pytest", "-n", "2", "--dist", "loadfile", *TESTS, *skipped], cwd=ROOT, check=True)
 
 
 def main(names: Sequence[str]) -> None:
     steps = {"resolve": resolve, "packages": packages, "lowest": lowest}
     if not names or set(names) - set(steps):
         sys.exit(f"usage: install_check.py {' | '.join(steps)} ...")
-    with tempfile.TemporaryDirectory(prefix="sessa-install-") as work:
-        for name in names:
-            begun = time.monotonic()
-            steps[name](Path(work))
-            print(f"{name}: done in {time.monotonic() - begun:.0f} s", flush=True)
+
+    def one(name: str) -> None:
+        begun = time.monotonic()
+        steps[name](Path(work))
+        print(f"{name}: done in {time.monotonic() - begun:.0f} s", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="sessa-install-") as work, ThreadPoolExecutor(len(names)) as pool:
+        for running in [pool.submit(one, name) for name in names]:
+            running.result()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CACHE_FIELDS, cache_row_shape
 from sessa_deploy.kernels.causal import step as causal
-from sessa_deploy.kernels.engine import layer, mixer, mixer_one
+from sessa_deploy.kernels.engine import layer, mixer
 from sessa_deploy.kernels.feedback import step as feedback
 from sessa_deploy.runtime import traffic
 
@@ -37,9 +37,8 @@ POINTS: dict[str, tuple[int, list[int]]] = {
 class Chain:
     """Weights of every layer and the head."""
 
-    def __init__(self, config: SessaConfig, device: str = "cuda", separate: bool = False, one: bool = True) -> None:
+    def __init__(self, config: SessaConfig, device: str = "cuda", separate: bool = False) -> None:
         self.config, self.device, d = config, device, config.d_model
-        self.one = one  # one sequence by the kernels of mixer_one
         self.separate = separate  # attentions and output projection as kernels of their own
 
         def random(*shape: int, scale: float = 1.0, kind: torch.dtype = HALF) -> Tensor:
@@ -69,7 +68,7 @@ class Chain:
                 s = feedback.step(q_b[:, None], k_new[:, None], gamma[:, None], f[:, None], k_b, s_b, length, early)
             else:
                 q, k, v = (t.view(rows, config.n_heads, config.head_dim) for t in (q, k, v))
-                s = (mixer.step if self.one else mixer.step_batch)(q, k, v, k_f, v_f, *w["out"], q_b, gamma, k_b, s_b, length, early)
+                s = mixer.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, k_b, s_b, length, early)
             x = layer.tail(s.view(x.shape), h, *w["tail"], x, early)
         return layer.linear(layer.norm(x, *self.last, config.layer_norm_eps, early), self.head, None, early)
 

@@ -30,6 +30,20 @@ def paired_ms(calls: Sequence[Callable[[], object]], repeats: int = 9, warmup: i
     return [statistics.median(t) for t in times], statistics.median(a / b for a, b in zip(times[0], times[1], strict=True))
 
 
+def greedy_step(backend: Any, ids: Any, new: Any, last: bool = False) -> Any:
+    """Token ids (B,) of a decode step as a session takes it: where the backend looks ahead, the step behind it is begun before they are read.
+
+    ids (B,1): the tokens before, which a step that was begun already does not ask for; new (B,): new_length. last: nothing follows on this step.
+    """
+    if not backend.looks_ahead:
+        return backend.step_greedy(ids, new)
+    if not backend.under_way:
+        backend.begin_greedy(ids, new)
+    if not last:
+        backend.begin_next(new)
+    return backend.end_greedy()
+
+
 def run_logged(command: Sequence[str], log: Path, limit: float) -> int:
     """Exit code of a process whose output goes to the file `log`; 124 if `limit` seconds did not suffice, 127 if it cannot be started (the log says why)."""
     with log.open("w") as stream:

@@ -3,6 +3,7 @@ the official layers in eager.
 
     python benchmarks/compare.py --size 350M                                                  PyTorch alone, random weights
     python benchmarks/compare.py --bundle m350 --build /tmp/engines --trt-python python3.10   with TensorRT and ONNX Runtime on that bundle
+    python benchmarks/compare.py --points large --peers trt ort-cuda --build /tmp/engines      another model, of 1.1B parameters, exported first
 
 Milliseconds a decode step (host clock, token ids back on the host after each one), time to the first token of a long prompt, tokens a second, device
 memory, and the share of the bandwidth floor: every weight and every valid cache row read once a step. Each peer is a process of its own under its own
@@ -23,7 +24,7 @@ from typing import Any
 
 from common import RESULTS, run_logged
 from compare_peer import Point
-from random_bundle import SIZES, VOCABULARY
+from random_bundle import SIZES, VOCABULARY, config_of
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +36,8 @@ PEERS = {"official": "official layers, eager", "eager": "ours, eager", "compile"
 ORDER = ("trt", "ort-cuda", "graph", "official", "eager", "ort", "compile-graph", "compile")  # of running: if the budget ends, it ends with the least
 COLOURS = dict(zip(PEERS, ("#8c8c8c", "#9ecae1", "#6baed6", "#3182bd", "#08519c", "#fdbe85", "#fd8d3c", "#31a354"), strict=True))
 HERE = Path(__file__).parent
+POINTS = ("decode", "short", "small", "batch", "ragged", "prefill")
+LARGE, LARGE_SIZE = "large", "1.1B"
 Rows = dict[str, dict[str, Any]]
 
 
@@ -44,7 +47,8 @@ def points(given: argparse.Namespace) -> list[Point]:
     ragged = (given.context, *(given.short,) * (given.batch - 1))
     found = [Point("decode", given.capacity, (given.context,)), Point("short", given.capacity, (given.short,)),
              Point("prefill", given.capacity, (0,), given.prompt), Point("small", 2 * given.short, (given.short,)),
-             Point("batch", given.batch_capacity, crowd), Point("ragged", given.batch_capacity, ragged)]  # fmt: skip
+             Point("batch", given.batch_capacity, crowd), Point("ragged", given.batch_capacity, ragged),
+             Point(LARGE, given.capacity, (given.context,), size=LARGE_SIZE)]  # fmt: skip
     return [p for p in found if p.name in given.points]
 
 
@@ -53,17 +57,35 @@ def describe(p: Point) -> str:
     if p.prompt:
         return f"prompt of {p.prompt} to first token, capacity {p.capacity}"
     where = f"1 x {max(p.contexts)} + {p.batch - 1} x {min(p.contexts)}" if len(set(p.contexts)) > 1 else f"{p.batch} x {p.contexts[0]}"
-    return f"decode {where}, capacity {p.capacity}"
+    return f"{p.size}{', ' if p.size else ''}decode {where}, capacity {p.capacity}"
 
 
-def work(peer: str, given: argparse.Namespace, config: SessaConfig, precision: str, folder: Path, limit: float) -> dict[str, Any]:
-    """Run one peer's process for at most `limit` seconds; what it wrote, and for each point it did not reach the reason."""
+def large_bundle(given: argparse.Namespace, precision: str) -> Path | None:
+    """The bundle of the large model, made where there is none yet and --build says where; None where neither."""
+    if given.large_bundle or not given.build or not {"trt", "ort", "ort-cuda"}.intersection(given.peers):
+        return given.large_bundle  # type: ignore[no-any-return]
+    out = Path(given.build, f"{LARGE_SIZE}-{precision}")
+    if not out.exists():
+        given.build.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        command = [sys.executable, str(HERE / "random_bundle.py"), "--size", LARGE_SIZE, "--precision", precision, "--out", str(out),
+                   "--max-context", str(given.capacity)]  # fmt: skip
+        code = run_logged(command, Path(given.build, "large.log"), given.limit)
+        print(f"{LARGE_SIZE} exported in {time.monotonic() - began:.0f} s" if code == 0 else f"{LARGE_SIZE}: exit code {code}, see {given.build}/large.log",
+              flush=True)  # fmt: skip
+    return out if out.exists() else None
+
+
+def work(peer: str, given: argparse.Namespace, config: SessaConfig, precision: str, folder: Path, limit: float,
+         others: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Run one peer's process for at most `limit` seconds; what it wrote, and for each point it did not reach the reason. others: size of another model than
+    the run's -> what is different in the job."""
     python = {"trt": given.trt_python, "ort": given.ort_python, "ort-cuda": given.ort_python}.get(peer) or sys.executable
     wanted = points(given)
     if "compile" in peer:
-        wanted.sort(key=lambda p: p.prompt)  # what takes longest to compile comes last
+        wanted.sort(key=lambda p: (p.size, p.prompt))  # what takes longest to compile comes last
     job = {"peer": peer, "config": config.to_dict(), "precision": precision, "points": [asdict(p) for p in wanted],
-           "trt_bundles": [str(b) for b in given.trt_bundle],
+           "trt_bundles": [str(b) for b in given.trt_bundle], "others": others,
            **{k: None if getattr(given, k) is None else str(getattr(given, k)) for k in ("bundle", "checkpoint", "build", "device")},
            **{k: getattr(given, k) for k in ("warmup", "seconds", "steps", "max_seconds", "prefills", "opt_level", "max_prompt")}}  # fmt: skip
     (folder / f"{peer}.job.json").write_text(json.dumps(job))
@@ -108,16 +130,18 @@ def goals(table: dict[str, Rows]) -> list[tuple[str, str, str, dict[str, float]]
 
     short, small = each("short", "p50_ms"), each("small", "p50_ms")
     return [
-        ("decode, ms a token", "<= 1.2", "<= 0.45", each("decode", "p50_ms")),
+        ("decode, ms a token", "<= 0.56", "<= 0.45", each("decode", "p50_ms")),
+        ("decode at the short context, ms a token", "<= 0.40", "<= 0.33", short),
+        (f"{LARGE_SIZE}, share of the floor", ">= 0.65", ">= 0.78", each(LARGE, "share_of_floor")),
         ("large capacity against small, same context", "<= 1.3", "<= 1.05", {k: short[k] / small[k] for k in short if k in small}),
-        ("batch, share of the floor", ">= 0.5", ">= 0.8", each("batch", "share_of_floor")),
-        ("ragged batch, share of its floor", ">= 0.35", ">= 0.6", each("ragged", "share_of_floor")),
+        ("batch, share of the floor", ">= 0.83", ">= 0.88", each("batch", "share_of_floor")),
+        ("ragged batch, share of its floor", ">= 0.52", ">= 0.65", each("ragged", "share_of_floor")),
+        ("prompt to first token, ms", "<= 32", "<= 26", each("prefill", "p50_ms")),
         ("prefill, times faster than the official layers", ">= 8", ">= 15", each("prefill", "times_faster_than_official")),
         ("decode, times faster than ours as a CUDA graph", ">= 1", ">= 1.3", each("decode", "times_faster_than_graph")),
         ("ort-cuda: decode, times TensorRT's ms", "<= 1.4", "<= 1.05", beside("decode")),
         ("ort-cuda: decode at the short context, times TensorRT's ms", "<= 1.5", "<= 1.05", beside("short")),
         ("ort-cuda: prompt, times TensorRT's ms", "<= 1.25", "<= 1", beside("prefill")),
-        ("ort-cuda: batch, share of the floor", ">= 0.75", ">= 0.82", {k: v for k, v in each("batch", "share_of_floor").items() if k == "ort-cuda"}),
     ]
 
 
@@ -228,8 +252,8 @@ def parse() -> argparse.Namespace:
     add("--trt-python", help="interpreter, or a script that starts it, of the TensorRT peer")
     add("--ort-python", help="of both ONNX Runtime peers")
     add("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
-    add("--points", nargs="+", choices=["decode", "short", "small", "batch", "ragged", "prefill"],
-        default=["decode", "short", "small", "batch", "ragged", "prefill"])  # fmt: skip
+    add("--points", nargs="+", choices=[*POINTS, LARGE], default=list(POINTS), help=f"{LARGE}: one sequence of a model of {LARGE_SIZE} parameters")
+    add("--large-bundle", type=Path, help="bundle of that model; default: one with random weights, made in --build and kept there")
     for name, value in (("--capacity", 32768), ("--context", 4096), ("--short", 128), ("--batch", 32), ("--batch-capacity", 8192), ("--prompt", 8192)):
         add(name, type=int, default=value)
     add("--warmup", type=float, default=0.2, help="seconds before steps count")
@@ -253,10 +277,15 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
     began = time.monotonic()
+    others: dict[str, dict[str, Any]] = {}
+    if LARGE in given.points:
+        large = large_bundle(given, precision)
+        others[LARGE_SIZE] = {"config": config_of(LARGE_SIZE, max_context=given.capacity).to_dict(), "bundle": large and str(large), "trt_bundles": [],
+                              "checkpoint": None, "build": given.build and str(given.build / LARGE_SIZE)}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         for peer in sorted(given.peers, key=ORDER.index):
             limit = min(given.limit, given.budget - (time.monotonic() - began))
-            found[peer] = work(peer, given, config, precision, Path(folder), max(limit, 0.0))
+            found[peer] = work(peer, given, config, precision, Path(folder), max(limit, 0.0), others)
             reached = sum("error" not in row for row in found[peer]["points"].values())
             print(f"{PEERS[peer]}: {reached} of {len(found[peer]['points'])} points in {found[peer]['seconds']:.0f} s", flush=True)
     measured = [float(result["bandwidth"]) for result in found.values() if result.get("bandwidth")]
@@ -266,7 +295,8 @@ def main() -> None:
     gpu = where["gpus"][0]["name"] if where.get("gpus") else given.device
     title = f"d_model {config.d_model}, {config.n_layers} layers, {config.n_heads} heads, vocabulary {config.vocab_size}, {precision}, {gpu}"
     title += f", copies at {bandwidth / 1e12:.2f} TB/s" if bandwidth else ""
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items() if k not in ("bundle", "trt_bundle", "checkpoint", "build", "out")}
+    places = ("bundle", "trt_bundle", "large_bundle", "checkpoint", "build", "out")
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items() if k not in places}
     (given.out / "compare.json").write_text(json.dumps({
         "schema_version": 1, "config": config.to_dict(), "precision": precision, "bandwidth": bandwidth, "settings": settings,
         "peers": {peer: {k: result.get(k) for k in ("environment", "notes", "seconds")} for peer, result in found.items()}, "points": table,

@@ -11,12 +11,14 @@ from sessa_deploy.config import SessaConfig
 
 @dataclass(frozen=True)
 class Point:
-    """What is timed. contexts: cached tokens of each sequence when decoding starts; prompt: tokens of a prefill instead, 0 for decoding."""
+    """What is timed. contexts: cached tokens of each sequence when decoding starts; prompt: tokens of a prefill instead, 0 for decoding; size: of another
+    model than the run's, with random weights."""
 
     name: str
     capacity: int
     contexts: tuple[int, ...]
     prompt: int = 0
+    size: str = ""
 
     @property
     def batch(self) -> int:
@@ -25,7 +27,9 @@ class Point:
 
 
 class Peer(ABC):
-    """Something that decodes greedily. Opened for a batch and a capacity; `begin` says where each sequence stands."""
+    """Something that decodes greedily. Opened for a batch and a capacity; `begin` says where each sequence stands. weights: which are read in 8 bits."""
+
+    weights: Any = None
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job, self.config, self.precision = job, SessaConfig.from_dict(job["config"]), str(job["precision"])
@@ -44,8 +48,8 @@ class Peer(ABC):
         """Back to the contexts of `begin`."""
 
     @abstractmethod
-    def step(self) -> list[int]:
-        """Feed each sequence its last token; the next ones, on the host."""
+    def step(self, last: bool = False) -> list[int]:
+        """Feed each sequence its last token; the next ones, on the host. last: no step follows on this one."""
 
     @abstractmethod
     def prompt(self, tokens: int) -> list[int]:

@@ -47,7 +47,7 @@ class Torch(Peer):
             cache._at_most = self.longest
 
     @torch.inference_mode()
-    def step(self) -> list[int]:
+    def step(self, last: bool = False) -> list[int]:
         if self.captured is not None:
             self.captured.replay()
         else:
@@ -115,7 +115,7 @@ class Official(Peer):
             cache["t"] = self.at
 
     @torch.inference_mode()
-    def step(self) -> list[int]:
+    def step(self, last: bool = False) -> list[int]:
         x = self.shell.embedding(self.ids)
         for i, layer in enumerate(self.layers):
             x, self.caches[i] = layer.decode_step(x, self.caches[i])

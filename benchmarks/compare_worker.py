@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import greedy_step
 from compare_peer import Peer, Point
 
 from sessa_deploy.contract import PRECISIONS
@@ -47,7 +48,8 @@ class Runtime(Peer):
         if self.job["peer"] == "trt":
             from sessa_deploy.runtime.trt.backend import TrtBackend
 
-            self.backend = TrtBackend(engine_bundle(self.job, batch, capacity), batch=batch)
+            bundle = engine_bundle(self.job, batch, capacity)
+            self.backend = TrtBackend(bundle, batch=batch)
         elif self.job["peer"] == "ort-cuda":
             from sessa_deploy.runtime.ort.engine import OrtCudaBackend, kernels
 
@@ -59,7 +61,9 @@ class Runtime(Peer):
 
             if not self.job["bundle"]:
                 raise RuntimeError("no --bundle")
-            self.backend = OrtBackend(Bundle.open(self.job["bundle"]), batch, capacity, provider="cuda" if self.device == "cuda" else "cpu")
+            bundle = Bundle.open(self.job["bundle"])
+            self.backend = OrtBackend(bundle, batch, capacity, provider="cuda" if self.device == "cuda" else "cpu")
+        self.weights = bundle.weights if self.backend.packed_weights else None
         self.ids, self.new = np.zeros((batch, 1), np.int64), np.ones(batch, np.int32)
 
     def begin(self, contexts: tuple[int, ...]) -> None:
@@ -79,8 +83,8 @@ class Runtime(Peer):
         for row, length in enumerate(self.contexts):
             self.backend.rewind(row, length)
 
-    def step(self) -> list[int]:
-        self.ids[:, 0] = self.backend.step_greedy(self.ids, self.new)
+    def step(self, last: bool = False) -> list[int]:
+        self.ids[:, 0] = greedy_step(self.backend, self.ids, self.new, last)
         return self.ids[:, 0].tolist()
 
     def prompt(self, tokens: int) -> list[int]:
@@ -163,7 +167,7 @@ def decode(peer: Peer, point: Point, job: dict[str, Any]) -> np.ndarray:
             peer.rewind()
             at = 0
         start = time.perf_counter()
-        peer.step()
+        peer.step(at == window - 1)
         end = time.perf_counter()
         at, taken = at + 1, taken + 1
         if taken == WARM_STEPS:
@@ -196,7 +200,7 @@ def measure(peer: Peer, point: Point, job: dict[str, Any], before: int | None) -
     return {
         **{f"p{q}_ms": float(np.percentile(ms, q)) for q in (50, 95, 99)}, "min_ms": float(ms.min()), "count": len(ms),
         "tokens_per_second": tokens * len(ms) / float(seconds.sum()),
-        "bytes_per_step": None if point.prompt else traffic.step_bytes(peer.config, peer.precision, [n + mean for n in point.contexts]),
+        "bytes_per_step": None if point.prompt else traffic.step_bytes(peer.config, peer.precision, [n + mean for n in point.contexts], peer.weights),
         # engines and allocators keep what they took, so that what is in use at the end was the peak; the CUDA context is not in it
         "device_bytes": None if now is None or before is None or now < before else now - before,  # less: another process gave memory back
     }
@@ -217,17 +221,23 @@ def main() -> int:
     parser.add_argument("result", type=Path, help="where the figures go, JSON")
     given = parser.parse_args()
     job, out = json.loads(given.job.read_text()), given.result
-    points = [Point(p["name"], p["capacity"], tuple(p["contexts"]), p["prompt"]) for p in job["points"]]
+    points = [Point(p["name"], p["capacity"], tuple(p["contexts"]), p["prompt"], p["size"]) for p in job["points"]]
     result: dict[str, Any] = {"points": {}, "bandwidth": traffic.copy_bandwidth()}
     before, room = used_memory(), None
-    peer = make(job)
+    size = points[0].size
+    peer: Peer | None = make(job | job["others"].get(size, {}))
     for point in points:
         began = time.perf_counter()
         try:
-            if room != (point.batch, point.capacity):
+            if peer is not None and (room != (point.batch, point.capacity) or size != point.size):
                 peer.close()
-                gc.collect()
                 room = None
+                if size != point.size:
+                    peer = None  # before there are two models
+                gc.collect()
+            if peer is None:
+                size, peer = point.size, make(job | job["others"].get(point.size, {}))
+            if room is None:
                 peer.open(point.batch, point.capacity)
                 room = (point.batch, point.capacity)
             result["points"][point.name] = measure(peer, point, job, before) | {"wall_s": time.perf_counter() - began}
@@ -235,9 +245,10 @@ def main() -> int:
             traceback.print_exc()
             result["points"][point.name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
             room = None
-        result |= {"notes": peer.notes(), "environment": environment.describe()}
+        result |= {"notes": {} if peer is None else peer.notes(), "environment": environment.describe()}
         write_whole(out, json.dumps(result), what="the result")
-    peer.close()
+    if peer is not None:
+        peer.close()
     return 0
 
 

@@ -1,4 +1,5 @@
-"""A bundle of a model with random weights, for timing: 125M, 350M, or any width and depth. Needs torch and the exporter.
+"""A bundle of a model with random weights, for timing: 125M, 350M, 1.1B, or any width and depth. Needs torch and the exporter; a GPU, where there is one,
+draws the weights.
 
     python benchmarks/random_bundle.py --size 350M --out /tmp/m350 --precision fp16 [--max-context 32768]
 """
@@ -7,12 +8,48 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-SIZES = {"125M": (768, 12, 12), "350M": (1024, 24, 16)}  # d_model, layers, heads
+from sessa_deploy.config import SessaConfig
+
+if TYPE_CHECKING:
+    from sessa_deploy.model import SessaLM
+
+SIZES = {"125M": (768, 12, 12), "350M": (1024, 24, 16), "1.1B": (2048, 24, 16)}  # d_model, layers, heads
 VOCABULARY = 50304
+
+
+def config_of(size: str, layers: int | None = None, vocabulary: int = VOCABULARY, max_context: int = 32768) -> SessaConfig:
+    """The config of one of SIZES; layers: another depth."""
+    width, depth, heads = SIZES[size]
+    return SessaConfig(d_model=width, n_layers=layers or depth, n_heads=heads, vocab_size=vocabulary, max_context=max_context)
+
+
+def random_model(config: SessaConfig, seed: int = 0) -> SessaLM:
+    """A model on the CPU with random weights."""
+    import torch
+
+    from sessa_deploy.model import SessaLM
+
+    torch.manual_seed(seed)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = SessaLM(config)
+    return model.cpu()
+
+
+def write_bundle(model: SessaLM, out: Path, precision: str) -> None:
+    """The model as a bundle without a tokenizer, straight from memory."""
+    import torch
+
+    from sessa_deploy.contract import MODEL_FILE
+    from sessa_deploy.export.to_onnx import export_onnx
+    from sessa_deploy.runtime.bundle import BundleWriter
+
+    with BundleWriter(out) as writer:
+        export_onnx(model, writer.folder / MODEL_FILE, precision)
+        writer.commit(model.config, precision, {"torch": torch.__version__})
 
 
 def main() -> int:
@@ -29,23 +66,16 @@ def main() -> int:
 
     import torch
 
-    from sessa_deploy.checkpoint_save import save_checkpoint
-    from sessa_deploy.config import SessaConfig
-    from sessa_deploy.export.to_onnx import export_bundle
-    from sessa_deploy.model import SessaLM
-
-    width, layers, heads = SIZES[args.size]
-    torch.manual_seed(args.seed)
     begun = time.perf_counter()
-    config = SessaConfig(d_model=width, n_layers=args.layers or layers, n_heads=heads, vocab_size=args.vocabulary, max_context=args.max_context)
-    model = SessaLM(config)
-    with tempfile.TemporaryDirectory(dir=args.out.parent) as scratch:
-        checkpoint = args.keep_checkpoint or Path(scratch) / "checkpoint"
-        save_checkpoint(model, checkpoint)
-        saved = time.perf_counter()
-        export_bundle(checkpoint, args.out, args.precision)
+    model = random_model(config_of(args.size, args.layers, args.vocabulary, args.max_context), args.seed)
+    if args.keep_checkpoint:
+        from sessa_deploy.checkpoint_save import save_checkpoint
+
+        save_checkpoint(model, args.keep_checkpoint)
+    drawn = time.perf_counter()
+    write_bundle(model, args.out, args.precision)
     count = sum(p.numel() for p in model.parameters()) / 1e6
-    seconds = f"weights {saved - begun:.1f} s, export {time.perf_counter() - saved:.1f} s"
+    seconds = f"weights {drawn - begun:.1f} s, export {time.perf_counter() - drawn:.1f} s"
     print(f"{args.out}: {count:.0f}M parameters, {args.precision}, {seconds}, torch {torch.__version__}")
     return 0
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from common import machine, write
+from peers import Logits
 from random_bundle import SIZES, VOCABULARY
 from rich.console import Console
 from rich.table import Table
@@ -50,18 +51,6 @@ class Point:
     def mode(self) -> str:
         """For the table."""
         return "compiled" if self.compiled else "eager"
-
-
-class Logits(nn.Module):
-    """A transformers model as one that gives logits alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits.float()
 
 
 class Official(nn.Module):

@@ -22,7 +22,18 @@ from sessa_deploy.checks import integer
 from sessa_deploy.cuda import Cuda, devices, driver_version
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.export.engine.graph import PreparedGraph
-from sessa_deploy.export.engine.prepare import FLOAT32, PLUGIN, Target, all_logits, check_layers, check_precision, plugin_nodes, prepare, unavailable
+from sessa_deploy.export.engine.prepare import (
+    FLOAT32,
+    PLUGIN,
+    Target,
+    all_logits,
+    check_layers,
+    check_precision,
+    check_weights,
+    plugin_nodes,
+    prepare,
+    unavailable,
+)
 from sessa_deploy.export.trt import check as trt_check
 from sessa_deploy.export.trt import limits as trt_limits
 from sessa_deploy.export.trt import parser as trt_parser
@@ -70,11 +81,11 @@ def build_engine(
     Raises UserError on what is missing, does not fit or is refused; SessaError if TensorRT fails.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    bundle.require_wide_weights("a TensorRT engine")
     shapes = trt_limits.shapes_for(bundle.config, max_batch, max_context, max_prompt)
     workspace, opt_level = _check_options(workspace, opt_level, layers)
     product = trt_api.wanted(target)
-    targets = _targets(product, archs)
+    targets = _targets(product, archs, 0 if bundle.weights is None else contract.WEIGHT_FORMATS[bundle.weights.format].arch)
+    check_weights(bundle, "a TensorRT engine", layers, targets)
     trt = trt_api.load(product.name)
     _check_precision(trt, bundle, precision)
     check_rows(bundle.config, bundle.precision)
@@ -85,6 +96,7 @@ def build_engine(
     for arch in targets:
         images(plugin, arch)
     plugin_sha256, machine = hash_file(plugin), this_machine(trt, targets)
+    check_weights(bundle, "a TensorRT engine", layers, targets or [int(machine.arch.removeprefix("sm_"))])
     recipe = Recipe(shapes, machine, workspace, opt_level, layers or PLUGIN, targets).keyed(bundle, plugin_sha256)
     folder = trt_plan.engine_folder(machine.arch, machine.tensorrt, bundle.precision)
     present = _present(bundle, folder)
@@ -257,7 +269,7 @@ def _target(trt: Any) -> Target:
     ours = "its kernels are the tuned ones" if trt_api.strongly_typed(trt) else f"TensorRT {trt.__version__} would compute them in float32"
     interface = (trt_api.interface(trt),)
     return Target(f"TensorRT {trt.__version__}", "TensorRT", trt_limits.LAYERS[1], f"{ours}; --layers tensorrt gives TensorRT's own",
-                  complaints=lambda model: trt_parser.complaints(model, interface))
+                  complaints=lambda model: trt_parser.complaints(model, interface, contract.ENGINE_OPS))
 
 
 def _present(bundle: Bundle, folder: str) -> trt_plan.EngineInfo | None:
@@ -274,8 +286,9 @@ def _check_options(workspace: int | None, opt_level: int | None, layers: str | N
             None if opt_level is None else integer("--opt-level", opt_level, low, high, allowed=f"{low}..{high}"))
 
 
-def _targets(product: trt_api.Product, archs: Sequence[int] | None) -> tuple[int, ...]:
-    """Compute capabilities to build for, ascending; none: this machine's GPU, whatever it is. Raises UserError on those that the product does not take."""
+def _targets(product: trt_api.Product, archs: Sequence[int] | None, least: int) -> tuple[int, ...]:
+    """Compute capabilities to build for, ascending; none: this machine's GPU, whatever it is. least: the oldest that the weights run on, where all that the
+    product takes are meant. Raises UserError on those that the product does not take."""
     if not product.ahead:
         if archs:
             ahead = next(p for p in trt_api.PRODUCTS if p.ahead)
@@ -285,7 +298,7 @@ def _targets(product: trt_api.Product, archs: Sequence[int] | None) -> tuple[int
     here = [int(d.arch.removeprefix("sm_")) for d in devices()[:1]]
     for arch in archs or here:
         trt_api.check_target(product, arch)
-    return tuple(sorted(set(archs or here or product.targets)))
+    return tuple(sorted(set(archs or here or (t for t in product.targets if t >= least))))
 
 
 def _check_precision(trt: Any, bundle: Bundle, asked: str | None) -> None:
@@ -294,6 +307,9 @@ def _check_precision(trt: Any, bundle: Bundle, asked: str | None) -> None:
         what = f"TensorRT {trt.__version__} networks are strongly typed: the exported graph decides the precision, the build cannot"
         raise UserError(what, got=f"--precision {asked}", allowed=f"none; this graph is {bundle.precision}", fix=f"{mend} {asked}")
     check_precision(bundle, asked)
+    if bundle.weights is not None and contract.WEIGHT_FORMATS[bundle.weights.format].opset > contract.DEFAULT_OPSET and not trt_api.strongly_typed(trt):
+        raise UserError(f"TensorRT {trt.__version__} takes no weights in {bundle.weights.format}", got=str(bundle.path), allowed="int8",
+                        fix=bundle.export_hint(" --precision fp16 --weights int8"))
     if bundle.precision == "bf16" and not trt_api.strongly_typed(trt):
         raise UserError(f"TensorRT {trt.__version__} has no bfloat16", got=str(bundle.path), allowed="fp32 or fp16", fix=f"{mend} fp16")
 

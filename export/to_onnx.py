@@ -95,8 +95,8 @@ def export_bundle(
         for name, content in template.items():
             (writer.folder / name).write_bytes(content)
         writer.commit(model.config, precision, _versions(), opset, small)
-    if model.config.tie_word_embeddings and quantise.HEAD in quantise.quantised(model.config, small) and note is not None:
-        note(f"{quantise.HEAD}: stored in 8 bits as a tensor of its own; embedding.weight, which it is tied to, stays {precision} (--keep lm_head ties them)")
+    if model.config.tie_word_embeddings and contract.HEAD in quantise.quantised(model.config, small) and note is not None:
+        note(f"{contract.HEAD}: stored in 8 bits as a tensor of its own; embedding.weight, which it is tied to, stays {precision} (--keep lm_head ties them)")
     if writer.kept and note is not None:
         note(one_line(f"{out}: left as they are, since they are not the bundle's: {', '.join(writer.kept[:6])}{' ...' if len(writer.kept) > 6 else ''}"))
     return Path(out)
@@ -115,7 +115,7 @@ def _graph_model(
     """The model without its weights, checked, and what to store: a weight's name in the graph -> name, type and shape in the file, of a matrix in 8 bits
     those of q and scale."""
     eight = quantise.quantised(config, small)
-    if quantise.HEAD in eight:
+    if contract.HEAD in eight:
         config = dataclasses.replace(config, tie_word_embeddings=False)  # the embedding stays as it is
     graph, names = capture(config, precision, all_logits)
     passes.shape_interface(graph, config, all_logits)

@@ -21,7 +21,18 @@ from sessa_deploy import contract
 from sessa_deploy.errors import UserError
 from sessa_deploy.export.engine import layers as engine_layers
 from sessa_deploy.export.engine.graph import SMALL
-from sessa_deploy.export.engine.prepare import FLOAT32, PLUGIN, Target, all_logits, check_layers, check_precision, plugin_nodes, prepare, unavailable
+from sessa_deploy.export.engine.prepare import (
+    FLOAT32,
+    PLUGIN,
+    Target,
+    all_logits,
+    check_layers,
+    check_precision,
+    check_weights,
+    plugin_nodes,
+    prepare,
+    unavailable,
+)
 from sessa_deploy.export.graph.passes import drop_weights
 from sessa_deploy.export.graph.places import Place, places
 from sessa_deploy.export.graph.writer import INLINE_LIMIT, Weight, external_tensor, write_model
@@ -65,7 +76,7 @@ def build_ort(
     report = progress or (lambda what, done, of: None)
     check_layers(LAYERS, layers)
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    bundle.require_wide_weights("the library for ONNX Runtime")
+    check_weights(bundle, "the library for ONNX Runtime", layers)
     check_precision(bundle, precision)
     check_rows(bundle.config, bundle.precision, "ONNX Runtime with the library", "use --backend ort-cuda, which runs the plain graph")
     if layers == PLUGIN and bundle.precision == "fp32":
@@ -125,12 +136,11 @@ def _state_outputs(model: ModelProto, sizes: dict[str, int]) -> None:
     letters: dict[str, int | str] = {**sizes, "B": contract.DIM_BATCH, "T": contract.DIM_TOKENS, "P": contract.DIM_PAST}
     stated: list[ValueInfoProto] = []
     for node in (n for n in graph.node if n.domain == contract.DOMAIN):
-        op = ops.op(node.op_type)
-        here = dict(letters)
+        here, numbers = dict(letters), {a.name: a.i for a in node.attribute}
+        op = ops.op(node.op_type).form(numbers.get(contract.ATTR_WEIGHTS, 0))
         for operand, name in zip(op.inputs, node.input, strict=True):
             here.update(zip(operand.shape, dims.get(name, ()), strict=False))
-        storage = next(a.i for a in node.attribute if a.name == contract.ATTR_STORAGE)
-        kinds = {"storage": storage, "float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
+        kinds = {"storage": numbers[contract.ATTR_STORAGE], "float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
         stated += [helper.make_tensor_value_info(name, kinds[x.kind], [here[c] for c in x.shape]) for x, name in zip(op.outputs, node.output, strict=True)
                    if name not in given]  # fmt: skip
     del graph.value_info[:]
@@ -171,18 +181,18 @@ class _Known:
 
     def __init__(self, bundle: Bundle, stack: ExitStack) -> None:
         self.named = {p.name: p for p in places(bundle.model)}
-        self.sized: dict[tuple[int, int], list[Place]] = {}
+        self.sized: dict[int, list[Place]] = {}
         self.files: dict[str, mmap.mmap] = {}
         for place in self.named.values():
-            self.sized.setdefault((place.kind, place.size), []).append(place)
+            self.sized.setdefault(place.size, []).append(place)
             if place.file not in self.files:
                 stream = stack.enter_context(open_plain(bundle.file(place.file or contract.MODEL_FILE)))
                 self.files[place.file] = stack.enter_context(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
 
     def find(self, tensor: TensorProto) -> Place | None:
-        """The weight whose bytes are the tensor's, if there is one: the one of its name before others."""
+        """The weight whose bytes are the tensor's, of whatever type, if there is one: the one of its name before others."""
         raw = tensor.raw_data
-        for place in sorted(self.sized.get((tensor.data_type, len(raw)), []), key=lambda p: p.name != tensor.name):
+        for place in sorted(self.sized.get(len(raw), []), key=lambda p: p.name != tensor.name):
             file, at = self.files[place.file], place.offset
             if file[at : at + _FIRST] == raw[:_FIRST] and file[at : at + place.size] == raw:
                 return place

@@ -38,12 +38,13 @@ MANIFEST = "cubins.json"
 TABLE = "cubins.inc"
 HIDDEN = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))  # what Triton 3.6 and 3.7 append to every kernel's parameters
 LOAD = re.compile(r"\bld\.global(?:\.[A-Za-z0-9_:]+)*?(?:\.(v[248]))?\.([a-z]+)(\d+)\s")
+KINDS = {"storage": "", "int8": ".i8", "fp8": ".f8"}  # of weights, on the command line -> what a dtype's name ends in (spec.QUANTISED)
 ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\b[^;]*?,\s*\[[^\]]*\],\s*(0x[0-9a-f]+|\d+)")
 
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """One binary to make: a kernel for an architecture, a storage dtype and a pinned variant."""
+    """One binary to make: a kernel for an architecture, a storage dtype (with the kind of its weights, as "fp16.i8") and a pinned variant."""
 
     kernel: str
     arch: int
@@ -82,11 +83,22 @@ class Cubin:
     problems: list[str] = field(default_factory=list)
 
 
-def units(archs: Sequence[int], kernels: Sequence[str] | None = None) -> list[Unit]:
-    """Every binary the plugin needs on these architectures, or those of the named kernels; without what an earlier architecture's binary serves."""
+def units(archs: Sequence[int], kernels: Sequence[str] | None = None, weights: Sequence[str] | None = None) -> list[Unit]:
+    """Every binary the plugin needs on these architectures, or those of the named kernels and of these KINDS of weights; without what an earlier
+    architecture's binary serves."""
     chosen = [k for k in table.kernels().values() if k.lowered and (kernels is None or k.name in kernels)]
+    kinds = {KINDS[name] for name in KINDS if weights is None or name in weights}
     found = [Unit(k.name, arch, dtype, v) for k in chosen for arch in archs for dtype in k.dtypes for v in k.variants if v != "bwd"]
-    return [u for u in found if (u.variant != "wide" or table.has(u.kernel, u.arch, u.dtype, u.variant)) and served_by(u, archs) is None]
+    return [u for u in found if _kind(u) in kinds and _made(u) and served_by(u, archs) is None]
+
+
+def _kind(unit: Unit) -> str:
+    return "".join(unit.dtype.partition(".")[1:])
+
+
+def _made(unit: Unit) -> bool:
+    """Whether there is such a binary: a tile for wide rows, and weights of 8 bits, only where the architecture's own table has them."""
+    return (unit.variant != "wide" and not _kind(unit)) or table.has(unit.kernel, unit.arch, unit.dtype, unit.variant)
 
 
 def served_by(unit: Unit, archs: Sequence[int]) -> int | None:
@@ -98,7 +110,7 @@ def served_by(unit: Unit, archs: Sequence[int]) -> int | None:
     if before is None:
         return None
     earlier = Unit(unit.kernel, before, unit.dtype, unit.variant)
-    if _options(earlier) != _options(unit):
+    if (_kind(unit) and not _made(earlier)) or _options(earlier) != _options(unit):
         return None
     return served_by(earlier, archs) or before
 
@@ -205,8 +217,10 @@ def _prepare(cache: str) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def lower(archs: Sequence[int], out: Path, kernels: Sequence[str] | None = None, jobs: int | None = None) -> list[Cubin]:
-    """Compile every unit into `out` (made if absent) and write cubins.json and cubins.inc; returns the entries, problems included.
+def lower(
+    archs: Sequence[int], out: Path, kernels: Sequence[str] | None = None, jobs: int | None = None, weights: Sequence[str] | None = None
+) -> list[Cubin]:
+    """Compile every unit (see `units`) into `out` (made if absent) and write cubins.json and cubins.inc; returns the entries, problems included.
 
     Raises UserError where the installed Triton is none of `jit.TRITON_VERSIONS`.
     """
@@ -214,7 +228,7 @@ def lower(archs: Sequence[int], out: Path, kernels: Sequence[str] | None = None,
     import triton
 
     out.mkdir(parents=True, exist_ok=True)
-    wanted = units(archs, kernels)
+    wanted = units(archs, kernels, weights)
     with scratch("sessa-lower-") as cache:
         workers = max(1, min(jobs or os.cpu_count() or 1, len(wanted)))
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(str(cache),))
@@ -245,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", default=",".join(map(str, ARCHS)), help="compute capabilities, e.g. 80,90 (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the cubins and their metadata")
     parser.add_argument("--kernel", action="append", choices=sorted(table.kernels()), help="only this kernel (repeatable; default: all the plugin needs)")
+    parser.add_argument("--weights", action="append", choices=list(KINDS), help="only kernels that read weights of this kind (repeatable; default: all)")
     parser.add_argument("--jobs", type=int, default=None, help="processes (default: one a core)")
     args = parser.parse_args(argv)
     try:
@@ -256,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     begun = time.monotonic()
     try:
-        cubins = lower(archs, args.out, args.kernel, args.jobs)
+        cubins = lower(archs, args.out, args.kernel, args.jobs, args.weights)
     except SessaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

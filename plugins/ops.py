@@ -13,7 +13,7 @@ import re
 import struct
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sessa_deploy import contract, cuda_arch
@@ -35,7 +35,7 @@ KINDS = {"": "storage", ":f": "float32", ":i": "int32"}
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor: one letter of SIZES a dimension; kind: "storage", "float32" or "int32"."""
+    """A tensor: one letter of SIZES a dimension, a small one half of that size; kind: "storage", "float32" or "int32"."""
 
     name: str
     shape: str
@@ -119,22 +119,52 @@ class Op:
 
     @property
     def attribute_names(self) -> tuple[str, ...]:
-        return (*(a.name for a in self.attributes), contract.ATTR_STORAGE)
+        names = (*(a.name for a in self.attributes), contract.ATTR_STORAGE)
+        return names if self.quantised is None else (*names, contract.ATTR_WEIGHTS)
+
+    @property
+    def quantised(self) -> Op | None:
+        """The form that an op with a matrix of weights (N,D) has where attribute `weights` is not 0; None for the others.
+
+        The matrix is bytes, two to an element of the storage type: (N,D / 2). Behind all other operands come its scales (N,), float32.
+        """
+        at = next((i for i, x in enumerate(self.inputs) if x.name == contract.WEIGHT and len(x.shape) == 2 and x.shape.isupper()), None)
+        if at is None:
+            return None
+        shape = self.inputs[at].shape
+        rows, packed = shape[0], Operand(contract.WEIGHT, shape[0] + shape[1].lower(), "storage")
+        scales = Operand(contract.WEIGHT_SCALE, rows, "float32")
+        return replace(self, inputs=(*self.inputs[:at], packed, *self.inputs[at + 1 :], scales))
+
+    def form(self, weights: int = 0) -> Op:
+        """What a node with this value of attribute `weights` is: the op itself, or `quantised`. Raises UserError where the op has no such form."""
+        if weights not in self._weights:
+            allowed = ", ".join(map(str, self._weights))
+            raise UserError(f"attribute {contract.ATTR_WEIGHTS} of {self.name} is out of range", got=str(weights), allowed=allowed)
+        return self.quantised if weights and self.quantised is not None else self
+
+    @property
+    def _weights(self) -> tuple[int, ...]:
+        return (0, *(f.onnx for f in contract.WEIGHT_FORMATS.values())) if self.quantised is not None else (0,)
 
     def refusal(self, sizes: Mapping[str, int]) -> str | None:
         """The first limit that these sizes (letter -> size) break, as one line; None if there is none. A limit on a size that is not given is not judged."""
         judged = (limit.refusal(sizes) for limit in self.limits if limit.letters <= set(sizes))
         return next((r for r in judged if r is not None), None)
 
-    def node_attributes(self, storage: int, **numbers: float) -> dict[str, float | int]:
-        """The attributes of a node. storage: ONNX type number. Raises UserError on a value out of range, TypeError on a name that is none of this op's."""
+    def node_attributes(self, storage: int, weights: int = 0, **numbers: float) -> dict[str, float | int]:
+        """The attributes of a node. storage, weights: ONNX type numbers, the latter of `form`.
+
+        Raises UserError on a value out of range, TypeError on a name that is none of this op's.
+        """
+        self.form(weights)
         known = {a.name: a for a in self.attributes}
         for name, value in numbers.items():
             if name not in known:
                 raise TypeError(f"{self.name} has no attribute {name}; it has {', '.join(self.attribute_names)}")
             if not known[name].takes(value):
                 raise UserError(f"attribute {name} of {self.name} is out of range", got=f"{value:g}", allowed=known[name].allowed)
-        return {**numbers, contract.ATTR_STORAGE: storage}
+        return {**numbers, contract.ATTR_STORAGE: storage, **({contract.ATTR_WEIGHTS: weights} if weights else {})}
 
 
 def pretty(formula: str) -> str:
@@ -218,38 +248,47 @@ _HEAD = "// Written by sessa_deploy.plugins.ops from its tables, for the build i
 
 
 def ops_inc() -> str:
-    """SESSA_SIZE(letter, field, start), SESSA_ATTRIBUTE(field, absent) and SESSA_OP(identifier, Op's members...) for the C++ preprocessor."""
+    """SESSA_SIZE(letter, field, start), SESSA_ATTRIBUTE(field, absent), SESSA_OP(identifier, Op's members...) and, for the form of an operation that has one,
+    SESSA_QUANTISED of the same, for the C++ preprocessor."""
     lines = [_HEAD, "#ifdef SESSA_SIZE\n", *(f"SESSA_SIZE('{k}', {field}, {start})\n" for k, (_, field, start) in SIZES.items()), "#endif\n"]
-    lines += ["#ifdef SESSA_ATTRIBUTE\n", *(f"SESSA_ATTRIBUTE({a.field}, {_float(a.absent)})\n" for a in ATTRIBUTES), "#endif\n", "#ifdef SESSA_OP\n"]
-    for one in OPS:
-        operands = ["{" + ", ".join(f'{{"{x.name}", "{x.shape}", Kind::{_CPP_KINDS[x.kind]}}}' for x in part) + "}" for part in (one.inputs, one.outputs)]
-        attributes = ", ".join(f'{{"{a.name}", &Numbers::{a.field}, {_float(a.above)}, {_float(a.most)}, "{a.allowed}"}}' for a in one.attributes)
-        bounds = ",\n    ".join(f'{{"{x.what}", "{x.of}", {x.least}, {x.most}, "{x.multiple}", "{x.equals}", "{x.allowed}"}}' for x in one.limits)
-        counts = [len(one.inputs), len(one.outputs), len(one.attributes), len(one.limits)]
-        lines.append(f'SESSA_OP({one.identifier}, "{one.name}", {", ".join(map(str, counts))},\n    {operands[0]},\n    {operands[1]},\n'
-                     f"    {{{attributes}}},\n    {{{bounds}}})\n")  # fmt: skip
-    return "".join([*lines, "#endif\n"])
+    lines += ["#ifdef SESSA_ATTRIBUTE\n", *(f"SESSA_ATTRIBUTE({a.field}, {_float(a.absent)})\n" for a in ATTRIBUTES), "#endif\n"]
+    for macro, described in (("SESSA_OP", OPS), ("SESSA_QUANTISED", tuple(o.quantised for o in OPS if o.quantised is not None))):
+        lines += [f"#ifdef {macro}\n", *(f"{macro}({one.identifier}, {_members(one)})\n" for one in described), "#endif\n"]
+    return "".join(lines)
+
+
+def _members(one: Op) -> str:
+    """What Op holds in C++, but for its family."""
+    operands = ["{" + ", ".join(f'{{"{x.name}", "{x.shape}", Kind::{_CPP_KINDS[x.kind]}}}' for x in part) + "}" for part in (one.inputs, one.outputs)]
+    attributes = ", ".join(f'{{"{a.name}", &Numbers::{a.field}, {_float(a.above)}, {_float(a.most)}, "{a.allowed}"}}' for a in one.attributes)
+    bounds = ",\n    ".join(f'{{"{x.what}", "{x.of}", {x.least}, {x.most}, "{x.multiple}", "{x.equals}", "{x.allowed}"}}' for x in one.limits)
+    counts = ", ".join(map(str, (len(one.inputs), len(one.outputs), len(one.attributes), len(one.limits))))
+    return f'"{one.name}", {counts},\n    {operands[0]},\n    {operands[1]},\n    {{{attributes}}},\n    {{{bounds}}}'
 
 
 def limits_h() -> str:
     """Constants that the plans share with the kernels' Python side, and the positions of each operation's operands."""
     numbers = {
-        "MaxInputs": max(len(o.inputs) for o in OPS), "MaxOutputs": max(len(o.outputs) for o in OPS), "MaxAttributes": max(len(o.attributes) for o in OPS),
+        "MaxInputs": max(len((o.quantised or o).inputs) for o in OPS), "MaxOutputs": max(len(o.outputs) for o in OPS),
+        "MaxAttributes": max(len(o.attributes) for o in OPS),
         "MaxLimits": max(len(o.limits) for o in OPS), "StateVersion": STATE_VERSION, "OrtApi": contract.ORT_API,
         "Tegra": cuda_arch.TEGRA, "Accelerated": cuda_arch.ACCELERATED,
         "StepPrograms": limits.STEP_PROGRAMS, "StepMaxSplits": limits.STEP_MAX_SPLITS, "Wide": limits.WIDE, "PanelBytes": limits.PANEL_BYTES,
-        "HeadMultiple": limits.HEAD_MULTIPLE, "Group": limits.GROUP, "Single": limits.SINGLE_ROWS,
+        "StepRows": contract.STEP_ROWS, "HeadMultiple": limits.HEAD_MULTIPLE, "Group": limits.GROUP, "Single": limits.SINGLE_ROWS,
+        "Float8Arch": limits.FLOAT8_ARCH,
     }  # fmt: skip
     lists = {
-        "Archs": cuda_arch.ARCHS, "Rows": limits.PRODUCT_ROWS, "HeadWidths": limits.HEAD_WIDTHS, "LayerWidths": limits.LAYER_WIDTHS,
-        "MixerWidths": limits.MIXER_WIDTHS, "MixerHeads": limits.MIXER_HEADS, "StepWidths": limits.FEEDBACK_WIDTHS,
+        "Archs": cuda_arch.ARCHS, "Rows": limits.PRODUCT_ROWS, "QuantisedRows": limits.QUANTISED_ROWS,
+        "HeadWidths": limits.HEAD_WIDTHS, "LayerWidths": limits.LAYER_WIDTHS,
+        "MixerWidths": limits.MIXER_WIDTHS, "MixerHeads": limits.MIXER_HEADS, "RowsWidths": limits.ROWS_WIDTHS, "RowsHeads": limits.ROWS_HEADS,
+        "StepWidths": limits.FEEDBACK_WIDTHS,
     }  # fmt: skip
     texts = {"PluginVersion": contract.PLUGIN_VERSION, "PluginNamespace": contract.PLUGIN_NAMESPACE, "Domain": contract.DOMAIN}
     lines = [_HEAD, "#pragma once\n\n#include <cstdint>\n\nnamespace sessa\n{\n\n"]
     lines += [f'constexpr char const* k{name} = "{text}";\n' for name, text in texts.items()]
     lines += [f"constexpr int64_t k{name} = {value};\n" for name, value in numbers.items()]
     for one in OPS:
-        positions = ", ".join(_cpp_name(x.name) for x in one.inputs)
+        positions = ", ".join(_cpp_name(x.name) for x in (one.quantised or one).inputs)
         lines.append(f"namespace {one.identifier}Input\n{{\nenum : int32_t // positions of its operands\n{{\n    {positions}\n}};\n}}\n")
     lines += [f"constexpr int64_t k{name}[] = {{{', '.join(map(str, values))}}};\n" for name, values in lists.items()]
     return "".join([*lines, "\n} // namespace sessa\n"])

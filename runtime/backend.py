@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +13,21 @@ from numpy.typing import NDArray
 from sessa_deploy.checks import as_integer, integer
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.sampling import NotFinite
+from sessa_deploy.runtime.sampling import finite_tokens, most_likely_tokens
 
 IntArray = NDArray[np.integer]
 _MOST_LOGITS = 256 << 20  # bytes
+
+
+@dataclass
+class Begun:
+    """A greedy step that was begun and is not ended. ids (B,T): what it is fed; None: the tokens of the step before it. new (B,): new_length, 0 for sequences
+    that were called off since. slot: where on the host its tokens arrive; picked (B,): they, once they are there."""
+
+    ids: NDArray[np.int64] | None
+    new: NDArray[np.int32]
+    slot: int = 0
+    picked: NDArray[np.int64] | None = None
 
 
 class Backend(ABC):
@@ -23,12 +36,17 @@ class Backend(ABC):
     length: (B,) int32, tokens cached of each row. bytes_moved: bytes of cache rows that were copied since the start, appending included.
     best_chunk, turn_chunk: tokens a prefill step takes at best, and beside sequences that decode, which longer ones hold up; the lesser of the two holds.
     all_logits: whether the graph gives the logits of every new row (`export --all-logits`); else it gives each sequence's last.
+    packed_weights: whether matrices in 8 bits stay so in memory; else they are made wide as the graph is opened.
     draft_cost: what a step of several rows of one sequence takes beyond one of a single row, and what each row more adds, as shares of the latter.
+    looks_ahead: whether a step that was begun runs while the host works, so that it is worth while to begin the next one before it has ended; may be set
+    to False.
     A subclass runs the graph in `_forward` (and `_pick`, `_forward_all`) and appends; lengths, checks and resets are here, so that no backend differs in them.
     """
 
     name = "none"
     all_logits = False
+    looks_ahead = False
+    packed_weights = False
     turn_chunk = 512
     draft_cost = (0.2, 0.05)  # the demo at 300 tokens on two cores: 1.2 for 2 rows, 1.3 for 4, 1.4 for 8, 1.65 for 16
     best_chunk = 256  # on a CPU the demo's 4096 tokens take 3.3 s in chunks of 64 to 256, 4.3 s of 512, 14.6 s at once
@@ -40,6 +58,8 @@ class Backend(ABC):
         self.length: NDArray[np.int32] = np.zeros(batch, dtype=np.int32)
         self._resting: NDArray[np.int32] = np.zeros(batch, dtype=np.int32)  # tokens of sequences that rest, whose length is 0
         self.bytes_moved = 0
+        self._begun: deque[Begun] = deque()
+        self._picked: NDArray[np.int64] | None = None  # by the step ended last
 
     def step(self, input_ids: IntArray, new_length: IntArray) -> NDArray[np.float32]:
         """Feed the first new_length[b] of input_ids[b] (B,T) to each row; logits (B,V) float32 after its last new token.
@@ -79,13 +99,70 @@ class Backend(ABC):
         Raises NotFinite, a SessaError, with the lengths unchanged, on logits that are NaN or Inf.
         """
         ids, new = self._checked(input_ids, new_length)
-        picked = self._pick(ids, new)
-        if picked.min() < 0:
-            if (picked[new > 0] < 0).any():
-                raise NotFinite()
-            picked = np.maximum(picked, 0)
+        picked = finite_tokens(self._pick(ids, new), new)
         self.length += new
         return picked
+
+    def begin_greedy(self, input_ids: IntArray, new_length: IntArray) -> None:
+        """Begin what `step_greedy` does and do not wait for it: `end_greedy` gives the tokens, and only then do lengths advance.
+
+        What was begun before and not ended is called off. So it is by `step`, `step_all` and `step_greedy`, and for one sequence by whatever feeds or changes
+        it alone. Raises UserError as `step` does, with nothing changed.
+        """
+        ids, new = self._checked(input_ids, new_length)
+        begun = Begun(ids, new.copy())
+        self._begin(begun)
+        self._begun.append(begun)
+
+    def begin_next(self, new_length: IntArray) -> bool:
+        """Begin, behind the step that was begun last, one that feeds each sequence what that one picks, which nobody need have seen.
+
+        new_length (B,): 1 for sequences that go on, 0 for others. False, with nothing begun, where that cannot be: no step is under way or two are, another
+        came between, a sequence had no part in it or was changed since, or has no room left.
+        """
+        if len(self._begun) != 1:
+            return False
+        new, before = (np.asarray(new_length) > 0).astype(np.int32), self._begun[0].new.tolist()
+        going = [(fed, held + fed < self.capacity) for goes, fed, held in zip(new.tolist(), before, self.length.tolist(), strict=True) if goes]
+        if not going or not all(fed and room for fed, room in going):
+            return False
+        begun = Begun(None, new)
+        if not self._begin_next(begun):
+            return False
+        self._begun.append(begun)
+        return True
+
+    def end_greedy(self) -> NDArray[np.int64]:
+        """The tokens (B,) of the step that was begun first, unspecified for sequences that it did not feed or that were called off; lengths advance by it.
+
+        Raises NotFinite, a SessaError, as `step_greedy` does: lengths are then unchanged, and what was begun behind it is called off. Raises UserError where
+        nothing is under way.
+        """
+        if not self._begun:
+            raise UserError("there is no greedy step to end", fix="begin_greedy first")
+        begun = self._begun[0]
+        try:
+            self._picked = finite_tokens(self._end(begun), begun.new)
+            self.length += begun.new
+        except BaseException:
+            self._begun.clear()
+            raise
+        self._begun.popleft()
+        return self._picked
+
+    @property
+    def under_way(self) -> int:
+        """Greedy steps that were begun and neither ended nor called off."""
+        return len(self._begun)
+
+    def call_off(self, row: int | None = None) -> None:
+        """Let a sequence (None: every one) have had no part in the steps that were begun and are not ended."""
+        if row is None:
+            self._begun.clear()
+        elif self._begun:
+            for begun in self._begun:
+                begun.new[row] = 0
+            self._begun = deque(begun for begun in self._begun if begun.new.any())
 
     def step_row(self, row: int, ids: IntArray) -> NDArray[np.float32]:
         """Feed ids (T,) to one sequence alone, while the others stand still and cost nothing; logits (V,) float32 after the last of them.
@@ -134,6 +211,7 @@ class Backend(ABC):
         source, target, held = self._row(source), self._row(target), as_integer(length)
         if held is None or not 0 <= held <= self.held(source):
             raise UserError("a sequence cannot be copied so far", got=repr(length), allowed=f"0..{self.held(source)}")
+        self.call_off(target)
         if source != target and held:
             self._resting[target] = self.length[target] = 0
             self._copy_row(source, target, held)
@@ -143,10 +221,12 @@ class Backend(ABC):
         """Forget the tokens of `rows`, of every row by default."""
         for row in range(self.batch) if rows is None else rows:
             self.length[self._row(row)] = self._resting[row] = 0
+            self.call_off(row)
 
     def rest(self, row: int) -> None:
         """Keep a sequence's cache, but let it cost nothing: its length is 0 until `wake`. Feeding it or copying to it forgets what it held."""
         row = self._row(row)
+        self.call_off(row)
         self._resting[row], self.length[row] = self.held(row), 0
 
     def wake(self, row: int, length: int) -> None:
@@ -154,6 +234,7 @@ class Backend(ABC):
         row, kept = self._row(row), as_integer(length)
         if kept is None or not 0 <= kept <= self.held(row):
             raise UserError("a sequence cannot be taken up there", got=repr(length), allowed=f"0..{self.held(row)}")
+        self.call_off(row)
         self.length[row], self._resting[row] = kept, 0
 
     def held(self, row: int) -> int:
@@ -166,6 +247,7 @@ class Backend(ABC):
         row, held = self._row(row), as_integer(length)
         if held is None or not 0 <= held <= int(self.length[row]):
             raise UserError("a sequence cannot be rewound to there", got=repr(length), allowed=f"0..{int(self.length[row])}")
+        self.call_off(row)
         self.length[row] = held
 
     def room(self, row: int) -> int:
@@ -226,6 +308,21 @@ class Backend(ABC):
         """Like `_forward`; the most likely tokens (B,), -1 where a row's largest logit is not finite."""
         return most_likely_tokens(self._forward(ids, new))
 
+    def _begin(self, begun: Begun) -> None:  # noqa: B027 - a backend that cannot run behind the host need do nothing
+        """Launch a step that is fed ids; here it waits until somebody wants its tokens."""
+
+    def _begin_next(self, begun: Begun) -> bool:
+        """Launch a step that is fed what the one before it picks; whether that can be."""
+        return True
+
+    def _end(self, begun: Begun) -> NDArray[np.int64]:
+        """The tokens of a step as `_pick` gives them."""
+        ids = begun.ids
+        if ids is None:
+            assert self._picked is not None  # the step before it has ended
+            ids = self._picked[:, None]
+        return self._pick(np.ascontiguousarray(ids[:, : int(begun.new.max())]), begun.new)
+
     @abstractmethod
     def cached(self, row: int) -> dict[str, NDArray[np.generic]]:
         """Copies of a row's cache by graph name (`past.{i}.k_f`): (length, Hkv, d) for k_f and v_f, (length, D) for k_b and s."""
@@ -260,6 +357,7 @@ class Backend(ABC):
             raise outside_vocabulary(ids[:, :tokens][fed.view(np.uint64) >= self.config.vocab_size][0], self.config.vocab_size)
         if self._resting.any():
             self._resting[new > 0] = 0
+        self._begun.clear()
         return fed, new.astype(np.int32, copy=False)
 
     def _checked_row(self, row: int, input_ids: IntArray) -> tuple[int, NDArray[np.int64]]:
@@ -273,6 +371,7 @@ class Backend(ABC):
         if wrong.any():
             raise outside_vocabulary(ids[wrong][0], self.config.vocab_size)
         self._resting[row] = 0
+        self.call_off(row)
         return row, fed
 
     def _full(self, row: int, new: int) -> UserError:
@@ -283,11 +382,6 @@ class Backend(ABC):
 def outside_vocabulary(token: object, vocab_size: int) -> UserError:
     """What to tell a user of a token id that the model does not have."""
     return UserError("a token id is outside the vocabulary", got=token, allowed=f"0..{vocab_size - 1}", fix="encode the prompt with the bundle's tokenizer")
-
-
-def most_likely_tokens(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The most likely tokens (...) of logits (..., V), -1 where the largest is NaN or Inf."""
-    return np.where(np.isfinite(logits.max(axis=-1)), logits.argmax(axis=-1), -1)
 
 
 def last_rows(logits: NDArray[np.float32], new: NDArray[np.int32]) -> NDArray[np.float32]:

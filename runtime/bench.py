@@ -16,8 +16,11 @@ from sessa_deploy.checks import as_number, integer
 from sessa_deploy.contract import MODEL_FILE
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime import environment, traffic
+from sessa_deploy.runtime.generation import Drawn, Look, Row, Steps, look_all
 from sessa_deploy.runtime.lookup import DraftStats
+from sessa_deploy.runtime.sampling import Sampler, SamplingParams
 from sessa_deploy.runtime.session import Session
+from sessa_deploy.runtime.sizes import weight_sizes
 
 BENCH_SCHEMA = 2
 _QUANTILES = (50, 95, 99)
@@ -80,10 +83,13 @@ def measure(
     first = _prefills(session, prompts, options)
     times, where = _decode(session, options, progress or (lambda done, total: None))
     total, context = float(times.sum()), options.prompt_tokens + (options.window - 1) / 2
-    moved = traffic.step_bytes(session.config, session.bundle.precision, [context] * session.max_batch)
+    bundle, read = session.bundle, session.bundle.weights if session.backend.packed_weights else None
+    moved = traffic.step_bytes(session.config, bundle.precision, [context] * session.max_batch, read)
     result: dict[str, Any] = {
-        "schema_version": BENCH_SCHEMA, "kind": "sessa-deploy bench", "backend": session.backend.name,
-        "bundle": {"model_sha256": session.bundle.sha256(MODEL_FILE), "precision": session.bundle.precision, "config": session.config.to_dict()},
+        "schema_version": BENCH_SCHEMA, "kind": "sessa-deploy bench", "backend": session.backend.name, "looks_ahead": session.backend.looks_ahead,
+        "bundle": {"model_sha256": bundle.sha256(MODEL_FILE), "precision": bundle.precision, "config": session.config.to_dict(),
+                   "weights": None if bundle.weights is None else bundle.weights.to_dict()},
+        "weight_bytes": weight_sizes(session.config, bundle.precision, read).to_dict(),  # as this engine holds them
         "settings": {**asdict(options), "batch": session.max_batch, "capacity": session.capacity, "chunk": session.chunk},
         "ttft_ms": _summary(first), "inter_token_ms": _summary(times), "tokens_per_second": session.max_batch * len(times) / total,
         "prefill_tokens_per_second": session.max_batch * options.prompt_tokens / float(np.median(first)),
@@ -116,17 +122,21 @@ def _prefills(session: Session, prompts: list[list[int]], options: BenchOptions)
 
 
 def _decode(session: Session, options: BenchOptions, progress: Callable[[float, float], None]) -> tuple[NDArray[np.float64], dict[str, Any]]:
-    """Seconds of each step, from the ids of the last token to those of the next; and what the machine is, its clocks read while steps still run."""
-    backend, batch = session.backend, session.max_batch
-    ids, new = np.zeros((batch, 1), np.int64), np.ones(batch, np.int32)
+    """Seconds from token to token as a session draws them, text included; and what the machine is, its clocks read while steps still run."""
+    backend, steps = session.backend, Steps(session.backend)
+    rows: list[Row] = []
     times: list[float] = []
 
     def step() -> tuple[float, float]:
-        if int(backend.length[0]) >= options.prompt_tokens + options.window:
-            for row in range(batch):
+        nonlocal rows
+        if not rows:
+            tokenizer = session.tokenizer if session.has_tokenizer else None
+            for row in range(session.max_batch):
                 backend.rewind(row, options.prompt_tokens)
+            rows = [Row(row, [0], Sampler(SamplingParams(), session.config.vocab_size), tokenizer, limit=options.window) for row in range(session.max_batch)]
         start = time.perf_counter()
-        ids[:, 0] = backend.step_greedy(ids, new)
+        rows, found = steps(rows)
+        rows = [row for row, look in zip(rows, look_all(rows, found), strict=True) if _drawn(row, look).finish is None]
         return start, time.perf_counter()
 
     warm = time.perf_counter() + options.warmup
@@ -149,6 +159,12 @@ def _decode(session: Session, options: BenchOptions, progress: Callable[[float, 
     look.join()
     session.reset()
     return np.array(times), where
+
+
+def _drawn(row: Row, look: Look | Exception) -> Drawn:
+    if isinstance(look, Exception):
+        raise look
+    return row.take(look)
 
 
 def _lookup(session: Session, prompt: list[int], options: BenchOptions) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.contract import BUNDLE_SCHEMA, DEFAULT_OPSET, MANIFEST_FILE, MODEL_DATA_FILE, MODEL_FILE, Weights
+from sessa_deploy.contract import BUNDLE_SCHEMA, DEFAULT_OPSET, MANIFEST_FILE, MODEL_DATA_FILE, MODEL_FILE, PRECISIONS, WEIGHT_FORMATS, Weights
 from sessa_deploy.errors import UserError
 from sessa_deploy.process import command
 from sessa_deploy.reading import identity, open_plain
@@ -30,6 +30,7 @@ _BLOCK = 1 << 20
 _LIMIT = 16 << 20
 _KEYS = ("schema_version", "config", "precision", "opset", "files", "versions")
 Source = Path | str | bytes
+_SIXTEEN_BITS = tuple(name for name, p in PRECISIONS.items() if p.itemsize == 2)
 
 
 class Bundle:
@@ -96,11 +97,25 @@ class Bundle:
         """The command that writes this bundle anew, with further options; elsewhere, if it lies in a hub's cache."""
         return command("export", "CHECKPOINT", "--out", "BUNDLE" if in_cache(self.path) else self.path) + options
 
-    def require_wide_weights(self, who: str) -> None:
-        """Raise UserError where the matrices are stored in 8 bits, which `who` does not read."""
-        if self.weights is not None:
-            raise UserError(f"{who} does not read weights in 8 bits", got=f"{self.path} with --weights {self.weights.format}",
-                            allowed="a bundle exported without --weights", fix=f"use --backend ort, or {self.export_hint()}")
+    def require_engine_weights(self, who: str, archs: Iterable[int] = ()) -> None:
+        """Raise UserError where matrices are in 8 bits and the library's kernels cannot read them: beside activations of 32, or on one of `archs`."""
+        if self.weights is None:
+            return
+        form = self.weights.format
+        if self.precision not in _SIXTEEN_BITS:
+            raise UserError(f"{who} takes weights in 8 bits beside activations of 16", got=f"{self.path}, {self.precision} with {form}",
+                            allowed=f"{' or '.join(_SIXTEEN_BITS)}; {self.precision} with --backend ort",
+                            fix=self.export_hint(f" --precision fp16{self._weights_hint(form)}"))
+        least = WEIGHT_FORMATS[form].arch
+        early = sorted(arch for arch in archs if arch < least)
+        if early:
+            raise UserError(f"{form} weights need a later GPU", got=", ".join(f"sm_{arch}" for arch in early), allowed=f"sm_{least} or later",
+                            fix=self.export_hint(f" --precision {self.precision}{self._weights_hint('int8')}"))
+
+    def _weights_hint(self, form: str) -> str:
+        """The options of `export` for weights in this form."""
+        opset = f" --opset {WEIGHT_FORMATS[form].opset}" if WEIGHT_FORMATS[form].opset > DEFAULT_OPSET else ""
+        return f"{opset} --weights {form}"
 
     @property
     def model(self) -> Path:

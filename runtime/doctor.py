@@ -7,12 +7,16 @@ import sys
 from typing import Any
 
 from sessa_deploy import __version__
+from sessa_deploy.contract import ORT_ENGINE
 from sessa_deploy.cuda import driver_version
 from sessa_deploy.cuda_arch import mend as arch_mend
 from sessa_deploy.cuda_arch import nearest
 from sessa_deploy.errors import UserError, install_command
+from sessa_deploy.process import command
 from sessa_deploy.runtime import environment
 from sessa_deploy.runtime.bundle import Bundle
+from sessa_deploy.runtime.ort.prepared import describe as describe_prepared
+from sessa_deploy.runtime.sizes import weight_sizes
 from sessa_deploy.runtime.trt import api, plan
 
 DOCTOR_SCHEMA = 1
@@ -78,9 +82,9 @@ def examine(bundle: Bundle | None = None) -> dict[str, Any]:
     more: dict[str, Any] = {}
     if bundle is not None:
         if bundle.weights is not None:
-            more["weights"] = bundle.weights.to_dict()
-            checks.append({"use": "run on ONNX Runtime", "name": "the bundle's weights", "found": f"{bundle.weights}; its plain graph runs them", "state": "ok",
-                           "mend": ""})
+            checks.append(weights_here(bundle, gpus))
+            more["weights"] = {**bundle.weights.to_dict(), "bytes": weight_sizes(bundle.config, bundle.precision, bundle.weights).to_dict()}
+        checks.append(prepared_here(bundle))
         here = more["engine"] = engine_here(bundle, gpus)
         found = here["engine"] or f"none would load: {here['why']}"
         checks.append({"use": "run on TensorRT", "name": "the bundle's engine", "found": found, "state": "ok" if here["engine"] else "optional",
@@ -133,12 +137,36 @@ def ort_library(gpus: list[dict[str, Any]]) -> dict[str, Any]:
     return {"use": "run on ONNX Runtime", "name": "kernels for its CUDA provider", "found": found, "state": "optional" if mend else "ok", "mend": mend}
 
 
+def weights_here(bundle: Bundle, gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    """The check of matrices in 8 bits: what they take, and whether engines on this machine's GPU read them as they are."""
+    sizes, mend = weight_sizes(bundle.config, bundle.precision, bundle.weights), ""
+    read = "engines with our kernels read them in 8 bits, plain ONNX Runtime makes them wide as it opens"
+    try:
+        bundle.require_engine_weights("an engine", [int(gpu["arch"].removeprefix("sm_")) for gpu in gpus[:1]])
+    except UserError as wrong:
+        read, mend = f"plain ONNX Runtime alone runs them, wide; {wrong.what}: {wrong.got}; allowed: {wrong.allowed}", str(wrong.fix)
+    found = f"{bundle.weights}; {sizes.eight / 1e6:.1f} MB with scales, {sizes.eight / sizes.instead_of:.2f} x of {bundle.precision}; {read}"
+    return {"use": "run the bundle", "name": "the bundle's weights", "found": found, "state": "optional" if mend else "ok", "mend": mend}
+
+
+def prepared_here(bundle: Bundle) -> dict[str, Any]:
+    """The check of the graph that `build --for ort` puts into a bundle: where it is and who computes its layers, or the command that makes it."""
+    here = describe_prepared(bundle).get("prepared")
+    found, mend = "none: build --for ort makes it", command("build", bundle.path, "--for", ORT_ENGINE)
+    if here is not None and here["why"]:
+        found, mend = f"not used: {here['why']}", here["mend"]
+    elif here is not None:
+        eight = f", weights in 8 bits {here['eight_bytes'] / 1e6:.1f} MB" if here["eight_bytes"] else ""
+        found, mend = f"{here['folder']}, layers by {'the library' if here['layers'] == 'plugin' else 'ONNX Runtime'}{eight}", ""
+    return {"use": "run on ONNX Runtime", "name": "the bundle's graph for our kernels", "found": found, "state": "optional" if mend else "ok", "mend": mend}
+
+
 def engine_here(bundle: Bundle, gpus: list[dict[str, Any]]) -> dict[str, Any]:
     """Which TensorRT engine of a bundle would load on this machine: engine (its folder; None: none), why not, and mend, the command that comes next."""
     installed = {p.name: v for p in api.PRODUCTS if (v := api.installed_version(p)) is not None}
     arch = int(gpus[0]["arch"].removeprefix("sm_")) if gpus else None
     try:
-        bundle.require_wide_weights("a TensorRT engine")
+        bundle.require_engine_weights("a TensorRT engine", [] if arch is None else [arch])
         name = plan.product_for(bundle, arch, installed)
         product = api.product(name) if name in api.NAMES else api.PRODUCTS[0]
         if name is not None and name not in installed:

@@ -24,7 +24,7 @@ def open_backend(bundle: Bundle, name: str = "auto", batch: int = 1, capacity: i
     if name == "auto":
         name = choose(bundle)
     if name == "trt":
-        bundle.require_wide_weights("a TensorRT engine")
+        bundle.require_engine_weights("a TensorRT engine")
         return _trt().TrtBackend(bundle, batch=batch, capacity=capacity)  # type: ignore[no-any-return]
     from sessa_deploy.runtime.ort.backend import OrtBackend
 

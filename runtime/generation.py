@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -19,6 +20,7 @@ from sessa_deploy.runtime.tokenizer import Tokenizer
 
 _LARGE_VOCABULARY, _MOST_THREADS = 8192, 8
 Top = tuple[tuple[int, float], ...]  # (token, log probability), best first
+Found = int | NDArray[np.float32]  # what a token comes from: itself where a step picked it, else logits (V,)
 
 
 class Drawn(NamedTuple):
@@ -68,7 +70,7 @@ class Row:
         left = self._capacity + 1 - len(self.tokens) if self._capacity is not None else 1 << 31
         return left if self._limit is None else min(left, self._limit - self.count)
 
-    def look(self, found: int | NDArray[np.float32]) -> Look | Exception:
+    def look(self, found: Found) -> Look | Exception:
         """The next token: `found` itself where the step picked it, drawn from these logits (V,), or the one that is there already; or what went wrong."""
         if isinstance(found, int):
             return Look(found) if found >= 0 else NotFinite()
@@ -105,12 +107,63 @@ class Row:
         return Drawn(token, text, "stop" if stopped else finish, logprob, top, held)
 
 
-def decode(backend: Backend, rows: Sequence[Row], logits: bool = False) -> list[int | NDArray[np.float32]]:
+class Steps:
+    """The decode steps of one backend's rows, each over the rows that are left.
+
+    Where all of them only want the most likely token and the backend looks ahead, the step behind the one that is waited for is begun first: it is fed on
+    the device, so that this need not wait for the host. A row that ends meanwhile was fed one token too many, which lies beyond its length; a row that can
+    be known to end with the token waited for has no part in it. What each row draws is what it draws without.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._begun: deque[frozenset[Row]] = deque()  # the rows of each step that is under way
+
+    def __call__(self, rows: list[Row], ahead: bool = True) -> tuple[list[Row], list[Found]]:
+        """The rows that had a part in the next step, and what the next token of each comes from, as `decode` has it. A row that came while a step was under
+        way has a part in the one behind it.
+
+        ahead: whether to begin the step behind this one. Raises NotFinite as `decode` does, with no row a token further.
+        """
+        backend = self._backend
+        if len(self._begun) != backend.under_way:  # somebody else was at the backend
+            self._begun.clear()
+        if not (backend.looks_ahead and all(row.greedy for row in rows)):
+            self._begun.clear()
+            return rows, decode(backend, rows)
+        among = [row for row in rows if row in self._begun[0]] if self._begun else []
+        try:
+            if among:
+                for row in self._begun[0].difference(among):
+                    backend.call_off(row.index)
+            else:
+                among = rows
+                backend.begin_greedy(*_feed(backend, rows))
+                self._begun = deque([frozenset(rows)])
+            if ahead and len(among) == len(rows):
+                self._begin_next(among)
+            picked = backend.end_greedy().tolist()
+            self._begun.popleft()
+        except BaseException:
+            self._begun.clear()
+            backend.call_off()
+            raise
+        return among, [picked[row.index] for row in among]
+
+    def _begin_next(self, rows: list[Row]) -> None:
+        """Begin the step behind the one under way, of the rows that it cannot be the last for."""
+        going = [row for row in rows if row.left > 1] if len(self._begun) == 1 else []
+        if going:
+            new = np.zeros(self._backend.batch, np.int32)
+            new[[row.index for row in going]] = 1
+            if self._backend.begin_next(new):
+                self._begun.append(frozenset(going))
+
+
+def decode(backend: Backend, rows: Sequence[Row], logits: bool = False) -> list[Found]:
     """One decode step over `rows`, the others standing still; what each row's next token comes from: the token itself where all of them only want the most
     likely one, which the backend then finds where it computes, else (always, with `logits`) logits (V,). Raises NotFinite in the first case alone."""
-    ids, new = np.zeros((backend.batch, 1), np.int64), np.zeros(backend.batch, np.int32)
-    for row in rows:
-        ids[row.index, 0], new[row.index] = row.tokens[row.at], 1
+    ids, new = _feed(backend, rows)
     if not logits and all(row.greedy for row in rows):
         picked = backend.step_greedy(ids, new).tolist()
         return [picked[row.index] for row in rows]
@@ -118,7 +171,15 @@ def decode(backend: Backend, rows: Sequence[Row], logits: bool = False) -> list[
     return [found[row.index] for row in rows]
 
 
-def verify(backend: Backend, row: Row, draft: Sequence[int]) -> list[int | NDArray[np.float32]]:
+def _feed(backend: Backend, rows: Sequence[Row]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """ids (B,1) and new_length (B,) of a decode step over `rows`."""
+    ids, new = np.zeros((backend.batch, 1), np.int64), np.zeros(backend.batch, np.int32)
+    for row in rows:
+        ids[row.index, 0], new[row.index] = row.tokens[row.at], 1
+    return ids, new
+
+
+def verify(backend: Backend, row: Row, draft: Sequence[int]) -> list[Found]:
     """One step of `row` alone over its last token and a draft behind it; what the token after each of them comes from, as in `decode`. Needs all logits.
 
     A drawn token is what a draft must agree with: for a draft that is certain of itself this accepts it with its probability and else draws from the other
@@ -126,13 +187,15 @@ def verify(backend: Backend, row: Row, draft: Sequence[int]) -> list[int | NDArr
     """
     ids = np.array([row.tokens[-1], *draft])
     if row.greedy:
-        picks: list[int | NDArray[np.float32]] = backend.step_row_picks(row.index, ids).tolist()
+        picks: list[Found] = backend.step_row_picks(row.index, ids).tolist()
         return picks
     return list(backend.step_row_all(row.index, ids))
 
 
-def look_all(rows: Sequence[Row], found: Sequence[int | NDArray[np.float32]]) -> list[Look | Exception]:
+def look_all(rows: Sequence[Row], found: Sequence[Found]) -> list[Look | Exception]:
     """What each row makes of what a step gave it."""
+    if all(isinstance(what, int) for what in found):  # a decode step waits for this
+        return [row.look(what) for row, what in zip(rows, found, strict=True)]
     return _spread(Row.look, rows, found)
 
 

@@ -204,6 +204,20 @@ def log_probabilities(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     return result
 
 
+def most_likely_tokens(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The most likely tokens (...) of logits (..., V), -1 where the largest is NaN or Inf."""
+    return np.where(np.isfinite(logits.max(axis=-1)), logits.argmax(axis=-1), -1)
+
+
+def finite_tokens(picked: NDArray[np.int64], new_length: NDArray[np.int32]) -> NDArray[np.int64]:
+    """What a step picked (B,), -1 made 0 in sequences that stood still, whose logits may be anything. Raises NotFinite where another has -1."""
+    if picked.min() < 0:
+        if (picked[new_length > 0] < 0).any():
+            raise NotFinite()
+        picked = np.maximum(picked, 0)
+    return picked
+
+
 def most_likely(logprobs: NDArray[np.float64], count: int) -> tuple[tuple[int, float], ...]:
     """The `count` most likely tokens of logprobs (V,) with theirs, best first, the lower id first among equals."""
     count = min(count, logprobs.size)

@@ -16,7 +16,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend, outside_vocabulary
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.engines import open_backend
-from sessa_deploy.runtime.generation import Row, check_fits, decode, look_all, verify
+from sessa_deploy.runtime.generation import Found, Row, Steps, check_fits, look_all, verify
 from sessa_deploy.runtime.lookup import MOST_DRAFTED, Drafter, DraftStats
 from sessa_deploy.runtime.sampling import Sampler, SamplingParams
 from sessa_deploy.runtime.tokenizer import Tokenizer
@@ -212,7 +212,8 @@ class Session:
         if self.lookup and rows:
             yield from self._stream_drafts(turn, rows[0], logits[0])
             return
-        found: list[int | NDArray[np.float32]] = [logits[row.index] for row in rows]
+        steps = Steps(self.backend)
+        found: list[Found] = [logits[row.index] for row in rows]
         while rows:
             looks = []
             for look in look_all(rows, found):
@@ -228,7 +229,7 @@ class Session:
             if not rows:
                 break
             self._check_turn(turn)
-            found = decode(self.backend, rows)
+            rows, found = steps(rows)
             for row in rows:
                 self._slots[row.index].pending = 0
 
@@ -236,7 +237,8 @@ class Session:
         """Generate in the one sequence, its first token from logits (V,), the others by steps that verify a draft where there is one."""
         slot, drafts = self._slots[row.index], self.drafts
         drafter = slot.drafter = slot.drafter or Drafter(slot.tokens, self.lookup, self.backend.draft_cost)
-        found: list[int | NDArray[np.float32]] = [logits]
+        steps = Steps(self.backend)
+        found: list[Found] = [logits]
         draft: list[int] = []
         while True:
             for at, what in enumerate(found):
@@ -257,7 +259,10 @@ class Session:
                 if last:
                     break
             draft = drafter.draft(min(self.backend.room(row.index), row.left) - 1) if drafter.sees_more() else []
-            found = verify(self.backend, row, draft) if draft else decode(self.backend, [row])
+            worth = bool(draft)
+            if worth and self.backend.under_way:  # first what is under way already
+                draft = []
+            found = verify(self.backend, row, draft) if draft else steps([row], ahead=not worth)[1]
             drafts.steps += 1
             drafts.drafted += len(draft)
 

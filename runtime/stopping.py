@@ -38,4 +38,9 @@ class StopText:
 
     def _overlap(self, stop: str) -> int:
         """Length of the longest end of the held text that begins `stop`."""
-        return next((n for n in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:n])), 0)
+        at = max(0, len(self._held) - len(stop) + 1)
+        while (at := self._held.find(stop[0], at)) >= 0:  # most texts hold no beginning at all
+            if stop.startswith(self._held[at:]):
+                return len(self._held) - at
+            at += 1
+        return 0

@@ -7,23 +7,21 @@ import time
 import numpy as np
 
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.contract import PRECISIONS, cache_entries, cache_row_shape
+from sessa_deploy.contract import PRECISIONS, Weights, cache_entries, cache_row_shape
 from sessa_deploy.cuda import Cuda, devices
 from sessa_deploy.errors import SessaError
+from sessa_deploy.runtime.sizes import matrix_bytes, other_bytes
 
-_FLOAT32 = 4
 _COPIES, _COPY_BYTES = 10, 1 << 30
 
 
-def weight_bytes(config: SessaConfig, precision: str, batch: int = 1) -> int:
-    """Bytes of weights that a decode step of `batch` sequences reads once: all of them, but of the embedding only one row a sequence."""
-    width, kv_width = config.d_model, config.kv_heads * config.head_dim
-    matrices = 2 * width + width + 2 * kv_width + 2 * width + width  # rows of W_in, q, k and v, fb, W_out
-    stored = 2 * width + matrices * (width + 1) + (width * width if config.n_heads > 1 else 0)  # LayerNorm, weights and biases, out_proj
-    numbers = config.n_layers * stored + 2 * width + config.vocab_size * width + batch * width
-    gain = config.n_layers * (width + 1)  # gamma's own, float32 in every precision (float64 in fp64)
-    item = PRECISIONS[precision].itemsize
-    return numbers * item + gain * max(item, _FLOAT32)
+def weight_bytes(config: SessaConfig, precision: str, batch: int = 1, weights: Weights | None = None) -> int:
+    """Bytes of weights that a decode step of `batch` sequences reads once: all of them, but of the embedding only one row a sequence.
+
+    weights: which matrices are read in 8 bits; None: none.
+    """
+    rows = batch * config.d_model * PRECISIONS[precision].itemsize
+    return sum(matrix_bytes(config, precision, weights).values()) + other_bytes(config, precision) + rows
 
 
 def row_bytes(config: SessaConfig, precision: str) -> int:
@@ -32,9 +30,9 @@ def row_bytes(config: SessaConfig, precision: str) -> int:
     return numbers * PRECISIONS[precision].itemsize
 
 
-def step_bytes(config: SessaConfig, precision: str, contexts: list[float]) -> float:
+def step_bytes(config: SessaConfig, precision: str, contexts: list[float], weights: Weights | None = None) -> float:
     """Bytes a decode step moves at least, for sequences with `contexts` cached tokens each: every weight once, every valid cache row once."""
-    return weight_bytes(config, precision, len(contexts)) + sum(contexts) * row_bytes(config, precision)
+    return weight_bytes(config, precision, len(contexts), weights) + sum(contexts) * row_bytes(config, precision)
 
 
 def copy_bandwidth() -> float | None:

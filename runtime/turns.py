@@ -11,7 +11,7 @@ import numpy as np
 
 from sessa_deploy.errors import one_line
 from sessa_deploy.runtime.backend import Backend
-from sessa_deploy.runtime.generation import Look, Row, decode, look_all, score_all
+from sessa_deploy.runtime.generation import Look, Row, Steps, decode, look_all, score_all
 from sessa_deploy.runtime.requests import Event, Request, Scored
 from sessa_deploy.runtime.sampling import NotFinite, Sampler
 from sessa_deploy.runtime.slots import Slot, Slots
@@ -55,6 +55,7 @@ class Turns:
         self.slots = Slots(backend, chunk, reuse)
         self.reading: deque[Task] = deque()
         self.running: list[Task] = []
+        self._steps = Steps(backend)
         self.stats = Stats(slots=backend.batch)
 
     def admit(self, task: Task) -> None:
@@ -138,20 +139,21 @@ class Turns:
         return task.row
 
     def decode(self) -> None:
-        """One decode step of all that run."""
+        """One decode step of all that run, or of those that ran when it was begun."""
         tasks = list(self.running)
         if not tasks:
             return
         rows = [task.row for task in tasks if task.row is not None]
         try:
             try:
-                found = decode(self.backend, rows)
+                rows, found = self._steps(rows, ahead=not self.reading)  # a prompt's chunk would come between
             except NotFinite:  # of one of them: logits tell which
                 found = decode(self.backend, rows, logits=True)
         except Exception as error:
             self.failed(tasks, error)
             return
         self.stats.steps += 1
+        tasks = [task for task in tasks if task.row in rows]
         looks = look_all(rows, found)
         faults = [(task, fault) for task, row, look in zip(tasks, rows, looks, strict=True) if (fault := self._follow(task, row, look)) is not None]
         none_good = len(faults) == len(tasks)

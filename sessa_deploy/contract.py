@@ -21,9 +21,11 @@ LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, MIXER_OP = "SessaLinearHeads", "SessaLogits
 ENGINE_OPS = (*GRAPH_OPS, ROTARY_OP, NORM_OP, LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, NORM_ENTER_OP, PROJECT_GAIN_OP, MIXER_OP)
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = ""
-PLUGIN_STATE = 2  # of what an engine holds of a node of ours; goes up with its form or its meaning
+PLUGIN_STATE = 3  # of what an engine holds of a node of ours; goes up with its form or its meaning
 ATTR_SCALE = "scale"
 ATTR_STORAGE = "storage"
+ATTR_WEIGHTS = "weights"  # of an op with a matrix of weights: their ONNX type number (WEIGHT_FORMATS), 0 or left out where it is `storage`
+WEIGHT, WEIGHT_SCALE = "weight", "weight_scale"  # operands: the matrix, and behind all others its scales
 STEP_ROWS = 16  # of a sequence, in a step that verifies a draft: one CUDA graph for each number of rows
 WIDTH_MULTIPLE, MAX_WIDTH = 16, 4096  # of D, for the kernels of feedback attention
 
@@ -84,7 +86,7 @@ EXPORT_PRECISIONS = ("fp32", "fp16", "bf16")
 class WeightFormat:
     """An 8-bit form of a layer's matrices: its name in ONNX and torch, the largest magnitude that a scale is made for, and its oldest opset.
 
-    max_loss: how many percent more bits per byte than the original weights parity takes by default.
+    max_loss: how many percent more bits per byte than the original weights parity takes by default. arch: the oldest architecture whose kernels read it.
     """
 
     name: str
@@ -93,12 +95,15 @@ class WeightFormat:
     largest: float
     opset: int
     max_loss: float
+    arch: int
 
 
 WEIGHT_FORMATS = {
-    "int8": WeightFormat("int8", 3, "int8", 127.0, 17, 0.5),  # -127..127: symmetric
-    "fp8": WeightFormat("fp8", 17, "float8_e4m3fn", 448.0, 19, 1.0),  # E4M3
+    "int8": WeightFormat("int8", 3, "int8", 127.0, 17, 0.5, 0),  # -127..127: symmetric
+    "fp8": WeightFormat("fp8", 17, "float8_e4m3fn", 448.0, 19, 1.0, 89),  # E4M3
 }
+
+
 @dataclass(frozen=True)
 class Weights:
     """How a bundle stores its matrices: the format ("int8" or "fp8", see WEIGHT_FORMATS), and which of them stay in the bundle's precision."""
@@ -114,6 +119,7 @@ class Weights:
         return {"format": self.format, "kept": list(self.kept)}
 
 
+HEAD = "lm_head.weight"
 QUANTISED, SCALE = ".q", ".scale"  # suffixes of a matrix's 8-bit values and of its float32 scales, one an output channel, in model.onnx
 
 

@@ -16,6 +16,7 @@ _LIBRARIES = ("libcuda.so.1", "libcuda.so")
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _ON_DEVICE = 2  # CU_MEMORYTYPE_DEVICE
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 _ATTRIBUTE_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STATIC_SHARED = 48 << 10
@@ -132,6 +133,7 @@ class Cuda:
             raise UserError("there is no CUDA driver, or no GPU that it can use", fix="use --backend ort; sessa-deploy doctor says what is missing")
         self._cuda, self._context, self._stream = library, Handle(), Handle()
         self._memory: dict[int, bool] = {}  # address -> whether it is on the host
+        self._events: list[int] = []
         self._closed = False
         device = ctypes.c_int()
         self.call("cuDeviceGet", ctypes.byref(device), index)
@@ -210,6 +212,21 @@ class Cuda:
         """Wait for everything enqueued."""
         self.call("cuStreamSynchronize", self._stream)
 
+    def event(self) -> int:
+        """A mark that `record` sets and `wait_event` waits for; it keeps no time."""
+        event = Handle()
+        self.call("cuEventCreate", ctypes.byref(event), _NO_TIMING)
+        self._events.append(int(event.value or 0))
+        return self._events[-1]
+
+    def record(self, event: int) -> None:
+        """Enqueue an event: it is over once everything enqueued before it is."""
+        self.call("cuEventRecord", Handle(event), self._stream)
+
+    def wait_event(self, event: int) -> None:
+        """Wait for what was enqueued before an event was recorded last, and for nothing behind it."""
+        self.call("cuEventSynchronize", Handle(event))
+
     def kernel(self, image: bytes, entry: str, warps: int, shared: int, params: int) -> Kernel:
         """Load a kernel from a cubin that takes `params` parameters, hidden ones included."""
         module, function = Handle(), Handle()
@@ -262,6 +279,9 @@ class Cuda:
         for address, host in self._memory.items():
             self.call("cuMemFreeHost" if host else "cuMemFree_v2", Handle(address) if host else Pointer(address))
         self._memory.clear()
+        for event in self._events:
+            self.call("cuEventDestroy_v2", Handle(event))
+        self._events.clear()
         self.call("cuStreamDestroy_v2", self._stream)
 
     def call(self, name: str, *arguments: Any) -> None:

@@ -158,12 +158,16 @@ def _value(onnx: Any, value: Any) -> dict[str, Any]:
 
 def describe_bundle(path: Path, verify: bool = True) -> dict[str, Any]:
     """config, precision, weights (None: none in 8 bits), opset, versions, files with size and checksum, chat_template, engines and the bytes each adds,
-    whether all matches the manifest."""
+    whether all matches the manifest. Of one with weights in 8 bits also weight_bytes, what they take."""
     from sessa_deploy.runtime.bundle import Bundle
+    from sessa_deploy.runtime.sizes import weight_sizes
 
     out: dict[str, Any] = {"kind": "bundle", "path": str(path)}
     try:
-        manifest = Bundle.open(path, verify=verify).manifest
+        bundle = Bundle.open(path, verify=verify)
+        manifest = bundle.manifest
+        if bundle.weights is not None:
+            out["weight_bytes"] = weight_sizes(bundle.config, bundle.precision, bundle.weights).to_dict()
         out |= {"verified": True if verify else None, "problem": None}
     except UserError as error:
         out |= {"verified": False, "problem": str(error)}

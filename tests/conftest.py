@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the graphs that this run traced, common to its processes: each shape is traced once. Shared where a test module brought torch."""
+    run = tmp_path_factory.getbasetemp()
+    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "traces"
+    if "torch" in sys.modules and importlib.util.find_spec("onnxscript") is not None:
+        from traces import share
+
+        share(folder)
+    return folder
 
 
 @pytest.fixture

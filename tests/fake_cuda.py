@@ -28,7 +28,8 @@ class HostCuda:
         self.host: set[int] = set()
         self.recording: list[Callable[[], None]] | None = None
         self.graphs: dict[int, list[Callable[[], None]]] = {}
-        self.replays = self.launches = self.read_back = self.sent = 0
+        self.log: list[str] = []  # replays, and waits for events
+        self.replays = self.launches = self.read_back = self.sent = self.events = 0
         self.free, self.closed = free, False
 
     def enter(self) -> None: ...
@@ -84,7 +85,7 @@ class HostCuda:
         assert params == len(arguments) + 2, "Triton's two hidden pointers come last"
         self.launches += 1
         values = [value for _, value in arguments]
-        assert entry != FINISH or values[-1] in self.host, "the tokens are written to the host's memory"
+        assert entry != FINISH or self.on_host(values[4]), "the tokens are written to the host's memory"
         work = {APPEND: _append, ARGMAX: _argmax, FINISH: _finish}[entry]
         self.do(lambda: work(grid, *values))
 
@@ -100,8 +101,24 @@ class HostCuda:
 
     def replay(self, graph: int) -> None:
         self.replays += 1
+        self.log.append("replay")
         for work in self.graphs[graph]:
             work()
+
+    def on_host(self, address: int) -> bool:
+        return any(block <= address < block + len(self.blocks[block]) for block in self.host)
+
+    def event(self) -> int:
+        self.events += 1
+        return self.events
+
+    def record(self, event: int) -> None:
+        assert self.recording is None, "an event inside a capture"
+        self.log.append(f"record {event}")
+
+    def wait_event(self, event: int) -> None:
+        assert self.recording is None, "a wait inside a capture"
+        self.log.append(f"wait {event}")
 
     def forget(self, graph: int) -> None:
         del self.graphs[graph]
@@ -119,6 +136,7 @@ class LateCuda(HostCuda):
     def __init__(self) -> None:
         super().__init__()
         self.queue: list[Callable[[], None]] = []
+        self.marks: dict[int, Callable[[], None]] = {}
         self.interrupts = 0
 
     def do(self, work: Callable[[], None]) -> None:
@@ -126,16 +144,33 @@ class LateCuda(HostCuda):
 
     def replay(self, graph: int) -> None:
         self.replays += 1
+        self.log.append("replay")
         self.queue += self.graphs[graph]
+
+    def record(self, event: int) -> None:
+        super().record(event)
+        self.marks[event] = mark = lambda: None
+        self.queue.append(mark)
 
     def wait(self) -> None:
         super().wait()
+        self._until(None)
+
+    def wait_event(self, event: int) -> None:
+        super().wait_event(event)
+        mark = self.marks[event]
+        if mark in self.queue:
+            self._until(mark)
+
+    def _until(self, mark: Callable[[], None] | None) -> None:
         if self.interrupts:
             self.interrupts -= 1
             raise KeyboardInterrupt
-        for work in self.queue:
+        while self.queue:
+            work = self.queue.pop(0)
             work()
-        self.queue.clear()
+            if work is mark:
+                return
 
     def read(self, source: int, size: int) -> bytes:
         self.wait()
@@ -166,16 +201,17 @@ def _argmax(grid: tuple[int, int, int], logits: int, best: int, where: int, voca
     tops[:, 0], ids[:, 0] = x.max(axis=1), np.where(np.isfinite(x.max(axis=1)), np.argmax(x, axis=1), -1)
 
 
-def _finish(grid: tuple[int, int, int], best: int, where: int, past: int, new: int, ids: int) -> None:
+def _finish(grid: tuple[int, int, int], best: int, where: int, past: int, new: int, ids: int, following: int, words: int) -> None:
     batch = grid[0]
-    view(ids, np.int32, batch)[:] = view(where, np.int32, batch * SPLITS).reshape(batch, SPLITS)[:, 0]
+    view(ids, np.int32, batch)[:] = found = view(where, np.int32, batch * SPLITS).reshape(batch, SPLITS)[:, 0]
+    view(following, np.int32 if words == 1 else np.int64, batch)[:] = np.maximum(found, 0)
     view(past, np.int32, batch)[:] += view(new, np.int32, batch)
 
 
 def fake_cubins(folder: Path, arch: int = 90) -> Path:
     """A folder like the one that lowering writes, with the three decode kernels for one architecture."""
     rows = []
-    for name, params, tiles in ((APPEND, 5, {"BLOCK": 512}), (ARGMAX, 4, {"SPLITS": SPLITS, "BLOCK": 512}), (FINISH, 5, {"SPLITS": SPLITS})):
+    for name, params, tiles in ((APPEND, 5, {"BLOCK": 512}), (ARGMAX, 4, {"SPLITS": SPLITS, "BLOCK": 512}), (FINISH, 7, {"SPLITS": SPLITS})):
         data = name.encode()
         (folder / f"{name}.cubin").write_bytes(data)
         rows.append({"kernel": name, "arch": arch, "dtype": "fp32", "variant": "any", "file": f"{name}.cubin", "sha256": hashlib.sha256(data).hexdigest(),

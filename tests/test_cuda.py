@@ -38,6 +38,10 @@ rc cuCtxSetCurrent(handle c) { return c == &live ? 0 : 201; }
 rc cuStreamCreate(handle* s, unsigned flags) { *s = &stream_object; return flags == 1 ? 0 : 1; }
 rc cuStreamDestroy_v2(handle s) { return s == &stream_object ? 0 : 400; }
 rc cuStreamSynchronize(handle s) { return s == &stream_object && !capturing ? 0 : 400; }
+rc cuEventCreate(handle* e, unsigned flags) { *e = calloc(1, 8); ++live; return flags == 2 ? 0 : 1; }
+rc cuEventRecord(handle e, handle s) { ++*(long*)e; return s == &stream_object && !capturing ? 0 : 400; }
+rc cuEventSynchronize(handle e) { return *(long*)e == 2 ? 0 : 400; }
+rc cuEventDestroy_v2(handle e) { free(e); --live; return 0; }
 rc cuMemGetInfo_v2(size_t* f, size_t* t) { *f = 5ull << 30; *t = 8ull << 30; return 0; }
 rc cuMemAlloc_v2(ptr* p, size_t n) { if (n > 1ull << 32) return 2; *p = (ptr)calloc(1, n); ++live; return 0; }
 rc cuMemFree_v2(ptr p) { free((void*)p); --live; return 0; }
@@ -120,6 +124,21 @@ def test_memory_kernels_and_graphs(cuda: Cuda, library: Any) -> None:
     cuda.close()
     assert library.still_allocated() == 0
     cuda.close()  # nothing is freed twice
+
+
+def test_an_event_is_waited_for_once_it_was_recorded(cuda: Cuda, library: Any) -> None:
+    library.still_allocated.restype = ctypes.c_uint64
+    before, (one, other) = library.still_allocated(), (cuda.event(), cuda.event())
+    assert one != other and min(one, other) > 1 << 32 and library.still_allocated() == before + 2
+    cuda.record(one)
+    with pytest.raises(SessaError, match="cuEventSynchronize"):
+        cuda.wait_event(one)
+    cuda.record(one)  # this driver wants two
+    cuda.wait_event(one)
+    with pytest.raises(SessaError, match="cuEventSynchronize"):
+        cuda.wait_event(other)
+    cuda.close()
+    assert library.still_allocated() == before
 
 
 def test_copies_on_the_gpu(cuda: Cuda) -> None:

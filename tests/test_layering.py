@@ -51,7 +51,7 @@ DOORS = {
     (CAUSAL, KERNELS): {"device"},
     (ENGINE, KERNELS): {"device"},
     (TRAINING, KERNELS): {"device", "ops", "route"},
-    ("sessa_deploy", "runtime"): {"bundle", "publish", "template", "tokenizer"},
+    ("sessa_deploy", "runtime"): {"bundle", "publish", "sizes", "template", "tokenizer"},
     ("runtime", "plugins"): {"library"},
     ("runtime/ort", "plugins"): {"library"},
     ("runtime/trt", "plugins"): {"library"},

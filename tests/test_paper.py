@@ -9,6 +9,7 @@ import itertools
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,14 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "paper"))
 
 import bayes
+import choices
+import crew
 import deploy
 import models
 import mqar
 import report
 import run
+import scan
 import soup
 import tasks
 import training
@@ -209,25 +213,106 @@ def test_a_run_cut_short_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypat
 
 
 def test_time_is_kept_by_fewer_seeds_first_then_fewer_steps() -> None:
-    seconds = {"a": 0.01, "b": 0.03}
-    assert run.fit_steps(seconds, 1000, 8000, 2) == (8000, 2)
-    assert run.fit_steps(seconds, 600, 8000, 2) == (8000, 1)  # one seed and a fifth for each of three rates: 0.04 * 1.6 a step
-    assert run.fit_steps(seconds, 320, 8000, 2) == (5000, 1) and run.fit_steps(seconds, 0.1, 8000, 2) == (run.LEAST_STEPS, 1)
+    fit = partial(run.fit_steps, {"a": 0.01, "b": 0.03}, seeds={"a": 2, "b": 2}, rates=dict.fromkeys("ab", training.RATES))
+    assert fit(1000, 8000) == (8000, 2)
+    assert fit(600, 8000) == (8000, 1)  # one seed and a fifth for each of three rates: 0.04 * 1.6 a step
+    assert fit(320, 8000) == (5000, 1) and fit(0.1, 8000) == (run.LEAST_STEPS, 1)
+    assert fit(600, 4000, most=16000) == (5700, 2) and fit(9000, 4000, most=16000) == (16000, 2)
+    assert fit(400, 4000, rates={"a": (1e-3,), "b": ()}) == (4000, 2)  # a rate that is given is not searched
+    assert fit(200, 4000, seeds={"a": 2, "b": 1}, rates={}) == (4000, 2)
 
 
-def test_a_pilot_decides_the_length_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = run.options_of(["--preset", "tiny", "--key-length", "auto", "--tasks", "mqar", "--models", "sessa", "--out", str(tmp_path)])
-    seen: list[str] = []
+def a_study(tmp_path: Path, *args: str, names: tuple[str, ...] = ("sessa",)) -> run.Study:
+    options = choices.options_of(["--preset", "tiny", "--tasks", "mqar", "--models", ",".join(names), "--out", str(tmp_path), *args])
+    machine = training.Machine(tmp_path, torch.device("cpu"), deadline=None if options.minutes is None else time.monotonic() + 60 * options.minutes)
+    return run.Study(options, machine, names, options.rates, Console(quiet=True), crew.Crew(["cpu"], lambda *_: None, lambda *_: None))
 
-    def make(study: run.Study, setting: training.Setting, task: tasks.Task, test: bool, weights: bool = True) -> dict[str, object]:
-        seen.append(setting.stem)
-        return {"validation": {"accuracy": 0.4, "loss": 1.0}}
 
-    monkeypatch.setattr(run.Study, "make", make)
-    study = run.Study(options, training.Machine(tmp_path, torch.device("cpu")), ("sessa",), (1e-3,), Console(quiet=True), lambda *_: None)
-    task, steps, seeds = run.plan(study, "mqar")
-    assert task.name == "mqar-key2" and task.length == mqar.Spec(key=2).tokens(32) and (steps, seeds) == (10, 1) and len(seen) == 1
-    assert run.plan(study, "mqar")[0].name == "mqar-key2" and len(seen) == 1  # what was decided stands
+def test_a_pilot_decides_the_length_of_keys(tmp_path: Path) -> None:
+    study, seen = a_study(tmp_path, "--key-length", "auto"), []
+
+    def do(place: str, work: run.Work, tell: crew.Tell) -> dict[str, object]:
+        seen.append(work.setting.stem)
+        return {"validation": {"accuracy": 0.4, "loss": 1.0}, "curve": [], "seconds": 0.0, "cuda_graph": False}
+
+    study.crew.do = do
+    plan = run.plan(study, "mqar")
+    assert (plan.key, plan.steps, plan.search, plan.seeds) == (2, 10, 2, {"sessa": 1}) and len(seen) == 1
+    task = run.make_task("mqar", study.options, plan.key)
+    assert task.name == "mqar-key2" and task.length == mqar.Spec(key=2).tokens(32)
+    assert run.plan(study, "mqar").key == 2 and len(seen) == 1  # what was decided stands
+
+
+def test_steps_are_fitted_to_what_the_search_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 1 and 3 ms alone; two minutes; the searches come first, then each seed at its model's best rate."""
+    monkeypatch.setitem(choices.PRESETS["tiny"], "steps", None)
+    names, order = ("sessa", "no-feedback"), []
+    study = a_study(tmp_path, "--minutes", "2", "--seeds", "2", names=names)
+
+    def do(place: str, work: run.Work, tell: crew.Tell) -> object:
+        setting = work.setting
+        if work.timed:
+            return 0.001 if setting.model == "sessa" else 0.003
+        order.append((setting.model, setting.seed, setting.lr, setting.steps, work.test))
+        return {"validation": {"accuracy": 0.4, "loss": setting.lr}, "curve": [], "seconds": 0.0, "cuda_graph": False}
+
+    study.crew.do = do
+    run.study_task(study, "mqar")
+    search, steps = order[0][3], order[-1][3]
+    assert [(m, lr) for m, _, lr, _, _ in order[:4]] == [("sessa", 1e-3), ("sessa", 2e-3), ("no-feedback", 1e-3), ("no-feedback", 2e-3)]
+    assert order[4:] == [(m, seed, 1e-3, steps, True) for seed in (0, 1) for m in names]
+    # 0.78 of two minutes: 0.004 * 2.4 a step with both searches, then 0.004 * 2 without them.
+    assert search * run.SEARCH == pytest.approx(9700, abs=100) and steps == pytest.approx(11600, abs=100)
+    assert json.loads((tmp_path / "mqar-plan.json").read_text()) == {"key": 3, "search": search, "steps": steps}
+
+
+def test_a_rate_that_is_given_is_not_searched(tmp_path: Path) -> None:
+    """Runs in the order of --seeds, one model after the other; a model with two rates is searched first."""
+    study = a_study(tmp_path, "--rates", "sessa=2e-3,llama=4e-3,1e-3,3e-3", "--seeds", "llama=1,sessa=2,no-feedback=1", names=("sessa", "no-feedback", "llama"))
+    seen = []
+
+    def do(place: str, work: run.Work, tell: crew.Tell) -> dict[str, object]:
+        seen.append((work.setting.model, work.setting.seed, work.setting.lr, work.setting.steps))
+        return {"validation": {"accuracy": 0.4, "loss": work.setting.lr}, "curve": [], "seconds": 0.0, "cuda_graph": False}
+
+    study.crew.do = do
+    run.study_task(study, "mqar")
+    assert seen == [("no-feedback", 0, 1e-3, 2), ("no-feedback", 0, 3e-3, 2), ("llama", 0, 4e-3, 10), ("sessa", 0, 2e-3, 10), ("sessa", 1, 2e-3, 10),
+                    ("no-feedback", 0, 1e-3, 10)]
+
+
+@pytest.mark.parametrize("given", ["sessa=2e-3", "fast", "gpt=1e-3", "0", "sessa=1e-3,,2e-3", "nan", "inf"])
+def test_rates_that_say_nothing_are_named(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        choices.options_of(["--rates", given, "--models", "sessa,llama"])
+    assert ended.value.code == 2 and "--rates: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@needs_transformers
+def test_mamba2_computes_what_transformers_does() -> None:
+    """Scan and convolution, values and gradients, against those of the library."""
+    from transformers.models.mamba2 import modeling_mamba2 as library
+
+    draw = torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw).requires_grad_()
+
+    theirs = {"scan": getattr(library.mamba2_chunk_scan, "theirs", library.mamba2_chunk_scan),
+              "conv": getattr(library.causal_conv1d_fn, "theirs", library.causal_conv1d_fn)}
+    for groups, length, begun in ((1, 150, False), (2, 50, True), (1, 48, False)):
+        args = [some(2, length, 4, 8), some(2, length, 4), (-torch.arange(1.0, 5.0)).requires_grad_(), some(2, length, groups, 16), some(2, length, groups, 16)]
+        gain, bias, state = some(4), some(4), some(2, 4, 8, 16) if begun else None
+        found = []
+        for function in (theirs["scan"], scan.chunk_scan):
+            y, last = function(*args, chunk_size=48, D=gain, dt_bias=bias, dt_softplus=True, return_final_states=True, initial_states=state)
+            found.append((y, last, *torch.autograd.grad(y.sin().sum() + last.cos().sum(), [*args, gain, bias])))
+        for one, other in zip(*found, strict=True):
+            assert float((one - other).detach().abs().max()) <= 1e-4 * float(one.detach().abs().max())
+    x, weight, bias = some(2, 12, 10), some(12, 4), some(12)
+    assert torch.allclose(theirs["conv"](x, weight, bias, "silu"), scan.causal_conv(x, weight, bias, "silu"), atol=2e-6)
+    scan.install()
+    assert library.mamba2_chunk_scan is scan.chunk_scan and library.causal_conv1d_fn is scan.causal_conv
 
 
 def test_the_language_task_reads_a_folder(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """The best Sessa of Diffuse MQAR down the whole road: checkpoint, export, validate, ONNX Runtime (and TensorRT where there is one), its accuracy at each.
 
     python benchmarks/paper/deploy.py --runs out/paper [--checkpoint checkpoints/recall] [--bundle out/recall]
+    python benchmarks/paper/deploy.py --measure --engines trt:fp16,ort-cuda:fp16     # on a GPU: the accuracy alone, of the checkpoint as it is
 
 Writes a checkpoint with a word-level tokenizer.json and a card, so that `run` takes it; refuses more than 3 MB. Exit code 1 where an engine's accuracy is
-more than 0.1 points from PyTorch's in float32, 2 where a step of the road fails.
+more than 0.1 points from PyTorch's in float32, 2 where a step of the road fails. --measure needs no runs and writes nothing into the checkpoint; an engine
+that fails is named, and the others go on.
 """
 
 from __future__ import annotations
@@ -25,17 +27,19 @@ import tasks
 import torch
 import training
 from batches import Batch
+from door import leave
 from run import make_task
 from training import Setting
 
-from sessa_deploy import SessaConfig, SessaLM, UserError, save_checkpoint
-from sessa_deploy.errors import SessaError, packages_named
+from sessa_deploy import SessaConfig, SessaLM, UserError, load_checkpoint, save_checkpoint
+from sessa_deploy.errors import SessaError
 from sessa_deploy.files import write_whole
 from sessa_deploy.runtime.session import Session
 
 LARGEST = 3_000_000  # bytes
 ALLOWED = 0.001  # of accuracy, between an engine and PyTorch in float32
 ROWS = 50  # sequences of an engine's batch
+EXACT, FACTS = "PyTorch, float32", "recall.json"
 
 
 def tokenizer_json(spec: mqar.Spec) -> str:
@@ -109,11 +113,11 @@ def cli(*words: object) -> str:
 
 
 def engines(wanted: str) -> list[tuple[str, str]]:
-    """[(backend, precision)] to judge; auto: ONNX Runtime, and TensorRT in fp16 where both it and a GPU are."""
+    """[(backend, precision)] to judge; auto: ONNX Runtime in fp32 and fp16, and TensorRT in fp16 where both it and a GPU are."""
     if wanted != "auto":
         return [(backend, precision or "fp32") for backend, _, precision in (name.partition(":") for name in wanted.split(","))]
     tensorrt = torch.cuda.is_available() and importlib.util.find_spec("tensorrt") is not None
-    return [("ort", "fp32"), *([("trt", "fp16")] if tensorrt else [])]
+    return [("ort", "fp32"), ("ort", "fp16"), *([("trt", "fp16")] if tensorrt else [])]
 
 
 def card(setting: Setting, spec: mqar.Spec, run: dict[str, Any], figures: dict[str, dict[str, float]], answers: int, example: str, told: str) -> str:
@@ -164,45 +168,97 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("out/paper"), help="what run.py wrote; default: %(default)s")
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/recall"), help="where the checkpoint goes; default: %(default)s")
     parser.add_argument("--bundle", type=Path, default=Path("out/recall"), help="where bundles go, -PRECISION behind; default: %(default)s")
-    parser.add_argument("--engines", default="auto", help="such as ort,trt:fp16; default: ort, and trt:fp16 where there is one")
+    parser.add_argument("--engines", default="auto", help="such as ort,ort-cuda:fp16,trt:fp16; default: ort:fp32,ort:fp16, and trt:fp16 where there is one")
+    parser.add_argument("--measure", action="store_true", help="take --checkpoint as it is: accuracies alone, of PyTorch and the engines")
     parser.add_argument("--examples", type=int, default=250, help="of every test point; default: %(default)s")
     options = parser.parse_args()
+    return measure(options) if options.measure else deploy(options)
+
+
+def points_of(spec: mqar.Spec, examples: int) -> dict[str, Batch]:
+    """The test points, of `examples` sequences each."""
+    return {f"G {gap}": mqar.test_batch(spec, gap, examples) for gap in spec.test_gaps}
+
+
+def torch_accuracy(model: SessaLM, points: dict[str, Batch]) -> dict[str, float]:
+    """Accuracy of PyTorch's float32 at every point."""
+    return {name: tasks.score(model, _parts(batch))["accuracy"] for name, batch in points.items()}
+
+
+def deployed(options: argparse.Namespace, backend: str, precision: str) -> Path:
+    """The bundle for an engine, exported from the checkpoint and built where it is not there yet."""
+    bundle = Path(f"{options.bundle}-{precision}")
+    if not bundle.is_dir():
+        cli("export", options.checkpoint, "--out", bundle, "--precision", precision)
+    if backend == "trt":
+        cli("build", bundle, "--max-batch", ROWS)
+    return bundle
+
+
+def judge(bundle: Path, backend: str, spec: mqar.Spec, points: dict[str, Batch]) -> tuple[str, dict[str, float]]:
+    """(name of the engine, its accuracy at every point)."""
+    with Session(bundle, backend, max_batch=ROWS) as session:
+        return session.backend.name, {name: engine_accuracy(session, spec, batch) for name, batch in points.items()}
+
+
+def verdict(figures: dict[str, dict[str, float]]) -> int:
+    """Print the table; 1 where an engine is further from PyTorch's float32 than ALLOWED."""
+    exact = figures[EXACT]
+    worst = max(abs(scores[name] - exact[name]) for scores in figures.values() for name in exact)
+    for name, scores in figures.items():
+        print(f"{name:24} " + "   ".join(f"{point}: {100 * accuracy:.2f}%" for point, accuracy in scores.items()), flush=True)
+    within = round(worst, 9) <= ALLOWED
+    print(f"largest difference: {100 * worst:.3f} points ({'within' if within else 'beyond'} {100 * ALLOWED:g})", flush=True)
+    return 0 if within else 1
+
+
+def measure(options: argparse.Namespace) -> int:
+    """--measure; its exit code."""
+    facts = options.checkpoint / FACTS
+    if not facts.is_file():
+        raise UserError(f"this checkpoint has no {FACTS}", got=options.checkpoint, fix="make it first: python benchmarks/paper/deploy.py --runs RUNS")
+    spec = mqar.Spec(key=int(json.loads(facts.read_text())["key"]))
+    points, failed = points_of(spec, options.examples), False
+    figures = {EXACT: torch_accuracy(load_checkpoint(options.checkpoint), points)}
+    for backend, precision in engines(options.engines):
+        try:
+            name, scores = judge(deployed(options, backend, precision), backend, spec, points)
+            figures[f"{name}, {precision}"] = scores
+        except SessaError as error:
+            print(f"{backend}, {precision}: {error}", file=sys.stderr, flush=True)
+            failed = True
+    return verdict(figures) or 2 * failed
+
+
+def deploy(options: argparse.Namespace) -> int:
+    """The whole road; its exit code."""
     setting, task, run = best_run(options.runs)
     spec = task.spec
     loaded = training.load(setting, task, options.runs)
     assert isinstance(loaded, SessaLM)
-    model = as_checkpoint(loaded, spec)
-    points = {f"G {gap}": mqar.test_batch(spec, gap, options.examples) for gap in spec.test_gaps}
-    figures = {"PyTorch, float32": {name: tasks.score(model, _parts(batch))["accuracy"] for name, batch in points.items()}}
+    model, points = as_checkpoint(loaded, spec), points_of(spec, options.examples)
+    figures = {EXACT: torch_accuracy(model, points)}
     prompt, told = short_example(model.eval(), spec)
 
     def save() -> int:
         text = card(setting, spec, run, figures, options.examples * spec.queries, prompt, told)
         save_checkpoint(model, options.checkpoint, tokenizer=tokenizer_json(spec), card=text)
+        facts = {"key": spec.key, "run": setting.stem, "answers": options.examples * spec.queries, "accuracy": figures}
+        write_whole(options.checkpoint / FACTS, json.dumps(facts, indent=1) + "\n", "--checkpoint", "the accuracies")
         return sum(file.stat().st_size for file in options.checkpoint.iterdir() if file.is_file())
 
     size = save()
-    print(f"{options.checkpoint}: {size / 1e6:.2f} MB, from {setting.stem}")
+    print(f"{options.checkpoint}: {size / 1e6:.2f} MB, from {setting.stem}", flush=True)
     if size > LARGEST:
         raise UserError("the checkpoint is too large for the tree", got=f"{size:,} bytes", allowed=f"{LARGEST:,}", fix="train a smaller --width")
     for backend, precision in engines(options.engines):
-        bundle = Path(f"{options.bundle}-{precision}")
-        if not bundle.is_dir():
-            cli("export", options.checkpoint, "--out", bundle, "--precision", precision)
-        if backend == "trt":
-            cli("build", bundle, "--max-batch", ROWS, "--max-context", model.config.max_context)
-        print(cli("validate", bundle, "--checkpoint", options.checkpoint, "--backend", backend).strip().splitlines()[-1])
-        with Session(bundle, backend, max_batch=ROWS, capacity=model.config.max_context) as session:
-            figures[f"{session.backend.name}, {precision}"] = {name: engine_accuracy(session, spec, batch) for name, batch in points.items()}
+        bundle = deployed(options, backend, precision)
+        print(cli("validate", bundle, "--checkpoint", options.checkpoint, "--backend", backend).strip().splitlines()[-1], flush=True)
+        name, scores = judge(bundle, backend, spec, points)
+        figures[f"{name}, {precision}"] = scores
     save()
-    exact = figures["PyTorch, float32"]
-    worst = max(abs(scores[name] - exact[name]) for scores in figures.values() for name in exact)
-    for name, scores in figures.items():
-        print(f"{name:24} " + "   ".join(f"{point}: {100 * accuracy:.2f}%" for point, accuracy in scores.items()))
-    print(f"largest difference: {100 * worst:.3f} points ({'within' if worst <= ALLOWED else 'beyond'} {100 * ALLOWED:g})")
-    write_whole(options.runs / "recall.json", json.dumps({"run": setting.stem, "examples": options.examples, "accuracy": figures}, indent=1) + "\n")
-    print(f"try: sessa-deploy run {options.bundle}-fp32 --max-new-tokens 1 --prompt '{prompt}'   (says {told})")
-    return 0 if worst <= ALLOWED else 1
+    print(f"try: sessa-deploy run {options.bundle}-{engines(options.engines)[0][1]} --max-new-tokens 1 --prompt '{prompt}'   (says {told})")
+    return verdict(figures)
 
 
 def _parts(batch: Batch) -> list[Batch]:
@@ -210,10 +266,4 @@ def _parts(batch: Batch) -> list[Batch]:
 
 
 if __name__ == "__main__":
-    try:
-        with packages_named():
-            code = main()
-    except SessaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
-    sys.exit(code)
+    leave(main)

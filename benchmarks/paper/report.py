@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +44,10 @@ def line(result: dict[str, Any]) -> str:
 
 
 def _first(scores: dict[str, Any]) -> float:
-    return float(scores.get("accuracy", scores.get("bits", scores.get("loss"))))
+    return float(next(scores[name] for name in ("accuracy", "bits", "loss") if name in scores))
 
 
-def write_task(folder: Path, task: Task, done: Sequence[Setting], rates: Sequence[float], search_steps: int) -> None:
+def write_task(folder: Path, task: Task, done: Sequence[Setting], rates: Mapping[str, Sequence[float]], search_steps: int) -> None:
     """summary.json of a task: mean and spread over the seeds of every finished model, what each run gave, yardsticks, data and machine."""
     found: dict[str, Any] = {}
     marks = task.yardsticks()
@@ -64,7 +64,8 @@ def write_task(folder: Path, task: Task, done: Sequence[Setting], rates: Sequenc
     first = next(iter(found.values()))["runs"][0]
     summary = {
         "task": task.name, "title": task.title, "metric": task.metric, "better": task.better, "points": list(task.points), "steps": first["steps"],
-        "batch": task.batch_size, "tokens of a batch": task.batch_size * task.length, "rates": list(rates), "rate search": f"seed 0, {search_steps} steps",
+        "batch": task.batch_size, "tokens of a batch": task.batch_size * task.length,
+        "rates": {name: list(tried) for name, tried in rates.items()}, "rate search": f"seed 0, {search_steps} steps",
         "data": task.facts(), "yardsticks": marks, "models": found, "machine": machine_facts(), "versions": models.versions(),
     }
     write_whole(folder / task.name / SUMMARY, json.dumps(summary, indent=1) + "\n", "--out", "the summary")
@@ -126,13 +127,16 @@ def write_all(folder: Path, console: Console) -> None:
 
 
 def _caption(summary: dict[str, Any]) -> str:
-    seeds = max(len(entry["runs"]) for entry in summary["models"].values())
+    counts = sorted({len(entry["runs"]) for entry in summary["models"].values()})
+    seeds = f"{' or '.join(map(str, counts))} seed{'s' * (counts[-1] > 1)}"
+    searched = {tuple(summary["rates"][model]) for model in summary["models"] if len(summary["rates"][model]) > 1}
+    shown = f"rates {', '.join(f'{x:g}' for x in min(searched))}" if len(searched) == 1 else "each model's rates"
+    rates = f"best of {shown} by validation ({summary['rate search']})" if searched else "rates as given"
     facts, scan = summary["machine"], "" if summary["versions"]["mamba_ssm"] else "; Mamba-2 by the PyTorch scan of transformers"
     lags = summary["data"].get("lags")
     reach = "" if lags is None else "; lags " + ", ".join(f"{point}: {low}..{high}" for point, (low, high) in lags.items())
     return (f"{summary['title']}: {summary['metric']} ({summary['better']} is better), {summary['steps']} steps of {summary['tokens of a batch']} tokens, "
-            f"{seeds} seed{'s' * (seeds > 1)}, best of rates {', '.join(f'{x:g}' for x in summary['rates'])} by validation ({summary['rate search']}); "
-            f"{facts['gpu'] or facts['cpu']}, torch {facts['torch']}{scan}{reach}")
+            f"{seeds}, {rates}; {facts['gpu'] or facts['cpu']}, torch {facts['torch']}{scan}{reach}")
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:

@@ -229,7 +229,7 @@ def stream_batch(seed: int, step: int, batch: int, low: int = MIN_TOKENS, high: 
         blocks = [letters[i, :left], letters[batch + i, :right]]
         first, second = blocks[::-1] if swap[i] else blocks
         before, between, after = np.split(noise[i, : sum(groups)], [groups[0], groups[0] + groups[1]])
-        parts = [[BOS], before, [SEP1], first, [SEP2], between, [SEP1], second, [SEP2], after]
+        parts: list[Sequence[int] | Ints] = [[BOS], before, [SEP1], first, [SEP2], between, [SEP1], second, [SEP2], after]
         ids = [x for part in parts for x in (*_spaced(part), NEWLINE)]
         rows.append(([*ids, SEP, SPACE, LABEL], int(classes[i])))
     return as_batch(rows)

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import models
 import torch
 import torch.nn.functional as F
+from crew import OutOfTime
 from tasks import Task, asked
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -28,10 +30,6 @@ RATES = (5e-4, 1e-3, 2e-3)
 CURVE_EVERY = 20  # steps of one point of a loss curve
 KEEP_EVERY = 60.0  # seconds between two saves of a run that goes on
 Tell = Callable[[int, int, float], None]  # (steps done, of how many, loss)
-
-
-class OutOfTime(Exception):
-    """The deadline came; what was trained is kept, and the same command goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -100,59 +98,85 @@ def precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 class Stepper:
-    """Loss and gradients of one batch, on a GPU as a replayed CUDA graph where the model lets itself be captured: small models wait for launches else."""
+    """A training step: loss, gradients, clipping and AdamW, on a GPU as one replayed CUDA graph where the model lets itself be captured: small models wait for
+    launches else. held: the optimizer's state of before, None for none."""
 
-    def __init__(self, model: nn.Module, device: torch.device, graphs: bool) -> None:
-        self.model, self.device, self.graphs = model, device, graphs and device.type == "cuda"
+    def __init__(self, model: nn.Module, options: TrainOptions, device: torch.device, graphs: bool, held: dict[str, Any] | None = None) -> None:
+        self.model, self.device, self.graphs, self.clip = model, device, graphs and device.type == "cuda", options.grad_clip
         self.refused: str | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._held: tuple[Tensor, ...] = ()
+        self._batch: tuple[Tensor, ...] = ()
         self._loss = torch.zeros((), device=device)
+        on_gpu = device.type == "cuda"
+        self._lr: Any = torch.zeros((), device=device) if on_gpu else 0.0
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=self._lr, betas=(options.beta1, options.beta2),  # type: ignore[arg-type]
+                                           fused=on_gpu, capturable=on_gpu)
+        if held is not None:
+            self.optimizer.load_state_dict(held)
+            for group in self.optimizer.param_groups:  # those it was saved with may be another device's
+                group.update(fused=on_gpu, capturable=on_gpu)
+        self._trained = [p for p in model.parameters() if p.requires_grad]
 
     def _compute(self, tokens: Tensor, at: Tensor, labels: Tensor) -> Tensor:
         with precision(self.device):
             logits = self.model(tokens)
         loss = F.cross_entropy(asked(logits, at).float().flatten(0, 1), labels.flatten())
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._trained, self.clip)
+        self.optimizer.step()
         return loss.detach()
 
     def _forget(self) -> None:
         for p in self.model.parameters():
             p.grad = None
 
+    def _rate(self, lr: float) -> None:
+        if self.device.type == "cuda":
+            self._lr.fill_(lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr if self.device.type == "cuda" else lr
+
     def _capture(self, batch: tuple[Tensor, ...]) -> None:
-        self._held = tuple(x.clone() for x in batch)
+        self._batch = tuple(x.clone() for x in batch)
+        self._rate(0.0)  # weights stand still until the run begins
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*capturable=True")  # of an optimizer that steps before it is captured
             for _ in range(3):
                 self._forget()
-                eager = self._compute(*self._held)
+                eager = self._compute(*self._batch)
         torch.cuda.current_stream().wait_stream(side)
         self._forget()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # threads that pin batches may go on
-            loss = self._compute(*self._held)
+            loss = self._compute(*self._batch)
         graph.replay()
         if not torch.isclose(loss, eager, rtol=0.01):
             raise RuntimeError(f"a replay's loss is {float(loss)}, eagerly it is {float(eager)}")
         self._graph, self._loss = graph, loss
 
     def prepare(self, batch: tuple[Tensor, ...]) -> None:
-        """Compile and capture on a batch, before any thread makes others."""
-        if self.graphs and self._graph is None:
-            try:
-                self._capture(tuple(x.to(self.device) for x in batch))
-            except RuntimeError as error:
-                self.graphs, self.refused = False, " ".join(str(error).split())[:200]
-                torch.cuda.synchronize()
+        """Compile and capture on a batch, before any thread makes others. Weights and the optimizer's state stay as they are."""
+        if not self.graphs or self._graph is not None:
+            return
+        before = {p: {key: x.clone() for key, x in state.items()} for p, state in self.optimizer.state.items()}
+        try:
+            self._capture(tuple(x.to(self.device) for x in batch))
+        except RuntimeError as error:
+            self.graphs, self.refused = False, " ".join(str(error).split())[:200]
+            torch.cuda.synchronize()
+        for p, state in self.optimizer.state.items():
+            for key, x in state.items():  # in place: the graph holds these
+                x.copy_(before[p][key]) if p in before else x.zero_()
 
-    def __call__(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """The loss, on the device and valid until the next call; gradients are in the parameters."""
+    def __call__(self, batch: tuple[Tensor, ...], lr: float) -> Tensor:
+        """The loss, on the device and valid until the next call; the weights are one step on."""
+        self._rate(lr)
         if self._graph is None:
             self._forget()
             return self._compute(*batch)
-        for held, new in zip(self._held, batch, strict=True):
+        for held, new in zip(self._batch, batch, strict=True):
             held.copy_(new)
         self._graph.replay()
         return self._loss
@@ -196,36 +220,30 @@ def run(setting: Setting, task: Task, machine: Machine, tell: Tell | None = None
         return known
     device, options = machine.device, setting.options(task)
     model = build(setting, task).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=options.lr, betas=(options.beta1, options.beta2),  # type: ignore[arg-type]
-                                  fused=device.type == "cuda")
-    stepper = Stepper(model, device, machine.graphs)
     partial = machine.folder / f"{setting.stem}.partial"
     partial.parent.mkdir(parents=True, exist_ok=True)
-    step, seconds, curve = 0, 0.0, []
+    step, seconds, curve, held = 0, 0.0, [], None
     if partial.is_file():
         state = torch.load(partial, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        held = state["optimizer"]
         step, seconds, curve = state["step"], state["seconds"], state["curve"]
 
+    stepper = Stepper(model, options, device, machine.graphs, held)
+
     def keep() -> None:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "curve": curve}
+        state = {"model": model.state_dict(), "optimizer": stepper.optimizer.state_dict(), "step": step, "seconds": seconds, "curve": curve}
         write_whole(partial, _bytes(state), "--out", "the run so far")
 
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
     stepper.prepare(task.padded_batch(setting.seed, step))
     total, count, clock = torch.zeros((), device=device), 0, time.perf_counter() - seconds
     diverged = False
     batches, kept = stream(task, setting.seed, step, setting.steps, machine), seconds
     try:
         for batch in batches:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(options, step, step / setting.steps)
-            total += stepper(batch)
+            total += stepper(batch, learning_rate(options, step, step / setting.steps))
             count += 1
-            torch.nn.utils.clip_grad_norm_(trained, options.grad_clip)
-            optimizer.step()
             step += 1
             if step % CURVE_EVERY == 0 or step == setting.steps:
                 loss = float(total) / count
@@ -270,22 +288,16 @@ def step_seconds(setting: Setting, task: Task, machine: Machine, steps: int = 20
     """Seconds of one training step, measured: after the first ones, which compile and capture."""
     quiet = dataclasses.replace(machine, deadline=None, workers=0)
     model = build(setting, task).to(machine.device).train()
-    stepper, options = Stepper(model, machine.device, machine.graphs), setting.options(task)
-    optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=0.0, fused=machine.device.type == "cuda")  # type: ignore[arg-type]
+    stepper = Stepper(model, setting.options(task), machine.device, machine.graphs)
     batch = next(iter(stream(task, 0, 0, 1, quiet)))
     stepper.prepare(batch)
 
-    def once() -> None:
-        stepper(batch)
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-
     for _ in range(min(5, steps)):
-        once()
+        stepper(batch, 0.0)
     _wait(machine.device)
     begin = time.perf_counter()
     for _ in range(steps):
-        once()
+        stepper(batch, 0.0)
     _wait(machine.device)
     return (time.perf_counter() - begin) / steps
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, external_data_helper, helper, numpy_helper
 
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
@@ -20,11 +20,22 @@ from sessa_deploy.export.graph.passes import drop_weights, reads, set_nodes
 from sessa_deploy.kernels.launch.limits import ROTARY_LIMBS
 from sessa_deploy.plugins import ops
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "proj_fb")  # of a layer, which one product computes
+_EIGHT = {f.onnx for f in contract.WEIGHT_FORMATS.values()}
 _MESSAGE_LIMIT = 2_000_000_000  # bytes; protobuf refuses 2 GiB
 
 
 class Unavailable(Exception):
     """The library cannot compute these layers; the message says why, and the graph is as it was."""
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """An op's matrix (columns, depth): its operand, and where that is in 8 bits the operand of its scales and the ONNX type of its values (0: it is not)."""
+
+    weight: str
+    scale: str = ""
+    form: int = 0
 
 
 @dataclass
@@ -53,6 +64,50 @@ class _Rewrite:
         """A weight as in the state dict, (columns, depth), however the file holds it."""
         return self.array(f"{name}.T").T if f"{name}.T" in self.tensors else self.array(name)
 
+    def matrix(self, name: str, *parts: str) -> _Matrix:
+        """The matrices of the state dict, one below the other, as an op reads them; name: of what is made of them.
+
+        In 8 bits it is (columns, depth / 2) of the storage type's bits, so that no engine needs a type for them. One alone is the bytes of the file. Where
+        some of several stay in 16 bits, all are: an op reads one matrix.
+        """
+        stored = {p: found for p in parts if (found := self.eight(p)) is not None}
+        if len(stored) < len(parts):
+            return _Matrix(self.put(f"{name}.rows", np.concatenate([self.wide(*stored[p]) if p in stored else self.weight(p) for p in parts])))
+        values, scales = ([pair[i] for pair in stored.values()] for i in range(2))
+        columns, depth, form = sum(x.dims[0] for x in values), values[0].dims[1], values[0].data_type
+        packed, scale = TensorProto(), scales[0].name
+        if len(parts) == 1:
+            packed.CopyFrom(values[0])
+        else:
+            packed.name, packed.raw_data = name + contract.QUANTISED, b"".join(self.raw(x) for x in values)
+            scale = self.put(name + contract.SCALE, np.concatenate([self.array(x.name) for x in scales]))
+        packed.data_type, packed.dims[:] = self.storage, (columns, depth // 2)
+        self.weights.append(packed)
+        return _Matrix(packed.name, scale, form)
+
+    def eight(self, name: str) -> tuple[TensorProto, TensorProto] | None:
+        """Values (columns, depth) and scales (columns,) of a matrix that the graph makes wide itself; None for one that is."""
+        node = self.nodes.get(f"{name}/DequantizeLinear")
+        if node is None:
+            return None
+        found = [self.tensors.get(x) for x in node.input]
+        if len(found) != 2 or found[0] is None or found[1] is None or found[0].data_type not in _EIGHT or found[1].dims != found[0].dims[:1]:
+            raise Unavailable(f"{node.name} is not as our exporter writes it")
+        return found[0], found[1]
+
+    def wide(self, q: TensorProto, scale: TensorProto) -> NDArray[Any]:
+        """A matrix in 8 bits as the file's graph gives it to its product."""
+        whole = self.array(q.name).astype(np.float32) * self.array(scale.name)[:, None]
+        return whole.astype(helper.tensor_dtype_to_np_dtype(self.storage))
+
+    def raw(self, tensor: TensorProto) -> bytes:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return tensor.raw_data
+        loaded = TensorProto()
+        loaded.CopyFrom(tensor)
+        external_data_helper.load_external_data_for_tensor(loaded, str(self.folder))
+        return loaded.raw_data
+
     def put(self, name: str, value: NDArray[Any]) -> str:
         self.weights.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
@@ -62,7 +117,10 @@ class _Rewrite:
             raise Unavailable(f"the graph has no node {name}, as our exporter writes it")
         return self.nodes[name]
 
-    def add(self, op: str, name: str, inputs: list[str], outputs: list[str], **numbers: float) -> None:
+    def add(self, op: str, name: str, inputs: list[str], outputs: list[str], matrix: _Matrix | None = None, **numbers: float) -> None:
+        """matrix: whose operand is among the inputs."""
+        if matrix is not None and matrix.form:
+            inputs, numbers = [*inputs, matrix.scale], {**numbers, contract.ATTR_WEIGHTS: matrix.form}
         self.made.append(_node(op, name, inputs, outputs, self.storage, **numbers))
         self.types |= dict.fromkeys(outputs, self.storage)
 
@@ -133,6 +191,10 @@ def rewrite(graph: GraphProto, config: SessaConfig, storage: int, folder: Path, 
         raise Unavailable(f"{size / 1e9:.1f} GB of merged weights, a message holds {_MESSAGE_LIMIT / 1e9:.1f} GB")
     made = {x for n in work.made for x in n.output}
     nodes = [n for n in graph.node if made.isdisjoint(n.output)] + work.made
+    again = {x.name for x in work.weights} & set(work.tensors)
+    for at in reversed(range(len(graph.initializer) if again else 0)):
+        if graph.initializer[at].name in again:
+            del graph.initializer[at]
     graph.initializer.extend(work.weights)
     _set_sorted(graph, nodes)
     return work.types
@@ -158,31 +220,31 @@ def _layer(work: _Rewrite, i: int, tables: list[str]) -> None:
     x, out = norm.input[0], work.node(f"{stem}.W_out/Add.0").output[0]
     residual = _only([n for n in mine if n.op_type == "Add" and set(n.input) == {x, out}], f"the residual of {stem}")
     h = f"{stem}/h:0"
-    w_in = work.put(f"{stem}.W_in.rows", work.weight(f"{stem}.W_in.weight"))
-    work.add(contract.NORM_ENTER_OP, f"{stem}/W_in", [*norm.input, w_in, f"{stem}.W_in.bias"], [h], epsilon=config.layer_norm_eps)
+    w_in = work.matrix(f"{stem}.W_in", f"{stem}.W_in.weight")
+    work.add(contract.NORM_ENTER_OP, f"{stem}/W_in", [*norm.input, w_in.weight, f"{stem}.W_in.bias"], [h], w_in, epsilon=config.layer_norm_eps)
     gain = work.put(f"{mixer}.gain.weight", work.array(f"{mixer}.gamma_ctx.weight").reshape(-1).astype(np.float32))
     bias = work.put(f"{mixer}.gain.bias", work.array(f"{mixer}.gamma_bias").reshape(1).astype(np.float32))
     gamma = feedback.input[contract.FEEDBACK_INPUTS.index("gamma")]
-    parts = [f"{mixer}.{name}" for name in ("q_proj", "k_proj", "v_proj", "proj_fb")]
-    weight = work.put(f"{mixer}.projections.rows", np.concatenate([work.weight(f"{p}.weight") for p in parts]))
+    parts = [f"{mixer}.{name}" for name in PROJECTIONS]
+    joined = work.matrix(f"{mixer}.projections", *(f"{p}.weight" for p in parts))
     heads = (config.n_heads, config.kv_heads, config.kv_heads)
     biases = [work.put(f"{p}.heads", work.array(f"{p}.bias").reshape(n, config.head_dim)) for p, n in zip(parts, heads, strict=False)]
     outputs = [*causal.input[:3], *feedback.input[:2]]
-    inputs = [h, weight, *biases, f"{parts[3]}.bias", *tables, gain, bias]
-    work.add(contract.PROJECT_GAIN_OP, f"{mixer}/projections", inputs, [*outputs, gamma], gamma_max=config.gamma_max)
+    inputs = [h, joined.weight, *biases, f"{parts[3]}.bias", *tables, gain, bias]
+    work.add(contract.PROJECT_GAIN_OP, f"{mixer}/projections", inputs, [*outputs, gamma], joined, gamma_max=config.gamma_max)
     work.types[gamma] = TensorProto.FLOAT
     if config.n_heads > 1:
-        out_proj = work.put(f"{mixer}.out_proj.rows", work.weight(f"{mixer}.out_proj.weight"))
+        out_proj = work.matrix(f"{mixer}.out_proj", f"{mixer}.out_proj.weight")
         none = work.put(f"{mixer}.out_proj.none", np.zeros(config.d_model, work.array(f"{stem}.W_in.bias").dtype))
         past_kb, past_s, length = feedback.input[contract.FEEDBACK_INPUTS.index("past_k") :]
         if ops.op(contract.MIXER_OP).refusal(sizes(config)) is None and _usual_scale(causal, config.head_dim) and _usual_scale(feedback, config.d_model):
-            inputs = [*causal.input[:5], out_proj, none, *feedback.input[:2], gamma, past_kb, past_s, length]
-            work.add(contract.MIXER_OP, f"{mixer}/mixer", inputs, [feedback.output[0]])
+            inputs = [*causal.input[:5], out_proj.weight, none, *feedback.input[:2], gamma, past_kb, past_s, length]
+            work.add(contract.MIXER_OP, f"{mixer}/mixer", inputs, [feedback.output[0]], out_proj)
         else:
             f = feedback.input[contract.FEEDBACK_INPUTS.index("f")]
-            work.add(contract.LINEAR_HEADS_OP, f"{mixer}/out_proj", [causal.output[0], out_proj, none], [f])
-    w_out = work.put(f"{stem}.W_out.rows", work.weight(f"{stem}.W_out.weight"))
-    work.add(contract.TAIL_OP, f"{stem}/tail", [x, feedback.output[0], h, w_out, f"{stem}.W_out.bias"], [residual.output[0]])
+            work.add(contract.LINEAR_HEADS_OP, f"{mixer}/out_proj", [causal.output[0], out_proj.weight, none], [f], out_proj)
+    w_out = work.matrix(f"{stem}.W_out", f"{stem}.W_out.weight")
+    work.add(contract.TAIL_OP, f"{stem}/tail", [x, feedback.output[0], h, w_out.weight, f"{stem}.W_out.bias"], [residual.output[0]], w_out)
 
 
 def _usual_scale(attention: NodeProto, width: int) -> bool:
@@ -198,15 +260,18 @@ def _logits(work: _Rewrite) -> None:
     chosen = squeeze is not None and squeeze.op_type == "Squeeze"  # (B,1,D) of the last tokens; with all logits (B,T,D)
     x = squeeze.input[0] if squeeze is not None and chosen else norm.input[0]
     product = _only([n for n in work.graph.node if norm.output[0] in reads(n)], "readers of the last norm")
-    weight = product.input[1]
+    weight, head = product.input[1], None
     turned = work.maker.get(weight)
-    if turned is not None and turned.op_type == "Transpose" and turned.input[0] in work.tensors:  # of the embedding's weight, which the file holds once
+    if work.eight(contract.HEAD) is not None:
+        head = work.matrix("lm_head", contract.HEAD)
+        weight = head.weight
+    elif turned is not None and turned.op_type == "Transpose" and turned.input[0] in work.tensors:  # of the embedding's weight, which the file holds once
         weight = turned.input[0]
     elif product.op_type == "MatMul" or not any(a.name == "transB" and a.i for a in product.attribute):
         weight = work.put("lm_head.rows", work.array(weight).T)
     work.add(contract.NORM_OP, "norm/last", [x, norm.input[1], norm.input[2]], ["norm/last:0"], epsilon=work.config.layer_norm_eps)
     wide = "lm_head/wide:0" if chosen else contract.LOGITS
-    work.add(contract.LOGITS_OP, "lm_head/logits", ["norm/last:0", weight], [wide])
+    work.add(contract.LOGITS_OP, "lm_head/logits", ["norm/last:0", weight], [wide], head)
     work.types[wide] = TensorProto.FLOAT
     if chosen:
         axes = work.put("lm_head/axes", np.array([1], np.int64))

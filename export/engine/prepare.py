@@ -47,15 +47,47 @@ def prepare(bundle: Bundle, target: Target, asked: str | None) -> tuple[Prepared
     what was asked for cannot be had.
     """
     prepared = graph.prepare(graph.load(bundle.model))
-    wrong = target.complaints(prepared.model)
-    if wrong:
-        raise UserError(f"{target.name} cannot read this graph", got=" / ".join(wrong), fix=bundle.export_hint(" --opset 17"))
+    if bundle.weights is None:
+        _readable(bundle, target, prepared)
     taken, why = _layers(bundle, target, prepared, asked != target.own)
     if asked not in (None, taken):
         raise unavailable(bundle, target, why)
+    if bundle.weights is not None:
+        if taken != PLUGIN:
+            raise UserError(f"weights in 8 bits are read by the library's kernels alone, and it has none for these layers ({why})", got=str(bundle.path),
+                            allowed=f"--backend ort; for {target.short} a bundle exported without --weights", fix=bundle.export_hint())
+        _readable(bundle, target, prepared)  # the library's nodes read them, and no DequantizeLinear is left
     notes = [f"{op}: standard operators in place of the plugin ({prepared.reasons.get(op, 'the library does not bring it')})" for op in prepared.inlined]
     who = "the plugin library" if taken == PLUGIN else target.short
-    return prepared, taken, [*notes, *([f"layers: by {who} ({why})"] if asked is None else [])]
+    return prepared, taken, [*notes, *_wide_projections(bundle), *([f"layers: by {who} ({why})"] if asked is None else [])]
+
+
+def check_weights(bundle: Bundle, who: str, layers: str | None, archs: Collection[int] = ()) -> None:
+    """Raise UserError where a bundle's matrices are in 8 bits and `who` cannot run them, see Bundle.require_engine_weights; also where --layers asks for an
+    engine's own, which would make them wide."""
+    bundle.require_engine_weights(who, archs)
+    if bundle.weights is not None and layers not in (None, PLUGIN):
+        raise UserError("weights in 8 bits are read by the library's kernels alone", got=f"--layers {layers} for {bundle.path} with {bundle.weights.format}",
+                        allowed=PLUGIN, fix=f"leave --layers out, or {bundle.export_hint()}")
+
+
+def _readable(bundle: Bundle, target: Target, prepared: PreparedGraph) -> None:
+    wrong = target.complaints(prepared.model)
+    if wrong:
+        raise UserError(f"{target.name} cannot read this graph", got=" / ".join(wrong), fix=bundle.export_hint(" --opset 17"))
+
+
+def _wide_projections(bundle: Bundle) -> list[str]:
+    """Which layers' projections, one product in an engine, stay wide because some of them were kept so."""
+    if bundle.weights is None:
+        return []
+    kept = {i: [p for p in layers.PROJECTIONS if f"layers.{i}.mixer.{p}.weight" in bundle.weights.kept] for i in range(bundle.config.n_layers)}
+    mixed = [i for i, names in kept.items() if 0 < len(names) < len(layers.PROJECTIONS)]
+    if not mixed:
+        return []
+    names = dict.fromkeys(p for i in mixed for p in kept[i])
+    return [f"projections of layer{'s' if len(mixed) > 1 else ''} {', '.join(map(str, mixed))}: in {bundle.precision}, as one product computes them all "
+            f"and --keep holds {', '.join(names)}"]
 
 
 def check_layers(words: Collection[str], asked: str | None) -> None:

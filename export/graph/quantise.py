@@ -18,11 +18,10 @@ from torch import Tensor
 
 from sessa_deploy.checkpoint import expected_shapes
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.contract import QUANTISED, SCALE, WEIGHT_FORMATS, Weights
+from sessa_deploy.contract import HEAD, QUANTISED, SCALE, WEIGHT_FORMATS, Weights
 from sessa_deploy.errors import UserError
 from sessa_deploy.export.graph.passes import TRANSPOSED, set_nodes
 
-HEAD = "lm_head.weight"
 _GAIN = "gamma_ctx.weight"
 
 

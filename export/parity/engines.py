@@ -129,7 +129,7 @@ def check_engine(rung: str, bundle: Bundle) -> None:
     if rung not in OPENERS:
         raise UserError("no such backend", got=rung, allowed=", ".join(("auto", *ENGINE_RUNGS)))
     if rung == "trt":
-        bundle.require_wide_weights("a TensorRT engine")
+        bundle.require_engine_weights("a TensorRT engine")
     if rung == "ort" and bundle.precision == "bf16":
         raise UserError("a bf16 bundle cannot be validated on a CPU", got=bundle.path.name, allowed="fp32 or fp16 on a CPU; bf16 with ort-cuda or trt",
                         fix="sessa-deploy export CHECKPOINT --out BUNDLE --precision fp32")

@@ -1,6 +1,9 @@
 #include "attributes.h"
 
+#include "plan.h"
+
 #include <algorithm>
+#include <cctype>
 #include <cstring>
 #include <vector>
 
@@ -16,6 +19,7 @@ struct State
     uint32_t magic;
     int32_t version;
     int32_t storage;
+    int32_t weights;
     Numbers numbers;
 };
 static_assert(sizeof(State) == kStateBytes, "nothing between the fields");
@@ -32,6 +36,12 @@ std::string shape(int64_t const* dims, int32_t rank)
 
 } // namespace
 
+Op const& Attributes::form(Op const& op) const noexcept
+{
+    Op const* const other = weights == Weights::kStorage ? nullptr : quantised(op);
+    return other == nullptr ? op : *other;
+}
+
 bool Attributes::check(Op const& op, std::string& error) const noexcept
 try
 {
@@ -39,6 +49,12 @@ try
     {
         error = "attribute storage: got " + std::to_string(static_cast<int32_t>(storage)) + "; allowed: 1 (float32), 10 (float16), 16 (bfloat16), 0 (any)";
         return false;
+    }
+    bool const bytes = weights == Weights::kInt8 || weights == Weights::kFloat8;
+    if (weights != Weights::kStorage && !(bytes && quantised(op) != nullptr))
+    {
+        return refuse(error, "attribute weights", std::to_string(static_cast<int32_t>(weights)),
+            quantised(op) != nullptr ? "3 (int8), 17 (float8e4m3fn), 0 (the storage type)" : "0: it has no matrix of weights");
     }
     return sessa::check(op, numbers, error);
 }
@@ -54,7 +70,7 @@ std::string attributeNames(Op const& op)
     {
         names += std::string(op.attribute[i].name) + ", ";
     }
-    return names + kFieldStorage;
+    return names + kFieldStorage + (quantised(op) != nullptr ? std::string(", ") + kFieldWeights : "");
 }
 
 bool refuseState(int32_t version, std::string& error) noexcept
@@ -71,7 +87,8 @@ catch (...)
 
 void serialize(Attributes const& attributes, void* buffer) noexcept
 {
-    State const state{kMagic, static_cast<int32_t>(kStateVersion), static_cast<int32_t>(attributes.storage), attributes.numbers};
+    State const state{kMagic, static_cast<int32_t>(kStateVersion), static_cast<int32_t>(attributes.storage),
+        static_cast<int32_t>(attributes.weights), attributes.numbers};
     std::memcpy(buffer, &state, sizeof(state));
 }
 
@@ -97,7 +114,7 @@ try
         error = "serialised state: got " + std::to_string(size) + " bytes; allowed: " + std::to_string(sizeof(state)) + "; sessa-deploy build BUNDLE --force";
         return false;
     }
-    attributes = {state.numbers, static_cast<Storage>(state.storage)};
+    attributes = {state.numbers, static_cast<Storage>(state.storage), static_cast<Weights>(state.weights)};
     return attributes.check(op, error);
 }
 catch (...)
@@ -105,7 +122,7 @@ catch (...)
     return false;
 }
 
-bool sizesOf(Op const& op, Shape const* shapes, Problem& problem, std::string& error) noexcept
+bool sizesOf(Op const& op, Attributes const& attributes, Shape const* shapes, Problem& problem, std::string& error) noexcept
 try
 {
     std::string seen;
@@ -120,14 +137,17 @@ try
         }
         for (size_t a = 0; a < letters.size(); ++a)
         {
-            if (seen.find(letters[a]) == std::string::npos)
+            auto const capital = static_cast<char>(std::toupper(letters[a]));
+            if (seen.find(capital) == std::string::npos)
             {
-                seen += letters[a];
-                *problem.size(letters[a]) = shapes[i].dims[a];
+                seen += capital;
+                problem.setDimension(letters[a], shapes[i].dims[a]);
             }
         }
     }
     problem.op = &op;
+    problem.weights = attributes.weights;
+    problem.numbers = attributes.numbers;
     return true;
 }
 catch (...)
@@ -138,7 +158,7 @@ catch (...)
 bool problemOf(Op const& op, Attributes const& attributes, Storage storage, Shape const* shapes, Problem& problem, std::string& error) noexcept
 try
 {
-    if (!sizesOf(op, shapes, problem, error))
+    if (!sizesOf(op, attributes, shapes, problem, error))
     {
         return false;
     }
@@ -148,7 +168,7 @@ try
         std::vector<int64_t> expected;
         for (char const letter : letters)
         {
-            expected.push_back(*problem.size(letter));
+            expected.push_back(problem.dimension(letter));
         }
         if (!std::equal(expected.begin(), expected.end(), shapes[i].dims))
         {
@@ -158,7 +178,6 @@ try
         }
     }
     problem.storage = storage;
-    problem.numbers = attributes.numbers;
     return check(problem, error);
 }
 catch (...)

@@ -1,5 +1,5 @@
 // Causal attention with a cache: o_t = sum_j softmax_j(q_t . k_j * scale) v_j over past rows j < past_length[b] and new rows j <= t.
-#include "plan.h"
+#include "rows.h"
 
 namespace sessa
 {
@@ -93,7 +93,8 @@ struct Prefill final : Plan
 
 Plan* planCausal(Problem const& p)
 {
-    return p.tokens == 1 ? static_cast<Plan*>(new Step) : new Prefill;
+    Plan* const rows = planCausalRows(p);
+    return rows != nullptr ? rows : p.tokens == 1 ? static_cast<Plan*>(new Step) : new Prefill;
 }
 
 std::vector<Problem> everyCausal(Storage storage)
@@ -103,7 +104,7 @@ std::vector<Problem> everyCausal(Storage storage)
     {
         for (int64_t const heads : {int64_t{1}, kGroup})
         {
-            for (int64_t const tokens : {1, 2})
+            for (int64_t const tokens : {int64_t{1}, kStepRows, kStepRows + 1})
             {
                 Problem p = smallest(kCausal, storage);
                 p.tokens = tokens;

@@ -1,5 +1,5 @@
 // Feedback attention: s_t = f_t + gamma_t * sum_j softmax_j(q_t . k_j * scale) s_j     (arXiv 2604.18580, section 3)
-#include "plan.h"
+#include "rows.h"
 
 namespace sessa
 {
@@ -170,7 +170,8 @@ struct Forward final : Plan
 
 Plan* planFeedback(Problem const& p)
 {
-    return p.tokens == 1 ? static_cast<Plan*>(new Step) : new Forward;
+    Plan* const rows = planFeedbackRows(p);
+    return rows != nullptr ? rows : p.tokens == 1 ? static_cast<Plan*>(new Step) : new Forward;
 }
 
 std::vector<Problem> everyFeedback(Storage storage)
@@ -183,8 +184,12 @@ std::vector<Problem> everyFeedback(Storage storage)
         p.width = width;
         all.push_back(p);
     };
-    add(2, 256); // narrow tiles of the solve
-    add(2, kWide);
+    add(kStepRows + 1, 256); // narrow tiles of the solve
+    add(kStepRows + 1, kWide);
+    for (int64_t const width : kRowsWidths)
+    {
+        add(kStepRows, width);
+    }
     for (int64_t const width : kStepWidths)
     {
         add(1, width);

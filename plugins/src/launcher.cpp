@@ -31,6 +31,10 @@ bool held(Problem const& p)
 
 bool missingCubin(Problem const& p, int32_t arch, std::string& error)
 {
+    if (p.weights == Weights::kFloat8 && arch < kFloat8Arch)
+    {
+        return refuse(error, "weights of float8e4m3fn", "sm_" + std::to_string(arch), "sm_" + std::to_string(kFloat8Arch) + " and later; int8 on any");
+    }
     std::string others;
     for (Storage const storage : {Storage::kFloat, Storage::kHalf, Storage::kBFloat16})
     {
@@ -40,10 +44,10 @@ bool missingCubin(Problem const& p, int32_t arch, std::string& error)
     }
     if (!others.empty() && !held(p))
     {
-        error = std::string("no kernel for ") + dtypeName(p.storage) + "; allowed: " + others;
+        error = "no kernel for " + productType(p) + "; allowed: " + others;
         return false;
     }
-    error = "no kernel for sm_" + std::to_string(arch) + ", " + dtypeName(p.storage) + ": this library holds sm_" + architectures();
+    error = "no kernel for sm_" + std::to_string(arch) + ", " + productType(p) + ": this library holds sm_" + architectures();
     if (std::find(std::begin(kArchs), std::end(kArchs), arch) != std::end(kArchs))
     {
         error += std::string("; rebuild it: ") + kBuildCommand + " --arch " + std::to_string(arch);
@@ -51,24 +55,20 @@ bool missingCubin(Problem const& p, int32_t arch, std::string& error)
     return false;
 }
 
-// The most that this problem, or one with fewer sequences, rows or past, takes on `arch`; decode steps included.
+// The most that this problem, or one with fewer sequences, rows or past, takes on `arch`; steps of one and of several rows included.
 size_t workspaceFor(Problem const& p, int32_t arch)
 {
     size_t most = 0;
-    for (int64_t const batch : {int64_t{1}, p.batch})
+    for (int64_t const tokens : {int64_t{1}, std::min(p.tokens, kStepRows), p.tokens})
     {
-        for (int64_t const tokens : {int64_t{1}, p.tokens})
+        Problem one = p;
+        one.tokens = tokens;
+        auto const plan = planFor(one);
+        if (plan->find(one, arch))
         {
-            Problem one = p;
-            one.batch = batch;
-            one.tokens = tokens;
-            auto const plan = planFor(one);
-            if (plan->find(one, arch))
-            {
-                Arena arena(nullptr);
-                plan->layout(one, arena, true);
-                most = std::max(most, static_cast<size_t>(arena.used()));
-            }
+            Arena arena(nullptr);
+            plan->layout(one, arena, true);
+            most = std::max(most, static_cast<size_t>(arena.used()));
         }
     }
     return most;
@@ -152,12 +152,14 @@ catch (...)
     return false;
 }
 
-void prepareAll(Op const& op, Storage storage) noexcept
+void prepareAll(Op const& op, Storage storage, Weights weights) noexcept
 try
 {
     std::string ignored; // without a device this is no error yet; `run` will say so
-    for (auto const& problem : op.family->everything(storage))
+    for (auto& problem : op.family->everything(storage))
     {
+        problem.op = &op;
+        problem.weights = weights;
         static_cast<void>(prepare(problem, ignored));
     }
 }

@@ -22,6 +22,13 @@ enum class Storage : int32_t // ONNX TensorProto.DataType
     kBFloat16 = 16,
 };
 
+enum class Weights : int32_t // of an operation with a matrix of weights; ONNX TensorProto.DataType
+{
+    kStorage = 0,
+    kInt8 = 3,
+    kFloat8 = 17, // E4M3FN
+};
+
 // The float attributes of all operations, each of which has some of them.
 struct Numbers
 {
@@ -36,6 +43,7 @@ struct Problem
 {
     Op const* op{};
     Storage storage{Storage::kAny};
+    Weights weights{Weights::kStorage};
     Numbers numbers;
 #define SESSA_SIZE(letter, field, start) int64_t field{start};
 #include "ops.inc"
@@ -44,6 +52,10 @@ struct Problem
     // The size that a letter of Operand::shape stands for; nullptr for an unknown letter.
     int64_t* size(char letter) noexcept;
     int64_t const* size(char letter) const noexcept;
+
+    // A dimension that a letter of Operand::shape stands for: a small letter is half of its size.
+    int64_t dimension(char letter) const noexcept;
+    void setDimension(char letter, int64_t value) noexcept;
 };
 
 enum class Kind : int32_t
@@ -56,7 +68,7 @@ enum class Kind : int32_t
 struct Operand
 {
     char const* name;
-    char const* shape; // one letter a dimension, see Problem::size
+    char const* shape; // one letter a dimension, see Problem::dimension
     Kind kind;
 };
 
@@ -122,6 +134,9 @@ constexpr int32_t kOpCount = 0
 #undef SESSA_OP
 Op const& opAt(int32_t index) noexcept;
 
+// An operation's form for weights of 8 bits (ops.Op.quantised), which is such a form's own too; nullptr where it has no matrix of weights.
+Op const* quantised(Op const& op) noexcept;
+
 struct Tensors
 {
     void const* const* in{}; // in the order of Op::operands
@@ -142,8 +157,8 @@ size_t workspaceSize(Problem const& problem, std::string& error) noexcept;
 // Loads the binaries for this problem into the current context, so that `run` loads nothing (a stream may be captured by then).
 bool prepare(Problem const& problem, std::string& error) noexcept;
 
-// The same for every binary the operation may need with this storage type.
-void prepareAll(Op const& op, Storage storage) noexcept;
+// The same for every binary the operation may need with these types.
+void prepareAll(Op const& op, Storage storage, Weights weights) noexcept;
 
 // Enqueues the operation. Pointers are device pointers, 16-byte aligned; `workspace` holds workspaceSize bytes.
 bool run(Problem const& problem, Tensors const& tensors, void* workspace, CUstream_st* stream, std::string& error) noexcept;

@@ -44,7 +44,7 @@ struct Product : Single
 
     bool find(Problem const& p, int32_t arch) override
     {
-        kernel = findCubin(name, arch, dtypeName(p.storage), productVariant(rowsOf(p)).c_str());
+        kernel = findProduct(name, arch, p, rowsOf(p));
         return kernel != nullptr;
     }
 
@@ -106,7 +106,7 @@ struct Linear final : Product
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         Arguments a;
-        a.add(t.in[0]).add(t.in[1]).add(t.in[2]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width)).add(i32(p.columns));
+        addMatrix(a.add(t.in[0]), p, t, 1).add(t.in[2]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width)).add(i32(p.columns));
         return launchTiles(p, columnTiles(p.columns), a, stream, error);
     }
 };
@@ -121,7 +121,7 @@ struct Logits final : Product
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         Arguments a;
-        a.add(t.in[0]).add(t.in[1]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width)).add(i32(p.columns));
+        addMatrix(a.add(t.in[0]), p, t, 1).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width)).add(i32(p.columns));
         return launchTiles(p, columnTiles(p.columns), a, stream, error);
     }
 };
@@ -136,7 +136,7 @@ struct Tail final : Product
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         Arguments a; // s, h, weight, bias, x
-        a.add(t.in[1]).add(t.in[2]).add(t.in[3]).add(t.in[4]).add(t.in[0]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width));
+        addMatrix(a.add(t.in[1]).add(t.in[2]), p, t, 3).add(t.in[4]).add(t.in[0]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width));
         return launchTiles(p, columnTiles(p.width), a, stream, error);
     }
 };
@@ -146,11 +146,11 @@ struct Enter final : Plan
 {
     bool find(Problem const& p, int32_t arch) override
     {
-        char const* dtype = dtypeName(p.storage);
         auto const width = i32(p.width);
         bool const one = rowsOf(p) == 1;
-        norm = findCubinForWidth(one ? "layer_norm_enter" : "layer_norm", arch, dtype, width);
-        product = one ? norm : findCubin("layer_enter", arch, dtype, productVariant(rowsOf(p)).c_str());
+        norm = one ? findCubinForWidth("layer_norm_enter", arch, productType(p).c_str(), width)
+                   : findCubinForWidth("layer_norm", arch, dtypeName(p.storage), width);
+        product = one ? norm : findProduct("layer_enter", arch, p, rowsOf(p));
         return norm != nullptr && product != nullptr;
     }
 
@@ -173,12 +173,12 @@ struct Enter final : Plan
         first.add(t.in[0]).add(t.in[1]).add(t.in[2]);
         if (product == norm)
         {
-            first.add(t.in[3]).add(t.in[4]).add(t.outs[0]).add(width).add(p.numbers.epsilon);
+            addMatrix(first, p, t, 3).add(t.in[4]).add(t.outs[0]).add(width).add(p.numbers.epsilon);
             return launch(*norm, {tiles, 1, 1}, first, stream, error, rows);
         }
         first.add(normal).add(width).add(p.numbers.epsilon);
         Arguments second;
-        second.add(normal).add(t.in[3]).add(t.in[4]).add(t.outs[0]).add(i32(rows)).add(width);
+        addMatrix(second.add(normal), p, t, 3).add(t.in[4]).add(t.outs[0]).add(i32(rows)).add(width);
         return launch(*norm, {rows, 1, 1}, first, stream, error, rows)
             && launch(*product, {ceilDiv(rows, product->tile("BM")) * tiles, 1, 1}, second, stream, error, rows);
     }
@@ -199,7 +199,8 @@ struct ProjectGain final : Product
     {
         int64_t const kvWidth = p.kvHeads * p.headWidth;
         Arguments a;
-        for (int32_t i = 0; i < 10; ++i)
+        addMatrix(a.add(t.in[0]), p, t, 1);
+        for (int32_t i = 2; i < 10; ++i)
         {
             a.add(t.in[i]);
         }

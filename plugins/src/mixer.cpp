@@ -1,5 +1,5 @@
 // A layer's mixer: causal attention o, f = o weight^T + bias, and s = f + gamma * feedback attention's sum. Its decode step is that of kernels/engine/mixer.py.
-#include "plan.h"
+#include "rows.h"
 
 #include <memory>
 
@@ -23,7 +23,7 @@ struct Step final : Plan
         char const* dtype = dtypeName(p.storage);
         partial = findCubin("mixer_step_partial", arch, dtype, variant(p).c_str());
         combine = findCubin("mixer_step_combine", arch, dtype, "any");
-        out = findCubin("layer_out", arch, dtype, productVariant(p.batch).c_str());
+        out = findProduct("layer_out", arch, p, p.batch);
         return partial != nullptr && combine != nullptr && out != nullptr;
     }
 
@@ -65,7 +65,7 @@ struct Step final : Plan
         second.add(partF).add(statF).add(partB).add(statB).add(t.in[kPastLength]).add(t.in[kGamma]).add(o).add(add).add(i32(p.capacity));
         second.add(i32(splitsF)).add(i32(rowsF)).add(i32(splitsB)).add(i32(rowsB)).add(i32(p.heads)).add(units).add(i32(p.width));
         Arguments third;
-        third.add(o).add(t.in[kWeight]).add(t.in[kBias]).add(add).add(t.out).add(i32(p.batch)).add(i32(p.width));
+        addMatrix(third.add(o), p, t, kWeight).add(t.in[kBias]).add(add).add(t.out).add(i32(p.batch)).add(i32(p.width));
         int64_t const lanes = combine->tile("BLOCK_D");
         int64_t const tiles = ceilDiv(p.batch, out->tile("BM")) * ceilDiv(p.width, out->tile("BN"));
         return launch(*partial, {programsF + programsB, 1, 1}, first, stream, error, p.batch)
@@ -105,73 +105,13 @@ struct Step final : Plan
     char* add{};
 };
 
-// A step of one sequence, as kernels/engine/mixer_one.py computes it.
-struct One final : Plan
-{
-    bool find(Problem const& p, int32_t arch) override
-    {
-        partial = findCubin("mixer_one_partial", arch, dtypeName(p.storage), variant(p).c_str());
-        out = findCubinForWidth("mixer_one_out", arch, dtypeName(p.storage), i32(p.width));
-        return partial != nullptr && out != nullptr;
-    }
-
-    std::vector<Cubin const*> cubins() const override
-    {
-        return {partial, out};
-    }
-
-    void layout(Problem const& p, Arena& arena, bool) override
-    {
-        rowsF = partial->tile("ROWS_F") * partial->tile("TILES_F");
-        rowsB = partial->tile("ROWS_B") * partial->tile("TILES_B");
-        splitsF = stepSplits(p.capacity, rowsF, out->tile("SPLITS_F"));
-        splitsB = stepSplits(p.capacity, rowsB, out->tile("SPLITS_B"));
-        partF = arena.take(4 * splitsF * p.width);
-        statF = arena.take(4 * splitsF * p.heads);
-        partB = arena.take(4 * splitsB * p.width);
-        statB = arena.take(4 * splitsB);
-    }
-
-    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
-    {
-        int64_t const group = p.heads / p.kvHeads;
-        int64_t const blocks = ceilDiv(p.kvHeads, partial->tile("HEADS_F")) * ceilDiv(group, partial->tile("GROUP_F"));
-        int32_t const units = i32(p.headWidth / kHeadMultiple);
-        Arguments first;
-        for (auto const i : {kQ, kK, kV, kPastK, kPastV, kQB, kPastKb, kPastS, kPastLength})
-        {
-            first.add(t.in[i]);
-        }
-        first.add(partF).add(statF).add(partB).add(statB).add(i32(splitsF)).add(i32(splitsB)).add(i32(p.capacity)).add(i32(p.kvHeads)).add(i32(group));
-        first.add(units).add(i32(p.width)).add(scaleLog2(p.headWidth, 0.0F)).add(scaleLog2(p.width, 0.0F));
-        Arguments second;
-        second.add(partF).add(statF).add(partB).add(statB).add(t.in[kPastLength]).add(t.in[kGamma]).add(t.in[kWeight]).add(t.in[kBias]).add(t.out);
-        second.add(i32(p.capacity)).add(i32(splitsF)).add(i32(rowsF)).add(i32(splitsB)).add(i32(rowsB)).add(i32(p.heads)).add(units).add(i32(p.width));
-        // It reads its pasts before it waits. The projections write none of them; what else might stand ahead of it nobody knows here.
-        int64_t const rows = launchedLast(stream, "layer_project_gain") ? p.batch : kManyRows;
-        return launch(*partial, {blocks * splitsF + splitsB, 1, 1}, first, stream, error, rows)
-            && launch(*out, {ceilDiv(p.width, out->tile("BN")), 1, 1}, second, stream, error, p.batch);
-    }
-
-    Cubin const* partial{};
-    Cubin const* out{};
-    int64_t rowsF{}; // that a split takes at least
-    int64_t rowsB{};
-    int64_t splitsF{};
-    int64_t splitsB{};
-    char* partF{};
-    char* statF{};
-    char* partB{};
-    char* statB{};
-};
-
 // Prefill and chunks: the three operations, one after the other.
 struct Chunk final : Plan
 {
     bool find(Problem const& p, int32_t arch) override
     {
         causal = part(p, kCausal);
-        linear = part(p, kLinearHeads);
+        linear = part(p, p.weights == Weights::kStorage ? kLinearHeads : *quantised(kLinearHeads));
         linear.columns = p.width;
         feedback = part(p, kFeedback);
         plans.clear();
@@ -206,10 +146,10 @@ struct Chunk final : Plan
         plans[2]->layout(feedback, arena, bound);
     }
 
-    bool run(Problem const&, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         void const* const forCausal[] = {t.in[kQ], t.in[kK], t.in[kV], t.in[kPastK], t.in[kPastV], t.in[kPastLength]};
-        void const* const forLinear[] = {o, t.in[kWeight], t.in[kBias]};
+        void const* const forLinear[] = {o, t.in[kWeight], t.in[kBias], p.weights == Weights::kStorage ? nullptr : t.in[kWeightScale]};
         void const* const forFeedback[] = {t.in[kQB], t.in[kKB], t.in[kGamma], f, t.in[kPastKb], t.in[kPastS], t.in[kPastLength]};
         return runPart(0, causal, forCausal, o, stream, error) && runPart(1, linear, forLinear, f, stream, error)
             && runPart(2, feedback, forFeedback, t.out, stream, error);
@@ -238,11 +178,8 @@ struct Chunk final : Plan
 
 Plan* planMixer(Problem const& p)
 {
-    if (p.tokens == 1 && p.batch == 1)
-    {
-        return new One;
-    }
-    return p.tokens == 1 ? static_cast<Plan*>(new Step) : new Chunk;
+    Plan* const rows = planMixerRows(p);
+    return rows != nullptr ? rows : p.tokens == 1 ? static_cast<Plan*>(new Step) : new Chunk;
 }
 
 // Every width, head and number of rows that selects binaries.
@@ -276,7 +213,7 @@ std::vector<Problem> everyMixer(Storage storage)
     p.width = 256; // narrow tiles of the solve
     p.headWidth = 64;
     p.heads = p.kvHeads = 4;
-    p.tokens = 2;
+    p.tokens = kStepRows + 1;
     all.push_back(p);
     return all;
 }

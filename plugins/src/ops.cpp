@@ -1,6 +1,7 @@
 // The operations as ops.inc describes them, and what of that needs no plan: sizes by letter, attributes, limits.
 #include "plan.h"
 
+#include <cctype>
 #include <cmath>
 #include <cstring>
 
@@ -21,6 +22,21 @@ Op const& opAt(int32_t index) noexcept
     return *all[index];
 }
 
+#define SESSA_QUANTISED(identifier, ...) Op const k##identifier##Quantised{__VA_ARGS__, &k##identifier##Family};
+#include "ops.inc"
+#undef SESSA_QUANTISED
+
+Op const* quantised(Op const& op) noexcept
+{
+    static Op const* const all[]{
+#define SESSA_QUANTISED(identifier, ...) &k##identifier##Quantised,
+#include "ops.inc"
+#undef SESSA_QUANTISED
+    };
+    auto const* const found = std::find_if(std::begin(all), std::end(all), [&](Op const* one) { return std::strcmp(one->name, op.name) == 0; });
+    return found == std::end(all) ? nullptr : *found;
+}
+
 int64_t const* Problem::size(char letter) const noexcept
 {
     switch (letter)
@@ -36,6 +52,18 @@ int64_t const* Problem::size(char letter) const noexcept
 int64_t* Problem::size(char letter) noexcept
 {
     return const_cast<int64_t*>(static_cast<Problem const*>(this)->size(letter));
+}
+
+int64_t Problem::dimension(char letter) const noexcept
+{
+    auto const capital = static_cast<char>(std::toupper(letter));
+    return *size(capital) / (letter == capital ? 1 : 2);
+}
+
+void Problem::setDimension(char letter, int64_t value) noexcept
+{
+    auto const capital = static_cast<char>(std::toupper(letter));
+    *size(capital) = value * (letter == capital ? 1 : 2);
 }
 
 namespace

@@ -36,9 +36,16 @@ char const* provider(OrtCustomOp const* op) noexcept
     return of(op).device ? kProvider : nullptr;
 }
 
+// With the scales of weights in 8 bits, which a node may leave out.
+Op const& longest(OrtCustomOp const* op) noexcept
+{
+    Op const* const other = quantised(of(op).op);
+    return other == nullptr ? of(op).op : *other;
+}
+
 size_t inputCount(OrtCustomOp const* op) noexcept
 {
-    return static_cast<size_t>(of(op).op.inputs);
+    return static_cast<size_t>(longest(op).inputs);
 }
 
 size_t outputCount(OrtCustomOp const* op) noexcept
@@ -48,7 +55,7 @@ size_t outputCount(OrtCustomOp const* op) noexcept
 
 ONNXTensorElementDataType inputType(OrtCustomOp const* op, size_t index) noexcept
 {
-    return typeOf(of(op).op.operands[index], of(op).storage);
+    return typeOf(longest(op).operands[index], of(op).storage);
 }
 
 ONNXTensorElementDataType outputType(OrtCustomOp const* op, size_t index) noexcept
@@ -59,6 +66,11 @@ ONNXTensorElementDataType outputType(OrtCustomOp const* op, size_t index) noexce
 OrtCustomOpInputOutputCharacteristic required(OrtCustomOp const*, size_t) noexcept
 {
     return INPUT_OUTPUT_REQUIRED;
+}
+
+OrtCustomOpInputOutputCharacteristic requiredOfAll(OrtCustomOp const* op, size_t index) noexcept
+{
+    return index < static_cast<size_t>(of(op).op.inputs) ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
 }
 
 OrtMemType onDevice(OrtCustomOp const*, size_t) noexcept
@@ -151,7 +163,7 @@ CustomOp::CustomOp(OrtApi const& runtime, Op const& operation, Storage type, boo
     GetInputTypeCount = inputCount;
     GetOutputType = outputType;
     GetOutputTypeCount = outputCount;
-    GetInputCharacteristic = required;
+    GetInputCharacteristic = requiredOfAll;
     GetOutputCharacteristic = required;
     GetInputMemoryType = onDevice;
     GetVariadicInputMinArity = GetVariadicInputHomogeneity = GetVariadicOutputMinArity = GetVariadicOutputHomogeneity = one;
@@ -161,7 +173,7 @@ CustomOp::CustomOp(OrtApi const& runtime, Op const& operation, Storage type, boo
     InferOutputShapeFn = infer;
 }
 
-void inferShapes(OrtApi const& api, Op const& op, OrtShapeInferContext& context)
+void inferShapes(OrtApi const& api, Op const& plain, OrtShapeInferContext& context)
 {
     struct Dimension
     {
@@ -172,6 +184,8 @@ void inferShapes(OrtApi const& api, Op const& op, OrtShapeInferContext& context)
     ONNXTensorElementDataType storage{}; // of the node, whichever of its operations was asked
     size_t count = 0;
     must(api.ShapeInferContext_GetInputCount(&context, &count));
+    Op const* const other = quantised(plain);
+    Op const& op = other != nullptr && count == static_cast<size_t>(other->inputs) ? *other : plain;
     for (size_t i = 0; i < count && i < static_cast<size_t>(op.inputs); ++i)
     {
         OrtTensorTypeAndShapeInfo* info = nullptr; // the context's

@@ -153,6 +153,7 @@ private:
     OrtApi const& mApi;
     CustomOp const& mCustom;
     Attributes mAttributes;
+    Op const* mOp; // the custom operation's, in the form that the attributes give it
     std::shared_ptr<Workspaces> mWorkspaces; // null on a CPU
 };
 

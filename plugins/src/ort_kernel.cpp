@@ -1,13 +1,21 @@
 // An operation in a session of ONNX Runtime: attributes, types, shapes, workspace; launcher.cpp does the work.
 #include "ort.h"
 
+#include "plan.h"
+
 #include <array>
+#include <cctype>
 #include <cstring>
 
 namespace sessa::ort
 {
 namespace
 {
+
+char capital(char letter) noexcept
+{
+    return static_cast<char>(std::toupper(letter));
+}
 
 std::string nameOf(ONNXTensorElementDataType type)
 {
@@ -53,6 +61,22 @@ bool otherwise(OrtApi const& api, OrtKernelInfo const& info, char const* name)
     return any[0] || any[1] || any[2] || any[3] || any[4];
 }
 
+// What does not fit 32 bits is -1, which no attribute may be.
+bool readInteger(OrtApi const& api, OrtKernelInfo const& info, char const* name, int32_t& value, std::string& error)
+{
+    int64_t found = 0;
+    if (answered(api, api.KernelInfoGetAttribute_int64(&info, name, &found)))
+    {
+        value = found == static_cast<int32_t>(found) ? static_cast<int32_t>(found) : -1;
+    }
+    else if (otherwise(api, info, name))
+    {
+        error = std::string("attribute ") + name + ": allowed: one integer";
+        return false;
+    }
+    return true;
+}
+
 bool readAttributes(OrtApi const& api, OrtKernelInfo const& info, Op const& op, Attributes& attributes, std::string& error)
 {
     for (int32_t i = 0; i < op.attributes; ++i)
@@ -69,17 +93,14 @@ bool readAttributes(OrtApi const& api, OrtKernelInfo const& info, Op const& op, 
             return false;
         }
     }
-    int64_t storage = 0;
-    if (answered(api, api.KernelInfoGetAttribute_int64(&info, kFieldStorage, &storage)))
+    int32_t storage = static_cast<int32_t>(attributes.storage);
+    int32_t weights = static_cast<int32_t>(attributes.weights);
+    if (!readInteger(api, info, kFieldStorage, storage, error) || !readInteger(api, info, kFieldWeights, weights, error))
     {
-        bool const fits = storage == static_cast<int32_t>(storage);
-        attributes.storage = static_cast<Storage>(fits ? static_cast<int32_t>(storage) : -1);
-    }
-    else if (otherwise(api, info, kFieldStorage))
-    {
-        error = std::string("attribute ") + kFieldStorage + ": allowed: one integer";
         return false;
     }
+    attributes.storage = static_cast<Storage>(storage);
+    attributes.weights = static_cast<Weights>(weights);
     return attributes.check(op, error);
 }
 
@@ -133,9 +154,18 @@ std::vector<Shape> Inputs::shapes() const
 Kernel::Kernel(CustomOp const& custom, OrtApi const& api, OrtKernelInfo const& info)
     : mApi(api)
     , mCustom(custom)
+    , mOp(&custom.op)
 {
     std::string error;
-    bool const good = readAttributes(api, info, custom.op, mAttributes, error);
+    bool good = readAttributes(api, info, custom.op, mAttributes, error);
+    mOp = &mAttributes.form(custom.op);
+    size_t inputs = 0;
+    must(api.KernelInfo_GetInputCount(&info, &inputs));
+    if (good && inputs != static_cast<size_t>(mOp->inputs))
+    {
+        good = sessa::refuse(error, std::string("inputs with attribute ") + kFieldWeights + " = " + std::to_string(static_cast<int32_t>(mAttributes.weights)),
+            std::to_string(inputs), std::to_string(mOp->inputs) + ", the last of them " + mOp->operands[mOp->inputs - 1].name);
+    }
     // ONNX Runtime gives a CPU's lone float16 node to float32 kernels, with casts around it.
     bool const cast = !custom.device && custom.storage == Storage::kFloat && mAttributes.storage == Storage::kHalf;
     if (good && mAttributes.storage != Storage::kAny && mAttributes.storage != custom.storage && !cast)
@@ -157,7 +187,7 @@ Kernel::Kernel(CustomOp const& custom, OrtApi const& api, OrtKernelInfo const& i
 // Sizes that the graph leaves open, batch, rows and past that is, stand as their least. Where it says less there is nothing to judge before the first call.
 void Kernel::judge(OrtKernelInfo const& info) const
 {
-    Op const& op = mCustom.op;
+    Op const& op = *mOp;
     Inputs inputs;
     for (int32_t i = 0; i < op.inputs; ++i)
     {
@@ -184,10 +214,10 @@ void Kernel::judge(OrtKernelInfo const& info) const
         bool const ranked = shapes[i].rank == static_cast<int32_t>(letters.size());
         for (size_t a = 0; ranked && a < letters.size(); ++a)
         {
-            if (shapes[i].dims[a] >= 0 && known.find(letters[a]) == std::string::npos)
+            if (shapes[i].dims[a] >= 0 && known.find(capital(letters[a])) == std::string::npos)
             {
-                known += letters[a];
-                *sizes.size(letters[a]) = shapes[i].dims[a];
+                known += capital(letters[a]);
+                sizes.setDimension(letters[a], shapes[i].dims[a]);
             }
         }
     }
@@ -201,13 +231,13 @@ void Kernel::judge(OrtKernelInfo const& info) const
         dims.resize(unknown ? letters.size() : dims.size(), -1);
         for (size_t a = 0; a < letters.size() && a < dims.size(); ++a)
         {
-            bool const said = known.find(letters[a]) != std::string::npos;
+            bool const said = known.find(capital(letters[a])) != std::string::npos;
             if (!said && std::strchr("BTP", letters[a]) == nullptr)
             {
                 return;
             }
             open = open || !said;
-            dims[a] = dims[a] >= 0 ? dims[a] : *sizes.size(letters[a]);
+            dims[a] = dims[a] >= 0 ? dims[a] : sizes.dimension(letters[a]);
         }
         judged.push_back({dims.data(), static_cast<int32_t>(dims.size())});
     }
@@ -223,7 +253,7 @@ void Kernel::judge(OrtKernelInfo const& info) const
 
 OrtStatus* Kernel::compute(OrtKernelContext& context) const
 {
-    Op const& op = mCustom.op;
+    Op const& op = *mOp;
     if (!mCustom.device)
     {
         return refuse(mApi, ORT_NOT_IMPLEMENTED, op,
@@ -266,7 +296,7 @@ OrtStatus* Kernel::compute(OrtKernelContext& context) const
         std::vector<int64_t> dims;
         for (char const* letter = op.results[i].shape; *letter != 0; ++letter)
         {
-            dims.push_back(*problem.size(*letter));
+            dims.push_back(problem.dimension(*letter));
         }
         OrtValue* value = nullptr;
         must(mApi.KernelContext_GetOutput(&context, static_cast<size_t>(i), dims.data(), dims.size(), &value));

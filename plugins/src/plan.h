@@ -31,6 +31,13 @@ inline char const* dtypeName(Storage storage)
     return storage == Storage::kFloat ? "fp32" : storage == Storage::kHalf ? "fp16" : "bf16";
 }
 
+// What the kernels that read weights are compiled for: launch/spec.py, QUANTISED.
+inline std::string productType(Problem const& p)
+{
+    char const* const kind = p.weights == Weights::kInt8 ? ".i8" : p.weights == Weights::kFloat8 ? ".f8" : "";
+    return std::string(dtypeName(p.storage)) + kind;
+}
+
 // Factor of the scores; scale 0: width^-1/2.
 inline double scaleOf(int64_t width, float scale)
 {
@@ -71,9 +78,21 @@ std::string covering(int64_t const (&sizes)[N], int64_t value, char const* beyon
 }
 
 // engine/spec.py, product_variant
-inline std::string productVariant(int64_t rows)
+inline std::string productVariant(int64_t rows, Weights weights)
 {
-    return covering(kRows, rows, "any");
+    return weights == Weights::kStorage ? covering(kRows, rows, "any") : covering(kQuantisedRows, rows, "any");
+}
+
+// The binary of a matrix product for so many rows; nullptr: none.
+inline Cubin const* findProduct(char const* kernel, int32_t arch, Problem const& p, int64_t rows)
+{
+    return findCubin(kernel, arch, productType(p).c_str(), productVariant(rows, p.weights).c_str());
+}
+
+// Two arguments of a kernel that reads weights: the matrix, which is operand `at`, and its scales; what stands for those of 16-bit weights is not looked at.
+inline Arguments& addMatrix(Arguments& arguments, Problem const& p, Tensors const& t, int32_t at)
+{
+    return arguments.add(t.in[at]).add(t.in[p.weights == Weights::kStorage ? at : p.op->inputs - 1]);
 }
 
 // causal/spec.py, head_variant; group: query heads of one key/value head.

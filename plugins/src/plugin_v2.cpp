@@ -46,7 +46,7 @@ class Plugin final : public Named<IPluginV2DynamicExt>
 {
 public:
     Plugin(Op const& op, Attributes const& attributes) noexcept
-        : Named(op)
+        : Named(attributes.form(op))
         , mAttributes(attributes)
     {
     }
@@ -147,7 +147,7 @@ public:
         // A new execution context: load every binary it can need now, so that enqueue may be captured from the first call on.
         if (mAttributes.storage == Storage::kFloat || mAttributes.storage == Storage::kHalf)
         {
-            prepareAll(mOp, mAttributes.storage);
+            prepareAll(mOp, mAttributes.storage, mAttributes.weights);
         }
     }
 

@@ -40,7 +40,7 @@ class Plugin final : public IPluginV3, public Named<IPluginV3OneCore>, public IP
 {
 public:
     Plugin(Op const& op, Attributes const& attributes) noexcept
-        : Named(op)
+        : Named(attributes.form(op))
         , mAttributes(attributes)
         , mFields(op, &mAttributes)
     {
@@ -111,7 +111,6 @@ public:
     size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t nbInputs, DynamicPluginTensorDesc const*, int32_t) const noexcept override
     {
         Problem problem;
-        problem.numbers = mAttributes.numbers;
         int64_t values[kMaxInputs][Dims::MAX_DIMS];
         Shape shapes[kMaxInputs];
         for (int32_t i = 0; i < mOp.inputs && i < nbInputs; ++i)
@@ -119,7 +118,7 @@ public:
             shapes[i] = shapeOf(in[i].max, values[i]);
         }
         std::string error;
-        bool const known = nbInputs == mOp.inputs && storageOf(in[0].desc.type, problem.storage) && sizesOf(mOp, shapes, problem, error);
+        bool const known = nbInputs == mOp.inputs && storageOf(in[0].desc.type, problem.storage) && sizesOf(mOp, mAttributes, shapes, problem, error);
         return known ? workspaceOf(mOp, problem) : 0;
     }
 

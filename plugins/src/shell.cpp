@@ -150,7 +150,8 @@ try
         std::string const name = named(field);
         auto const* const found = std::find_if(op.attribute, op.attribute + op.attributes, [&](Attribute const& a) { return name == a.name; });
         bool const real = found != op.attribute + op.attributes;
-        if (!real && name != kFieldStorage && (name != kFieldState || !serialised))
+        bool const weights = name == kFieldWeights && quantised(op) != nullptr;
+        if (!real && !weights && name != kFieldStorage && (name != kFieldState || !serialised))
         {
             error = "attribute " + name + " is unknown; allowed: " + attributeNames(op);
             return false;
@@ -167,6 +168,10 @@ try
         else if (name == kFieldStorage)
         {
             std::memcpy(&attributes.storage, field.data, sizeof(attributes.storage));
+        }
+        else if (weights)
+        {
+            std::memcpy(&attributes.weights, field.data, sizeof(attributes.weights));
         }
     }
     if (!kHasBFloat16 && attributes.storage == Storage::kBFloat16)
@@ -191,6 +196,11 @@ Fields::Fields(Op const& op, Attributes const* attributes) noexcept
     }
     mStorage = attributes == nullptr ? 0 : static_cast<int32_t>(attributes->storage);
     mFields[count++] = PluginField{kFieldStorage, attributes == nullptr ? nullptr : &mStorage, PluginFieldType::kINT32, 1};
+    if (quantised(op) != nullptr)
+    {
+        mWeights = attributes == nullptr ? 0 : static_cast<int32_t>(attributes->weights);
+        mFields[count++] = PluginField{kFieldWeights, attributes == nullptr ? nullptr : &mWeights, PluginFieldType::kINT32, 1};
+    }
     if (attributes != nullptr)
     {
         mFields[count++] = PluginField{kFieldState, &mVersion, PluginFieldType::kINT32, 1};

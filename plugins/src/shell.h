@@ -60,7 +60,7 @@ Shape shapeOf(nvinfer1::Dims const& dims, int64_t (&values)[nvinfer1::Dims::MAX_
 // otherwise.
 bool readFields(Op const& op, nvinfer1::PluginFieldCollection const* fc, bool serialised, Attributes& attributes, std::string& error) noexcept;
 
-// The fields of an operation: its float attributes and `storage`; with `attributes` their values, which must outlive this, and `state`.
+// The fields of an operation: its float attributes, `storage` and, where it has a matrix, `weights`; with `attributes` their values, which must outlive this, and `state`.
 class Fields
 {
 public:
@@ -74,8 +74,9 @@ public:
     }
 
 private:
-    std::array<nvinfer1::PluginField, kMaxAttributes + 2> mFields{};
+    std::array<nvinfer1::PluginField, kMaxAttributes + 3> mFields{};
     int32_t mStorage{};
+    int32_t mWeights{};
     int32_t mVersion{static_cast<int32_t>(kStateVersion)};
     nvinfer1::PluginFieldCollection mCollection{};
 };

@@ -3,6 +3,8 @@
 A step enqueues: ids and lengths to the device, the engine, append, argmax, and a last kernel that advances the lengths and writes the ids to the host.
 Lengths are read on the device, so steps of one extent (how many sequences, how many new rows of each) are the same work on the same addresses, whatever the
 sequences hold: it is recorded once and replayed. The host reads the ids, or the logits where somebody samples.
+The last kernel also leaves the ids where the engine reads its own, so that the next greedy step can be enqueued before the host has seen them. Two such
+steps take turns at two places for their ids on the host, each with an event behind it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import SessaError, UserError
-from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.backend import Backend, Begun
 from sessa_deploy.runtime.device.buffers import Buffers, Extent
 from sessa_deploy.runtime.report import note
 
@@ -33,6 +35,8 @@ class DeviceBackend(Backend):
     sequence's cache rows must begin for the engine to run that sequence alone.
     """
 
+    looks_ahead = True
+    packed_weights = True
     recorded_tokens: int = 1
     draft_cost = (0.1, 0.04)  # weights and caches are read once, whatever the rows
     warm_runs = 1
@@ -44,8 +48,13 @@ class DeviceBackend(Backend):
         self._cuda: Any = None
         self._buffers: Buffers | None = None
         self._on_device: bytes | None = None  # lengths the device holds, as an int32 array's bytes; None: unknown
+        self._new_there: bytes | None = None  # new_length on the device, likewise
+        self._slot = 0  # of the greedy step that was enqueued last
+        self._continues = False  # whether nothing was enqueued behind it, so that its ids are the device's
+        self._flying = 0  # steps that were begun and nobody has waited for
         self._use_graph = graph
         self._graphs: dict[Extent, int] = {}
+        self._next_graphs: dict[int, int] = {}  # slot -> the step of one row each that is fed on the device
         self._warm: Counter[tuple[Extent, int]] = Counter()
 
     @abstractmethod
@@ -79,6 +88,52 @@ class DeviceBackend(Backend):
             found = self._own().picked()[:, 0]
             picked[part > 0] = found[part > 0]  # a sequence's last part has its last token
         return picked
+
+    def _begin(self, begun: Begun) -> None:
+        assert begun.ids is not None
+        if begun.ids.shape[1] > 1:
+            begun.picked = self._pick(begun.ids, begun.new)
+            return
+        self._enqueue(begun.ids, begun.new, self.length)
+        self._begun_in(0)
+
+    def _begin_next(self, begun: Begun) -> bool:
+        if not self._continues or self._on_device is None:
+            return False
+        buffers, length, new, begun.slot = self._own(), np.frombuffer(self._on_device, np.int32), begun.new.tobytes(), 1 - self._slot
+        self._continues, self._on_device = False, None
+        self._cuda.enter()
+        if new != self._new_there:
+            self._new_there = None
+            buffers.set_new(begun.new, begun.slot)
+            self._new_there = new
+        self._launch(Extent(self.batch, 1), begun.slot, False)
+        self._on_device = (length + begun.new).tobytes()
+        self.bytes_moved += int(begun.new.sum()) * buffers.row_bytes
+        self._begun_in(begun.slot)
+        return True
+
+    def _begun_in(self, slot: int) -> None:
+        self._flying += 1
+        self._own().mark(slot)
+        self._slot, self._continues = slot, True
+
+    def _end(self, begun: Begun) -> NDArray[np.int64]:
+        if begun.picked is None:
+            buffers = self._own()
+            self._cuda.enter()
+            begun.picked = buffers.picked_in(begun.slot)
+            self._flying -= 1
+        return begun.picked
+
+    def _land(self) -> None:
+        """Wait for steps that were begun, and keep what they picked: the host's memory is then free for another step."""
+        if self._flying:
+            self._cuda.wait()
+            for begun in self._begun:
+                if begun.picked is None:
+                    begun.picked = self._own().picked_in(begun.slot)
+            self._flying = 0
 
     def _forward(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
         logits = np.zeros((self.batch, self.config.vocab_size), np.float32)
@@ -150,29 +205,36 @@ class DeviceBackend(Backend):
         """One step over ids (N,T) on the stream, T within what a step takes; its sequences stand at `length` (N,) before it."""
         buffers, step = self._own(), Extent(len(ids), ids.shape[1], row)
         self._cuda.enter()
+        self._continues = False
+        self._land()
         if self._on_device != length.tobytes():
             self._cuda.wait()  # for a step that was interrupted and may not have read what the host gave it
             buffers.set_length(length)
-        self._on_device = None
+        self._on_device = self._new_there = None
         buffers.put(ids, new)
-        graph = self._graph(step)
+        self._launch(step, 0, True)
+        # after the launch, so that the host's time is the device's too
+        self._on_device, self._new_there = (length + new).tobytes(), new.tobytes()
+        self.bytes_moved += int(new.sum()) * buffers.row_bytes
+
+    def _launch(self, step: Extent, slot: int, fed: bool) -> None:
+        """Enqueue a step, fed by what was put or by what is on the device; its tokens go to a slot."""
+        graph = self._graph(step, slot, fed)
         if graph:
             self._cuda.replay(graph)
         else:
-            self._record(step)
-        # after the launch, so that the host's time is the device's too
-        self._on_device = (length + new).tobytes()
-        self.bytes_moved += int(new.sum()) * buffers.row_bytes
+            self._record(step, slot, fed)
 
-    def _record(self, step: Extent) -> None:
+    def _record(self, step: Extent, slot: int, fed: bool) -> None:
         buffers = self._own()
-        buffers.feed(step)
+        if fed:
+            buffers.feed(step)
         self._run(step)
-        buffers.finish(step)
+        buffers.finish(step, slot)
 
-    def _graph(self, step: Extent) -> int:
+    def _graph(self, step: Extent, slot: int, fed: bool) -> int:
         """The CUDA graph that is this step, recorded now if it is time; 0 where it is to be enqueued piece by piece."""
-        found = self._graphs.get(step)
+        found = self._graphs.get(step) if fed else self._next_graphs.get(slot)
         if found is not None or not self._use_graph or step.row is not None or step.tokens > self.recorded_tokens:
             return found or 0
         key = (step, threading.get_ident())
@@ -180,11 +242,15 @@ class DeviceBackend(Backend):
             self._warm[key] += 1
             return 0
         try:
-            self._graphs[step] = self._cuda.capture(lambda: self._record(step))
+            made = self._cuda.capture(lambda: self._record(step, slot, fed))
         except SessaError as error:
             self._record_no_more(str(error))
             return 0
-        return self._graphs[step]
+        if fed:
+            self._graphs[step] = made
+        else:
+            self._next_graphs[slot] = made
+        return int(made)
 
     def _record_no_more(self, why: str) -> None:
         """Enqueue every step piece by piece from now on, and say so; what was recorded so far stays good."""
@@ -199,7 +265,8 @@ class DeviceBackend(Backend):
     def poison(self) -> None:
         buffers = self._own()
         self._cuda.enter()
-        buffers.poison(self.kept())
+        ahead = self.length + sum(begun.new for begun in self._begun)  # rows of steps that are under way are in the cache already
+        buffers.poison(np.maximum(self.kept(), ahead))
 
     def device_bytes(self) -> int:
         self._own()
@@ -211,13 +278,15 @@ class DeviceBackend(Backend):
         if self._buffers is None:
             return
         self._buffers = None  # closed, whatever the driver says of it
+        self.call_off()
         try:
             self._cuda.enter()
             self._cuda.wait()
-            for graph in self._graphs.values():  # before the engine: they hold addresses of its memory
+            for graph in (*self._graphs.values(), *self._next_graphs.values()):  # before the engine: they hold addresses of its memory
                 self._cuda.forget(graph)
         finally:
             self._graphs.clear()
+            self._next_graphs.clear()
             self._release()
             self._cuda.close()
 

@@ -109,7 +109,10 @@ class Buffers:
         cuda.fill(self._zeros, 0, most)
         self._host_fed = self._host(self._ids_at + batch * chunk * self.id_type.itemsize, np.uint8)
         self._host_new, self._host_ids = self._host_fed[: 4 * batch].view(np.int32), self._host_fed[self._ids_at :].view(self.id_type)
-        self._host_length, self._host_picked = self._host(batch, np.int32), self._host(most, np.int32)
+        self._host_length, self._host_picked = self._host(batch, np.int32), self._host(most + batch, np.int32)
+        self._host_moved = self._host(2 * batch, np.int32).reshape(2, batch)
+        self._picked_at = (0, most)  # of the two slots, by turns, so that a step that runs does not write over what the one before it picked
+        self._over = [cuda.event() for _ in self._picked_at]
         self._host_logits = self._host((most if batch == 1 else batch) * config.vocab_size, np.float32)
         # one table for all sequences, then one for each alone
         tables = self._host(3 * len(self.entries) * (batch + 1), np.int64)
@@ -153,11 +156,17 @@ class Buffers:
         """Enqueue what was put to the device."""
         self.cuda.to_device(self.new, self._host_fed.ctypes.data, self._ids_at + step.batch * step.tokens * self.id_type.itemsize)
 
-    def finish(self, step: Extent) -> None:
+    def set_new(self, new: NDArray[np.int32], slot: int) -> None:
+        """Enqueue new_length (B,) to the device, for steps that nothing is fed to. The step of that slot before must be over."""
+        self._host_moved[slot] = new
+        self.cuda.to_device(self.new, self._host_moved[slot].ctypes.data, 4 * self.batch)
+
+    def finish(self, step: Extent, slot: int = 0) -> None:
         """Enqueue what follows the engine: append its new rows, pick the most likely tokens, advance the lengths.
 
-        The last kernel writes the tokens to the host's memory itself: a copy of its own would cost a decode step some microseconds. With all logits
-        and more than `picked_rows` rows what is picked means nothing.
+        The last kernel writes the tokens to the host's memory itself: a copy of its own would cost a decode step some microseconds. It also lays them where
+        the engine takes its ids from, which is what a step of one row each that is fed nothing goes on from. With all logits and more than `picked_rows`
+        rows what is picked means nothing. slot: 0 or 1, where the tokens of a step of one row go; of others always 0.
         """
         ptr, batch = "ptr", step.batch
         lengths = ((ptr, self.length), (ptr, self.new))
@@ -167,10 +176,21 @@ class Buffers:
         rows = batch * (step.tokens if self._all_logits and step.tokens <= self.picked_rows else 1)
         self.cuda.launch(self._kernels[ARGMAX], (rows, self._splits, 1),
                          ((ptr, self.logits), (ptr, self._best), (ptr, self._where), ("i32", self.config.vocab_size)))
-        best, picked = ((ptr, self._best), (ptr, self._where)), (ptr, self._host_picked.ctypes.data)
-        self.cuda.launch(self._kernels[FINISH], (batch, 1, 1), (*best, *lengths, picked))
+        best, to = ((ptr, self._best), (ptr, self._where)), self._host_picked.ctypes.data + 4 * self._picked_at[slot]
+        picked = ((ptr, to), (ptr, self.ids), ("i32", self.id_type.itemsize // _WORD))
+        self.cuda.launch(self._kernels[FINISH], (batch, 1, 1), (*best, *lengths, *picked))
         if rows > batch:  # once more for the tokens, with lengths that nobody reads and that stand still
-            self.cuda.launch(self._kernels[FINISH], (rows, 1, 1), (*best, (ptr, self._zeros), (ptr, self._zeros), picked))
+            self.cuda.launch(self._kernels[FINISH], (rows, 1, 1), (*best, (ptr, self._zeros), (ptr, self._zeros), *picked))
+
+    def mark(self, slot: int) -> None:
+        """Enqueue the mark that `picked_in` waits for, behind a step of that slot."""
+        self.cuda.record(self._over[slot])
+
+    def picked_in(self, slot: int) -> NDArray[np.int64]:
+        """Wait for the step that was marked in a slot, and for none behind it; its most likely tokens (B,), -1 where the logits were not finite."""
+        self.cuda.wait_event(self._over[slot])
+        at = self._picked_at[slot]
+        return self._host_picked[at : at + self.batch].astype(np.int64)
 
     def picked(self, tokens: int = 1) -> NDArray[np.int64]:
         """Wait for the step; the most likely tokens (B,T) after each of its `tokens` rows (of a graph without all logits 1: the last of each sequence),

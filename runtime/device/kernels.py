@@ -13,6 +13,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.reading import load_library
 
 APPEND, ARGMAX, FINISH = "decode_append", "decode_argmax", "decode_finish"
+_APPEND_PARAMS, _FINISH_PARAMS = 5, 7
 _BUILD = "sessa-deploy plugin build"
 
 
@@ -47,6 +48,10 @@ def images(source: Path, arch: int, build: str = _BUILD) -> dict[str, Image]:
             raise UserError(f"the binary of {name} has no tile SPLITS", got=str(source), allowed="kernels of this version", fix=build)
     if found[ARGMAX].splits != found[FINISH].splits:
         raise UserError("the decode kernels do not belong together", got=f"{found[ARGMAX].splits} and {found[FINISH].splits} splits in {source}", fix=build)
+    more = found[FINISH].params - found[APPEND].params  # Triton's hidden ones are as many in each
+    if more != _FINISH_PARAMS - _APPEND_PARAMS:
+        raise UserError(f"the binary of {FINISH} is of another version", got=f"{more:+d} parameters against {APPEND} in {source}",
+                        allowed=f"{_FINISH_PARAMS - _APPEND_PARAMS:+d}", fix=build)
     return found
 
 

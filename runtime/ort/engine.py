@@ -64,7 +64,7 @@ class OrtCudaBackend(DeviceBackend):
         self._clock = time.perf_counter()
         self._runtime = load()
         _check_version(self._runtime)
-        bundle.require_wide_weights("the library for ONNX Runtime")
+        bundle.require_engine_weights("the library for ONNX Runtime")
         check_rows(bundle.config, bundle.precision, "ONNX Runtime with our kernels")
         found = ort_prepared.find(bundle)
         if found is None:
@@ -76,6 +76,7 @@ class OrtCudaBackend(DeviceBackend):
         self._cuda = Cuda() if cuda is None else cuda
         with self._opening(self._cuda):
             self._cuda.enter()
+            bundle.require_engine_weights("the library for ONNX Runtime", [self._cuda.arch])
             binaries = images(kernels or plugin, self._cuda.arch, _BUILD)
             self._told("GPU opened")
             self.session = self._open(bundle, found, plugin)
@@ -173,6 +174,11 @@ def _check_version(runtime: Any) -> None:
         raise UserError("this ONNX Runtime is too old for our kernels", got=runtime.__version__, allowed=f"1.{ORT_API} or later", fix=_UPGRADE)
 
 
+def _arch() -> int:
+    """The first GPU's compute capability."""
+    return int(devices()[0].arch.removeprefix("sm_"))
+
+
 def obstacle(bundle: Bundle) -> str | None:
     """Why a bundle's plain graph runs here where our kernels could run, as one line with the command that changes it; None where they run.
 
@@ -181,13 +187,14 @@ def obstacle(bundle: Bundle) -> str | None:
     slow, absent = "ONNX Runtime runs the bundle's plain graph, without our kernels and many times slower", []
     try:
         _check_version(load())
-        bundle.require_wide_weights("the library")
+        bundle.require_engine_weights("the library", [_arch()])
         check_rows(bundle.config, bundle.precision, "our kernels")
     except UserError as error:
-        return f"{slow}: {error.what} (got {error.got}{f'; allowed: {error.allowed}' if error.allowed else ''})"
+        fast = f"; fast with: {error.fix}" if bundle.weights is not None else ""
+        return f"{slow}: {error.what} (got {error.got}{f'; allowed: {error.allowed}' if error.allowed else ''}){fast}"
     try:
         path = library.find(product=ORT_ENGINE)
-        images(path, int(devices()[0].arch.removeprefix("sm_")), _BUILD)
+        images(path, _arch(), _BUILD)
     except UserError as error:
         absent.append((error.what, error.fix))
     if ort_prepared.find(bundle) is None:

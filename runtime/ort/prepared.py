@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sessa_deploy.contract import ENGINES_DIR, MODEL_DATA_FILE, MODEL_FILE, ORT_ENGINE, PLUGIN_STATE, PRECISIONS
+from sessa_deploy.contract import ENGINES_DIR, MODEL_DATA_FILE, MODEL_FILE, ORT_ENGINE, PLUGIN_STATE, PRECISIONS, QUANTISED
 from sessa_deploy.errors import UserError
 from sessa_deploy.process import command
 from sessa_deploy.reading import open_plain, parse_json
@@ -72,6 +72,11 @@ class Prepared:
     state: int = 0
     files: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def eight_bytes(self) -> int:
+        """Bytes of matrices in 8 bits, without their scales."""
+        return sum(w.size for w in self.weights if w.name.endswith(QUANTISED))
+
     def to_json(self) -> bytes:
         """engine.json's bytes."""
         fields = {k: v for k, v in asdict(self).items() if k not in ("folder", "model", "weights", "added_bytes")}
@@ -100,14 +105,16 @@ def find(bundle: Bundle) -> Prepared | None:
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
-    """"prepared": folder, layers, ops and added_bytes of the prepared graph, or why it is not used and the command that mends it; nothing where none is."""
+    """"prepared": folder, layers, ops, added_bytes and eight_bytes (of matrices in 8 bits, without scales) of the prepared graph,
+    or why it is not used and the command that mends it; nothing where none is."""
     try:
         found = find(bundle)
     except UserError as wrong:
         return {"prepared": {"folder": None, "why": f"{wrong.what}{f': {wrong.got}' if wrong.got is not None else ''}", "mend": wrong.fix or ""}}
     if found is None:
         return {}
-    return {"prepared": {"folder": found.folder, "layers": found.layers, "ops": found.ops, "added_bytes": found.added_bytes, "why": "", "mend": ""}}
+    return {"prepared": {"folder": found.folder, "layers": found.layers, "ops": found.ops, "added_bytes": found.added_bytes, "eight_bytes": found.eight_bytes,
+                         "why": "", "mend": ""}}
 
 
 def weights(bundle: Bundle, prepared: Prepared) -> dict[str, NDArray[Any]]:
@@ -125,6 +132,7 @@ def weights(bundle: Bundle, prepared: Prepared) -> dict[str, NDArray[Any]]:
                 raise _refused(bundle, f"{w.file} has another size than the manifest says", got=f"{mapped[w.file].nbytes} bytes")
         flat = mapped[w.file][w.offset : w.offset + w.size].view(_NUMPY[w.onnx_type])
         found[w.name] = np.require(flat, requirements="A").reshape(w.shape)
+        found[w.name].flags.writeable = False
     return found
 
 

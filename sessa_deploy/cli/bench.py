@@ -70,7 +70,9 @@ def _show(result: dict[str, Any], aside: bool) -> None:
     from sessa_deploy.runtime.lookup import DraftStats
 
     settings, first, between = result["settings"], result["ttft_ms"], result["inter_token_ms"]
-    table = Table(title=f"{result['backend']}, {result['bundle']['precision']}, batch {settings['batch']}, context {settings['prompt_tokens']} to "
+    form = (result["bundle"]["weights"] or {}).get("format")
+    stored = f" with {form} weights" if form else ""
+    table = Table(title=f"{result['backend']}, {result['bundle']['precision']}{stored}, batch {settings['batch']}, context {settings['prompt_tokens']} to "
                         f"{settings['prompt_tokens'] + settings['window']} of {settings['capacity']}")
     for name, justify in (("what", "left"), ("p50", "right"), ("p95", "right"), ("p99", "right"), ("n", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -82,6 +84,10 @@ def _show(result: dict[str, Any], aside: bool) -> None:
     line += f"{result['achieved_bytes_per_second'] / 1e9:.2f} GB/s of weights and valid cache rows"
     if "share_of_floor" in result:
         line += f", {100 * result['share_of_floor']:.0f}% of the bandwidth floor ({result['floor_ms']:.3f} ms)"
+    held = result["weight_bytes"]
+    if form:
+        line += f"; weights {held['total'] / 2**20:.0f} MiB, "
+        line += f"{held['total_ratio']:.2f} x of wide ones" if held["eight"] else "made wide as the graph opened"
     memory = f"peak memory {result['peak_host_bytes'] / 2**20:.0f} MiB"
     if "peak_device_bytes" in result:  # beside the CUDA context
         memory += f", on the device {result['peak_device_bytes'] / 2**20:.0f} MiB"

@@ -137,21 +137,28 @@ def _prepared(found: dict[str, Any]) -> dict[str, object]:
         return {}
     if here["why"]:
         return {"for ONNX Runtime": f"none: {here['why']}; fix: {here['mend']}"}
-    return {"for ONNX Runtime": f"{here['folder']}, layers by {'the library' if here['layers'] == 'plugin' else 'ONNX Runtime'} ({_pairs(here['ops'])})"}
+    eight = f", weights in 8 bits {size(here['eight_bytes'])}" if here["eight_bytes"] else ""
+    return {"for ONNX Runtime": f"{here['folder']}, layers by {'the library' if here['layers'] == 'plugin' else 'ONNX Runtime'} ({_pairs(here['ops'])}){eight}"}
 
 
-def _weights(said: Any) -> dict[str, object]:
-    """How matrices are stored where not in the precision."""
+def _weights(found: dict[str, Any]) -> dict[str, object]:
+    """How matrices are stored where not in the precision, and what they take."""
+    said, sizes = found.get("weights"), found.get("weight_bytes")
     if not isinstance(said, dict):
         return {}
     kept = said.get("kept") or []
-    return {"weights": f"{said.get('format')}, one scale an output channel" + (f"; kept in the precision: {', '.join(map(str, kept))}" if kept else "")}
+    facts: dict[str, object] = {"weights": f"{said.get('format')}, one scale an output channel"
+                                           + (f"; kept in the precision: {', '.join(map(str, kept))}" if kept else "")}
+    if sizes:
+        facts["in 8 bits"] = f"{size(sizes['eight'])} with scales, {sizes['ratio']:.3f} x of {found['precision']}"
+        facts["all weights"] = f"{size(sizes['total'])}, {sizes['total_ratio']:.3f} x of {found['precision']}"
+    return facts
 
 
 def _bundle(console: Any, found: dict[str, Any], limit: int | None) -> None:
     versions = found["versions"] if isinstance(found["versions"], dict) else {}
     _facts(console, f"bundle {found['path']}", {
-        "precision": found["precision"], **_weights(found.get("weights")),
+        "precision": found["precision"], **_weights(found),
         "opset": found["opset"], "schema": found["schema_version"], "size": size(found["bytes"]),
         "chat template": found["chat_template"] or "none",
         "engines": ", ".join(f"{n} (adds {size(found['engine_bytes'][n])})" for n in found["engines"]) or "none",

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sessa_deploy.contract import STEP_ROWS
 from sessa_deploy.kernels import blocked
-from sessa_deploy.kernels.launch.limits import FEEDBACK_MAX_WIDTH, FEEDBACK_MULTIPLE, HEAD_MAX_WIDTH, HEAD_MULTIPLE, MAX_GRID
+from sessa_deploy.kernels.launch.limits import FEEDBACK_MAX_WIDTH, FEEDBACK_MULTIPLE, HEAD_MAX_WIDTH, HEAD_MULTIPLE, MAX_GRID, ROWS_HEADS, ROWS_WIDTHS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # storage types that have kernels
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # not asked in a call: torch.compile cannot trace the question
@@ -32,6 +33,12 @@ def uses_triton(q: Tensor) -> bool:
 def keeps_rest(q: Tensor) -> bool:
     """Whether the forward keeps for the backward what rounding to 16 bits took from s (the PyTorch path works without)."""
     return q.dtype in (torch.float16, torch.bfloat16) and uses_triton(q)
+
+
+def steps_rows(q: Tensor, capacity: int, width: int, widest: int) -> bool:
+    """Whether new rows q (B,T,..) over a past of `capacity` rows take the kernels of a step of several rows: at most 16 of them, 16-bit storage, and a width
+    that these have."""
+    return 2 <= q.shape[1] <= STEP_ROWS and capacity > 0 and q.dtype in (torch.float16, torch.bfloat16) and width <= widest
 
 
 def is_eager(*tensors: Tensor) -> bool:
@@ -57,6 +64,10 @@ def feedback_forward(
         from sessa_deploy.kernels.feedback import step
 
         return step.step(q, k, gamma, f, past_k, past_s, past_length), None, None
+    if steps_rows(q, past_k.shape[1], q.shape[2], ROWS_WIDTHS[-1]) and not need_lse:
+        from sessa_deploy.kernels.feedback import step_rows
+
+        return step_rows.step(q, k, gamma, f, past_k, past_s, past_length), None, None
     from sessa_deploy.kernels.feedback import forward
 
     return forward.forward(q, k, gamma, f, past_k, past_s, past_length, need_lse)
@@ -84,11 +95,16 @@ def causal_kernels_take(q: Tensor) -> bool:
 
 
 def causal_kernels(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor) -> Tensor:
-    """o (B,T,Hq,d) by the Triton kernels, for inputs that `causal_kernels_take` accepts: the decode step for one new row, tiles for more."""
+    """o (B,T,Hq,d) by the Triton kernels, for inputs that `causal_kernels_take` accepts: the decode step for one new row, that of several for a few,
+    tiles for more."""
     if q.shape[1] == 1:
         from sessa_deploy.kernels.causal import step
 
         return step.step(q, k, v, past_k, past_v, past_length)
+    if steps_rows(q, past_k.shape[1], q.shape[3], ROWS_HEADS[-1]):
+        from sessa_deploy.kernels.causal import step_rows
+
+        return step_rows.step(q, k, v, past_k, past_v, past_length)
     from sessa_deploy.kernels.causal import prefill
 
     return prefill.prefill(q, k, v, past_k, past_v, past_length)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from sessa_deploy import contract
+from sessa_deploy.plugins import ops
 
 
 def _norm(x: Any, weight: Any, bias: Any, epsilon: float) -> Any:
@@ -80,13 +81,26 @@ def _mixer(_: float, q: Any, k: Any, v: Any, past_k: Any, past_v: Any, weight: A
     return _feedback(q_b.shape[-1] ** -0.5, q_b, k_b, gamma, o.reshape(*o.shape[:2], -1) @ weight.T + bias, past_kb, past_s, length)
 
 
+def unpacked(name: str, weights: int, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The operands of an op that reads its matrix in 8 bits, ONNX type `weights`, with that matrix in float32 and without its scales."""
+    from onnx import helper
+
+    at = [x.name for x in ops.op(name).inputs].index(contract.WEIGHT)
+    *others, scale = inputs
+    assert scale.dtype == np.float32 and len(scale) == len(others[at]) and others[at].dtype.itemsize == 2
+    q = np.ascontiguousarray(others[at]).view(helper.tensor_dtype_to_np_dtype(weights))
+    others[at] = q.astype(np.float32) * scale[:, None]
+    return tuple(others)
+
+
 def operators() -> list[Any]:
     """The library's operators for onnx's reference evaluator; they compute in float32 and give it, whatever the storage."""
     from onnx.reference.op_run import OpRun
 
     def make(name: str, compute: Any) -> Any:
-        def _run(self: Any, *inputs: Any, storage: int | None = None, **numbers: float | None) -> tuple[Any, ...]:
+        def _run(self: Any, *inputs: Any, storage: int | None = None, weights: int | None = None, **numbers: float | None) -> tuple[Any, ...]:
             given = [x for x in numbers.values() if x is not None]
+            inputs = unpacked(name, weights, inputs) if weights else inputs
             inputs = tuple(x.astype(np.float32) if x.dtype == np.float16 else x for x in inputs)
             found = compute(*(given or [None]), *inputs)
             return tuple(np.asarray(x, np.float32) for x in (found if isinstance(found, tuple) else (found,)))

@@ -11,6 +11,7 @@ import torch
 from sessa_deploy.checkpoint import save_checkpoint
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.export.parity.drive import Engine
+from sessa_deploy.export.parity.engines import ENGINE_RUNGS
 from sessa_deploy.export.parity.process import Progress, silent
 from sessa_deploy.export.parity.prove import validate
 from sessa_deploy.export.parity.rungs import ORACLE, PLAIN, TORCH, RungJob, run_rung
@@ -64,7 +65,7 @@ class Here:
             for name in ("cases.json", "cases.npz"):
                 shutil.copy(self.kept / name, job.folder)
             return
-        run_rung(job, engine=self.engine(job) if self.engine is not None else None)
+        run_rung(job, engine=self.engine(job) if self.engine is not None and job.rung in ENGINE_RUNGS else None)
 
 
 def judge(bundle: Path, checkpoint: Path, kept: Path, engine: MakeEngine | None = None) -> Report:

@@ -27,6 +27,7 @@ from sessa_deploy.export.trt import check as trt_check
 from sessa_deploy.export.trt import limits as trt_limits
 from sessa_deploy.export.trt.limits import Machine, Recipe, Shapes
 from sessa_deploy.plugins import library
+from sessa_deploy.plugins import ops as plugin_ops
 from sessa_deploy.runtime.bundle import Bundle, add_files, write_bundle
 from sessa_deploy.runtime.trt import plan as trt_plan
 
@@ -212,6 +213,39 @@ def test_precisions_are_refused_with_the_reason(
     assert "export CHECKPOINT" in str(caught.value)
 
 
+@pytest.mark.parametrize(("version", "form", "arch", "says"), [
+    ("8.6.0", "int8", "sm_80", ""), ("10.9.0", "fp8", "sm_89", ""), ("11.4.0", "int8", "sm_75", ""),
+    ("8.6.0", "fp8", "sm_90", "TensorRT 8.6.0 takes no weights in fp8.*allowed: int8; fix: .* --precision fp16 --weights int8$"),
+    ("10.9.0", "fp8", "sm_80", "fp8 weights need a later GPU: got sm_80; allowed: sm_89 or later; fix: .* --precision fp16 --weights int8$"),
+])  # fmt: skip
+def test_weights_in_8_bits(fake: Callable[..., Any], tmp_path: Path, version: str, form: str, arch: str, says: str) -> None:
+    """Every matrix reaches the parser packed in 16 bits, with its scales, and no operator of quantisation does."""
+    torch = pytest.importorskip("torch")
+    from sessa_deploy.export.to_onnx import export_onnx
+    from sessa_deploy.model import SessaLM
+
+    trt, config = fake(version, dataclasses.replace(HERE, arch=arch)), dataclasses.replace(CONFIG, d_model=32)
+    torch.manual_seed(3)
+    opset = contract.WEIGHT_FORMATS[form].opset
+    model = export_onnx(SessaLM(config), tmp_path / "model.onnx", "fp16", opset, weights=form)
+    made = write_bundle(tmp_path / "bundle", {contract.MODEL_FILE: model}, config, "fp16", {}, opset, weights=contract.Weights(form))
+    if says:
+        with pytest.raises(UserError, match=says):
+            to_engine.build_engine(made)
+        assert Bundle.open(made.path).names() == [contract.MODEL_FILE]
+        return
+    built = to_engine.build_engine(made)
+    graph = trt.calls.network.model.graph
+    tensors, kind = {t.name: t for t in graph.initializer}, contract.WEIGHT_FORMATS[form].onnx
+    reading = [n for n in graph.node for a in n.attribute if a.name == contract.ATTR_WEIGHTS and a.i == kind]
+    assert built.info.layers == "plugin" and len(reading) == 4 * config.n_layers + 1
+    assert "DequantizeLinear" not in {n.op_type for n in graph.node} and kind not in {t.data_type for t in graph.initializer}
+    for node in reading:
+        op = plugin_ops.op(node.op_type).form(kind)
+        weight, scale = (tensors[node.input[i]] for i in ([x.name for x in op.inputs].index(contract.WEIGHT), len(op.inputs) - 1))
+        assert (weight.data_type, scale.data_type) == (10, 1) and list(scale.dims) == [weight.dims[0]] and len(weight.raw_data) == weight.dims[0] * 32
+
+
 @pytest.mark.parametrize("options", [{"max_batch": 0}, {"max_context": 0}, {"max_prompt": -1}, {"workspace": 0}, {"opt_level": 6}, {"max_batch": True}])
 def test_numbers_out_of_range_are_refused(fake: Callable[..., Any], bundle: Callable[..., Bundle], options: dict[str, Any]) -> None:
     fake()
@@ -289,6 +323,7 @@ import fake_tensorrt
 from pathlib import Path
 from sessa_deploy.export import to_engine
 from sessa_deploy.plugins import library
+from sessa_deploy.plugins import ops as plugin_ops
 def hang(config):
     print("building", flush=True)
     time.sleep(60)

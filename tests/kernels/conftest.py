@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from typing import Any
@@ -24,10 +25,12 @@ def _use_interpreter() -> None:
 
     interpreter._patch_lang_tensor = patched
     _give_bfloat16(interpreter)
+    _patch_once_a_launch(interpreter)
 
 
 def _give_bfloat16(interpreter: Any) -> None:
-    """Triton's interpreter (3.6 and 3.7) keeps bfloat16 as bits: it cuts where a GPU rounds to nearest, and multiplies the bits as integers."""
+    """Triton's interpreter (3.6 and 3.7) keeps bfloat16 as bits: it cuts where a GPU rounds to nearest, multiplies the bits as integers, and takes integers
+    for bits."""
     import numpy as np
     import triton.language as tl
 
@@ -48,8 +51,43 @@ def _give_bfloat16(interpreter: Any) -> None:
             a, b = (interpreter.TensorHandle(widen(x.data), tl.float32) for x in (a, b))
         return dot(self, a, b, d, precision, imprecise)
 
+    from_integer = interpreter.InterpreterBuilder.create_si_to_fp
+
+    def create_si_to_fp(self: Any, src: Any, target: Any) -> Any:
+        if target.scalar != tl.bfloat16:
+            return from_integer(self, src, target)
+        return interpreter.TensorHandle(convert_float(src.data.astype(np.float32), tl.float32, tl.bfloat16, None), tl.bfloat16)
+
+    interpreter.InterpreterBuilder.create_si_to_fp = create_si_to_fp
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _patch_once_a_launch(interpreter: Any) -> None:
+    """At each call of a device function Triton's interpreter (3.6 and 3.7) patches triton.language again: half of what a kernel took, and the same patches."""
+    import triton.language as tl
+
+    patch_lang, patched = interpreter._patch_lang, set()
+
+    class Launch(interpreter._LangPatchScope):  # type: ignore[name-defined,misc]
+        """What the launch puts back at its end."""
+
+        def restore(self) -> None:
+            patched.clear()
+            super().restore()
+
+    @functools.cache
+    def modules(fn: Any) -> frozenset[str]:
+        return frozenset(x.__name__ for x in fn.__globals__.values() if x is tl or x is tl.core)
+
+    def once(fn: Any) -> Any:
+        scope = Launch()
+        if not modules(fn) <= patched:
+            scope._changes += patch_lang(fn)._changes
+            patched.update(modules(fn))
+        return scope
+
+    interpreter._patch_lang = once
 
 
 _use_interpreter()

@@ -53,6 +53,7 @@ struct OrtKernelInfo
     OrtMemoryInfo const* session{}; // what its session's allocator describes
     std::map<std::string, float> reals;
     std::map<std::string, int64_t> wholes;
+    size_t inputs{};
 };
 struct Arena : Counted
 {
@@ -135,6 +136,10 @@ OrtApi oldestApi() noexcept
     FILL(KernelInfoGetAttributeArray_int64, [](OrtKernelInfo const*, char const*, int64_t*, size_t*) noexcept { return absent(); });
     FILL(KernelInfo_GetNodeName, [](OrtKernelInfo const*, char*, size_t* size) noexcept -> OrtStatus* {
         *size = 1; // a node without a name
+        return nullptr;
+    });
+    FILL(KernelInfo_GetInputCount, [](OrtKernelInfo const* info, size_t* out) noexcept -> OrtStatus* {
+        *out = info->inputs;
         return nullptr;
     });
     FILL(KernelInfo_GetInputTypeInfo, [](OrtKernelInfo const*, size_t, OrtTypeInfo** out) noexcept -> OrtStatus* {

@@ -104,9 +104,9 @@ using Handle = IPluginV2DynamicExt;
 extern "C"
 {
 
-// A plugin made with `storage`, where it is not negative, and one float attribute, where it has a name; serialised and made again as an engine would.
+// A plugin made with `storage`, where it is not negative, `weights`, where they are not 0, and one float attribute, where it has a name; serialised and made again as an engine would.
 // nullptr on failure.
-void* harness_create(char const* library, int32_t op, int32_t storage, char const* attribute, float value)
+void* harness_create(char const* library, int32_t op, int32_t storage, int32_t weights, char const* attribute, float value)
 {
     void* handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);
     if (handle == nullptr)
@@ -117,6 +117,10 @@ void* harness_create(char const* library, int32_t op, int32_t storage, char cons
     if (storage >= 0)
     {
         fields.emplace_back("storage", &storage, PluginFieldType::kINT32, 1);
+    }
+    if (weights != 0)
+    {
+        fields.emplace_back("weights", &weights, PluginFieldType::kINT32, 1);
     }
     if (attribute != nullptr)
     {

@@ -3,6 +3,7 @@
 
 #include "launcher.h"
 
+#include <cctype>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -10,10 +11,12 @@
 namespace sessa
 {
 
-inline Op const kOps[] = {
+inline Op const kOps[] = { // first all of them, then those that have one in their form for weights of 8 bits
 #define SESSA_OP(identifier, ...) Op{__VA_ARGS__, nullptr},
+#define SESSA_QUANTISED(identifier, ...) Op{__VA_ARGS__, nullptr},
 #include "ops.inc"
 #undef SESSA_OP
+#undef SESSA_QUANTISED
 };
 inline char const kLetters[] = { // the order of a test's sizes
 #define SESSA_SIZE(letter, field, start) letter,
@@ -34,7 +37,8 @@ inline std::vector<int64_t> dimensionsOf(Operand const& operand, int64_t const* 
     std::vector<int64_t> values;
     for (char const letter : std::string(operand.shape))
     {
-        values.push_back(sizes[std::string(kLetters).find(letter)]);
+        auto const capital = static_cast<char>(std::toupper(letter)); // a small letter is half of its size
+        values.push_back(sizes[std::string(kLetters).find(capital)] / (letter == capital ? 1 : 2));
     }
     return values;
 }

@@ -117,8 +117,8 @@ int32_t harness_held()
     return gHeld;
 }
 
-// A node with `storage`, where it is not negative, and one float attribute, where it has a name. nullptr where the library refuses it.
-void* harness_create(char const* library, int32_t op, int32_t storage, char const* attribute, float value)
+// A node with `storage`, where it is not negative, `weights`, where they are not 0, and one float attribute, where it has a name. nullptr where the library refuses it.
+void* harness_create(char const* library, int32_t op, int32_t storage, int32_t weights, char const* attribute, float value)
 {
     Register const enter = entry(library);
     OrtSessionOptions options;
@@ -140,6 +140,11 @@ void* harness_create(char const* library, int32_t op, int32_t storage, char cons
     {
         node->info.wholes["storage"] = storage;
     }
+    if (weights != 0)
+    {
+        node->info.wholes["weights"] = weights;
+    }
+    node->info.inputs = static_cast<size_t>(sessa::kOps[op].inputs);
     if (attribute != nullptr)
     {
         node->info.reals[attribute] = value;

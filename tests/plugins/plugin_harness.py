@@ -83,9 +83,14 @@ def _compile(source: str, folder: Path, flags: list[str]) -> None:
     subprocess.run(command, check=True)
 
 
-def create(built: Built, op: int, storage: int = -1, attribute: str | None = None, value: float = 0.0) -> int | None:
+def create(built: Built, op: int, storage: int = -1, attribute: str | None = None, value: float = 0.0, weights: int = 0) -> int | None:
     """A plugin with these attributes, through its serialised form; None where the library refuses them."""
-    return built[2].harness_create(str(built[1]).encode(), op, storage, attribute.encode() if attribute else None, value)
+    return built[2].harness_create(str(built[1]).encode(), at(op, weights), storage, weights, attribute.encode() if attribute else None, value)
+
+
+def at(op: int, weights: int = 0) -> int:
+    """Where a harness has the operation in the form that attribute `weights` gives it."""
+    return len(ops.OPS) + [one for one in NAMES if ops.OPS[one].quantised is not None].index(op) if weights else op
 
 
 def include_flags(folder: Path) -> list[str]:
@@ -98,7 +103,7 @@ def load_harness(path: Path) -> ctypes.CDLL:
     """harness.cpp or harness_ort.cpp, built, with the types of their functions."""
     harness = ctypes.CDLL(str(path))
     harness.harness_create.restype = ctypes.c_void_p
-    harness.harness_create.argtypes = [ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_char_p, ctypes.c_float]
+    harness.harness_create.argtypes = [ctypes.c_char_p, *[ctypes.c_int32] * 3, ctypes.c_char_p, ctypes.c_float]
     harness.harness_workspace.restype = ctypes.c_int64
     for name in ("harness_workspace", "harness_shape"):
         getattr(harness, name).argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, Shape]

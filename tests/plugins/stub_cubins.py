@@ -17,11 +17,12 @@ from sessa_deploy.plugins import lower
 DATA = b"\x7fELF: no binary"
 
 
-def write(archs: Sequence[int], folder: Path) -> Path:
-    """cubins.json, cubins.inc and the files for these architectures; returns the folder."""
+def write(archs: Sequence[int], folder: Path, weights: Sequence[str] | None = None) -> Path:
+    """cubins.json, cubins.inc and the files for these architectures (see `lower.units`), behind what the folder holds; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    cubins = []
-    for unit in lower.units(archs):
+    manifest = folder / lower.MANIFEST
+    cubins = [lower.Cubin(**c) for c in json.loads(manifest.read_text())["cubins"]] if manifest.is_file() else []
+    for unit in lower.units(archs, weights=weights):
         description = table.kernel(unit.kernel)
         path = folder / f"{unit.stem}.cubin"
         path.write_bytes(DATA)
@@ -33,5 +34,5 @@ def write(archs: Sequence[int], folder: Path) -> Path:
             scalar_loads=0, tuned=True, early_rows=table.early(*named),
         ))  # fmt: skip
     (folder / lower.TABLE).write_text("".join(lower._rows(cubins)))
-    (folder / lower.MANIFEST).write_text(json.dumps({"schema": lower.SCHEMA, "cubins": [asdict(c) for c in cubins]}))
+    manifest.write_text(json.dumps({"schema": lower.SCHEMA, "cubins": [asdict(c) for c in cubins]}))
     return folder

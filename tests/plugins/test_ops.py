@@ -162,15 +162,38 @@ def test_both_languages_take_the_same_attributes(rules: ctypes.CDLL) -> None:
 def test_every_attribute_is_refused_by_its_own_name() -> None:
     names = {o.name: o.attribute_names for o in ops.OPS}
     assert names[contract.FEEDBACK_OP] == names[contract.CAUSAL_OP] == ("scale", "storage")
-    assert names[contract.NORM_OP] == names[contract.NORM_ENTER_OP] == ("epsilon", "storage") and names[contract.PROJECT_GAIN_OP] == ("gamma_max", "storage")
-    assert all(names[o] == ("storage",) for o in (contract.ROTARY_OP, contract.LINEAR_HEADS_OP, contract.LOGITS_OP, contract.TAIL_OP, contract.MIXER_OP))
+    assert names[contract.NORM_OP] == ("epsilon", "storage") and names[contract.ROTARY_OP] == ("storage",)
+    assert names[contract.NORM_ENTER_OP] == ("epsilon", "storage", "weights") and names[contract.PROJECT_GAIN_OP] == ("gamma_max", "storage", "weights")
+    assert all(names[o] == ("storage", "weights") for o in (contract.LINEAR_HEADS_OP, contract.LOGITS_OP, contract.TAIL_OP, contract.MIXER_OP))
     assert ops.op(contract.NORM_OP).node_attributes(10, epsilon=1e-5) == {"epsilon": 1e-5, "storage": 10}
     for op, attribute, value in ((contract.NORM_OP, "epsilon", 0.0), (contract.NORM_ENTER_OP, "epsilon", 1e-60), (contract.PROJECT_GAIN_OP, "gamma_max", 1.5),
                                  (contract.FEEDBACK_OP, "scale", -1.0)):  # fmt: skip
         with pytest.raises(UserError, match=f"attribute {attribute} of {op} is out of range: got .*; allowed: a "):
             ops.op(op).node_attributes(1, **{attribute: value})
-    with pytest.raises(TypeError, match="SessaMixer has no attribute scale; it has storage"):
+    with pytest.raises(TypeError, match="SessaMixer has no attribute scale; it has storage, weights"):
         ops.op(contract.MIXER_OP).node_attributes(1, scale=0.5)
+
+
+def test_a_matrix_of_weights_may_be_bytes() -> None:
+    """Half as many elements of the storage type, and its scales behind all other operands; of ops without a matrix there is no such form."""
+    for op in ops.OPS:
+        matrix = [x for x in op.inputs if x.name == "weight" and len(x.shape) == 2]
+        if not matrix:
+            assert op.quantised is None
+            with pytest.raises(UserError, match=f"attribute weights of {op.name} is out of range: got 3; allowed: 0"):
+                op.form(3)
+            continue
+        rows, width = matrix[0].shape
+        for format in contract.WEIGHT_FORMATS.values():
+            packed = op.form(format.onnx)
+            assert packed == op.quantised and packed.quantised is None and packed.name == op.name and packed.outputs == op.outputs
+            assert packed.inputs[-1] == ops.Operand("weight_scale", rows, "float32") and len(packed.inputs) == len(op.inputs) + 1
+            changed = [(mine, theirs) for mine, theirs in zip(op.inputs, packed.inputs, strict=False) if mine != theirs]
+            assert changed == [(matrix[0], ops.Operand("weight", rows + width.lower(), "storage"))]
+            assert op.node_attributes(10, weights=format.onnx) == {"storage": 10, "weights": format.onnx}
+        assert op.form() is op and "weights" not in op.node_attributes(10)
+        with pytest.raises(UserError, match=f"attribute weights of {op.name} is out of range: got 2; allowed: 0, 3, 17"):
+            op.node_attributes(10, weights=2)
 
 
 def test_the_readme_lists_what_there_is() -> None:
@@ -184,6 +207,7 @@ def test_the_readme_lists_what_there_is() -> None:
         names = re.findall(r"\b[a-z_]+\b", text[at : at + 900])
         positions = iter(names)
         assert all(x.name in positions for x in one.inputs), one.name
+        assert one.quantised is None or "| weight_scale | (N) | f32 |" in text
         if one.name not in (contract.FEEDBACK_OP, contract.CAUSAL_OP):
             own, stated = [a.name for a in one.attributes], [row[3].strip() for row in rows if len(row) == 4]
             assert stated == (own or [""]), one.name

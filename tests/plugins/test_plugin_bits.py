@@ -67,15 +67,11 @@ def compare_all(shell: Built, storage: str, cases: Iterable[Case], err: Callable
 @pytest.mark.gpu
 @pytest.mark.trt
 @pytest.mark.parametrize("storage", TYPES)
-def test_feedback_gives_the_bits_of_the_torch_op(shell: Built, storage: str, capfd: pytest.CaptureFixture[str]) -> None:
-    compare_all(shell, storage, gpu_calls.feedback(storage), lambda: capfd.readouterr().err)
-
-
-@pytest.mark.gpu
-@pytest.mark.trt
-@pytest.mark.parametrize("storage", TYPES)
-def test_causal_gives_the_bits_of_the_torch_op(shell: Built, storage: str, capfd: pytest.CaptureFixture[str]) -> None:
-    compare_all(shell, storage, gpu_calls.causal(storage), lambda: capfd.readouterr().err)
+@pytest.mark.parametrize("family", [gpu_calls.feedback, gpu_calls.causal], ids=["feedback", "causal"])
+def test_an_attention_gives_the_bits_of_the_torch_op(
+    shell: Built, family: Callable[[str], Iterable[Case]], storage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    compare_all(shell, storage, family(storage), lambda: capfd.readouterr().err)
 
 
 @pytest.mark.gpu

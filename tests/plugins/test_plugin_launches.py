@@ -13,8 +13,10 @@ from typing import Any
 
 import plugin_harness as ph
 import pytest
-from layer_calls import layer_calls
+from layer_calls import layer_calls, matrix
 from plugin_harness import Built, headed, sizes
+
+from sessa_deploy.plugins import ops
 
 pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -84,8 +86,9 @@ sys.path.insert(0, sys.argv[1])
 import plugin_harness as ph
 library, harness = Path(sys.argv[2]), ph.load_harness(Path(sys.argv[3]))
 storage = int(sys.argv[5])
-for op, shape in json.loads(sys.argv[4]):
-    plugin, shape = ph.create((0, library, harness), op, storage), ph.Shape(*shape)
+for op, weights, shape in json.loads(sys.argv[4]):
+    plugin, shape = ph.create((0, library, harness), op, storage, weights=weights), ph.Shape(*shape)
+    op = ph.at(op, weights)
     assert plugin and harness.harness_workspace(plugin, op, storage, shape) >= 0 and harness.harness_shape(plugin, op, storage, shape) == 0
     assert harness.harness_enqueue(plugin, op, storage, shape, ph.Pointers(*((i + 1) << 36 for i in range(20))), None) == 0
     print("next", flush=True)
@@ -119,9 +122,9 @@ def numbered(calls: list[Launch]) -> list[Launch]:
 
 
 def launches(
-    monkeypatch: pytest.MonkeyPatch, storage: int, held: int, batch: int, tokens: int, capacity: int, width: int, heads: int, kv_heads: int
+    monkeypatch: pytest.MonkeyPatch, storage: int, weights: int, held: int, batch: int, tokens: int, capacity: int, width: int, heads: int, kv_heads: int
 ) -> list[Any]:
-    """(operation, its sizes, the launches of the Python side) for one shape of a layer, on a device that holds `held` programs.
+    """(operation, its attribute `weights`, its sizes, the launches of the Python side) for one shape of a layer, on a device that holds `held` programs.
 
     tokens 1: decode steps; more: prefill (capacity 0, which only feedback attention is asked for) and chunks. In float32 only the attentions have kernels.
     """
@@ -129,22 +132,25 @@ def launches(
 
     from sessa_deploy.kernels.causal import prefill as causal_prefill
     from sessa_deploy.kernels.causal import step as causal_step
-    from sessa_deploy.kernels.engine import layer, mixer_one
+    from sessa_deploy.kernels.causal import step_rows as causal_rows
+    from sessa_deploy.kernels.engine import layer, mixer_rows
     from sessa_deploy.kernels.engine import mixer as mixer_step
     from sessa_deploy.kernels.feedback import forward as feedback_fwd
     from sessa_deploy.kernels.feedback import step as feedback_step
+    from sessa_deploy.kernels.feedback import step_rows as feedback_rows
     from sessa_deploy.kernels.launch import table
+    from sessa_deploy.kernels.launch.limits import ROWS_HEADS, ROWS_WIDTHS
+    from sessa_deploy.kernels.route import steps_rows
 
     noted: list[Launch] = []
 
     class Writer:
         resident = held
 
-        def __init__(self, kernel: Any, device: Any, dtype: Any, options: dict[str, Any]) -> None:
+        def __init__(self, kernel: Any, device: Any, dtype: Any, options: dict[str, Any], weights: str = "") -> None:
             self.name, self.threads = kernel.__name__, 32 * options["num_warps"]
             # whether kernels start early the Python side leaves to the plugin: the rule is the number of rows and that the binary can
             self.early = bool(options.get("PDL")) and batch * tokens <= table.kernel(self.name).early_rows
-            self.early = self.early and self.name != "mixer_one_partial"  # behind the projections alone, which it is not here
 
         def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
             kinds = [p.type for p in table.kernel(self.name).params]
@@ -152,10 +158,10 @@ def launches(
             pointers = [x.data_ptr() if isinstance(x, torch.Tensor) else int(x) for kind, x in zip(kinds, arguments, strict=True) if kind.startswith("*")]
             noted.append((self.name, (*grid, 1, 1)[:3], self.threads, self.early, scalars, pointers))
 
-    def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str, early: int = 0) -> dict[str, Any]:
-        return {name: table.options(name, 90, "fp32" if dtype == torch.float32 else "fp16", variant) for name in names}
+    def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str, early: int = 0, weights: str = "") -> dict[str, Any]:
+        return {name: table.options(name, 90, ("fp32" if dtype == torch.float32 else "fp16") + weights, variant) for name in names}
 
-    for module in (causal_prefill, causal_step, feedback_fwd, feedback_step, layer, mixer_step, mixer_one):
+    for module in (causal_prefill, causal_rows, causal_step, feedback_fwd, feedback_rows, feedback_step, layer, mixer_rows, mixer_step):
         monkeypatch.setattr(module, "launcher", Writer)
         monkeypatch.setattr(module, "pinned", pinned)
     monkeypatch.setattr(feedback_fwd, "_plan", feedback_fwd.Plan)  # a plan keeps its launchers
@@ -168,28 +174,34 @@ def launches(
         return torch.zeros(shape)
 
     length = torch.zeros(batch, dtype=torch.int32)
-    around = layer_calls(lambda *shape, wide=False, scale=1.0: floats(*shape) if wide else half(*shape), batch, tokens, heads, kv_heads, d)
+    around = layer_calls(lambda *shape, wide=False, scale=1.0: floats(*shape) if wide else half(*shape), batch, tokens, heads, kv_heads, d, weights)
     calls: list[tuple[int, Any, Any]] = [(call.op, call.shape, call.compute) for call in around]
     past_b, (q_b, k_b, f) = [half(batch, capacity, width) for _ in range(2)], [half(batch, tokens, width) for _ in range(3)]
-    square, row = half(width, width), half(width)
+    square, row = matrix(half(width, width), weights), half(width)
     past, q, gamma = [half(batch, capacity, kv_heads, d) for _ in range(2)], half(batch, tokens, heads, d), floats(batch, tokens)
     k, v = [half(batch, tokens, kv_heads, d) for _ in range(2)]
+
+    few_b, few_f = steps_rows(q, capacity, width, ROWS_WIDTHS[-1]), steps_rows(q, capacity, d, ROWS_HEADS[-1])
 
     def feedback(f: torch.Tensor) -> None:
         if tokens == 1:
             feedback_step.step(q_b, k_b, gamma, f, *past_b, length)
+        elif few_b:
+            feedback_rows.step(q_b, k_b, gamma, f, *past_b, length)
         else:
             feedback_fwd.forward(q_b, k_b, gamma, f, *past_b, length, need_lse=False)
 
     def causal() -> torch.Tensor:
-        return (causal_step.step if tokens == 1 else causal_prefill.prefill)(q, k, v, *past, length)
+        return (causal_step.step if tokens == 1 else causal_rows.step if few_f else causal_prefill.prefill)(q, k, v, *past, length)
 
     def mixer() -> None:
         if tokens == 1:
-            mixer_step.step(q[:, 0], k[:, 0], v[:, 0], *past, square, row, q_b[:, 0], gamma[:, 0], *past_b, length)
+            mixer_step.step(q[:, 0], k[:, 0], v[:, 0], *past, square.weight, row, q_b[:, 0], gamma[:, 0], *past_b, length, scale=square.scale)
+        elif few_b and few_f and square.scale is None:
+            mixer_rows.step(q, k, v, *past, square.weight, row, q_b, k_b, gamma, *past_b, length)
         else:
             o = causal()  # kept until the end, so that no other tensor takes its place
-            feedback(layer.linear(o.view(n, width), square, row).view(batch, tokens, width))
+            feedback(layer.linear(o.view(n, width), square.weight, row, scale=square.scale).view(batch, tokens, width))
 
     calls.append((ph.FEEDBACK, sizes(batch, tokens, capacity, width), lambda: feedback(f)))
     if capacity:
@@ -197,20 +209,24 @@ def launches(
         calls.append((ph.At.Mixer, sizes(batch, tokens, capacity, width, heads, kv_heads, d), mixer))
     found = []
     for op, shape, call in calls if storage == ph.HALF else [x for x in calls if x[0] in (ph.FEEDBACK, ph.CAUSAL)]:
+        if weights and ops.OPS[op].quantised is None:
+            continue
         noted.clear()
         call()
-        found.append((op, list(shape), numbered(noted)))
+        found.append((op, weights, list(shape), numbered(noted)))
     return found
 
 
 SHAPES = [
     (1, 1, 4096, 1024, 16, 16), (32, 1, 2048, 1024, 16, 16), (16, 1, 96, 192, 6, 2), (17, 1, 96, 192, 6, 2),  # steps
-    (3, 5, 1, 768, 12, 12), (1, 70, 1, 64, 2, 2), (2, 100, 0, 256, 4, 1), (1, 513, 0, 2048, 16, 4),  # prefill
-    (2, 130, 300, 1024, 16, 4), (3, 2, 4096, 192, 8, 2), (1, 64, 65, 4096, 32, 8), (1, 34000, 40, 64, 2, 1),  # chunks, the last in panels
+    (3, 5, 1, 768, 12, 12), (1, 16, 4096, 2048, 16, 16), (32, 2, 700, 256, 8, 2), (1, 9, 50, 4096, 32, 8),  # several rows; the last has no kernels for them
+    (1, 70, 1, 64, 2, 2), (2, 100, 0, 256, 4, 1), (1, 513, 0, 2048, 16, 4),  # prefill
+    (2, 130, 300, 1024, 16, 4), (3, 17, 4096, 192, 8, 2), (1, 64, 65, 4096, 32, 8), (1, 34000, 40, 64, 2, 1),  # chunks, the last in panels
 ]  # fmt: skip
 
 
-CASES = [*((ph.HALF, s, True) for s in SHAPES), *((ph.HALF, s, False) for s in SHAPES if s[1] == 1), *((ph.FLOAT, s, True) for s in SHAPES[::3])]
+CASES = [*((ph.HALF, 0, s, True) for s in SHAPES), *((ph.HALF, 0, s, False) for s in SHAPES if s[1] == 1), *((ph.FLOAT, 0, s, True) for s in SHAPES[::3]),
+         *((ph.HALF, weights, s, True) for weights, s in ((3, SHAPES[0]), (17, SHAPES[1]), (17, SHAPES[4]), (3, SHAPES[8])))]  # fmt: skip
 
 
 # The launcher is the same for all: of ONNX Runtime's shell every second case shows that it hands on what it is given.
@@ -218,9 +234,9 @@ SHELLS = [pytest.param(major, *case, id="-".join(map(str, ("ort" if major == ph.
           for major in (8, 10, 11, ph.ORT) for case in (CASES[::2] if major == ph.ORT else CASES)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("launching", "storage", "shape", "says"), SHELLS, indirect=["launching"])
+@pytest.mark.parametrize(("launching", "storage", "weights", "shape", "says"), SHELLS, indirect=["launching"])
 def test_the_plugin_launches_what_the_python_side_does(
-    launching: Built, storage: int, shape: tuple[int, ...], says: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launching: Built, storage: int, weights: int, shape: tuple[int, ...], says: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels, grids, threads, sizes and early starts; of a step's programs no more than the device holds, whatever the batch, if its driver says that.
 
@@ -235,15 +251,15 @@ def test_the_plugin_launches_what_the_python_side_does(
     defines = f"#define MULTIPROCESSORS {MULTIPROCESSORS}\n#define KERNELS {kernels}\n" + (f"#define EACH {EACH}\n" if says else "")
     (tmp_path / "cuda.c").write_text(defines + DRIVER)
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-w", "-o", "libcuda.so.1", "cuda.c"], cwd=tmp_path, check=True)
-    wanted = launches(monkeypatch, storage, held, *shape)
+    wanted = launches(monkeypatch, storage, weights, held, *shape)
     environment = {**os.environ, "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
     environment.pop("SESSA_PDL", None)
-    cases = json.dumps([(op, sizes_of) for op, sizes_of, _ in wanted])
+    cases = json.dumps([one[:3] for one in wanted])
     command = [sys.executable, "-c", RUN, str(ph.HERE), str(library), harness._name, cases, str(storage)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     lines = [part.strip().splitlines() for part in done.stdout.split("next\n")]
-    found, expected = [x for part in lines for x in numbered([read(line) for line in part])], [one for _, _, all_of in wanted for one in all_of]
+    found, expected = [x for part in lines for x in numbered([read(line) for line in part])], [one for *_, all_of in wanted for one in all_of]
     assert [x[:4] for x in found] == [x[:4] for x in expected]
     for mine, theirs in zip(found, expected, strict=True):
         assert mine[4] == pytest.approx(theirs[4], rel=1e-6), mine[0]
@@ -251,7 +267,9 @@ def test_the_plugin_launches_what_the_python_side_does(
             assert mine[5] == theirs[5], mine[0]
     if shape[1] == 34000 and storage == ph.HALF:
         assert [name for name, *_ in found].count("feedback_solve") > 2 * 2, "rows in panels"
-    if shape[0] == 32 and storage == ph.HALF:
+    if weights:
+        assert len({name for name, *_ in found if name.startswith("layer_")}) >= 5
+    elif shape[:2] == (32, 1) and storage == ph.HALF:
         partial = [grid for name, grid, *_ in found if name.endswith("step_partial")]
         assert len(partial) == 3 and all(x * y <= held for x, y, _ in partial)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from sessa_deploy.kernels.launch.limits import GROUP, HEAD_WIDTHS
+from sessa_deploy.kernels.launch.limits import GROUP, HEAD_WIDTHS, ROWS_HEADS
 from sessa_deploy.kernels.launch.spec import Kernel, Param, by_name, integers, pointers
 
 _PACKAGE = "sessa_deploy.kernels.causal"
 _STEPS = tuple(f"{w}{g}" for w in HEAD_WIDTHS for g in ("", f"x{GROUP}"))
+_ROWS_STEPS = tuple(f"{w}{g}" for w in ROWS_HEADS for g in ("", f"x{GROUP}"))
 _STRIDES = (Param("stride_kb", "i64"), Param("stride_kr", "i32"), Param("stride_vb", "i64"), Param("stride_vr", "i32"))
+_HALF = ("fp16", "bf16")  # storage that matrix instructions take
 _SCALE = Param("scale", "fp32")
 
 # Widths and strides of a past are passed in units of HEAD_MULTIPLE, which the compiler then knows; a promise of 16 would exclude heads of 8, 24, 40, ...
@@ -35,6 +37,38 @@ KERNELS = by_name((
         ("BLOCK_S", "BLOCK_D", "PDL"),
         ("any",),
         scalar_loads=8,
+        early=("any",),
+    ),
+    Kernel(
+        "causal_rows_partial",
+        f"{_PACKAGE}.step_rows",
+        (
+            *pointers("q", "k", "v", "past_k", "past_v"),
+            Param("past_length", "*i32"),
+            *pointers("part", "stat", type="*fp32"),
+            *_STRIDES,
+            *integers("tokens", "splits", "capacity", "heads", "group", "units"),
+            _SCALE,
+        ),
+        ("BLOCK_R", "BLOCK_H", "BLOCK_S", "BLOCK_G", "BLOCK_D", "STAGES", "PDL"),
+        _ROWS_STEPS,
+        dtypes=_HALF,
+        scalar_loads=10,
+        early=_ROWS_STEPS,
+    ),
+    Kernel(
+        "causal_rows_combine",
+        f"{_PACKAGE}.step_rows",
+        (
+            *pointers("part", "stat", type="*fp32"),
+            Param("past_length", "*i32"),
+            *pointers("out"),
+            *integers("tokens", "capacity", "splits", "rows", "slots", "heads", "units"),
+        ),
+        ("BLOCK_S", "BLOCK_N", "BLOCK_D", "PDL"),
+        ("any",),
+        dtypes=_HALF,
+        scalar_loads=16,
         early=("any",),
     ),
     Kernel(

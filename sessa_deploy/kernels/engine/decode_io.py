@@ -60,9 +60,13 @@ def decode_argmax(logits, best, where, vocabulary, SPLITS: tl.constexpr, BLOCK: 
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("decode_finish"))
-def decode_finish(best, where, past_length, new_length, ids, SPLITS: tl.constexpr):
+def decode_finish(best, where, past_length, new_length, ids, next_ids, words, SPLITS: tl.constexpr):
     """Grid (B,): ids[b] (int32; may be page-locked memory of the host) is the most likely token, the lowest id of equals, or -1 if a logit is NaN, +Inf or
-    all are -Inf; past_length[b] advances by new_length[b]."""
+    all are -Inf; past_length[b] advances by new_length[b].
+
+    next_ids: where the next step takes its ids from, B integers of `words` (1 or 2) 32-bit words each: the same tokens, 0 in the place of -1, so that a
+    step that is launched before anybody has seen them reads within the embedding.
+    """
     i_b = tl.program_id(0)
     o_s = i_b * SPLITS + tl.arange(0, SPLITS)
     b_best = tl.load(best + o_s)
@@ -71,4 +75,6 @@ def decode_finish(best, where, past_length, new_length, ids, SPLITS: tl.constexp
     first = tl.min(tl.where(b_best == top, b_where, 2147483647), 0)
     broken = (tl.min(b_where, 0) < 0) | (top == float("-inf"))
     tl.store(ids + i_b, tl.where(broken, -1, first))
+    tl.store(next_ids + i_b * words, tl.where(broken, 0, first))
+    tl.store(next_ids + i_b * words + 1, 0, mask=words == 2)
     tl.store(past_length + i_b, tl.load(past_length + i_b) + tl.load(new_length + i_b))

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels.device import begin, tanh, turn
-from sessa_deploy.kernels.engine.product import ahead, bias_of, place, product, put, tile_of, with_bias
+from sessa_deploy.kernels.engine.product import ahead, bias_of, place, product, put, scale_of, scaled, tile_of, with_bias
 from sessa_deploy.kernels.engine.spec import product_variant
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import address, launcher, pinned
+from sessa_deploy.kernels.launch.jit import address, launcher, pinned, weights_name
 from sessa_deploy.kernels.launch.limits import SINGLE_ROWS
 
 SINGLE = tl.constexpr(SINGLE_ROWS)
@@ -66,16 +66,16 @@ def layer_rotary(past_length, limbs, cos, sin, tokens, pairs, BD: tl.constexpr, 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_linear"))
 def layer_linear(
-    x, weight, bias, out, rows, depth, columns,
+    x, weight, scale, bias, out, rows, depth, columns,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, columns) = x weight^T + bias."""
     row, column, m_m, m_n = tile_of(rows, columns, BM, BN)
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
-    b_bias = bias_of(bias + column, m_n, BN)
+    b_scale, b_bias = scale_of(scale + column, weight, m_n, BN), bias_of(bias + column, m_n, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    put(out + row * columns + column, with_bias(b_y, b_bias), m_m, m_n, columns, BM, BN)
+    put(out + row * columns + column, with_bias(scaled(b_y, b_scale, weight), b_bias), m_m, m_n, columns, BM, BN)
 
 
 @triton.jit
@@ -88,24 +88,24 @@ def _half_gelu(b_y, first, depth, kind: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_norm_enter"))
-def layer_norm_enter(x, norm_weight, norm_bias, weight, bias, out, depth, eps, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
+def layer_norm_enter(x, norm_weight, norm_bias, weight, scale, bias, out, depth, eps, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (ceil(2D / BN),), BK >= D: `layer_norm` and `layer_enter` of one row, which every program normalises for itself."""
     column = (tl.program_id(0) * BN).to(tl.int64)
     o_k = tl.arange(0, BK)
     m_n, m_k = tl.arange(0, BN) < 2 * depth - tl.program_id(0) * BN, o_k < depth
     b_w = ahead(weight + column * depth, m_n, depth, 1, BN, BK, 1)
-    b_bias = bias_of(bias + column, m_n, BN)
-    b_scale, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
+    b_scale, b_bias = scale_of(scale + column, weight, m_n, BN), bias_of(bias + column, m_n, BN)
+    b_gain, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
     begin(PDL)
-    b_x = _normal(tl.load(x + o_k, mask=m_k, other=0.0), b_scale, b_shift, m_k, depth, eps).to(x.dtype.element_ty)
+    b_x = _normal(tl.load(x + o_k, mask=m_k, other=0.0), b_gain, b_shift, m_k, depth, eps).to(x.dtype.element_ty)
     b_y = tl.sum(b_w.to(tl.float32) * b_x.to(tl.float32)[None, :], 1)[None, :]
-    b_y = _half_gelu(with_bias(b_y, b_bias), tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
+    b_y = _half_gelu(with_bias(scaled(b_y, b_scale, weight), b_bias), tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
     put(out + column, b_y, tl.arange(0, 1) < 1, m_n, 2 * depth, 1, BN)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_enter"))
 def layer_enter(
-    x, weight, bias, out, rows, depth,
+    x, weight, scale, bias, out, rows, depth,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, 2D) = x weight^T + bias with GELU on its left half."""
@@ -113,29 +113,30 @@ def layer_enter(
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < 2 * depth - i_n * BN
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
-    b_bias = bias_of(bias + column, m_n, BN)
+    b_scale, b_bias = scale_of(scale + column, weight, m_n, BN), bias_of(bias + column, m_n, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    b_y = _half_gelu(with_bias(b_y, b_bias), i_n * BN, depth, out.dtype.element_ty, BN)
+    b_y = _half_gelu(with_bias(scaled(b_y, b_scale, weight), b_bias), i_n * BN, depth, out.dtype.element_ty, BN)
     put(out + row * (2 * depth) + column, b_y, m_m, m_n, 2 * depth, BM, BN)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_logits"))
 def layer_logits(
-    x, weight, out, rows, depth, columns,
+    x, weight, scale, out, rows, depth, columns,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, columns) float32 = x weight^T, not rounded."""
     row, column, m_m, m_n = tile_of(rows, columns, BM, BN)
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
+    b_scale = scale_of(scale + column, weight, m_n, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    put(out + row * columns + column, b_y, m_m, m_n, columns, BM, BN)
+    put(out + row * columns + column, scaled(b_y, b_scale, weight), m_m, m_n, columns, BM, BN)
 
 
 @triton.jit
 def _square(
-    x, h, weight, bias, add, rows, depth,
+    x, h, weight, scale, bias, add, rows, depth,
     GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """This program's tile of x weight^T + bias, weight (D,D), D = depth, that of add (rows, D), its first row and column, and masks.
@@ -145,7 +146,7 @@ def _square(
     row, column, m_m, m_n = tile_of(rows, depth, BM, BN)
     o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
-    b_bias = bias_of(bias + column, m_n, BN)
+    b_scale, b_bias = scale_of(scale + column, weight, m_n, BN), bias_of(bias + column, m_n, BN)
     begin(PDL)
     if BM * BN <= HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
@@ -154,26 +155,26 @@ def _square(
     )  # fmt: skip
     if BM * BN > HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
-    return with_bias(b_y, b_bias), b_add, row, column, m_m, m_n
+    return with_bias(scaled(b_y, b_scale, weight), b_bias), b_add, row, column, m_m, m_n
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_out"))
 def layer_out(
-    x, weight, bias, add, out, rows, depth,
+    x, weight, scale, bias, add, out, rows, depth,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, D) = (x weight^T + bias), rounded, + add (rows, D) float32."""
-    b_y, b_add, row, column, m_m, m_n = _square(x, x, weight, bias, add, rows, depth, False, BM, BN, BK, KS, AHEAD, PDL)
+    b_y, b_add, row, column, m_m, m_n = _square(x, x, weight, scale, bias, add, rows, depth, False, BM, BN, BK, KS, AHEAD, PDL)
     put(out + row * depth + column, b_y.to(out.dtype.element_ty).to(tl.float32) + b_add, m_m, m_n, depth, BM, BN)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_tail"))
 def layer_tail(
-    s, h, weight, bias, x, out, rows, depth,
+    s, h, weight, scale, bias, x, out, rows, depth,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out = x + (s * g) weight^T + bias, g the right half of h (rows, 2D)."""
-    b_y, b_x, row, column, m_m, m_n = _square(s, h, weight, bias, x, rows, depth, True, BM, BN, BK, KS, AHEAD, PDL)
+    b_y, b_x, row, column, m_m, m_n = _square(s, h, weight, scale, bias, x, rows, depth, True, BM, BN, BK, KS, AHEAD, PDL)
     put(out + row * depth + column, b_y + b_x.to(tl.float32), m_m, m_n, depth, BM, BN)
 
 
@@ -203,7 +204,7 @@ def _gamma_rows(a, a_row, weight, bias, gamma, first, rows, depth, gamma_max, RO
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_project_gain"))
 def layer_project_gain(
-    h, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, gamma_weight, gamma_bias, q, k, v, q_b, k_b, gamma, rows, depth, kv_width, units, gamma_max,
+    h, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, gamma_weight, gamma_bias, q, k, v, q_b, k_b, gamma, rows, depth, kv_width, units, gamma_max,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (gammas + tiles,): all projections of a, the left half of h (rows, 2D), and gamma (rows,) float32 = gamma_max tanh(gamma_bias + a . gamma_weight).
@@ -219,14 +220,14 @@ def layer_project_gain(
         _gamma_rows(h, 2 * depth, gamma_weight, gamma_bias, gamma, tl.program_id(0) * ROWS, rows, depth, gamma_max, ROWS, 1024 if ROWS == 1 else BK)
     else:
         _project_tile(
-            h, 2 * depth, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, gammas,
+            h, 2 * depth, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, gammas,
             BM, BN, BK, KS, AHEAD, PDL,
         )  # fmt: skip
 
 
 @triton.jit
 def _project_tile(
-    a, a_row, weight, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, pairs, first,
+    a, a_row, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, pairs, first,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """This program's tile of the projections of a, whose rows lie a_row elements apart; program `first` has the first."""
@@ -245,12 +246,12 @@ def _project_tile(
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < width - i_n * BN
     b_w = ahead(weight + (above + column) * depth, m_n, depth, BM, BN, BK, AHEAD)
-    b_bias = bias_of(bias + column, m_n, BN)
+    b_scale, b_bias = scale_of(scale + above + column, weight, m_n, BN), bias_of(bias + column, m_n, BN)
     begin(PDL)
     if BM * BN <= HELD:
         b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m & turns, i_n * BN, pairs, BM, BN)
     b_y = product(a + row * a_row, a, weight + (above + column) * depth, b_w, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS, AHEAD)
-    b_y = with_bias(b_y, b_bias)
+    b_y = with_bias(scaled(b_y, b_scale, weight), b_bias)
     if turns:
         if BM * BN > HELD:
             b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m, i_n * BN, pairs, BM, BN)
@@ -258,25 +259,31 @@ def _project_tile(
     put(out + row * width + column, b_y, m_m, m_n, width, BM, BN)
 
 
-# --- the same from PyTorch, for tests and timings; early: see `jit.pinned`
+# --- the same from PyTorch, for tests and timings; early: see `jit.pinned`. A weight of int8 or float8_e4m3fn has a `scale` (columns,) float32.
 
 
-def _run(fn: Any, variant: str, grid: tuple[int, ...], like: Tensor, early: int, *arguments: Tensor | int | float) -> None:
-    """Launch a kernel with the tiles of a variant for the device and type of `like`."""
-    options = pinned((fn.__name__,), like.device, like.dtype, variant, early)[fn.__name__]
-    launcher(fn, like.device, like.dtype, options)(grid, *(address(x) if isinstance(x, Tensor) else x for x in arguments))
+def _run(fn: Any, variant: str, grid: tuple[int, ...], like: Tensor, early: int, *arguments: Tensor | int | float, weights: str = "") -> None:
+    """Launch a kernel with the tiles of a variant for the device and type of `like`. weights: of `jit.weights_name`."""
+    options = pinned((fn.__name__,), like.device, like.dtype, variant, early, weights)[fn.__name__]
+    launcher(fn, like.device, like.dtype, options, weights)(grid, *(address(x) if isinstance(x, Tensor) else x for x in arguments))
 
 
-def _tiles(fn: Any, like: Tensor, variant: str) -> dict[str, Any]:
-    return pinned((fn.__name__,), like.device, like.dtype, variant)[fn.__name__]
+def _tiles(fn: Any, like: Tensor, variant: str, weights: str = "") -> dict[str, Any]:
+    return pinned((fn.__name__,), like.device, like.dtype, variant, 0, weights)[fn.__name__]
 
 
-def _run_product(fn: Any, x: Tensor, columns: int, early: int, *arguments: Tensor | int, variant: str | None = None) -> None:
-    """A product's kernel over all tiles of (rows of x, columns); variant None: the one for so many rows."""
-    variant = variant or product_variant(x.shape[0])
-    tiles = _tiles(fn, x, variant)
+def _run_product(fn: Any, x: Tensor, columns: int, early: int, weight: Tensor, *arguments: Tensor | int, least: int = 1) -> None:
+    """A product's kernel over all tiles of (rows of x, columns). least: of rows for which it has a variant."""
+    weights = weights_name(weight.dtype)
+    variant = product_variant(max(x.shape[0], least), weights)
+    tiles = _tiles(fn, x, variant, weights)
     grid = (triton.cdiv(x.shape[0], tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
-    _run(fn, variant, grid, x, early, *arguments)
+    _run(fn, variant, grid, x, early, *arguments, weights=weights)
+
+
+def _matrix(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The two arguments of a matrix; what stands for a scale that is not looked at is the weights' address."""
+    return weight, weight if scale is None else scale
 
 
 def gamma_programs(rows: int, tile: int) -> int:
@@ -300,48 +307,51 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, early: int = 0) ->
     return out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, early: int = 0) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, early: int = 0, scale: Tensor | None = None) -> Tensor:
     """x (rows, K) weight (N, K)^T + bias (N,) in the storage type; without a bias the logits, float32."""
     (rows, depth), columns = x.shape, weight.shape[0]
     out = torch.empty(rows, columns, dtype=x.dtype if bias is not None else torch.float32, device=x.device)
     between = () if bias is None else (bias,)
-    _run_product(layer_logits if bias is None else layer_linear, x, columns, early, x, weight, *between, out, rows, depth, columns)
+    kernel = layer_logits if bias is None else layer_linear
+    _run_product(kernel, x, columns, early, weight, x, *_matrix(weight, scale), *between, out, rows, depth, columns)
     return out
 
 
-def out_add(x: Tensor, weight: Tensor, bias: Tensor, add: Tensor, early: int = 0) -> Tensor:
+def out_add(x: Tensor, weight: Tensor, bias: Tensor, add: Tensor, early: int = 0, scale: Tensor | None = None) -> Tensor:
     """x (rows, D) weight (D, D)^T + bias (D,), rounded, plus add (rows, D) float32."""
     rows, depth = x.shape
     out = torch.empty_like(x)
-    _run_product(layer_out, x, depth, early, x, weight, bias, add, out, rows, depth)
+    _run_product(layer_out, x, depth, early, weight, x, *_matrix(weight, scale), bias, add, out, rows, depth)
     return out
 
 
-def tail(s: Tensor, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, early: int = 0) -> Tensor:
+def tail(s: Tensor, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, early: int = 0, scale: Tensor | None = None) -> Tensor:
     """x + (s * g) weight^T + bias for s, x (rows, D), g the right half of h (rows, 2D)."""
     rows, depth = s.shape
     out = torch.empty_like(x)
-    _run_product(layer_tail, s, depth, early, s, h, weight, bias, x, out, rows, depth)
+    _run_product(layer_tail, s, depth, early, weight, s, h, *_matrix(weight, scale), bias, x, out, rows, depth)
     return out
 
 
-def enter(x: Tensor, weight: Tensor, bias: Tensor, early: int = 0) -> Tensor:
+def enter(x: Tensor, weight: Tensor, bias: Tensor, early: int = 0, scale: Tensor | None = None) -> Tensor:
     """x (rows, D) weight (2D, D)^T + bias (2D,) with GELU on its left half."""
     rows, depth = x.shape
     out = torch.empty(rows, 2 * depth, dtype=x.dtype, device=x.device)
-    few = product_variant(max(rows, 2))  # one row has no variant: see `norm_enter`
-    _run_product(layer_enter, x, 2 * depth, early, x, weight, bias, out, rows, depth, variant=few)
+    # one row has no variant: see `norm_enter`
+    _run_product(layer_enter, x, 2 * depth, early, weight, x, *_matrix(weight, scale), bias, out, rows, depth, least=2)
     return out
 
 
-def norm_enter(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor, early: int = 0) -> Tensor:
+def norm_enter(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor, early: int = 0, scale: Tensor | None = None
+) -> Tensor:
     """`enter` of `norm` of x (rows, D); one row goes through a kernel of its own."""
     if x.shape[0] > 1:
-        return enter(norm(x, norm_weight, norm_bias, eps, early), weight, bias, early)
-    depth, variant = x.shape[1], table.width_variant("layer_norm_enter", x.shape[1])
+        return enter(norm(x, norm_weight, norm_bias, eps, early), weight, bias, early, scale)
+    depth, variant, weights = x.shape[1], table.width_variant("layer_norm_enter", x.shape[1]), weights_name(weight.dtype)
     out = torch.empty(1, 2 * depth, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(2 * depth, _tiles(layer_norm_enter, x, variant)["BN"]),)
-    _run(layer_norm_enter, variant, grid, x, early, x, norm_weight, norm_bias, weight, bias, out, depth, eps)
+    grid = (triton.cdiv(2 * depth, _tiles(layer_norm_enter, x, variant, weights)["BN"]),)
+    _run(layer_norm_enter, variant, grid, x, early, x, norm_weight, norm_bias, *_matrix(weight, scale), bias, out, depth, eps, weights=weights)
     return out
 
 
@@ -358,18 +368,19 @@ class Projected(NamedTuple):
 
 def project_gain(
     h: Tensor, weight: Tensor, biases: tuple[Tensor, Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, gamma_weight: Tensor, gamma_bias: Tensor,
-    gamma_max: float, early: int = 0,
+    gamma_max: float, early: int = 0, scale: Tensor | None = None,
 ) -> Projected:
     """Every projection of a, the left half of h (rows, 2D), and its gamma.
 
     biases of q, k, v and both feedback halves; cos, sin (rows, d / 2), gamma_weight (D,), gamma_bias (1,) float32.
     """
     rows, depth = h.shape[0], h.shape[1] // 2
-    kv, variant = biases[1].numel(), product_variant(rows)
-    tiles = _tiles(layer_project_gain, h, variant)
+    kv, weights = biases[1].numel(), weights_name(weight.dtype)
+    variant = product_variant(rows, weights)
+    tiles = _tiles(layer_project_gain, h, variant, weights)
     q, k, v, q_b, k_b = (torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in (depth, kv, kv, depth, depth))
     out = Projected(q, k, v, q_b, k_b, torch.empty(rows, dtype=torch.float32, device=h.device))
     grid = (gamma_programs(rows, tiles["BM"]) + triton.cdiv(rows, tiles["BM"]) * (3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])),)
-    _run(layer_project_gain, variant, grid, h, early, h, weight, *biases, cos, sin, gamma_weight, gamma_bias, *out,
-         rows, depth, kv, cos.shape[1] // 4, gamma_max)
+    _run(layer_project_gain, variant, grid, h, early, h, *_matrix(weight, scale), *biases, cos, sin, gamma_weight, gamma_bias, *out,
+         rows, depth, kv, cos.shape[1] // 4, gamma_max, weights=weights)
     return out

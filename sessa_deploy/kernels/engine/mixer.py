@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sessa_deploy.kernels.causal.step import share as share_causal
 from sessa_deploy.kernels.device import add_splits, begin, splits_used
-from sessa_deploy.kernels.engine import mixer_one
 from sessa_deploy.kernels.engine.layer import out_add
 from sessa_deploy.kernels.engine.spec import mixer_variant
 from sessa_deploy.kernels.feedback.step import share as share_feedback
@@ -38,8 +37,6 @@ def mixer_step_partial(
     The first programs_f, a multiple of the blocks of heads, compute what `causal_step_partial` does, the others what `feedback_step_partial` does; tiles and
     parameters are those kernels', *_F of causal attention, *_B of feedback attention.
     """
-    if PDL != 3:
-        begin(PDL)
     program = tl.program_id(0)
     if program < programs_f:
         blocks = tl.cdiv(heads, HEADS_F) * tl.cdiv(group, GROUP_F)
@@ -47,16 +44,15 @@ def mixer_step_partial(
         share_causal(
             program // blocks, programs_f // blocks, program % blocks, q, k, v, past_k, past_v, past_length, part_f, stat_f, capacity.to(tl.int64) * row, row,
             capacity.to(tl.int64) * row, row, batch, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, GROUP_F, LANES_F, STAGES_F, TILES_F,
-            PDL == 3,
+            PDL,
         )  # fmt: skip
     else:
         share_feedback(
             program - programs_f, tl.num_programs(0) - programs_f, q_b, past_kb, past_s, past_length, part_b, stat_b, capacity.to(tl.int64) * width, width,
             capacity.to(tl.int64) * width, width, batch, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, TILES_B, OWN_B,
-            PDL == 3,
+            PDL,
         )  # fmt: skip
-    if PDL == 3:
-        begin(True)  # a program that found nothing to do waits too
+    begin(PDL)  # of a program that had nothing to do
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_step_combine"))
@@ -92,23 +88,14 @@ def mixer_step_combine(
 
 def step(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, weight: Tensor, bias: Tensor, q_b: Tensor, gamma: Tensor, past_kb: Tensor,
-    past_s: Tensor, past_length: Tensor, early: int = 0,
+    past_s: Tensor, past_length: Tensor, early: int = 0, scale: Tensor | None = None,
 ) -> Tensor:
     """s (B,D) of one new token a sequence, from PyTorch: for tests and timings.
 
     q (B,Hq,d), k, v (B,Hkv,d), past_k, past_v (B,P,Hkv,d), weight (D,D) and bias (D,) of the output projection, q_b (B,D), gamma (B,) float32, past_kb,
     past_s (B,P,D), past_length (B,) int32; all dense. early: see `jit.pinned`.
-    One sequence has kernels of its own: mixer_one.py.
+    scale (D,) float32: of a weight of 8 bits.
     """  # fmt: skip
-    run = mixer_one.step if q.shape[0] == 1 else step_batch
-    return run(q, k, v, past_k, past_v, weight, bias, q_b, gamma, past_kb, past_s, past_length, early)
-
-
-def step_batch(
-    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, weight: Tensor, bias: Tensor, q_b: Tensor, gamma: Tensor, past_kb: Tensor,
-    past_s: Tensor, past_length: Tensor, early: int = 0,
-) -> Tensor:
-    """`step` by this file's kernels, whatever the batch."""
     batch, q_heads, head = q.shape
     heads, capacity, width, device, dtype = k.shape[1], past_k.shape[1], q_b.shape[1], q.device, q.dtype
     group, units = q_heads // heads, head // HEAD_MULTIPLE
@@ -135,4 +122,4 @@ def step_batch(
     launcher(mixer_step_combine, device, dtype, combine)(
         grid, *parts, *map(address, (past_length, gamma, o, add)), capacity, splits_f, rows_f, splits_b, rows_b, q_heads, units, width,
     )  # fmt: skip
-    return out_add(o, weight, bias, add, early)
+    return out_add(o, weight, bias, add, early, scale)

@@ -1,4 +1,7 @@
-"""A tile of a matrix product x weight^T, as the kernels of layer.py make it: where it lies, its weights ahead of the rows, the sums, bias and store."""
+"""A tile of a matrix product x weight^T, as the kernels of layer.py make it: where it lies, its weights ahead of the rows, the sums, scale, bias and store.
+
+Weights are of the storage type or 8 bits, int8 or E4M3, each value of which 16 bits hold exactly; then a column's sum of products has one scale.
+"""
 
 from __future__ import annotations
 
@@ -91,13 +94,18 @@ def _tile_product(
     x, gate, weight, m_m, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
 ):
     """`product` of several rows."""
+    TURNED: tl.constexpr = (weight.dtype.element_ty.primitive_bitwidth == 8) & (KS == 1)
     o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
     if KS == 1:
         o_k = tl.arange(0, BK)
         p_x = x + o_m[:, None] * row + o_k[None, :]
         p_g = gate + o_m[:, None] * gate_row + o_k[None, :]
-        p_w = weight + o_n[None, :] * depth + o_k[:, None]
-        b_acc = tl.zeros([BM, BN], dtype=tl.float32)
+        if TURNED:
+            p_w = weight + o_n[:, None] * depth + o_k[None, :]
+            b_acc = tl.zeros([BN, BM], dtype=tl.float32)
+        else:
+            p_w = weight + o_n[None, :] * depth + o_k[:, None]
+            b_acc = tl.zeros([BM, BN], dtype=tl.float32)
     else:
         o_k = tl.arange(0, KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
         p_x = x + o_m[None, :, None] * row + o_k[:, None, :]
@@ -107,7 +115,11 @@ def _tile_product(
     for start in range(0, depth, BK):
         m_k = o_k < depth - start
         if KS == 1:
-            m_x, m_w = m_m[:, None] & m_k[None, :], m_n[None, :] & m_k[:, None]
+            m_x = m_m[:, None] & m_k[None, :]
+            if TURNED:
+                m_w = m_n[:, None] & m_k[None, :]
+            else:
+                m_w = m_n[None, :] & m_k[:, None]
         else:
             m_x, m_w = m_m[None, :, None] & m_k[:, None, :], m_n[None, None, :] & m_k[:, :, None]
         b_x = tl.load(p_x, mask=m_x, other=0.0)
@@ -115,18 +127,41 @@ def _tile_product(
             b_g = tl.load(p_g, mask=m_x, other=0.0)
             b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
             p_g += BK
-        b_w = tl.load(p_w, mask=m_w, other=0.0)
-        b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
+        b_w = tl.load(p_w, mask=m_w, other=0.0).to(b_x.dtype)
+        if TURNED:
+            b_acc = tl.dot(b_w, tl.trans(b_x), b_acc, input_precision="ieee")
+        else:
+            b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
         p_x += BK
         p_w += BK
     if KS > 1:
         b_acc = tl.sum(b_acc, 0)
+    if TURNED:
+        b_acc = tl.trans(b_acc)
     return b_acc
 
 
 @triton.jit
 def bias_of(bias, m_n, BN: tl.constexpr):
     return tl.load(bias + tl.arange(0, BN), mask=m_n, other=0.0)
+
+
+@triton.jit
+def scale_of(scale, weight, m_n, BN: tl.constexpr):
+    """The scales of a tile's columns, float32; 1, and `scale` not looked at, where weights are of 16 bits."""
+    if weight.dtype.element_ty.primitive_bitwidth == 8:
+        b_scale = tl.load(scale + tl.arange(0, BN), mask=m_n, other=0.0)
+    else:
+        b_scale = 1.0
+    return b_scale
+
+
+@triton.jit
+def scaled(b_y, b_scale, weight):
+    """b_y (BM,BN) times `scale_of`."""
+    if weight.dtype.element_ty.primitive_bitwidth == 8:
+        b_y = b_y * b_scale[None, :]
+    return b_y
 
 
 @triton.jit

@@ -6,12 +6,23 @@ Standard library only.
 from __future__ import annotations
 
 from sessa_deploy.kernels.causal.spec import head_variant
-from sessa_deploy.kernels.launch.limits import GROUP, LAYER_WIDTHS, MIXER_HEADS, MIXER_WIDTHS, PRODUCT_ROWS
-from sessa_deploy.kernels.launch.spec import Kernel, Param, by_name, integers, pointers
+from sessa_deploy.kernels.launch.limits import (
+    GROUP,
+    LAYER_WIDTHS,
+    MIXER_HEADS,
+    MIXER_WIDTHS,
+    PRODUCT_ROWS,
+    QUANTISED_ROWS,
+    ROWS_HEADS,
+    ROWS_WIDTHS,
+)  # fmt: skip
+from sessa_deploy.kernels.launch.spec import QUANTISED, Kernel, Param, by_name, integers, pointers
 
-_LAYER, _MIXER, _ONE, _DECODE = (f"sessa_deploy.kernels.engine.{name}" for name in ("layer", "mixer", "mixer_one", "decode_io"))
+_LAYER, _MIXER, _DECODE = (f"sessa_deploy.kernels.engine.{name}" for name in ("layer", "mixer", "decode_io"))
 _ANY = ("any",)
 _HALF = ("fp16", "bf16")  # a float32 engine keeps TensorRT's own layers
+_PRODUCT = tuple(dtype + kind for kind in ("", *QUANTISED) for dtype in _HALF)
+_MATRIX = (*pointers("weight", type="*weight"), *pointers("scale", type="*fp32"))  # scale: of each column of 8-bit weights; of others not looked at
 _WIDTHS = tuple(map(str, LAYER_WIDTHS))
 _PRODUCTS = (*map(str, PRODUCT_ROWS), "any")
 _FEW = _PRODUCTS[:-1]  # short enough to gain from an early start
@@ -25,23 +36,23 @@ _LAYERS = (
     Kernel("layer_norm", _LAYER, (*pointers("x", "weight", "bias", "out"), Param("width", "i32", True), Param("eps", "fp32")),
            ("BD", "PDL"), _WIDTHS, dtypes=_HALF, early=_WIDTHS, early_rows=_EARLY_ROWS),
     Kernel("layer_norm_enter", _LAYER,
-           (*pointers("x", "norm_weight", "norm_bias", "weight", "bias", "out"), Param("depth", "i32", True), Param("eps", "fp32")),
-           ("BN", "BK", "PDL"), _WIDTHS, dtypes=_HALF, scalar_loads=16, early=_WIDTHS),
-    Kernel("layer_linear", _LAYER, (*pointers("x", "weight", "bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS, dtypes=_HALF,
-           scalar_loads=8, early=_FEW, early_rows=1),
-    Kernel("layer_logits", _LAYER, (*pointers("x", "weight"), *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
-           dtypes=_HALF, scalar_loads=8, early=_FEW, early_rows=_EARLY_ROWS),
-    Kernel("layer_tail", _LAYER, (*pointers("s", "h", "weight", "bias", "x", "out"), *_SIZES), _TILES, _PRODUCTS, dtypes=_HALF,
+           (*pointers("x", "norm_weight", "norm_bias"), *_MATRIX, *pointers("bias", "out"), Param("depth", "i32", True), Param("eps", "fp32")),
+           ("BN", "BK", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS),
+    Kernel("layer_linear", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
+           dtypes=_PRODUCT, scalar_loads=8, early=_FEW, early_rows=1),
+    Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
+           dtypes=_PRODUCT, scalar_loads=8, early=_FEW, early_rows=_EARLY_ROWS),
+    Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, _PRODUCTS, dtypes=_PRODUCT,
            scalar_loads=32, early=_FEW),
-    Kernel("layer_out", _LAYER, (*pointers("x", "weight", "bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES, _PRODUCTS,
-           dtypes=_HALF, scalar_loads=32, early=_FEW, early_rows=1),
-    Kernel("layer_enter", _LAYER, (*pointers("x", "weight", "bias", "out"), *_SIZES), _TILES, _PRODUCTS[1:], dtypes=_HALF,
+    Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES, _PRODUCTS,
+           dtypes=_PRODUCT, scalar_loads=32, early=_FEW, early_rows=1),
+    Kernel("layer_enter", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES), _TILES, _PRODUCTS[1:], dtypes=_PRODUCT,
            scalar_loads=16, early=_FEW[1:], early_rows=_EARLY_ROWS),
     Kernel("layer_project_gain", _LAYER,
-           (*pointers("h", "weight", "bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gamma_weight", type="*fp32"),
+           (*pointers("h"), *_MATRIX, *pointers("bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gamma_weight", type="*fp32"),
             Param("gamma_bias", "*fp32"), *pointers("q", "k", "v", "q_b", "k_b"), Param("gamma", "*fp32"), *_SIZES, Param("kv_width", "i32"),
             *integers("units"), Param("gamma_max", "fp32")),
-           _TILES, _PRODUCTS, dtypes=_HALF, scalar_loads=80, early=_FEW, early_rows=_EARLY_ROWS),
+           _TILES, _PRODUCTS, dtypes=_PRODUCT, scalar_loads=80, early=_FEW, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
@@ -58,16 +69,26 @@ _MIXERS = (
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
             *integers("capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
            ("BLOCK_F", "BLOCK_B", "BLOCK_D", "PDL"), _ANY, dtypes=_HALF, scalar_loads=20, early=_ANY, early_rows=64),
-    Kernel("mixer_one_partial", _ONE,
-           (*pointers("q", "k", "v", "past_k", "past_v", "q_b", "past_kb", "past_s"), Param("past_length", "*i32"), *_FLOATS,
-            *integers("splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
-            Param("scale_b", "fp32")),
-           ("ROWS_F", "HEADS_F", "GROUP_F", "LANES_F", "STAGES_F", "TILES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "TILES_B", "PDL"),
-           _STEPS, dtypes=_HALF, scalar_loads=16, early=_STEPS, early_rows=1),
-    Kernel("mixer_one_out", _ONE,
-           (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("weight", "bias", "out"),
-            *integers("capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("depth", "i32", True)),
-           ("SPLITS_F", "SPLITS_B", "BN", "BK", "PDL"), _WIDTHS, dtypes=_HALF, scalar_loads=64, early=_WIDTHS, early_rows=1),
+)  # fmt: skip
+
+_ROWS = "sessa_deploy.kernels.engine.mixer_rows"
+_ROWS_STEPS = tuple(f"{w}.{h}{g}" for w in ROWS_WIDTHS for h in ROWS_HEADS for g in ("", f"x{GROUP}"))
+_PARTS = pointers("part_f", "stat_f", "part_b", "stat_b", "scores", type="*fp32")
+
+_MIXER_ROWS = (
+    Kernel("mixer_rows_partial", _ROWS,
+           (*pointers("q", "k", "v", "past_k", "past_v", "q_b", "k_b", "past_kb", "past_s"), Param("past_length", "*i32"), *_PARTS,
+            *integers("tokens", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
+            Param("scale_b", "fp32"), *integers("programs_f")),
+           ("ROWS_F", "HEADS_F", "SLOTS_F", "GROUP_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "PDL"),
+           _ROWS_STEPS, dtypes=_HALF, scalar_loads=16, early=_ROWS_STEPS, early_rows=0),
+    Kernel("mixer_rows_combine", _ROWS,
+           (*_PARTS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", "inverse", type="*fp32"),
+            *integers("tokens", "capacity", "splits_f", "rows_f", "slots_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
+           ("BLOCK_F", "BLOCK_B", "NF", "NB", "DF", "DB", "PDL"), _ANY, dtypes=_HALF, scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
+    Kernel("mixer_rows_out", _ROWS,
+           (*pointers("x", "weight", "bias"), *pointers("add", "inverse", type="*fp32"), *pointers("out"), *integers("tokens"), Param("depth", "i32", True)),
+           ("BN", "BK", "KS", "PDL"), _ANY, dtypes=_HALF, scalar_loads=32, early=_ANY, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
 _LENGTHS = (Param("past_length", "*i32"), Param("new_length", "*i32"))
@@ -78,16 +99,16 @@ _DECODES = (
            ("BLOCK",), _ANY, dtypes=("fp32",), scalar_loads=6),
     Kernel("decode_argmax", _DECODE, (Param("logits", "*fp32"), *pointers("best", type="*fp32"), *pointers("where", type="*i32"), *integers("vocabulary")),
            ("SPLITS", "BLOCK"), _ANY, dtypes=("fp32",), scalar_loads=64, wide=False),
-    Kernel("decode_finish", _DECODE, (*pointers("best", type="*fp32"), *pointers("where", type="*i32"), *_LENGTHS, Param("ids", "*i32")),
-           ("SPLITS",), _ANY, dtypes=("fp32",), scalar_loads=4),
+    Kernel("decode_finish", _DECODE, (*pointers("best", type="*fp32"), *pointers("where", type="*i32"), *_LENGTHS, Param("ids", "*i32"),
+                                      Param("next_ids", "*i32"), *integers("words")), ("SPLITS",), _ANY, dtypes=("fp32",), scalar_loads=4),
 )  # fmt: skip
 
-KERNELS = by_name((*_LAYERS, *_MIXERS, *_DECODES))
+KERNELS = by_name((*_LAYERS, *_MIXERS, *_MIXER_ROWS, *_DECODES))
 
 
-def product_variant(rows: int) -> str:
-    """The variant of a matrix product for `rows` rows."""
-    return next((str(r) for r in PRODUCT_ROWS if rows <= r), "any")
+def product_variant(rows: int, weights: str = "") -> str:
+    """The variant of a matrix product for `rows` rows; weights: of `jit.weights_name`. Those of 8 bits have fewer."""
+    return next((str(r) for r in (QUANTISED_ROWS if weights else PRODUCT_ROWS) if rows <= r), "any")
 
 
 def mixer_variant(width: int, head: int, group: int) -> str:
@@ -95,4 +116,12 @@ def mixer_variant(width: int, head: int, group: int) -> str:
     padded = next((w for w in MIXER_WIDTHS if width <= w), 0)
     if not padded or head > MIXER_HEADS[-1]:
         raise ValueError(f"the mixer has no kernel for D = {width} and heads of {head}; the largest are {MIXER_WIDTHS[-1]} and {MIXER_HEADS[-1]}")
+    return f"{padded}.{head_variant(head, group)}"
+
+
+def rows_variant(width: int, head: int, group: int) -> str:
+    """`mixer_variant` for a step of several rows. Raises ValueError beyond the largest."""
+    padded = next((w for w in ROWS_WIDTHS if width <= w), 0)
+    if not padded or head > ROWS_HEADS[-1]:
+        raise ValueError(f"a step of several rows has no kernel for D = {width} and heads of {head}; the largest are {ROWS_WIDTHS[-1]} and {ROWS_HEADS[-1]}")
     return f"{padded}.{head_variant(head, group)}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import FEEDBACK_WIDTHS, WIDE
+from sessa_deploy.kernels.launch.limits import FEEDBACK_WIDTHS, ROWS_WIDTHS, WIDE
 from sessa_deploy.kernels.launch.spec import Kernel, Param, by_name, integers, pointers
 
 _PACKAGE = "sessa_deploy.kernels.feedback"
 _WIDTHS = tuple(map(str, FEEDBACK_WIDTHS))
+_ROWS_STEPS = tuple(map(str, ROWS_WIDTHS))
+_HALF = ("fp16", "bf16")  # storage that matrix instructions take
 
 KERNELS = by_name((
     Kernel(
@@ -48,6 +50,54 @@ KERNELS = by_name((
         ("128",),
         scalar_loads=12,
         early=("128",),
+    ),
+    Kernel(
+        "feedback_rows_partial",
+        f"{_PACKAGE}.step_rows",
+        (
+            *pointers("q", "k", "past_k", "past_s"),
+            Param("past_length", "*i32"),
+            *pointers("part", "stat", "scores", type="*fp32"),
+            Param("stride_kb", "i64", True),
+            Param("stride_kr", "i32", True),
+            Param("stride_sb", "i64", True),
+            Param("stride_sr", "i32", True),
+            *integers("tokens", "splits", "capacity"),
+            Param("width", "i32", True),
+            Param("scale", "fp32"),
+        ),
+        ("BLOCK_R", "BLOCK_C", "BLOCK_L", "STAGES", "PDL"),
+        _ROWS_STEPS,
+        dtypes=_HALF,
+        scalar_loads=6,
+        early=_ROWS_STEPS,
+    ),
+    Kernel(
+        "feedback_rows_combine",
+        f"{_PACKAGE}.step_rows",
+        (
+            *pointers("part", "stat", "scores", type="*fp32"),
+            Param("past_length", "*i32"),
+            Param("gamma", "*fp32"),
+            *pointers("add", "inverse", type="*fp32"),
+            *integers("tokens", "capacity", "splits", "rows"),
+            Param("width", "i32", True),
+        ),
+        ("BLOCK_S", "BLOCK_N", "BLOCK_D", "PDL"),
+        ("any",),
+        dtypes=("fp32",),
+        scalar_loads=64,
+        early=("any",),
+    ),
+    Kernel(
+        "feedback_rows_finish",
+        f"{_PACKAGE}.step_rows",
+        (*pointers("f"), *pointers("add", "inverse", type="*fp32"), *pointers("out"), *integers("tokens"), Param("width", "i32", True)),
+        ("BLOCK_D", "PDL"),
+        ("any",),
+        dtypes=_HALF,
+        scalar_loads=16,
+        early=("any",),
     ),
     Kernel(
         "feedback_pack",

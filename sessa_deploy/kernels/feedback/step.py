@@ -52,7 +52,10 @@ def share(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr, OWN: tl.constexpr,
     LATE: tl.constexpr = False,
 ):  # fmt: skip
-    """What one of `programs` programs that share the batch computes."""
+    """What one of `programs` programs that share the batch computes.
+
+    LATE: it waits for the kernel ahead, see `begin`, with the first tiles of a past on their way; a program that gets nothing to read does not wait here.
+    """
     every = programs >= batch * splits
     total, b_end = pieces(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
     turn = 0

@@ -16,7 +16,7 @@ from sessa_deploy.cuda import resident_blocks
 from sessa_deploy.errors import UserError
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import ALIGNMENT, STEP_PROGRAMS, WORKSPACE_ALIGNMENT
-from sessa_deploy.kernels.launch.spec import resolve
+from sessa_deploy.kernels.launch.spec import QUANTISED, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 TRITON_VERSIONS = ((3, 6), (3, 7))  # `_bind` knows each one's launch, lowering each one's hidden parameters, the tables each one's spills
 _NAMES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
-_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "i32": "int32", "i64": "int64"}
+_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "i32": "int32", "i64": "int64", "i8": "int8", "fp8e4nv": "float8_e4m3fn"}
 
 Options = dict[str, dict[str, Any]]
 Address = Any  # an integer, or a tensor under the interpreter
@@ -81,13 +81,19 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[str(dtype)]
 
 
+@lru_cache(maxsize=8)
+def weights_name(dtype: torch.dtype) -> str:
+    """What the tables add to the storage dtype's name for weights of this type, see `spec.QUANTISED`; "" where they are of the storage type."""
+    return next((kind for kind, weight in QUANTISED.items() if str(dtype) == f"torch.{_TYPES[weight]}"), "")
+
+
 @lru_cache(maxsize=512)
-def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, variant: str, early: int = 0) -> Options:
-    """The pinned launch options of `names` on a device, for a storage dtype and a variant that all of them have.
+def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, variant: str, early: int = 0, weights: str = "") -> Options:
+    """The pinned launch options of `names` on a device, for a storage dtype and a variant that all of them have. weights: of `weights_name`.
 
     early: rows (B T) of a batch for which kernels may start before their predecessors end, as far as the plugin lets them; 0: none does.
     """
-    arch, kind = arch_of(device.index or 0), dtype_name(dtype)
+    arch, kind = arch_of(device.index or 0), dtype_name(dtype) + weights
     found = {name: table.options(name, arch, kind, variant) for name in names}
     if interpreted():  # which knows no dependent launch
         return {name: {k: v for k, v in o.items() if k != "PDL"} for name, o in found.items()}
@@ -182,15 +188,15 @@ class Launcher:
 _LAUNCHERS: dict[tuple[Any, ...], Launcher] = {}  # each keeps its options, whose identity is in the key
 
 
-def launcher(kernel: Any, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Launcher:
-    """The launcher of a kernel of the tables with these options, made once."""
-    key = (kernel.__name__, device.index, dtype, id(options))
+def launcher(kernel: Any, device: torch.device, dtype: torch.dtype, options: dict[str, Any], weights: str = "") -> Launcher:
+    """The launcher of a kernel of the tables with these options, made once. weights: of `weights_name`."""
+    key = (kernel.__name__, device.index, dtype, weights, id(options))
     found = _LAUNCHERS.get(key)
     if found is None:
         import torch
 
         # Examples carry the types; with the table's do_not_specialize, values select nothing.
-        types = [resolve(p.type, dtype_name(dtype)) for p in table.kernel(kernel.__name__).params]
+        types = [resolve(p.type, dtype_name(dtype) + weights) for p in table.kernel(kernel.__name__).params]
         examples = [getattr(torch, _TYPES[t[1:]]) if t.startswith("*") else 1.0 if t == "fp32" else 16 for t in types]
         found = _LAUNCHERS[key] = Launcher(kernel, device, examples, options)
     return found

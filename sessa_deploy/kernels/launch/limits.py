@@ -13,6 +13,7 @@ LOG2E = 1.4426950408889634
 
 # --- architectures, as compute capability; which there are, and which binary fits which: cuda_arch.py
 DEPENDENT_ARCH = 90  # the first with programmatic dependent launch, which the variants that may start early are made for
+FLOAT8_ARCH = 89  # the first that reads weights of E4M3
 # Largest dynamic shared memory one block may ask for, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
@@ -36,6 +37,7 @@ GROUP = 4  # query heads of one key/value head that a program of the decode step
 LAYER_WIDTHS = (1024, 2048, MAX_WIDTH)  # a row that a program holds whole is padded to the next of these
 LAYER_MAX_DEPTH = 65536  # of a matrix product, which holds no row
 PRODUCT_ROWS = (1, 16, 64)  # rows (B T) up to which a product takes small tiles; beyond the last: "any"
+QUANTISED_ROWS = PRODUCT_ROWS[::2]  # the same where weights are 8 bits: each number more is some seventy binaries
 SINGLE_ROWS = 32  # rows of a tile up to which a row of the projections has a program of its own for gamma
 ROTARY_LIMBS = 4  # of a frequency, see rope.py
 ROTARY_MAX_PAIRS = 128  # d / 2
@@ -43,3 +45,7 @@ ROTARY_MAX_PAIRS = 128  # d / 2
 # --- the decode step of both attentions at a time
 MIXER_WIDTHS = LAYER_WIDTHS
 MIXER_HEADS = HEAD_WIDTHS[:2]
+
+# --- a step of 2 to STEP_ROWS rows of a sequence; wider models take the kernels of prefill
+ROWS_WIDTHS = MIXER_WIDTHS[:2]
+ROWS_HEADS = MIXER_HEADS

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 DTYPES = ("fp32", "fp16", "bf16")
+QUANTISED = {".i8": "i8", ".f8": "fp8e4nv"}  # what a storage dtype's name ends in where weights are 8 bits -> their type: "fp16.i8"
 SCALARS = ("i32", "i64", "fp32")
 
 
@@ -29,8 +30,8 @@ class Kernel:
     variants: the keys of its pinned tiles, one binary for each (a number stands for a width, "bwd" for the backward). early: those whose binary may start
     before its predecessor ends, by the constexpr "PDL", which is no tile; early_rows: up to how many rows (B T) the plugin has it do so. lowered: whether
     the plugin runs it; it never runs a "bwd" variant.
-    dtypes: the storage dtypes it is compiled for; a kernel that sees no storage type has ("fp32",). scalar_loads: how many global loads
-    narrower than 16 bytes its PTX may hold (a length, a bias, a statistic); lowering refuses more. wide: it must hold 16-byte loads too;
+    dtypes: the storage dtypes it is compiled for, those of QUANTISED weights too; a kernel that sees no storage type has ("fp32",). scalar_loads: how many
+    global loads narrower than 16 bytes its PTX may hold (a length, a bias, a statistic); lowering refuses more. wide: it must hold 16-byte loads too;
     not so where nobody promises that a row begins aligned.
     """
 
@@ -67,15 +68,16 @@ def by_name(kernels: Iterable[Kernel]) -> dict[str, Kernel]:
     return {k.name: k for k in kernels}
 
 
-# Types that follow the storage dtype: "work" of routing tiles and of s between blocks, "half_pair" of a block inverse's two halves,
-# "product" of u . s in the backward.
+# Types that follow the storage dtype: "weight" of a matrix of weights, "work" of routing tiles and of s between blocks, "half_pair" of a block inverse's
+# two halves, "product" of u . s in the backward.
 DERIVED = {
-    "fp32": {"storage": "fp32", "work": "fp32", "half_pair": "fp32", "product": "fp32"},
-    "fp16": {"storage": "fp16", "work": "fp16", "half_pair": "bf16", "product": "fp32"},
-    "bf16": {"storage": "bf16", "work": "fp16", "half_pair": "bf16", "product": "fp16"},
+    "fp32": {"storage": "fp32", "weight": "fp32", "work": "fp32", "half_pair": "fp32", "product": "fp32"},
+    "fp16": {"storage": "fp16", "weight": "fp16", "work": "fp16", "half_pair": "bf16", "product": "fp32"},
+    "bf16": {"storage": "bf16", "weight": "bf16", "work": "fp16", "half_pair": "bf16", "product": "fp16"},
 }
+DERIVED |= {dtype + kind: {**DERIVED[dtype], "weight": weight} for dtype in ("fp16", "bf16") for kind, weight in QUANTISED.items()}
 
 
 def resolve(type: str, dtype: str) -> str:
-    """Triton's name of a parameter type for a storage dtype, e.g. "*work" and "bf16" -> "*fp16"."""
+    """Triton's name of a parameter type for a storage dtype, e.g. "*work" and "bf16" -> "*fp16", "*weight" and "bf16.i8" -> "*i8"."""
     return "*" + DERIVED[dtype].get(type[1:], type[1:]) if type.startswith("*") else type

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from engine_models import CONFIG
 
 from sessa_deploy import contract
-from sessa_deploy.config import SessaConfig
 from sessa_deploy.export.engine import fuse as engine_fuse
 from sessa_deploy.export.engine import graph as engine_graph
 from sessa_deploy.export.trt import parser as trt_parser
-
-CONFIG = SessaConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, max_context=32)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +42,7 @@ def run(model: onnx.ModelProto, functions: Path, precision: str) -> dict[str, np
     model.functions.extend(f for f in engine_graph.load(functions).functions if f.name in used)
     onnx.checker.check_model(model)
     rng, storage = np.random.default_rng(0), np.dtype(contract.PRECISIONS[precision].numpy)
-    feeds: dict[str, Any] = {contract.INPUT_IDS: rng.integers(0, 61, (2, 3)), contract.PAST_LENGTH: np.array([4, 0], np.int32),
+    feeds: dict[str, Any] = {contract.INPUT_IDS: rng.integers(0, CONFIG.vocab_size, (2, 3)), contract.PAST_LENGTH: np.array([4, 0], np.int32),
                              contract.NEW_LENGTH: np.array([3, 2], np.int32)}  # fmt: skip
     for layer, field in contract.cache_entries(2):
         feeds[contract.past_name(layer, field)] = rng.standard_normal((2, 6, *contract.cache_row_shape(field, 16, 2, 4))).astype(storage)

@@ -35,7 +35,7 @@ def test_the_parsers_graph_computes_the_same(models: Callable[[str], Path], prec
     assert trt_parser.complaints(prepared.model, (8, 6, 0)) == []
     prepared.model.functions.extend(f for f in whole.functions if f.name == contract.FEEDBACK_OP)
     rng, storage = np.random.default_rng(0), np.dtype(contract.PRECISIONS[precision].numpy)
-    feeds: dict[str, Any] = {contract.INPUT_IDS: rng.integers(0, 61, (2, 3)), contract.PAST_LENGTH: np.array([4, 0], np.int32),
+    feeds: dict[str, Any] = {contract.INPUT_IDS: rng.integers(0, 257, (2, 3)), contract.PAST_LENGTH: np.array([4, 0], np.int32),
                              contract.NEW_LENGTH: np.array([3, 2], np.int32)}  # fmt: skip
     for layer, field in contract.cache_entries(2):
         shape = (2, 6, *contract.cache_row_shape(field, 16, 2, 4))

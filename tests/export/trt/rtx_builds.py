@@ -1,7 +1,7 @@
 """Builds engines with TensorRT for RTX's real builder and prints what it said, as JSON; run by test_rtx.py in a process of its own, which may crash.
 
-Input, one JSON object: {"plugin": the library, "any_major": true where it was compiled with other headers, "cases": {name: {...}}}. A case is a model
-("checkpoint", or "config" of a random one) and how to export and build it.
+Input, one JSON object: {"plugin": the library, "any_major": true where it was compiled with other headers, "traces": the run's traced graphs,
+"cases": {name: {...}}}. A case is a model ("checkpoint", or "config" of a random one) and how to export and build it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import SessaError
@@ -21,6 +23,9 @@ from sessa_deploy.export.trt import check
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime.bundle import write_bundle
 from sessa_deploy.runtime.trt import api
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from traces import share
 
 ARCHS = [80, 86]
 exported: dict[str, Path] = {}
@@ -33,7 +38,7 @@ def model_of(case: dict[str, Any], folder: Path) -> tuple[SessaConfig, Path]:
     from sessa_deploy.checkpoint import load_for_export
     from sessa_deploy.model import SessaLM
 
-    options = {k: case[k] for k in ("precision", "opset", "all_logits", "inline_limit") if k in case}
+    options = {k: case[k] for k in ("precision", "opset", "all_logits", "inline_limit", "weights", "keep") if k in case}
     key = json.dumps([case.get("checkpoint"), case.get("config"), options])
     if "checkpoint" in case:
         config = SessaConfig.load(Path(case["checkpoint"]))
@@ -48,11 +53,20 @@ def model_of(case: dict[str, Any], folder: Path) -> tuple[SessaConfig, Path]:
     return config, exported[key]
 
 
+def matrices(model: Path, plan: bytes) -> dict[str, list[bool]]:
+    """Matrix in 8 bits -> whether a plan holds its values, and its scales, byte for byte and output channel after output channel."""
+    graph = onnx.load(model).graph
+    held = {t.name: t.raw_data in plan for t in graph.initializer if t.name.endswith((contract.QUANTISED, contract.SCALE))}
+    names = [n.removesuffix(contract.QUANTISED) for n in held if n.endswith(contract.QUANTISED)]
+    return {n: [held[n + contract.QUANTISED], held[n + contract.SCALE]] for n in names}
+
+
 def build(case: dict[str, Any], plugin: Path, folder: Path) -> dict[str, Any]:
     """One engine: what it holds, its layers, and which tensors of the parsed network are not of the graph's type."""
     config, model = model_of(case, folder)
     sources = {p.name: p for p in (model, model.with_name(contract.MODEL_DATA_FILE)) if p.is_file()}
-    bundle = write_bundle(Path(tempfile.mkdtemp(dir=folder)) / "bundle", dict(sources), config, case["precision"], {})
+    small = contract.Weights(case["weights"], tuple(f"{name}.weight" for name in case.get("keep", ()))) if "weights" in case else None
+    bundle = write_bundle(Path(tempfile.mkdtemp(dir=folder)) / "bundle", dict(sources), config, case["precision"], {}, case.get("opset", 17), weights=small)
     seen: dict[str, Any] = {}
     real_logger, real_parse = api.logger, to_engine.parse
 
@@ -77,11 +91,13 @@ def build(case: dict[str, Any], plugin: Path, folder: Path) -> dict[str, Any]:
 
     api.logger, to_engine.parse = logger, parse
     try:
-        built = to_engine.build_engine(bundle, 2, 64, 16, layers=case.get("layers"), plugin=plugin, target="rtx", archs=ARCHS)
+        built = to_engine.build_engine(bundle, 2, 64, 16, layers=case.get("layers"), plugin=plugin, target="rtx", archs=case.get("archs", ARCHS))
     except SessaError as error:
         return {"error": f"{error} / {' / '.join(seen['log'].lines[-3:]) if 'log' in seen else ''}"}
     finally:
         api.logger, to_engine.parse = real_logger, real_parse
+    if small is not None:
+        seen["matrices"] = matrices(model, built.bundle.file(f"{built.folder}/model.plan").read_bytes())
     text = seen.pop("log").layers
     listed = check.layers(text)
     return {**seen, "folder": built.folder, "info": json.loads(built.info.to_json()), "layers": [[x.name, x.kind, x.inputs] for x in listed],
@@ -92,6 +108,7 @@ def main() -> None:
     asked = json.loads(sys.stdin.read())
     if asked["any_major"]:
         library.require_major = lambda seen, major: None  # headers of another major, for tests alone: seen to build
+    share(Path(asked["traces"]))
     with tempfile.TemporaryDirectory() as folder:
         for name, case in asked["cases"].items():
             print(json.dumps({name: build(case, Path(asked["plugin"]), Path(folder))}), flush=True)

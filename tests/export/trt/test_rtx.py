@@ -17,15 +17,19 @@ import pytest
 
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
+from sessa_deploy.contract import Weights
+from sessa_deploy.export.engine.layers import PROJECTIONS
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime.bundle import write_bundle
+from sessa_deploy.runtime.sizes import weight_sizes
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "plugins"))
 import stub_cubins
 from plugin_harness import INCLUDES, SOURCES
 
 DEMO = str(Path(__file__).parents[3] / "checkpoints/demo")
-TINY = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 61, "max_context": 64}
+TINY = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 257, "max_context": 64}
+WIDE = {"d_model": 256, "n_layers": 1, "n_heads": 4, "vocab_size": 1024, "max_context": 64}  # its weights are most of its plan
 _INLINED = [contract.CAUSAL_OP]
 CASES: dict[str, dict[str, Any]] = {
     **{f"demo {p} {layers}": {"checkpoint": DEMO, "precision": p, "layers": layers} for p, layers in (
@@ -40,6 +44,10 @@ CASES: dict[str, dict[str, Any]] = {
     "all logits": {"config": TINY | {"n_layers": 1}, "precision": "fp16", "all_logits": True},
     "external data": {"config": TINY | {"n_layers": 1}, "precision": "fp16", "inline_limit": 1},
     "external data, TensorRT's layers": {"config": TINY | {"n_layers": 1}, "precision": "fp16", "inline_limit": 1, "layers": "tensorrt"},
+    **{f"wide {form}": {"config": WIDE, "precision": "fp16", **options} for form, options in (
+        ("", {}), ("int8", {"weights": "int8"}), ("fp8", {"weights": "fp8", "opset": 19, "archs": [89]}),
+        ("int8 in part", {"weights": "int8", "keep": ["lm_head", "layers.0.mixer.q_proj"]}))},
+    "external data int8": {"config": WIDE, "precision": "bf16", "inline_limit": 1, "weights": "int8"},
 }  # fmt: skip
 # Where the library has no kernels for the layers, and where none for the causal attention either.
 TENSORRTS = {"demo fp32 None", "heads of 20", "no rope", *(n for n, c in CASES.items() if c.get("layers") == "tensorrt")}
@@ -61,17 +69,17 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool]:
     """(library with stubs for kernels, whether it was compiled with headers of another major)."""
     include, other = _headers()
     folder = tmp_path_factory.mktemp("rtx")
-    cubins = stub_cubins.write([80, 86], folder / "cubins")
+    cubins = stub_cubins.write([80, 86, 89], folder / "cubins")
     return library.build(include, SOURCES / "src/cuda", cubins, out=folder / "lib"), other
 
 
 @pytest.fixture(scope="module")
-def builds(plugin: tuple[Path, bool]) -> dict[str, Any]:
+def builds(plugin: tuple[Path, bool], traces: Path) -> dict[str, Any]:
     """What the builder said of each case."""
     pytest.importorskip("torch")
     if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
         pytest.skip("needs TensorRT for RTX: pip install 'sessa-deploy[rtx]'")
-    asked = {"plugin": str(plugin[0]), "any_major": plugin[1], "cases": CASES}
+    asked = {"plugin": str(plugin[0]), "any_major": plugin[1], "traces": str(traces), "cases": CASES}
     done = subprocess.run([sys.executable, str(Path(__file__).parent / "rtx_builds.py")], input=json.dumps(asked), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = {}
@@ -89,7 +97,9 @@ def test_an_engine_is_what_the_graph_says(builds: dict[str, Any], name: str) -> 
     case, got = CASES[name], builds[name]
     assert "error" not in got, got.get("error")
     info, layers = got["info"], got["layers"]
-    assert got["folder"] == f"engines/rtx-80_86-{info['tensorrt']}-{case['precision']}" and info["product"] == "rtx" and info["archs"] == [80, 86]
+    archs = case.get("archs", [80, 86])
+    where = "_".join(map(str, archs))
+    assert got["folder"] == f"engines/rtx-{where}-{info['tensorrt']}-{case['precision']}" and info["product"] == "rtx" and info["archs"] == archs
     assert info["layers"] == ("tensorrt" if name in TENSORRTS else "plugin")
     assert info["inlined"] == (_INLINED if name == "heads of 20" else [])
     # every plugin stands in the plan, once a profile, and nothing else reads a cache that one reads
@@ -106,6 +116,21 @@ def test_an_engine_is_what_the_graph_says(builds: dict[str, Any], name: str) -> 
     assert got["inputs"]["input_ids"] == "INT64" and got["inputs"]["past_length"] == "INT32"
     assert got["wrong_types"] == [] and got["checked"] > 4 and got["single"] > 0
     assert got["external"] == name.startswith("external")
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+def test_weights_in_8_bits_stay_so_in_a_plan(builds: dict[str, Any]) -> None:
+    """Their very bytes, NaN's patterns of 16 bits among them; those kept at 16 bits, and what one product computes with them, are wide."""
+    config = SessaConfig(**WIDE)
+    plain = builds["wide "]["info"]["plan_size"]
+    for name, weights in (("wide int8", Weights("int8")), ("wide fp8", Weights("fp8")), ("external data int8", Weights("int8")),
+                          ("wide int8 in part", Weights("int8", ("lm_head.weight", *(f"layers.0.mixer.{p}.weight" for p in PROJECTIONS))))):  # fmt: skip
+        got, size = builds[name], weight_sizes(config, "fp16", weights)
+        assert "error" not in got, got.get("error")
+        wide = [n for n, held in got["matrices"].items() if held != [True, True]]
+        assert sorted(wide) == sorted(f"layers.0.mixer.{p}.weight" for p in PROJECTIONS if p != "q_proj") * ("part" in name), name
+        assert abs((plain - got["info"]["plan_size"]) - (size.wide - size.total)) < 0.05 * plain, (name, plain, got["info"]["plan_size"], size)
 
 
 @pytest.mark.trt

@@ -66,16 +66,16 @@ def test_a_past_longer_than_all_splits_have_at_least() -> None:
     check(case(1, 1100, [1100], (2, 1), 64, torch.float16))
 
 
-@pytest.mark.parametrize("programs", [1, 3, 40])
-def test_programs_that_share_out_the_splits_change_no_bit(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_that_share_out_the_splits_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A large batch has fewer programs than splits; its empty splits are passed over, but for the first of each sequence."""
     from sessa_deploy.kernels.causal import step
 
-    inputs = case(1, 30, [0, 30, 3, 0, 16, 5] + [1, 0] * 14 + [30, 0], (3, 1), 16, torch.float16)
+    inputs = case(1, 30, [0, 30, 3, 0, 16, 5] + [1, 0] * (14 if ON_GPU else 4) + [30, 0], (3, 1), 16, torch.float16)
     monkeypatch.setattr(step, "step_programs", lambda pieces, blocks, resident: pieces)
     alone = run(*inputs)
-    monkeypatch.setattr(step, "step_programs", lambda pieces, blocks, resident: min(pieces, programs))
-    assert torch.equal(run(*inputs), alone)
+    for programs in (1, 3, 40):
+        monkeypatch.setattr(step, "step_programs", lambda pieces, blocks, resident, most=programs: min(pieces, most))
+        assert torch.equal(run(*inputs), alone), programs
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 63, 65])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,19 +19,16 @@ from sessa_deploy.rope import _limbs
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
 
-@pytest.mark.parametrize("separate", [False, True])
-def test_the_chain_computes_a_decode_step(separate: bool) -> None:
-    from bench_chain import Chain
-
-    config = SessaConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=40)
-    torch.manual_seed(0)
-    chain, lengths, capacity = Chain(config, DEVICE, separate), [9, 0, 3], 12
+def alike(chain: Any) -> SessaLM:
+    """The model that has a chain's weights, in float64; its embedding is rounded as the chain's rows are."""
+    config, width = chain.config, chain.config.d_model
     model = SessaLM(config).double()
-    chain.limbs = torch.tensor(_limbs(16), device=DEVICE)
+    chain.limbs = torch.tensor(_limbs(config.head_dim), device=DEVICE)
     state = model.state_dict()
     for i, w in enumerate(chain.layers):
         weight, biases = w["project"].double().cpu(), [b.double().cpu() for b in w["biases"]]
-        stem, rows = f"layers.{i}", {"q_proj": (0, 32), "k_proj": (32, 64), "v_proj": (64, 96), "proj_fb": (96, 160)}
+        stem = f"layers.{i}"
+        rows = {"q_proj": (0, width), "k_proj": (width, 2 * width), "v_proj": (2 * width, 3 * width), "proj_fb": (3 * width, 5 * width)}
         for (name, (first, last)), bias in zip(rows.items(), biases, strict=True):
             state[f"{stem}.mixer.{name}.weight"], state[f"{stem}.mixer.{name}.bias"] = weight[first:last], bias
         state[f"{stem}.mixer.gamma_ctx.weight"], state[f"{stem}.mixer.gamma_bias"] = w["gamma"][0][None], w["gamma"][1][0]
@@ -41,11 +39,39 @@ def test_the_chain_computes_a_decode_step(separate: bool) -> None:
     state["norm.weight"], state["norm.bias"] = chain.last
     state["lm_head.weight"] = chain.head
     model.load_state_dict({name: x.double().cpu() for name, x in state.items()}, strict=True)
-    caches, ids = chain.caches(capacity, lengths), torch.tensor([5, 17, 33])
-    logits = chain.step(model.embedding(ids).detach().half().to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE), caches).double().cpu()
     model.embedding.weight.data = model.embedding.weight.data.half().double()
+    return model
+
+
+def truth(model: SessaLM, ids: torch.Tensor, lengths: list[int], caches: list[list[torch.Tensor]]) -> torch.Tensor:
+    """Logits of the last of ids (B,T) in float64."""
     past = [torch.nan_to_num(x.double().cpu()) for layer in caches for x in layer]
-    assert len(past) == 2 * len(CACHE_FIELDS)
+    assert len(past) == model.config.n_layers * len(CACHE_FIELDS)
+    new = torch.full((len(lengths),), ids.shape[1], dtype=torch.int32)
     with torch.no_grad():
-        truth = model.graph(ids[:, None], torch.tensor(lengths, dtype=torch.int32), torch.ones(3, dtype=torch.int32), past)[0]
-    assert (logits - truth).abs().max() <= 1e-2 * truth.abs().max()
+        return model.graph(ids, torch.tensor(lengths, dtype=torch.int32), new, past)[0]
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_chain_computes_a_decode_step(separate: bool) -> None:
+    from bench_chain import Chain
+
+    torch.manual_seed(0)
+    chain, lengths = Chain(SessaConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=40), DEVICE, separate), [9, 0, 3]
+    model, caches, ids = alike(chain), chain.caches(12, lengths), torch.tensor([5, 17, 33])
+    logits = chain.step(model.embedding(ids).detach().half().to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE), caches).double().cpu()
+    wanted = truth(model, ids[:, None], lengths, caches)
+    assert (logits - wanted).abs().max() <= 1e-2 * wanted.abs().max()
+
+
+def test_the_chain_of_several_rows_computes_a_step() -> None:
+    from bench_chain import Chain
+    from bench_rows import step
+
+    torch.manual_seed(0)
+    chain, lengths = Chain(SessaConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=40), DEVICE), [9]
+    model, caches, ids = alike(chain), chain.caches(12, lengths), torch.tensor([5, 17, 33])
+    x = step(chain, model.embedding(ids).detach().half().to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE), caches, 0)
+    wanted = truth(model, ids[None], lengths, caches)
+    logits = model.lm_head(model.norm(x[-1:].double().cpu())).detach()
+    assert (logits - wanted).abs().max() <= 1e-2 * wanted.abs().max()

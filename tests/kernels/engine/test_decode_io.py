@@ -71,7 +71,12 @@ def run(logits: np.ndarray, past: torch.Tensor, new: torch.Tensor) -> np.ndarray
     best = torch.full((batch, argmax["SPLITS"]), torch.nan, device=DEVICE)
     where, ids = torch.full_like(best, -5, dtype=torch.int32), ints(*[-5] * batch)
     decode_io.decode_argmax[(batch, argmax["SPLITS"])](torch.from_numpy(logits).to(DEVICE), best, where, vocabulary, **argmax)
-    decode_io.decode_finish[(batch,)](best, where, past, new, ids, **finish)
+    length = past.clone()
+    for kind, words in ((torch.int32, 1), (torch.int64, 2)):  # of the engine's ids; what lies behind the batch is somebody else's
+        past.copy_(length)
+        following = torch.full((batch + 1,), -7, dtype=kind, device=DEVICE)
+        decode_io.decode_finish[(batch,)](best, where, past, new, ids, following.view(torch.int32), words, **finish)
+        assert following.tolist() == [*ids.clamp(min=0).tolist(), -7]
     return ids.cpu().numpy()
 
 

@@ -107,6 +107,8 @@ def test_text_equals_onnx_runtimes_with_and_without_a_graph(build: Callable[...,
         with Session(bundle, backend) as session:
             assert [g.tokens for g in session.generate(prompts, 20)] == wanted
         assert (cuda.replays > 0) == graph and cuda.closed
+        marks = [what for what in cuda.log if what != "replay"]
+        assert marks[:5] == ["record 1", "record 2", "wait 1", "record 1", "wait 2"], "the next step is launched before the ids are waited for"
 
 
 @pytest.mark.parametrize("alignment", [256, 4096])

@@ -1,0 +1,80 @@
+"""A mixer's step of several rows, both attentions at a time, against plain torch in float64: on a GPU, or through Triton's interpreter (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from feedback_cases import make  # noqa: E402
+from rows_cases import SHARED, case, first, mixed  # noqa: E402
+from rule import check  # noqa: E402
+
+from sessa_deploy.kernels.engine import mixer_rows  # noqa: E402
+from sessa_deploy.kernels.engine.spec import rows_variant  # noqa: E402
+from sessa_deploy.kernels.launch.jit import interpreted  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU or TRITON_INTERPRET=1")
+# Under the interpreter, whose time is the tiles': heads up to 128 and widths up to 512.
+SMALL: dict[str, dict[str, Any]] | None = {
+    "mixer_rows_partial": dict(ROWS_F=16, HEADS_F=2, SLOTS_F=2, GROUP_F=2, LANES_F=128, STAGES_F=1, ROWS_B=16, CHUNKS_B=2, LANES_B=256, STAGES_B=1),
+    "mixer_rows_combine": dict(BLOCK_F=16, BLOCK_B=8, NF=32, NB=16, DF=128, DB=256), "mixer_rows_out": dict(BN=128, BK=256, KS=2),
+} if DEVICE == "cpu" else None  # fmt: skip
+SHAPES = [
+    (4, 4, 64, 40, [40, 0, 7], 5),  # a full, an empty and a short sequence
+    (8, 2, 64, 70, [70, 13], 16),  # four query heads a key
+    (2, 1, 128, 20, [20, 3], 2),  # two query heads a key
+    (3, 3, 24, 33, [33, 1], 11),  # narrower than any tile
+    (4, 4, 64, 700, [700, 400], 3),  # many splits
+    (1, 1, 16, 2100, [2100], 9),  # longer than all splits together have at least: each takes more
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_step_of_several_rows(shape: tuple[Any, ...]) -> None:
+    a = case(*shape, DEVICE)
+    check(mixer_rows.step(**a, tiles=SMALL), mixed(a, torch.float64), mixed(a, torch.float32))
+
+
+def test_a_row_depends_neither_on_those_behind_it_nor_on_its_batch() -> None:
+    """Bits, for every number of rows; what lies behind may hold anything."""
+    a = case(4, 2, 32, 60, [60, 5, 0], 16, DEVICE)
+    whole = mixer_rows.step(**a, tiles=SMALL)
+    for tokens in (2, 5, 11):
+        assert torch.equal(mixer_rows.step(**first(a, tokens), tiles=SMALL), whole[:, :tokens])
+    for name in ("q", "k", "v", "q_b", "k_b", "gamma"):
+        b = {**a, name: a[name].clone()}
+        b[name][:, 6] = torch.inf if name == "v" else torch.nan
+        found = mixer_rows.step(**b, tiles=SMALL)
+        assert torch.equal(found[:, :6], whole[:, :6]) and not torch.isfinite(found[0, 6 + (name == "k_b")]).any(), name
+    alone = mixer_rows.step(**{n: x if n in SHARED else x[1:2] for n, x in a.items()}, tiles=SMALL)
+    assert torch.equal(alone, whole[1:2])
+
+
+@pytest.mark.parametrize("routing", ["chain", "alternating", "key0", "uniform"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_hard_routings(routing: str, dtype: torch.dtype) -> None:
+    """gamma +-0.999 over the past's edge and the new rows; f comes from the causal branch, whose values are those of the routing's f."""
+    for sign in (1.0, -1.0):
+        a = case(2, 2, 64, 24, [24, 24], 16, DEVICE, dtype=dtype)
+        q_b, k_b, gamma, f, past_kb, past_s, length = make(routing, 2, 16, 24, 128, dtype, sign)
+        a |= {"q_b": q_b, "k_b": k_b, "gamma": gamma, "v": f.view(2, 16, 2, 64), "past_kb": past_kb, "past_s": past_s, "past_length": length}
+        check(mixer_rows.step(**a, tiles=SMALL), mixed(a, torch.float64), mixed(a, torch.float32))
+
+
+def test_an_empty_past_adds_nothing_to_the_first_row() -> None:
+    a = case(2, 2, 32, 8, [0, 0], 4, DEVICE)
+    before = mixer_rows.step(**a, tiles=SMALL)
+    a["gamma"][:, 0] = torch.nan
+    assert torch.equal(mixer_rows.step(**a, tiles=SMALL), before)
+
+
+def test_widths_without_a_kernel_are_named() -> None:
+    assert rows_variant(768, 64, 1) == "1024.64" and rows_variant(2048, 96, 2) == "2048.128x4"
+    for width, head in ((4096, 64), (1024, 256)):
+        with pytest.raises(ValueError, match="the largest are 2048 and 128"):
+            rows_variant(width, head, 1)
