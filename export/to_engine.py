@@ -1,9 +1,9 @@
 """A bundle's graph to a TensorRT engine in the same bundle. onnx, numpy, tensorrt and the CUDA driver; no torch.
 
-One plan holds two optimisation profiles, prefill (1..max_prompt tokens) and decode (one token), both with caches of the whole capacity. With more than
-one profile no TensorRT takes the flag DISTRIBUTIVE_INDEPENDENCE, which would promise that a sequence's bits do not depend on the others of its batch.
-Our kernels keep that promise without it (plugins/README.md, Numbers), so it holds where they compute the layers: between the plugins of such a graph
-stands nothing that sums. Products left to TensorRT (`--layers tensorrt`, float32) are its own to round, the same for the same batch.
+One plan holds three optimisation profiles, prefill (1..max_prompt tokens), decode (one token) and rows (2..16, to verify drafts), all with caches of the
+whole capacity. With more than one profile no TensorRT takes the flag DISTRIBUTIVE_INDEPENDENCE, which would promise that a sequence's bits do not depend
+on the others of its batch. Our kernels keep that promise without it (plugins/README.md, Numbers), so it holds where they compute the layers: between the
+plugins of such a graph stands nothing that sums. Products left to TensorRT (`--layers tensorrt`, float32) are its own to round, the same for the same batch.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def parse(trt: Any, network: Any, log: Any, prepared: PreparedGraph, path: Path)
 
 
 def add_profiles(builder: Any, config: Any, bundle: Bundle, shapes: Shapes) -> None:
-    """The prefill and the decode profile, in the order of trt_plan.PREFILL and DECODE. Raises SessaError if TensorRT refuses one."""
+    """The profiles of `trt_plan.profiles`, in the order of its PREFILL, DECODE and ROWS. Raises SessaError if TensorRT refuses one."""
     model, batches = bundle.config, (1, shapes.max_batch, shapes.max_batch)
     for name, tokens in trt_plan.profiles(shapes.max_batch, shapes.max_prompt).items():
         profile = builder.create_optimization_profile()

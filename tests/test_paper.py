@@ -344,3 +344,7 @@ def test_a_sessa_goes_down_the_whole_road(
     out = capsys.readouterr().out
     assert "parity: PASSED" in out and "largest difference: 0.000 points" in out
     assert (tmp_path / "recall" / "MODEL_CARD.md").read_text().count("| ort, fp32 |") == 1
+    monkeypatch.setattr(sys, "argv", [str(x) for x in (*args[:1], "--measure", *args[3:-1], "ort,trt:fp32")])
+    assert deploy.main() == 2  # no TensorRT here: named, and the other's accuracy is there
+    said = capsys.readouterr()
+    assert said.err.startswith("trt, fp32: ") and "largest difference: 0.000 points" in said.out

@@ -16,7 +16,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.export.engine.prepare import PLUGIN
 from sessa_deploy.runtime.bundle import Bundle
 
-RECIPE_VERSION = 7  # goes up when to_engine.py asks TensorRT for something else
+RECIPE_VERSION = 8  # goes up when to_engine.py asks TensorRT for something else
 DEFAULT_PROMPT = 512
 OPT_LEVELS = (0, 5)
 LAYERS = (PLUGIN, "tensorrt")  # who computes what stands around the attentions
@@ -82,7 +82,7 @@ def estimate(config: SessaConfig, precision: str, weights: int, shapes: Shapes, 
              all_logits: bool = False) -> dict[str, int]:
     """Bytes of GPU memory a build needs at its peak, by what takes them. weights: bytes of the graph. all_logits: it gives those of every token.
 
-    A build holds the weights about twice (as read, as laid out for the kernels) and runs both profiles on real buffers. An inlined causal attention
+    A build holds the weights about twice (as read, as laid out for the kernels) and runs all profiles on real buffers. An inlined causal attention
     keeps float32 scores (B,Hq,T,P+T) and float32 keys and values of the whole capacity; feedback attention's workspace holds (B,T,P+T) routing tiles.
     """
     item, (b, p, t) = PRECISIONS[precision].itemsize, (shapes.max_batch, shapes.capacity, shapes.max_prompt)

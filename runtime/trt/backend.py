@@ -70,7 +70,7 @@ class TrtBackend(DeviceBackend):
             scratch = self._cuda.allocate(size)
             self._prefill_row: int | None = None  # whose cache addresses that context has
             self._scratch = scratch, size
-            self._prefill, self._decode = (self._context(profile) for profile in (trt_plan.PREFILL, trt_plan.DECODE))
+            self._prefill, self._decode = (self._context(*of) for of in ((trt_plan.PREFILL, self.info.max_prompt), (trt_plan.DECODE, 1)))
 
     def expect_rows(self, rows: int) -> None:
         self.recorded_tokens = min(rows, STEP_ROWS)
@@ -96,13 +96,10 @@ class TrtBackend(DeviceBackend):
         alone (8.6); such steps are then enqueued piece by piece."""
         if tokens not in self._few_rows:
             try:
-                context = self._context(trt_plan.PREFILL)
+                self._few_rows[tokens] = self._context(self.info.rows_profile, tokens)
             except SessaError:
                 self.recorded_tokens = 1
                 return None
-            if not context.set_input_shape(INPUT_IDS, (self.batch, tokens)):
-                raise self._failure(f"a step of {tokens} rows")
-            self._few_rows[tokens] = context
         return self._few_rows[tokens]
 
     def _release(self) -> None:
@@ -120,10 +117,11 @@ class TrtBackend(DeviceBackend):
                 self._cache_file.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(self._cache_file, data)
 
-    def _context(self, profile: int) -> Any:
+    def _context(self, profile: int, tokens: int) -> Any:
+        """A context of a profile, for steps of all sequences over that many tokens."""
         context = trt_api.context(self._trt, self.engine, profile, self._cuda.stream, *self._scratch, self._log, self._config)
         self._cuda.wait()
-        self._bind(context, Extent(self.batch, 1 if profile == trt_plan.DECODE else self.info.max_prompt))
+        self._bind(context, Extent(self.batch, tokens))
         return context
 
     def _bind(self, context: Any, step: Extent) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from sessa_deploy.contract import ENGINES_DIR, ORT_ENGINE
+from sessa_deploy.contract import ENGINES_DIR, ORT_ENGINE, STEP_ROWS
 from sessa_deploy.errors import UserError
 from sessa_deploy.process import command
 from sessa_deploy.reading import open_plain, parse_json
@@ -25,7 +25,7 @@ _TEXTS = ("key", "plan_sha256", "tensorrt", "arch", "gpu", "driver", "precision"
 _INTEGERS = ("schema_version", "plan_size", "max_batch", "capacity", "max_prompt")
 _KINDS: dict[str, Any] = {**dict.fromkeys(_TEXTS, str), **dict.fromkeys(_INTEGERS, int), "seconds": (int, float), "inlined": list}
 _LATER: dict[str, Any] = {"product": str, "archs": list, "profiles": dict, "plugins": dict}  # that descriptions of before do not have
-PREFILL, DECODE = 0, 1  # optimisation profiles, in the order in which they are added
+PREFILL, DECODE, ROWS = 0, 1, 2  # optimisation profiles, in the order in which they are added; engines of before have no ROWS
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class EngineInfo:
     plugins: dict[str, int] = field(default_factory=dict)
     schema_version: int = ENGINE_SCHEMA
 
+    @property
+    def rows_profile(self) -> int:
+        """The optimisation profile of steps that verify a draft."""
+        return ROWS if "rows" in self.profiles else PREFILL
+
     def serves(self, arch: int) -> bool:
         """Whether the plan runs on a GPU of compute capability `arch`."""
         return arch in self.archs if self.archs else self.arch == f"sm_{arch}"
@@ -75,8 +80,10 @@ def place(product: str, archs: tuple[int, ...]) -> str:
 
 
 def profiles(max_batch: int, max_prompt: int) -> dict[str, list[list[int]]]:
-    """(B,T) of input_ids at least, at best and at most, of the two profiles in their order."""
-    return {name: [[1, least], [max_batch, most], [max_batch, most]] for name, least, most in (("prefill", 1, max_prompt), ("decode", 1, 1))}
+    """(B,T) of input_ids at least, at best and at most, of every profile in their order."""
+    rows = min(STEP_ROWS, max_prompt)
+    tokens = {"prefill": (1, max_prompt, max_prompt), "decode": (1, 1, 1), **({"rows": (2, rows // 2 + 1, rows)} if rows > 1 else {})}
+    return {name: [[1, least], [max_batch, best], [max_batch, most]] for name, (least, best, most) in tokens.items()}
 
 
 def engines(bundle: Bundle) -> dict[str, EngineInfo]:

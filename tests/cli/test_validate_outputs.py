@@ -25,7 +25,7 @@ from sessa_deploy.export.parity.verdict import Failure, Report
 from sessa_deploy.export.to_onnx import export_bundle
 from sessa_deploy.model import SessaLM
 
-CONFIG = SessaConfig(d_model=16, n_layers=1, n_heads=2, vocab_size=40, max_context=4)
+CONFIG = SessaConfig(d_model=16, n_layers=1, n_heads=2, vocab_size=257, max_context=4)
 Run = Callable[..., tuple[int, str, str]]
 
 

@@ -68,8 +68,9 @@ def test_what_the_builder_is_asked(fake: Callable[..., Any], bundle: Callable[..
     config, network = trt.calls.config, trt.calls.network
     assert built.fresh and built.folder == f"engines/sm_90-{version}-fp16" and built.info.capacity == 24 and built.info.max_prompt == 24
     assert Bundle.open(built.bundle.path).sha256(f"{built.folder}/model.plan") == built.info.plan_sha256
-    prefill, decode = config.profiles
+    prefill, decode, rows = config.profiles
     assert prefill["input_ids"] == [(1, 1), (4, 24), (4, 24)] and decode["input_ids"] == [(1, 1), (4, 1), (4, 1)]
+    assert rows["input_ids"] == [(1, 2), (4, 9), (4, 16)] and built.info.rows_profile == 2 and rows["past.0.s"] == prefill["past.0.s"]
     assert prefill["past.0.s"] == decode["past.0.s"] == [(1, 24, 16), (4, 24, 16), (4, 24, 16)] and prefill["past.1.v_f"][1] == (4, 24, 2, 4)
     assert prefill["past_length"] == [(1,), (4,), (4,)] and "TF32" in config.cleared
     assert config.pools == {"WORKSPACE": 1 << 20} and config.builder_optimization_level == 2

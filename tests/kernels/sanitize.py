@@ -17,7 +17,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
 
-from sessa_deploy.kernels.engine import layer, mixer
+from sessa_deploy.kernels.engine import layer, mixer, mixer_rows
 from sessa_deploy.kernels.feedback import backward, forward, step
 from sessa_deploy.kernels.launch.limits import PANEL_BYTES
 
@@ -43,7 +43,7 @@ def once(dtype: torch.dtype, tokens: int, past: int, width: int, panel_bytes: in
 
 
 def mixed(dtype: torch.dtype, batch: int, capacity: int, heads: int, width: int) -> bool:
-    """A decode step of the mixer over pasts of different lengths, and the layer's entrance; whether all is finite."""
+    """Steps of one and of five rows of the mixer over pasts of different lengths, and the layer's entrance; whether all is finite."""
     make = torch.Generator().manual_seed(capacity)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -56,8 +56,11 @@ def mixed(dtype: torch.dtype, batch: int, capacity: int, heads: int, width: int)
     length = torch.arange(batch, dtype=torch.int32).mul(7).clamp(max=capacity).cuda()
     length[-1] = capacity
     s = mixer.step(q, k, v, past_k, past_v, square, row, normal(batch, width), torch.rand(batch, generator=make).cuda(), past_kb, past_s, length)
+    new = [normal(batch, 5, *shape) for shape in ((heads, d), (heads, d), (heads, d), (width,), (width,))]
+    gamma = torch.rand(batch, 5, generator=make).cuda()
+    several = mixer_rows.step(*new[:3], past_k, past_v, square, row, *new[3:], gamma, past_kb, past_s, length)
     h = layer.norm_enter(s, row, row, 1e-5, normal(2 * width, width), normal(2 * width))
-    return all(bool(torch.isfinite(x.cpu()).all()) for x in (s, h))
+    return all(bool(torch.isfinite(x.cpu()).all()) for x in (s, several, h))
 
 
 def main() -> int:

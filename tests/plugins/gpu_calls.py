@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import plugin_harness as ph
 from layer_calls import layer_calls
 from plugin_harness import BFLOAT, FLOAT, HALF, headed, sizes
+
+from sessa_deploy.contract import STEP_ROWS
 
 TYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": BFLOAT}
 
@@ -37,22 +39,22 @@ def feedback(storage: str) -> Iterator[Case]:
     """Decode steps and prefill, ragged, with poisoned rows beyond each length."""
     import torch
 
-    from sessa_deploy.kernels.feedback import forward, step
+    from sessa_deploy.kernels import route
 
     dtype = getattr(torch, storage)
     torch.manual_seed(0)
-    for b, t, p, d in ((3, 1, 300, 768), (2, 1, 1, 48), (1, 1, 4096, 4096), (1, 257, 0, 256), (3, 100, 130, 768), (1, 1000, 64, 1024)):
+    several = ((2, 5, 300, 768), (1, 16, 4096, 2048), (1, 2, 70, 4096))
+    for b, t, p, d in (*several, (3, 1, 300, 768), (2, 1, 1, 48), (1, 1, 4096, 4096), (1, 257, 0, 256), (3, 100, 130, 768), (1, 1000, 64, 1024)):
         q, k, f = torch.randn(3, b, t, d, device="cuda").to(dtype)
         past = torch.randn(2, b, p, d, device="cuda").to(dtype)
         length = lengths_and_poison(p, past)
         gamma = 1.998 * torch.rand(b, t, device="cuda") - 0.999
-        op: Callable[..., torch.Tensor] = step.step if t == 1 else lambda *a: forward.forward(*a, need_lse=False)[0]
         inputs = [q, k, gamma, f, past[0], past[1], length]
-        yield Case(ph.FEEDBACK, None, sizes(b, t, p, d), inputs, (op(*inputs),))
+        yield Case(ph.FEEDBACK, None, sizes(b, t, p, d), inputs, (route.feedback_forward(*inputs, need_lse=False)[0],))
 
 
 def causal(storage: str) -> Iterator[Case]:
-    """Decode steps and chunks, ragged, grouped heads of several widths, with poisoned rows beyond each length."""
+    """Steps of one and of several rows, and chunks, ragged, grouped heads of several widths, with poisoned rows beyond each length."""
     import torch
 
     from sessa_deploy.kernels import route
@@ -60,6 +62,7 @@ def causal(storage: str) -> Iterator[Case]:
     dtype = getattr(torch, storage)
     torch.manual_seed(0)
     shapes = [(3, 1, 300, 64, 16, 16), (2, 1, 1, 48, 6, 2), (1, 1, 5000, 128, 9, 1), (2, 1, 70, 256, 4, 4), (1, 1, 33, 24, 5, 5),
+              (3, 7, 300, 64, 16, 16), (1, 16, 5000, 128, 9, 1), (2, 2, 70, 40, 4, 2),
               (3, 100, 130, 64, 4, 2), (1, 257, 64, 128, 2, 2), (2, 130, 1, 40, 3, 3), (1, 40, 300, 256, 2, 1)]  # fmt: skip
     for b, t, p, d, heads, kv_heads in shapes:
         q = torch.randn(b, t, heads, d, device="cuda").to(dtype)
@@ -85,17 +88,18 @@ def layers(storage: str, rows: tuple[int, int], heads: tuple[int, int, int]) -> 
 
 
 def mixer(storage: str) -> Iterator[Case]:
-    """Decode steps as engine/mixer.py computes them, chunks as the three operations one after the other; ragged, with poisoned rows beyond each length."""
+    """Steps as engine/mixer.py and mixer_rows.py compute them, chunks as three operations one by one; ragged, with poisoned rows beyond each length."""
     import torch
 
     from sessa_deploy.kernels import route
-    from sessa_deploy.kernels.engine import layer
+    from sessa_deploy.kernels.engine import layer, mixer_rows
     from sessa_deploy.kernels.engine import mixer as kernels
     from sessa_deploy.kernels.feedback import forward
 
     dtype = getattr(torch, storage)
     torch.manual_seed(0)
     shapes = [(1, 1, 4096, 16, 16, 64), (3, 1, 300, 12, 4, 64), (40, 1, 70, 4, 4, 128), (70, 1, 33, 2, 1, 24), (3, 99, 130, 8, 8, 64), (1, 257, 1, 4, 2, 128)]
+    shapes += [(1, 8, 4096, 16, 16, 64), (3, 16, 300, 12, 4, 64), (2, 3, 70, 16, 16, 128), (1, 2, 1, 16, 4, 128)]  # several rows
     for b, t, p, heads, kv_heads, d in shapes:
         width = heads * d
         q = torch.randn(b, t, heads, d, device="cuda").to(dtype)
@@ -108,6 +112,8 @@ def mixer(storage: str) -> Iterator[Case]:
         if t == 1:
             new = [x[:, 0] for x in (q, k, v)]
             s = kernels.step(*new, *past, weight, bias, q_b[:, 0], gamma[:, 0], *past_b, length).view(b, 1, width)
+        elif t <= STEP_ROWS:
+            s = mixer_rows.step(q, k, v, *past, weight, bias, q_b, k_b, gamma, *past_b, length)
         else:
             o = route.causal_kernels(q, k, v, past[0], past[1], length)
             f = layer.linear(o.view(b * t, width), weight, bias).view(b, t, width)

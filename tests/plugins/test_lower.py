@@ -1,7 +1,9 @@
-"""Lowering: every kernel compiles for 90 and another architecture without a GPU, its metadata is whole, and bad binaries are refused."""
+"""Lowering: every form of every kernel compiles without a GPU, the architectures by turns; its metadata is whole, and bad binaries are refused."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -19,18 +21,45 @@ from sessa_deploy.plugins import lower
 pytest.importorskip("triton")
 
 
-def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sessa_deploy.plugins.lower", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, **env})
+def sample() -> list[lower.Unit]:
+    """Every form (kernel, dtype, variant) for one architecture, every second for sm_90 and the rest for the others in turn; every kernel for two at least.
+
+    A second a binary: all of them are the work of `python -m sessa_deploy.plugins.lower`, which a release runs.
+    """
+    forms: dict[tuple[str, str, str], list[int]] = {}
+    for arch in (90, *(a for a in ARCHS if a != 90)):
+        for unit in lower.units([arch]):
+            forms.setdefault((unit.kernel, unit.dtype, unit.variant), []).append(arch)
+    chosen, turn = [], 0
+    for i, ((kernel, dtype, variant), archs) in enumerate(sorted(forms.items())):
+        others = [a for a in archs if a != 90]
+        alone = sum(name == kernel for name, _, _ in forms) == 1
+        if others and (i % 2 or alone):
+            chosen.append(lower.Unit(kernel, others[turn % len(others)], dtype, variant))
+            turn += 1
+        if 90 in archs and (not i % 2 or alone or not others):
+            chosen.append(lower.Unit(kernel, 90, dtype, variant))
+    return chosen
+
+
+def test_the_sample_leaves_no_form_no_kernel_and_no_architecture_out() -> None:
+    chosen, every = sample(), {(u.kernel, u.dtype, u.variant) for arch in ARCHS for u in lower.units([arch])}
+    assert {(u.kernel, u.dtype, u.variant) for u in chosen} == every and len(chosen) <= len(every) + sum(k.lowered for k in table.kernels().values())
+    assert {u.arch for u in chosen} == set(ARCHS)
+    for kernel in {u.kernel for u in chosen}:
+        assert {u.arch for u in chosen if u.kernel == kernel} > {90}, kernel
 
 
 @pytest.fixture(scope="module")
 def lowered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """(folder, cubins.json, standard output) of one run for sm_90 and sm_86; an interpreter asked for by other tests must not matter."""
-    out = tmp_path_factory.mktemp("cubins")
-    done = run("--arch", "90,86", "--out", str(out), TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out, json.loads((out / lower.MANIFEST).read_text()), done.stdout
+    """(folder, cubins.json, standard output) of one run that makes the sample; an interpreter asked for by other tests must not matter."""
+    out, said, chosen = tmp_path_factory.mktemp("cubins"), io.StringIO(), sample()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setattr(lower, "units", lambda archs, kernels=None: chosen)
+        code = lower.main(["--out", str(out)])
+    assert code == 0, said.getvalue()
+    return out, json.loads((out / lower.MANIFEST).read_text()), said.getvalue()
 
 
 @pytest.mark.slow
@@ -38,7 +67,7 @@ def test_every_unit_is_made_and_described(lowered: tuple[Path, dict[str, Any], s
     out, manifest, stdout = lowered
     cubins = manifest["cubins"]
     assert manifest["schema"] == lower.SCHEMA
-    assert {(c["kernel"], c["arch"], c["dtype"], c["variant"]) for c in cubins} == {(u.kernel, u.arch, u.dtype, u.variant) for u in lower.units([90, 86])}
+    assert {(c["kernel"], c["arch"], c["dtype"], c["variant"]) for c in cubins} == {(u.kernel, u.arch, u.dtype, u.variant) for u in sample()}
     assert {p.name for p in out.glob("*.cubin")} == {c["file"] for c in cubins}
     for c in cubins:
         described = table.kernel(c["kernel"])
@@ -47,19 +76,23 @@ def test_every_unit_is_made_and_described(lowered: tuple[Path, dict[str, Any], s
         binary = (out / c["file"]).read_bytes()
         assert binary[:4] == b"\x7fELF" and len(binary) == c["size"]
         assert str(Path(table.__file__).parents[1]).encode() not in binary  # no path of this machine
-    assert sum(c["size"] for c in cubins) * len(ARCHS) / 2 < 40 * 2**20
+    assert sum(c["size"] for c in cubins) * len(lower.units(ARCHS)) / len(cubins) < 40 * 2**20
     assert (out / lower.TABLE).read_text().count("SESSA_CUBIN(") == len(cubins)
     assert "sm_86" in stdout and "untuned" in stdout
 
 
 @pytest.mark.slow
 def test_lowering_again_gives_the_same_bytes(lowered: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
-    manifest = lowered[1]
+    """By the command, for one kernel."""
+    before = {c["file"]: c["sha256"] for c in lowered[1]["cubins"] if c["kernel"] == "feedback_step_combine" and c["arch"] == 90}
     (tmp_path / "stale.cubin").write_bytes(b"old")
-    assert run("--arch", "90", "--out", str(tmp_path), "--kernel", "feedback_step_combine").returncode == 0
+    command = [sys.executable, "-m", "sessa_deploy.plugins.lower", "--arch", "90", "--out", str(tmp_path), "--kernel", "feedback_step_combine"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
     again = json.loads((tmp_path / lower.MANIFEST).read_text())["cubins"]
-    before = {c["file"]: c["sha256"] for c in manifest["cubins"]}
-    assert again and all(before[c["file"]] == c["sha256"] for c in again)
+    assert {(c["kernel"], c["arch"], c["dtype"], c["variant"]) for c in again} == {
+        (u.kernel, u.arch, u.dtype, u.variant) for u in lower.units([90], ["feedback_step_combine"])}
+    assert before and before.items() <= {c["file"]: c["sha256"] for c in again}.items()
     assert not (tmp_path / "stale.cubin").exists()
 
 
@@ -129,7 +162,7 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
     """A GPU before sm_90 has no griddepcontrol; where there is one, a decode step's kernels ask for it, but no product of more than 64 rows."""
     early = [k for k in table.kernels().values() if k.early]
     assert {k.name for k in early} == {k.name for k in table.kernels().values() if "PDL" in k.constexprs}
-    assert {k.name for k in early} == {n for n in table.kernels() if n.startswith(("feedback_step", "causal_step", "mixer_step", "layer_"))}
+    assert {k.name for k in early} == {n for n in table.kernels() if n.startswith(("feedback_step", "causal_step", "mixer_", "layer_")) or "_rows_" in n}
     for k in early:
         for variant in k.variants:
             may = variant in k.early
@@ -157,26 +190,28 @@ for module in modules:
 JIT = {
     "feedback_": """
 import hashlib, torch
-from sessa_deploy.kernels.feedback import forward, step, tiles
+from sessa_deploy.kernels import route
+from sessa_deploy.kernels.feedback import forward, step, step_rows, tiles
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    for tokens, width in ((1, 768), (1, 4096), (130, 256), (257, 1024)):
+    for tokens, width in ((1, 768), (1, 4096), (5, 768), (16, 2048), (130, 256), (257, 1024)):
         q, k, f = torch.randn(3, 2, tokens, width, device="cuda").to(dtype)
         past = torch.randn(2, 2, 300, width, device="cuda").to(dtype)
-        run = step.step if tokens == 1 else forward.forward
-        run(q, k, torch.rand(2, tokens, device="cuda"), f, past[0], past[1], torch.tensor([300, 7], device="cuda", dtype=torch.int32))
-modules = (step, tiles, forward)
+        lengths = torch.tensor([300, 7], device="cuda", dtype=torch.int32)
+        route.feedback_forward(q, k, torch.rand(2, tokens, device="cuda"), f, past[0], past[1], lengths, need_lse=False)
+modules = (step, step_rows, tiles, forward)
 """,
     "causal_": """
 import hashlib, torch
 from sessa_deploy.kernels import route
-from sessa_deploy.kernels.causal import prefill, step
+from sessa_deploy.kernels.causal import prefill, step, step_rows
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    for tokens, heads, width in ((1, 4, 64), (1, 2, 40), (1, 8, 128), (1, 2, 256), (130, 2, 64), (33, 4, 128), (40, 2, 200)):
+    few = ((2, 2, 64), (9, 4, 48), (16, 8, 128), (5, 2, 100))
+    for tokens, heads, width in (*few, (1, 4, 64), (1, 2, 40), (1, 8, 128), (1, 2, 256), (130, 2, 64), (33, 4, 128), (40, 2, 200)):
         q = torch.randn(2, tokens, heads, width, device="cuda").to(dtype)
         k, v = torch.randn(2, 2, tokens, 2, width, device="cuda").to(dtype)
         past = torch.randn(2, 2, 300, 2, width, device="cuda").to(dtype)
         route.causal_kernels(q, k, v, past[0], past[1], torch.tensor([300, 7], device="cuda", dtype=torch.int32))
-modules = (step, prefill)
+modules = (step, step_rows, prefill)
 """,
 }
 

@@ -3,8 +3,8 @@
 s_t = f_t + gamma_t * (sum_j alpha[t,j] s_j over the past rows j < past_length[b] and the new rows j < t). `feedback_rows_partial` gives each split of the past
 to a program, for which the T queries are one matrix tile of ROWS rows, whatever T is; a program more makes the scores of the new rows among themselves.
 `feedback_rows_combine` adds the splits in a fixed order, joins both normalisers and inverts I - (gamma alpha) of the new rows by forward substitution, all
-float32; `feedback_rows_finish` is s = (I - gamma alpha)^-1 (f + gamma * the past's sum). A past's weights go into its product as pairs of the storage type. Past rows from
-past_length[b] on are never read; a new row's NaN or Inf reaches itself and later rows only.
+float32; `feedback_rows_finish` is s = (I - gamma alpha)^-1 (f + gamma * the past's sum). A past's weights go into its product as pairs of the storage type.
+Past rows from past_length[b] on are never read; a new row's NaN or Inf reaches itself and later rows only.
 """
 
 from __future__ import annotations

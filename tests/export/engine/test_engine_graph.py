@@ -53,7 +53,7 @@ def test_widths_decide_what_the_plugin_claims(tmp_path: Path) -> None:
 
     def graph(d_model: int, n_heads: int) -> onnx.ModelProto:
         torch.manual_seed(0)
-        config = SessaConfig(d_model=d_model, n_layers=1, n_heads=n_heads, vocab_size=11, max_context=16)
+        config = SessaConfig(d_model=d_model, n_layers=1, n_heads=n_heads, vocab_size=257, max_context=16)
         return engine_graph.load(export_onnx(SessaLM(config), tmp_path / f"{d_model}.{n_heads}.onnx", "fp32"))
 
     model = graph(16, 2)

@@ -19,8 +19,8 @@ from sessa_deploy.export.engine import fuse as engine_fuse
 from sessa_deploy.export.engine import graph as engine_graph
 from sessa_deploy.export.engine import layers as engine_layers
 
-SIZES = {"two heads a key": {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "layer_norm_eps": 0.3}, "one head": {"d_model": 16, "n_heads": 1},
-         "wide heads": {"d_model": 272, "n_heads": 2}}  # fmt: skip
+SIZES = {"two heads a key": {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2, "layer_norm_eps": 0.3},
+         "one head": {"d_model": 16, "n_heads": 1, "n_layers": 1}, "wide heads": {"d_model": 272, "n_heads": 2, "n_layers": 1}}  # fmt: skip
 
 
 def exported(folder: Path, config: SessaConfig, all_logits: bool = False, inline_limit: int = 1 << 30, precision: str = "fp32") -> Path:
@@ -41,7 +41,8 @@ def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_lo
     import onnxruntime
     from onnx.reference import ReferenceEvaluator
 
-    config = SessaConfig(n_layers=2, vocab_size=61, max_context=32, **SIZES[size])
+    config = SessaConfig(vocab_size=61, max_context=32, **SIZES[size])
+    deep = config.n_layers
     path = exported(tmp_path, config, all_logits, inline_limit=0)
     prepared = engine_graph.prepare(engine_graph.load(path), engine_graph.PLUGIN_OPS)
     graph = prepared.model.graph
@@ -50,10 +51,10 @@ def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_lo
     types = engine_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent)
     assert types is not None and contract.LOGITS not in {n.op_type for n in graph.node}
     counts = Counter(n.op_type for n in graph.node)
-    assert counts[contract.NORM_OP] == 1 and counts[contract.TAIL_OP] == counts[contract.NORM_ENTER_OP] == counts[contract.PROJECT_GAIN_OP] == 2
-    both = 2 if size == "two heads a key" else 0  # a single head has no output projection, and the mixer's kernels end at heads of 128
-    assert counts[contract.MIXER_OP] == both and counts[contract.CAUSAL_OP] == counts[contract.FEEDBACK_OP] == 2 - both
-    assert counts[contract.LINEAR_HEADS_OP] == (2 if size == "wide heads" else 0)
+    assert counts[contract.NORM_OP] == 1 and counts[contract.TAIL_OP] == counts[contract.NORM_ENTER_OP] == counts[contract.PROJECT_GAIN_OP] == deep
+    both = deep if size == "two heads a key" else 0  # a single head has no output projection, and the mixer's kernels end at heads of 128
+    assert counts[contract.MIXER_OP] == both and counts[contract.CAUSAL_OP] == counts[contract.FEEDBACK_OP] == deep - both
+    assert counts[contract.LINEAR_HEADS_OP] == (deep if size == "wide heads" else 0)
     assert counts[contract.LOGITS_OP] == 1
     assert counts[contract.ROTARY_OP] == 1 and not {"Cos", "Sin", "Floor"} & set(counts)
     assert not {"MatMul", "Gemm", "LayerNormalization", "Erf", "Softmax"} & set(counts)
@@ -61,10 +62,10 @@ def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_lo
     rng = np.random.default_rng(0)
     feeds: dict[str, Any] = {contract.INPUT_IDS: rng.integers(0, 61, (2, 3)), contract.PAST_LENGTH: np.array([4, 0], np.int32),
                              contract.NEW_LENGTH: np.array([3, 2], np.int32)}  # fmt: skip
-    for layer, name in contract.cache_entries(2):
+    for layer, name in contract.cache_entries(deep):
         shape = (2, 6, *contract.cache_row_shape(name, config.d_model, config.kv_heads, config.head_dim))
         feeds[contract.past_name(layer, name)] = rng.standard_normal(shape).astype(np.float32)
-    names = contract.graph_outputs(2)
+    names = contract.graph_outputs(deep)
     wanted = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(names, feeds)
     onnx.external_data_helper.load_external_data_for_model(prepared.model, str(path.parent))
     found = ReferenceEvaluator(prepared.model, new_ops=operators()).run(names, feeds)
@@ -102,7 +103,7 @@ def test_layers_without_kernels_stay_tensorrts(tmp_path: Path) -> None:
         assert model.SerializeToString() == before
 
 
-SMALL = SessaConfig(n_layers=1, vocab_size=11, max_context=8, d_model=16, n_heads=2)
+SMALL = SessaConfig(n_layers=1, vocab_size=257, max_context=8, d_model=16, n_heads=2)
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,10 @@ SMALL: dict[str, dict[str, Any]] | None = {
 } if DEVICE == "cpu" else None  # fmt: skip
 SHAPES = [
     (4, 4, 64, 40, [40, 0, 7], 5),  # a full, an empty and a short sequence
-    (8, 2, 64, 70, [70, 13], 16),  # four query heads a key
+    (8, 2, 64, 70, [70], 16),  # four query heads a key
     (2, 1, 128, 20, [20, 3], 2),  # two query heads a key
     (3, 3, 24, 33, [33, 1], 11),  # narrower than any tile
-    (4, 4, 64, 700, [700, 400], 3),  # many splits
-    (1, 1, 16, 2100, [2100], 9),  # longer than all splits together have at least: each takes more
+    (1, 1, 16, 300, [300], 9),  # longer than all splits together have at least: each takes more
 ]
 
 
@@ -42,21 +41,21 @@ def test_a_step_of_several_rows(shape: tuple[Any, ...]) -> None:
 
 def test_a_row_depends_neither_on_those_behind_it_nor_on_its_batch() -> None:
     """Bits, for every number of rows; what lies behind may hold anything."""
-    a = case(4, 2, 32, 60, [60, 5, 0], 16, DEVICE)
+    a = case(4, 2, 32, 40, [40, 5], 16, DEVICE)
     whole = mixer_rows.step(**a, tiles=SMALL)
-    for tokens in (2, 5, 11):
+    for tokens in (2, 11):
         assert torch.equal(mixer_rows.step(**first(a, tokens), tiles=SMALL), whole[:, :tokens])
-    for name in ("q", "k", "v", "q_b", "k_b", "gamma"):
-        b = {**a, name: a[name].clone()}
-        b[name][:, 6] = torch.inf if name == "v" else torch.nan
+    for names in (("q",), ("k", "q_b"), ("v", "gamma"), ("k_b",)):
+        b = {**a, **{name: a[name].clone() for name in names}}
+        for name in names:
+            b[name][:, 6] = torch.inf if name == "v" else torch.nan
         found = mixer_rows.step(**b, tiles=SMALL)
-        assert torch.equal(found[:, :6], whole[:, :6]) and not torch.isfinite(found[0, 6 + (name == "k_b")]).any(), name
+        assert torch.equal(found[:, :6], whole[:, :6]) and not torch.isfinite(found[0, 6 + (names == ("k_b",))]).any(), names
     alone = mixer_rows.step(**{n: x if n in SHARED else x[1:2] for n, x in a.items()}, tiles=SMALL)
     assert torch.equal(alone, whole[1:2])
 
 
-@pytest.mark.parametrize("routing", ["chain", "alternating", "key0", "uniform"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("routing", "dtype"), [("chain", torch.float16), ("alternating", torch.bfloat16), ("key0", torch.float16)])
 def test_hard_routings(routing: str, dtype: torch.dtype) -> None:
     """gamma +-0.999 over the past's edge and the new rows; f comes from the causal branch, whose values are those of the routing's f."""
     for sign in (1.0, -1.0):
