@@ -1,10 +1,10 @@
-"""Kernels of a decode step tried within the chain of bench_chain.py: splits, tiles, who lets its successor in first, shared memory.
+"""Kernels of a decode step tried within the chain of bench_chain.py: early starts, splits, stages, tiles, shared memory.
 
-    python benchmarks/tune_chain.py [--seconds 140] [--skip one ragged]
+    python benchmarks/tune_chain.py [--seconds 85] [--skip one ragged]
 
 A kernel alone tells little here: what counts is what it hides behind its neighbours. Prints a line a trial: milliseconds at 4128 and 160 of 32768 for one
-sequence, then the ragged batch and the batch of 32. Checks first that nothing is read too early: with inputs that change from replay to replay, the bits of
-a chain with early starts are those of a chain without.
+sequence, then of the ragged batch and the batch of 32; a trial that gains is kept, and the next ones build on it (marked *). What wins is checked: with
+inputs that change from replay to replay, the bits of a chain with early starts are those of a chain without.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from bench_chain import Chain, kernels
 from gpu import capture, copy_bandwidth, event_ms
 
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.kernels.engine import layer, mixer, mixer_one
+from sessa_deploy.kernels.engine import layer, mixer
 from sessa_deploy.kernels.launch import jit, table
 from sessa_deploy.runtime import traffic
 
 BEGUN = time.perf_counter()
-Change = dict[str, Any]  # "kernel:variant" -> tiles; "pdl:kernel" -> 1, 2 (lets the next in first) or 3 (waits inside); "rows:kernel" -> early_rows; "carve"
-PARTIAL, OUT, PROJECT, ENTER, TAIL = "mixer_one_partial:1024.64", "mixer_one_out:1024", "layer_project_gain:1", "layer_norm_enter:1024", "layer_tail:1"
-MODULES = (layer, mixer, mixer_one)
+# "kernel:variant" -> tiles; "pdl:kernel" -> 2: it lets the next in at its start; "rows:kernel" -> early_rows; "carve:kernel" -> percent
+Change = dict[str, Any]
+STEP, COMBINE = "mixer_step_partial:1024.64", "mixer_step_combine:any"
 _tiles, _early = table.tiles, table.early
 _pdl: dict[str, int] = {}
 _rows: dict[str, int] = {}
 _original: dict[Any, Any] = {}
+CHAIN = ("layer_norm_enter", "layer_project_gain", "mixer_step_combine", "layer_out", "layer_tail")
+VARIANTS = {"layer_project_gain": ["1"], "layer_norm_enter": ["1024"], "layer_tail": ["1"], "layer_out": ["1"], "mixer_step_combine": ["any"]}
 
 
 def _changed_tiles(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
@@ -59,14 +61,17 @@ def apply(change: Change) -> None:
     _rows.clear()
     for key, value in change.items():
         kind, _, name = key.partition(":")
-        if kind == "pdl":
-            _pdl[name] = value
-        elif kind == "rows":
-            _rows[name] = value
+        if kind in ("pdl", "rows"):
+            (_pdl if kind == "pdl" else _rows)[name] = value
         elif kind != "carve":
             at = (kind, 90, "fp16", name)
             entries[at] = {**entries[at], **value}
     jit.pinned.cache_clear()
+
+
+def merged(base: Change, change: Change) -> Change:
+    """Both; a kernel's tiles are those of `change`, but for the combination, whose splits belong to another kernel's."""
+    return {**base, **{k: {**base.get(k, {}), **v} if k == COMBINE else v for k, v in change.items()}}
 
 
 def compile_one(job: tuple[Change, str, str]) -> str:
@@ -75,7 +80,7 @@ def compile_one(job: tuple[Change, str, str]) -> str:
     try:
         apply(change)
         device = torch.device("cuda", 0)
-        fn = next(getattr(m, name) for m in MODULES if hasattr(m, name))
+        fn = next(getattr(m, name) for m in (layer, mixer) if hasattr(m, name))
         options = jit.pinned((name,), device, torch.float16, variant, _changed_early(name, 90, "fp16", variant))[name]
         jit.launcher(fn, device, torch.float16, options)
     except Exception as error:
@@ -83,36 +88,45 @@ def compile_one(job: tuple[Change, str, str]) -> str:
     return ""
 
 
-def jobs_of(change: Change) -> list[tuple[Change, str, str]]:
-    found = []
-    variants = {"layer_project_gain": ["1"], "layer_norm_enter": ["1024"], "layer_tail": ["1"], "mixer_one_out": ["1024"], "mixer_one_partial": ["1024.64"],
-                "mixer_step_partial": ["1024.64"], "mixer_step_combine": ["any"]}  # fmt: skip
-    for key, value in change.items():
-        kind, _, name = key.partition(":")
-        if kind == "pdl":
-            more = {k: v for k, v in change.items() if k.startswith((name + ":", "rows:"))}
-            found += [({key: value, **more}, name, v) for v in variants.get(name, ["64"])]
-        elif kind not in ("rows", "carve"):
-            more = {k: v for k, v in change.items() if k == f"pdl:{kind}" or k.startswith("rows:")}
-            found.append(({key: value, **more}, kind, name))
-    return found
+def compile_all(changes: list[Change]) -> None:
+    """One job a binary that a trial alone makes."""
+    jobs: dict[str, tuple[Change, str, str]] = {}
+    for change in changes:
+        for key, value in change.items():
+            kind, _, name = key.partition(":")
+            if kind == "pdl":
+                found = [({key: value}, name, v) for v in VARIANTS[name]]
+            elif kind in ("rows", "carve"):
+                continue
+            else:  # of one row, also letting the next in first
+                pdl = [{}, {f"pdl:{kind}": 2}] if kind in CHAIN and name != "64" else [{}]
+                found = [({key: value, **more}, kind, name) for more in pdl]
+            jobs.update({str(job): job for job in found})
+    with ProcessPoolExecutor(min(15, len(jobs)), mp_context=multiprocessing.get_context("spawn")) as pool:
+        for complaint in pool.map(compile_one, sorted(jobs.values(), key=lambda job: job[1] != "mixer_step_partial")):
+            if complaint:
+                print(f"not compiled: {complaint}", flush=True)
+    print(f"{len(jobs)} binaries in [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
 
 
-def carve(percent: int) -> None:
-    """Shared memory that every kernel loaded so far prefers, of what a multiprocessor has; -1: the driver chooses."""
+def carve(percents: dict[str, int]) -> None:
+    """Shared memory that kernels loaded so far prefer, of what a multiprocessor has ("": of the others); -1: the driver chooses."""
     driver = ctypes.CDLL("libcuda.so.1")
     for run in jit._LAUNCHERS.values():
+        percent = percents.get(run.kernel.__name__, percents.get("", -1))
         driver.cuFuncSetAttribute(ctypes.c_void_p(run._binary.function), 9, ctypes.c_int(percent))
 
 
 class Bench:
     """A chain with caches, and the lengths it is timed at."""
 
-    def __init__(self, chain: Chain, capacity: int, points: list[list[int]]) -> None:
-        self.chain, self.points, self.batch = chain, points, len(points[0])
+    def __init__(self, chain: Chain, capacity: int, points: list[list[int]], repeats: list[int], until: float) -> None:
+        self.chain, self.points, self.batch, self.repeats, self.until = chain, points, len(points[0]), repeats, until
         self.caches = chain.caches(capacity, [max(p[b] for p in points) for b in range(self.batch)])
         self.x = chain.random(self.batch, chain.config.d_model)
         self.length = torch.tensor(points[0], dtype=torch.int32, device="cuda")
+        self.best: Change = {}
+        self.best_score = 9e9
 
     def graph(self, early: int | None = None) -> torch.cuda.CUDAGraph:
         self.out: list[Any] = [None]
@@ -122,31 +136,40 @@ class Bench:
 
         return capture([call])
 
-    def times(self, change: Change, repeats: int = 50) -> list[float]:
+    def times(self, change: Change) -> list[float]:
         apply(change)
-        if "carve" in change:
+        percents = {key[6:]: value for key, value in change.items() if key.startswith("carve:")}
+        if percents:
             self.graph()
-            carve(change["carve"])
+            carve(percents)
         graph = self.graph()
         found = []
-        for lengths in self.points:
+        for lengths, repeats in zip(self.points, self.repeats, strict=True):
             self.length.copy_(torch.tensor(lengths, dtype=torch.int32))
-            found.append(statistics.median(event_ms(graph.replay, repeats)[5:]))
-        if "carve" in change:
-            carve(-1)
+            found.append(statistics.median(event_ms(graph.replay, repeats)[3:]))
+        if percents:
+            carve({})
         return found
 
-    def try_out(self, name: str, change: Change, note: str = "") -> float:
+    def try_out(self, name: str, change: Change, keep: bool = True) -> None:
+        """Time best + change, and keep it where the sum of the ratios falls by 0.4% of what it is."""
+        if time.perf_counter() - BEGUN > self.until:
+            return
         try:
-            times = self.times(change)
+            times = self.times(merged(self.best, change))
         except Exception:
             print(f"{name}: {traceback.format_exc().splitlines()[-1][:300]}", flush=True)
-            return 9e9
-        print(f"{name:58} " + "  ".join(f"{t:.3f}" for t in times) + f"   [{time.perf_counter() - BEGUN:.0f} s] {note}", flush=True)
-        return sum(times)
+            return
+        if self.best_score > 8e9:
+            self.first = times
+        score = sum(t / f for t, f in zip(times, self.first, strict=True))
+        gains = keep and score < 0.996 * self.best_score
+        print(f"{name:66} " + "  ".join(f"{t:.3f}" for t in times) + f"   [{time.perf_counter() - BEGUN:.0f} s]" + (" *" if gains else ""), flush=True)
+        if gains:
+            self.best, self.best_score = merged(self.best, change), score
 
     def same_bits(self, name: str, change: Change) -> None:
-        """Inputs and lengths change from replay to replay: bits with early starts and without."""
+        """Inputs and lengths change from replay to replay: bits with early starts and without, values against those of the tables' tiles."""
         apply(change)
         graph = self.graph()
         out = self.out[0]
@@ -159,188 +182,157 @@ class Bench:
             self.length.copy_(torch.tensor(n, dtype=torch.int32))
             graph.replay()
             early.append(out.clone())
-        wrong, worst, one = 0, 0.0, self.chain.one
-        for x, n, got in zip(xs, lengths, early, strict=True):
-            length = torch.tensor(n, dtype=torch.int32, device="cuda")
-            wrong += int(not torch.equal(self.chain.step(x, length, self.caches, 0), got))
-            self.chain.one = False
-            worst = max(worst, float((self.chain.step(x, length, self.caches, 0) - got).abs().max() / got.abs().max()))
-            self.chain.one = one
-        finite = bool(torch.isfinite(out).all())
-        print(f"{name}: early against plain: {wrong} of 6 differ in bits; against the three kernels: {worst:.2e} at most; finite {finite}", flush=True)
+        plain = [self.chain.step(x, torch.tensor(n, dtype=torch.int32, device="cuda"), self.caches, 0) for x, n in zip(xs, lengths, strict=True)]
+        wrong = sum(not torch.equal(a, b) for a, b in zip(plain, early, strict=True))
+        apply({})
+        tables = [self.chain.step(x, torch.tensor(n, dtype=torch.int32, device="cuda"), self.caches, 0) for x, n in zip(xs, lengths, strict=True)]
+        worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(early, tables, strict=True))
+        finite = all(bool(torch.isfinite(y).all()) for y in early)
+        print(f"{name}: early against plain: {wrong} of 6 differ in bits; against the tables' tiles: {worst:.2e} at most; finite {finite}", flush=True)
 
 
-def truth(a: dict[str, torch.Tensor], n: int) -> torch.Tensor:
-    d = a["q"].shape[-1]
-    keys = torch.cat([a["past_k"][0, :n].double(), a["k"].double()])
-    values = torch.cat([a["past_v"][0, :n].double(), a["v"].double()])
-    weight = (torch.einsum("hd,jhd->hj", a["q"][0].double(), keys) * d**-0.5).softmax(-1)
-    o = torch.einsum("hj,jhd->hd", weight, values).half().double().reshape(-1)
-    s = (a["weight"].double() @ o + a["bias"].double()).half().double()
-    if n:
-        alpha = (a["past_kb"][0, :n].double() @ a["q_b"][0].double() * len(s) ** -0.5).softmax(-1)
-        s = s + a["gamma"][0].double() * (alpha @ a["past_s"][0, :n].double())
-    return s
-
-
-def values() -> None:
-    """The step alone against float64, beside the three kernels."""
-    capacity, heads, d = 32768, 16, 64
-    width = heads * d
-
-    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (scale * torch.randn(shape, device="cuda")).half()
-
-    a = {"q": random(1, heads, d), "k": random(1, heads, d), "v": random(1, heads, d), "past_k": random(1, capacity, heads, d),
-         "past_v": random(1, capacity, heads, d), "weight": random(width, width, scale=width**-0.5), "bias": random(width), "q_b": random(1, width),
-         "gamma": torch.rand(1, device="cuda"), "past_kb": random(1, capacity, width), "past_s": random(1, capacity, width)}  # fmt: skip
-    row = []
-    for n in (0, 1, 5, 63, 65, 160, 511, 1000, 4128, 32768):
-        length = torch.tensor([n], dtype=torch.int32, device="cuda")
-        wanted = truth(a, n)
-        new, old = (run(**a, past_length=length)[0].double() for run in (mixer_one.step, mixer.step_batch))
-        same = torch.equal(new, mixer_one.step(**a, past_length=length, early=1)[0].double())
-        errors = [float((x - wanted).abs().max() / wanted.abs().max()) for x in (new, old)]
-        row.append(f"{n}: {errors[0]:.1e} (was {errors[1]:.1e})" + ("" if same else " BITS"))
-    print("error against float64: " + "; ".join(row), flush=True)
-
-
-def trials() -> list[tuple[str, Change]]:
-    """(name, what it changes) of mixer_one's splits and tiles."""
-    def splits(f: int, b: int, **more: Any) -> Change:
-        return {OUT: {"SPLITS_F": f, "SPLITS_B": b, **more}}
-
-    two = {"ROWS_F": 32, "ROWS_B": 2, "num_warps": 2, "TILES_B": 4}
-    eight = {"ROWS_F": 128, "ROWS_B": 8, "TILES_B": 1, "num_warps": 8}
-    found: list[tuple[str, Change]] = [
-        ("splits 8, 128", splits(8, 128)), ("splits 4, 64", splits(4, 64)), ("splits 8, 64", splits(8, 64)), ("splits 16, 128", splits(16, 128)),
-        ("splits 16, 256", splits(16, 256)),
-        ("stages 3", {PARTIAL: {"STAGES_F": 3, "STAGES_B": 3}, **splits(8, 128)}),
-        ("stages 6", {PARTIAL: {"STAGES_F": 6, "STAGES_B": 6}, **splits(8, 128)}),
-        ("stages 4, splits 16, 128", {PARTIAL: {"STAGES_F": 4, "STAGES_B": 4}, **splits(16, 128)}),
-        ("stages 3, splits 16, 256", {PARTIAL: {"STAGES_F": 3, "STAGES_B": 3}, **splits(16, 256)}),
-        ("two heads, splits 16, 128", {PARTIAL: {"HEADS_F": 2, "ROWS_F": 32, "TILES_F": 2}, **splits(16, 128)}),
-        ("32 rows, stages 8", {PARTIAL: {"ROWS_F": 32, "TILES_F": 2, "STAGES_F": 8}, **splits(8, 128)}),
-        ("8 rows of s", {PARTIAL: {"ROWS_B": 8, "TILES_B": 1, "STAGES_B": 3}, **splits(8, 128)}),
-        ("8 rows of s, 128 of k", {PARTIAL: {"ROWS_F": 128, "STAGES_F": 3, "ROWS_B": 8, "TILES_B": 1, "STAGES_B": 3}, **splits(8, 128)}),
-        ("8 warps", {PARTIAL: {**eight, "STAGES_F": 4, "STAGES_B": 4}, **splits(8, 128)}),
-        ("8 warps, 64 rows", {PARTIAL: {**eight, "ROWS_F": 64, "STAGES_F": 6, "STAGES_B": 3}, **splits(8, 128)}),
-        ("8 warps, stages 6, splits 4, 64", {PARTIAL: {**eight, "STAGES_F": 6, "STAGES_B": 6}, **splits(4, 64)}),
-        ("2 warps, splits 16, 256", {PARTIAL: {**two, "STAGES_F": 5, "STAGES_B": 5}, **splits(16, 256)}),
-        ("2 warps, stages 7, splits 16, 256", {PARTIAL: {**two, "STAGES_F": 7, "STAGES_B": 7}, **splits(16, 256)}),
-        ("96 registers", {PARTIAL: {"maxnreg": 96}, **splits(8, 128)}),
-        ("128 registers, stages 6", {PARTIAL: {"maxnreg": 128, "STAGES_F": 6, "STAGES_B": 6}, **splits(8, 128)}),
-    ]  # fmt: skip
-    return found
-
-
-OUTS = [("out: 4 columns", {"BN": 4}), ("out: 8 warps", {"num_warps": 8}), ("out: 16 columns, 8 warps", {"BN": 16, "num_warps": 8})]
-PROJECTS = [("project: 4 warps", {"num_warps": 4}), ("project: 16 columns, 8 warps", {"BN": 16}), ("project: 16 columns, 4 warps", {"BN": 16, "num_warps": 4})]
-FIRST = {"project": ["layer_project_gain"], "enter": ["layer_norm_enter"], "enter, project": ["layer_norm_enter", "layer_project_gain"],
-         "out": ["mixer_one_out"], "tail": ["layer_tail"], "out, tail": ["mixer_one_out", "layer_tail"],
-         "all but the mixer": ["layer_norm_enter", "layer_project_gain", "mixer_one_out", "layer_tail"]}  # fmt: skip
-NO_EARLY = {"rows:mixer_one_partial": 0}
-STEP, COMBINE = "mixer_step_partial:1024.64", "mixer_step_combine:any"
-LATE = {"pdl:mixer_step_partial": 3, "rows:mixer_step_partial": 64}
-LATE_OUT_NOT = {**LATE, "rows:layer_tail": 0}
-RAGGED: list[tuple[str, Change]] = [
-    ("as it is", {}),
-    ("attention early, waits inside", LATE),
-    ("attention early, waits at its head", {"rows:mixer_step_partial": 64}),
-    ("waits inside, projections let it in first", {**LATE, "pdl:layer_project_gain": 2}),
-    ("combine: 2 warps", {COMBINE: {"num_warps": 2}}),
-    ("combine: 64 columns", {COMBINE: {"BLOCK_D": 64}}),
-    ("combine: 64 columns, 8 warps", {COMBINE: {"BLOCK_D": 64, "num_warps": 8}}),
-    ("splits 64, 128", {COMBINE: {"BLOCK_F": 64, "BLOCK_B": 128}, STEP: {"TILES_F": 8, "TILES_B": 4}}),
-    ("splits 64, 256, 32 rows", {COMBINE: {"BLOCK_F": 64}, STEP: {"TILES_F": 16, "TILES_B": 4}}),
+PROJECT, ENTER, OUT, TAIL = "layer_project_gain:1", "layer_norm_enter:1024", "layer_out:1", "layer_tail:1"
+NOT_EARLY, EARLY = {"rows:mixer_step_partial": 0}, {"rows:mixer_step_partial": 64}
+DEEP = [  # stages of the attentions: what is asked for before the wait
+    ("stages 5, 3", {STEP: {"STAGES_B": 3}}),
     ("stages 8, 3", {STEP: {"STAGES_F": 8, "STAGES_B": 3}}),
-    ("early out, 64 rows", {"rows:layer_out": 64}),
-    ("early tail, 64 rows", {"rows:layer_tail": 64}),
-    ("early out and tail, 64 rows", {"rows:layer_out": 64, "rows:layer_tail": 64}),
+    ("stages 12, 4", {STEP: {"STAGES_F": 12, "STAGES_B": 4}}),
+    ("stages 12, 5", {STEP: {"STAGES_F": 12, "STAGES_B": 5}}),
+    ("stages 8, 2", {STEP: {"STAGES_F": 8}}),
+    ("8 heads by 4 rows, stages 4, 3", {STEP: {"ROWS_F": 4, "TILES_F": 4, "STAGES_F": 4, "STAGES_B": 3}}),
+    ("2 rows of s, stages 8, 5", {STEP: {"STAGES_F": 8, "ROWS_B": 2, "TILES_B": 4, "STAGES_B": 5}}),
+    ("2 rows of s, stages 12, 8", {STEP: {"STAGES_F": 12, "ROWS_B": 2, "TILES_B": 4, "STAGES_B": 8}}),
+    ("128 registers", {STEP: {"maxnreg": 128}}),
+    ("128 registers, stages 8, 3", {STEP: {"maxnreg": 128, "STAGES_F": 8, "STAGES_B": 3}}),
+    ("112 registers, stages 8, 3", {STEP: {"maxnreg": 112, "STAGES_F": 8, "STAGES_B": 3}}),
 ]  # fmt: skip
+HALF = {COMBINE: {"BLOCK_F": 64, "BLOCK_B": 128}}
+FEWER = [  # half as many splits
+    ("splits 64, 128, stages 12, 4", merged(HALF, {STEP: {"TILES_F": 16, "TILES_B": 4, "STAGES_F": 12, "STAGES_B": 4}})),
+    ("splits 64, 128, stages 24, 7", merged(HALF, {STEP: {"TILES_F": 16, "TILES_B": 4, "STAGES_F": 24, "STAGES_B": 7}})),
+    ("splits 64, 128, 4 heads, stages 12, 7", merged(HALF, {STEP: {"HEADS_F": 4, "ROWS_F": 4, "STAGES_F": 12, "TILES_B": 4, "STAGES_B": 7}})),
+    ("splits 64, 256, 4 heads, stages 8, 3", {COMBINE: {"BLOCK_F": 64}, STEP: {"HEADS_F": 4, "ROWS_F": 4, "STAGES_F": 8, "STAGES_B": 3}}),
+    ("splits 128, 128, stages 8, 5", {COMBINE: {"BLOCK_B": 128}, STEP: {"TILES_B": 4, "STAGES_F": 8, "STAGES_B": 5}}),
+]  # fmt: skip
+COMBINES = [(f"combine: {d} columns, {w} warps", {COMBINE: {"BLOCK_D": d, "num_warps": w}}) for d, w in ((32, 2), (32, 8), (16, 4), (16, 2), (64, 8), (8, 2))]
+PROJECTS = [("project: 4 warps", {PROJECT: {"num_warps": 4}}), ("project: 4 columns, 4 warps", {PROJECT: {"BN": 4, "num_warps": 4}}),
+            ("project: 4 columns, 2 warps", {PROJECT: {"BN": 4, "num_warps": 2}}),
+            ("project: 16 columns, 8 warps", {PROJECT: {"BN": 16, "num_warps": 8}})]  # fmt: skip
+SMALL = [("enter: 4 columns, 2 warps", {ENTER: {"BN": 4, "num_warps": 2}}), ("enter: 4 columns", {ENTER: {"BN": 4}}),
+         ("enter: 2 warps", {ENTER: {"num_warps": 2}}), ("enter: 16 columns, 8 warps", {ENTER: {"BN": 16, "num_warps": 8}}),
+         ("out: 4 columns, whole rows", {OUT: {"BN": 4, "BK": 1024, "AHEAD": 1}}),
+         ("out: 4 columns, whole rows, 2 warps", {OUT: {"BN": 4, "BK": 1024, "AHEAD": 1, "num_warps": 2}}), ("out: 8 warps", {OUT: {"num_warps": 8}}),
+         ("tail: 2 warps", {TAIL: {"num_warps": 2}}), ("tail: 8 columns", {TAIL: {"BN": 8}}), ("tail: 8 columns, 8 warps", {TAIL: {"BN": 8, "num_warps": 8}}),
+         ("tail: 2 columns, 2 warps", {TAIL: {"BN": 2, "num_warps": 2}})]  # fmt: skip
+FIRST = [("project",), ("enter",), ("combine",), ("out",), ("tail",), ("enter", "project"), ("combine", "out", "tail"), ("out", "tail"),
+         ("enter", "combine", "out", "tail"), ("enter", "project", "combine", "out", "tail")]  # fmt: skip
+CARVES = [{"layer_project_gain": 100}, {"layer_project_gain": 50}, {"layer_project_gain": 100, "mixer_step_partial": 100},
+          {"layer_project_gain": 100, "mixer_step_partial": 100, "mixer_step_combine": 100}, {"layer_norm_enter": 100, "layer_project_gain": 100},
+          {"": 100}, {"": 50}, {"": 30}]  # fmt: skip
 
 
-def compile_all(changes: list[Change]) -> None:
-    jobs = [job for change in changes for job in jobs_of(change)]
-    seen: dict[str, Any] = {str(job): job for job in jobs}
-    workers = min(14, len(seen))
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for complaint in pool.map(compile_one, seen.values()):
-            if complaint:
-                print(f"not compiled: {complaint}", flush=True)
-    print(f"{len(seen)} binaries in [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
+def firsts(names: tuple[str, ...]) -> tuple[str, Change]:
+    full = [next(k for k in CHAIN if short in k) for short in names]
+    return "lets the next in first: " + ", ".join(names), {f"pdl:{k}": 2 for k in full}
+
+
+def carves(percents: dict[str, int]) -> tuple[str, Change]:
+    said = ", ".join(f"{k or 'all others'} {v}%" for k, v in percents.items())
+    return "shared memory: " + said, {f"carve:{k}": v for k, v in percents.items()}
 
 
 def one_sequence(config: SessaConfig, copy: float, until: float) -> None:
-    chain = Chain(config)
-    bench = Bench(chain, 32768, [[4128], [160]])
+    bench = Bench(Chain(config), 32768, [[4128], [160]], [45, 45], until)
     floors = [traffic.step_bytes(config, "fp16", [float(p[0])]) / copy / 1e6 for p in bench.points]
     print("one sequence: ms at 4128, at 160 of 32768; floors " + ", ".join(f"{f:.3f}" for f in floors), flush=True)
-    chain.one = False
-    bench.try_out("three kernels, as they were", {})
-    chain.one = True
-    bench.same_bits("bits", {})
-    best, best_time = NO_EARLY, bench.try_out("two kernels, the first not early", NO_EARLY)
-
-    def consider(name: str, change: Change) -> None:
-        nonlocal best, best_time
-        if time.perf_counter() - BEGUN < until:
-            took = bench.try_out(name, change)
-            if took < best_time:
-                best, best_time = change, took
-
-    for name, change in trials():
-        consider(name, change)
-    for name, tiles in OUTS:
-        out: dict[str, Any] = best.get(OUT, {})
-        consider(name, {**best, OUT: {**out, **tiles}})
-    base = best
-    for name, names in FIRST.items():
-        consider(f"lets the next in first: {name}", {**base, **{f"pdl:{n}": 2 for n in names}})
-    base = best
-    for name, tiles in PROJECTS:
-        consider(name, {**base, PROJECT: tiles})
-        consider(f"{name}, lets the next in first", {**base, PROJECT: tiles, "pdl:layer_project_gain": 2})
-    settled = best
-    for percent in (44, 58, 72, 86, 100):
-        consider(f"shared memory {percent}%", {**settled, "carve": percent})
-    print(f"best: {best}", flush=True)
-    bench.same_bits("best", best)
-    print("without the mixer early: ", end="")
-    bench.try_out("", {**best, **NO_EARLY})
-    apply(best)
+    bench.times({})  # warm
+    bench.try_out("as it was: attentions not early", NOT_EARLY)
+    bench.same_bits("attentions early", {})
+    bench.try_out("attentions early, waits inside", EARLY)
+    for trial in PROJECTS:
+        bench.try_out(*trial)
+    for name, change in (*map(carves, CARVES), *DEEP, *FEWER):  # of use with attentions that start early, even where that alone is of none
+        bench.try_out(name, {**EARLY, **change})
+    for trial in (*map(firsts, FIRST), *COMBINES, *SMALL):
+        bench.try_out(*trial)
+    for trial in (*map(firsts, FIRST), *map(carves, CARVES)):  # once more, upon what the others gave
+        bench.try_out(*trial)
+    print(f"best: {bench.best}", flush=True)
+    bench.try_out("best without the attentions early", NOT_EARLY, keep=False)
+    bench.same_bits("best", bench.best)
+    apply(bench.best)
     bench.length.copy_(torch.tensor([4128], dtype=torch.int32))
     for early in (0, 1):
         print(f"kernels at 4128, early {early}: " + "; ".join(f"{k} {us:.1f} x{n}" for k, (us, n) in kernels(bench.graph(early)).items()), flush=True)
 
 
+E32, P32, O32, T32 = (f"layer_{n}:64" for n in ("enter", "project_gain", "out", "tail"))
+THIRTY_TWO: list[tuple[str, Change]] = [
+    ("8 columns, 4 parts", {}), ("16 columns, 4 parts", {"BN": 16}), ("8 columns, 8 parts", {"BK": 512, "KS": 8, "num_warps": 8, "num_stages": 3}),
+]  # fmt: skip
+RAGGED: list[tuple[str, Change]] = [
+    ("early out, 64 rows", {"rows:layer_out": 64}),
+    ("early tail, 64 rows", {"rows:layer_tail": 64}),
+    *((f"{n}: 32 rows of a tile, {t}", {at: {"BM": 32, **tiles}}) for n, at in (("out", O32), ("tail", T32)) for t, tiles in THIRTY_TWO),
+    ("enter: 8 columns, 4 parts", {E32: {"BN": 8, "KS": 4, "num_stages": 4}}),
+    ("enter: 16 columns, 4 parts", {E32: {"BN": 16, "KS": 4}}),
+    ("enter: 16 columns, 2 parts, 4 stages", {E32: {"BN": 16, "KS": 2, "num_stages": 4}}),
+    ("enter: 16 rows, 16 columns, 4 parts", {E32: {"BM": 16, "BN": 16, "KS": 4}}),
+    ("project: 16 columns, 256 deep", {P32: {"BN": 16, "BK": 256, "num_stages": 3}}),
+    ("project: 16 columns, 256 deep, 4 parts", {P32: {"BN": 16, "BK": 256, "KS": 4, "num_stages": 3}}),
+    ("project: 32 columns, 256 deep, 4 parts", {P32: {"BK": 256, "KS": 4, "num_stages": 3}}),
+    ("project: 32 columns, 256 deep, 2 parts", {P32: {"BK": 256, "KS": 2, "num_stages": 3}}),
+    ("project: 64 columns, 4 stages", {P32: {"BN": 64}}),
+    ("112 registers", {STEP: {"maxnreg": 112}}),
+    ("splits of 32 and 16 rows", {STEP: {"TILES_F": 16, "TILES_B": 4}}),
+    ("splits of 32 and 16 rows, 112 registers", {STEP: {"TILES_F": 16, "TILES_B": 4, "maxnreg": 112}}),
+    ("splits of 40 and 20 rows", {STEP: {"TILES_F": 20, "TILES_B": 5}}),
+    ("splits of 32 and 16 rows, stages 5, 3", {STEP: {"TILES_F": 16, "TILES_B": 4, "STAGES_B": 3}}),
+    ("stages 5, 3", {STEP: {"STAGES_B": 3}}),
+    ("stages 8, 2", {STEP: {"STAGES_F": 8}}),
+    ("combine: 2 warps", {COMBINE: {"num_warps": 2}}),
+    ("combine: 16 columns, 2 warps", {COMBINE: {"BLOCK_D": 16, "num_warps": 2}}),
+    carves({"layer_project_gain": 100}),
+    carves({"layer_project_gain": 100, "mixer_step_partial": 100}),
+    carves({"": 100}),
+]  # fmt: skip
+
+
 def ragged(config: SessaConfig, copy: float, until: float) -> None:
-    chain = Chain(config)
-    bench = Bench(chain, 8192, [[4128] + [160] * 31, [4128] * 32])
+    bench = Bench(Chain(config), 8192, [[4128] + [160] * 31, [4128] * 32], [23, 13], until)
     floors = [traffic.step_bytes(config, "fp16", [float(n) for n in p]) / copy / 1e6 for p in bench.points]
     print("ragged, batch of 32: ms; floors " + ", ".join(f"{f:.3f}" for f in floors), flush=True)
-    for name, change in RAGGED:
-        if time.perf_counter() - BEGUN < until:
-            bench.try_out(name, change)
-    bench.same_bits("waits inside", LATE)
-    apply({})
+    bench.times({})
+    bench.try_out("as it was: attentions not early", NOT_EARLY)
+    bench.try_out("attentions early, waits inside", EARLY)
+    for trial in RAGGED:
+        bench.try_out(*trial)
+    print(f"best: {bench.best}", flush=True)
+    bench.same_bits("best", bench.best)
+    apply(bench.best)
     bench.length.copy_(torch.tensor(bench.points[0], dtype=torch.int32))
-    print("kernels, ragged, plain: " + "; ".join(f"{k} {us:.1f} x{n}" for k, (us, n) in kernels(bench.graph(0)).items()), flush=True)
+    for early in (0, 32):
+        print(f"kernels, ragged, early {early}: " + "; ".join(f"{k} {us:.1f} x{n}" for k, (us, n) in kernels(bench.graph(early)).items()), flush=True)
+    best, chain = bench.best, bench.chain
+    del bench
+    torch.cuda.empty_cache()
+    for rows in (64, 17):  # the tiles of 17 to 64 rows serve these too
+        other = Bench(chain, 256, [[160] * rows], [23], until + 5)
+        other.try_out(f"{rows} rows at 160, tables", {}, keep=False)
+        other.try_out(f"{rows} rows at 160, best", best, keep=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=140.0)
+    parser.add_argument("--seconds", type=float, default=85.0)
     parser.add_argument("--skip", nargs="*", choices=("one", "ragged"), default=[])
     args = parser.parse_args()
-    changes = [*(c for _, c in trials()), *({OUT: t} for _, t in OUTS), *({PROJECT: t} for _, t in PROJECTS),
-               *({PROJECT: t, "pdl:layer_project_gain": 2} for _, t in PROJECTS), *({f"pdl:{n}": 2} for n in FIRST["all but the mixer"]),
-               *((c for _, c in RAGGED) if "ragged" not in args.skip else ())]  # fmt: skip
-    compile_all(changes)
+    one = [{}, *(c for _, c in (*PROJECTS, *DEEP, *FEWER, *COMBINES, *SMALL)), *(c for _, c in map(firsts, FIRST[-1:]))]
+    compile_all([*(one if "one" not in args.skip else ()), *((c for _, c in RAGGED) if "ragged" not in args.skip else ())])
     config = SessaConfig(d_model=1024, n_layers=24, n_heads=16, vocab_size=50304)
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy bandwidth {copy:.0f} GB/s", flush=True)
-    for name, part, share in (("values", lambda *_: values(), 1.0), ("one", one_sequence, 0.72), ("ragged", ragged, 1.0)):
+    for name, part, share in (("one", one_sequence, 0.6), ("ragged", ragged, 0.93)):
         if name in args.skip:
             continue
         try:
