@@ -203,6 +203,7 @@ DEEP = [  # stages of the attentions: what is asked for before the wait
     ("2 rows of s, stages 8, 5", {STEP: {"STAGES_F": 8, "ROWS_B": 2, "TILES_B": 4, "STAGES_B": 5}}),
     ("2 rows of s, stages 12, 8", {STEP: {"STAGES_F": 12, "ROWS_B": 2, "TILES_B": 4, "STAGES_B": 8}}),
     ("128 registers", {STEP: {"maxnreg": 128}}),
+    ("112 registers", {STEP: {"maxnreg": 112}}),
     ("128 registers, stages 8, 3", {STEP: {"maxnreg": 128, "STAGES_F": 8, "STAGES_B": 3}}),
     ("112 registers, stages 8, 3", {STEP: {"maxnreg": 112, "STAGES_F": 8, "STAGES_B": 3}}),
 ]  # fmt: skip
@@ -287,6 +288,7 @@ RAGGED: list[tuple[str, Change]] = [
     ("splits of 32 and 16 rows", {STEP: {"TILES_F": 16, "TILES_B": 4}}),
     ("splits of 32 and 16 rows, 112 registers", {STEP: {"TILES_F": 16, "TILES_B": 4, "maxnreg": 112}}),
     ("splits of 40 and 20 rows", {STEP: {"TILES_F": 20, "TILES_B": 5}}),
+    ("splits of 10 and 8 rows", {STEP: {"TILES_F": 5}}),
     ("splits of 32 and 16 rows, stages 5, 3", {STEP: {"TILES_F": 16, "TILES_B": 4, "STAGES_B": 3}}),
     ("stages 5, 3", {STEP: {"STAGES_B": 3}}),
     ("stages 8, 2", {STEP: {"STAGES_F": 8}}),
