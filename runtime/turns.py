@@ -153,7 +153,8 @@ class Turns:
             self.failed(tasks, error)
             return
         self.stats.steps += 1
-        tasks = [task for task in tasks if task.row in rows]
+        if len(rows) < len(tasks):
+            tasks = [task for task in tasks if task.row in rows]
         looks = look_all(rows, found)
         faults = [(task, fault) for task, row, look in zip(tasks, rows, looks, strict=True) if (fault := self._follow(task, row, look)) is not None]
         none_good = len(faults) == len(tasks)
