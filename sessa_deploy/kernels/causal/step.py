@@ -32,14 +32,8 @@ def _with_new(b_q, b_max, b_sum, b_acc, b_k, b_v, o_r):
 
 
 @triton.jit
-def _open(p_q, m_q, p_k, p_v, m_kv, i_split, scale, b_max, b_sum, b_acc, o_r):
-    """The query of a block of heads, and the slots of its split with the new row in them if that is the first: what the kernels ahead have just written."""
-    b_q = tl.load(p_q, mask=m_q, other=0.0).to(tl.float32) * scale
-    if i_split == 0:
-        b_k = tl.load(p_k, mask=m_kv, other=0.0).to(tl.float32)
-        b_v = tl.load(p_v, mask=m_kv, other=0.0).to(tl.float32)
-        b_max, b_sum, b_acc = _with_new(b_q, b_max, b_sum, b_acc, b_k, b_v, o_r)
-    return b_q, b_max, b_sum, b_acc
+def _row(p_x, m_x):
+    return tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -143,11 +137,16 @@ def _one_split(
         b_q2, b_max2, b_sum2, b_acc2 = b_q0, b_max0, b_sum0, b_acc0
         b_q3, b_max3, b_sum3, b_acc3 = b_q0, b_max0, b_sum0, b_acc0
     if not LATE:
-        b_q0, b_max0, b_sum0, b_acc0 = _open(p_q, m_hd, p_k0, p_v0, m_hd, i_split, scale, b_max0, b_sum0, b_acc0, o_r)
+        b_q0 = _row(p_q, m_hd) * scale
         if BLOCK_G == 4:
-            b_q1, b_max1, b_sum1, b_acc1 = _open(p_q1, m_q1, p_k0, p_v0, m_hd, i_split, scale, b_max1, b_sum1, b_acc1, o_r)
-            b_q2, b_max2, b_sum2, b_acc2 = _open(p_q2, m_q2, p_k0, p_v0, m_hd, i_split, scale, b_max2, b_sum2, b_acc2, o_r)
-            b_q3, b_max3, b_sum3, b_acc3 = _open(p_q3, m_q3, p_k0, p_v0, m_hd, i_split, scale, b_max3, b_sum3, b_acc3, o_r)
+            b_q1, b_q2, b_q3 = _row(p_q1, m_q1) * scale, _row(p_q2, m_q2) * scale, _row(p_q3, m_q3) * scale
+        if i_split == 0:
+            b_k0, b_v0 = _row(p_k0, m_hd), _row(p_v0, m_hd)
+            b_max0, b_sum0, b_acc0 = _with_new(b_q0, b_max0, b_sum0, b_acc0, b_k0, b_v0, o_r)
+            if BLOCK_G == 4:
+                b_max1, b_sum1, b_acc1 = _with_new(b_q1, b_max1, b_sum1, b_acc1, b_k0, b_v0, o_r)
+                b_max2, b_sum2, b_acc2 = _with_new(b_q2, b_max2, b_sum2, b_acc2, b_k0, b_v0, o_r)
+                b_max3, b_sum3, b_acc3 = _with_new(b_q3, b_max3, b_sum3, b_acc3, b_k0, b_v0, o_r)
     p_k = past_k + i_b * stride_kb * 8 + o_hd[None, :, :]
     p_v = past_v + i_b * stride_vb * 8 + o_hd[None, :, :]
     first = i_split * each
@@ -163,11 +162,16 @@ def _one_split(
         if LATE:  # noqa: SIM102
             if start == first:
                 begin(True)
-                b_q0, b_max0, b_sum0, b_acc0 = _open(p_q, m_hd, p_k0, p_v0, m_hd, i_split, scale, b_max0, b_sum0, b_acc0, o_r)
+                b_q0 = _row(p_q, m_hd) * scale
                 if BLOCK_G == 4:
-                    b_q1, b_max1, b_sum1, b_acc1 = _open(p_q1, m_q1, p_k0, p_v0, m_hd, i_split, scale, b_max1, b_sum1, b_acc1, o_r)
-                    b_q2, b_max2, b_sum2, b_acc2 = _open(p_q2, m_q2, p_k0, p_v0, m_hd, i_split, scale, b_max2, b_sum2, b_acc2, o_r)
-                    b_q3, b_max3, b_sum3, b_acc3 = _open(p_q3, m_q3, p_k0, p_v0, m_hd, i_split, scale, b_max3, b_sum3, b_acc3, o_r)
+                    b_q1, b_q2, b_q3 = _row(p_q1, m_q1) * scale, _row(p_q2, m_q2) * scale, _row(p_q3, m_q3) * scale
+                if i_split == 0:
+                    b_k0, b_v0 = _row(p_k0, m_hd), _row(p_v0, m_hd)
+                    b_max0, b_sum0, b_acc0 = _with_new(b_q0, b_max0, b_sum0, b_acc0, b_k0, b_v0, o_r)
+                    if BLOCK_G == 4:
+                        b_max1, b_sum1, b_acc1 = _with_new(b_q1, b_max1, b_sum1, b_acc1, b_k0, b_v0, o_r)
+                        b_max2, b_sum2, b_acc2 = _with_new(b_q2, b_max2, b_sum2, b_acc2, b_k0, b_v0, o_r)
+                        b_max3, b_sum3, b_acc3 = _with_new(b_q3, b_max3, b_sum3, b_acc3, b_k0, b_v0, o_r)
         b_max0, b_sum0, b_acc0 = _fold(b_q0, b_max0, b_sum0, b_acc0, b_k, b_v, m_row)
         if BLOCK_G == 4:
             b_max1, b_sum1, b_acc1 = _fold(b_q1, b_max1, b_sum1, b_acc1, b_k, b_v, m_row)
