@@ -209,9 +209,10 @@ def launches(
     calls.append((ph.FEEDBACK, sizes(batch, tokens, capacity, width), lambda: feedback(f)))
     if capacity:
         calls.append((ph.CAUSAL, headed(batch, tokens, capacity, d, heads, kv_heads), causal))
+        if tokens == 1:  # right behind the projections, where its attentions may start early; then once more, behind itself
+            calls.append(next(call for call in calls if call[0] == ph.At.ProjectGain))
+            calls.append((ph.At.Mixer, sizes(batch, tokens, capacity, width, heads, kv_heads, d), lambda: mixer(True)))
         calls.append((ph.At.Mixer, sizes(batch, tokens, capacity, width, heads, kv_heads, d), mixer))
-        calls.append(next(call for call in calls if call[0] == ph.At.ProjectGain))
-        calls.append((ph.At.Mixer, sizes(batch, tokens, capacity, width, heads, kv_heads, d), lambda: mixer(True)))
     found = []
     for op, shape, call in calls if storage == ph.HALF else [x for x in calls if x[0] in (ph.FEEDBACK, ph.CAUSAL)]:
         if weights and ops.OPS[op].quantised is None:
@@ -274,7 +275,7 @@ def test_the_plugin_launches_what_the_python_side_does(
         assert [name for name, *_ in found].count("feedback_solve") > 2 * 2, "rows in panels"
     if shape[1] == 1 and storage == ph.HALF:
         behind = [(found[i - 1][0], early) for i, (name, _, _, early, *_) in enumerate(found) if name == "mixer_step_partial"]
-        assert [early for _, early in behind] == [False, True] and behind[1][0] == "layer_project_gain"
+        assert [early for _, early in behind] == [True, False] and behind[0][0] == "layer_project_gain"
     if weights:
         assert len({name for name, *_ in found if name.startswith("layer_")}) >= 5
     elif shape[:2] == (32, 1) and storage == ph.HALF:
