@@ -3,6 +3,7 @@
     python benchmarks/bench_weights.py --size 1.1B --folder /tmp/w8                 ONNX Runtime with our kernels, on a GPU
     python benchmarks/bench_weights.py --bundles 16=m350 int8=m350-int8             bundles that are there, each prepared (`build --for ort`)
     python benchmarks/bench_weights.py --cpu --folder /tmp/w8 --rounds 9            the demo in plain ONNX Runtime on a CPU, against its fp32 bundle
+    python benchmarks/bench_weights.py --prove --folder /tmp/w8                     no time: `validate` of the demo in fp16 with both, on ort-cuda
 
 The forms take turns, round by round, so that clocks and other load hit them alike; a ratio is the median over rounds. Bundles are made where --folder does
 not hold them yet, each by a process of its own: the same random model, exported and prepared. Prints the table and writes weights.json.
@@ -24,16 +25,14 @@ import numpy as np
 from common import write
 from compare_peer import Point
 from compare_worker import Runtime, decode, prefill
-from random_bundle import SIZES, VOCABULARY
+from random_bundle import SIZES, VOCABULARY, config_of, random_model, write_bundle
 
-from sessa_deploy.config import SessaConfig
-from sessa_deploy.contract import MODEL_FILE, WEIGHT_FORMATS
+from sessa_deploy.contract import DEFAULT_OPSET, WEIGHT_FORMATS
 from sessa_deploy.cuda import used_memory
 from sessa_deploy.runtime import environment
-from sessa_deploy.runtime.bundle import Bundle, BundleWriter
+from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.sizes import weight_sizes
 
-SHAPES = {"1.1B": (2048, 24, 16), **SIZES}  # d_model, layers, heads
 FORMS = ("16", *WEIGHT_FORMATS)
 DEMO = Path(__file__).resolve().parent.parent / "checkpoints/demo"
 # point -> (times faster than weights in 16 bits: must, aim), by size
@@ -52,40 +51,25 @@ def describe(p: Point) -> str:
     return f"prompt of {p.prompt}" if p.prompt else f"{p.batch} at {p.contexts[0]} of {p.capacity}"
 
 
-def model_config(given: argparse.Namespace) -> SessaConfig:
-    """The config of the random model."""
-    width, layers, heads = SHAPES[given.size]
-    return SessaConfig(d_model=width, n_layers=given.layers or layers, n_heads=heads, vocab_size=given.vocabulary, max_context=given.capacity)
-
-
 def make(form: str, given: argparse.Namespace) -> None:
     """Write one form's bundle: of the demo for a CPU, else of a random model, prepared for ONNX Runtime."""
-    from sessa_deploy.export.to_onnx import export_bundle, export_onnx
+    from sessa_deploy.export.to_onnx import export_bundle
     from sessa_deploy.export.to_ort import build_ort
 
     begun, out = time.perf_counter(), given.folder / form
     weights = None if form == "16" else form
-    opset = WEIGHT_FORMATS[form].opset if weights else 17
     if given.cpu:
-        export_bundle(DEMO, out, "fp32", opset, weights=weights)
+        export_bundle(DEMO, out, "fp32", WEIGHT_FORMATS[form].opset if weights else DEFAULT_OPSET, weights=weights)
         return
     import torch
 
-    from sessa_deploy.contract import Weights
-    from sessa_deploy.model import SessaLM
-
-    torch.manual_seed(0)
     torch.set_num_threads(given.threads)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = SessaLM(model_config(given))
-    model = model.cpu()
+    model = random_model(config_of(given.size, given.layers, given.vocabulary, given.capacity))
     torch.cuda.empty_cache()
     drawn = time.perf_counter()
-    with BundleWriter(out) as writer:
-        export_onnx(model, writer.folder / MODEL_FILE, given.precision, opset, weights=weights)
-        bundle = writer.commit(model.config, given.precision, {"torch": str(torch.__version__)}, opset, Weights(weights) if weights else None)
+    write_bundle(model, out, given.precision, weights)
     exported = time.perf_counter()
-    build_ort(bundle)
+    build_ort(out)
     print(f"{form}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, weights {drawn - begun:.1f} s, export {exported - drawn:.1f} s, "
           f"prepared {time.perf_counter() - exported:.1f} s", flush=True)
 
@@ -94,7 +78,6 @@ def bundles(given: argparse.Namespace) -> dict[str, Path]:
     """Form -> its bundle, made where it is not there."""
     if given.bundles:
         return {form: Path(place) for form, _, place in (x.partition("=") for x in given.bundles)}
-    given.folder.mkdir(parents=True, exist_ok=True)
     running = {}
     for form in given.forms:
         if not (given.folder / form).is_dir():
@@ -103,6 +86,23 @@ def bundles(given: argparse.Namespace) -> dict[str, Path]:
         if process.wait():
             print(f"{form}: its bundle was not made (exit code {process.returncode})", flush=True)
     return {form: given.folder / form for form in given.forms if (given.folder / form).is_dir()}
+
+
+def prove(given: argparse.Namespace) -> int:
+    """Export the demo in fp16 with weights in each form of 8 bits, prepare it and judge it on the GPU; how many failed."""
+    failed = 0
+    for form in (f for f in given.forms if f in WEIGHT_FORMATS):
+        out, begun = given.folder / f"demo-{form}", time.perf_counter()
+        options = ["--precision", given.precision, "--weights", form, "--opset", str(WEIGHT_FORMATS[form].opset)]
+        for arguments in (["export", str(DEMO), "--out", str(out), *options], ["build", str(out), "--for", "ort"],
+                          ["validate", str(out), "--checkpoint", str(DEMO), "--backend", "ort-cuda"]):  # fmt: skip
+            done = subprocess.run([sys.executable, "-m", "sessa_deploy", *arguments], capture_output=True, text=True, check=False)
+            last = (done.stdout.strip().splitlines() + done.stderr.strip().splitlines())[-4:]
+            print(f"{form} {arguments[0]}: exit code {done.returncode}", *last, f"{time.perf_counter() - begun:.0f} s", sep="\n  ", flush=True)
+            failed += done.returncode != 0
+            if done.returncode:
+                break
+    return failed
 
 
 def opened(form: str, place: Path, given: argparse.Namespace, batch: int, capacity: int) -> tuple[Runtime, int | None]:
@@ -172,7 +172,7 @@ def show(p: Point, rows: dict[str, Any], given: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--size", choices=list(SHAPES), default="1.1B")
+    add("--size", choices=list(SIZES), default="1.1B")
     add("--layers", type=int, help="another depth at the size's width")
     add("--vocabulary", type=int, default=VOCABULARY)
     add("--precision", choices=("fp16", "bf16"), default="fp16", help="of activations and caches, and of weights in 16 bits")
@@ -185,6 +185,7 @@ def main() -> int:
     add("--threads", type=int, default=5, help="of each process that makes a bundle")
     add("--seconds", type=float, default=0.5, help="of each form in each round")
     add("--cpu", action="store_true", help="the demo in plain ONNX Runtime, the forms against its fp32 bundle")
+    add("--prove", action="store_true", help="judge the demo, time nothing")
     add("--make", choices=FORMS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.cpu:
@@ -192,6 +193,9 @@ def main() -> int:
     if given.make:
         make(given.make, given)
         return 0
+    given.folder.mkdir(parents=True, exist_ok=True)
+    if given.prove:
+        return int(prove(given) > 0)
     begun = time.perf_counter()
     places = bundles(given)
     sizes = {}

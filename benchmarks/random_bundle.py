@@ -39,17 +39,18 @@ def random_model(config: SessaConfig, seed: int = 0) -> SessaLM:
     return model.cpu()
 
 
-def write_bundle(model: SessaLM, out: Path, precision: str) -> None:
-    """The model as a bundle without a tokenizer, straight from memory."""
+def write_bundle(model: SessaLM, out: Path, precision: str, weights: str | None = None) -> None:
+    """The model as a bundle without a tokenizer, straight from memory. weights: the form of its matrices in 8 bits."""
     import torch
 
-    from sessa_deploy.contract import MODEL_FILE
+    from sessa_deploy.contract import DEFAULT_OPSET, MODEL_FILE, WEIGHT_FORMATS, Weights
     from sessa_deploy.export.to_onnx import export_onnx
     from sessa_deploy.runtime.bundle import BundleWriter
 
+    opset = WEIGHT_FORMATS[weights].opset if weights else DEFAULT_OPSET
     with BundleWriter(out) as writer:
-        export_onnx(model, writer.folder / MODEL_FILE, precision)
-        writer.commit(model.config, precision, {"torch": torch.__version__})
+        export_onnx(model, writer.folder / MODEL_FILE, precision, opset, weights=weights)
+        writer.commit(model.config, precision, {"torch": torch.__version__}, opset, Weights(weights) if weights else None)
 
 
 def main() -> int:
@@ -59,6 +60,7 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--max-context", type=int, default=32768)
     parser.add_argument("--precision", default="fp16")
+    parser.add_argument("--weights", choices=("int8", "fp8"), help="matrices in 8 bits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--keep-checkpoint", type=Path, help="also leave the checkpoint here")
@@ -73,7 +75,7 @@ def main() -> int:
 
         save_checkpoint(model, args.keep_checkpoint)
     drawn = time.perf_counter()
-    write_bundle(model, args.out, args.precision)
+    write_bundle(model, args.out, args.precision, args.weights)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     seconds = f"weights {drawn - begun:.1f} s, export {time.perf_counter() - drawn:.1f} s"
     print(f"{args.out}: {count:.0f}M parameters, {args.precision}, {seconds}, torch {torch.__version__}")

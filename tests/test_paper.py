@@ -25,6 +25,7 @@ import crew
 import deploy
 import models
 import mqar
+import publish
 import report
 import run
 import scan
@@ -32,6 +33,7 @@ import soup
 import tasks
 import training
 
+from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.tokenizer import Tokenizer
 
 WITH_TRANSFORMERS = sys.version_info >= (3, 11) and importlib.util.find_spec("transformers") is not None
@@ -198,6 +200,37 @@ def test_finished_runs_are_not_made_again(study: tuple[Path, list[str]]) -> None
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_a_later_command_keeps_what_others_found(study: tuple[Path, list[str]]) -> None:
+    """One model, at a rate of its own: the other models' rows stay as they were, on the machine that made them."""
+    folder, args = study
+    before, = report.summaries(folder)
+    only = [*args[:4], "--models", "sessa", *args[6:]]
+    assert run.main(only) == 0
+    after, = report.summaries(folder)
+    assert after == before and tuple(after["models"]) == HERE and after["machine"]["torch"] == torch.__version__
+
+
+def test_the_page_is_written_from_runs(study: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = study
+    page, results = tmp_path / "page.md", tmp_path / "results"
+    page.write_text("before\n<!-- mqar -->\nstale\n<!-- end of mqar -->\nbehind\n")
+    monkeypatch.setattr(report, "NOISE_TOKENS", 32)
+    monkeypatch.setattr(models, "reach", lambda model, ids, sources, probes: np.ones((ids.shape[1], len(sources))))  # it has a test of its own
+    monkeypatch.setattr(sys, "argv", ["publish.py", "--runs", str(folder), "--results", str(results), "--page", str(page)])
+    assert publish.main() == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("behind\n") and "stale" not in text and "| whole key | 1.000 |" in text
+    assert all(text.count(f"| {title}, seed 0 |" if name in HERE else f"| {title} | ... |") == 1 for name, title in models.TITLES.items())
+    assert {x.name for x in results.iterdir()} == {"paper-mqar.json", "paper-mqar-accuracy.png", "paper-mqar-loss.png", "paper-influence.png"}
+    assert json.loads((results / "paper-mqar.json").read_text())["models"]["sessa"]["runs"][0]["curve"][-1][0] == 10
+    summary, = report.summaries(folder)
+    assert publish.between(text, "mqar", publish.table(summary)) == text
+    page.write_text("no place\n")
+    with pytest.raises(UserError, match="no place for this table"):
+        publish.main()
+    assert page.read_text() == "no place\n"
+
+
 def test_a_run_cut_short_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "CURVE_EVERY", 3)
     task, setting = tasks.Mqar(examples=4), training.Setting("mqar", "sessa", 0, 1e-3, 7, 16, 1)
@@ -342,7 +375,7 @@ def test_a_sessa_goes_down_the_whole_road(
     monkeypatch.setattr(sys, "argv", [str(x) for x in args])
     assert deploy.main() == 0
     out = capsys.readouterr().out
-    assert "parity: PASSED" in out and "largest difference: 0.000 points" in out
+    assert "parity: PASSED" in out and "largest difference: 0.000 points" in out and "run --max-new-tokens 1" in out
     assert (tmp_path / "recall" / "MODEL_CARD.md").read_text().count("| ort, fp32 |") == 1
     monkeypatch.setattr(sys, "argv", [str(x) for x in (*args[:1], "--measure", *args[3:-1], "ort,trt:fp32")])
     assert deploy.main() == 2  # no TensorRT here: named, and the other's accuracy is there

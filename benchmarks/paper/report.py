@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from tasks import Task
 
 COLOURS = {"sessa": "#7b2d8b", "no-feedback": "#c07bd0", "llama": "#2f6fb0", "mamba2": "#3f9b5f"}
+SEED_LINES = ("-", "--", ":", "-.")
 SUMMARY, TABLE, INFLUENCE = "summary.json", "table.json", "influence.json"
 NOISE_TOKENS, PROBES = 512, 4
 CLAIM = "What holds here holds at this size and budget, on this task; the paper's sizes are unknown, so nothing here reproduces its tables."
@@ -47,28 +50,53 @@ def _first(scores: dict[str, Any]) -> float:
     return float(next(scores[name] for name in ("accuracy", "bits", "loss") if name in scores))
 
 
+def tested(folder: Path, task: str) -> list[Setting]:
+    """The runs of a task that were tested, whatever command made them: of each size and number of steps every model at one rate, that of its best run by
+    validation."""
+    groups = defaultdict(list)
+    for path in (folder / task).glob("*-steps*.json"):
+        result = json.loads(path.read_text())
+        if result.get("test"):
+            setting = Setting(*(result[field.name] for field in dataclasses.fields(Setting)))
+            groups[setting.model, setting.steps, setting.width, setting.layers].append((result["validation"]["loss"], setting))
+    found = []
+    for runs in groups.values():
+        best = min(runs, key=lambda run: run[0])[1].lr
+        found += [setting for _, setting in runs if setting.lr == best]
+    return sorted(found, key=lambda s: (s.steps, s.width, s.layers or 0, models.MODELS.index(s.model), s.seed))
+
+
 def write_task(folder: Path, task: Task, done: Sequence[Setting], rates: Mapping[str, Sequence[float]], search_steps: int) -> None:
-    """summary.json of a task: mean and spread over the seeds of every finished model, what each run gave, yardsticks, data and machine."""
+    """summary.json of a task: mean and spread over the seeds of every finished model, what each run gave, yardsticks, data and machine. Models that `done` does
+    not name are there too, with the runs of this size that earlier commands left in the folder."""
+    path, first = folder / task.name / SUMMARY, done[0]
+    held = json.loads(path.read_text()) if path.is_file() else {}
+    named = {setting.model for setting in done}
+    others = [s for s in tested(folder, task.name) if s.model not in named and (s.steps, s.width, s.layers) == (first.steps, first.width, first.layers)]
+    done = sorted((*done, *others), key=lambda s: models.MODELS.index(s.model))
     found: dict[str, Any] = {}
     marks = task.yardsticks()
     for model in dict.fromkeys(setting.model for setting in done):
         runs = [training.finished(setting, folder) for setting in done if setting.model == model]
         kept = [run for run in runs if run is not None]
-        tested = [run["test"] for run in kept if run.get("test")]
-        points = {point: _spread([_first(test[point]) for test in tested]) for point in task.points} if tested else {}
+        tests = [run["test"] for run in kept if run.get("test")]
+        points = {point: _spread([_first(test[point]) for test in tests]) for point in task.points} if tests else {}
         for point, scores in points.items():
             if task.better == "higher":
                 scores["of the ceiling"] = scores["mean"] / max(marks[point].values())
         found[model] = {"parameters": kept[0]["parameters"], "lr": kept[0]["lr"], "points": points, "runs": kept,
                         "files": [s.stem for s in done if s.model == model]}
-    first = next(iter(found.values()))["runs"][0]
+    earlier = held.get("rates", {})
+    tried = {model: list(rates[model]) if model in rates and model in named else earlier.get(model, [entry["lr"]]) for model, entry in found.items()}
+    made = next((run for entry in found.values() for run in entry["runs"] if "machine" in run), held)  # runs of another machine keep its name
     summary = {
-        "task": task.name, "title": task.title, "metric": task.metric, "better": task.better, "points": list(task.points), "steps": first["steps"],
+        "task": task.name, "title": task.title, "metric": task.metric, "better": task.better, "points": list(task.points), "steps": first.steps,
         "batch": task.batch_size, "tokens of a batch": task.batch_size * task.length,
-        "rates": {name: list(tried) for name, tried in rates.items()}, "rate search": f"seed 0, {search_steps} steps",
-        "data": task.facts(), "yardsticks": marks, "models": found, "machine": machine_facts(), "versions": models.versions(),
+        "rates": tried, "rate search": f"seed 0, {search_steps} steps" if rates else held.get("rate search", "none"),
+        "data": task.facts(), "yardsticks": marks, "models": found,
+        "machine": made.get("machine") or machine_facts(), "versions": made.get("versions") or models.versions(),
     }
-    write_whole(folder / task.name / SUMMARY, json.dumps(summary, indent=1) + "\n", "--out", "the summary")
+    write_whole(path, json.dumps(summary, indent=1) + "\n", "--out", "the summary")
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -155,7 +183,7 @@ def _save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -166,23 +194,23 @@ def _plot_losses(folder: Path, summary: dict[str, Any]) -> None:
             step, loss = np.array(run["curve"]).T if run["curve"] else (np.zeros(0), np.zeros(0))
             width = max(1, len(loss) // 60)
             smooth = np.convolve(loss, np.ones(width) / width, mode="valid") if len(loss) else loss
-            axis.plot(step[len(step) - len(smooth) :], smooth, color=COLOURS[model], lw=1.8 if i == 0 else 0.9, alpha=1.0 if i == 0 else 0.6,
-                      label=models.TITLES[model] if i == 0 else None)
+            axis.plot(step[len(step) - len(smooth) :], smooth, color=COLOURS[model], lw=1.6, ls=SEED_LINES[i % len(SEED_LINES)],
+                      label=f"{models.TITLES[model]}, seed {run['seed']}")
     axis.set(xlabel="step", ylabel="training loss, nats an answer", title=f"{summary['title']}: {summary['batch']} examples a step")
     axis.legend()
     _save(figure, folder / summary["task"] / "loss.png")
 
 
 def _plot_lags(folder: Path, summary: dict[str, Any]) -> None:
-    """Accuracy against the lag: eighths of every test point's range, mean over the seeds, partial rules as ticks."""
-    figure, (axis,) = _figure(7.4, 4.4)
+    """Accuracy against the lag: eighths of every test point's range, a line a seed, which may have learnt or not; partial rules as ticks."""
+    figure, (axis,) = _figure(7.4, 4.7)
     axis.set_xscale("log")
     for model, entry in summary["models"].items():
-        parts = [{int(lag): y for point in summary["points"] for lag, y in run["test"][point]["lags"].items()} for run in entry["runs"] if run.get("test")]
-        if parts:
-            x = sorted(parts[0])
-            axis.plot(x, [statistics.fmean(part[lag] for part in parts) for lag in x], color=COLOURS[model], marker="o", ms=3.5, lw=1.6,
-                      label=models.TITLES[model])
+        tests = [run["test"] for run in entry["runs"] if run.get("test")]
+        for i, test in enumerate(tests):
+            lags = {int(lag): y for point in summary["points"] for lag, y in test[point]["lags"].items()}
+            axis.plot(sorted(lags), [lags[lag] for lag in sorted(lags)], color=COLOURS[model], marker="o", ms=3.0, lw=1.3, ls=SEED_LINES[i % len(SEED_LINES)],
+                      label=f"{models.TITLES[model]}, seed {entry['runs'][i]['seed']}")
     low_high = summary["data"]["lags"]
     for point in summary["points"]:
         told = -1.0
@@ -196,12 +224,13 @@ def _plot_lags(folder: Path, summary: dict[str, Any]) -> None:
     axis.set_xticks(ticks, [f"{tick}\n{point}" for tick, point in zip(ticks, summary["points"], strict=True)])
     axis.set_xticks([], minor=True)
     axis.set(xlabel="lag, tokens", ylabel="accuracy", ylim=(-0.02, 1.04), title=f"{summary['title']}; dotted: what partial knowledge gives")
-    axis.legend(loc="upper left", bbox_to_anchor=(0.0, 0.97), fontsize=8.5)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
     _save(figure, folder / summary["task"] / "accuracy.png")
 
 
 def write_influence(machine: Machine, console: Console) -> None:
-    """influence.json: ||dy_t/dx_0|| of every model of the first task with finished runs, before and after training, on the same noise; K of Sessa's layers."""
+    """influence.json: ||dy_t/dx_0|| of every model of the first task with finished runs, of its best seed by validation, before and after training, on the same
+    noise; K of Sessa's layers."""
     found = summaries(machine.folder)
     if not found:
         return
@@ -214,18 +243,25 @@ def write_influence(machine: Machine, console: Console) -> None:
     vocabulary = _vocabulary(summary, machine.folder)
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, min(80, vocabulary), (1, NOISE_TOKENS)))
     for model, entry in summary["models"].items():
-        if entry["files"][0] == known["models"].get(model, {}).get("file"):
+        run, file = min(zip(entry["runs"], entry["files"], strict=True), key=lambda pair: pair[0]["validation"]["loss"] if pair[0]["validation"] else np.inf)
+        if file == known["models"].get(model, {}).get("file"):
             continue
-        console.print(f"influence of {models.TITLES[model]} before and after training", highlight=False)
-        run = entry["runs"][0]
+        console.print(f"influence of {models.TITLES[model]}, seed {run['seed']}, before and after training", highlight=False)
         built = models.build(model, vocabulary, rows["width"], rows["layers"], seed=run["seed"])
-        curves = {"before": models.reach(built, ids, [0], PROBES)[:, 0].tolist()}
-        built.load_state_dict(torch.load(machine.folder / f"{entry['files'][0]}.pt", map_location="cpu", weights_only=True))
-        curves["after"] = models.reach(built, ids, [0], PROBES)[:, 0].tolist()
-        known["models"][model] = {"file": entry["files"][0], **curves}
-        if isinstance(built, SessaLM) and model == "sessa":
-            known["models"][model]["layers"] = measure(built, ids[0].tolist(), 1)["layers"]
+        known["models"][model] = {"file": file, "seed": run["seed"]}
+        for when in ("before", "after"):
+            if when == "after":
+                built.load_state_dict(torch.load(machine.folder / f"{file}.pt", map_location="cpu", weights_only=True))
+            known["models"][model][when] = models.reach(built, ids, [0], PROBES)[:, 0].tolist()
+            if isinstance(built, SessaLM) and model == "sessa":
+                known["models"][model][f"layers {when}"] = [_slopes(layer) for layer in measure(built, ids[0].tolist(), 1)["layers"]]
     write_whole(path, json.dumps(known) + "\n", "--out", "the influence curves")
+
+
+def _slopes(layer: dict[str, Any]) -> dict[str, Any]:
+    """What the picture needs of a layer's K: rms by octaves of lags, and mean gamma."""
+    octaves = [(o["from"] * 2**0.5, o["rms"]) for o in layer["sources"][0]["slopes"] if o["rms"] > 0]
+    return {"layer": layer["layer"], "gamma": layer["gamma"]["mean"], "lags": [x for x, _ in octaves], "rms": [y for _, y in octaves]}
 
 
 def _vocabulary(summary: dict[str, Any], folder: Path) -> int:
@@ -245,26 +281,27 @@ def _octaves(curve: Sequence[float]) -> tuple[list[float], list[float]]:
 
 
 def _plot_influence(folder: Path, found: dict[str, Any]) -> None:
-    """End to end, all models, before and after training; and K of Sessa's layers after it."""
-    sessa = found["models"].get("sessa", {}).get("layers")
+    """End to end, all models, before and after training; and K of Sessa's layers likewise."""
+    sessa = found["models"].get("sessa")
     figure, axes = _figure(12.0 if sessa else 6.8, 4.4, 2 if sessa else 1)
     for model, curves in found["models"].items():
         axes[0].plot(*_octaves(curves["before"]), color=COLOURS[model], lw=1.0, ls="--")
-        axes[0].plot(*_octaves(curves["after"]), color=COLOURS[model], lw=1.9, marker="o", ms=3.5, label=models.TITLES[model])
+        axes[0].plot(*_octaves(curves["after"]), color=COLOURS[model], lw=1.9, marker="o", ms=3.5, label=f"{models.TITLES[model]}, seed {curves['seed']}")
     lag = np.array([1.5, found["tokens"] / 1.5])
     axes[0].plot(lag, 0.5 / lag, color="#22262e", lw=0.9, ls=":", label="slope -1")
     axes[0].set(xscale="log", yscale="log", xlabel="lag, tokens", ylabel=r"$\|dy_t/dx_0\|$ beside that at lag 0, rms of an octave",
-                title=f"end to end on noise, before (dashed) and after training: {found['title']}")
+                title=f"{found['title']}, end to end on noise: dashed before training")
     axes[0].legend(fontsize=8.5)
     if sessa:
         import matplotlib
 
-        for i, layer in enumerate(sessa):
-            octaves = [o for o in layer["sources"][0]["slopes"] if o["rms"] > 0]
-            colour = matplotlib.colormaps["plasma"](0.8 * i / max(1, len(sessa) - 1))
-            axes[1].plot([o["from"] * 2**0.5 for o in octaves], [o["rms"] for o in octaves], color=colour, lw=1.8, marker="o", ms=3.5,
-                         label=f"layer {layer['layer']}, mean γ {layer['gamma']['mean']:+.2f}")
-        axes[1].plot(lag, 1.0 / (1.0 + lag), color="#22262e", lw=1.2, ls="--", label="even attention, 1/(t+1)")
-        axes[1].set(xscale="log", yscale="log", xlabel="lag, tokens", ylabel=r"$|K[t, 0]|$, rms of an octave", title="Sessa's feedback after training")
+        for when, style in (("before", {"lw": 1.0, "ls": "--"}), ("after", {"lw": 1.8, "marker": "o", "ms": 3.5})):
+            for i, layer in enumerate(sessa[f"layers {when}"]):
+                colour = matplotlib.colormaps["plasma"](0.8 * i / max(1, len(sessa[f"layers {when}"]) - 1))
+                axes[1].plot(layer["lags"], layer["rms"], color=colour, **style,
+                             label=f"layer {layer['layer']}, mean γ {layer['gamma']:+.2f}" if when == "after" else None)
+        axes[1].plot(lag, 1.0 / (1.0 + lag), color="#22262e", lw=1.2, ls=":", label="even attention, 1/(t+1)")
+        axes[1].set(xscale="log", yscale="log", xlabel="lag, tokens", ylabel=r"$|K[t, 0]|$, rms of an octave",
+                    title="feedback of Sessa's layers: dashed before training")
         axes[1].legend(fontsize=8.5)
     _save(figure, folder / "influence.png")

@@ -71,6 +71,12 @@ def make_task(name: str, options: argparse.Namespace, key: int) -> tasks.Task:
     return _task(name, key, options.examples, options.batch)
 
 
+def task_called(name: str, options: argparse.Namespace) -> tasks.Task:
+    """The task whose files stand in a folder of this name."""
+    kind, _, key = name.partition("-key")
+    return make_task(kind, options, int(key or 3))
+
+
 def perform(options: argparse.Namespace, machine: Machine, threads: int | None, place: str, work: Work, tell: Tell) -> Any:
     """What a worker does at its place, a device."""
     device = torch.device(place)

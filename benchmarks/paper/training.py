@@ -17,6 +17,7 @@ from typing import Any
 import models
 import torch
 import torch.nn.functional as F
+from common import machine as machine_facts
 from crew import OutOfTime
 from tasks import Task, asked
 from torch import Tensor, nn
@@ -269,7 +270,7 @@ def run(setting: Setting, task: Task, machine: Machine, tell: Tell | None = None
     result = {
         **dataclasses.asdict(setting), "parameters": models.parameters(model), "tokens": setting.steps * task.batch_size * task.length,
         "seconds": round(seconds, 2), "cuda_graph": stepper.graphs, "not_captured": stepper.refused, "curve": curve,
-        "validation": None if diverged else task.validate(model),
+        "validation": None if diverged else task.validate(model), "machine": machine_facts(), "versions": models.versions(),
     }
     if test and not diverged:
         result["test"] = task.test(model)

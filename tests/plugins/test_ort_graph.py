@@ -18,24 +18,28 @@ CONFIG = SessaConfig(d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """opset -> model.onnx in float16; the graph is captured once."""
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str | None], Path]:
+    """(opset, form of matrices in 8 bits) -> model.onnx in float16; the graph is captured once."""
     pytest.importorskip("torch")
     from sessa_deploy.export.to_onnx import export_onnx
     from sessa_deploy.model import SessaLM
 
     folder = tmp_path_factory.mktemp("exported")
-    return lambda opset: export_onnx(SessaLM(CONFIG), folder / str(opset) / contract.MODEL_FILE, "fp16", opset)
+    return lambda opset, form: export_onnx(SessaLM(CONFIG), folder / f"{opset}{form}" / contract.MODEL_FILE, "fp16", opset, weights=form)
 
 
-@pytest.mark.parametrize(("layers", "opset"), [("plugin", 17), ("ort", 17), ("plugin", 23), ("ort", 23)])
-def test_onnx_runtime_takes_a_prepared_graph(ort_stub: Built, exported: Callable[[int], Path], tmp_path: Path, layers: str, opset: int) -> None:
+@pytest.mark.parametrize(("layers", "opset", "form"), [
+    ("plugin", 17, None), ("ort", 17, None), ("plugin", 23, None), ("ort", 23, None), ("plugin", 17, "int8"), ("plugin", 19, "fp8")])  # fmt: skip
+def test_onnx_runtime_takes_a_prepared_graph(
+    ort_stub: Built, exported: Callable[[int, str | None], Path], tmp_path: Path, layers: str, opset: int, form: str | None
+) -> None:
     runtime = pytest.importorskip("onnxruntime")
     from sessa_deploy.export.to_ort import build_ort
 
-    bundle = build_ort(write_bundle(tmp_path / "bundle", {contract.MODEL_FILE: exported(opset)}, CONFIG, "fp16", {}, opset), layers).bundle
+    small = None if form is None else contract.Weights(form)
+    bundle = build_ort(write_bundle(tmp_path / "bundle", {contract.MODEL_FILE: exported(opset, form)}, CONFIG, "fp16", {}, opset, weights=small), layers).bundle
     found = ort_prepared.find(bundle)
-    assert found is not None and set(found.ops) <= set(library.OPS)
+    assert found is not None and set(found.ops) <= set(library.OPS) and bool(found.eight_bytes) == (form is not None)
 
     values = {name: runtime.OrtValue.ortvalue_from_numpy(value) for name, value in ort_prepared.weights(bundle, found).items()}
     for graph in (str(found.model), found.model.read_bytes()):

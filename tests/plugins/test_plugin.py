@@ -82,6 +82,18 @@ def test_fields_and_formats(built: Built, op: int, capfd: pytest.CaptureFixture[
                 f"attribute {attribute.name} is unknown; allowed: {', '.join(ops.OPS[op].attribute_names)}" in said)
         assert (create(built, op, HALF, attribute.name, 0.0) is not None) == (mine and attribute == ops.SCALE)  # 0: the width's -1/2 power, for scores alone
     assert (create(built, op, storage=BFLOAT) is None) == (major == 8)
+    capfd.readouterr()
+    if ops.OPS[op].quantised is None:
+        assert built[2].harness_create(str(built[1]).encode(), op, HALF, 3, None, 0.0) is None
+        assert f"attribute weights is unknown; allowed: {', '.join(ops.OPS[op].attribute_names)}" in capfd.readouterr().err
+        return
+    for weights in (3, 17):
+        plugin, form = create(built, op, HALF, weights=weights), ph.at(op, weights)
+        assert harness.harness_formats(plugin, form, HALF, 1) == (everything << 1) + 1  # the scales' type too
+        assert harness.harness_formats(plugin, op, HALF, 1) == 0, "an input is missing"
+        harness.harness_destroy(plugin)
+    assert create(built, op, HALF, weights=2) is None
+    assert "attribute weights: got 2; allowed: 3 (int8), 17 (float8e4m3fn), 0 (the storage type)" in capfd.readouterr().err
 
 
 @pytest.mark.trt

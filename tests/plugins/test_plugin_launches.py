@@ -138,7 +138,7 @@ def launches(
     from sessa_deploy.kernels.feedback import forward as feedback_fwd
     from sessa_deploy.kernels.feedback import step as feedback_step
     from sessa_deploy.kernels.feedback import step_rows as feedback_rows
-    from sessa_deploy.kernels.launch import table
+    from sessa_deploy.kernels.launch import jit, table
     from sessa_deploy.kernels.launch.limits import ROWS_HEADS, ROWS_WIDTHS
     from sessa_deploy.kernels.route import steps_rows
 
@@ -166,6 +166,17 @@ def launches(
     for module in (causal_prefill, causal_rows, causal_step, feedback_fwd, feedback_rows, feedback_step, layer, mixer_rows, mixer_step):
         monkeypatch.setattr(module, "launcher", Writer)
         monkeypatch.setattr(module, "pinned", pinned)
+    kept: list[torch.Tensor] = []  # workspaces and widened weights, so that no other tensor takes their place
+    take = jit.Workspace.take
+
+    def taken(self: Any, device: Any) -> Any:
+        addresses, memory = take(self, device)
+        kept.append(memory)
+        return addresses, memory
+
+    monkeypatch.setattr(jit.Workspace, "take", taken)
+    widen = layer.widen
+    monkeypatch.setattr(layer, "widen", lambda *w: kept.append(widen(*w)) or kept[-1])  # type: ignore[func-returns-value]
     monkeypatch.setattr(feedback_fwd, "_plan", feedback_fwd.Plan)  # a plan keeps its launchers
     n, d = batch * tokens, width // heads
 
@@ -183,7 +194,7 @@ def launches(
     past, q, gamma = [half(batch, capacity, kv_heads, d) for _ in range(2)], half(batch, tokens, heads, d), floats(batch, tokens)
     k, v = [half(batch, tokens, kv_heads, d) for _ in range(2)]
 
-    few_b, few_f = steps_rows(q, capacity, width, ROWS_WIDTHS[-1]), steps_rows(q, capacity, d, ROWS_HEADS[-1])
+    few_b, few_f = (steps_rows(q, capacity) and x <= most for x, most in ((width, ROWS_WIDTHS[-1]), (d, ROWS_HEADS[-1])))
 
     def feedback(f: torch.Tensor) -> None:
         if tokens == 1:
