@@ -28,22 +28,12 @@ from sessa_deploy.kernels.launch import jit, table
 from sessa_deploy.runtime import traffic
 
 BEGUN = time.perf_counter()
-# "kernel:variant" -> tiles; "pdl:kernel" -> 2: it lets the next in at its start; "rows:kernel" -> early_rows; "carve:kernel" -> percent
+# "kernel:variant" -> tiles; "rows:kernel" -> early_rows; "carve:kernel" -> percent
 Change = dict[str, Any]
 STEP, COMBINE = "mixer_step_partial:1024.64", "mixer_step_combine:any"
-_tiles, _early = table.tiles, table.early
-_pdl: dict[str, int] = {}
+_early = table.early
 _rows: dict[str, int] = {}
 _original: dict[Any, Any] = {}
-CHAIN = ("layer_norm_enter", "layer_project_gain", "mixer_step_combine", "layer_out", "layer_tail")
-VARIANTS = {"layer_project_gain": ["1"], "layer_norm_enter": ["1024"], "layer_tail": ["1"], "layer_out": ["1"], "mixer_step_combine": ["any"]}
-
-
-def _changed_tiles(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
-    values = _tiles(name, arch, dtype, variant)
-    if values.get("PDL") and name in _pdl:
-        values["PDL"] = _pdl[name]
-    return values
 
 
 def _changed_early(name: str, arch: int, dtype: str, variant: str) -> int:
@@ -52,17 +42,16 @@ def _changed_early(name: str, arch: int, dtype: str, variant: str) -> int:
 
 def apply(change: Change) -> None:
     """Make the tables say so."""
-    table.tiles, table.early = _changed_tiles, _changed_early
+    table.early = _changed_early
     entries = table._entries()
     if not _original:
         _original.update(entries)
     entries.update(_original)
-    _pdl.clear()
     _rows.clear()
     for key, value in change.items():
         kind, _, name = key.partition(":")
-        if kind in ("pdl", "rows"):
-            (_pdl if kind == "pdl" else _rows)[name] = value
+        if kind == "rows":
+            _rows[name] = value
         elif kind != "carve":
             at = (kind, 90, "fp16", name)
             entries[at] = {**entries[at], **value}
@@ -94,14 +83,8 @@ def compile_all(changes: list[Change]) -> None:
     for change in changes:
         for key, value in change.items():
             kind, _, name = key.partition(":")
-            if kind == "pdl":
-                found = [({key: value}, name, v) for v in VARIANTS[name]]
-            elif kind in ("rows", "carve"):
-                continue
-            else:  # of one row, also letting the next in first
-                pdl = [{}, {f"pdl:{kind}": 2}] if kind in CHAIN and name != "64" else [{}]
-                found = [({key: value, **more}, kind, name) for more in pdl]
-            jobs.update({str(job): job for job in found})
+            if kind not in ("rows", "carve"):
+                jobs[str((key, value))] = ({key: value}, kind, name)
     with ProcessPoolExecutor(min(15, len(jobs)), mp_context=multiprocessing.get_context("spawn")) as pool:
         for complaint in pool.map(compile_one, sorted(jobs.values(), key=lambda job: job[1] != "mixer_step_partial")):
             if complaint:
@@ -219,22 +202,14 @@ COMBINES = [(f"combine: {d} columns, {w} warps", {COMBINE: {"BLOCK_D": d, "num_w
 PROJECTS = [("project: 4 warps", {PROJECT: {"num_warps": 4}}), ("project: 4 columns, 4 warps", {PROJECT: {"BN": 4, "num_warps": 4}}),
             ("project: 4 columns, 2 warps", {PROJECT: {"BN": 4, "num_warps": 2}}),
             ("project: 16 columns, 8 warps", {PROJECT: {"BN": 16, "num_warps": 8}})]  # fmt: skip
-SMALL = [("enter: 4 columns, 2 warps", {ENTER: {"BN": 4, "num_warps": 2}}), ("enter: 4 columns", {ENTER: {"BN": 4}}),
-         ("enter: 2 warps", {ENTER: {"num_warps": 2}}), ("enter: 16 columns, 8 warps", {ENTER: {"BN": 16, "num_warps": 8}}),
-         ("out: 4 columns, whole rows", {OUT: {"BN": 4, "BK": 1024, "AHEAD": 1}}),
-         ("out: 4 columns, whole rows, 2 warps", {OUT: {"BN": 4, "BK": 1024, "AHEAD": 1, "num_warps": 2}}), ("out: 8 warps", {OUT: {"num_warps": 8}}),
+SMALL = [("enter: 4 columns", {ENTER: {"BN": 4}}), ("enter: 4 warps", {ENTER: {"num_warps": 4}}),
+         ("enter: 16 columns, 8 warps", {ENTER: {"BN": 16, "num_warps": 8}}), ("out: 8 columns, 512 deep", {OUT: {"BN": 8, "BK": 512, "AHEAD": 2}}),
+         ("out: 2 warps", {OUT: {"num_warps": 2}}), ("out: 8 columns", {OUT: {"BN": 8}}),
          ("tail: 2 warps", {TAIL: {"num_warps": 2}}), ("tail: 8 columns", {TAIL: {"BN": 8}}), ("tail: 8 columns, 8 warps", {TAIL: {"BN": 8, "num_warps": 8}}),
          ("tail: 2 columns, 2 warps", {TAIL: {"BN": 2, "num_warps": 2}})]  # fmt: skip
-FIRST = [("project",), ("enter",), ("combine",), ("out",), ("tail",), ("enter", "project"), ("combine", "out", "tail"), ("out", "tail"),
-         ("enter", "combine", "out", "tail"), ("enter", "project", "combine", "out", "tail")]  # fmt: skip
 CARVES = [{"layer_project_gain": 100}, {"layer_project_gain": 50}, {"layer_project_gain": 100, "mixer_step_partial": 100},
           {"layer_project_gain": 100, "mixer_step_partial": 100, "mixer_step_combine": 100}, {"layer_norm_enter": 100, "layer_project_gain": 100},
           {"": 100}, {"": 50}, {"": 30}]  # fmt: skip
-
-
-def firsts(names: tuple[str, ...]) -> tuple[str, Change]:
-    full = [next(k for k in CHAIN if short in k) for short in names]
-    return "lets the next in first: " + ", ".join(names), {f"pdl:{k}": 2 for k in full}
 
 
 def carves(percents: dict[str, int]) -> tuple[str, Change]:
@@ -247,16 +222,16 @@ def one_sequence(config: SessaConfig, copy: float, until: float) -> None:
     floors = [traffic.step_bytes(config, "fp16", [float(p[0])]) / copy / 1e6 for p in bench.points]
     print("one sequence: ms at 4128, at 160 of 32768; floors " + ", ".join(f"{f:.3f}" for f in floors), flush=True)
     bench.times({})  # warm
-    bench.try_out("as it was: attentions not early", NOT_EARLY)
     bench.same_bits("attentions early", {})
-    bench.try_out("attentions early, waits inside", EARLY)
-    for trial in PROJECTS:
+    bench.try_out("tables", {})
+    bench.try_out("attentions not early", NOT_EARLY)
+    for trial in map(carves, CARVES):  # of use with attentions that start early, even where that alone is of none
+        bench.try_out(trial[0], {**EARLY, **trial[1]})
+    for trial in SMALL:
         bench.try_out(*trial)
-    for name, change in (*map(carves, CARVES), *DEEP, *FEWER):  # of use with attentions that start early, even where that alone is of none
+    for name, change in (*DEEP, *FEWER):
         bench.try_out(name, {**EARLY, **change})
-    for trial in (*map(firsts, FIRST), *COMBINES, *SMALL):
-        bench.try_out(*trial)
-    for trial in (*map(firsts, FIRST), *map(carves, CARVES)):  # once more, upon what the others gave
+    for trial in (*PROJECTS, *COMBINES, *map(carves, CARVES)):  # shared memory once more, upon what the others gave
         bench.try_out(*trial)
     print(f"best: {bench.best}", flush=True)
     bench.try_out("best without the attentions early", NOT_EARLY, keep=False)
@@ -305,8 +280,8 @@ def ragged(config: SessaConfig, copy: float, until: float) -> None:
     floors = [traffic.step_bytes(config, "fp16", [float(n) for n in p]) / copy / 1e6 for p in bench.points]
     print("ragged, batch of 32: ms; floors " + ", ".join(f"{f:.3f}" for f in floors), flush=True)
     bench.times({})
-    bench.try_out("as it was: attentions not early", NOT_EARLY)
-    bench.try_out("attentions early, waits inside", EARLY)
+    bench.try_out("tables", {})
+    bench.try_out("attentions not early", NOT_EARLY)
     for trial in RAGGED:
         bench.try_out(*trial)
     print(f"best: {bench.best}", flush=True)
@@ -329,7 +304,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=85.0)
     parser.add_argument("--skip", nargs="*", choices=("one", "ragged"), default=[])
     args = parser.parse_args()
-    one = [{}, *(c for _, c in (*PROJECTS, *DEEP, *FEWER, *COMBINES, *SMALL)), *(c for _, c in map(firsts, FIRST[-1:]))]
+    one = [{}, *(c for _, c in (*PROJECTS, *DEEP, *FEWER, *COMBINES, *SMALL))]
     compile_all([*(one if "one" not in args.skip else ()), *((c for _, c in RAGGED) if "ragged" not in args.skip else ())])
     config = SessaConfig(d_model=1024, n_layers=24, n_heads=16, vocab_size=50304)
     copy = copy_bandwidth()

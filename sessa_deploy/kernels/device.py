@@ -22,8 +22,6 @@ def begin(PDL: tl.constexpr):
     in place when its predecessor ends; launched without, this does nothing. Every program waits, so a kernel that ended means that all before it did.
     The next one is let in only after the wait: in a chain of short kernels those that come much too early take the place of those that are due.
     """
-    if PDL == 2:
-        gdc_launch_dependents()
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
