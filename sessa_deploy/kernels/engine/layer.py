@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels.device import begin, tanh, turn
-from sessa_deploy.kernels.engine.product import ahead, bias_of, place, product, put, scale_of, scaled, tile_of, wide, with_bias
+from sessa_deploy.kernels.engine.product import ahead, bias_of, half_gelu, normal, place, product, put, scale_of, scaled, tile_of, wide, with_bias
 from sessa_deploy.kernels.engine.spec import product_choice
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, launcher, pinned, weights_name
@@ -22,15 +22,6 @@ from sessa_deploy.kernels.launch.limits import SINGLE_ROWS
 
 SINGLE = tl.constexpr(SINGLE_ROWS)
 HELD = tl.constexpr(1024)  # elements of a tile up to which what is added to it is read ahead of the product: a few registers then, and no wait after it
-
-
-@triton.jit
-def _normal(b_x, b_w, b_b, m_d, width, eps):
-    """LayerNorm of a row, float32."""
-    b_x = b_x.to(tl.float32)
-    b_c = tl.where(m_d, b_x - tl.sum(b_x, 0) / width, 0.0)
-    b_scale = 1.0 / tl.sqrt(tl.sum(b_c * b_c, 0) / width + eps)
-    return b_c * b_scale * b_w.to(tl.float32) + b_b.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_norm"))
@@ -41,7 +32,7 @@ def layer_norm(x, weight, bias, out, width, eps, BD: tl.constexpr, PDL: tl.const
     m_d = o_d < width
     b_w, b_b = tl.load(weight + o_d, mask=m_d, other=0.0), tl.load(bias + o_d, mask=m_d, other=0.0)
     begin(PDL)
-    b_y = _normal(tl.load(p_x + o_d, mask=m_d, other=0.0), b_w, b_b, m_d, width, eps)
+    b_y = normal(tl.load(p_x + o_d, mask=m_d, other=0.0), b_w, b_b, m_d, width, eps)
     tl.store(out + tl.program_id(0).to(tl.int64) * width + o_d, b_y.to(out.dtype.element_ty), mask=m_d)
 
 
@@ -78,15 +69,6 @@ def layer_linear(
     put(out + row * columns + column, with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias), m_m, m_n, columns, BM, BN)
 
 
-@triton.jit
-def _half_gelu(b_y, first, depth, kind: tl.constexpr, BN: tl.constexpr):
-    """b_y (BM,BN), columns from `first` on, with GELU on those left of `depth`, as a rounded product would give it."""
-    if first < depth:
-        b_h = b_y.to(kind).to(tl.float32)
-        b_y = tl.where((first + tl.arange(0, BN) < depth)[None, :], b_h * (0.5 + 0.5 * tl.erf(b_h * 0.7071067811865476)), b_y)
-    return b_y
-
-
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_norm_enter"))
 def layer_norm_enter(x, norm_weight, norm_bias, weight, scale, bias, out, depth, eps, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (ceil(2D / BN),), BK >= D: `layer_norm` and `layer_enter` of one row, which every program normalises for itself."""
@@ -97,9 +79,9 @@ def layer_norm_enter(x, norm_weight, norm_bias, weight, scale, bias, out, depth,
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
     b_gain, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
     begin(PDL)
-    b_x = _normal(tl.load(x + o_k, mask=m_k, other=0.0), b_gain, b_shift, m_k, depth, eps).to(x.dtype.element_ty)
+    b_x = normal(tl.load(x + o_k, mask=m_k, other=0.0), b_gain, b_shift, m_k, depth, eps).to(x.dtype.element_ty)
     b_y = tl.sum(wide(b_w, tl.float32) * b_x.to(tl.float32)[None, :], 1)[None, :]
-    b_y = _half_gelu(with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, 1, BN), b_bias), tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
+    b_y = half_gelu(with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, 1, BN), b_bias), tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
     put(out + column, b_y, tl.arange(0, 1) < 1, m_n, 2 * depth, 1, BN)
 
 
@@ -116,7 +98,7 @@ def layer_enter(
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    b_y = _half_gelu(with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias), i_n * BN, depth, out.dtype.element_ty, BN)
+    b_y = half_gelu(with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias), i_n * BN, depth, out.dtype.element_ty, BN)
     put(out + row * (2 * depth) + column, b_y, m_m, m_n, 2 * depth, BM, BN)
 
 

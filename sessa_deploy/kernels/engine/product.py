@@ -1,4 +1,4 @@
-"""A tile of a matrix product x weight^T, as the kernels of layer.py make it: where it lies, its weights ahead of the rows, the sums, scale, bias and store.
+"""A tile of a matrix product x weight^T, as the kernels of layer.py make it: where it lies, its weights ahead of the rows, the sums, scale, bias, GELU and store.
 
 Weights are of the storage type or 8 bits, int8 or E4M3, each value of which 16 bits hold exactly; then a column's sum of products has one scale.
 """
@@ -239,3 +239,21 @@ def with_bias(b_y, b_bias):
 def put(out, b_y, m_m, m_n, row, BM: tl.constexpr, BN: tl.constexpr):
     o_y = tl.arange(0, BM)[:, None] * row + tl.arange(0, BN)[None, :]
     tl.store(out + o_y, b_y.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit
+def normal(b_x, b_w, b_b, m_d, width, eps):
+    """LayerNorm of a row, float32."""
+    b_x = b_x.to(tl.float32)
+    b_c = tl.where(m_d, b_x - tl.sum(b_x, 0) / width, 0.0)
+    b_scale = 1.0 / tl.sqrt(tl.sum(b_c * b_c, 0) / width + eps)
+    return b_c * b_scale * b_w.to(tl.float32) + b_b.to(tl.float32)
+
+
+@triton.jit
+def half_gelu(b_y, first, depth, kind: tl.constexpr, BN: tl.constexpr):
+    """b_y (BM,BN), columns from `first` on, with GELU on those left of `depth`, as a rounded product would give it."""
+    if first < depth:
+        b_h = b_y.to(kind).to(tl.float32)
+        b_y = tl.where((first + tl.arange(0, BN) < depth)[None, :], b_h * (0.5 + 0.5 * tl.erf(b_h * 0.7071067811865476)), b_y)
+    return b_y
