@@ -1,4 +1,4 @@
-"""A tile of a matrix product x weight^T, as the kernels of layer.py make it: where it lies, its weights ahead of the rows, the sums, scale, bias, GELU and store.
+"""A tile of a matrix product x weight^T, as the kernels of layer.py make it: where it lies, its weights ahead of the rows, sums, scale, bias, GELU, store.
 
 Weights are of the storage type or 8 bits, int8 or E4M3, each value of which 16 bits hold exactly; then a column's sum of products has one scale.
 """
