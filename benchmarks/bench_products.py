@@ -17,7 +17,7 @@ from gpu import copy_bandwidth
 from products import DTYPES, Case, Options, compile_all
 
 from sessa_deploy.contract import WEIGHT_FORMATS
-from sessa_deploy.kernels.engine.spec import product_variant
+from sessa_deploy.kernels.engine.spec import product_choice
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import pinned, weights_name
 
@@ -25,12 +25,12 @@ KERNELS = ("layer_linear", "layer_out", "layer_tail", "layer_enter", "layer_proj
 FORMATS = {"": "", **{name: weights_name(getattr(torch, f.torch)) for name, f in WEIGHT_FORMATS.items()}}  # format -> as the tables call it
 
 
-def chosen(kernel: str, rows: int, width: int, dtype: torch.dtype, weights: str) -> tuple[str, Options]:
-    """(kernel, options) as the plugin launches it: one row has a kernel of its own at the entrance."""
+def chosen(kernel: str, rows: int, width: int, dtype: torch.dtype, weights: str) -> tuple[str, str, Options]:
+    """(kernel, weights that it reads, options) as the plugin launches it: one row has a kernel of its own at the entrance."""
     if kernel == "layer_enter" and rows == 1:
         kernel = "layer_norm_enter"
-    variant = table.width_variant(kernel, width) if kernel == "layer_norm_enter" else product_variant(rows, weights)
-    return kernel, pinned((kernel,), torch.device("cuda", 0), dtype, variant, rows, weights)[kernel]
+    variant, kind = (table.width_variant(kernel, width), weights) if kernel == "layer_norm_enter" else product_choice(kernel, rows, weights)
+    return kernel, kind, pinned((kernel,), torch.device("cuda", 0), dtype, variant, rows, kind)[kernel]
 
 
 def main() -> int:
@@ -43,8 +43,8 @@ def main() -> int:
     begun, dtype = time.perf_counter(), DTYPES[args.dtype]
     torch.backends.cuda.matmul.allow_tf32 = False
     cases = [(k, r, w) for w in args.widths for r in args.rows for k in KERNELS if k != "layer_logits" or r <= 64]
-    jobs = {(name, options["BN"], options["BK"], weights, variant): (name, dtype, weights, options) for k, r, w in cases for weights in FORMATS.values()
-            for variant in [str(r)] for name, options in [chosen(k, r, w, dtype, weights)]}  # fmt: skip
+    jobs = {(name, options["BN"], options["BK"], kind, variant): (name, dtype, kind, options) for k, r, w in cases for weights in FORMATS.values()
+            for variant in [str(r)] for name, kind, options in [chosen(k, r, w, dtype, weights)]}  # fmt: skip
     for why in compile_all(list(jobs.values())).values():
         print(why, flush=True)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.dtype}; compiled {len(jobs)} in {time.perf_counter() - begun:.0f} s", flush=True)
@@ -55,8 +55,8 @@ def main() -> int:
         line, peer = f"{kernel:20}{width:5}{rows:6} |", 0.0
         for format, weights in FORMATS.items():
             try:
-                name, options = chosen(kernel, rows, width, dtype, weights)
-                case = Case(name, rows, width, args.vocabulary, dtype, format, cold=rows <= 64)
+                name, kind, options = chosen(kernel, rows, width, dtype, weights)
+                case = Case(name, rows, width, args.vocabulary, dtype, format, cold=rows <= 64, widened=kind != weights)
                 us = case.time(options)
                 speed = case.bytes / us / 1e3
                 if not format:

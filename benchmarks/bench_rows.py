@@ -31,7 +31,7 @@ from torch import Tensor
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.kernels.engine import layer, mixer, mixer_rows
-from sessa_deploy.kernels.engine.spec import mixer_variant, product_variant, rows_variant
+from sessa_deploy.kernels.engine.spec import mixer_rows_variant, mixer_variant, product_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import arch_of, launcher, pinned
 
@@ -83,7 +83,7 @@ def mix(w: dict[str, Any], x: Sequence[Tensor], gamma: Tensor, caches: Sequence[
     rows, (q, k, v, q_b, k_b), (k_f, v_f, past_kb, past_s) = x[0].shape[0], x, caches
     if rows == 1:
         q, k, v = (t.view(1, heads, -1) for t in (q, k, v))
-        return mixer.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, past_kb, past_s, length, early)
+        return mixer.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, past_kb, past_s, length, early, behind=True)
     q, k, v = (t.view(1, rows, heads, -1) for t in (q, k, v))
     return mixer_rows.step(q, k, v, k_f, v_f, *w["out"], q_b[None], k_b[None], gamma[None], past_kb, past_s, length, early, tiles)
 
@@ -123,12 +123,13 @@ def chain_jobs(models: list[str], rows: list[int]) -> list[tuple[str, str, Optio
         variant = product_variant(count)
         mixers = [("mixer_step_partial", mixer_variant(width, width // heads, 1)), ("mixer_step_combine", "any"), ("layer_out", variant)]
         if count > 1:
-            mixers = [("mixer_rows_partial", rows_variant(width, width // heads, 1)), ("mixer_rows_combine", "any"), ("mixer_rows_out", "any")]
+            mixers = [("mixer_rows_partial", mixer_rows_variant(width, width // heads)), ("mixer_rows_combine", "any"), ("mixer_rows_out", "any")]
         around = [("layer_norm", table.width_variant("layer_norm", width)), ("layer_enter", variant)] if count > 1 else [
             ("layer_norm_enter", table.width_variant("layer_norm_enter", width))]  # fmt: skip
         for kernel, key in [*mixers, *around, ("layer_project_gain", variant), ("layer_tail", variant), ("layer_rotary", "any")]:
             kind = "fp16" if "fp16" in table.kernel(kernel).dtypes else "fp32"
-            found[kernel, key, 0 < count <= table.early(kernel, arch_of(0), kind, key)] = None
+            for early in {False, 0 < count <= table.early(kernel, arch_of(0), kind, key)}:
+                found[kernel, key, early] = None
     return [(kernel, key, None, early) for kernel, key, early in sorted(found, key=lambda f: "partial" not in f[0])]
 
 
@@ -178,7 +179,7 @@ class Model:
         self.chain = Chain(SessaConfig(d_model=width, n_layers=LAYERS, n_heads=self.heads, vocab_size=64))
         self.caches = self.chain.caches(CAPACITY, [max(points)])
         self.lengths = [torch.tensor([p], dtype=torch.int32, device="cuda") for p in points]
-        self.variant = rows_variant(width, width // self.heads, 1)
+        self.variant = mixer_rows_variant(width, width // self.heads)
 
     def recorded(self, x: Tensor, length: Tensor, early: int) -> tuple[Any, float]:
         """A graph of a step over the rows x, and its milliseconds."""

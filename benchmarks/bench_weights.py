@@ -3,6 +3,7 @@
     python benchmarks/bench_weights.py --size 1.1B --folder /tmp/w8                 ONNX Runtime with our kernels, on a GPU
     python benchmarks/bench_weights.py --bundles 16=m350 int8=m350-int8             bundles that are there, each prepared (`build --for ort`)
     python benchmarks/bench_weights.py --cpu --folder /tmp/w8 --rounds 9            the demo in plain ONNX Runtime on a CPU, against its fp32 bundle
+    python benchmarks/bench_weights.py --prove --folder /tmp/w8                     no time: `validate` of the demo in fp16 with both, on ort-cuda
 
 The forms take turns, round by round, so that clocks and other load hit them alike; a ratio is the median over rounds. Bundles are made where --folder does
 not hold them yet, each by a process of its own: the same random model, exported and prepared. Prints the table and writes weights.json.
@@ -77,7 +78,6 @@ def bundles(given: argparse.Namespace) -> dict[str, Path]:
     """Form -> its bundle, made where it is not there."""
     if given.bundles:
         return {form: Path(place) for form, _, place in (x.partition("=") for x in given.bundles)}
-    given.folder.mkdir(parents=True, exist_ok=True)
     running = {}
     for form in given.forms:
         if not (given.folder / form).is_dir():
@@ -86,6 +86,23 @@ def bundles(given: argparse.Namespace) -> dict[str, Path]:
         if process.wait():
             print(f"{form}: its bundle was not made (exit code {process.returncode})", flush=True)
     return {form: given.folder / form for form in given.forms if (given.folder / form).is_dir()}
+
+
+def prove(given: argparse.Namespace) -> int:
+    """Export the demo in fp16 with weights in each form of 8 bits, prepare it and judge it on the GPU; how many failed."""
+    failed = 0
+    for form in (f for f in given.forms if f in WEIGHT_FORMATS):
+        out, begun = given.folder / f"demo-{form}", time.perf_counter()
+        options = ["--precision", given.precision, "--weights", form, "--opset", str(WEIGHT_FORMATS[form].opset)]
+        for arguments in (["export", str(DEMO), "--out", str(out), *options], ["build", str(out), "--for", "ort"],
+                          ["validate", str(out), "--checkpoint", str(DEMO), "--backend", "ort-cuda"]):  # fmt: skip
+            done = subprocess.run([sys.executable, "-m", "sessa_deploy", *arguments], capture_output=True, text=True, check=False)
+            last = (done.stdout.strip().splitlines() + done.stderr.strip().splitlines())[-4:]
+            print(f"{form} {arguments[0]}: exit code {done.returncode}", *last, f"{time.perf_counter() - begun:.0f} s", sep="\n  ", flush=True)
+            failed += done.returncode != 0
+            if done.returncode:
+                break
+    return failed
 
 
 def opened(form: str, place: Path, given: argparse.Namespace, batch: int, capacity: int) -> tuple[Runtime, int | None]:
@@ -168,6 +185,7 @@ def main() -> int:
     add("--threads", type=int, default=5, help="of each process that makes a bundle")
     add("--seconds", type=float, default=0.5, help="of each form in each round")
     add("--cpu", action="store_true", help="the demo in plain ONNX Runtime, the forms against its fp32 bundle")
+    add("--prove", action="store_true", help="judge the demo, time nothing")
     add("--make", choices=FORMS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.cpu:
@@ -175,6 +193,9 @@ def main() -> int:
     if given.make:
         make(given.make, given)
         return 0
+    given.folder.mkdir(parents=True, exist_ok=True)
+    if given.prove:
+        return int(prove(given) > 0)
     begun = time.perf_counter()
     places = bundles(given)
     sizes = {}

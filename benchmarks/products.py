@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from sessa_deploy.contract import WEIGHT_FORMATS
 from sessa_deploy.kernels.engine import layer
-from sessa_deploy.kernels.launch.jit import address, launcher, weights_name
+from sessa_deploy.kernels.launch.jit import address, launcher, pinned, weights_name
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 COLD = 192 << 20  # bytes of weights that no cache holds
@@ -31,11 +32,14 @@ def quantise(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
 
 
 class Case:
-    """One kernel on (rows, width); weights: "" of the storage type, or a format of contract.WEIGHT_FORMATS."""
+    """One kernel on (rows, width); weights: "" of the storage type, or a format of contract.WEIGHT_FORMATS. widened: they are, before it runs."""
 
-    def __init__(self, kernel: str, rows: int, width: int, vocabulary: int, dtype: torch.dtype, weights: str = "", cold: bool = True) -> None:
+    def __init__(
+        self, kernel: str, rows: int, width: int, vocabulary: int, dtype: torch.dtype, weights: str = "", cold: bool = True, widened: bool = False
+    ) -> None:
         self.kernel, self.rows, self.width, self.dtype = kernel, rows, width, dtype
-        self.columns = {"layer_enter": 2, "layer_norm_enter": 2, "layer_project_gain": 5}.get(kernel, 1) * width if kernel != "layer_logits" else vocabulary
+        times = {"layer_enter": 2, "layer_norm_enter": 2, "layer_project_gain": 5, "layer_widen": 5}
+        self.columns = times.get(kernel, 1) * width if kernel != "layer_logits" else vocabulary
 
         def make(*shape: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.randn(shape, device="cuda", dtype=torch.float32).mul_(0.1).to(kind)
@@ -47,6 +51,8 @@ class Case:
         self.name = weights_name(one.dtype)
         self.copies = max(2, -(-COLD // (one.numel() * one.itemsize))) if cold else 2
         self.weights = [one, *(one.clone() for _ in range(self.copies - 1))]
+        self.widened = widened
+        self.wide = torch.empty(self.columns if widened or kernel == "layer_widen" else 1, width, device="cuda", dtype=dtype)
         self.out = make(rows, self.columns, kind=float32 if kernel == "layer_logits" else dtype)
         self.cos, self.sin, self.add = make(rows, 32, kind=float32), make(rows, 32, kind=float32), make(rows, width, kind=float32)
         self.parts, self.gains, self.gamma = [make(rows, width) for _ in range(5)], make(width, kind=float32), make(rows, kind=float32)
@@ -61,6 +67,8 @@ class Case:
         x, h, bias, out, scale = self.x, self.h, self.bias, self.out, self.scale
         sizes = (self.rows, self.width)
         match self.kernel:
+            case "layer_widen":
+                return w, self.wide, w.numel()
             case "layer_linear":
                 return x, w, scale, bias, out, *sizes, self.columns
             case "layer_out":
@@ -77,6 +85,8 @@ class Case:
         return h, w, scale, *biases, self.cos, self.sin, self.gains, self.gains, *self.parts, self.gamma, *sizes, self.width, 8, 0.999
 
     def grid(self, tiles: Options) -> tuple[int, ...]:
+        if self.kernel == "layer_widen":
+            return (triton.cdiv(self.columns * self.width, tiles["BLOCK"]),)
         tall = triton.cdiv(self.rows, tiles.get("BM", 1))
         if self.kernel == "layer_project_gain":
             return (layer.gamma_programs(self.rows, tiles["BM"]) + 5 * tall * triton.cdiv(self.width, tiles["BN"]),)
@@ -84,9 +94,22 @@ class Case:
 
     def calls(self, options: Options) -> list[Callable[[], None]]:
         """A launch for each copy of the weights."""
-        call = launcher(getattr(layer, self.kernel), self.x.device, self.dtype, options, self.name)
+        call = launcher(getattr(layer, self.kernel), self.x.device, self.dtype, options, "" if self.widened else self.name)
         grid = self.grid(options)
-        return [lambda w=w: call(grid, *(address(a) if isinstance(a, Tensor) else a for a in self.arguments(w))) for w in self.weights]  # type: ignore[misc]
+
+        def product(w: Tensor) -> None:
+            call(grid, *(address(a) if isinstance(a, Tensor) else a for a in self.arguments(w)))
+
+        if not self.widened:
+            return [lambda w=w: product(w) for w in self.weights]  # type: ignore[misc]
+        tiles = pinned(("layer_widen",), self.x.device, self.dtype, "any", 0, self.name)["layer_widen"]
+        widen, count = launcher(layer.layer_widen, self.x.device, self.dtype, tiles, self.name), self.columns * self.width
+
+        def both(w: Tensor) -> None:
+            widen((triton.cdiv(count, tiles["BLOCK"]),), address(w), address(self.wide), count)
+            product(self.wide)
+
+        return [lambda w=w: both(w) for w in self.weights]  # type: ignore[misc]
 
     def time(self, options: Options | None, repeats: int = 7) -> float:
         """Microseconds a launch, in a graph of a launch for each copy; options None: torch.mm."""
@@ -134,5 +157,9 @@ def _compile(job: Job) -> str:
 
 def compile_all(jobs: Sequence[Job], processes: int = 12) -> dict[int, str]:
     """Compiles them side by side into Triton's cache; index of a job -> why it cannot be had."""
-    with ProcessPoolExecutor(min(processes, max(1, len(jobs))), mp_context=get_context("spawn")) as pool:
-        return {i: why for i, why in enumerate(pool.map(_compile, jobs)) if why}
+    try:
+        with ProcessPoolExecutor(min(processes, max(1, len(jobs))), mp_context=get_context("spawn")) as pool:
+            return {i: why for i, why in enumerate(pool.map(_compile, jobs)) if why}
+    except BrokenProcessPool as error:
+        print(f"not compiled ahead: {error}", flush=True)
+        return {}

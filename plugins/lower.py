@@ -97,8 +97,9 @@ def _kind(unit: Unit) -> str:
 
 
 def _made(unit: Unit) -> bool:
-    """Whether there is such a binary: a tile for wide rows, and weights of 8 bits, only where the architecture's own table has them."""
-    return (unit.variant != "wide" and not _kind(unit)) or table.has(unit.kernel, unit.arch, unit.dtype, unit.variant)
+    """Whether there is such a binary: a tile for wide rows, weights of 8 bits, and optional variants, only where the architecture's own table has them."""
+    always = unit.variant != "wide" and not _kind(unit) and unit.variant not in table.kernel(unit.kernel).optional
+    return always or table.has(unit.kernel, unit.arch, unit.dtype, unit.variant)
 
 
 def served_by(unit: Unit, archs: Sequence[int]) -> int | None:

@@ -145,7 +145,8 @@ def weights_here(bundle: Bundle, gpus: list[dict[str, Any]]) -> dict[str, Any]:
         bundle.require_engine_weights("an engine", [int(gpu["arch"].removeprefix("sm_")) for gpu in gpus[:1]])
     except UserError as wrong:
         read, mend = f"plain ONNX Runtime alone runs them, wide; {wrong.what}: {wrong.got}; allowed: {wrong.allowed}", str(wrong.fix)
-    found = f"{bundle.weights}; {sizes.eight / 1e6:.1f} MB with scales, {sizes.eight / sizes.instead_of:.2f} x of {bundle.precision}; {read}"
+    share = f", {sizes.eight / sizes.instead_of:.2f} x of {bundle.precision}" if sizes.instead_of else ""
+    found = f"{bundle.weights}; {sizes.eight / 1e6:.1f} MB with scales{share}; {read}"
     return {"use": "run the bundle", "name": "the bundle's weights", "found": found, "state": "optional" if mend else "ok", "mend": mend}
 
 

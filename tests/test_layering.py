@@ -47,9 +47,9 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
 }
 # Where a room may see but a part of another: (from, into) -> the modules.
 DOORS = {
-    (FEEDBACK, KERNELS): {"device"},
-    (CAUSAL, KERNELS): {"device"},
-    (ENGINE, KERNELS): {"device"},
+    (FEEDBACK, KERNELS): {"device", "device_rows"},
+    (CAUSAL, KERNELS): {"device", "device_rows"},
+    (ENGINE, KERNELS): {"device", "device_rows"},
     (TRAINING, KERNELS): {"device", "ops", "route"},
     ("sessa_deploy", "runtime"): {"bundle", "publish", "sizes", "template", "tokenizer"},
     ("runtime", "plugins"): {"library"},

@@ -93,8 +93,7 @@ struct Prefill final : Plan
 
 Plan* planCausal(Problem const& p)
 {
-    Plan* const rows = planCausalRows(p);
-    return rows != nullptr ? rows : p.tokens == 1 ? static_cast<Plan*>(new Step) : new Prefill;
+    return p.tokens == 1 ? static_cast<Plan*>(new Step) : rowsOrCausal(p, new Prefill);
 }
 
 std::vector<Problem> everyCausal(Storage storage)

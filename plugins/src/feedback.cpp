@@ -170,8 +170,7 @@ struct Forward final : Plan
 
 Plan* planFeedback(Problem const& p)
 {
-    Plan* const rows = planFeedbackRows(p);
-    return rows != nullptr ? rows : p.tokens == 1 ? static_cast<Plan*>(new Step) : new Forward;
+    return p.tokens == 1 ? static_cast<Plan*>(new Step) : rowsOrFeedback(p, new Forward);
 }
 
 std::vector<Problem> everyFeedback(Storage storage)

@@ -37,27 +37,58 @@ struct Row : Single
     }
 };
 
-// A matrix product over all rows of the batch.
-struct Product : Single
+// A matrix product over all rows of the batch; its matrix is operand `weight`.
+struct Product : Plan
 {
-    using Single::Single;
+    Product(char const* kernelName, int32_t weightOperand, bool alwaysWidens = true)
+        : name(kernelName)
+        , weight(weightOperand)
+        , widens(alwaysWidens)
+    {
+    }
 
     bool find(Problem const& p, int32_t arch) override
     {
-        kernel = findProduct(name, arch, p, rowsOf(p));
-        return kernel != nullptr;
+        return matrix.find(name, arch, p, rowsOf(p), widens);
     }
 
-    int64_t columnTiles(int64_t columns) const
+    std::vector<Cubin const*> cubins() const override
     {
-        return ceilDiv(columns, kernel->tile("BN"));
+        return matrix.cubins();
+    }
+
+    void layout(Problem const& p, Arena& arena, bool) override
+    {
+        matrix.layout(p, arena, columns(p));
+    }
+
+    // Of the matrix.
+    virtual int64_t columns(Problem const& p) const
+    {
+        return p.width;
+    }
+
+    Arguments& addMatrix(Arguments& a, Problem const& p, Tensors const& t) const
+    {
+        return matrix.add(a, p, t, weight);
+    }
+
+    int64_t columnTiles(int64_t across) const
+    {
+        return ceilDiv(across, matrix.kernel().tile("BN"));
     }
 
     // others: programs beside those of the tiles.
-    bool launchTiles(Problem const& p, int64_t tiles, Arguments& a, CUstream_st* stream, std::string& error, int64_t others = 0) const
+    bool launchTiles(
+        Problem const& p, Tensors const& t, int64_t tiles, Arguments& a, CUstream_st* stream, std::string& error, int64_t others = 0) const
     {
-        return launch(*kernel, {ceilDiv(rowsOf(p), kernel->tile("BM")) * tiles + others, 1, 1}, a, stream, error, rowsOf(p));
+        return matrix.run(t, weight, ceilDiv(rowsOf(p), matrix.kernel().tile("BM")) * tiles + others, a, stream, error, rowsOf(p));
     }
+
+    char const* name;
+    int32_t weight;
+    bool widens;
+    Matrix matrix;
 };
 
 struct Rotary final : Single
@@ -99,107 +130,126 @@ struct Norm final : Row
 struct Linear final : Product
 {
     Linear()
-        : Product("layer_linear")
+        : Product("layer_linear", 1)
     {
+    }
+
+    int64_t columns(Problem const& p) const override
+    {
+        return p.columns;
     }
 
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         Arguments a;
-        addMatrix(a.add(t.in[0]), p, t, 1).add(t.in[2]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width)).add(i32(p.columns));
-        return launchTiles(p, columnTiles(p.columns), a, stream, error);
+        addMatrix(a.add(t.in[0]), p, t).add(t.in[2]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width)).add(i32(p.columns));
+        return launchTiles(p, t, columnTiles(p.columns), a, stream, error);
     }
 };
 
+// Widened, the vocabulary's matrix would be the largest buffer of all, and many rows of logits are rare.
 struct Logits final : Product
 {
     Logits()
-        : Product("layer_logits")
+        : Product("layer_logits", 1, false)
     {
     }
 
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         Arguments a;
-        addMatrix(a.add(t.in[0]), p, t, 1).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width)).add(i32(p.columns));
-        return launchTiles(p, columnTiles(p.columns), a, stream, error);
+        addMatrix(a.add(t.in[0]), p, t).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width)).add(i32(p.columns));
+        return launchTiles(p, t, columnTiles(p.columns), a, stream, error);
     }
 };
 
 struct Tail final : Product
 {
     Tail()
-        : Product("layer_tail")
+        : Product("layer_tail", 3)
     {
     }
 
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         Arguments a; // s, h, weight, bias, x
-        addMatrix(a.add(t.in[1]).add(t.in[2]), p, t, 3).add(t.in[4]).add(t.in[0]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width));
-        return launchTiles(p, columnTiles(p.width), a, stream, error);
+        addMatrix(a.add(t.in[1]).add(t.in[2]), p, t).add(t.in[4]).add(t.in[0]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width));
+        return launchTiles(p, t, columnTiles(p.width), a, stream, error);
     }
 };
 
 // One row goes through a kernel of its own, which norms it too.
 struct Enter final : Plan
 {
+    static constexpr int32_t kWeight = 3;
+
     bool find(Problem const& p, int32_t arch) override
     {
         auto const width = i32(p.width);
-        bool const one = rowsOf(p) == 1;
+        one = rowsOf(p) == 1;
         norm = one ? findCubinForWidth("layer_norm_enter", arch, productType(p).c_str(), width)
                    : findCubinForWidth("layer_norm", arch, dtypeName(p.storage), width);
-        product = one ? norm : findProduct("layer_enter", arch, p, rowsOf(p));
-        return norm != nullptr && product != nullptr;
+        return norm != nullptr && (one || matrix.find("layer_enter", arch, p, rowsOf(p)));
     }
 
     void layout(Problem const& p, Arena& arena, bool) override
     {
         normal = arena.take(storageBytes(p) * rowsOf(p) * p.width);
+        matrix.layout(p, arena, p.doubleWidth);
     }
 
     std::vector<Cubin const*> cubins() const override
     {
-        return {norm, product};
+        std::vector<Cubin const*> all{norm};
+        if (!one)
+        {
+            auto const its = matrix.cubins();
+            all.insert(all.end(), its.begin(), its.end());
+        }
+        return all;
     }
 
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         auto const width = i32(p.width);
         int64_t const rows = rowsOf(p);
-        int64_t const tiles = ceilDiv(p.doubleWidth, product->tile("BN"));
         Arguments first; // x and the norm's weights, and for one row all there is
         first.add(t.in[0]).add(t.in[1]).add(t.in[2]);
-        if (product == norm)
+        if (one)
         {
-            addMatrix(first, p, t, 3).add(t.in[4]).add(t.outs[0]).add(width).add(p.numbers.epsilon);
-            return launch(*norm, {tiles, 1, 1}, first, stream, error, rows);
+            matrix.add(first, p, t, kWeight).add(t.in[4]).add(t.outs[0]).add(width).add(p.numbers.epsilon);
+            return launch(*norm, {ceilDiv(p.doubleWidth, norm->tile("BN")), 1, 1}, first, stream, error, rows);
         }
         first.add(normal).add(width).add(p.numbers.epsilon);
         Arguments second;
-        addMatrix(second.add(normal), p, t, 3).add(t.in[4]).add(t.outs[0]).add(i32(rows)).add(width);
-        return launch(*norm, {rows, 1, 1}, first, stream, error, rows)
-            && launch(*product, {ceilDiv(rows, product->tile("BM")) * tiles, 1, 1}, second, stream, error, rows);
+        matrix.add(second.add(normal), p, t, kWeight).add(t.in[4]).add(t.outs[0]).add(i32(rows)).add(width);
+        int64_t const tiles = ceilDiv(rows, matrix.kernel().tile("BM")) * ceilDiv(p.doubleWidth, matrix.kernel().tile("BN"));
+        return launch(*norm, {rows, 1, 1}, first, stream, error, rows) && matrix.run(t, kWeight, tiles, second, stream, error, rows);
     }
 
+    bool one{};
     Cubin const* norm{};
-    Cubin const* product{};
+    Matrix matrix;
     char* normal{};
 };
 
 struct ProjectGain final : Product
 {
     ProjectGain()
-        : Product("layer_project_gain")
+        : Product("layer_project_gain", 1)
     {
+    }
+
+    int64_t columns(Problem const& p) const override
+    {
+        return 3 * p.width + 2 * p.kvHeads * p.headWidth;
     }
 
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         int64_t const kvWidth = p.kvHeads * p.headWidth;
         Arguments a;
-        addMatrix(a.add(t.in[0]), p, t, 1);
+        addMatrix(a.add(t.in[0]), p, t);
         for (int32_t i = 2; i < 10; ++i)
         {
             a.add(t.in[i]);
@@ -209,9 +259,9 @@ struct ProjectGain final : Product
             a.add(t.outs[i]);
         }
         a.add(i32(rowsOf(p))).add(i32(p.width)).add(i32(kvWidth)).add(i32(p.headWidth / kHeadMultiple)).add(p.numbers.gammaMax);
-        int64_t const tile = kernel->tile("BM");
+        int64_t const tile = matrix.kernel().tile("BM");
         int64_t const gains = tile <= kSingle ? rowsOf(p) : ceilDiv(rowsOf(p), tile);
-        return launchTiles(p, 3 * columnTiles(p.width) + 2 * columnTiles(kvWidth), a, stream, error, gains);
+        return launchTiles(p, t, 3 * columnTiles(p.width) + 2 * columnTiles(kvWidth), a, stream, error, gains);
     }
 };
 

@@ -23,13 +23,15 @@ struct Step final : Plan
         char const* dtype = dtypeName(p.storage);
         partial = findCubin("mixer_step_partial", arch, dtype, variant(p).c_str());
         combine = findCubin("mixer_step_combine", arch, dtype, "any");
-        out = findProduct("layer_out", arch, p, p.batch);
-        return partial != nullptr && combine != nullptr && out != nullptr;
+        return partial != nullptr && combine != nullptr && out.find("layer_out", arch, p, p.batch);
     }
 
     std::vector<Cubin const*> cubins() const override
     {
-        return {partial, combine, out};
+        std::vector<Cubin const*> all{partial, combine};
+        auto const its = out.cubins();
+        all.insert(all.end(), its.begin(), its.end());
+        return all;
     }
 
     void layout(Problem const& p, Arena& arena, bool) override
@@ -37,13 +39,14 @@ struct Step final : Plan
         rowsF = partial->tile("ROWS_F") * partial->tile("TILES_F");
         rowsB = partial->tile("ROWS_B") * partial->tile("TILES_B");
         splitsF = stepSplits(p.capacity, rowsF, combine->tile("BLOCK_F"));
-        splitsB = stepSplits(p.capacity, rowsB);
+        splitsB = stepSplits(p.capacity, rowsB, combine->tile("BLOCK_B"));
         partF = arena.take(4 * p.batch * p.width * splitsF);
         statF = arena.take(8 * p.batch * p.heads * splitsF);
         partB = arena.take(4 * p.batch * p.width * splitsB);
         statB = arena.take(8 * p.batch * splitsB);
         o = arena.take(storageBytes(p) * p.batch * p.width);
         add = arena.take(4 * p.batch * p.width);
+        out.layout(p, arena, p.width);
     }
 
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
@@ -65,12 +68,14 @@ struct Step final : Plan
         second.add(partF).add(statF).add(partB).add(statB).add(t.in[kPastLength]).add(t.in[kGamma]).add(o).add(add).add(i32(p.capacity));
         second.add(i32(splitsF)).add(i32(rowsF)).add(i32(splitsB)).add(i32(rowsB)).add(i32(p.heads)).add(units).add(i32(p.width));
         Arguments third;
-        addMatrix(third.add(o), p, t, kWeight).add(t.in[kBias]).add(add).add(t.out).add(i32(p.batch)).add(i32(p.width));
+        out.add(third.add(o), p, t, kWeight).add(t.in[kBias]).add(add).add(t.out).add(i32(p.batch)).add(i32(p.width));
         int64_t const lanes = combine->tile("BLOCK_D");
-        int64_t const tiles = ceilDiv(p.batch, out->tile("BM")) * ceilDiv(p.width, out->tile("BN"));
-        return launch(*partial, {programsF + programsB, 1, 1}, first, stream, error, p.batch)
+        int64_t const tiles = ceilDiv(p.batch, out.kernel().tile("BM")) * ceilDiv(p.width, out.kernel().tile("BN"));
+        // It reads the pasts before it waits; behind the projections alone is it known that nobody writes them.
+        int64_t const rows = launchedLast(stream, "layer_project_gain") ? p.batch : kManyRows;
+        return launch(*partial, {programsF + programsB, 1, 1}, first, stream, error, rows)
             && launch(*combine, {p.heads * ceilDiv(p.headWidth, lanes) + ceilDiv(p.width, lanes), p.batch, 1}, second, stream, error, p.batch)
-            && launch(*out, {tiles, 1, 1}, third, stream, error, p.batch);
+            && out.run(t, kWeight, tiles, third, stream, error, p.batch);
     }
 
     // launch/splits.py, shares: programs for causal and for feedback attention.
@@ -92,7 +97,7 @@ struct Step final : Plan
 
     Cubin const* partial{};
     Cubin const* combine{};
-    Cubin const* out{};
+    Matrix out;
     int64_t rowsF{}; // that a split takes at least
     int64_t rowsB{};
     int64_t splitsF{};
@@ -178,8 +183,7 @@ struct Chunk final : Plan
 
 Plan* planMixer(Problem const& p)
 {
-    Plan* const rows = planMixerRows(p);
-    return rows != nullptr ? rows : p.tokens == 1 ? static_cast<Plan*>(new Step) : new Chunk;
+    return p.tokens == 1 ? static_cast<Plan*>(new Step) : rowsOrMixer(p, new Chunk);
 }
 
 // Every width, head and number of rows that selects binaries.

@@ -83,18 +83,6 @@ inline std::string productVariant(int64_t rows, Weights weights)
     return weights == Weights::kStorage ? covering(kRows, rows, "any") : covering(kQuantisedRows, rows, "any");
 }
 
-// The binary of a matrix product for so many rows; nullptr: none.
-inline Cubin const* findProduct(char const* kernel, int32_t arch, Problem const& p, int64_t rows)
-{
-    return findCubin(kernel, arch, productType(p).c_str(), productVariant(rows, p.weights).c_str());
-}
-
-// Two arguments of a kernel that reads weights: the matrix, which is operand `at`, and its scales; what stands for those of 16-bit weights is not looked at.
-inline Arguments& addMatrix(Arguments& arguments, Problem const& p, Tensors const& t, int32_t at)
-{
-    return arguments.add(t.in[at]).add(t.in[p.weights == Weights::kStorage ? at : p.op->inputs - 1]);
-}
-
 // causal/spec.py, head_variant; group: query heads of one key/value head.
 inline std::string headVariant(int64_t width, int64_t group)
 {
@@ -150,6 +138,68 @@ public:
 private:
     char* mBase;
     int64_t mUsed{0};
+};
+
+// A matrix product with its weights. Those of 8 bits are widened into the workspace before a product of many rows: engine/spec.py, product_choice.
+class Matrix
+{
+public:
+    // widens: false for a kernel that reads 8 bits whatever the rows. False where the binaries are missing.
+    bool find(char const* name, int32_t arch, Problem const& p, int64_t rows, bool widens = true)
+    {
+        std::string const variant = productVariant(rows, p.weights);
+        bool const many = p.weights != Weights::kStorage && variant == "any";
+        std::string const most = std::to_string(*(std::end(kQuantisedRows) - 1));
+        mWiden = many && widens ? findCubin("layer_widen", arch, productType(p).c_str(), "any") : nullptr;
+        mKernel = many && widens ? findCubin(name, arch, dtypeName(p.storage), "any")
+                                 : findCubin(name, arch, productType(p).c_str(), many ? most.c_str() : variant.c_str());
+        return mKernel != nullptr && (mWiden != nullptr || !many || !widens);
+    }
+
+    Cubin const& kernel() const
+    {
+        return *mKernel;
+    }
+
+    std::vector<Cubin const*> cubins() const
+    {
+        return mWiden == nullptr ? std::vector<Cubin const*>{mKernel} : std::vector<Cubin const*>{mKernel, mWiden};
+    }
+
+    // Of a matrix (columns, p.width).
+    void layout(Problem const& p, Arena& arena, int64_t columns)
+    {
+        mCount = columns * p.width;
+        mWide = mWiden == nullptr ? nullptr : arena.take(storageBytes(p) * mCount);
+    }
+
+    // Two arguments of the kernel: the matrix, which is operand `at`, and its scales; what stands for those that there are not is the matrix' address.
+    Arguments& add(Arguments& arguments, Problem const& p, Tensors const& t, int32_t at) const
+    {
+        void const* const matrix = mWiden == nullptr ? t.in[at] : mWide;
+        return arguments.add(matrix).add(p.weights == Weights::kStorage ? matrix : t.in[p.op->inputs - 1]);
+    }
+
+    // `programs` of the kernel, behind the widening of operand `at` where it needs one.
+    bool run(Tensors const& t, int32_t at, int64_t programs, Arguments& a, CUstream_st* stream, std::string& error, int64_t rows) const
+    {
+        if (mWiden != nullptr)
+        {
+            Arguments first;
+            first.add(t.in[at]).add(mWide).add(i32(mCount));
+            if (!launch(*mWiden, {ceilDiv(mCount, mWiden->tile("BLOCK")), 1, 1}, first, stream, error, rows))
+            {
+                return false;
+            }
+        }
+        return launch(*mKernel, {programs, 1, 1}, a, stream, error, rows);
+    }
+
+private:
+    Cubin const* mKernel{};
+    Cubin const* mWiden{};
+    char* mWide{};
+    int64_t mCount{};
 };
 
 class Plan

@@ -1,5 +1,7 @@
 #include "rows.h"
 
+#include <memory>
+
 namespace sessa
 {
 namespace
@@ -23,21 +25,19 @@ bool narrowHeads(Problem const& p)
     return p.headWidth <= *(std::end(kRowsHeads) - 1);
 }
 
-// How the past of causal attention is split, and the parts' place. slots: that share out a split.
+// How the past of causal attention is split, and the parts' place.
 struct CausalParts
 {
-    void layout(Problem const& p, Arena& arena, int64_t blockRows, int64_t blockSlots, int64_t most)
+    void layout(Problem const& p, Arena& arena, int64_t blockRows, int64_t most)
     {
-        slots = blockSlots;
-        rows = blockRows * slots;
-        splits = stepSplits(p.capacity, rows, most / slots);
-        int64_t const parts = rowsOf(p) * p.heads * (1 + splits * slots); // beside the splits the new rows
+        rows = blockRows;
+        splits = stepSplits(p.capacity, rows, most);
+        int64_t const parts = rowsOf(p) * p.heads * (1 + splits); // beside the splits the new rows
         part = arena.take(4 * parts * p.headWidth);
         stat = arena.take(8 * parts);
     }
 
     int64_t rows{}; // that a split takes at least
-    int64_t slots{};
     int64_t splits{};
     char* part{};
     char* stat{};
@@ -75,7 +75,7 @@ struct MixerRows final : Plan
     bool find(Problem const& p, int32_t arch) override
     {
         char const* dtype = dtypeName(p.storage);
-        std::string const variant = covering(kRowsWidths, p.width) + "." + headVariant(p.headWidth, p.heads / p.kvHeads); // engine/spec.py, rows_variant
+        std::string const variant = covering(kRowsWidths, p.width) + "." + covering(kRowsHeads, p.headWidth); // engine/spec.py, mixer_rows_variant
         partial = findCubin("mixer_rows_partial", arch, dtype, variant.c_str());
         combine = findCubin("mixer_rows_combine", arch, dtype, "any");
         out = findCubin("mixer_rows_out", arch, dtype, "any");
@@ -89,7 +89,7 @@ struct MixerRows final : Plan
 
     void layout(Problem const& p, Arena& arena, bool) override
     {
-        f.layout(p, arena, partial->tile("ROWS_F"), partial->tile("SLOTS_F"), combine->tile("BLOCK_F"));
+        f.layout(p, arena, partial->tile("ROWS_F"), combine->tile("BLOCK_F"));
         b.layout(p, arena, partial->tile("ROWS_B"), combine->tile("BLOCK_B"));
         o = arena.take(storageBytes(p) * rowsOf(p) * p.width);
         b.layoutSums(p, arena);
@@ -99,7 +99,7 @@ struct MixerRows final : Plan
     {
         using namespace MixerInput;
         int64_t const group = p.heads / p.kvHeads;
-        int64_t const programs = (1 + f.splits) * ceilDiv(p.kvHeads, partial->tile("HEADS_F")) * ceilDiv(group, partial->tile("GROUP_F"));
+        int64_t const programs = (1 + f.splits) * ceilDiv(p.heads, partial->tile("HEADS_F"));
         int32_t const units = i32(p.headWidth / kHeadMultiple);
         Arguments first;
         for (auto const i : {kQ, kK, kV, kPastK, kPastV, kQB, kKB, kPastKb, kPastS, kPastLength})
@@ -111,7 +111,7 @@ struct MixerRows final : Plan
         first.add(i32(programs));
         Arguments second;
         second.add(f.part).add(f.stat).add(b.part).add(b.stat).add(b.scores).add(t.in[kPastLength]).add(t.in[kGamma]).add(o).add(b.add).add(b.inverse);
-        second.add(i32(p.tokens)).add(i32(p.capacity)).add(i32(f.splits)).add(i32(f.rows)).add(i32(f.slots)).add(i32(b.splits)).add(i32(b.rows));
+        second.add(i32(p.tokens)).add(i32(p.capacity)).add(i32(f.splits)).add(i32(f.rows)).add(i32(b.splits)).add(i32(b.rows));
         second.add(i32(p.heads)).add(units).add(i32(p.width));
         Arguments third;
         third.add(o).add(t.in[kWeight]).add(t.in[kBias]).add(b.add).add(b.inverse).add(t.out).add(i32(p.tokens)).add(i32(p.width));
@@ -183,7 +183,7 @@ struct CausalRows final : Plan
     bool find(Problem const& p, int32_t arch) override
     {
         char const* dtype = dtypeName(p.storage);
-        partial = findCubin("causal_rows_partial", arch, dtype, headVariant(p.headWidth, p.heads / p.kvHeads).c_str());
+        partial = findCubin("causal_rows_partial", arch, dtype, covering(kRowsHeads, p.headWidth).c_str());
         combine = findCubin("causal_rows_combine", arch, dtype, "any");
         return partial != nullptr && combine != nullptr;
     }
@@ -195,14 +195,13 @@ struct CausalRows final : Plan
 
     void layout(Problem const& p, Arena& arena, bool) override
     {
-        f.layout(p, arena, partial->tile("BLOCK_R"), partial->tile("BLOCK_S"), combine->tile("BLOCK_S"));
+        f.layout(p, arena, partial->tile("BLOCK_R"), combine->tile("BLOCK_S"));
     }
 
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         using namespace CausalInput;
         int64_t const group = p.heads / p.kvHeads;
-        int64_t const blocks = ceilDiv(p.kvHeads, partial->tile("BLOCK_H")) * ceilDiv(group, partial->tile("BLOCK_G"));
         int64_t const row = p.kvHeads * p.headWidth / kHeadMultiple;
         int32_t const units = i32(p.headWidth / kHeadMultiple);
         Arguments first;
@@ -211,8 +210,8 @@ struct CausalRows final : Plan
         first.add(i32(p.kvHeads)).add(i32(group)).add(units).add(scaleLog2(p.headWidth, p.numbers.scale));
         Arguments second;
         second.add(f.part).add(f.stat).add(t.in[kPastLength]).add(t.out).add(i32(p.tokens)).add(i32(p.capacity)).add(i32(f.splits)).add(i32(f.rows));
-        second.add(i32(f.slots)).add(i32(p.heads)).add(units);
-        return launch(*partial, {(1 + f.splits) * blocks, p.batch, 1}, first, stream, error, rowsOf(p))
+        second.add(i32(p.heads)).add(units);
+        return launch(*partial, {(1 + f.splits) * ceilDiv(p.heads, partial->tile("BLOCK_H")), p.batch, 1}, first, stream, error, rowsOf(p))
             && launch(*combine, {ceilDiv(p.tokens * p.heads, combine->tile("BLOCK_N")), ceilDiv(p.headWidth, combine->tile("BLOCK_D")), p.batch}, second,
                 stream, error, rowsOf(p));
     }
@@ -222,21 +221,56 @@ struct CausalRows final : Plan
     CausalParts f;
 };
 
+// The first of two that finds its binaries.
+struct Either final : Plan
+{
+    Either(Plan* one, Plan* other)
+        : first(one)
+        , second(other)
+    {
+    }
+
+    bool find(Problem const& p, int32_t arch) override
+    {
+        chosen = first->find(p, arch) ? first.get() : second.get();
+        return chosen == first.get() || second->find(p, arch);
+    }
+
+    std::vector<Cubin const*> cubins() const override
+    {
+        return chosen->cubins();
+    }
+
+    void layout(Problem const& p, Arena& arena, bool bound) override
+    {
+        chosen->layout(p, arena, bound);
+    }
+
+    bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        return chosen->run(p, t, stream, error);
+    }
+
+    std::unique_ptr<Plan> first;
+    std::unique_ptr<Plan> second;
+    Plan* chosen{};
+};
+
 } // namespace
 
-Plan* planMixerRows(Problem const& p)
+Plan* rowsOrMixer(Problem const& p, Plan* other)
 {
-    return p.weights == Weights::kStorage && fewRows(p) && narrow(p) && narrowHeads(p) ? new MixerRows : nullptr;
+    return p.weights == Weights::kStorage && fewRows(p) && narrow(p) && narrowHeads(p) ? new Either(new MixerRows, other) : other;
 }
 
-Plan* planFeedbackRows(Problem const& p)
+Plan* rowsOrFeedback(Problem const& p, Plan* other)
 {
-    return fewRows(p) && narrow(p) ? new FeedbackRows : nullptr;
+    return fewRows(p) && narrow(p) ? new Either(new FeedbackRows, other) : other;
 }
 
-Plan* planCausalRows(Problem const& p)
+Plan* rowsOrCausal(Problem const& p, Plan* other)
 {
-    return fewRows(p) && narrowHeads(p) ? new CausalRows : nullptr;
+    return fewRows(p) && narrowHeads(p) ? new Either(new CausalRows, other) : other;
 }
 
 } // namespace sessa

@@ -6,9 +6,10 @@
 namespace sessa
 {
 
-// Each nullptr where a problem is no such step, or wider than these kernels.
-Plan* planMixerRows(Problem const& p);
-Plan* planFeedbackRows(Problem const& p);
-Plan* planCausalRows(Problem const& p);
+// The plan of a problem that is such a step and no wider than these kernels, else `other`; of either the caller owns the result. On an architecture that has
+// no binary for it (whose shared memory is too small) it is the other after all.
+Plan* rowsOrMixer(Problem const& p, Plan* other);
+Plan* rowsOrFeedback(Problem const& p, Plan* other);
+Plan* rowsOrCausal(Problem const& p, Plan* other);
 
 } // namespace sessa

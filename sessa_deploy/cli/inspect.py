@@ -149,7 +149,7 @@ def _weights(found: dict[str, Any]) -> dict[str, object]:
     kept = said.get("kept") or []
     facts: dict[str, object] = {"weights": f"{said.get('format')}, one scale an output channel"
                                            + (f"; kept in the precision: {', '.join(map(str, kept))}" if kept else "")}
-    if sizes:
+    if sizes and sizes["ratio"]:
         facts["in 8 bits"] = f"{size(sizes['eight'])} with scales, {sizes['ratio']:.3f} x of {found['precision']}"
         facts["all weights"] = f"{size(sizes['total'])}, {sizes['total_ratio']:.3f} x of {found['precision']}"
     return facts

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sessa_deploy.contract import STEP_ROWS
 from sessa_deploy.kernels import blocked
+from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import FEEDBACK_MAX_WIDTH, FEEDBACK_MULTIPLE, HEAD_MAX_WIDTH, HEAD_MULTIPLE, MAX_GRID, ROWS_HEADS, ROWS_WIDTHS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # storage types that have kernels
@@ -35,10 +36,18 @@ def keeps_rest(q: Tensor) -> bool:
     return q.dtype in (torch.float16, torch.bfloat16) and uses_triton(q)
 
 
-def steps_rows(q: Tensor, capacity: int, width: int, widest: int) -> bool:
-    """Whether new rows q (B,T,..) over a past of `capacity` rows take the kernels of a step of several rows: at most 16 of them, 16-bit storage, and a width
-    that these have."""
-    return 2 <= q.shape[1] <= STEP_ROWS and capacity > 0 and q.dtype in (torch.float16, torch.bfloat16) and width <= widest
+def steps_rows(q: Tensor, capacity: int) -> bool:
+    """Whether new rows q (B,T,..) over a past of `capacity` rows are a step of several rows for their number and storage."""
+    return 2 <= q.shape[1] <= STEP_ROWS and capacity > 0 and q.dtype in (torch.float16, torch.bfloat16)
+
+
+def feedback_steps_rows(q: Tensor, capacity: int) -> bool:
+    """Whether feedback attention on q (B,T,D) takes the kernels of a step of several rows: where they are wide enough and the GPU has the memory they need."""
+    if not steps_rows(q, capacity) or q.shape[2] > ROWS_WIDTHS[-1]:
+        return False
+    from sessa_deploy.kernels.launch.jit import available
+
+    return available("feedback_rows_partial", q.device, q.dtype, table.width_variant("feedback_rows_partial", q.shape[2]))
 
 
 def is_eager(*tensors: Tensor) -> bool:
@@ -64,7 +73,7 @@ def feedback_forward(
         from sessa_deploy.kernels.feedback import step
 
         return step.step(q, k, gamma, f, past_k, past_s, past_length), None, None
-    if steps_rows(q, past_k.shape[1], q.shape[2], ROWS_WIDTHS[-1]) and not need_lse:
+    if not need_lse and feedback_steps_rows(q, past_k.shape[1]):
         from sessa_deploy.kernels.feedback import step_rows
 
         return step_rows.step(q, k, gamma, f, past_k, past_s, past_length), None, None
@@ -101,7 +110,7 @@ def causal_kernels(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tens
         from sessa_deploy.kernels.causal import step
 
         return step.step(q, k, v, past_k, past_v, past_length)
-    if steps_rows(q, past_k.shape[1], q.shape[3], ROWS_HEADS[-1]):
+    if steps_rows(q, past_k.shape[1]) and q.shape[3] <= ROWS_HEADS[-1]:
         from sessa_deploy.kernels.causal import step_rows
 
         return step_rows.step(q, k, v, past_k, past_v, past_length)

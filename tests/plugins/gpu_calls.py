@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import plugin_harness as ph
-from layer_calls import layer_calls
+from layer_calls import layer_calls, matrix
 from plugin_harness import BFLOAT, FLOAT, HALF, headed, sizes
 
 from sessa_deploy.contract import STEP_ROWS
@@ -15,13 +15,15 @@ TYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": BFLOAT}
 
 
 class Case(NamedTuple):
-    """One call: op, value of its attribute (None: it has none, or its own default), sizes, inputs in order, and the outputs it must give to the bit."""
+    """One call: op, value of its float attribute (None: it has none, or its own default), sizes, inputs in order, and the outputs it must give to the bit;
+    weights: the attribute."""
 
     op: int
     value: float | None
     shape: Any
     inputs: list[Any]
     expected: tuple[Any, ...]
+    weights: int = 0
 
 
 def lengths_and_poison(capacity: int, *pasts: Any) -> Any:
@@ -72,8 +74,8 @@ def causal(storage: str) -> Iterator[Case]:
         yield Case(ph.CAUSAL, None, headed(b, t, p, d, heads, kv_heads), inputs, (route.causal_kernels(*inputs),))
 
 
-def layers(storage: str, rows: tuple[int, int], heads: tuple[int, int, int]) -> Iterator[Case]:
-    """Everything around the attentions of a layer; for rows (batch, tokens) and heads (query heads, key/value heads, width)."""
+def layers(storage: str, rows: tuple[int, int], heads: tuple[int, int, int], weights: int = 0) -> Iterator[Case]:
+    """Everything around the attentions of a layer; for rows (batch, tokens) and heads (query heads, key/value heads, width). weights: products alone."""
     import torch
 
     dtype = getattr(torch, storage)
@@ -82,12 +84,12 @@ def layers(storage: str, rows: tuple[int, int], heads: tuple[int, int, int]) -> 
     def random(*shape: int, wide: bool = False, scale: float = 1.0) -> torch.Tensor:
         return (scale * torch.randn(shape, device="cuda")).to(torch.float32 if wide else dtype)
 
-    for op, value, shape, inputs, compute in layer_calls(random, *rows, *heads):
+    for op, value, shape, inputs, compute, _ in layer_calls(random, *rows, *heads, weights):
         found = compute()
-        yield Case(op, value, shape, inputs, tuple(found) if isinstance(found, (tuple, list)) else (found,))
+        yield Case(op, value, shape, inputs, tuple(found) if isinstance(found, (tuple, list)) else (found,), weights)
 
 
-def mixer(storage: str) -> Iterator[Case]:
+def mixer(storage: str, weights: int = 0) -> Iterator[Case]:
     """Steps as engine/mixer.py and mixer_rows.py compute them, chunks as three operations one by one; ragged, with poisoned rows beyond each length."""
     import torch
 
@@ -105,18 +107,18 @@ def mixer(storage: str) -> Iterator[Case]:
         q = torch.randn(b, t, heads, d, device="cuda").to(dtype)
         k, v = torch.randn(2, b, t, kv_heads, d, device="cuda").to(dtype)
         q_b, k_b = torch.randn(2, b, t, width, device="cuda").to(dtype)
-        weight, bias = (0.1 * torch.randn(width, width, device="cuda")).to(dtype), torch.randn(width, device="cuda").to(dtype)
+        square, bias = matrix((0.1 * torch.randn(width, width, device="cuda")).to(dtype), weights), torch.randn(width, device="cuda").to(dtype)
         gamma = 1.998 * torch.rand(b, t, device="cuda") - 0.999
         past, past_b = torch.randn(2, b, p, kv_heads, d, device="cuda").to(dtype), torch.randn(2, b, p, width, device="cuda").to(dtype)
         length = lengths_and_poison(p, past, past_b)
         if t == 1:
             new = [x[:, 0] for x in (q, k, v)]
-            s = kernels.step(*new, *past, weight, bias, q_b[:, 0], gamma[:, 0], *past_b, length).view(b, 1, width)
-        elif t <= STEP_ROWS:
-            s = mixer_rows.step(q, k, v, *past, weight, bias, q_b, k_b, gamma, *past_b, length)
+            s = kernels.step(*new, *past, square.weight, bias, q_b[:, 0], gamma[:, 0], *past_b, length, scale=square.scale).view(b, 1, width)
+        elif t <= STEP_ROWS and not weights:
+            s = mixer_rows.step(q, k, v, *past, square.weight, bias, q_b, k_b, gamma, *past_b, length)
         else:
             o = route.causal_kernels(q, k, v, past[0], past[1], length)
-            f = layer.linear(o.view(b * t, width), weight, bias).view(b, t, width)
+            f = layer.linear(o.view(b * t, width), square.weight, bias, scale=square.scale).view(b, t, width)
             s = forward.forward(q_b, k_b, gamma, f, past_b[0], past_b[1], length, need_lse=False)[0]
-        inputs = [q, k, v, past[0], past[1], weight, bias, q_b, k_b, gamma, past_b[0], past_b[1], length]
-        yield Case(ph.At.Mixer, None, sizes(b, t, p, width, heads, kv_heads, d), inputs, (s,))
+        inputs = [q, k, v, past[0], past[1], square.operand, bias, q_b, k_b, gamma, past_b[0], past_b[1], length, *square.last]
+        yield Case(ph.At.Mixer, None, sizes(b, t, p, width, heads, kv_heads, d), inputs, (s,), weights)

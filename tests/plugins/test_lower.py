@@ -16,7 +16,7 @@ import pytest
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import SHARED_LIMIT
+from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, SHARED_LIMIT
 from sessa_deploy.plugins import lower
 
 pytest.importorskip("triton")
@@ -30,6 +30,7 @@ def plain(archs: Sequence[int]) -> list[lower.Unit]:
 def sample() -> list[lower.Unit]:
     """Every form (kernel, dtype, variant) for one architecture, every second for sm_90 and the rest for the others in turn; every kernel for two at least.
 
+    Those that read weights of 8 bits are left to a test below.
     A second a binary: all of them are the work of `python -m sessa_deploy.plugins.lower`, which a release runs.
     """
     forms: dict[tuple[str, str, str], list[int]] = {}
@@ -102,6 +103,34 @@ def test_lowering_again_gives_the_same_bytes(lowered: tuple[Path, dict[str, Any]
     assert not (tmp_path / "stale.cubin").exists()
 
 
+def test_weights_of_8_bits_double_no_librarys_size() -> None:
+    """Products of few rows and what widens them alone read them; E4M3 from sm_89 on. Which there are follows from the tables of each architecture."""
+    storage, int8, fp8 = (lower.units(ARCHS, weights=[kind]) for kind in lower.KINDS)
+    assert sorted([*storage, *int8, *fp8]) == sorted(lower.units(ARCHS)) and len(int8) + len(fp8) < len(storage) / 2
+    readers = {k.name for k in table.kernels().values() if "*weight" in {p.type for p in k.params}}
+    for units, kind in ((int8, ".i8"), (fp8, ".f8")):
+        assert {u.kernel for u in units} == readers and {u.dtype for u in units} == {"fp16" + kind, "bf16" + kind}
+        assert not {u.variant for u in units} & {"16"} and {u.kernel for u in units if u.variant == "any"} == {"layer_widen"}
+    assert {lower.served_by(lower.Unit("layer_out", a, "fp16.i8", "1"), ARCHS) or a for a in ARCHS} == {80, 87, 90, 100, 120}
+    assert {u.arch for u in fp8} == {a for a in ARCHS if a >= FLOAT8_ARCH}
+    assert not lower.units([80, 86, 87], weights=["fp8"])
+
+
+@pytest.mark.slow
+def test_kernels_that_read_8_bits_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample: each kind of tile and weight; all of them are the work of `python -m sessa_deploy.plugins.lower`."""
+    chosen = [lower.Unit("layer_norm_enter", 80, "fp16.i8", "1024"), lower.Unit("layer_tail", 89, "bf16.f8", "64"),
+              lower.Unit("layer_out", 90, "bf16.i8", "64"), lower.Unit("layer_logits", 90, "fp16.f8", "1"),
+              lower.Unit("layer_widen", 90, "bf16.f8", "any")]  # fmt: skip
+    assert set(chosen) <= set(lower.units(ARCHS))
+    monkeypatch.setattr(lower, "units", lambda *_: chosen)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for made, unit in zip(lower.lower(ARCHS, tmp_path), chosen, strict=True):
+        assert (made.problems, made.dtype) == ([], unit.dtype)
+        types = {p["name"]: p["type"] for p in made.params}
+        assert types["weight"] == {".i8": "*i8", ".f8": "*fp8e4nv"}[unit.dtype[4:]] and types.get("scale", "*fp32") == "*fp32"
+
+
 def cubin(**change: Any) -> lower.Cubin:
     good: dict[str, Any] = {
         "kernel": "feedback_step_partial", "arch": 86, "dtype": "bf16", "variant": "1024", "file": "x.cubin", "sha256": "", "size": 1, "entry": "e",
@@ -168,7 +197,8 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
     """A GPU before sm_90 has no griddepcontrol; where there is one, a decode step's kernels ask for it, but no product of more than 64 rows."""
     early = [k for k in table.kernels().values() if k.early]
     assert {k.name for k in early} == {k.name for k in table.kernels().values() if "PDL" in k.constexprs}
-    assert {k.name for k in early} == {n for n in table.kernels() if n.startswith(("feedback_step", "causal_step", "mixer_", "layer_")) or "_rows_" in n}
+    steps = {n for n in table.kernels() if n.startswith(("feedback_step", "causal_step", "mixer_", "layer_")) or "_rows_" in n}
+    assert {k.name for k in early} == steps - {"layer_widen"}
     for k in early:
         for variant in k.variants:
             may = variant in k.early

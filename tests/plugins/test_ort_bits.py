@@ -24,7 +24,7 @@ CUDA = "CUDAExecutionProvider"
 FREE = dict.fromkeys(ops.SIZES)  # a graph that knows no size: one session for every shape
 
 
-def open_session(path: Path, op: ops.Op, storage: int, value: float | None = None, **options: str) -> Any:
+def open_session(path: Path, op: ops.Op, storage: int, value: float | None = None, weights: int = 0, **options: str) -> Any:
     """A session of one node on the GPU."""
     runtime = pytest.importorskip("onnxruntime")
     if CUDA not in runtime.get_available_providers():
@@ -32,8 +32,8 @@ def open_session(path: Path, op: ops.Op, storage: int, value: float | None = Non
     ort_session.preload(runtime)
     settings = runtime.SessionOptions()
     library.register(settings, path)
-    attributes = {"storage": storage} if value is None else {"storage": storage, op.attributes[0].name: value}
-    session = runtime.InferenceSession(node_model(op, storage, FREE, attributes), settings, providers=[(CUDA, {"device_id": "0", **options})])
+    attributes = op.node_attributes(storage, weights, **({} if value is None else {op.attributes[0].name: value}))
+    session = runtime.InferenceSession(node_model(op, storage, FREE, attributes, weights=weights), settings, providers=[(CUDA, {"device_id": "0", **options})])
     assert session.get_providers()[0] == CUDA, "the CUDA provider did not start"
     return session
 
@@ -44,7 +44,7 @@ class Bound:
     def __init__(self, session: Any, case: Case, storage: int) -> None:
         import torch
 
-        self.case, op = case, ops.OPS[case.op]
+        self.case, op = case, ops.OPS[case.op].form(case.weights)
         sizes = dict(zip(ops.SIZES, case.shape, strict=True))
         self.outs = [torch.full_like(x, torch.nan) for x in case.expected]
         self.binding = session.io_binding()
@@ -80,7 +80,8 @@ def compare_all(path: Path, storage: str, cases: Iterable[Case]) -> None:
     for number, case in enumerate(cases, 1):
         if case.op not in sessions:
             op = ops.OPS[case.op]
-            sessions[case.op] = (open_session(path, op, onnx, case.value), open_session(path, op, onnx, case.value, enable_cuda_graph="1"))
+            plain = open_session(path, op, onnx, case.value, case.weights)
+            sessions[case.op] = (plain, open_session(path, op, onnx, case.value, case.weights, enable_cuda_graph="1"))
         plain, capturing = sessions[case.op]
         bound = Bound(plain, case, onnx)
         for _ in range(2):
@@ -110,6 +111,13 @@ def test_the_mixer_gives_the_bits_of_its_kernels(ort_built: Built, storage: str)
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
 def test_layers_give_the_bits_of_the_kernels(ort_built: Built, storage: str, heads: tuple[int, int, int], rows: tuple[int, int]) -> None:
     compare_all(ort_built[1], storage, gpu_calls.layers(storage, rows, heads))
+
+
+@pytest.mark.parametrize(("storage", "weights"), [("float16", 3), ("bfloat16", 17)])
+def test_weights_of_8_bits_give_the_bits_of_the_kernels(ort_built: Built, storage: str, weights: int) -> None:
+    for rows in ((1, 1), (32, 1), (2, 150)):
+        compare_all(ort_built[1], storage, gpu_calls.layers(storage, rows, (16, 4, 64), weights))
+    compare_all(ort_built[1], storage, gpu_calls.mixer(storage, weights))
 
 
 def test_rotary_tables_of_a_float32_graph(ort_built: Built) -> None:

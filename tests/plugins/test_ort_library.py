@@ -54,9 +54,10 @@ def test_it_stands_alone(ort_stub: Built) -> None:
 
 def test_every_operation_gives_the_graph_its_types_and_shapes(ort_stub: Built) -> None:
     """float32 outputs are float32 in a 16-bit graph; shapes follow from the inputs', named dimensions by name; what cannot be known is left open."""
-    for op in ops.OPS:
+    forms = [(op, weights) for op in ops.OPS for weights in ((0,) if op.quantised is None else (0, 3, 17))]
+    for op, weights in forms:
         for storage in STORAGES:
-            outputs = open_session(ort_stub[1], node_model(op, storage)).get_outputs()
+            outputs = open_session(ort_stub[1], node_model(op, storage, weights=weights)).get_outputs()
             assert [x.name for x in outputs] == [x.name for x in op.outputs]
             for found, wanted in zip(outputs, op.outputs, strict=True):
                 assert found.type == (STORAGES[storage] if wanted.kind == "storage" else STORAGES[FLOAT]), (op.name, wanted.name)
@@ -96,6 +97,15 @@ WRONG = [
     ("SessaProjectGain", HALF, {"attributes": {"gamma_max": 1}}, "attribute gamma_max: allowed: one float32"),
     ("SessaProjectGain", HALF, {"attributes": {"gamma_max": 1.5}}, r"attribute gamma_max: got 1.5; allowed: a number above 0, up to 1"),
     ("SessaCausalAttention", HALF, {"attributes": {"scale": "1"}}, "attribute scale: allowed: one float32"),
+    ("SessaLogits", HALF, {"weights": 3, "shapes": {"weight": [256, 64]}}, r"weight: got shape \(256,64\); allowed: \(256,32\) to match x"),
+    ("SessaLogits", HALF, {"weights": 17, "shapes": {"weight_scale": [64]}}, r"weight_scale: got shape \(64\); allowed: \(256\) to match x"),
+    ("SessaLinearHeads", HALF, {"weights": 3, "sizes": {"D": 96}}, r"heads x head width: got 64; allowed: D = 96"),
+    ("SessaLogits", HALF, {"attributes": {"storage": HALF, "weights": 2}}, r"attribute weights: got 2; allowed: 3 \(int8\), 17 \(float8e4m3fn\), 0"),
+    ("SessaLogits", HALF, {"attributes": {"weights": 3.0}}, "attribute weights: allowed: one integer"),
+    ("SessaNorm", HALF, {"attributes": {"weights": 3}}, "attribute weights: got 3; allowed: 0: it has no matrix of weights"),
+    ("SessaLogits", HALF, {"attributes": {"storage": HALF, "weights": 3}}, r"inputs with attribute weights = 3: got 2; allowed: 3, the last of them weight_s"),
+    ("SessaLogits", HALF, {"weights": 3, "attributes": {"storage": HALF}}, r"inputs with attribute weights = 0: got 3; allowed: 2, the last of them weight"),
+    ("SessaLogits", HALF, {"weights": 3, "types": {"weight_scale": HALF}}, r"'tensor\(float16\)' of input parameter \(weight_scale\)"),
 ]  # fmt: skip
 
 
@@ -128,9 +138,14 @@ def test_types_and_attributes(ort_stub: Built, op: int, capfd: pytest.CaptureFix
     harness = ort_stub[2]
     node = create(ort_stub, op)
     assert node is not None
+    longest, more = (op, 0) if ops.OPS[op].quantised is None else (ph.at(op, 3), 1)  # with the scales that a node may leave out
     for storage in STORAGES:
-        assert harness.harness_formats(node, op, storage, 1) == (1 << OPERANDS[op]) - 1
+        assert harness.harness_formats(node, longest, storage, 1) == (1 << OPERANDS[op] + more) - 1
     harness.harness_destroy(node)
+    for weights in (3, 17) if more else ():
+        node = create(ort_stub, op, HALF, weights=weights)
+        assert node is not None
+        harness.harness_destroy(node)
     for attribute in ops.OPS[op].attributes:
         assert create(ort_stub, op, HALF, attribute.name, 0.25) is not None
         for wrong in (-1.0, float("inf"), float("nan"), *((2.0,) if attribute == ops.GAMMA_MAX else ())):

@@ -20,6 +20,7 @@ import pytest
 from plugin_harness import BFLOAT, CAUSAL, FEEDBACK, FLOAT, HALF, NAMES, OPERANDS, Built, Pointers, create, headed, sizes
 
 from sessa_deploy import cuda_arch
+from sessa_deploy.contract import STEP_ROWS
 from sessa_deploy.errors import UserError
 from sessa_deploy.kernels.launch.limits import STEP_MAX_SPLITS
 from sessa_deploy.plugins import library, ops
@@ -82,6 +83,18 @@ def test_fields_and_formats(built: Built, op: int, capfd: pytest.CaptureFixture[
                 f"attribute {attribute.name} is unknown; allowed: {', '.join(ops.OPS[op].attribute_names)}" in said)
         assert (create(built, op, HALF, attribute.name, 0.0) is not None) == (mine and attribute == ops.SCALE)  # 0: the width's -1/2 power, for scores alone
     assert (create(built, op, storage=BFLOAT) is None) == (major == 8)
+    capfd.readouterr()
+    if ops.OPS[op].quantised is None:
+        assert built[2].harness_create(str(built[1]).encode(), op, HALF, 3, None, 0.0) is None
+        assert f"attribute weights is unknown; allowed: {', '.join(ops.OPS[op].attribute_names)}" in capfd.readouterr().err
+        return
+    for weights in (3, 17):
+        plugin, form = create(built, op, HALF, weights=weights), ph.at(op, weights)
+        assert harness.harness_formats(plugin, form, HALF, 1) == (everything << 1) + 1  # the scales' type too
+        assert harness.harness_formats(plugin, op, HALF, 1) == 0, "an input is missing"
+        harness.harness_destroy(plugin)
+    assert create(built, op, HALF, weights=2) is None
+    assert "attribute weights: got 2; allowed: 3 (int8), 17 (float8e4m3fn), 0 (the storage type)" in capfd.readouterr().err
 
 
 @pytest.mark.trt
@@ -95,12 +108,16 @@ def test_workspace(launching: Built) -> None:
     prefill = harness.harness_workspace(feedback, FEEDBACK, HALF, sizes(2, 512, 4096, 768))
     assert decode < prefill < 200 * 2**20
     assert harness.harness_workspace(feedback, FEEDBACK, HALF, sizes(1, 65536, 1, 1024)) < 3 * 2**30
-    # A decode step needs it, however long the prompts are; it stops growing with the capacity.
+    # The most is what a step of several rows leaves, to the byte, however long the prompts are: any step of a prompt's profile may have as few rows.
     step = harness.harness_workspace(causal, CAUSAL, HALF, headed(2, 1, 4096, 64, 16, 16))
     assert 0 < step <= (4 * 64 + 8) * 2 * 16 * 128
-    assert step == harness.harness_workspace(causal, CAUSAL, HALF, headed(2, 512, 4096, 64, 16, 16))
-    assert step == harness.harness_workspace(causal, CAUSAL, HALF, headed(2, 1, 65536, 64, 16, 16))
-    assert step > harness.harness_workspace(causal, CAUSAL, HALF, headed(1, 1, 4096, 64, 16, 16)) > 0
+    rows = harness.harness_workspace(causal, CAUSAL, HALF, headed(2, STEP_ROWS, 4096, 64, 16, 16))
+    assert step < rows == harness.harness_workspace(causal, CAUSAL, HALF, headed(2, 512, 4096, 64, 16, 16))
+    assert rows % ((4 * 64 + 8) * 2 * STEP_ROWS * 16) == 0, "parts and statistics of every row and head, a split like the other"
+    # It stops growing with the capacity, and goes with the sequences.
+    for tokens, most in ((1, step), (STEP_ROWS, rows)):
+        assert most == harness.harness_workspace(causal, CAUSAL, HALF, headed(2, tokens, 65536, 64, 16, 16))
+        assert most == 2 * harness.harness_workspace(causal, CAUSAL, HALF, headed(1, tokens, 4096, 64, 16, 16))
     harness.harness_destroy(feedback)
     harness.harness_destroy(causal)
 

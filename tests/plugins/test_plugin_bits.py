@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import gpu_calls
 import pytest
 from gpu_calls import TYPES, Case
-from plugin_harness import BFLOAT, NAMES, ORT, Built, Pointers, create
+from plugin_harness import BFLOAT, NAMES, ORT, Built, Pointers, at, create
 
 from sessa_deploy.plugins import ops
 
@@ -22,7 +22,7 @@ def enqueue_and_compare(shell: Built, plugin: int, onnx: int, case: Case, err: C
     import torch
 
     major, _, harness = shell
-    op, shape, expected = case.op, case.shape, case.expected
+    op, shape, expected = at(case.op, case.weights), case.shape, case.expected
     size = harness.harness_workspace(plugin, op, onnx, shape)
     assert size >= 0 and harness.harness_shape(plugin, op, onnx, shape) == 0, err()
     work = torch.full((max(size, 16) + 4096,), 255, dtype=torch.uint8, device="cuda")  # what lies behind must stay
@@ -44,8 +44,8 @@ def enqueue_and_compare(shell: Built, plugin: int, onnx: int, case: Case, err: C
             assert harness.harness_enqueue(plugin, op, onnx, shape, pointers, torch.cuda.current_stream().cuda_stream) == 0, err()
         torch.cuda.synchronize()
         for i, (out, wanted) in enumerate(zip(outs, expected, strict=True)):
-            assert torch.equal(out, wanted), (NAMES[op], list(shape), replay, i)
-        assert bool((work[max(size, 16) :] == 255).all()), (NAMES[op], list(shape))
+            assert torch.equal(out, wanted), (NAMES[case.op], list(shape), replay, i)
+        assert bool((work[max(size, 16) :] == 255).all()), (NAMES[case.op], list(shape))
     last = len(case.inputs) + len(outs) - 1
     pointers[last] = outs[-1].data_ptr() + 2
     assert harness.harness_enqueue(plugin, op, onnx, shape, pointers, None) != 0 and "is null or not 16-byte aligned" in err()
@@ -56,7 +56,7 @@ def compare_all(shell: Built, storage: str, cases: Iterable[Case], err: Callable
     onnx = TYPES[storage]
     for case in cases:
         attribute = ops.OPS[case.op].attributes[0].name if case.value is not None else None
-        plugin = create(shell, case.op, onnx, attribute, case.value or 0.0)
+        plugin = create(shell, case.op, onnx, attribute, case.value or 0.0, case.weights)
         if plugin is None:
             assert (shell[0], onnx) == (8, BFLOAT)
             return
@@ -91,3 +91,14 @@ def test_layers_give_the_bits_of_the_kernels(
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
 def test_the_mixer_gives_the_bits_of_its_kernels(shell: Built, storage: str, capfd: pytest.CaptureFixture[str]) -> None:
     compare_all(shell, storage, gpu_calls.mixer(storage), lambda: capfd.readouterr().err)
+
+
+@pytest.mark.gpu
+@pytest.mark.trt
+@pytest.mark.parametrize(("storage", "weights", "rows"), [("float16", 3, (1, 1)), ("bfloat16", 17, (1, 1)), ("float16", 17, (32, 1)), ("bfloat16", 3, (32, 1)),
+                                                          ("float16", 3, (2, 150)), ("bfloat16", 17, (2, 150))])  # fmt: skip
+def test_weights_of_8_bits_give_the_bits_of_the_kernels(
+    shell: Built, storage: str, weights: int, rows: tuple[int, int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    cases = [*gpu_calls.layers(storage, rows, (16, 4, 64), weights), *(gpu_calls.mixer(storage, weights) if rows == (1, 1) else ())]
+    compare_all(shell, storage, cases, lambda: capfd.readouterr().err)

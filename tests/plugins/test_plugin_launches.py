@@ -138,7 +138,7 @@ def launches(
     from sessa_deploy.kernels.feedback import forward as feedback_fwd
     from sessa_deploy.kernels.feedback import step as feedback_step
     from sessa_deploy.kernels.feedback import step_rows as feedback_rows
-    from sessa_deploy.kernels.launch import table
+    from sessa_deploy.kernels.launch import jit, table
     from sessa_deploy.kernels.launch.limits import ROWS_HEADS, ROWS_WIDTHS
     from sessa_deploy.kernels.route import steps_rows
 
@@ -159,11 +159,24 @@ def launches(
             noted.append((self.name, (*grid, 1, 1)[:3], self.threads, self.early, scalars, pointers))
 
     def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str, early: int = 0, weights: str = "") -> dict[str, Any]:
-        return {name: table.options(name, 90, ("fp32" if dtype == torch.float32 else "fp16") + weights, variant) for name in names}
+        found = {name: table.options(name, 90, ("fp32" if dtype == torch.float32 else "fp16") + weights, variant) for name in names}
+        # a step's attentions alone start early only where the Python side says behind what
+        return {name: {**o, "PDL": o["PDL"] and early > 0} if name == "mixer_step_partial" else o for name, o in found.items()}
 
     for module in (causal_prefill, causal_rows, causal_step, feedback_fwd, feedback_rows, feedback_step, layer, mixer_rows, mixer_step):
         monkeypatch.setattr(module, "launcher", Writer)
         monkeypatch.setattr(module, "pinned", pinned)
+    kept: list[torch.Tensor] = []  # workspaces and widened weights, so that no other tensor takes their place
+    take = jit.Workspace.take
+
+    def taken(self: Any, device: Any) -> Any:
+        addresses, memory = take(self, device)
+        kept.append(memory)
+        return addresses, memory
+
+    monkeypatch.setattr(jit.Workspace, "take", taken)
+    widen = layer.widen
+    monkeypatch.setattr(layer, "widen", lambda *w: kept.append(widen(*w)) or kept[-1])  # type: ignore[func-returns-value]
     monkeypatch.setattr(feedback_fwd, "_plan", feedback_fwd.Plan)  # a plan keeps its launchers
     n, d = batch * tokens, width // heads
 
@@ -181,7 +194,7 @@ def launches(
     past, q, gamma = [half(batch, capacity, kv_heads, d) for _ in range(2)], half(batch, tokens, heads, d), floats(batch, tokens)
     k, v = [half(batch, tokens, kv_heads, d) for _ in range(2)]
 
-    few_b, few_f = steps_rows(q, capacity, width, ROWS_WIDTHS[-1]), steps_rows(q, capacity, d, ROWS_HEADS[-1])
+    few_b, few_f = (steps_rows(q, capacity) and x <= most for x, most in ((width, ROWS_WIDTHS[-1]), (d, ROWS_HEADS[-1])))
 
     def feedback(f: torch.Tensor) -> None:
         if tokens == 1:
@@ -194,9 +207,10 @@ def launches(
     def causal() -> torch.Tensor:
         return (causal_step.step if tokens == 1 else causal_rows.step if few_f else causal_prefill.prefill)(q, k, v, *past, length)
 
-    def mixer() -> None:
+    def mixer(behind: bool = False) -> None:
         if tokens == 1:
-            mixer_step.step(q[:, 0], k[:, 0], v[:, 0], *past, square.weight, row, q_b[:, 0], gamma[:, 0], *past_b, length, scale=square.scale)
+            rest = q_b[:, 0], gamma[:, 0], *past_b, length, batch, square.scale, behind
+            mixer_step.step(q[:, 0], k[:, 0], v[:, 0], *past, square.weight, row, *rest)
         elif few_b and few_f and square.scale is None:
             mixer_rows.step(q, k, v, *past, square.weight, row, q_b, k_b, gamma, *past_b, length)
         else:
@@ -206,6 +220,9 @@ def launches(
     calls.append((ph.FEEDBACK, sizes(batch, tokens, capacity, width), lambda: feedback(f)))
     if capacity:
         calls.append((ph.CAUSAL, headed(batch, tokens, capacity, d, heads, kv_heads), causal))
+        if tokens == 1:  # right behind the projections, where its attentions may start early; then once more, behind itself
+            calls.append(next(call for call in calls if call[0] == ph.At.ProjectGain))
+            calls.append((ph.At.Mixer, sizes(batch, tokens, capacity, width, heads, kv_heads, d), lambda: mixer(True)))
         calls.append((ph.At.Mixer, sizes(batch, tokens, capacity, width, heads, kv_heads, d), mixer))
     found = []
     for op, shape, call in calls if storage == ph.HALF else [x for x in calls if x[0] in (ph.FEEDBACK, ph.CAUSAL)]:
@@ -267,11 +284,14 @@ def test_the_plugin_launches_what_the_python_side_does(
             assert mine[5] == theirs[5], mine[0]
     if shape[1] == 34000 and storage == ph.HALF:
         assert [name for name, *_ in found].count("feedback_solve") > 2 * 2, "rows in panels"
+    if shape[1] == 1 and storage == ph.HALF:
+        behind = [(found[i - 1][0], early) for i, (name, _, _, early, *_) in enumerate(found) if name == "mixer_step_partial"]
+        assert [early for _, early in behind] == [True, False] and behind[0][0] == "layer_project_gain"
     if weights:
         assert len({name for name, *_ in found if name.startswith("layer_")}) >= 5
     elif shape[:2] == (32, 1) and storage == ph.HALF:
         partial = [grid for name, grid, *_ in found if name.endswith("step_partial")]
-        assert len(partial) == 3 and all(x * y <= held for x, y, _ in partial)
+        assert len(partial) == 4 and all(x * y <= held for x, y, _ in partial)
 
 
 def test_rows_that_start_early_have_binaries_that_can() -> None:

@@ -18,6 +18,7 @@ from sessa_deploy.cli import main
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
+from sessa_deploy.runtime.device.backend import DeviceBackend
 from sessa_deploy.runtime.lookup import MOST_DRAFTED, Drafter, DraftStats
 from sessa_deploy.runtime.ort.backend import OrtBackend
 from sessa_deploy.runtime.sampling import NotFinite, SamplingParams
@@ -157,10 +158,10 @@ def test_drawn_tokens_have_the_distribution_of_plain_decoding(bundle, eager):
 # Where drafts are made
 
 
-def drafted(tokens: list[int], prompt: int, most: int = 8) -> tuple[int, int]:
+def drafted(tokens: list[int], prompt: int, most: int = 8, cost: tuple[float, float] = COST) -> tuple[int, int]:
     """(drafted tokens, accepted ones) where a text is what is drawn."""
     text = tokens[:prompt]
-    drafter, made, taken, at = Drafter(text, most, COST), 0, 0, prompt
+    drafter, made, taken, at = Drafter(text, most, cost), 0, 0, prompt
     while at < len(tokens):
         draft = drafter.draft(len(tokens) - at)
         right = next((i for i, token in enumerate(draft) if token != tokens[at + i]), len(draft))
@@ -196,6 +197,19 @@ def test_drafting_stops_and_begins_again_by_itself():
         other.append(token)
         drafters[1].draft(8)
     assert drafters[0].draft(8) == drafters[1].draft(8) != []
+
+
+def test_a_gpu_drafts_only_where_a_step_of_several_rows_pays():
+    """One token that comes as it did last in two of three cases is worth 1.6 steps: more than a step of two rows takes on a CPU, less than on a GPU."""
+    rng = np.random.default_rng(2)
+    text = [t for _ in range(400) for t in (1, 2, 3, 4 if rng.random() < 0.8 else int(rng.integers(1000, 10**6)), int(rng.integers(1000, 10**6)))]
+    made, taken = drafted(text, 100, MOST_DRAFTED)
+    assert made > 200 and taken > 0.5 * made
+    made, _ = drafted(text, 100, MOST_DRAFTED, DeviceBackend.draft_cost)
+    assert made < 40
+    # A text that says whole passages again is drafted there too, and most of it in long drafts.
+    made, taken = drafted(list(range(40)) * 8, 80, MOST_DRAFTED, DeviceBackend.draft_cost)
+    assert made == taken > 200
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 255, 256, 257, 258, 261, 262, 263, 700])

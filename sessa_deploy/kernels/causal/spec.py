@@ -7,7 +7,7 @@ from sessa_deploy.kernels.launch.spec import Kernel, Param, by_name, integers, p
 
 _PACKAGE = "sessa_deploy.kernels.causal"
 _STEPS = tuple(f"{w}{g}" for w in HEAD_WIDTHS for g in ("", f"x{GROUP}"))
-_ROWS_STEPS = tuple(f"{w}{g}" for w in ROWS_HEADS for g in ("", f"x{GROUP}"))
+_ROWS_STEPS = tuple(map(str, ROWS_HEADS))
 _STRIDES = (Param("stride_kb", "i64"), Param("stride_kr", "i32"), Param("stride_vb", "i64"), Param("stride_vr", "i32"))
 _HALF = ("fp16", "bf16")  # storage that matrix instructions take
 _SCALE = Param("scale", "fp32")
@@ -50,7 +50,7 @@ KERNELS = by_name((
             *integers("tokens", "splits", "capacity", "heads", "group", "units"),
             _SCALE,
         ),
-        ("BLOCK_R", "BLOCK_H", "BLOCK_S", "BLOCK_G", "BLOCK_D", "STAGES", "PDL"),
+        ("BLOCK_R", "BLOCK_H", "BLOCK_D", "STAGES", "PDL"),
         _ROWS_STEPS,
         dtypes=_HALF,
         scalar_loads=10,
@@ -63,7 +63,7 @@ KERNELS = by_name((
             *pointers("part", "stat", type="*fp32"),
             Param("past_length", "*i32"),
             *pointers("out"),
-            *integers("tokens", "capacity", "splits", "rows", "slots", "heads", "units"),
+            *integers("tokens", "capacity", "splits", "rows", "heads", "units"),
         ),
         ("BLOCK_S", "BLOCK_N", "BLOCK_D", "PDL"),
         ("any",),
@@ -95,3 +95,10 @@ def head_variant(width: int, group: int = 1) -> str:
         if width <= padded:
             return str(padded) if group == 1 else f"{padded}x{GROUP}"
     raise ValueError(f"causal attention has no kernel for heads of width {width}; the widest is {HEAD_WIDTHS[-1]}")
+
+
+def rows_variant(width: int) -> str:
+    """The variant of a step of several rows for heads of `width`. Raises ValueError beyond 128."""
+    if width > ROWS_HEADS[-1]:
+        raise ValueError(f"a step of several rows has no kernel for heads of width {width}; the widest is {ROWS_HEADS[-1]}")
+    return next(str(padded) for padded in ROWS_HEADS if width <= padded)

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels.device import begin, tanh, turn
-from sessa_deploy.kernels.engine.product import ahead, bias_of, place, product, put, scale_of, scaled, tile_of, with_bias
-from sessa_deploy.kernels.engine.spec import product_variant
+from sessa_deploy.kernels.engine.product import ahead, bias_of, place, product, put, scale_of, scaled, tile_of, wide, with_bias
+from sessa_deploy.kernels.engine.spec import product_choice
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, launcher, pinned, weights_name
 from sessa_deploy.kernels.launch.limits import SINGLE_ROWS
@@ -72,10 +72,10 @@ def layer_linear(
     """Grid (tiles,): out (rows, columns) = x weight^T + bias."""
     row, column, m_m, m_n = tile_of(rows, columns, BM, BN)
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
-    b_scale, b_bias = scale_of(scale + column, weight, m_n, BN), bias_of(bias + column, m_n, BN)
+    b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    put(out + row * columns + column, with_bias(scaled(b_y, b_scale, weight), b_bias), m_m, m_n, columns, BM, BN)
+    put(out + row * columns + column, with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias), m_m, m_n, columns, BM, BN)
 
 
 @triton.jit
@@ -94,12 +94,12 @@ def layer_norm_enter(x, norm_weight, norm_bias, weight, scale, bias, out, depth,
     o_k = tl.arange(0, BK)
     m_n, m_k = tl.arange(0, BN) < 2 * depth - tl.program_id(0) * BN, o_k < depth
     b_w = ahead(weight + column * depth, m_n, depth, 1, BN, BK, 1)
-    b_scale, b_bias = scale_of(scale + column, weight, m_n, BN), bias_of(bias + column, m_n, BN)
+    b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
     b_gain, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
     begin(PDL)
     b_x = _normal(tl.load(x + o_k, mask=m_k, other=0.0), b_gain, b_shift, m_k, depth, eps).to(x.dtype.element_ty)
-    b_y = tl.sum(b_w.to(tl.float32) * b_x.to(tl.float32)[None, :], 1)[None, :]
-    b_y = _half_gelu(with_bias(scaled(b_y, b_scale, weight), b_bias), tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
+    b_y = tl.sum(wide(b_w, tl.float32) * b_x.to(tl.float32)[None, :], 1)[None, :]
+    b_y = _half_gelu(with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, 1, BN), b_bias), tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
     put(out + column, b_y, tl.arange(0, 1) < 1, m_n, 2 * depth, 1, BN)
 
 
@@ -113,10 +113,10 @@ def layer_enter(
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < 2 * depth - i_n * BN
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
-    b_scale, b_bias = scale_of(scale + column, weight, m_n, BN), bias_of(bias + column, m_n, BN)
+    b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    b_y = _half_gelu(with_bias(scaled(b_y, b_scale, weight), b_bias), i_n * BN, depth, out.dtype.element_ty, BN)
+    b_y = _half_gelu(with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias), i_n * BN, depth, out.dtype.element_ty, BN)
     put(out + row * (2 * depth) + column, b_y, m_m, m_n, 2 * depth, BM, BN)
 
 
@@ -128,10 +128,20 @@ def layer_logits(
     """Grid (tiles,): out (rows, columns) float32 = x weight^T, not rounded."""
     row, column, m_m, m_n = tile_of(rows, columns, BM, BN)
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
-    b_scale = scale_of(scale + column, weight, m_n, BN)
+    b_scale = scale_of(scale, weight, column, m_n, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    put(out + row * columns + column, scaled(b_y, b_scale, weight), m_m, m_n, columns, BM, BN)
+    put(out + row * columns + column, scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), m_m, m_n, columns, BM, BN)
+
+
+@triton.jit(do_not_specialize=table.do_not_specialize("layer_widen"))
+def layer_widen(weight, out, count, BLOCK: tl.constexpr):
+    """Grid (ceil(count / BLOCK),): out (count,) of the storage type = weight, which it holds exactly. Before a product of many rows, which then pays
+    for the conversion once, not in each tile of rows."""
+    first = (tl.program_id(0) * BLOCK).to(tl.int64)
+    o_n = tl.arange(0, BLOCK)
+    m_n = o_n < count - first
+    tl.store(out + first + o_n, wide(tl.load(weight + first + o_n, mask=m_n, other=0.0), out.dtype.element_ty), mask=m_n)
 
 
 @triton.jit
@@ -146,7 +156,7 @@ def _square(
     row, column, m_m, m_n = tile_of(rows, depth, BM, BN)
     o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
-    b_scale, b_bias = scale_of(scale + column, weight, m_n, BN), bias_of(bias + column, m_n, BN)
+    b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
     begin(PDL)
     if BM * BN <= HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
@@ -155,7 +165,7 @@ def _square(
     )  # fmt: skip
     if BM * BN > HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
-    return with_bias(scaled(b_y, b_scale, weight), b_bias), b_add, row, column, m_m, m_n
+    return with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias), b_add, row, column, m_m, m_n
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_out"))
@@ -246,12 +256,12 @@ def _project_tile(
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < width - i_n * BN
     b_w = ahead(weight + (above + column) * depth, m_n, depth, BM, BN, BK, AHEAD)
-    b_scale, b_bias = scale_of(scale + above + column, weight, m_n, BN), bias_of(bias + column, m_n, BN)
+    b_scale, b_bias = scale_of(scale, weight, above + column, m_n, BN), bias_of(bias + column, m_n, BN)
     begin(PDL)
     if BM * BN <= HELD:
         b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m & turns, i_n * BN, pairs, BM, BN)
     b_y = product(a + row * a_row, a, weight + (above + column) * depth, b_w, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS, AHEAD)
-    b_y = with_bias(scaled(b_y, b_scale, weight), b_bias)
+    b_y = with_bias(scaled(b_y, b_scale, scale, weight, above + column, m_n, BM, BN), b_bias)
     if turns:
         if BM * BN > HELD:
             b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m, i_n * BN, pairs, BM, BN)
@@ -272,18 +282,34 @@ def _tiles(fn: Any, like: Tensor, variant: str, weights: str = "") -> dict[str, 
     return pinned((fn.__name__,), like.device, like.dtype, variant, 0, weights)[fn.__name__]
 
 
-def _run_product(fn: Any, x: Tensor, columns: int, early: int, weight: Tensor, *arguments: Tensor | int, least: int = 1) -> None:
+def _run_product(
+    fn: Any, x: Tensor, columns: int, early: int, before: tuple[Tensor, ...], weight: Tensor, scale: Tensor | None, *after: Tensor | int, least: int = 1
+) -> None:
     """A product's kernel over all tiles of (rows of x, columns). least: of rows for which it has a variant."""
-    weights = weights_name(weight.dtype)
-    variant = product_variant(max(x.shape[0], least), weights)
+    variant, weights, *matrix = _matrix(fn, x, max(x.shape[0], least), weight, scale)
     tiles = _tiles(fn, x, variant, weights)
     grid = (triton.cdiv(x.shape[0], tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
-    _run(fn, variant, grid, x, early, *arguments, weights=weights)
+    _run(fn, variant, grid, x, early, *before, *matrix, *after, weights=weights)
 
 
-def _matrix(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The two arguments of a matrix; what stands for a scale that is not looked at is the weights' address."""
-    return weight, weight if scale is None else scale
+def _matrix(fn: Any, x: Tensor, rows: int, weight: Tensor, scale: Tensor | None) -> tuple[str, str, Tensor, Tensor]:
+    """(variant, `jit.weights_name`, the two arguments of a matrix), widened where the kernel of so many rows reads none of 8 bits.
+
+    What stands for a scale where there is none is the weights' address.
+    """
+    kind = weights_name(weight.dtype)
+    variant, weights = product_choice(fn.__name__, rows, kind)
+    if kind != weights:
+        weight = widen(weight, x.dtype)
+    return variant, weights, weight, weight if scale is None else scale
+
+
+def widen(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights of 8 bits in `dtype`, float16 or bfloat16, which holds them exactly."""
+    out, weights = torch.empty(weight.shape, dtype=dtype, device=weight.device), weights_name(weight.dtype)
+    grid = (triton.cdiv(weight.numel(), _tiles(layer_widen, out, "any", weights)["BLOCK"]),)
+    _run(layer_widen, "any", grid, out, 0, weight, out, weight.numel(), weights=weights)
+    return out
 
 
 def gamma_programs(rows: int, tile: int) -> int:
@@ -312,8 +338,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, early: int = 0, scale
     (rows, depth), columns = x.shape, weight.shape[0]
     out = torch.empty(rows, columns, dtype=x.dtype if bias is not None else torch.float32, device=x.device)
     between = () if bias is None else (bias,)
-    kernel = layer_logits if bias is None else layer_linear
-    _run_product(kernel, x, columns, early, weight, x, *_matrix(weight, scale), *between, out, rows, depth, columns)
+    _run_product(layer_logits if bias is None else layer_linear, x, columns, early, (x,), weight, scale, *between, out, rows, depth, columns)
     return out
 
 
@@ -321,7 +346,7 @@ def out_add(x: Tensor, weight: Tensor, bias: Tensor, add: Tensor, early: int = 0
     """x (rows, D) weight (D, D)^T + bias (D,), rounded, plus add (rows, D) float32."""
     rows, depth = x.shape
     out = torch.empty_like(x)
-    _run_product(layer_out, x, depth, early, weight, x, *_matrix(weight, scale), bias, add, out, rows, depth)
+    _run_product(layer_out, x, depth, early, (x,), weight, scale, bias, add, out, rows, depth)
     return out
 
 
@@ -329,7 +354,7 @@ def tail(s: Tensor, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, early: i
     """x + (s * g) weight^T + bias for s, x (rows, D), g the right half of h (rows, 2D)."""
     rows, depth = s.shape
     out = torch.empty_like(x)
-    _run_product(layer_tail, s, depth, early, weight, s, h, *_matrix(weight, scale), bias, x, out, rows, depth)
+    _run_product(layer_tail, s, depth, early, (s, h), weight, scale, bias, x, out, rows, depth)
     return out
 
 
@@ -338,7 +363,7 @@ def enter(x: Tensor, weight: Tensor, bias: Tensor, early: int = 0, scale: Tensor
     rows, depth = x.shape
     out = torch.empty(rows, 2 * depth, dtype=x.dtype, device=x.device)
     # one row has no variant: see `norm_enter`
-    _run_product(layer_enter, x, 2 * depth, early, weight, x, *_matrix(weight, scale), bias, out, rows, depth, least=2)
+    _run_product(layer_enter, x, 2 * depth, early, (x,), weight, scale, bias, out, rows, depth, least=2)
     return out
 
 
@@ -351,7 +376,8 @@ def norm_enter(
     depth, variant, weights = x.shape[1], table.width_variant("layer_norm_enter", x.shape[1]), weights_name(weight.dtype)
     out = torch.empty(1, 2 * depth, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(2 * depth, _tiles(layer_norm_enter, x, variant, weights)["BN"]),)
-    _run(layer_norm_enter, variant, grid, x, early, x, norm_weight, norm_bias, *_matrix(weight, scale), bias, out, depth, eps, weights=weights)
+    _run(layer_norm_enter, variant, grid, x, early, x, norm_weight, norm_bias, weight, weight if scale is None else scale, bias, out, depth, eps,
+         weights=weights)
     return out
 
 
@@ -375,12 +401,12 @@ def project_gain(
     biases of q, k, v and both feedback halves; cos, sin (rows, d / 2), gamma_weight (D,), gamma_bias (1,) float32.
     """
     rows, depth = h.shape[0], h.shape[1] // 2
-    kv, weights = biases[1].numel(), weights_name(weight.dtype)
-    variant = product_variant(rows, weights)
+    kv = biases[1].numel()
+    variant, weights, *matrix = _matrix(layer_project_gain, h, rows, weight, scale)
     tiles = _tiles(layer_project_gain, h, variant, weights)
     q, k, v, q_b, k_b = (torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in (depth, kv, kv, depth, depth))
     out = Projected(q, k, v, q_b, k_b, torch.empty(rows, dtype=torch.float32, device=h.device))
     grid = (gamma_programs(rows, tiles["BM"]) + triton.cdiv(rows, tiles["BM"]) * (3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])),)
-    _run(layer_project_gain, variant, grid, h, early, h, *_matrix(weight, scale), *biases, cos, sin, gamma_weight, gamma_bias, *out,
+    _run(layer_project_gain, variant, grid, h, early, h, *matrix, *biases, cos, sin, gamma_weight, gamma_bias, *out,
          rows, depth, kv, cos.shape[1] // 4, gamma_max, weights=weights)
     return out

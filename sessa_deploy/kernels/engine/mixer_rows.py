@@ -20,7 +20,7 @@ from sessa_deploy.kernels.causal.step_rows import piece as piece_causal
 from sessa_deploy.kernels.device import begin
 from sessa_deploy.kernels.device_rows import ROWS
 from sessa_deploy.kernels.engine.product import bias_of, product, with_bias
-from sessa_deploy.kernels.engine.spec import rows_variant
+from sessa_deploy.kernels.engine.spec import mixer_rows_variant
 from sessa_deploy.kernels.feedback.step_rows import added, invert, solved
 from sessa_deploy.kernels.feedback.step_rows import piece as piece_feedback
 from sessa_deploy.kernels.launch import table
@@ -33,23 +33,22 @@ from sessa_deploy.kernels.launch.splits import step_splits
 def mixer_rows_partial(
     q, k, v, past_k, past_v, q_b, k_b, past_kb, past_s, past_length, part_f, stat_f, part_b, stat_b, scores,
     tokens, splits_f, splits_b, capacity, heads, group, units, width, scale_f, scale_b, programs_f,
-    ROWS_F: tl.constexpr, HEADS_F: tl.constexpr, SLOTS_F: tl.constexpr, GROUP_F: tl.constexpr, LANES_F: tl.constexpr, STAGES_F: tl.constexpr,
+    ROWS_F: tl.constexpr, HEADS_F: tl.constexpr, LANES_F: tl.constexpr, STAGES_F: tl.constexpr,
     ROWS_B: tl.constexpr, CHUNKS_B: tl.constexpr, LANES_B: tl.constexpr, STAGES_B: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (programs_f + 1 + splits_b, B). Pasts are dense: past_k, past_v (B,P,Hkv,d), past_kb, past_s (B,P,D).
 
-    The first programs_f = (1 + splits_f) * blocks of heads compute causal attention's pieces, the others feedback attention's; *_F of causal attention, *_B of
-    feedback attention, as in their `piece`.
+    The first programs_f = (1 + splits_f) * ceil(Hq / HEADS_F) compute causal attention's pieces, the others feedback attention's; *_F of causal attention,
+    *_B of feedback attention, as in their `piece`.
     """
     begin(PDL)
     program = tl.program_id(0)
     i_b = tl.program_id(1).to(tl.int64)
     if program < programs_f:
-        blocks = tl.cdiv(heads, HEADS_F) * tl.cdiv(group, GROUP_F)
         row = heads * units
         piece_causal(
-            program, blocks, q, k, v, past_k, past_v, past_length, part_f, stat_f, capacity.to(tl.int64) * row, row, capacity.to(tl.int64) * row, row,
-            i_b, tokens, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, SLOTS_F, GROUP_F, LANES_F, STAGES_F,
+            program, q, k, v, past_k, past_v, past_length, part_f, stat_f, capacity.to(tl.int64) * row, row, capacity.to(tl.int64) * row, row,
+            i_b, tokens, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, LANES_F, STAGES_F,
         )  # fmt: skip
     else:
         piece_feedback(
@@ -61,14 +60,13 @@ def mixer_rows_partial(
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_rows_combine"))
 def mixer_rows_combine(
     part_f, stat_f, part_b, stat_b, scores, past_length, gamma, o, add, inverse,
-    tokens, capacity, splits_f, rows_f, slots_f, splits_b, rows_b, heads, units, width,
+    tokens, capacity, splits_f, rows_f, splits_b, rows_b, heads, units, width,
     BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, NF: tl.constexpr, NB: tl.constexpr, DF: tl.constexpr, DB: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (1 + ceil(T Hq / NF) ceil(d / DF) + ceil(T / NB) ceil(D / DB), B): o (B,T,Hq,d), add (B,T,D) float32 = gamma times the past's
     part of feedback attention's sum, and inverse (B,ROWS,ROWS) float32.
 
-    heads = Hq. A program adds up NF rows of heads or NB rows. rows_f, rows_b: what a split takes at least; BLOCK_F, BLOCK_B cover every split (of slots_f
-    slots).
+    heads = Hq. A program adds up NF rows of heads or NB rows. rows_f, rows_b: what a split takes at least; BLOCK_F, BLOCK_B cover every split.
     """
     begin(PDL)
     i_b = tl.program_id(1).to(tl.int64)
@@ -83,7 +81,7 @@ def mixer_rows_combine(
         o_d = program % parts_f * DF + tl.arange(0, DF)
         m_q, m_d = o_q < tokens * heads, o_d < head
         o_q = i_b * tokens * heads + o_q
-        b_o = combined(part_f, stat_f, length, o_q, m_q, splits_f, rows_f, slots_f, head, o_d, m_d, BLOCK_F)
+        b_o = combined(part_f, stat_f, length, o_q, m_q, splits_f, rows_f, head, o_d, m_d, BLOCK_F)
         tl.store(o + o_q[:, None] * head + o_d[None, :], b_o.to(o.dtype.element_ty), mask=m_q[:, None] & m_d[None, :])
     else:
         program -= programs_f
@@ -128,14 +126,13 @@ def step(
     heads, capacity, width, device, dtype = k.shape[2], past_k.shape[1], q_b.shape[2], q.device, q.dtype
     group, units = q_heads // heads, head // HEAD_MULTIPLE
     options = {
-        **pinned(("mixer_rows_partial",), device, dtype, rows_variant(width, head, group), early),
+        **pinned(("mixer_rows_partial",), device, dtype, mixer_rows_variant(width, head), early),
         **pinned(("mixer_rows_combine", "mixer_rows_out"), device, dtype, "any", early), **(tiles or {}),
     }  # fmt: skip
     partial, combine, out = (options[f"mixer_rows_{name}"] for name in ("partial", "combine", "out"))
-    slots, rows_f, rows_b = partial["SLOTS_F"], partial["ROWS_F"] * partial["SLOTS_F"], partial["ROWS_B"]
-    splits_f, splits_b = step_splits(capacity, rows_f, combine["BLOCK_F"] // slots), step_splits(capacity, rows_b, combine["BLOCK_B"])
-    blocks = triton.cdiv(heads, partial["HEADS_F"]) * triton.cdiv(group, partial["GROUP_F"])
-    programs_f, n_f, f32, square = (1 + splits_f) * blocks, 1 + splits_f * slots, torch.float32, STEP_ROWS * STEP_ROWS
+    rows_f, rows_b, f32, square = partial["ROWS_F"], partial["ROWS_B"], torch.float32, STEP_ROWS * STEP_ROWS
+    splits_f, splits_b = step_splits(capacity, rows_f, combine["BLOCK_F"]), step_splits(capacity, rows_b, combine["BLOCK_B"])
+    programs_f, n_f = (1 + splits_f) * triton.cdiv(q_heads, partial["HEADS_F"]), 1 + splits_f
     at, _memory = workspace(device, {
         "part_f": (batch * tokens * q_heads * n_f * head, f32), "stat_f": (2 * batch * tokens * q_heads * n_f, f32),
         "part_b": (batch * tokens * splits_b * width, f32), "stat_b": (2 * batch * tokens * splits_b, f32), "scores": (batch * square, f32),
@@ -151,7 +148,7 @@ def step(
     programs += triton.cdiv(tokens, combine["NB"]) * triton.cdiv(width, combine["DB"])
     launcher(mixer_rows_combine, device, dtype, combine)(
         (1 + programs, batch), *parts, address(past_length), address(gamma), at["o"], at["add"], at["inverse"],
-        tokens, capacity, splits_f, rows_f, slots, splits_b, rows_b, q_heads, units, width,
+        tokens, capacity, splits_f, rows_f, splits_b, rows_b, q_heads, units, width,
     )  # fmt: skip
     launcher(mixer_rows_out, device, dtype, out)(
         (triton.cdiv(width, out["BN"]), batch), at["o"], address(weight), address(bias), at["add"], at["inverse"], address(s), tokens, width,

@@ -8,6 +8,63 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sessa_deploy.kernels.launch.jit import interpreted
+from sessa_deploy.kernels.launch.limits import PRODUCT_ROWS
+
+# Of four int8 q in a word at a time: u = q + 128 is put below the exponent of a power of two whose last place is 1, and the sum with 128 taken off again.
+# Exact, and several times as fast as the conversion from an integer, of which a multiprocessor makes a quarter as many as sums.
+_FLOAT32 = tl.constexpr("""{
+.reg .b32 u, a, b, c, d;
+xor.b32 u, $4, 0x80808080;
+prmt.b32 a, u, 0x4B000000, 0x7440;
+prmt.b32 b, u, 0x4B000000, 0x7441;
+prmt.b32 c, u, 0x4B000000, 0x7442;
+prmt.b32 d, u, 0x4B000000, 0x7443;
+sub.f32 $0, a, 0f4B000080;
+sub.f32 $1, b, 0f4B000080;
+sub.f32 $2, c, 0f4B000080;
+sub.f32 $3, d, 0f4B000080;
+}""")
+_FLOAT16 = tl.constexpr("""{
+.reg .b32 u, a, b, m;
+xor.b32 u, $2, 0x80808080;
+mov.b32 m, 0x64806480;
+prmt.b32 a, u, 0x64646464, 0x4140;
+prmt.b32 b, u, 0x64646464, 0x4342;
+sub.f16x2 $0, a, m;
+sub.f16x2 $1, b, m;
+}""")
+# 8 bits do not fit below bfloat16's exponent of 128: 128 + the low seven, less 128, or less 256 where the sign is set.
+_BFLOAT16 = tl.constexpr("""{
+.reg .b32 a, b, c, d, m;
+mov.b32 m, 0xBF80BF80;
+prmt.b32 a, $2, 0x43434343, 0x4140;
+prmt.b32 b, $2, 0x43434343, 0x4342;
+and.b32 c, a, 0x43804380;
+and.b32 d, b, 0x43804380;
+and.b32 a, a, 0x437F437F;
+and.b32 b, b, 0x437F437F;
+fma.rn.bf16x2 $0, c, m, a;
+fma.rn.bf16x2 $1, d, m, b;
+}""")
+# Of four E4M3, whose exponent and fraction stand at the end of bfloat16's; that of 2^120 is what their biases differ by. NaN is no weight.
+_BFLOAT16_E4M3 = tl.constexpr("""{
+.reg .b32 a, b, c, d, m, z;
+mov.b32 m, 0x7B807B80;
+mov.b32 z, 0x80008000;
+prmt.b32 a, $2, 0, 0x1404;
+prmt.b32 b, $2, 0, 0x3424;
+shr.b32 c, a, 4;
+shr.b32 d, b, 4;
+and.b32 c, c, 0x07F007F0;
+and.b32 d, d, 0x07F007F0;
+lop3.b32 a, a, z, c, 0xEA;
+lop3.b32 b, b, z, d, 0xEA;
+fma.rn.bf16x2 $0, a, m, z;
+fma.rn.bf16x2 $1, b, m, z;
+}""")
+BITS = tl.constexpr(not interpreted())  # by the PTX above; the interpreter, which knows none, converts
+FEW = tl.constexpr(PRODUCT_ROWS[-1])  # rows beyond which weights of 8 bits are widened before the product
 GROUP = tl.constexpr(8)  # tiles of rows whose programs are neighbours, so that they share a tile of weights in the cache
 
 
@@ -34,6 +91,23 @@ def tile_of(rows, columns, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def wide(b_w, kind: tl.constexpr):
+    """b_w in float32, float16 or bfloat16, `kind`, which hold every value of 8 bits exactly."""
+    if BITS & (b_w.dtype == tl.int8):
+        if kind == tl.float32:
+            b_w = tl.inline_asm_elementwise(_FLOAT32, "=f,=f,=f,=f,r", [b_w], tl.float32, True, 4)
+        elif kind == tl.float16:
+            b_w = tl.inline_asm_elementwise(_FLOAT16, "=r,=r,r", [b_w], tl.float16, True, 4)
+        else:
+            b_w = tl.inline_asm_elementwise(_BFLOAT16, "=r,=r,r", [b_w], tl.bfloat16, True, 4)
+    elif BITS & (b_w.dtype.primitive_bitwidth == 8) & (kind == tl.bfloat16):
+        b_w = tl.inline_asm_elementwise(_BFLOAT16_E4M3, "=r,=r,r", [b_w], tl.bfloat16, True, 4)
+    else:
+        b_w = b_w.to(kind)
+    return b_w
+
+
+@triton.jit
 def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr):
     """The first AHEAD * BK columns of one row's tile of weights; called before `begin`, so that they are here when the row is.
 
@@ -54,12 +128,12 @@ def _row_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.c
     b_acc = tl.zeros([1, BN], dtype=tl.float32)
     if AHEAD > 0:
         b_first = _row(x, gate, tl.arange(0, AHEAD * BK), depth, GATED)
-        b_acc += tl.sum(b_w.to(tl.float32) * b_first[None, :], 1)[None, :]
+        b_acc += tl.sum(wide(b_w, tl.float32) * b_first[None, :], 1)[None, :]
     o_n, o_k = tl.arange(0, BN), tl.arange(0, BK)
     for start in range(AHEAD * BK, depth, BK):
         b_x = _row(x, gate, start + o_k, depth, GATED)
         b_v = tl.load(weight + o_n[:, None] * depth + (start + o_k)[None, :], mask=m_n[:, None] & (start + o_k < depth)[None, :], other=0.0)
-        b_acc += tl.sum(b_v.to(tl.float32) * b_x[None, :], 1)[None, :]
+        b_acc += tl.sum(wide(b_v, tl.float32) * b_x[None, :], 1)[None, :]
     return b_acc
 
 
@@ -94,18 +168,13 @@ def _tile_product(
     x, gate, weight, m_m, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
 ):
     """`product` of several rows."""
-    TURNED: tl.constexpr = (weight.dtype.element_ty.primitive_bitwidth == 8) & (KS == 1)
     o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
     if KS == 1:
         o_k = tl.arange(0, BK)
         p_x = x + o_m[:, None] * row + o_k[None, :]
         p_g = gate + o_m[:, None] * gate_row + o_k[None, :]
-        if TURNED:
-            p_w = weight + o_n[:, None] * depth + o_k[None, :]
-            b_acc = tl.zeros([BN, BM], dtype=tl.float32)
-        else:
-            p_w = weight + o_n[None, :] * depth + o_k[:, None]
-            b_acc = tl.zeros([BM, BN], dtype=tl.float32)
+        p_w = weight + o_n[None, :] * depth + o_k[:, None]
+        b_acc = tl.zeros([BM, BN], dtype=tl.float32)
     else:
         o_k = tl.arange(0, KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
         p_x = x + o_m[None, :, None] * row + o_k[:, None, :]
@@ -115,11 +184,7 @@ def _tile_product(
     for start in range(0, depth, BK):
         m_k = o_k < depth - start
         if KS == 1:
-            m_x = m_m[:, None] & m_k[None, :]
-            if TURNED:
-                m_w = m_n[:, None] & m_k[None, :]
-            else:
-                m_w = m_n[None, :] & m_k[:, None]
+            m_x, m_w = m_m[:, None] & m_k[None, :], m_n[None, :] & m_k[:, None]
         else:
             m_x, m_w = m_m[None, :, None] & m_k[:, None, :], m_n[None, None, :] & m_k[:, :, None]
         b_x = tl.load(p_x, mask=m_x, other=0.0)
@@ -127,17 +192,12 @@ def _tile_product(
             b_g = tl.load(p_g, mask=m_x, other=0.0)
             b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
             p_g += BK
-        b_w = tl.load(p_w, mask=m_w, other=0.0).to(b_x.dtype)
-        if TURNED:
-            b_acc = tl.dot(b_w, tl.trans(b_x), b_acc, input_precision="ieee")
-        else:
-            b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
+        b_w = wide(tl.load(p_w, mask=m_w, other=0.0), b_x.dtype)
+        b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
         p_x += BK
         p_w += BK
     if KS > 1:
         b_acc = tl.sum(b_acc, 0)
-    if TURNED:
-        b_acc = tl.trans(b_acc)
     return b_acc
 
 
@@ -147,20 +207,26 @@ def bias_of(bias, m_n, BN: tl.constexpr):
 
 
 @triton.jit
-def scale_of(scale, weight, m_n, BN: tl.constexpr):
-    """The scales of a tile's columns, float32; 1, and `scale` not looked at, where weights are of 16 bits."""
+def scale_of(scale, weight, column, m_n, BN: tl.constexpr):
+    """The scales of a tile's columns, float32, where weights are of 8 bits; else 1, and nothing is read yet: see `scaled`."""
     if weight.dtype.element_ty.primitive_bitwidth == 8:
-        b_scale = tl.load(scale + tl.arange(0, BN), mask=m_n, other=0.0)
+        b_scale = tl.load(scale + column + tl.arange(0, BN), mask=m_n, other=0.0)
     else:
         b_scale = 1.0
     return b_scale
 
 
 @triton.jit
-def scaled(b_y, b_scale, weight):
-    """b_y (BM,BN) times `scale_of`."""
+def scaled(b_y, b_scale, scale, weight, column, m_n, BM: tl.constexpr, BN: tl.constexpr):
+    """b_y (BM,BN) times `scale_of`. Large tiles of 16-bit weights may be of `layer_widen`: they have scales where `scale` is not the weights' address.
+
+    Those are read here: ahead of the product they would take registers that let one program fewer run beside another.
+    """
     if weight.dtype.element_ty.primitive_bitwidth == 8:
         b_y = b_y * b_scale[None, :]
+    elif BM > FEW:
+        given = scale.to(tl.int64) != weight.to(tl.int64)
+        b_y = b_y * tl.load(scale + column + tl.arange(0, BN), mask=m_n & given, other=1.0)[None, :]
     return b_y
 
 

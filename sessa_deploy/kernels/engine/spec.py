@@ -5,7 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
-from sessa_deploy.kernels.causal.spec import head_variant
+from sessa_deploy.kernels.causal.spec import head_variant, rows_variant
 from sessa_deploy.kernels.launch.limits import (
     GROUP,
     LAYER_WIDTHS,
@@ -21,7 +21,8 @@ from sessa_deploy.kernels.launch.spec import QUANTISED, Kernel, Param, by_name, 
 _LAYER, _MIXER, _DECODE = (f"sessa_deploy.kernels.engine.{name}" for name in ("layer", "mixer", "decode_io"))
 _ANY = ("any",)
 _HALF = ("fp16", "bf16")  # a float32 engine keeps TensorRT's own layers
-_PRODUCT = tuple(dtype + kind for kind in ("", *QUANTISED) for dtype in _HALF)
+_QUANTISED = tuple(dtype + kind for kind in QUANTISED for dtype in _HALF)
+_PRODUCT = (*_HALF, *_QUANTISED)
 _MATRIX = (*pointers("weight", type="*weight"), *pointers("scale", type="*fp32"))  # scale: of each column of 8-bit weights; of others not looked at
 _WIDTHS = tuple(map(str, LAYER_WIDTHS))
 _PRODUCTS = (*map(str, PRODUCT_ROWS), "any")
@@ -35,13 +36,14 @@ _LAYERS = (
            ("BD", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=16, wide=False, early=_ANY, early_rows=_EARLY_ROWS),
     Kernel("layer_norm", _LAYER, (*pointers("x", "weight", "bias", "out"), Param("width", "i32", True), Param("eps", "fp32")),
            ("BD", "PDL"), _WIDTHS, dtypes=_HALF, early=_WIDTHS, early_rows=_EARLY_ROWS),
+    Kernel("layer_widen", _LAYER, (*_MATRIX[:1], *pointers("out"), Param("count", "i32", True)), ("BLOCK",), _ANY, dtypes=_QUANTISED),
     Kernel("layer_norm_enter", _LAYER,
            (*pointers("x", "norm_weight", "norm_bias"), *_MATRIX, *pointers("bias", "out"), Param("depth", "i32", True), Param("eps", "fp32")),
            ("BN", "BK", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS),
     Kernel("layer_linear", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
-           dtypes=_PRODUCT, scalar_loads=8, early=_FEW, early_rows=1),
+           dtypes=_PRODUCT, scalar_loads=16, early=_FEW, early_rows=1),
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
-           dtypes=_PRODUCT, scalar_loads=8, early=_FEW, early_rows=_EARLY_ROWS),
+           dtypes=_PRODUCT, scalar_loads=16, early=_FEW, early_rows=_EARLY_ROWS),
     Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, _PRODUCTS, dtypes=_PRODUCT,
            scalar_loads=32, early=_FEW),
     Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES, _PRODUCTS,
@@ -64,7 +66,7 @@ _MIXERS = (
             *integers("batch", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
            ("ROWS_F", "HEADS_F", "GROUP_F", "LANES_F", "STAGES_F", "TILES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "TILES_B", "OWN_B", "PDL"),
-           _STEPS, dtypes=_HALF, scalar_loads=16, early=_STEPS, early_rows=0),
+           _STEPS, dtypes=_HALF, scalar_loads=16, early=_STEPS, early_rows=_EARLY_ROWS),
     Kernel("mixer_step_combine", _MIXER,
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
             *integers("capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
@@ -72,7 +74,8 @@ _MIXERS = (
 )  # fmt: skip
 
 _ROWS = "sessa_deploy.kernels.engine.mixer_rows"
-_ROWS_STEPS = tuple(f"{w}.{h}{g}" for w in ROWS_WIDTHS for h in ROWS_HEADS for g in ("", f"x{GROUP}"))
+_ROWS_STEPS = tuple(f"{w}.{h}" for w in ROWS_WIDTHS for h in ROWS_HEADS)
+_WIDE_ROWS = tuple(v for v in _ROWS_STEPS if not v.startswith(f"{ROWS_WIDTHS[0]}."))
 _PARTS = pointers("part_f", "stat_f", "part_b", "stat_b", "scores", type="*fp32")
 
 _MIXER_ROWS = (
@@ -80,11 +83,11 @@ _MIXER_ROWS = (
            (*pointers("q", "k", "v", "past_k", "past_v", "q_b", "k_b", "past_kb", "past_s"), Param("past_length", "*i32"), *_PARTS,
             *integers("tokens", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
-           ("ROWS_F", "HEADS_F", "SLOTS_F", "GROUP_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "PDL"),
-           _ROWS_STEPS, dtypes=_HALF, scalar_loads=16, early=_ROWS_STEPS, early_rows=0),
+           ("ROWS_F", "HEADS_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "PDL"),
+           _ROWS_STEPS, dtypes=_HALF, scalar_loads=16, early=_ROWS_STEPS, early_rows=0, optional=_WIDE_ROWS),
     Kernel("mixer_rows_combine", _ROWS,
            (*_PARTS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", "inverse", type="*fp32"),
-            *integers("tokens", "capacity", "splits_f", "rows_f", "slots_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
+            *integers("tokens", "capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
            ("BLOCK_F", "BLOCK_B", "NF", "NB", "DF", "DB", "PDL"), _ANY, dtypes=_HALF, scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
     Kernel("mixer_rows_out", _ROWS,
            (*pointers("x", "weight", "bias"), *pointers("add", "inverse", type="*fp32"), *pointers("out"), *integers("tokens"), Param("depth", "i32", True)),
@@ -111,6 +114,17 @@ def product_variant(rows: int, weights: str = "") -> str:
     return next((str(r) for r in (QUANTISED_ROWS if weights else PRODUCT_ROWS) if rows <= r), "any")
 
 
+def product_choice(kernel: str, rows: int, weights: str) -> tuple[str, str]:
+    """(variant, weights) of the binary of a product whose weights are of 8 bits, or "": beyond QUANTISED_ROWS it reads what layer_widen made of them.
+
+    But not that of the logits: the vocabulary's matrix would be the largest of all buffers, and many rows of logits are rare.
+    """
+    variant = product_variant(rows, weights)
+    if not weights or variant != "any":
+        return variant, weights
+    return (str(QUANTISED_ROWS[-1]), weights) if kernel == "layer_logits" else (variant, "")
+
+
 def mixer_variant(width: int, head: int, group: int) -> str:
     """The variant for rows of `width` and heads of `head`; group: query heads of one key/value head. Raises ValueError beyond the largest."""
     padded = next((w for w in MIXER_WIDTHS if width <= w), 0)
@@ -119,9 +133,9 @@ def mixer_variant(width: int, head: int, group: int) -> str:
     return f"{padded}.{head_variant(head, group)}"
 
 
-def rows_variant(width: int, head: int, group: int) -> str:
+def mixer_rows_variant(width: int, head: int) -> str:
     """`mixer_variant` for a step of several rows. Raises ValueError beyond the largest."""
     padded = next((w for w in ROWS_WIDTHS if width <= w), 0)
     if not padded or head > ROWS_HEADS[-1]:
         raise ValueError(f"a step of several rows has no kernel for D = {width} and heads of {head}; the largest are {ROWS_WIDTHS[-1]} and {ROWS_HEADS[-1]}")
-    return f"{padded}.{head_variant(head, group)}"
+    return f"{padded}.{rows_variant(head)}"

@@ -71,6 +71,7 @@ KERNELS = by_name((
         dtypes=_HALF,
         scalar_loads=6,
         early=_ROWS_STEPS,
+        optional=_ROWS_STEPS[1:],
     ),
     Kernel(
         "feedback_rows_combine",

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sessa_deploy.cuda import resident_blocks
+from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.errors import UserError
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import ALIGNMENT, STEP_PROGRAMS, WORKSPACE_ALIGNMENT
@@ -99,6 +100,13 @@ def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, var
         return {name: {k: v for k, v in o.items() if k != "PDL"} for name, o in found.items()}
     ahead = {name for name in names if 0 < early <= table.early(name, arch, kind, variant)}
     return {name: {**o, "launch_pdl": True} if name in ahead else o for name, o in found.items()}
+
+
+@lru_cache(maxsize=64)
+def available(name: str, device: torch.device, dtype: torch.dtype, variant: str) -> bool:
+    """Whether a device has this variant, where its kernel may lack it (`Kernel.optional`)."""
+    arch = max((a for a in ARCHS if a <= arch_of(device.index or 0)), default=0)
+    return variant not in table.kernel(name).optional or table.has(name, arch, dtype_name(dtype), variant)
 
 
 def aligned(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,15 +14,15 @@ from rows_cases import SHARED, case, first, mixed  # noqa: E402
 from rule import check  # noqa: E402
 
 from sessa_deploy.kernels.engine import mixer_rows  # noqa: E402
-from sessa_deploy.kernels.engine.spec import rows_variant  # noqa: E402
+from sessa_deploy.kernels.engine.spec import mixer_rows_variant  # noqa: E402
 from sessa_deploy.kernels.launch.jit import interpreted  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU or TRITON_INTERPRET=1")
 # Under the interpreter, whose time is the tiles': heads up to 128 and widths up to 512.
 SMALL: dict[str, dict[str, Any]] | None = {
-    "mixer_rows_partial": dict(ROWS_F=16, HEADS_F=2, SLOTS_F=2, GROUP_F=2, LANES_F=128, STAGES_F=1, ROWS_B=16, CHUNKS_B=2, LANES_B=256, STAGES_B=1),
-    "mixer_rows_combine": dict(BLOCK_F=16, BLOCK_B=8, NF=32, NB=16, DF=128, DB=256), "mixer_rows_out": dict(BN=128, BK=256, KS=2),
+    "mixer_rows_partial": dict(ROWS_F=16, HEADS_F=2, LANES_F=128, STAGES_F=1, ROWS_B=16, CHUNKS_B=2, LANES_B=256, STAGES_B=1),
+    "mixer_rows_combine": dict(BLOCK_F=8, BLOCK_B=8, NF=32, NB=16, DF=128, DB=256), "mixer_rows_out": dict(BN=128, BK=256, KS=2),
 } if DEVICE == "cpu" else None  # fmt: skip
 SHAPES = [
     (4, 4, 64, 40, [40, 0, 7], 5),  # a full, an empty and a short sequence
@@ -73,7 +73,7 @@ def test_an_empty_past_adds_nothing_to_the_first_row() -> None:
 
 
 def test_widths_without_a_kernel_are_named() -> None:
-    assert rows_variant(768, 64, 1) == "1024.64" and rows_variant(2048, 96, 2) == "2048.128x4"
+    assert mixer_rows_variant(768, 64) == "1024.64" and mixer_rows_variant(2048, 96) == "2048.128"
     for width, head in ((4096, 64), (1024, 256)):
         with pytest.raises(ValueError, match="the largest are 2048 and 128"):
-            rows_variant(width, head, 1)
+            mixer_rows_variant(width, head)

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 SMALL: dict[str, Any] | None = {
     "feedback_rows_partial": dict(BLOCK_R=16, BLOCK_C=2, BLOCK_L=128, STAGES=1), "feedback_rows_combine": dict(BLOCK_S=4, BLOCK_N=16, BLOCK_D=256),
     "feedback_rows_finish": dict(BLOCK_D=256),
-    "causal_rows_partial": dict(BLOCK_R=16, BLOCK_H=2, BLOCK_S=2, BLOCK_G=2, BLOCK_D=64, STAGES=1),
+    "causal_rows_partial": dict(BLOCK_R=16, BLOCK_H=2, BLOCK_D=64, STAGES=1),
     "causal_rows_combine": dict(BLOCK_S=4, BLOCK_N=64, BLOCK_D=64),
 } if DEVICE == "cpu" else None  # fmt: skip
 

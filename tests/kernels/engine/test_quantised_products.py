@@ -1,0 +1,118 @@
+"""Products whose weights are 8 bits with a scale for each column: on a GPU, or through Triton's interpreter (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rule import check
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from test_layer_kernels import DEVICE, random
+from test_layer_kernels import pytestmark as pytestmark
+from test_mixer import case, truth
+
+from sessa_deploy.contract import WEIGHT_FORMATS
+from sessa_deploy.kernels.engine import layer, mixer
+
+HALF, BFLOAT = torch.float16, torch.bfloat16
+Product = Callable[..., Tensor]
+
+
+def quantised(columns: int, depth: int, kind: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(8-bit weights (columns, depth), their scales, the weights as they are in float64): a column of zeros, one a thousand times the others, one negated."""
+    weight = random(columns, depth, dtype=torch.float32, scale=0.3, seed=seed)
+    weight[0], weight[1], weight[2] = 0.0, 1e3 * weight[1], weight[2].abs().neg()
+    form = WEIGHT_FORMATS[kind]
+    scale = weight.abs().amax(1) / form.largest
+    steps = (weight / scale.clamp_min(1e-30)[:, None]).clamp(-form.largest, form.largest)
+    values = (steps.round() if kind == "int8" else steps).to(getattr(torch, form.torch))
+    return values, scale, values.double() * scale.double()[:, None]
+
+
+def both(compute: Callable[[torch.dtype], Tensor], storage: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a function of the type that is computed in gives in float64, and in float32 rounded once."""
+    return compute(torch.float64), compute(torch.float32).to(storage)
+
+
+@pytest.mark.parametrize(("rows", "kind", "dtype"), [(1, "int8", HALF), (1, "fp8", BFLOAT), (5, "int8", BFLOAT), (5, "fp8", HALF), (40, "int8", HALF),
+                                                     (40, "fp8", BFLOAT), (100, "int8", BFLOAT), (100, "fp8", HALF)])  # fmt: skip
+def test_products(rows: int, kind: str, dtype: torch.dtype) -> None:
+    """The 2x rule against float64 with the weights as they are; columns and depth that fill no tile."""
+    columns, depth = 80, 2064 if rows == 1 else 336
+    w, scale, exact = quantised(columns, depth, kind)
+    x, bias = random(rows, depth, dtype=dtype), random(columns, dtype=dtype)
+    check(layer.linear(x, w, bias, scale=scale), *both(lambda t: x.to(t) @ exact.to(t).T + bias.to(t), dtype), scale=1.0)
+    logits = layer.linear(x, w, None, scale=scale)
+    assert logits.dtype == torch.float32 and not logits[:, 0].any()
+    check(logits[:, 2:], *both(lambda t: x.to(t) @ exact.to(t).T[:, 2:], torch.float32), scale=float(depth) ** 0.5)
+
+
+@pytest.mark.parametrize("kind", WEIGHT_FORMATS)
+@pytest.mark.parametrize("rows", [1, 16, 256])
+def test_every_byte_is_read_as_what_it_is(rows: int, kind: str) -> None:
+    """All 256, but the two of fp8 that are no numbers: -128, which no symmetric rounding makes, subnormals and both zeros too; bit for bit in float32."""
+    depth = 256
+    w = torch.arange(depth, dtype=torch.int16).to(torch.uint8).roll(3).view(getattr(torch, WEIGHT_FORMATS[kind].torch)).repeat(16, 1).to(DEVICE)
+    values = w.float().nan_to_num(0.0)
+    w = torch.where(w.view(torch.uint8) & 0x7F == 0x7F, torch.zeros_like(w.view(torch.uint8)), w.view(torch.uint8)).view(w.dtype) if kind == "fp8" else w
+    scale = torch.arange(16, dtype=torch.float32, device=DEVICE) * 0.37
+    for dtype, first in ((HALF, 0), (BFLOAT, 40)):
+        x = torch.eye(depth, dtype=dtype, device=DEVICE).roll(first, 0)[:rows]
+        assert torch.equal(layer.linear(x, w, None, scale=scale), values.T.roll(first, 0)[:rows] * scale)
+    assert kind == "fp8" or float(values.min()) == -128
+
+
+def tail(rows: int, d: int, w: Any, scale: Any, dtype: torch.dtype) -> tuple[Product, Product]:
+    s, h, x, bias = random(rows, d, dtype=dtype), random(rows, 2 * d, dtype=dtype), random(rows, d, dtype=dtype, seed=3), random(d, dtype=dtype)
+    gated = (s.double() * h[:, d:].double()).to(dtype)
+    return lambda: layer.tail(s, h, w, bias, x, scale=scale), lambda t, w: x.to(t) + gated.to(t) @ w.T + bias.to(t)
+
+
+def out_add(rows: int, d: int, w: Any, scale: Any, dtype: torch.dtype) -> tuple[Product, Product]:
+    x, bias, add = random(rows, d, dtype=dtype), random(d, dtype=dtype), random(rows, d, dtype=torch.float32, seed=3)
+    return lambda: layer.out_add(x, w, bias, add, scale=scale), lambda t, w: (x.to(t) @ w.T + bias.to(t)).to(dtype).to(t) + add.to(t)
+
+
+def norm_enter(rows: int, d: int, w: Any, scale: Any, dtype: torch.dtype) -> tuple[Product, Product]:
+    x, gain, shift, bias = random(rows, d, dtype=dtype), random(d, dtype=dtype, seed=1), random(d, dtype=dtype, seed=2), random(2 * d, dtype=dtype)
+    normal = layer.norm(x, gain, shift, 1e-5)
+
+    def reference(t: torch.dtype, w: Tensor) -> Tensor:
+        y = normal.to(t) @ w.T + bias.to(t)
+        return torch.cat([torch.nn.functional.gelu(y[:, :d].to(dtype).to(t)), y[:, d:]], -1)
+
+    return lambda: layer.norm_enter(x, gain, shift, 1e-5, w, bias, scale=scale), reference
+
+
+def project(rows: int, d: int, w: Any, scale: Any, dtype: torch.dtype) -> tuple[Product, Product]:
+    h, biases = random(rows, 2 * d, dtype=dtype), tuple(random(n, dtype=dtype, seed=i) for i, n in enumerate((d, d // 2, d // 2, 2 * d)))
+    cos, sin = torch.ones(rows, 8, device=DEVICE), torch.zeros(rows, 8, device=DEVICE)
+    gain, one = random(d, dtype=torch.float32), torch.zeros(1, device=DEVICE)
+    return (lambda: torch.cat(layer.project_gain(h, w, biases, cos, sin, gain, one, 0.9, scale=scale)[:-1], -1),
+            lambda t, w: h[:, :d].to(t) @ w.T + torch.cat(biases).to(t))  # fmt: skip
+
+
+@pytest.mark.parametrize(("operation", "factor"), [(tail, 1), (out_add, 1), (norm_enter, 2), (project, 4)], ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize(("rows", "kind", "dtype"), [(1, "fp8", HALF), (40, "int8", HALF), (70, "fp8", BFLOAT)])
+def test_operations(operation: Any, factor: int, rows: int, kind: str, dtype: torch.dtype) -> None:
+    """Each finds its columns' own scales: those of the joined projections, those on either side of the entrance's middle."""
+    d = 48
+    w, scale, exact = quantised(factor * d, d, kind, seed=5)
+    found, reference = operation(rows, d, w, scale, dtype)
+    exactly, plain = both(lambda t: reference(t, exact.to(t)), dtype)
+    check(found(), exactly, plain)
+
+
+def test_a_mixers_step() -> None:
+    a = case(2, 2, 24, 24, [24, 7])
+    w, scale, exact = quantised(48, 48, "int8")
+    scale[1] /= 1e3
+    exact[1] /= 1e3
+    wanted = truth({**a, "weight": exact})
+    s = mixer.step(**{**a, "weight": w}, scale=scale)
+    assert float((s.double() - wanted).abs().max()) <= 4e-3 * float(wanted.abs().max())
