@@ -68,7 +68,7 @@ class Chain:
                 s = feedback.step(q_b[:, None], k_new[:, None], gamma[:, None], f[:, None], k_b, s_b, length, early)
             else:
                 q, k, v = (t.view(rows, config.n_heads, config.head_dim) for t in (q, k, v))
-                s = mixer.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, k_b, s_b, length, early)
+                s = mixer.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, k_b, s_b, length, early, behind=True)
             x = layer.tail(s.view(x.shape), h, *w["tail"], x, early)
         return layer.linear(layer.norm(x, *self.last, config.layer_norm_eps, early), self.head, None, early)
 

@@ -83,7 +83,7 @@ def mix(w: dict[str, Any], x: Sequence[Tensor], gamma: Tensor, caches: Sequence[
     rows, (q, k, v, q_b, k_b), (k_f, v_f, past_kb, past_s) = x[0].shape[0], x, caches
     if rows == 1:
         q, k, v = (t.view(1, heads, -1) for t in (q, k, v))
-        return mixer.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, past_kb, past_s, length, early)
+        return mixer.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, past_kb, past_s, length, early, behind=True)
     q, k, v = (t.view(1, rows, heads, -1) for t in (q, k, v))
     return mixer_rows.step(q, k, v, k_f, v_f, *w["out"], q_b[None], k_b[None], gamma[None], past_kb, past_s, length, early, tiles)
 

@@ -120,6 +120,14 @@ bool failed(Result result, char const* what, std::string& error)
     return true;
 }
 
+// Of this thread.
+struct Launched
+{
+    CUstream_st* stream{};
+    Cubin const* cubin{};
+};
+thread_local Launched launched;
+
 struct Kernel
 {
     Function function{};
@@ -287,11 +295,17 @@ try
         result = driver().launchKernel(kernel.function, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z),
             static_cast<unsigned>(cubin.warps) * 32, 1, 1, static_cast<unsigned>(cubin.shared), stream, pointers.data(), nullptr);
     }
+    launched = {stream, &cubin};
     return !failed(result, (std::string("launching ") + cubin.kernel).c_str(), error);
 }
 catch (...)
 {
     return false;
+}
+
+bool launchedLast(CUstream_st* stream, char const* kernel) noexcept
+{
+    return launched.cubin != nullptr && launched.stream == stream && std::strcmp(launched.cubin->kernel, kernel) == 0;
 }
 
 } // namespace sessa

@@ -57,4 +57,7 @@ struct Grid
 // rows: B T. Up to Cubin::earlyRows of them its programs may be in place before the kernel ahead of it in the stream ends (kernels/device.py, begin).
 bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* stream, std::string& error, int64_t rows = kManyRows) noexcept;
 
+// Whether the last kernel that this thread has launched through `launch` is `kernel`, on this stream.
+bool launchedLast(CUstream_st* stream, char const* kernel) noexcept;
+
 } // namespace sessa

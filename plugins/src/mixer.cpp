@@ -39,7 +39,7 @@ struct Step final : Plan
         rowsF = partial->tile("ROWS_F") * partial->tile("TILES_F");
         rowsB = partial->tile("ROWS_B") * partial->tile("TILES_B");
         splitsF = stepSplits(p.capacity, rowsF, combine->tile("BLOCK_F"));
-        splitsB = stepSplits(p.capacity, rowsB);
+        splitsB = stepSplits(p.capacity, rowsB, combine->tile("BLOCK_B"));
         partF = arena.take(4 * p.batch * p.width * splitsF);
         statF = arena.take(8 * p.batch * p.heads * splitsF);
         partB = arena.take(4 * p.batch * p.width * splitsB);
@@ -71,7 +71,9 @@ struct Step final : Plan
         out.add(third.add(o), p, t, kWeight).add(t.in[kBias]).add(add).add(t.out).add(i32(p.batch)).add(i32(p.width));
         int64_t const lanes = combine->tile("BLOCK_D");
         int64_t const tiles = ceilDiv(p.batch, out.kernel().tile("BM")) * ceilDiv(p.width, out.kernel().tile("BN"));
-        return launch(*partial, {programsF + programsB, 1, 1}, first, stream, error, p.batch)
+        // It reads the pasts before it waits; behind the projections alone is it known that nobody writes them.
+        int64_t const rows = launchedLast(stream, "layer_project_gain") ? p.batch : kManyRows;
+        return launch(*partial, {programsF + programsB, 1, 1}, first, stream, error, rows)
             && launch(*combine, {p.heads * ceilDiv(p.headWidth, lanes) + ceilDiv(p.width, lanes), p.batch, 1}, second, stream, error, p.batch)
             && out.run(t, kWeight, tiles, third, stream, error, p.batch);
     }

@@ -159,7 +159,9 @@ def launches(
             noted.append((self.name, (*grid, 1, 1)[:3], self.threads, self.early, scalars, pointers))
 
     def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str, early: int = 0, weights: str = "") -> dict[str, Any]:
-        return {name: table.options(name, 90, ("fp32" if dtype == torch.float32 else "fp16") + weights, variant) for name in names}
+        found = {name: table.options(name, 90, ("fp32" if dtype == torch.float32 else "fp16") + weights, variant) for name in names}
+        # a step's attentions alone start early only where the Python side says behind what
+        return {name: {**o, "PDL": o["PDL"] and early > 0} if name == "mixer_step_partial" else o for name, o in found.items()}
 
     for module in (causal_prefill, causal_rows, causal_step, feedback_fwd, feedback_rows, feedback_step, layer, mixer_rows, mixer_step):
         monkeypatch.setattr(module, "launcher", Writer)
@@ -205,9 +207,10 @@ def launches(
     def causal() -> torch.Tensor:
         return (causal_step.step if tokens == 1 else causal_rows.step if few_f else causal_prefill.prefill)(q, k, v, *past, length)
 
-    def mixer() -> None:
+    def mixer(behind: bool = False) -> None:
         if tokens == 1:
-            mixer_step.step(q[:, 0], k[:, 0], v[:, 0], *past, square.weight, row, q_b[:, 0], gamma[:, 0], *past_b, length, scale=square.scale)
+            rest = q_b[:, 0], gamma[:, 0], *past_b, length, batch, square.scale, behind
+            mixer_step.step(q[:, 0], k[:, 0], v[:, 0], *past, square.weight, row, *rest)
         elif few_b and few_f and square.scale is None:
             mixer_rows.step(q, k, v, *past, square.weight, row, q_b, k_b, gamma, *past_b, length)
         else:
@@ -217,6 +220,9 @@ def launches(
     calls.append((ph.FEEDBACK, sizes(batch, tokens, capacity, width), lambda: feedback(f)))
     if capacity:
         calls.append((ph.CAUSAL, headed(batch, tokens, capacity, d, heads, kv_heads), causal))
+        if tokens == 1:  # right behind the projections, where its attentions may start early; then once more, behind itself
+            calls.append(next(call for call in calls if call[0] == ph.At.ProjectGain))
+            calls.append((ph.At.Mixer, sizes(batch, tokens, capacity, width, heads, kv_heads, d), lambda: mixer(True)))
         calls.append((ph.At.Mixer, sizes(batch, tokens, capacity, width, heads, kv_heads, d), mixer))
     found = []
     for op, shape, call in calls if storage == ph.HALF else [x for x in calls if x[0] in (ph.FEEDBACK, ph.CAUSAL)]:
@@ -278,11 +284,14 @@ def test_the_plugin_launches_what_the_python_side_does(
             assert mine[5] == theirs[5], mine[0]
     if shape[1] == 34000 and storage == ph.HALF:
         assert [name for name, *_ in found].count("feedback_solve") > 2 * 2, "rows in panels"
+    if shape[1] == 1 and storage == ph.HALF:
+        behind = [(found[i - 1][0], early) for i, (name, _, _, early, *_) in enumerate(found) if name == "mixer_step_partial"]
+        assert [early for _, early in behind] == [True, False] and behind[0][0] == "layer_project_gain"
     if weights:
         assert len({name for name, *_ in found if name.startswith("layer_")}) >= 5
     elif shape[:2] == (32, 1) and storage == ph.HALF:
         partial = [grid for name, grid, *_ in found if name.endswith("step_partial")]
-        assert len(partial) == 3 and all(x * y <= held for x, y, _ in partial)
+        assert len(partial) == 4 and all(x * y <= held for x, y, _ in partial)
 
 
 def test_rows_that_start_early_have_binaries_that_can() -> None:

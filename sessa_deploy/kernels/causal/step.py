@@ -32,6 +32,11 @@ def _with_new(b_q, b_max, b_sum, b_acc, b_k, b_v, o_r):
 
 
 @triton.jit
+def _row(p_x, m_x):
+    return tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _fold(b_q, b_max, b_sum, b_acc, b_k, b_v, m_row):
     """Adds a tile of rows to the running softmax of each slot: b_k, b_v, b_acc (rows, heads, lanes), b_max, b_sum (rows, heads)."""
     b_x = tl.where(m_row[:, None], tl.sum(b_k * b_q[None, :, :], 2), float("-inf"))
@@ -79,8 +84,12 @@ def share(
     program, programs, block, q, k, v, past_k, past_v, past_length, part, stat,
     stride_kb, stride_kr, stride_vb, stride_vr, batch, splits, capacity, heads, group, units, scale,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
+    LATE: tl.constexpr = False,
 ):  # fmt: skip
-    """What one of `programs` programs that share a block of heads of the batch computes."""
+    """What one of `programs` programs that share a block of heads of the batch computes.
+
+    LATE: it waits for the kernel ahead, see `begin`, with the first tiles of a past on their way; a program that gets nothing to do does not wait here.
+    """
     every = programs >= batch * splits
     total, b_end = pieces(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
     turn = 0
@@ -93,7 +102,7 @@ def share(
             if (i_split * each < length) | (i_split == 0):  # without rows: the combination does not read this split
                 _one_split(
                     block, q, k, v, past_k, past_v, part, stat, stride_kb, stride_kr, stride_vb, stride_vr, i_b.to(tl.int64), i_split, splits, each, length,
-                    heads, group, units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES,
+                    heads, group, units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES, LATE,
                 )  # fmt: skip
 
 
@@ -101,7 +110,7 @@ def share(
 def _one_split(
     block, q, k, v, past_k, past_v, part, stat,
     stride_kb, stride_kr, stride_vb, stride_vr, i_b, i_split, splits, each, length, heads, group, units, scale,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """Split i_split of sequence i_b for one block of heads."""
     group_blocks = tl.cdiv(group, BLOCK_G)
@@ -115,37 +124,54 @@ def _one_split(
     i_g = (block % group_blocks) * BLOCK_G
     o_q = (i_b * heads + o_h) * group + i_g  # query heads, the first of the BLOCK_G
     p_q = q + o_q[:, None] * width + o_d[None, :]
-    b_q0 = tl.load(p_q, mask=m_hd, other=0.0).to(tl.float32) * scale
+    p_k0, p_v0 = k + i_b * heads * width + o_hd, v + i_b * heads * width + o_hd
+    b_q0 = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
     b_max0 = tl.full([BLOCK_R, BLOCK_H], float("-inf"), dtype=tl.float32)
     b_sum0 = tl.zeros([BLOCK_R, BLOCK_H], dtype=tl.float32)
     b_acc0 = tl.zeros([BLOCK_R, BLOCK_H, BLOCK_D], dtype=tl.float32)
     if BLOCK_G == 4:
         m_1, m_2, m_3 = m_h & (i_g + 1 < group), m_h & (i_g + 2 < group), m_h & (i_g + 3 < group)
-        b_q1 = tl.load(p_q + width, mask=m_1[:, None] & m_d[None, :], other=0.0).to(tl.float32) * scale
-        b_q2 = tl.load(p_q + 2 * width, mask=m_2[:, None] & m_d[None, :], other=0.0).to(tl.float32) * scale
-        b_q3 = tl.load(p_q + 3 * width, mask=m_3[:, None] & m_d[None, :], other=0.0).to(tl.float32) * scale
-        b_max1, b_sum1, b_acc1 = b_max0, b_sum0, b_acc0
-        b_max2, b_sum2, b_acc2 = b_max0, b_sum0, b_acc0
-        b_max3, b_sum3, b_acc3 = b_max0, b_sum0, b_acc0
-    if i_split == 0:
-        b_k0 = tl.load(k + i_b * heads * width + o_hd, mask=m_hd, other=0.0).to(tl.float32)
-        b_v0 = tl.load(v + i_b * heads * width + o_hd, mask=m_hd, other=0.0).to(tl.float32)
-        b_max0, b_sum0, b_acc0 = _with_new(b_q0, b_max0, b_sum0, b_acc0, b_k0, b_v0, o_r)
+        p_q1, p_q2, p_q3 = p_q + width, p_q + 2 * width, p_q + 3 * width
+        m_q1, m_q2, m_q3 = m_1[:, None] & m_d[None, :], m_2[:, None] & m_d[None, :], m_3[:, None] & m_d[None, :]
+        b_q1, b_max1, b_sum1, b_acc1 = b_q0, b_max0, b_sum0, b_acc0
+        b_q2, b_max2, b_sum2, b_acc2 = b_q0, b_max0, b_sum0, b_acc0
+        b_q3, b_max3, b_sum3, b_acc3 = b_q0, b_max0, b_sum0, b_acc0
+    if not LATE:
+        b_q0 = _row(p_q, m_hd) * scale
         if BLOCK_G == 4:
-            b_max1, b_sum1, b_acc1 = _with_new(b_q1, b_max1, b_sum1, b_acc1, b_k0, b_v0, o_r)
-            b_max2, b_sum2, b_acc2 = _with_new(b_q2, b_max2, b_sum2, b_acc2, b_k0, b_v0, o_r)
-            b_max3, b_sum3, b_acc3 = _with_new(b_q3, b_max3, b_sum3, b_acc3, b_k0, b_v0, o_r)
+            b_q1, b_q2, b_q3 = _row(p_q1, m_q1) * scale, _row(p_q2, m_q2) * scale, _row(p_q3, m_q3) * scale
+        if i_split == 0:
+            b_k0, b_v0 = _row(p_k0, m_hd), _row(p_v0, m_hd)
+            b_max0, b_sum0, b_acc0 = _with_new(b_q0, b_max0, b_sum0, b_acc0, b_k0, b_v0, o_r)
+            if BLOCK_G == 4:
+                b_max1, b_sum1, b_acc1 = _with_new(b_q1, b_max1, b_sum1, b_acc1, b_k0, b_v0, o_r)
+                b_max2, b_sum2, b_acc2 = _with_new(b_q2, b_max2, b_sum2, b_acc2, b_k0, b_v0, o_r)
+                b_max3, b_sum3, b_acc3 = _with_new(b_q3, b_max3, b_sum3, b_acc3, b_k0, b_v0, o_r)
     p_k = past_k + i_b * stride_kb * 8 + o_hd[None, :, :]
     p_v = past_v + i_b * stride_vb * 8 + o_hd[None, :, :]
     first = i_split * each
     end = tl.minimum(first + each, length)
-    for start in tl.range(first, end, BLOCK_R, num_stages=STAGES):
+    last = tl.maximum(end, first + 1) if LATE else end  # without a past, the new row is looked at in the loop all the same
+    for start in tl.range(first, last, BLOCK_R, num_stages=STAGES):
         o_row = start + o_r
         m_row = o_row < end
         mask = m_row[:, None, None] & m_hd[None, :, :]
         o_row = o_row.to(tl.int64)[:, None, None] * 8
         b_k = tl.load(p_k + o_row * stride_kr, mask=mask, other=0.0).to(tl.float32)
         b_v = tl.load(p_v + o_row * stride_vr, mask=mask, other=0.0).to(tl.float32)
+        if LATE:  # noqa: SIM102
+            if start == first:
+                begin(True)
+                b_q0 = _row(p_q, m_hd) * scale
+                if BLOCK_G == 4:
+                    b_q1, b_q2, b_q3 = _row(p_q1, m_q1) * scale, _row(p_q2, m_q2) * scale, _row(p_q3, m_q3) * scale
+                if i_split == 0:
+                    b_k0, b_v0 = _row(p_k0, m_hd), _row(p_v0, m_hd)
+                    b_max0, b_sum0, b_acc0 = _with_new(b_q0, b_max0, b_sum0, b_acc0, b_k0, b_v0, o_r)
+                    if BLOCK_G == 4:
+                        b_max1, b_sum1, b_acc1 = _with_new(b_q1, b_max1, b_sum1, b_acc1, b_k0, b_v0, o_r)
+                        b_max2, b_sum2, b_acc2 = _with_new(b_q2, b_max2, b_sum2, b_acc2, b_k0, b_v0, o_r)
+                        b_max3, b_sum3, b_acc3 = _with_new(b_q3, b_max3, b_sum3, b_acc3, b_k0, b_v0, o_r)
         b_max0, b_sum0, b_acc0 = _fold(b_q0, b_max0, b_sum0, b_acc0, b_k, b_v, m_row)
         if BLOCK_G == 4:
             b_max1, b_sum1, b_acc1 = _fold(b_q1, b_max1, b_sum1, b_acc1, b_k, b_v, m_row)

@@ -36,8 +36,10 @@ def mixer_step_partial(
 
     The first programs_f, a multiple of the blocks of heads, compute what `causal_step_partial` does, the others what `feedback_step_partial` does; tiles and
     parameters are those kernels', *_F of causal attention, *_B of feedback attention.
+
+    An early start is for the stream's next kernel behind `layer_project_gain`: the pasts and past_length are read before the wait, which that kernel does
+    not write, and all before it has ended where it lets this one in.
     """
-    begin(PDL)
     program = tl.program_id(0)
     if program < programs_f:
         blocks = tl.cdiv(heads, HEADS_F) * tl.cdiv(group, GROUP_F)
@@ -45,12 +47,15 @@ def mixer_step_partial(
         share_causal(
             program // blocks, programs_f // blocks, program % blocks, q, k, v, past_k, past_v, past_length, part_f, stat_f, capacity.to(tl.int64) * row, row,
             capacity.to(tl.int64) * row, row, batch, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, GROUP_F, LANES_F, STAGES_F, TILES_F,
+            PDL,
         )  # fmt: skip
     else:
         share_feedback(
             program - programs_f, tl.num_programs(0) - programs_f, q_b, past_kb, past_s, past_length, part_b, stat_b, capacity.to(tl.int64) * width, width,
             capacity.to(tl.int64) * width, width, batch, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, TILES_B, OWN_B,
+            PDL,
         )  # fmt: skip
+    begin(PDL)  # of a program that had nothing to do
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_step_combine"))
@@ -86,22 +91,23 @@ def mixer_step_combine(
 
 def step(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, weight: Tensor, bias: Tensor, q_b: Tensor, gamma: Tensor, past_kb: Tensor,
-    past_s: Tensor, past_length: Tensor, early: int = 0, scale: Tensor | None = None,
+    past_s: Tensor, past_length: Tensor, early: int = 0, scale: Tensor | None = None, behind: bool = False,
 ) -> Tensor:
     """s (B,D) of one new token a sequence, from PyTorch: for tests and timings.
 
     q (B,Hq,d), k, v (B,Hkv,d), past_k, past_v (B,P,Hkv,d), weight (D,D) and bias (D,) of the output projection, q_b (B,D), gamma (B,) float32, past_kb,
     past_s (B,P,D), past_length (B,) int32; all dense. early: see `jit.pinned`.
-    scale (D,) float32: of a weight of 8 bits.
+    scale (D,) float32: of a weight of 8 bits. behind: `layer.project_gain` is what the stream runs right before, and its end needs no waiting for where the
+    pasts are read.
     """  # fmt: skip
     batch, q_heads, head = q.shape
     heads, capacity, width, device, dtype = k.shape[1], past_k.shape[1], q_b.shape[1], q.device, q.dtype
     group, units = q_heads // heads, head // HEAD_MULTIPLE
-    partial = pinned(("mixer_step_partial",), device, dtype, mixer_variant(width, head, group), early)["mixer_step_partial"]
+    partial = pinned(("mixer_step_partial",), device, dtype, mixer_variant(width, head, group), early if behind else 0)["mixer_step_partial"]
     combine = pinned(("mixer_step_combine",), device, dtype, "any", early)["mixer_step_combine"]
     rows_f, rows_b = partial["ROWS_F"] * partial["TILES_F"], partial["ROWS_B"] * partial["TILES_B"]
     splits_f = step_splits(capacity, rows_f, combine["BLOCK_F"])
-    splits_b = step_splits(capacity, rows_b)
+    splits_b = step_splits(capacity, rows_b, combine["BLOCK_B"])
     blocks = triton.cdiv(heads, partial["HEADS_F"]) * triton.cdiv(group, partial["GROUP_F"])
     run = launcher(mixer_step_partial, device, dtype, partial)
     programs_f, programs_b = shares(batch * splits_f, blocks, batch * splits_b, heads * head, width, run.resident)

@@ -66,7 +66,7 @@ _MIXERS = (
             *integers("batch", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
            ("ROWS_F", "HEADS_F", "GROUP_F", "LANES_F", "STAGES_F", "TILES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "TILES_B", "OWN_B", "PDL"),
-           _STEPS, dtypes=_HALF, scalar_loads=16, early=_STEPS, early_rows=0),
+           _STEPS, dtypes=_HALF, scalar_loads=16, early=_STEPS, early_rows=_EARLY_ROWS),
     Kernel("mixer_step_combine", _MIXER,
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
             *integers("capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),

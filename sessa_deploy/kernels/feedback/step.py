@@ -50,8 +50,12 @@ def feedback_step_partial(
 def share(
     program, programs, q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, batch, splits, capacity, width, scale,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr, OWN: tl.constexpr,
+    LATE: tl.constexpr = False,
 ):  # fmt: skip
-    """What one of `programs` programs that share the batch computes."""
+    """What one of `programs` programs that share the batch computes.
+
+    LATE: it waits for the kernel ahead, see `begin`, with the first tiles of a past on their way; a program that gets nothing to read does not wait here.
+    """
     every = programs >= batch * splits
     total, b_end = pieces(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
     turn = 0
@@ -61,7 +65,7 @@ def share(
             i_b, i_split = locate(item, b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
             _one_split(
                 q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, i_b.to(tl.int64), i_split, splits, capacity, width,
-                scale, BLOCK_R, BLOCK_C, BLOCK_L, STAGES, TILES, OWN,
+                scale, BLOCK_R, BLOCK_C, BLOCK_L, STAGES, TILES, OWN, LATE,
             )  # fmt: skip
 
 
@@ -69,7 +73,7 @@ def share(
 def _one_split(
     q, past_k, past_s, past_length, part, stat,
     stride_kb, stride_kr, stride_sb, stride_sr, i_b, i_split, splits, capacity, width, scale,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr, OWN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr, OWN: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """Split i_split of sequence i_b."""
     length = tl.minimum(tl.load(past_length + i_b), capacity)
@@ -77,7 +81,10 @@ def _one_split(
     o_d = tl.arange(0, BLOCK_C)[:, None] * BLOCK_L + tl.arange(0, BLOCK_L)[None, :]
     o_r = tl.arange(0, BLOCK_R)
     m_d = o_d < width
-    b_q = tl.load(q + i_b * width + o_d, mask=m_d, other=0.0).to(tl.float32)
+    if LATE:
+        b_q = tl.zeros([BLOCK_C, BLOCK_L], dtype=tl.float32)
+    else:
+        b_q = tl.load(q + i_b * width + o_d, mask=m_d, other=0.0).to(tl.float32)
     p_k = past_k + i_b * stride_kb + o_d[None, :, :]
     p_s = past_s + i_b * stride_sb + o_d[None, :, :]
     SLOTS: tl.constexpr = BLOCK_R if OWN else 1
@@ -93,6 +100,10 @@ def _one_split(
         o_row = o_row.to(tl.int64)[:, None, None]
         b_k = tl.load(p_k + o_row * stride_kr, mask=mask, other=0.0)
         b_s = tl.load(p_s + o_row * stride_sr, mask=mask, other=0.0)
+        if LATE:  # noqa: SIM102
+            if start == first:
+                begin(True)
+                b_q = tl.load(q + i_b * width + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_x = tl.sum(tl.sum(b_k.to(tl.float32) * b_q[None, :, :], 1), 1)  # (BLOCK_R,)
         b_x = tl.where(m_row, b_x * scale, float("-inf"))
         b_new = tl.maximum(b_max, b_x if OWN else tl.max(b_x, 0, keep_dims=True))

@@ -86,6 +86,46 @@ def test_programs_that_share_out_the_splits_change_no_bit(held: int, monkeypatch
     assert torch.equal(mixer.step(**a), every)
 
 
+@pytest.mark.skipif(not interpreted(), reason="the interpreter alone shows who reads what before the wait")
+@pytest.mark.parametrize("shape", [(2, 2, 16, 40, [40, 0, 7]), (4, 1, 16, 20, [20])], ids=str)
+def test_a_step_that_starts_early_reads_only_its_pasts_before_it_waits(shape: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the projections write is NaN whenever a program begins, and there once it has waited; every program waits; the bits are those of a plain start."""
+    from triton.runtime import interpreter
+
+    from sessa_deploy.kernels import device
+
+    a = case(*shape)
+    plain, written = mixer.step(**a), {name: a[name].clone() for name in ("q", "k", "v", "q_b")}
+    waited, programs = list[int](), list[int]()
+    pinned, seat = mixer.pinned, interpreter.interpreter_builder.set_grid_idx
+
+    def begins(*at: int) -> None:
+        seat(*at)
+        waited.append(0)
+        for name in written:
+            a[name].fill_(torch.nan)
+
+    def waits() -> None:
+        waited[-1] += 1
+        for name, x in written.items():
+            a[name].copy_(x)
+
+    def early(names: tuple[str, ...], *rest: Any) -> dict[str, Any]:
+        return {name: {**o, "PDL": True} if name == "mixer_step_partial" else o for name, o in pinned(names, *rest).items()}
+
+    def shared(*sizes: int) -> tuple[int, int]:
+        programs[:] = shares(*sizes[:-1], 20)
+        return programs[0], programs[1]
+
+    monkeypatch.setattr(mixer, "pinned", early)
+    monkeypatch.setattr(mixer, "shares", shared)
+    monkeypatch.setattr(device, "gdc_wait", waits)
+    monkeypatch.setattr(device, "gdc_launch_dependents", lambda: None)
+    monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", begins)
+    assert torch.equal(mixer.step(**a), plain)
+    assert 0 < sum(programs) < len(waited) and all(waited[: sum(programs)])
+
+
 def test_a_sequence_does_not_depend_on_its_batch() -> None:
     a = case(4, 4, 64, 90, [90, 3, 17])
     both, alone = mixer.step(**a), mixer.step(**{n: x if n in ("weight", "bias") else x[1:] for n, x in a.items()})
