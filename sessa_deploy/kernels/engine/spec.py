@@ -49,7 +49,7 @@ _LAYERS = (
     Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=32, early=_FEW, early_rows=1),
     Kernel("layer_enter", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES), _TILES, _PRODUCTS[1:], dtypes=_PRODUCT,
-           scalar_loads=16, early=_FEW[1:], early_rows=_EARLY_ROWS),
+           scalar_loads=32, early=_FEW[1:], early_rows=_EARLY_ROWS),
     Kernel("layer_project_gain", _LAYER,
            (*pointers("h"), *_MATRIX, *pointers("bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gamma_weight", type="*fp32"),
             Param("gamma_bias", "*fp32"), *pointers("q", "k", "v", "q_b", "k_b"), Param("gamma", "*fp32"), *_SIZES, Param("kv_width", "i32"),

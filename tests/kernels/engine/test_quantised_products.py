@@ -90,7 +90,8 @@ def norm_enter(rows: int, d: int, w: Any, scale: Any, dtype: torch.dtype) -> tup
 
 
 def project(rows: int, d: int, w: Any, scale: Any, dtype: torch.dtype) -> tuple[Product, Product]:
-    h, biases = random(rows, 2 * d, dtype=dtype), tuple(random(n, dtype=dtype, seed=i) for i, n in enumerate((d, d // 2, d // 2, 2 * d)))
+    h = random(rows, 2 * d, dtype=dtype)
+    biases: Any = tuple(random(n, dtype=dtype, seed=i) for i, n in enumerate((d, d // 2, d // 2, 2 * d)))
     cos, sin = torch.ones(rows, 8, device=DEVICE), torch.zeros(rows, 8, device=DEVICE)
     gain, one = random(d, dtype=torch.float32), torch.zeros(1, device=DEVICE)
     return (lambda: torch.cat(layer.project_gain(h, w, biases, cos, sin, gain, one, 0.9, scale=scale)[:-1], -1),
