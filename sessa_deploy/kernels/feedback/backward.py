@@ -22,6 +22,7 @@ from sessa_deploy.kernels.feedback.gradients import (
     feedback_grad_q,
     feedback_grad_scores,
 )
+from sessa_deploy.kernels.feedback.pair import feedback_solve_transposed_pair
 from sessa_deploy.kernels.feedback.spec import solve_variant
 from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, store_split
 from sessa_deploy.kernels.launch import table
@@ -125,6 +126,8 @@ BACKWARD = (
     "feedback_grad_products", "feedback_grad_scores", "feedback_grad_q", "feedback_grad_k",
 )  # fmt: skip
 
+PAIR = "feedback_solve_transposed_pair"  # in place of feedback_solve_transposed, where options hold it: for one panel without a past
+
 KERNELS = (
     feedback_first_bad, feedback_scores, feedback_combine, feedback_solve_transposed, feedback_grad_pack,
     feedback_grad_products, feedback_grad_scores, feedback_grad_q, feedback_grad_k,
@@ -150,7 +153,10 @@ class Plan:
         work, pair, single = (torch.float16, torch.bfloat16, torch.float32) if split else (torch.float32,) * 3
         product = torch.float16 if split and not full else single  # of u . s
         itemsize = work.itemsize + product.itemsize + (dtype.itemsize if full else 0)
-        shape = plan(batch, tokens, past, width, scores, itemsize, panel_bytes)
+        shape = plan(batch, tokens, past, width, scores, itemsize, panel_bytes, PAIR in opt)
+        self.paired = PAIR in opt and shape.panels == 1 and past == 0
+        if self.paired:
+            solve = opt[PAIR]
         past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
         tiles_n = -(-width // solve["BN"])
         every = batch * rows
@@ -187,6 +193,7 @@ class Plan:
         self.past_tiles = past_tiles
         self.sync = batch + panels + panels * batch * tiles_n
         self.run = [launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(BACKWARD, KERNELS, strict=True)]
+        self.run_pairs = launcher(feedback_solve_transposed_pair, device, dtype, solve) if self.paired else None
         self.bad_programs = (-(-tokens // opt["feedback_first_bad"]["BT"]), batch)
         self.panels: list[tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]] = []
         self.pack_s = ((columns // pack["BT"], batch), (tokens, past, width, columns, past_tiles * tile, 0))
@@ -200,7 +207,8 @@ class Plan:
             self.panels.append((
                 (score_grid(blocks * tile, before, batch, scores), (*sides, all_tiles, row0, 0, scale)),
                 ((blocks, batch), (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks)),
-                (((blocks + before) * batch * tiles_n,), (*sides, row0, blocks, batch, panel, panels, add)),
+                (((blocks + 1) // 2 * batch * tiles_n,), (tokens, width, columns, rows, blocks, batch)) if self.paired
+                else (((blocks + before) * batch * tiles_n,), (*sides, row0, blocks, batch, panel, panels, add)),
                 ((rows // pack["BT"], batch), (tokens, past, width, rows, 0, row0)),
                 (score_grid(blocks * tile, before, batch, products), (tokens, width, columns, rows, past_tiles, all_tiles, row0)),
                 ((blocks, -(-(before + blocks) // by_score["TILES"]), batch), (tokens, columns, rows, past_tiles, all_tiles, row0)),
@@ -252,10 +260,13 @@ def backward(
             by_combine[0], e, sums, sums, a_gamma, a_length, inverse_sum, factor, a_lse, at["x"], inverse, inverse_low, near, near_low, near_scale,
             *by_combine[1],
         )  # fmt: skip
-        solve(
-            by_solve[0], e, factor, inverse, inverse_low, near, near_low, near_scale, a_ds, a_df, rest, w, w_low, at["scales"], at["carry"], a_dpast_s,
-            a_length, bad, ticket, *by_solve[1],
-        )  # fmt: skip
+        if p.run_pairs is not None:
+            p.run_pairs(by_solve[0], e, factor, inverse, inverse_low, near, near_scale, a_ds, a_df, rest, w, at["scales"], bad, ticket, *by_solve[1])
+        else:
+            solve(
+                by_solve[0], e, factor, inverse, inverse_low, near, near_low, near_scale, a_ds, a_df, rest, w, w_low, at["scales"], at["carry"], a_dpast_s,
+                a_length, bad, ticket, *by_solve[1],
+            )  # fmt: skip
         pack(by_pack[0], a_df, rest, a_past_s, a_length, bad, u, u_low, u_scale, *by_pack[1])
         products(by_products[0], u, u_low, u_scale, s_all, s_all_low, s_scale, a_length, bad, e, r, r_scales, at["r_sums"], *by_products[1])
         grad_of_scores(by_grad[0], e, r, r_scales, at["r_sums"], factor, inverse_sum, grad, grad_scales, a_dgamma, a_length, bad, *by_grad[1])

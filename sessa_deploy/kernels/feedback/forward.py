@@ -180,10 +180,10 @@ class Shape:
         return -(-self.tokens // self.rows)
 
 
-def plan(batch: int, tokens: int, past: int, width: int, scores: dict[str, Any], itemsize: int, panel_bytes: int) -> Shape:
-    """Panels as tall as `panel_bytes` of routing tiles allow, at least one tile of the scores kernel."""
+def plan(batch: int, tokens: int, past: int, width: int, scores: dict[str, Any], itemsize: int, panel_bytes: int, paired: bool = False) -> Shape:
+    """Panels as tall as `panel_bytes` of routing tiles allow, at least one tile of the scores kernel, or two blocks where they are solved in pairs."""
     tile, group = scores["BT"], scores["NB"]
-    step = max(scores["BM"], tile * group)
+    step = max(scores["BM"], tile * group, 2 * tile if paired else 0)
     columns = Shape(batch, tokens, past, width, tile, group, 0).columns
     fit = panel_bytes // (batch * columns * itemsize) // step * step
     return Shape(batch, tokens, past, width, tile, group, min(max(fit, step), -(-tokens // step) * step))
@@ -220,7 +220,17 @@ def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n:
 
 
 FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_solve")
-KERNELS = (feedback_pack, feedback_scores, feedback_combine, feedback_solve)
+KERNELS = (feedback_pack, feedback_scores, feedback_combine)
+PAIR = "feedback_solve_pair"  # in place of feedback_solve, where options hold it
+
+
+def solver_of(paired: bool) -> Any:
+    """The solve that takes row blocks in twos, or one at a time."""
+    if not paired:
+        return feedback_solve
+    from sessa_deploy.kernels.feedback.pair import feedback_solve_pair
+
+    return feedback_solve_pair
 
 
 def tiles(device: torch.device, dtype: torch.dtype, width: int) -> Options:
@@ -236,19 +246,22 @@ class Plan:
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
         opt = options or tiles(device, dtype, width)
-        scores, solve = opt["feedback_scores"], opt["feedback_solve"]
+        solver = PAIR if PAIR in opt else "feedback_solve"
+        paired = solver == PAIR
+        scores, solve = opt["feedback_scores"], opt[solver]
         tile = solve["BT"]
         split = dtype != torch.float32
         work, pair = (torch.float16, torch.bfloat16) if split else (torch.float32, torch.float32)
-        shape = plan(batch, tokens, past, width, scores, work.itemsize, panel_bytes)
+        shape = plan(batch, tokens, past, width, scores, work.itemsize, panel_bytes, paired)
         past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
         tiles_n = -(-width // solve["BN"])
         sizes = workspace_sizes(shape, work, pair, tiles_n, split)
         self.workspace = Workspace(sizes)
         self.low = "low" if split else ""
-        self.run_pack, self.run_scores, self.run_combine, self.run_solve = (
-            launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(FORWARD, KERNELS, strict=True)
+        self.run_pack, self.run_scores, self.run_combine = (
+            launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(FORWARD[:3], KERNELS, strict=True)
         )
+        self.run_solve = launcher(solver_of(paired), device, dtype, solve)
         self.pack = ((past_tiles, tiles_n, batch), (past, width, columns)) if past_tiles else None
         self.panels: list[tuple[Any, ...]] = []
         for panel in range(panels):
@@ -260,7 +273,7 @@ class Plan:
                 (tokens, past, width, columns, rows, past_tiles, all_tiles, row0, 0 if panel else sizes["sync"][0], 1 / math.sqrt(width)),
                 (blocks, batch),
                 (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks),
-                (blocks * batch * tiles_n,),
+                (-(-blocks // (1 + paired)) * batch * tiles_n,),
                 (tokens, width, columns, rows, past_tiles, all_tiles, row0, batch, panel, panels),
             ))  # fmt: skip
 
