@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback.forward import near_product, plan, score_grid, wait_for
+from sessa_deploy.kernels.feedback.forward import combiner, near_product, plan, score_grid
 from sessa_deploy.kernels.feedback.gradients import (
     feedback_first_bad,
     feedback_grad_k,
@@ -24,7 +24,7 @@ from sessa_deploy.kernels.feedback.gradients import (
 )
 from sessa_deploy.kernels.feedback.pair import feedback_solve_transposed_pair
 from sessa_deploy.kernels.feedback.spec import solve_variant
-from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, store_split
+from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, store_split, wait_for
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
 from sessa_deploy.kernels.launch.limits import PANEL_BYTES
@@ -192,7 +192,10 @@ class Plan:
         self.low, self.full = "low" if split else "", "low" if full else ""
         self.past_tiles = past_tiles
         self.sync = batch + panels + panels * batch * tiles_n
-        self.run = [launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(BACKWARD, KERNELS, strict=True)]
+        self.run = [
+            combiner(device, dtype, opt) if kernel is feedback_combine else launcher(kernel, device, dtype, opt[name])
+            for name, kernel in zip(BACKWARD, KERNELS, strict=True)
+        ]
         self.run_pairs = launcher(feedback_solve_transposed_pair, device, dtype, solve) if self.paired else None
         self.bad_programs = (-(-tokens // opt["feedback_first_bad"]["BT"]), batch)
         self.panels: list[tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]] = []
@@ -223,18 +226,18 @@ _plan = lru_cache(maxsize=256)(Plan)
 def backward(
     ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, s_low: Tensor | None,
     past_k: Tensor, past_s: Tensor, past_length: Tensor,
-    options: Options | None = None, panel_bytes: int = PANEL_BYTES,
+    options: Options | None = None, panel_bytes: int = PANEL_BYTES, made: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dgamma, df, dpast_k, dpast_s) of the forward that gave s (B,T,D), lse (B,T) and s_low (B,T,D). Shapes and dtypes as the inputs'.
 
-    Rows from a sequence's first one with NaN or Inf in q, k or s on get gradient 0 and contribute none. options: as in the forward.
+    Rows from a sequence's first one with NaN or Inf in q, k or s on get gradient 0 and contribute none. options, made: as in the forward.
     """
     ds, q, k, gamma, s, past_k, past_s, lse = (aligned(x) for x in (ds, q, k, gamma, s, past_k, past_s, lse))
     s_low = None if s_low is None else aligned(s_low)
     batch, tokens, width = q.shape
     device = q.device
     shape = (device, q.dtype, batch, tokens, past_k.shape[1], width)
-    p = Plan(*shape, options, panel_bytes) if options else _plan(*shape, None, panel_bytes)
+    p = made or (Plan(*shape, options, panel_bytes) if options else _plan(*shape, None, panel_bytes))
     if past_length.dtype != torch.int32:
         past_length = past_length.to(torch.int32)
     dq, dk, df = torch.empty_like(q), torch.empty_like(k), torch.empty_like(q)

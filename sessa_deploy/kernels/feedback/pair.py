@@ -7,8 +7,7 @@ Rows go in twos, so a panel's rows are padded to 2 BT; what a pair computes beyo
 import triton
 import triton.language as tl
 
-from sessa_deploy.kernels.feedback.forward import wait_for
-from sessa_deploy.kernels.feedback.tiles import apply_inverse, finite, power_scale
+from sessa_deploy.kernels.feedback.tiles import apply_inverse, finite, power_scale, wait_for
 from sessa_deploy.kernels.launch import table
 
 

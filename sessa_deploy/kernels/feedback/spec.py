@@ -10,6 +10,22 @@ from sessa_deploy.kernels.launch.spec import Kernel, Param, by_name, integers, p
 _PACKAGE = "sessa_deploy.kernels.feedback"
 _WIDTHS = tuple(map(str, FEEDBACK_WIDTHS))
 
+_COMBINE = (
+    *pointers("e", type="*work"),
+    *pointers("peak", "total", type="*fp32"),
+    Param("gamma", "*fp32"),
+    Param("past_length", "*i32"),
+    *pointers("row_peak", "factor", type="*fp32"),
+    Param("lse", "*fp32"),
+    *pointers("x", type="*fp32"),
+    *pointers("inverse", "inverse_low", type="*half_pair"),
+    *pointers("near", "near_low", type="*work"),
+    *pointers("near_scale", type="*fp32"),
+    *integers("T"),
+    *(Param(n, "i32", True) for n in ("C", "R")),
+    *integers("NP", "NT", "row0", "B", "blocks"),
+)
+
 KERNELS = by_name((
     Kernel(
         "feedback_step_partial",
@@ -88,21 +104,7 @@ KERNELS = by_name((
     Kernel(
         "feedback_combine",
         f"{_PACKAGE}.tiles",
-        (
-            *pointers("e", type="*work"),
-            *pointers("peak", "total", type="*fp32"),
-            Param("gamma", "*fp32"),
-            Param("past_length", "*i32"),
-            *pointers("row_peak", "factor", type="*fp32"),
-            Param("lse", "*fp32"),
-            *pointers("x", type="*fp32"),
-            *pointers("inverse", "inverse_low", type="*half_pair"),
-            *pointers("near", "near_low", type="*work"),
-            *pointers("near_scale", type="*fp32"),
-            *integers("T"),
-            *(Param(n, "i32", True) for n in ("C", "R")),
-            *integers("NP", "NT", "row0", "B", "blocks"),
-        ),
+        _COMBINE,
         ("BT", "CHUNK", "BACKWARD", "SPLIT"),
         ("fwd", "bwd"),
         scalar_loads=128,
@@ -153,6 +155,15 @@ KERNELS = by_name((
         ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"),
         ("bwd", "wide"),
         lowered=False,
+    ),
+    Kernel(
+        "feedback_combine_direct",
+        f"{_PACKAGE}.combine",
+        _COMBINE,
+        ("CHUNK", "BACKWARD"),
+        ("fwd", "bwd"),
+        lowered=False,
+        scalar_loads=128,
     ),
     Kernel(
         "feedback_solve_pair",

@@ -295,6 +295,15 @@ def store_split(b_x, amax, high, low, scales, p_tile, p_scale, m_tile, SPLIT: tl
 
 
 @triton.jit
+def wait_for(p_done, tiles):
+    """Spin until the counter reaches `tiles`; returns what it reads."""
+    ready = tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
+    while ready < tiles:
+        ready = tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
+    return ready
+
+
+@triton.jit
 def apply_inverse(b_inv, b_low, b_x, SPLIT: tl.constexpr):
     """inverse @ x to float32 accuracy: bfloat16 pairs in three products (16 bits, float32's range), else float32 products."""
     if SPLIT:

@@ -1,0 +1,226 @@
+"""Feedback attention at ten shapes, whole forward and whole backward, with every way to arrange its kernels; which is best where, and by how much.
+
+    python benchmarks/tune_shapes.py [--seconds 140] [--shapes 4,2048,512 16,1024,768]
+
+Times are those of CUDA graphs, so that the host does not count; the yardstick is causal attention of the same width by cuDNN, timed alike. Every arrangement's
+numbers are compared with today's. Binaries are compiled by many processes at once. Writes nothing: tiles.json and `spec.py` hold what is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bench_feedback import inputs, median_us
+from gpu import capture
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+from sessa_deploy.kernels.feedback import backward, forward
+from sessa_deploy.kernels.launch.jit import Options, launcher
+
+TEN = ((1, 2048, 768), (1, 8192, 1024), (8, 2048, 1024), (4, 8192, 1024), (1, 16384, 1024),
+       (2, 4096, 1536), (1, 8192, 2048), (4, 2048, 512), (2, 5000, 1024), (16, 1024, 768))
+PAIR = {"BT": 128, "STAGES": 2, "num_warps": 8, "num_stages": 1}
+PATIENCE = 20.0  # seconds after which an arrangement hangs
+Change = dict[str, dict[str, Any]]
+
+
+def arrangements(back: bool) -> dict[str, Change]:
+    """Label -> what it changes of today's options, {} for a kernel that is left out."""
+    solve, pair = ("feedback_solve_transposed", backward.PAIR) if back else ("feedback_solve", forward.PAIR)
+    direct = {forward.DIRECT: {"CHUNK": 32, "BACKWARD": back, "num_warps": 8, "num_stages": 1}}
+    without: Change = {forward.DIRECT: {}, pair: {}}
+    found: dict[str, Change] = {"today": {}}
+    for bn in (64, 128):
+        found[f"single{bn}"] = {**without, solve: {"BN": bn}}
+        found[f"direct single{bn}"] = {**without, **direct, solve: {"BN": bn}}
+    found["direct16 single64"] = {**without, forward.DIRECT: {**direct[forward.DIRECT], "num_warps": 16}, solve: {"BN": 64}}
+    for bn in (32, 64, 128):
+        found[f"direct pair{bn}"] = {**without, **direct, pair: {**PAIR, "BN": bn}}
+    found["pair64"] = {**without, pair: {**PAIR, "BN": 64}}
+    if back:
+        for bn, stages, warps in ((128, 4, 8), (128, 3, 4)):
+            gemm = {"BN": bn, "STAGES": stages, "num_warps": warps}
+            found[f"gradients {bn}/{stages}/{warps}"] = {"feedback_grad_q": gemm, "feedback_grad_k": gemm}
+        found["tiles 2"] = {"feedback_grad_scores": {"TILES": 2}}
+    else:
+        found["scores 64"] = {"feedback_scores": {"BM": 64, "num_warps": 4}}
+        found["scores 4 stages"] = {"feedback_scores": {"num_stages": 4}}
+    return found
+
+
+_MADE: dict[str, dict[str, Any]] = {}
+
+
+def options(back: bool, width: int, change: Change) -> Options:
+    """Today's options with `change`; equal ones are one object, whose identity stands for a binary."""
+    side = backward if back else forward
+    base = side.tiles(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, width)
+    merged = {name: {**base.get(name, {}), **o} for name, o in {**base, **change}.items()}
+    kept = {name: o for name, o in merged.items() if change.get(name) != {} or name not in (forward.PAIR, backward.PAIR, forward.DIRECT)}
+    return {name: _MADE.setdefault(f"{name} {sorted(o.items())}", o) for name, o in kept.items()}
+
+
+def compiled(name: str, choice: dict[str, Any]) -> str:
+    """Compile one binary into Triton's cache, in a process of its own. Returns what went wrong."""
+    from sessa_deploy.kernels.feedback import combine, gradients, pair, tiles
+
+    module = next(m for m in (forward, backward, combine, pair, gradients, tiles) if hasattr(m, name))
+    try:
+        launcher(getattr(module, name), torch.device("cuda", 0), torch.bfloat16, choice)
+    except Exception as error:
+        return f"{name} {choice}: {type(error).__name__} {str(error).splitlines()[0][:150]}"
+    return ""
+
+
+def compile_all(sets: Iterable[Options], workers: int) -> None:
+    """Compile everything that the sets of options name."""
+    units = {f"{name} {sorted(o.items())}": (name, o) for options_ in sets for name, o in options_.items() if name != "feedback_pack"}
+    begin = time.perf_counter()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for said in pool.map(compiled, *zip(*units.values(), strict=True)):
+            if said:
+                print(said, flush=True)
+    print(f"{len(units)} binaries in {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+class Watch:
+    """Ends the process when what it watches takes too long: a kernel that waits for ever cannot be stopped otherwise."""
+
+    def __init__(self, what: str) -> None:
+        self.timer = threading.Timer(PATIENCE, self.end, (what,))
+
+    def __enter__(self) -> None:
+        self.timer.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.timer.cancel()
+
+    @staticmethod
+    def end(what: str) -> None:
+        print(f"{what} does not end: giving up", flush=True)
+        os._exit(3)
+
+
+def graph_us(call: Callable[[], object], repeats: int = 12) -> float:
+    """Median microseconds of a replay of three calls, each."""
+    return median_us(capture([call] * 3).replay, repeats, 2) / 3
+
+
+def yardstick(batch: int, tokens: int, width: int) -> tuple[float, float]:
+    """Microseconds of cuDNN's causal attention with heads of 128: forward, and forward with backward."""
+    q, k, v, g = (torch.randn(batch, width // 128, tokens, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def attend() -> Tensor:
+        return F.scaled_dot_product_attention(*leaves, is_causal=True)
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        with torch.no_grad():
+            once = graph_us(attend)
+        return once, graph_us(lambda: torch.autograd.grad(attend(), leaves, g))
+
+
+def far(a: Iterable[Tensor | None], b: Iterable[Tensor | None], count: int) -> float:
+    """The largest distance between the first `count` tensors of two results, each over the tensor's largest magnitude."""
+    worst = 0.0
+    for x, y in itertools.islice(zip(a, b, strict=True), count):
+        if x is not None and y is not None and x.numel():
+            x, y = (z.float().nan_to_num(0.0, 0.0, 0.0) for z in (x, y))  # lse begins with minus infinity
+            worst = max(worst, float((x - y).abs().max() / y.abs().max()))
+    return worst
+
+
+def kernels_us(call: Callable[[], object]) -> str:
+    """Each kernel's microseconds of a call."""
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+    rows = sorted(trace.key_averages(), key=lambda e: -e.device_time_total)
+    return ", ".join(f"{e.key.removeprefix('feedback_')[:24]} {e.device_time_total / 3:.0f}" for e in rows[:12] if e.device_time_total > 0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=140.0, help="no further arrangement begins after this")
+    parser.add_argument("--shapes", nargs="*", default=[",".join(map(str, s)) for s in TEN])
+    parser.add_argument("--workers", type=int, default=max(2, min(14, (os.cpu_count() or 2) - 2)))
+    parser.add_argument("--only", default="", help="arrangements whose label holds this (and today's)")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: no CUDA GPU", file=sys.stderr)
+        return 2
+    begin = time.perf_counter()
+    shapes = [tuple(map(int, s.split(","))) for s in arguments.shapes]
+    sides = {back: {k: v for k, v in arrangements(back).items() if arguments.only in k or k == "today"} for back in (False, True)}
+    compile_all((options(back, width, change) for back, ways in sides.items() for change in ways.values() for width in {s[2] for s in shapes}), arguments.workers)
+    ratios: dict[str, list[float]] = {}
+    for back in (False, True):
+        for shape in shapes:
+            batch, tokens, width = shape
+            name = f"{','.join(map(str, shape))} {'backward' if back else 'forward'}"
+            torch.manual_seed(0)
+            q, k, gamma, f = inputs(*shape)
+            past, length = q.new_empty(batch, 0, width), torch.zeros(batch, dtype=torch.int32, device=q.device)
+            with Watch(name):
+                s, lse, low = forward.forward(q, k, gamma, f, past, past, length, True)
+                peer, peer_both = yardstick(*shape)
+            wanted: Any = None
+            calls: dict[str, Callable[[], Any]] = {}
+            times: dict[str, float] = {}
+            said = []
+            for label, change in sides[back].items():
+                if time.perf_counter() - begin > arguments.seconds:
+                    break
+                try:
+                    with Watch(f"{name} {label}"):
+                        choice = options(back, width, change)
+                        side: Any = backward if back else forward
+                        plan = side.Plan(q.device, q.dtype, batch, tokens, 0, width, choice, forward.PANEL_BYTES)
+
+                        def call(choice: Options = choice, plan: Any = plan) -> Any:
+                            if back:
+                                return backward.backward(f, q, k, gamma, f, s, lse, low, past, past, length, options=choice, made=plan)
+                            return forward.forward(q, k, gamma, f, past, past, length, True, options=choice, made=plan)
+
+                        got = call()
+                        torch.cuda.synchronize()
+                        wanted = got if wanted is None else wanted
+                        times[label], calls[label] = graph_us(call), call
+                        said.append(f"{label} {times[label]:.0f} ({far(got, wanted, 4 if back else 2):.0e})")
+                except Exception as error:
+                    said.append(f"{label}: {type(error).__name__} {str(error).splitlines()[0][:100]}")
+            if not times:
+                continue
+            best = min(times, key=lambda label: times[label])
+            unit = peer_both - peer if back else peer
+            ratios.setdefault(f"{back} today", []).append(times["today"] / unit)
+            ratios.setdefault(f"{back} best", []).append(times[best] / unit)
+            print(f"{name}: cuDNN {unit:.0f} us; today {times['today'] / unit:.2f}, best {times[best] / unit:.2f} ({best}); {'; '.join(said)}", flush=True)
+            for label in dict.fromkeys(("today", best)):
+                with Watch(f"{name} {label} profile"):
+                    print(f"    {label}: {kernels_us(calls[label])}", flush=True)
+    for label, values in ratios.items():
+        print(f"{'backward' if label.startswith('True') else 'forward'} {label.split()[1]}: {math.exp(statistics.fmean(map(math.log, values))):.2f} "
+              f"times cuDNN's over {len(values)} shapes, worst {max(values):.2f}")
+    print(f"{time.perf_counter() - begin:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
