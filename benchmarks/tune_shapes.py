@@ -127,7 +127,7 @@ def yardstick(batch: int, tokens: int, width: int) -> tuple[float, float]:
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
     def attend() -> Tensor:
-        return F.scaled_dot_product_attention(*leaves, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         with torch.no_grad():
@@ -155,6 +155,61 @@ def kernels_us(call: Callable[[], object]) -> str:
     return ", ".join(f"{e.key.removeprefix('feedback_')[:24]} {e.device_time_total / 3:.0f}" for e in rows[:12] if e.device_time_total > 0)
 
 
+class Case:
+    """A shape's inputs, what its forward gave, and cuDNN's microseconds."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        torch.manual_seed(0)
+        self.shape, self.x = shape, inputs(*shape)
+        batch, _, width = shape
+        past = self.x[0].new_empty(batch, 0, width)
+        self.behind = past, past, torch.zeros(batch, dtype=torch.int32, device=past.device)
+        self.saved: Any = forward.forward(*self.x, *self.behind, True)
+        self.peer, self.peer_both = yardstick(*shape)
+
+    def call(self, back: bool, choice: Options) -> Callable[[], Any]:
+        """One direction with these options."""
+        batch, tokens, width = self.shape
+        q, k, gamma, f = self.x
+        side: Any = backward if back else forward
+        plan = side.Plan(q.device, q.dtype, batch, tokens, 0, width, choice, forward.PANEL_BYTES)
+        if back:
+            return lambda: backward.backward(f, q, k, gamma, f, *self.saved, *self.behind, options=choice, made=plan)
+        return lambda: forward.forward(*self.x, *self.behind, True, options=choice, made=plan)
+
+
+def compare(case: Case, back: bool, ways: dict[str, Change], end: float) -> tuple[float, float] | None:
+    """Print every arrangement's time; (today's, the best's) as a multiple of cuDNN's. None where nothing was timed before `end`."""
+    name = f"{','.join(map(str, case.shape))} {'backward' if back else 'forward'}"
+    wanted: Any = None
+    calls: dict[str, Callable[[], Any]] = {}
+    times: dict[str, float] = {}
+    said = []
+    for label, change in ways.items():
+        if time.perf_counter() > end:
+            break
+        try:
+            with Watch(f"{name} {label}"):
+                call = case.call(back, options(back, case.shape[2], change))
+                got = call()
+                torch.cuda.synchronize()
+                wanted = got if wanted is None else wanted
+                times[label], calls[label] = graph_us(call), call
+                said.append(f"{label} {times[label]:.0f} ({far(got, wanted, 4 if back else 2):.0e})")
+        except Exception as error:
+            said.append(f"{label}: {type(error).__name__} {str(error).splitlines()[0][:100]}")
+    if "today" not in times:
+        print(f"{name}: {'; '.join(said)}", flush=True)
+        return None
+    best = min(times, key=lambda label: times[label])
+    unit = case.peer_both - case.peer if back else case.peer
+    print(f"{name}: cuDNN {unit:.0f} us; today {times['today'] / unit:.2f}, best {times[best] / unit:.2f} ({best}); {'; '.join(said)}", flush=True)
+    for label in dict.fromkeys(("today", best)):
+        with Watch(f"{name} {label} profile"):
+            print(f"    {label}: {kernels_us(calls[label])}", flush=True)
+    return times["today"] / unit, times[best] / unit
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=140.0, help="no further arrangement begins after this")
@@ -168,56 +223,21 @@ def main() -> int:
     begin = time.perf_counter()
     shapes = [tuple(map(int, s.split(","))) for s in arguments.shapes]
     sides = {back: {k: v for k, v in arrangements(back).items() if arguments.only in k or k == "today"} for back in (False, True)}
-    compile_all((options(back, width, change) for back, ways in sides.items() for change in ways.values() for width in {s[2] for s in shapes}), arguments.workers)
-    ratios: dict[str, list[float]] = {}
-    for back in (False, True):
+    widths = {shape[2] for shape in shapes}
+    compile_all((options(back, width, change) for back, ways in sides.items() for change in ways.values() for width in widths), arguments.workers)
+    for back, ways in sides.items():
+        found: list[tuple[float, float]] = []
         for shape in shapes:
-            batch, tokens, width = shape
-            name = f"{','.join(map(str, shape))} {'backward' if back else 'forward'}"
-            torch.manual_seed(0)
-            q, k, gamma, f = inputs(*shape)
-            past, length = q.new_empty(batch, 0, width), torch.zeros(batch, dtype=torch.int32, device=q.device)
-            with Watch(name):
-                s, lse, low = forward.forward(q, k, gamma, f, past, past, length, True)
-                peer, peer_both = yardstick(*shape)
-            wanted: Any = None
-            calls: dict[str, Callable[[], Any]] = {}
-            times: dict[str, float] = {}
-            said = []
-            for label, change in sides[back].items():
-                if time.perf_counter() - begin > arguments.seconds:
-                    break
-                try:
-                    with Watch(f"{name} {label}"):
-                        choice = options(back, width, change)
-                        side: Any = backward if back else forward
-                        plan = side.Plan(q.device, q.dtype, batch, tokens, 0, width, choice, forward.PANEL_BYTES)
-
-                        def call(choice: Options = choice, plan: Any = plan) -> Any:
-                            if back:
-                                return backward.backward(f, q, k, gamma, f, s, lse, low, past, past, length, options=choice, made=plan)
-                            return forward.forward(q, k, gamma, f, past, past, length, True, options=choice, made=plan)
-
-                        got = call()
-                        torch.cuda.synchronize()
-                        wanted = got if wanted is None else wanted
-                        times[label], calls[label] = graph_us(call), call
-                        said.append(f"{label} {times[label]:.0f} ({far(got, wanted, 4 if back else 2):.0e})")
-                except Exception as error:
-                    said.append(f"{label}: {type(error).__name__} {str(error).splitlines()[0][:100]}")
-            if not times:
-                continue
-            best = min(times, key=lambda label: times[label])
-            unit = peer_both - peer if back else peer
-            ratios.setdefault(f"{back} today", []).append(times["today"] / unit)
-            ratios.setdefault(f"{back} best", []).append(times[best] / unit)
-            print(f"{name}: cuDNN {unit:.0f} us; today {times['today'] / unit:.2f}, best {times[best] / unit:.2f} ({best}); {'; '.join(said)}", flush=True)
-            for label in dict.fromkeys(("today", best)):
-                with Watch(f"{name} {label} profile"):
-                    print(f"    {label}: {kernels_us(calls[label])}", flush=True)
-    for label, values in ratios.items():
-        print(f"{'backward' if label.startswith('True') else 'forward'} {label.split()[1]}: {math.exp(statistics.fmean(map(math.log, values))):.2f} "
-              f"times cuDNN's over {len(values)} shapes, worst {max(values):.2f}")
+            if time.perf_counter() - begin < arguments.seconds:
+                with Watch(str(shape)):
+                    case = Case(shape)  # type: ignore[arg-type]
+                pair = compare(case, back, ways, begin + arguments.seconds)
+                found += [] if pair is None else [pair]
+                del case
+                torch.cuda.empty_cache()
+        for what, values in zip(("today", "best"), zip(*found, strict=True), strict=False):
+            print(f"{'backward' if back else 'forward'} {what}: {math.exp(statistics.fmean(map(math.log, values))):.2f} times cuDNN's over "
+                  f"{len(values)} shapes, worst {max(values):.2f}", flush=True)
     print(f"{time.perf_counter() - begin:.0f} s")
     return 0
 
