@@ -174,7 +174,8 @@ class Case:
         side: Any = backward if back else forward
         plan = side.Plan(q.device, q.dtype, batch, tokens, 0, width, choice, forward.PANEL_BYTES)
         if back:
-            return lambda: backward.backward(f, q, k, gamma, f, *self.saved, *self.behind, options=choice, made=plan)
+            s, lse, low = self.saved
+            return lambda: backward.backward(f, q, k, gamma, f, s, lse, low, *self.behind, options=choice, made=plan)
         return lambda: forward.forward(*self.x, *self.behind, True, options=choice, made=plan)
 
 
