@@ -34,6 +34,7 @@ from sessa_deploy.kernels.launch.jit import Options, launcher
 
 TEN = ((1, 2048, 768), (1, 8192, 1024), (8, 2048, 1024), (4, 8192, 1024), (1, 16384, 1024),
        (2, 4096, 1536), (1, 8192, 2048), (4, 2048, 512), (2, 5000, 1024), (16, 1024, 768))
+OURS = (forward.PAIR, backward.PAIR, forward.DIRECT, backward.TOGETHER)  # kernels that stand in for others
 PAIR = {"BT": 128, "STAGES": 2, "num_warps": 8, "num_stages": 1}
 PATIENCE = 20.0  # seconds after which an arrangement hangs
 Change = dict[str, dict[str, Any]]
@@ -55,7 +56,10 @@ def arrangements(back: bool) -> dict[str, Change]:
     if back:
         for bn, stages, warps in ((128, 4, 8), (128, 3, 4)):
             gemm = {"BN": bn, "STAGES": stages, "num_warps": warps}
-            found[f"gradients {bn}/{stages}/{warps}"] = {"feedback_grad_q": gemm, "feedback_grad_k": gemm}
+            found[f"gradients {bn}/{stages}/{warps}"] = {backward.TOGETHER: {}, "feedback_grad_q": gemm, "feedback_grad_k": gemm}
+        for bn, stages in ((128, 4), (256, 3)):
+            gemm = {"BT": 128, "BN": bn, "BK": 64, "STAGES": stages, "SCALED": False, "num_warps": 8, "num_stages": 1}
+            found[f"both gradients {bn}/{stages}"] = {backward.TOGETHER: gemm}
         found["tiles 2"] = {"feedback_grad_scores": {"TILES": 2}}
     else:
         found["scores 64"] = {"feedback_scores": {"BM": 64, "num_warps": 4}}
@@ -71,7 +75,7 @@ def options(back: bool, width: int, change: Change) -> Options:
     side = backward if back else forward
     base = side.tiles(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, width)
     merged = {name: {**base.get(name, {}), **o} for name, o in {**base, **change}.items()}
-    kept = {name: o for name, o in merged.items() if change.get(name) != {} or name not in (forward.PAIR, backward.PAIR, forward.DIRECT)}
+    kept = {name: o for name, o in merged.items() if change.get(name) != {} or name not in OURS}
     return {name: _MADE.setdefault(f"{name} {sorted(o.items())}", o) for name, o in kept.items()}
 
 

@@ -20,6 +20,7 @@ from sessa_deploy.kernels.feedback.gradients import (
     feedback_grad_pack,
     feedback_grad_products,
     feedback_grad_q,
+    feedback_grad_qk,
     feedback_grad_scores,
 )
 from sessa_deploy.kernels.feedback.pair import feedback_solve_transposed_pair
@@ -126,6 +127,7 @@ BACKWARD = (
     "feedback_grad_products", "feedback_grad_scores", "feedback_grad_q", "feedback_grad_k",
 )  # fmt: skip
 
+TOGETHER = "feedback_grad_qk"  # in place of feedback_grad_q and feedback_grad_k, where options hold it: for one panel without a past
 PAIR = "feedback_solve_transposed_pair"  # in place of feedback_solve_transposed, where options hold it: for one panel without a past
 
 KERNELS = (
@@ -154,7 +156,8 @@ class Plan:
         product = torch.float16 if split and not full else single  # of u . s
         itemsize = work.itemsize + product.itemsize + (dtype.itemsize if full else 0)
         shape = plan(batch, tokens, past, width, scores, itemsize, panel_bytes, PAIR in opt)
-        self.paired = PAIR in opt and shape.panels == 1 and past == 0
+        one = shape.panels == 1 and past == 0
+        self.paired, together = PAIR in opt and one, TOGETHER in opt and one
         if self.paired:
             solve = opt[PAIR]
         past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
@@ -197,6 +200,7 @@ class Plan:
             for name, kernel in zip(BACKWARD, KERNELS, strict=True)
         ]
         self.run_pairs = launcher(feedback_solve_transposed_pair, device, dtype, solve) if self.paired else None
+        self.run_together = launcher(feedback_grad_qk, device, dtype, opt[TOGETHER]) if together else None
         self.bad_programs = (-(-tokens // opt["feedback_first_bad"]["BT"]), batch)
         self.panels: list[tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]] = []
         self.pack_s = ((columns // pack["BT"], batch), (tokens, past, width, columns, past_tiles * tile, 0))
@@ -215,7 +219,8 @@ class Plan:
                 ((rows // pack["BT"], batch), (tokens, past, width, rows, 0, row0)),
                 (score_grid(blocks * tile, before, batch, products), (tokens, width, columns, rows, past_tiles, all_tiles, row0)),
                 ((blocks, -(-(before + blocks) // by_score["TILES"]), batch), (tokens, columns, rows, past_tiles, all_tiles, row0)),
-                ((-(-width // by_q["BN"]), blocks, batch), (*sides, all_tiles, row0, scale)),
+                ((-(-width // opt[TOGETHER]["BN"]), 2 * blocks, batch), (tokens, width, columns, rows, all_tiles, blocks, scale)) if together
+                else ((-(-width // by_q["BN"]), blocks, batch), (*sides, all_tiles, row0, scale)),
                 ((-(-width // by_k["BN"]), before + blocks, batch), (*sides, all_tiles, row0, blocks, add, scale)),
             ))  # fmt: skip
 
@@ -273,6 +278,9 @@ def backward(
         pack(by_pack[0], a_df, rest, a_past_s, a_length, bad, u, u_low, u_scale, *by_pack[1])
         products(by_products[0], u, u_low, u_scale, s_all, s_all_low, s_scale, a_length, bad, e, r, r_scales, at["r_sums"], *by_products[1])
         grad_of_scores(by_grad[0], e, r, r_scales, at["r_sums"], factor, inverse_sum, grad, grad_scales, a_dgamma, a_length, bad, *by_grad[1])
+        if p.run_together is not None:
+            p.run_together(by_q[0], grad, grad_scales, a_q, a_k, a_length, bad, a_dq, a_dk, *by_q[1])
+            continue
         grad_of_q(by_q[0], grad, grad_scales, a_k, a_past_k, a_length, bad, a_dq, *by_q[1])
         grad_of_k(by_k[0], grad, grad_scales, a_q, a_length, bad, at["carry_k"], a_dk, a_dpast_k, *by_k[1])
     return dq, dk, dgamma, df, dpast_k, dpast_s

@@ -316,6 +316,25 @@ KERNELS = by_name((
         ("bwd",),
         lowered=False,
     ),
+    Kernel(
+        "feedback_grad_qk",
+        f"{_PACKAGE}.gradients",
+        (
+            *pointers("grad"),
+            Param("grad_scales", "*fp32"),
+            *pointers("q", "k"),
+            Param("past_length", "*i32"),
+            Param("bad", "*i32"),
+            *pointers("dq", "dk"),
+            *integers("T"),
+            *(Param(n, "i32", True) for n in ("D", "C", "R")),
+            *integers("NT", "blocks"),
+            Param("scale", "fp32"),
+        ),
+        ("BT", "BN", "BK", "STAGES", "SCALED"),
+        ("bwd",),
+        lowered=False,
+    ),
 ))  # fmt: skip
 
 
