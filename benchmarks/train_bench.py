@@ -246,6 +246,8 @@ class Worker:
             while self.connection.poll(max(0.0, end - time.perf_counter())):
                 said = self.connection.recv()
                 if isinstance(said, dict):
+                    if said["missing"] not in (None, "out of memory"):  # an error of the device stays with its process
+                        self.end()
                     return said
                 stage = said
             why = f"ended after {limit:.0f} s: {stage}"
