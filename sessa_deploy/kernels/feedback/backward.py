@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback.forward import combiner, near_product, plan, score_grid
+from sessa_deploy.kernels.feedback.forward import combiner, plan, score_grid
 from sessa_deploy.kernels.feedback.gradients import (
     feedback_first_bad,
     feedback_grad_k,
@@ -23,9 +23,9 @@ from sessa_deploy.kernels.feedback.gradients import (
     feedback_grad_qk,
     feedback_grad_scores,
 )
-from sessa_deploy.kernels.feedback.pair import feedback_solve_transposed_pair
 from sessa_deploy.kernels.feedback.spec import solve_variant
-from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, store_split, wait_for
+from sessa_deploy.kernels.feedback.stream import feedback_solve_transposed_stream
+from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, near_product, store_split, wait_for
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
 from sessa_deploy.kernels.launch.limits import PANEL_BYTES
@@ -128,7 +128,7 @@ BACKWARD = (
 )  # fmt: skip
 
 TOGETHER = "feedback_grad_qk"  # in place of feedback_grad_q and feedback_grad_k, where options hold it: for one panel without a past
-PAIR = "feedback_solve_transposed_pair"  # in place of feedback_solve_transposed, where options hold it: for one panel without a past
+STREAM = "feedback_solve_transposed_stream"  # in place of feedback_solve_transposed, where options hold it: for one panel without a past
 
 KERNELS = (
     feedback_first_bad, feedback_scores, feedback_combine, feedback_solve_transposed, feedback_grad_pack,
@@ -155,11 +155,11 @@ class Plan:
         work, pair, single = (torch.float16, torch.bfloat16, torch.float32) if split else (torch.float32,) * 3
         product = torch.float16 if split and not full else single  # of u . s
         itemsize = work.itemsize + product.itemsize + (dtype.itemsize if full else 0)
-        shape = plan(batch, tokens, past, width, scores, itemsize, panel_bytes, PAIR in opt)
+        shape = plan(batch, tokens, past, width, scores, itemsize, panel_bytes)
         one = shape.panels == 1 and past == 0
-        self.paired, together = PAIR in opt and one, TOGETHER in opt and one
-        if self.paired:
-            solve = opt[PAIR]
+        self.stream, together = STREAM in opt and one, TOGETHER in opt and one
+        if self.stream:
+            solve = opt[STREAM]
         past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
         tiles_n = -(-width // solve["BN"])
         every = batch * rows
@@ -199,7 +199,7 @@ class Plan:
             combiner(device, dtype, opt) if kernel is feedback_combine else launcher(kernel, device, dtype, opt[name])
             for name, kernel in zip(BACKWARD, KERNELS, strict=True)
         ]
-        self.run_pairs = launcher(feedback_solve_transposed_pair, device, dtype, solve) if self.paired else None
+        self.run_stream = launcher(feedback_solve_transposed_stream, device, dtype, solve) if self.stream else None
         self.run_together = launcher(feedback_grad_qk, device, dtype, opt[TOGETHER]) if together else None
         self.bad_programs = (-(-tokens // opt["feedback_first_bad"]["BT"]), batch)
         self.panels: list[tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]] = []
@@ -214,7 +214,7 @@ class Plan:
             self.panels.append((
                 (score_grid(blocks * tile, before, batch, scores), (*sides, all_tiles, row0, 0, scale)),
                 ((blocks, batch), (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks)),
-                (((blocks + 1) // 2 * batch * tiles_n,), (tokens, width, columns, rows, blocks, batch)) if self.paired
+                ((blocks * batch * tiles_n,), (tokens, width, columns, rows, blocks, batch)) if self.stream
                 else (((blocks + before) * batch * tiles_n,), (*sides, row0, blocks, batch, panel, panels, add)),
                 ((rows // pack["BT"], batch), (tokens, past, width, rows, 0, row0)),
                 (score_grid(blocks * tile, before, batch, products), (tokens, width, columns, rows, past_tiles, all_tiles, row0)),
@@ -268,8 +268,8 @@ def backward(
             by_combine[0], e, sums, sums, a_gamma, a_length, inverse_sum, factor, a_lse, at["x"], inverse, inverse_low, near, near_low, near_scale,
             *by_combine[1],
         )  # fmt: skip
-        if p.run_pairs is not None:
-            p.run_pairs(by_solve[0], e, factor, inverse, inverse_low, near, near_scale, a_ds, a_df, rest, w, at["scales"], bad, ticket, *by_solve[1])
+        if p.run_stream is not None:
+            p.run_stream(by_solve[0], e, factor, inverse, inverse_low, near, near_scale, a_ds, a_df, rest, w, at["scales"], bad, ticket, *by_solve[1])
         else:
             solve(
                 by_solve[0], e, factor, inverse, inverse_low, near, near_low, near_scale, a_ds, a_df, rest, w, w_low, at["scales"], at["carry"], a_dpast_s,

@@ -68,7 +68,7 @@ def feedback_combine_direct(
     e, peak, total, gamma, past_length, row_peak, factor, lse, x, inverse, inverse_low, near, near_low, near_scale, T, C, R, NP, NT, row0, B, blocks,
     CHUNK: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """`feedback_combine` with BT = 128 and SPLIT; x is not used."""
+    """`feedback_combine` with BT = 128 and SPLIT. Forward: x (B, R / 128, NT) gets 1 where a tile's references are not those of the one before, else 0."""
     i_r, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     block = row0 // BLOCK + i_r
     o_r = tl.arange(0, BLOCK)
@@ -108,6 +108,9 @@ def feedback_combine_direct(
             b_sum += tl.sum(b_l, axis=0)
         else:
             b_t = tl.load(peak + o_t[:, None] * R + p_stat[None, :], mask=m_c, other=float("-inf"))
+            b_before = tl.load(peak + (o_t[:, None] - 1) * R + p_stat[None, :], mask=m_c & (o_c > 0)[:, None], other=float("-inf"))
+            b_flag = tl.max(tl.where((b_t != b_before) & (row < T)[None, :], 1.0, 0.0), axis=1)
+            tl.store(x + (i_b * (R // BLOCK) + i_r) * NT + o_t, b_flag, mask=o_c < count)
             b_new = tl.maximum(b_peak, tl.max(b_t, axis=0))
             b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_sum = b_sum * tl.exp(b_peak - b_base) + tl.sum(b_l * tl.exp(b_t - b_base[None, :]), axis=0)

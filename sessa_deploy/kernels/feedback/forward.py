@@ -16,9 +16,18 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels.feedback.combine import feedback_combine_direct
-from sessa_deploy.kernels.feedback.pair import feedback_solve_pair
 from sessa_deploy.kernels.feedback.spec import solve_variant
-from sessa_deploy.kernels.feedback.tiles import apply_inverse, feedback_combine, feedback_scores, finite, grouped_size, store_split, wait_for
+from sessa_deploy.kernels.feedback.stream import feedback_solve_stream
+from sessa_deploy.kernels.feedback.tiles import (
+    apply_inverse,
+    feedback_combine,
+    feedback_scores,
+    finite,
+    grouped_size,
+    near_product,
+    store_split,
+    wait_for,
+)
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Launcher, Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
 from sessa_deploy.kernels.launch.limits import PANEL_BYTES
@@ -37,21 +46,6 @@ def feedback_pack(past_s, past_length, w, w_low, scales, P, D, C, BT: tl.constex
         p_tile = (i_b * C + i_t * BT) * D + o_t[:, None] * D + o_n[None, :]
         p_scale = (i_b * (C // BT) + i_t) * tl.num_programs(1) + i_n
         store_split(b_x, tl.max(tl.max(tl.abs(b_x), axis=1), axis=0), w, w_low, scales, p_tile, p_scale, m_n, SPLIT, True)
-
-
-@triton.jit
-def near_product(b_near, b_low, w, w_low, o_tile, m_n, FULL: tl.constexpr, LOW: tl.constexpr, SPLIT: tl.constexpr):
-    """near @ s of one block: high halves, with LOW also the low half of s, with FULL near's as well."""
-    b_w = tl.load(w + o_tile, mask=m_n, other=0.0, cache_modifier=".cg")
-    if SPLIT and LOW:
-        b_l = tl.load(w_low + o_tile, mask=m_n, other=0.0, cache_modifier=".cg")
-        acc = tl.dot(b_near, b_l)
-        if FULL:
-            acc = tl.dot(b_low, b_w, acc)
-        acc = tl.dot(b_near, b_w, acc)
-    else:
-        acc = tl.dot(b_near, b_w, input_precision="ieee")
-    return acc
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_solve"))
@@ -173,10 +167,10 @@ class Shape:
         return -(-self.tokens // self.rows)
 
 
-def plan(batch: int, tokens: int, past: int, width: int, scores: dict[str, Any], itemsize: int, panel_bytes: int, paired: bool = False) -> Shape:
-    """Panels as tall as `panel_bytes` of routing tiles allow, at least one tile of the scores kernel, or two blocks where they are solved in pairs."""
+def plan(batch: int, tokens: int, past: int, width: int, scores: dict[str, Any], itemsize: int, panel_bytes: int) -> Shape:
+    """Panels as tall as `panel_bytes` of routing tiles allow, at least one tile of the scores kernel."""
     tile, group = scores["BT"], scores["NB"]
-    step = max(scores["BM"], tile * group, 2 * tile if paired else 0)
+    step = max(scores["BM"], tile * group)
     columns = Shape(batch, tokens, past, width, tile, group, 0).columns
     fit = panel_bytes // (batch * columns * itemsize) // step * step
     return Shape(batch, tokens, past, width, tile, group, min(max(fit, step), -(-tokens // step) * step))
@@ -214,8 +208,14 @@ def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n:
 
 FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_solve")
 KERNELS = (feedback_pack, feedback_scores)
-PAIR = "feedback_solve_pair"  # in place of feedback_solve, where options hold it
 DIRECT = "feedback_combine_direct"  # in place of feedback_combine, where options hold it
+STREAM = "feedback_solve_stream"  # in place of feedback_solve, where options hold it and DIRECT: for one panel without a past
+_ON_GRID: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}  # keeps the options whose identity is its key
+
+
+def on_grid(scores: dict[str, Any]) -> dict[str, Any]:
+    """Options of the scores kernel with references on a grid, one object for each."""
+    return _ON_GRID.setdefault(id(scores), (scores, {**scores, "BACKWARD": 2}))[1]
 
 
 def combiner(device: torch.device, dtype: torch.dtype, options: Options) -> Launcher:
@@ -237,13 +237,14 @@ class Plan:
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
         opt = options or tiles(device, dtype, width)
-        solver = PAIR if PAIR in opt else "feedback_solve"
-        paired = solver == PAIR
-        scores, solve = opt["feedback_scores"], opt[solver]
+        scores, solve = opt["feedback_scores"], opt["feedback_solve"]
         tile = solve["BT"]
         split = dtype != torch.float32
         work, pair = (torch.float16, torch.bfloat16) if split else (torch.float32, torch.float32)
-        shape = plan(batch, tokens, past, width, scores, work.itemsize, panel_bytes, paired)
+        shape = plan(batch, tokens, past, width, scores, work.itemsize, panel_bytes)
+        self.stream = STREAM in opt and DIRECT in opt and past == 0 and shape.panels == 1
+        if self.stream:
+            solve, opt = opt[STREAM], {**opt, "feedback_scores": on_grid(scores)}
         past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
         tiles_n = -(-width // solve["BN"])
         sizes = workspace_sizes(shape, work, pair, tiles_n, split)
@@ -251,7 +252,7 @@ class Plan:
         self.low = "low" if split else ""
         self.run_pack, self.run_scores = (launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(FORWARD[:2], KERNELS, strict=True))
         self.run_combine = combiner(device, dtype, opt)
-        self.run_solve = launcher(feedback_solve_pair if paired else feedback_solve, device, dtype, solve)
+        self.run_solve = launcher(feedback_solve_stream if self.stream else feedback_solve, device, dtype, solve)
         self.pack = ((past_tiles, tiles_n, batch), (past, width, columns)) if past_tiles else None
         self.panels: list[tuple[Any, ...]] = []
         for panel in range(panels):
@@ -263,8 +264,8 @@ class Plan:
                 (tokens, past, width, columns, rows, past_tiles, all_tiles, row0, 0 if panel else sizes["sync"][0], 1 / math.sqrt(width)),
                 (blocks, batch),
                 (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks),
-                (-(-blocks // (1 + paired)) * batch * tiles_n,),
-                (tokens, width, columns, rows, past_tiles, all_tiles, row0, batch, panel, panels),
+                (blocks * batch * tiles_n,),
+                (tokens, width, columns, rows, all_tiles, batch) if self.stream else (tokens, width, columns, rows, past_tiles, all_tiles, row0, batch, panel, panels),
             ))  # fmt: skip
 
 
@@ -305,8 +306,15 @@ def forward(
             combine_programs, e, peak, total, a_gamma, a_length, row_peak, factor, a_lse, at["x"], inverse, inverse_low, near, near_low, near_scale,
             *combine_sizes,
         )  # fmt: skip
+        a_low = a_s if low is None else address(low)
+        if p.stream:
+            p.run_solve(
+                solve_programs, e, peak, row_peak, factor, at["x"], inverse, inverse_low, near, near_scale, a_f, a_s, a_low, w, scales, sync, *solve_sizes,
+                int(low is not None),
+            )  # fmt: skip
+            continue
         p.run_solve(
-            solve_programs, e, peak, row_peak, factor, inverse, inverse_low, near, near_low, near_scale, a_f, a_s, a_s if low is None else address(low), w,
+            solve_programs, e, peak, row_peak, factor, inverse, inverse_low, near, near_low, near_scale, a_f, a_s, a_low, w,
             w_low, scales, a_length, sync, *solve_sizes, int(low is not None),
         )  # fmt: skip
     return s, lse, low
