@@ -1,8 +1,8 @@
 """The solves of feedback attention with a sum that never leaves the tensor cores: bfloat16, one panel, no past.
 
-The sums over far blocks run as one chain of products, which the next loads overlap. For that its terms need one unit. Between row blocks s has a scale per
-sequence and columns that only ever falls (`sticky`): a change is rare and never overflows. In the forward the references of a row's tiles lie on a coarse
-grid (`feedback_scores`, GRID), so that most tiles of a row share theirs; `feedback_combine_direct` marks those that do not.
+The sums over far blocks run as chains of products, which the next loads overlap; a chain ends where its terms' unit does. Between row blocks s keeps the
+scale of the block before as long as float16 can hold it (`sticky`). In the forward the references of a row's tiles lie on a coarse grid (`feedback_scores`,
+GRID), so that most tiles of a row share theirs; `feedback_combine_direct` marks those that do not.
 """
 
 import triton
@@ -14,12 +14,13 @@ from sessa_deploy.kernels.launch import table
 
 @triton.jit
 def sticky(b_x, inv_before):
-    """(b_x over a power of two as float16, 1 / that power): the scale of the block before, 1 / inv_before, until a value would not fit; 0: no such block."""
-    c, inv = power_scale(tl.max(tl.max(tl.where(finite(b_x), tl.abs(b_x), 0.0), axis=1), axis=0))
-    c, inv = c * 0.0625, inv * 16.0  # room to grow
-    stays = inv * 0.0625 <= inv_before  # as fine as it may be without it, c is not below the one before
-    inv = tl.where(stays, inv_before, inv)
-    c = tl.where(stays, 1.0 / inv_before, c)
+    """(b_x over a power of two as float16, 1 / that power): that of the block before, 1 / inv_before (0: there is none), while the largest value is then
+    in 4 .. 2^15."""
+    amax = tl.max(tl.max(tl.where(finite(b_x), tl.abs(b_x), 0.0), axis=1), axis=0)
+    c, inv = power_scale(amax)
+    stays = (inv_before > 0) & (amax < 32768.0 * inv_before) & (amax >= 4.0 * inv_before)
+    inv = tl.where(stays, inv_before, inv * 16.0)  # with room to grow
+    c = tl.where(stays, 1.0 / tl.where(stays, inv_before, 1.0), c * 0.0625)
     return (b_x * c).to(tl.float16), inv
 
 
@@ -49,36 +50,31 @@ def feedback_solve_stream(
     step_p, step_w = R.to(tl.int64), D.to(tl.int64) * BT  # from tile to tile
     b_factor = tl.load(factor + p_row)
 
+    b_top = tl.load(row_peak + p_row)
+    total = tl.zeros([BT, BN], dtype=tl.float32)
     acc = tl.zeros([BT, BN], dtype=tl.float32)
-    unit = 1.0
     i = 0
     while i < far:
         stop = tl.minimum(wait_for(p_done, i + 1), far)
-        c_i = tl.load(p_scale + i * tiles_n)
-        if i > 0:
-            b_r = tl.exp(tl.load(p_peak + (i - 1) * step_p) - tl.load(p_peak + i * step_p)) * (unit / c_i)
-            acc *= b_r[:, None]
-        unit = c_i
+        unit = tl.load(p_scale + i * tiles_n)
         for j in tl.range(i, stop, num_stages=STAGES):
             b_e = tl.load(p_e + j * BT)
             b_w = tl.load(p_w + j * step_w + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
             acc = tl.dot(b_e, b_w, acc)
             i_x = tl.minimum(j + 1, stop - 1)
             c_x = tl.load(p_scale + i_x * tiles_n)
-            if (j + 1 < stop) & ((tl.load(p_flag + i_x) != 0.0) | (c_x != unit)):
-                b_r = tl.exp(tl.load(p_peak + j * step_p) - tl.load(p_peak + i_x * step_p)) * (unit / c_x)
-                acc *= b_r[:, None]
+            if (j + 1 == stop) | (tl.load(p_flag + i_x) != 0.0) | (c_x != unit):
+                total += acc * (b_factor * tl.exp(tl.load(p_peak + j * step_p) - b_top) * unit)[:, None]
+                acc = tl.zeros([BT, BN], dtype=tl.float32)
             unit = c_x
         i = stop
-    b_r = tl.where(far > 0, tl.load(p_peak + tl.maximum(far - 1, 0) * step_p) - tl.load(row_peak + p_row), 0.0)
-    acc *= (b_factor * tl.exp(b_r) * unit)[:, None]
 
     start = block * BT
     m_f = (start + o_r < T)[:, None] & m_n
     p_f = (i_b * T + start) * D
     o_i = o_r[:, None] * BT + o_k[None, :]
     p_i = (i_b * R + start) * BT
-    b_x = acc + tl.load(f + p_f + o_w, mask=m_f, other=0.0).to(tl.float32)
+    b_x = total + tl.load(f + p_f + o_w, mask=m_f, other=0.0).to(tl.float32)
     m_ok = finite(b_x) & finite(b_factor)[:, None]
     b_s = apply_inverse(tl.load(inverse + p_i + o_i), tl.load(inverse_low + p_i + o_i), tl.where(m_ok, b_x, 0.0), True)
     if tl.max(tl.max(tl.where(m_ok, 0, 1), axis=1), axis=0) > 0:  # rare: poison each column from its first bad row on, not the rows before it
@@ -128,32 +124,29 @@ def feedback_solve_transposed_stream(
     step_e, step_w = C.to(tl.int64) * BT, D.to(tl.int64) * BT  # from tile to tile
     p_scale = scales + i_b * (R // BT) * tiles_n + i_n
 
+    total = tl.zeros([BT, BN], dtype=tl.float32)
     acc = tl.zeros([BT, BN], dtype=tl.float32)
-    unit = 1.0
     i = 0
     while i < far:
         stop = tl.minimum(wait_for(p_done, i + 1), far)
-        c_i = tl.load(p_scale + (blocks - 1 - i) * tiles_n)
-        if i > 0:
-            acc *= unit / c_i
-        unit = c_i
+        unit = tl.load(p_scale + (blocks - 1 - i) * tiles_n)
         for j in tl.range(i, stop, num_stages=STAGES):
             i_l = blocks - 1 - j
             b_e = tl.load(p_e + i_l * step_e)
             b_w = tl.load(p_w + i_l * step_w + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
             acc = tl.dot(tl.trans(b_e), b_w, acc)
             c_x = tl.load(p_scale + (blocks - 1 - tl.minimum(j + 1, stop - 1)) * tiles_n)
-            if c_x != unit:
-                acc *= unit / c_x
+            if (j + 1 == stop) | (c_x != unit):
+                total += acc * unit
+                acc = tl.zeros([BT, BN], dtype=tl.float32)
             unit = c_x
         i = stop
-    acc *= unit
 
     start = i_r * BT
     m_f = (start + o_r < T)[:, None] & m_n
     p_f = (i_b * T + start) * D
     m_ok = (start + o_r < T - tl.load(bad + i_b))[:, None] & m_n
-    b_x = acc + tl.load(ds + p_f + o_w, mask=m_ok, other=0.0).to(tl.float32)
+    b_x = total + tl.load(ds + p_f + o_w, mask=m_ok, other=0.0).to(tl.float32)
     p_row = i_b * R + start + o_r
     o_i = o_k[:, None] * BT + o_r[None, :]
     p_i = (i_b * R + start) * BT

@@ -47,4 +47,4 @@ def test_the_error_rule_holds(routing: str) -> None:
     check(s, exact, plain, torch.bfloat16, "s")
     assert float((s.float() - old[0].float()).norm() / old[0].float().norm()) < 4e-3
     for name, a, b in zip(("dq", "dk", "dgamma", "df"), got, want, strict=False):
-        assert float((a.float() - b.float()).norm() / b.float().norm()) < 1e-2, name
+        assert float((a.float() - b.float()).norm()) <= 1e-2 * float(b.float().norm()), name
