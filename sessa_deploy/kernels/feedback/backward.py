@@ -196,7 +196,7 @@ class Plan:
         self.past_tiles = past_tiles
         self.sync = batch + panels + panels * batch * tiles_n
         self.run = [
-            combiner(device, dtype, opt) if kernel is feedback_combine else launcher(kernel, device, dtype, opt[name])
+            combiner(device, dtype, opt, self.stream) if kernel is feedback_combine else launcher(kernel, device, dtype, opt[name])
             for name, kernel in zip(BACKWARD, KERNELS, strict=True)
         ]
         self.run_stream = launcher(feedback_solve_transposed_stream, device, dtype, solve) if self.stream else None

@@ -6,7 +6,7 @@ Every piece of the block is loaded before the row sums are known, halves are mer
 import triton
 import triton.language as tl
 
-from sessa_deploy.kernels.feedback.tiles import finite, pair_dot, store_near
+from sessa_deploy.kernels.feedback.tiles import finite, store_near
 from sessa_deploy.kernels.launch import table
 
 BLOCK = tl.constexpr(128)
@@ -32,20 +32,10 @@ def halves(b_x, N: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def merged(b_x, b_21, N: tl.constexpr, H: tl.constexpr):
-    """Inverses (N,2H,2H) of blocks whose diagonal halves have the inverses b_x (2 N,H,H), b_21 (N,H,H) below them: x21 = x22 (b21 x11)."""
-    b_11, b_22 = halves(b_x, N, H)
-    b_y = tl.dot(b_22, tl.dot(b_21, b_11, input_precision="ieee"), input_precision="ieee")
-    b_rows = tl.join(tl.join(b_11, b_y), tl.join(tl.zeros([N, H, H], dtype=tl.float32), b_22))  # (n, row, column, lower row, right column)
-    return tl.reshape(tl.permute(b_rows, [0, 3, 1, 4, 2]), [N, 2 * H, 2 * H])
-
-
-@triton.jit
-def store_pair(b_x, high, low, p):
-    """b_x as a bfloat16 pair."""
-    b_h = b_x.to(high.dtype.element_ty)
-    tl.store(high + p, b_h)
-    tl.store(low + p, (b_x - b_h.to(tl.float32)).to(low.dtype.element_ty))
+def pair_of(b_x):
+    """b_x as a bfloat16 pair of 16 bits. The high half is cut, not rounded: it is then b_x without its low bits, which costs one instruction."""
+    b_h = (b_x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return b_h.to(tl.bfloat16), (b_x - b_h).to(tl.bfloat16)
 
 
 @triton.jit
@@ -54,6 +44,31 @@ def pair_product(b_ah, b_al, b_bh, b_bl):
     acc = tl.dot(b_ah, b_bl)
     acc = tl.dot(b_al, b_bh, acc)
     return tl.dot(b_ah, b_bh, acc)
+
+
+@triton.jit
+def product(b_a, b_b):
+    """a @ b of float32 operands, 16 bits of each."""
+    b_ah, b_al = pair_of(b_a)
+    b_bh, b_bl = pair_of(b_b)
+    return pair_product(b_ah, b_al, b_bh, b_bl)
+
+
+@triton.jit
+def merged(b_x, b_21, N: tl.constexpr, H: tl.constexpr):
+    """Inverses (N,2H,2H) of blocks whose diagonal halves have the inverses b_x (2 N,H,H), b_21 (N,H,H) below them: x21 = x22 (b21 x11)."""
+    b_11, b_22 = halves(b_x, N, H)
+    b_y = product(b_22, product(b_21, b_11))
+    b_rows = tl.join(tl.join(b_11, b_y), tl.join(tl.zeros([N, H, H], dtype=tl.float32), b_22))  # (n, row, column, lower row, right column)
+    return tl.reshape(tl.permute(b_rows, [0, 3, 1, 4, 2]), [N, 2 * H, 2 * H])
+
+
+@triton.jit
+def store_pair(b_x, high, low, p):
+    """b_x as a bfloat16 pair."""
+    b_h, b_l = pair_of(b_x)
+    tl.store(high + p, b_h)
+    tl.store(low + p, b_l)
 
 
 @triton.jit
@@ -68,7 +83,10 @@ def feedback_combine_direct(
     e, peak, total, gamma, past_length, row_peak, factor, lse, x, inverse, inverse_low, near, near_low, near_scale, T, C, R, NP, NT, row0, B, blocks,
     CHUNK: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """`feedback_combine` with BT = 128 and SPLIT. Forward: x (B, R / 128, NT) gets 1 where a tile's references are not those of the one before, else 0."""
+    """`feedback_combine` with BT = 128 and SPLIT, of near the first and its high half alone.
+
+    Forward: x (B, R / 128, NT) gets 1 where a tile's references are not those of the one before, else 0.
+    """
     i_r, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     block = row0 // BLOCK + i_r
     o_r = tl.arange(0, BLOCK)
@@ -85,17 +103,14 @@ def feedback_combine_direct(
     o_h = tl.arange(0, 64)
     o_q = o_h[:, None] * C + o_h[None, :]
     b_e64 = tl.load(p_own + 64 * C + o_q)
-    # the two tiles beside it: before the block in its rows, or below it in its columns
+    # the tile beside it: before the block in its rows, or below it in its columns
     o_e = o_r[:, None] * C + o_r[None, :]
     if BACKWARD:
-        b_n0 = tl.load(p_own + BLOCK * C + o_e, mask=i_r + 1 < blocks, other=0.0)
-        b_n1 = tl.load(p_own + 2 * BLOCK * C + o_e, mask=i_r + 2 < blocks, other=0.0)
+        b_n = tl.load(p_own + BLOCK * C + o_e, mask=i_r + 1 < blocks, other=0.0)
     else:
-        b_n0 = tl.load(p_own - BLOCK + o_e, mask=block > 0, other=0.0)
-        b_n1 = tl.load(p_own - 2 * BLOCK + o_e, mask=block > 1, other=0.0)
+        b_n = tl.load(p_own - BLOCK + o_e, mask=block > 0, other=0.0)
         b_p = tl.load(peak + p_stat + (NP + block).to(tl.int64) * R)
         b_p0 = tl.load(peak + p_stat + (NP + block - 1).to(tl.int64) * R, mask=block > 0, other=float("-inf"))
-        b_p1 = tl.load(peak + p_stat + (NP + block - 2).to(tl.int64) * R, mask=block > 1, other=float("-inf"))
 
     b_peak = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
@@ -134,13 +149,13 @@ def feedback_combine_direct(
     b_b = tl.where(o_16[None, None, :] < o_16[None, :, None], routed(b_e16, tl.reshape(b_own, [8, 16])[:, :, None]), 0.0)
     b_x = b_b + tl.where((o_16[None, :, None] == o_16[None, None, :]) & (o_8[:, None, None] >= 0), 1.0, 0.0)
     for _ in tl.static_range(3):
-        b_b = tl.dot(b_b, b_b, input_precision="ieee")
-        b_x += tl.dot(b_x, b_b, input_precision="ieee")
+        b_b = product(b_b, b_b)
+        b_x += product(b_x, b_b)
     b_x = merged(b_x, routed(b_e21, lower_rows(b_own, 4, 16)[:, :, None]), 4, 16)
     b_x = merged(b_x, routed(b_e32, lower_rows(b_own, 2, 32)[:, :, None]), 2, 32)
     b_11, b_22 = tl.split(tl.permute(b_x, [1, 2, 0]))
     b_own64 = tl.reshape(lower_rows(b_own, 1, 64), [64])
-    b_y = pair_dot(b_22, pair_dot(routed(b_e64, b_own64[:, None]), b_11, True), True)
+    b_y = product(b_22, product(routed(b_e64, b_own64[:, None]), b_11))
     p_i = (i_b * R + i_r * BLOCK) * BLOCK
     o_i = o_h[:, None] * BLOCK + o_h[None, :]
     store_pair(b_11, inverse, inverse_low, p_i + o_i)
@@ -150,14 +165,10 @@ def feedback_combine_direct(
     tl.debug_barrier()
     p_n = p_i + o_r[:, None] * BLOCK + o_r[None, :]
     b_h, b_l = tl.load(inverse + p_n), tl.load(inverse_low + p_n)
-    deep = (B * R).to(tl.int64)
-    for d in tl.static_range(2):
-        b_n = b_n0 if d == 0 else b_n1
-        if BACKWARD:
-            b_nh = b_n.to(tl.bfloat16)
-            b_m = pair_product(b_nh, (b_n.to(tl.float32) - b_nh.to(tl.float32)).to(tl.bfloat16), b_h, b_l)
-        else:
-            b_b = routed(b_n, tl.where(m_ok, b_scale * tl.exp((b_p0 if d == 0 else b_p1) - b_base), 0.0)[:, None])
-            b_nh = b_b.to(tl.bfloat16)
-            b_m = pair_product(b_h, b_l, b_nh, (b_b - b_nh.to(tl.float32)).to(tl.bfloat16))
-        store_near(b_m, near, near_low, near_scale, p_n + d * deep * BLOCK, p_row + d * deep, 0 if BACKWARD else 1, True)
+    if BACKWARD:
+        b_nh, b_nl = pair_of(b_n.to(tl.float32))
+        b_m = pair_product(b_nh, b_nl, b_h, b_l)
+    else:
+        b_nh, b_nl = pair_of(routed(b_n, tl.where(m_ok, b_scale * tl.exp(b_p0 - b_base), 0.0)[:, None]))
+        b_m = pair_product(b_h, b_l, b_nh, b_nl)
+    store_near(b_m, near, near_low, near_scale, p_n, p_row, 0 if BACKWARD else 1, False)

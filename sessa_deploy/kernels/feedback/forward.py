@@ -208,8 +208,8 @@ def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n:
 
 FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_solve")
 KERNELS = (feedback_pack, feedback_scores)
-DIRECT = "feedback_combine_direct"  # in place of feedback_combine, where options hold it
-STREAM = "feedback_solve_stream"  # in place of feedback_solve, where options hold it and DIRECT: for one panel without a past
+DIRECT = "feedback_combine_direct"  # in place of feedback_combine, with STREAM
+STREAM = "feedback_solve_stream"  # in place of feedback_solve, where options hold it: for one panel without a past
 _ON_GRID: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}  # keeps the options whose identity is its key
 
 
@@ -218,9 +218,8 @@ def on_grid(scores: dict[str, Any]) -> dict[str, Any]:
     return _ON_GRID.setdefault(id(scores), (scores, {**scores, "BACKWARD": 2}))[1]
 
 
-def combiner(device: torch.device, dtype: torch.dtype, options: Options) -> Launcher:
+def combiner(device: torch.device, dtype: torch.dtype, options: Options, direct: bool) -> Launcher:
     """The launcher of either combination."""
-    direct = DIRECT in options
     return launcher(feedback_combine_direct if direct else feedback_combine, device, dtype, options[DIRECT if direct else "feedback_combine"])
 
 
@@ -242,7 +241,7 @@ class Plan:
         split = dtype != torch.float32
         work, pair = (torch.float16, torch.bfloat16) if split else (torch.float32, torch.float32)
         shape = plan(batch, tokens, past, width, scores, work.itemsize, panel_bytes)
-        self.stream = STREAM in opt and DIRECT in opt and past == 0 and shape.panels == 1
+        self.stream = STREAM in opt and past == 0 and shape.panels == 1
         if self.stream:
             solve, opt = opt[STREAM], {**opt, "feedback_scores": on_grid(scores)}
         past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
@@ -251,7 +250,7 @@ class Plan:
         self.workspace = Workspace(sizes)
         self.low = "low" if split else ""
         self.run_pack, self.run_scores = (launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(FORWARD[:2], KERNELS, strict=True))
-        self.run_combine = combiner(device, dtype, opt)
+        self.run_combine = combiner(device, dtype, opt, self.stream)
         self.run_solve = launcher(feedback_solve_stream if self.stream else feedback_solve, device, dtype, solve)
         self.pack = ((past_tiles, tiles_n, batch), (past, width, columns)) if past_tiles else None
         self.panels: list[tuple[Any, ...]] = []
@@ -265,7 +264,8 @@ class Plan:
                 (blocks, batch),
                 (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks),
                 (blocks * batch * tiles_n,),
-                (tokens, width, columns, rows, all_tiles, batch) if self.stream else (tokens, width, columns, rows, past_tiles, all_tiles, row0, batch, panel, panels),
+                (tokens, width, columns, rows, all_tiles, batch) if self.stream
+                else (tokens, width, columns, rows, past_tiles, all_tiles, row0, batch, panel, panels),
             ))  # fmt: skip
 
 

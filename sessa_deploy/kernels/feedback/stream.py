@@ -29,14 +29,17 @@ def feedback_solve_stream(
     e, peak, row_peak, factor, flags, inverse, inverse_low, near, near_scale, f, s, s_low, w, scales, sync, T, D, C, R, NT, B, keep,
     BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`feedback_solve` for one panel without a past. flags (B, R / BT, NT) float32: not zero where a tile's references differ from those of the one before."""
+    """`feedback_solve` for one panel without a past, every block but the one before being far.
+
+    flags (B, R / BT, NT) float32: not zero where a tile's references differ from those of the one before.
+    """
     tiles_n = tl.cdiv(D, BN)
     ticket = tl.atomic_add(sync, 1, sem="relaxed", scope="gpu")
     i_n = ticket % tiles_n
     i_b = ((ticket // tiles_n) % B).to(tl.int64)
     block = ticket // (tiles_n * B)
     p_done = sync + 1 + i_b * tiles_n + i_n
-    far = tl.maximum(block - 2, 0)
+    far = tl.maximum(block - 1, 0)
 
     o_r, o_k, o_n = tl.arange(0, BT), tl.arange(0, BT), i_n * BN + tl.arange(0, BN)
     m_n = (o_n < D)[None, :]
@@ -80,16 +83,13 @@ def feedback_solve_stream(
     if tl.max(tl.max(tl.where(m_ok, 0, 1), axis=1), axis=0) > 0:  # rare: poison each column from its first bad row on, not the rows before it
         b_first = tl.min(tl.where(m_ok, BT, o_r[:, None]), axis=0)
         b_s = tl.where(o_r[:, None] >= b_first[None, :], float("nan"), b_s)
-    nearest = tl.minimum(block, 2)
     inv = 0.0
-    for d in tl.range(0, nearest, num_stages=1):
-        back = nearest - d  # 2, then 1
-        p_near = p_i + (back - 1) * (B * R).to(tl.int64) * BT
-        b_near = tl.load(near + p_near + o_i)
-        b_r = tl.load(near_scale + p_row + (back - 1) * B * R)
-        wait_for(p_done, block - back + 1)
-        inv = tl.load(p_scale + (block - back) * tiles_n)
-        p_tile = p_w + (block - back) * step_w
+    for _ in tl.range(0, tl.minimum(block, 1), num_stages=1):  # a loop, not a branch: see README.md, a trap
+        b_near = tl.load(near + p_i + o_i)
+        b_r = tl.load(near_scale + p_row)
+        wait_for(p_done, block)
+        inv = tl.load(p_scale + (block - 1) * tiles_n)
+        p_tile = p_w + (block - 1) * step_w
         b_s += near_product(b_near, b_near, p_tile, p_tile, o_w, m_n, False, False, True) * (b_r * inv)[:, None]
     b_w, inv = sticky(b_s, inv)
     tl.store(p_w + block * step_w + o_w, b_w, mask=m_n)
@@ -114,7 +114,7 @@ def feedback_solve_transposed_stream(
     rank = ticket // (tiles_n * B)
     i_r = blocks - 1 - rank
     p_done = sync + 1 + i_b * tiles_n + i_n
-    far = tl.maximum(rank - 2, 0)
+    far = tl.maximum(rank - 1, 0)
 
     o_r, o_k, o_n = tl.arange(0, BT), tl.arange(0, BT), i_n * BN + tl.arange(0, BN)
     m_n = (o_n < D)[None, :]
@@ -152,16 +152,13 @@ def feedback_solve_transposed_stream(
     p_i = (i_b * R + start) * BT
     b_factor = tl.load(factor + p_row)
     b_u = apply_inverse(tl.trans(tl.load(inverse + p_i + o_i)), tl.trans(tl.load(inverse_low + p_i + o_i)), b_x, True)
-    nearest = tl.minimum(rank, 2)
     inv = 0.0
-    for d in tl.range(0, nearest, num_stages=1):
-        back = nearest - d  # 2, then 1
-        p_near = p_i + (back - 1) * (B * R).to(tl.int64) * BT
-        b_near = tl.trans(tl.load(near + p_near + o_i))
-        b_r = tl.load(near_scale + p_row + (back - 1) * B * R)
-        wait_for(p_done, rank - back + 1)
-        inv = tl.load(p_scale + (i_r + back) * tiles_n)
-        p_tile = p_w + (i_r + back) * step_w
+    for _ in tl.range(0, tl.minimum(rank, 1), num_stages=1):
+        b_near = tl.trans(tl.load(near + p_i + o_i))
+        b_r = tl.load(near_scale + p_row)
+        wait_for(p_done, rank)
+        inv = tl.load(p_scale + (i_r + 1) * tiles_n)
+        p_tile = p_w + (i_r + 1) * step_w
         b_u += near_product(b_near, b_near, p_tile, p_tile, o_w, m_n, False, False, True) * (b_r * inv)[:, None]
     b_w, inv = sticky(b_u * b_factor[:, None], inv)
     tl.store(p_w + i_r * step_w + o_w, b_w, mask=m_n)
