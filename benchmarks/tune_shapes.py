@@ -197,6 +197,8 @@ def compare(case: Case, back: bool, ways: dict[str, Change], end: float) -> tupl
                 torch.cuda.synchronize()
                 wanted = got if wanted is None else wanted
                 times[label], calls[label] = graph_us(call), call
+                if far(call(), got, 4) > 0:
+                    said.append("OTHER BITS IN A SECOND CALL:")
                 said.append(f"{label} {times[label]:.0f} ({far(got, wanted, 4 if back else 2):.0e})")
         except Exception as error:
             said.append(f"{label}: {type(error).__name__} {str(error).splitlines()[0][:100]}")

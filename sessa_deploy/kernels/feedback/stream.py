@@ -1,8 +1,9 @@
 """The solves of feedback attention with a sum that never leaves the tensor cores: bfloat16, one panel, no past.
 
-The sums over far blocks run as chains of products, which the next loads overlap; a chain ends where its terms' unit does. Between row blocks s keeps the
-scale of the block before as long as float16 can hold it (`sticky`). In the forward the references of a row's tiles lie on a coarse grid (`feedback_scores`,
-GRID), so that most tiles of a row share theirs; `feedback_combine_direct` marks those that do not.
+The sums over far blocks run as chains of products, which the next loads overlap; a chain ends where its terms' unit does, never where a program had to wait:
+the same inputs give the same bits. Between row blocks s keeps the scale of the block before as long as float16 can hold it (`sticky`). In the forward the
+references of a row's tiles lie on a coarse grid (`feedback_scores`, GRID), so that most tiles of a row share theirs; `feedback_combine_direct` marks those
+that do not.
 """
 
 import triton
@@ -51,26 +52,31 @@ def feedback_solve_stream(
     p_flag = flags + (i_b * (R // BT) + block) * NT
     p_row = i_b * R + block * BT + o_r
     step_p, step_w = R.to(tl.int64), D.to(tl.int64) * BT  # from tile to tile
-    b_factor = tl.load(factor + p_row)
+    b_factor, b_top = tl.load(factor + p_row), tl.load(row_peak + p_row)
 
-    b_top = tl.load(row_peak + p_row)
     total = tl.zeros([BT, BN], dtype=tl.float32)
     acc = tl.zeros([BT, BN], dtype=tl.float32)
+    unit = 0.0
     i = 0
     while i < far:
         stop = tl.minimum(wait_for(p_done, i + 1), far)
-        unit = tl.load(p_scale + i * tiles_n)
+        c_x = tl.load(p_scale + i * tiles_n)
+        if (i > 0) & ((tl.load(p_flag + i) != 0.0) | (c_x != unit)):
+            total += acc * (b_factor * tl.exp(tl.load(p_peak + (i - 1) * step_p) - b_top) * unit)[:, None]
+            acc = tl.zeros([BT, BN], dtype=tl.float32)
+        unit = c_x
         for j in tl.range(i, stop, num_stages=STAGES):
             b_e = tl.load(p_e + j * BT)
             b_w = tl.load(p_w + j * step_w + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
             acc = tl.dot(b_e, b_w, acc)
             i_x = tl.minimum(j + 1, stop - 1)
             c_x = tl.load(p_scale + i_x * tiles_n)
-            if (j + 1 == stop) | (tl.load(p_flag + i_x) != 0.0) | (c_x != unit):
+            if (j + 1 < stop) & ((tl.load(p_flag + i_x) != 0.0) | (c_x != unit)):
                 total += acc * (b_factor * tl.exp(tl.load(p_peak + j * step_p) - b_top) * unit)[:, None]
                 acc = tl.zeros([BT, BN], dtype=tl.float32)
             unit = c_x
         i = stop
+    total += acc * (b_factor * tl.exp(tl.load(p_peak + tl.maximum(far - 1, 0) * step_p) - b_top) * unit)[:, None]
 
     start = block * BT
     m_f = (start + o_r < T)[:, None] & m_n
@@ -126,21 +132,27 @@ def feedback_solve_transposed_stream(
 
     total = tl.zeros([BT, BN], dtype=tl.float32)
     acc = tl.zeros([BT, BN], dtype=tl.float32)
+    unit = 0.0
     i = 0
     while i < far:
         stop = tl.minimum(wait_for(p_done, i + 1), far)
-        unit = tl.load(p_scale + (blocks - 1 - i) * tiles_n)
+        c_x = tl.load(p_scale + (blocks - 1 - i) * tiles_n)
+        if (i > 0) & (c_x != unit):
+            total += acc * unit
+            acc = tl.zeros([BT, BN], dtype=tl.float32)
+        unit = c_x
         for j in tl.range(i, stop, num_stages=STAGES):
             i_l = blocks - 1 - j
             b_e = tl.load(p_e + i_l * step_e)
             b_w = tl.load(p_w + i_l * step_w + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
             acc = tl.dot(tl.trans(b_e), b_w, acc)
             c_x = tl.load(p_scale + (blocks - 1 - tl.minimum(j + 1, stop - 1)) * tiles_n)
-            if (j + 1 == stop) | (c_x != unit):
+            if (j + 1 < stop) & (c_x != unit):
                 total += acc * unit
                 acc = tl.zeros([BT, BN], dtype=tl.float32)
             unit = c_x
         i = stop
+    total += acc * unit
 
     start = i_r * BT
     m_f = (start + o_r < T)[:, None] & m_n
