@@ -67,10 +67,10 @@ def arrangements(back: bool) -> dict[str, Change]:
 _MADE: dict[str, dict[str, Any]] = {}
 
 
-def options(back: bool, width: int, change: Change) -> Options:
+def options(back: bool, shape: tuple[int, ...], change: Change) -> Options:
     """Today's options with `change`; equal ones are one object, whose identity stands for a binary."""
     side = backward if back else forward
-    base = side.tiles(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, width)
+    base = side.tiles(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, shape[2], shape[0] * shape[1])
     merged = {name: {**base.get(name, {}), **o} for name, o in {**base, **change}.items()}
     kept = {name: o for name, o in merged.items() if change.get(name) != {} or name not in OURS}
     return {name: _MADE.setdefault(f"{name} {sorted(o.items())}", o) for name, o in kept.items()}
@@ -192,7 +192,7 @@ def compare(case: Case, back: bool, ways: dict[str, Change], end: float) -> tupl
             break
         try:
             with Watch(f"{name} {label}"):
-                call = case.call(back, options(back, case.shape[2], change))
+                call = case.call(back, options(back, case.shape, change))
                 got = call()
                 torch.cuda.synchronize()
                 wanted = got if wanted is None else wanted
@@ -227,8 +227,7 @@ def main() -> int:
     begin = time.perf_counter()
     shapes = [tuple(map(int, s.split(","))) for s in arguments.shapes]
     sides = {back: {k: v for k, v in arrangements(back).items() if arguments.only in k or k == "today"} for back in (False, True)}
-    widths = {shape[2] for shape in shapes}
-    every = [options(back, width, change) for back, ways in sides.items() for change in ways.values() for width in widths]
+    every = [options(back, shape, change) for back, ways in sides.items() for change in ways.values() for shape in shapes]
     compile_all([*every, *({"feedback_scores": forward.on_grid(o["feedback_scores"])} for o in every if forward.STREAM in o)], arguments.workers)
     for back, ways in sides.items():
         found: list[tuple[float, float]] = []

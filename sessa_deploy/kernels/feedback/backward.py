@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback.forward import combiner, plan, score_grid
+from sessa_deploy.kernels.feedback.forward import DIRECT, combiner, plan, score_grid
 from sessa_deploy.kernels.feedback.gradients import (
     feedback_first_bad,
     feedback_grad_k,
@@ -23,7 +23,7 @@ from sessa_deploy.kernels.feedback.gradients import (
     feedback_grad_qk,
     feedback_grad_scores,
 )
-from sessa_deploy.kernels.feedback.spec import solve_variant
+from sessa_deploy.kernels.feedback.spec import solve_variant, stand_ins
 from sessa_deploy.kernels.feedback.stream import feedback_solve_transposed_stream
 from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, near_product, store_split, wait_for
 from sessa_deploy.kernels.launch import table
@@ -136,10 +136,14 @@ KERNELS = (
 )  # fmt: skip
 
 
-def tiles(device: torch.device, dtype: torch.dtype, width: int) -> Options:
-    """The pinned launch options of the backward at D = width."""
-    solve = solve_variant(arch_of(device.index or 0), dtype_name(dtype), width, "bwd")
-    return pinned(BACKWARD[:3] + BACKWARD[4:], device, dtype, "bwd") | pinned(BACKWARD[3:4], device, dtype, solve)
+def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -> Options:
+    """The pinned launch options of the backward at D = width, for B T = rows (0: as many as may be)."""
+    arch, kind = arch_of(device.index or 0), dtype_name(dtype)
+    solve = solve_variant(arch, kind, width, "bwd", rows)
+    found = pinned(BACKWARD[:3] + BACKWARD[4:], device, dtype, "bwd") | pinned(BACKWARD[3:4], device, dtype, solve)
+    for name, variant in stand_ins((DIRECT, STREAM, TOGETHER), arch, kind, (solve, "bwd")).items():
+        found |= pinned((name,), device, dtype, variant)
+    return found
 
 
 class Plan:
@@ -148,7 +152,7 @@ class Plan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
-        opt = options or tiles(device, dtype, width)
+        opt = options or tiles(device, dtype, width, batch * tokens)
         split, full = dtype != torch.float32, dtype == torch.float16
         scores, solve, pack, products, by_score, by_q, by_k = (opt[n] for n in (BACKWARD[1], *BACKWARD[3:]))
         tile = solve["BT"]

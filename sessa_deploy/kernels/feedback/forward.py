@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels.feedback.combine import feedback_combine_direct
-from sessa_deploy.kernels.feedback.spec import solve_variant
+from sessa_deploy.kernels.feedback.spec import solve_variant, stand_ins
 from sessa_deploy.kernels.feedback.stream import feedback_solve_stream
 from sessa_deploy.kernels.feedback.tiles import (
     apply_inverse,
@@ -223,10 +223,14 @@ def combiner(device: torch.device, dtype: torch.dtype, options: Options, direct:
     return launcher(feedback_combine_direct if direct else feedback_combine, device, dtype, options[DIRECT if direct else "feedback_combine"])
 
 
-def tiles(device: torch.device, dtype: torch.dtype, width: int) -> Options:
-    """The pinned launch options of the forward at D = width."""
-    solve = solve_variant(arch_of(device.index or 0), dtype_name(dtype), width, "fwd")
-    return pinned(FORWARD[1:3], device, dtype, "fwd") | pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
+def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -> Options:
+    """The pinned launch options of the forward at D = width, for B T = rows (0: as many as may be)."""
+    arch, kind = arch_of(device.index or 0), dtype_name(dtype)
+    solve = solve_variant(arch, kind, width, "fwd", rows)
+    found = pinned(FORWARD[1:3], device, dtype, "fwd") | pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
+    for name, variant in stand_ins((DIRECT, STREAM), arch, kind, (solve, "fwd")).items():
+        found |= pinned((name,), device, dtype, variant)
+    return found
 
 
 class Plan:
@@ -235,7 +239,7 @@ class Plan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
-        opt = options or tiles(device, dtype, width)
+        opt = options or tiles(device, dtype, width, batch * tokens)
         scores, solve = opt["feedback_scores"], opt["feedback_solve"]
         tile = solve["BT"]
         split = dtype != torch.float32

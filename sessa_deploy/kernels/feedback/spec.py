@@ -337,11 +337,28 @@ KERNELS = by_name((
 ))  # fmt: skip
 
 
-def solve_variant(arch: int, dtype: str, width: int, side: str) -> str:
+WIDE_WORK = 9 << 20  # B T D from which training takes wide tiles (measured on an H200, bf16): shorter chains matter below, reads above
+
+
+def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0) -> str:
     """"wide" or `side` ("fwd" or "bwd"): wide tiles read less for a product, narrow ones make a shorter chain, which few columns of D expose.
 
-    Depends on D alone, so that a sequence's bits do not depend on its batch.
+    Without rows it depends on D alone. rows: B T, where tiles of both widths were timed; a tile's width changes nothing in a row's sums but the power of two
+    that s has between blocks, and that no bit unless a value is 2^29 times smaller than the largest of its tile.
     """
     name = "feedback_solve" if side == "fwd" else "feedback_solve_transposed"
     resolved = max((a for a in ARCHS if a <= arch and table.has(name, a, dtype, side)), default=arch)
-    return "wide" if width >= WIDE and table.has(name, resolved, dtype, "wide") else side
+    if not table.has(name, resolved, dtype, "wide"):
+        return side
+    timed = rows and table.tuned(name, resolved, dtype, side) and table.tuned(name, resolved, dtype, "wide")
+    return "wide" if (rows * width >= WIDE_WORK if timed else width >= WIDE) else side
+
+
+def stand_ins(names: tuple[str, ...], arch: int, dtype: str, variants: tuple[str, ...]) -> dict[str, str]:
+    """Those of `names` that were timed on this architecture and are taken in place of the kernels they stand in for, each with its one of `variants`."""
+    found = {}
+    for name in names:
+        variant = next((v for v in variants if table.has(name, arch, dtype, v)), None)
+        if variant is not None and table.tuned(name, arch, dtype, variant):
+            found[name] = variant
+    return found
