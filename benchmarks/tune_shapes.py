@@ -57,7 +57,8 @@ def arrangements(back: bool) -> dict[str, Change]:
         for bn, stages in ((128, 4), (256, 3)):
             gemm = {"BT": 128, "BN": bn, "BK": 64, "STAGES": stages, "SCALED": False, "num_warps": 8, "num_stages": 1}
             found[f"both gradients {bn}/{stages}"] = {backward.TOGETHER: gemm}
-        found["tiles 2"] = {"feedback_grad_scores": {"TILES": 2}}
+        for what in ({"maxnreg": 128}, {"num_warps": 16}, {"maxnreg": 128, "TILES": 8}):
+            found[f"grad_scores {what}"] = {"feedback_grad_scores": what}
     else:
         found["scores 64"] = {"feedback_scores": {"BM": 64, "num_warps": 4}}
         found["scores 4 stages"] = {"feedback_scores": {"num_stages": 4}}
