@@ -1,4 +1,4 @@
-"""The solves whose far sums stay in the tensor cores, block inverses in registers, and both gradients in one launch: the error rule, and bad rows."""
+"""The kernels that stand in for others in bfloat16: rows that are not finite, and when they are taken. Their numbers: test_feedback_kernels.py."""
 
 from __future__ import annotations
 
@@ -7,58 +7,62 @@ import torch
 
 pytest.importorskip("triton")
 
-from feedback_cases import DEVICE, make, side, small_options
-from rule import check
+from feedback_cases import DEVICE, make, side, small_options, streamed
 
-from sessa_deploy.kernels import reference
 from sessa_deploy.kernels.feedback import backward as bwd
 from sessa_deploy.kernels.feedback import forward as fwd
+from sessa_deploy.kernels.feedback.spec import solve_variant, stand_ins
+from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options
 
-NEW = (fwd.DIRECT, fwd.STREAM, bwd.STREAM, bwd.TOGETHER)
 
-
-def options(new: bool, backward: bool) -> Options:
+def options(backward: bool, stream: bool = True) -> Options:
     """Options with blocks of 128 rows; on a GPU the pinned ones."""
-    small = side(small_options(torch.bfloat16, 128, 128), backward)
-    if small is None:
-        pinned = bwd.tiles(torch.device(DEVICE), torch.bfloat16, 32) if backward else fwd.tiles(torch.device(DEVICE), torch.bfloat16, 32)
-        small = {name: o for name, o in pinned.items() if name not in NEW}
-    solve = {k: v for k, v in small["feedback_solve_transposed" if backward else "feedback_solve"].items() if k not in ("SPLIT", "FULL", "LOW")}
-    direct = {k: v for k, v in small["feedback_combine"].items() if k not in ("BT", "SPLIT")}
-    more = {fwd.DIRECT: direct, (bwd if backward else fwd).STREAM: solve} | ({bwd.TOGETHER: small["feedback_grad_q"]} if backward else {})
-    return {**small, **more} if new else small
+    small = small_options(torch.bfloat16, 128, 128)
+    found = side(streamed(small) if stream else small, backward)
+    if found is None:
+        found = (bwd if backward else fwd).tiles(torch.device(DEVICE), torch.bfloat16, 32)
+        pair = (bwd if backward else fwd).STREAM
+        found = {**found, pair: {"BT": 128, "BN": 64, "STAGES": 3, "num_warps": 8, "num_stages": 1}} if stream else {k: o for k, o in found.items() if k != pair}
+        found[fwd.DIRECT] = {"CHUNK": 32, "BACKWARD": backward, "num_warps": 8, "num_stages": 1}
+    return found
 
 
-@pytest.mark.parametrize("routing", ["random", "chain", "bad row"])
-def test_the_error_rule_holds(routing: str) -> None:
-    """Also where s grows and shrinks by more than its scale follows, where a row takes all its weight from one tile, and up to a row that is not finite."""
-    batch, tokens, width, first_bad = 1, 400, 32, 300
-    x = make("chain" if routing == "chain" else "random", batch, tokens, 0, width, torch.bfloat16)
-    exact = reference.plain(*(y.double() if y.is_floating_point() else y for y in x))
-    if routing == "random":
-        x[3][:, 130:260] *= 1e4
-        exact = reference.plain(*(y.double() if y.is_floating_point() else y for y in x))
-    plain = reference.plain(*x)
-    good = slice(0, tokens)
-    if routing == "bad row":
-        x[0][:, first_bad] = torch.nan
-        good = slice(0, first_bad)
-    s, lse, low = fwd.forward(*x, need_lse=True, options=options(True, False))
-    check(s[:, good], exact[:, good], plain[:, good], torch.bfloat16, "s")
-    assert good.stop == tokens or torch.isnan(s[:, first_bad]).all()
+def test_a_bad_row_spoils_no_earlier_one() -> None:
+    tokens, first_bad = 400, 300
+    x = make("random", 1, tokens, 0, 16, torch.bfloat16)
+    clean = fwd.forward(*x, options=options(False))[0]
+    x[0][:, first_bad] = torch.nan
+    s, lse, low = fwd.forward(*x, options=options(False))
+    assert torch.equal(s[:, :first_bad], clean[:, :first_bad]) and torch.isnan(s[:, first_bad]).all()
     ds = torch.randn(s.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, s.dtype)
     q, k, gamma, f, *behind = x
-    got, want = (bwd.backward(ds, q, k, gamma, f, s, lse, low, *behind, options=options(new, True)) for new in (True, False))
+    got, want = (bwd.backward(ds, q, k, gamma, f, s, lse, low, *behind, options=options(True, stream)) for stream in (True, False))
     for name, a, b in zip(("dq", "dk", "dgamma", "df"), got, want, strict=False):
-        assert torch.isfinite(a).all() and not a[:, good.stop :].any(), name
+        assert torch.isfinite(a).all() and not a[:, first_bad:].any(), name
         assert float((a.float() - b.float()).norm()) <= 1e-2 * float(b.float().norm()), name
 
 
 def test_a_past_and_panels_take_the_other_kernels() -> None:
-    x = make("random", 1, 20, 9, 32, torch.bfloat16)
-    plans = [fwd.Plan(x[0].device, x[0].dtype, 1, 300, past, 32, options(True, False), room) for past, room in ((0, 2**30), (9, 2**30), (0, 128 * 384 * 2))]
-    assert [plan.stream for plan in plans] == [True, False, False]
-    plans = [bwd.Plan(x[0].device, x[0].dtype, 1, 300, past, 32, options(True, True), room) for past, room in ((0, 2**30), (9, 2**30), (0, 128 * 384 * 4))]
-    assert [plan.stream for plan in plans] == [True, False, False]
-    assert [plan.run_together is not None for plan in plans] == [True, False, False]
+    device = make("random", 1, 1, 0, 16, torch.bfloat16)[0].device
+    for which, itemsize in ((fwd, 2), (bwd, 4)):
+        cases = ((0, 2**30), (9, 2**30), (0, 128 * 384 * itemsize))  # nothing, a past, room for a block of rows
+        plans = [which.Plan(device, torch.bfloat16, 1, 300, past, 16, options(which is bwd), room) for past, room in cases]
+        assert [plan.stream for plan in plans] == [True, False, False]
+
+
+def test_what_was_not_timed_stands_in_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = (fwd.DIRECT, fwd.STREAM)
+    monkeypatch.setattr(table, "tuned", lambda *_: False)
+    assert stand_ins(names, 90, "bf16", ("wide", "fwd")) == {}
+    monkeypatch.setattr(table, "tuned", lambda *_: True)
+    assert stand_ins(names, 90, "bf16", ("wide", "fwd")) == {fwd.DIRECT: "fwd", fwd.STREAM: "wide"}
+    assert stand_ins(names, 90, "fp16", ("wide", "fwd")) == stand_ins(names, 80, "bf16", ("fwd",)) == {}
+
+
+def test_wide_tiles_follow_the_work_where_both_were_timed() -> None:
+    few, many = 2048, 16 * 1024
+    assert [solve_variant(90, "bf16", 768, "fwd", rows) for rows in (few, many)] == ["fwd", "wide"]
+    assert [solve_variant(90, "bf16", 1024, "bwd", rows) for rows in (few, many)] == ["bwd", "wide"]
+    assert solve_variant(90, "fp16", 1024, "fwd", few) == "wide"  # by D alone: not timed
+    assert solve_variant(80, "bf16", 4096, "fwd", many) == "fwd"  # which has one width
