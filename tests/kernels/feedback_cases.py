@@ -40,7 +40,8 @@ def small_options(dtype: torch.dtype, tile: int = 16, rows: int = 32) -> dict[st
 
 
 def streamed(options: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
-    """`options` of bfloat16 and blocks of 128 rows with the kernels that stand in for others (feedback/stream.py, combine.py); None, the pinned ones, on a GPU."""
+    """`options` of bfloat16 and blocks of 128 rows with the kernels that stand in for others (feedback/stream.py, combine.py); None, the pinned ones, on a
+    GPU."""
     if options is None:
         return None
     solve = {k: v for k, v in options["feedback_solve"].items() if k not in ("SPLIT", "FULL", "LOW")}

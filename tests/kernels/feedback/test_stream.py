@@ -23,8 +23,10 @@ def options(backward: bool, stream: bool = True) -> Options:
     if found is None:
         found = (bwd if backward else fwd).tiles(torch.device(DEVICE), torch.bfloat16, 32)
         pair = (bwd if backward else fwd).STREAM
-        found = {**found, pair: {"BT": 128, "BN": 64, "STAGES": 3, "num_warps": 8, "num_stages": 1}} if stream else {k: o for k, o in found.items() if k != pair}
-        found[fwd.DIRECT] = {"CHUNK": 32, "BACKWARD": backward, "num_warps": 8, "num_stages": 1}
+        found = {name: o for name, o in found.items() if name != pair}
+        if stream:
+            found |= {pair: {"BT": 128, "BN": 64, "STAGES": 3, "num_warps": 8, "num_stages": 1},
+                      fwd.DIRECT: {"CHUNK": 32, "BACKWARD": backward, "num_warps": 8, "num_stages": 1}}  # fmt: skip
     return found
 
 
