@@ -34,26 +34,19 @@ from sessa_deploy.kernels.launch.jit import Options, launcher
 
 TEN = ((1, 2048, 768), (1, 8192, 1024), (8, 2048, 1024), (4, 8192, 1024), (1, 16384, 1024),
        (2, 4096, 1536), (1, 8192, 2048), (4, 2048, 512), (2, 5000, 1024), (16, 1024, 768))
-OURS = (forward.STREAM, backward.STREAM, forward.DIRECT, backward.TOGETHER)  # kernels that stand in for others
-STREAM = {"BT": 128, "num_warps": 8, "num_stages": 1}
+OURS = (forward.DIRECT, backward.TOGETHER)  # kernels that stand in for others
 PATIENCE = 20.0  # seconds after which an arrangement hangs
 Change = dict[str, dict[str, Any]]
 
 
 def arrangements(back: bool) -> dict[str, Change]:
     """Label -> what it changes of today's options, {} for a kernel that is left out."""
-    solve, stream = ("feedback_solve_transposed", backward.STREAM) if back else ("feedback_solve", forward.STREAM)
-    direct = {forward.DIRECT: {"CHUNK": 32, "BACKWARD": back, "num_warps": 8, "num_stages": 1}}
-    without: Change = {forward.DIRECT: {}, stream: {}}
-    found: dict[str, Change] = {"today": {}}
+    solve = "feedback_solve_transposed" if back else "feedback_solve"
+    found: dict[str, Change] = {"today": {}, "old combination": {forward.DIRECT: {}}}
     for bn in (64, 128):
-        found[f"single{bn}"] = {**without, solve: {"BN": bn}}
-    for bn, stages, warps in ((64, 3, 8), (128, 3, 8), (256, 2, 8), (128, 2, 8), (64, 2, 4), (64, 4, 8), (32, 4, 4)):
-        found[f"stream{bn}/{stages}/{warps}"] = {**without, **direct, stream: {**STREAM, "BN": bn, "STAGES": stages, "num_warps": warps}}
+        found[f"single{bn}"] = {solve: {"BN": bn}}
     if back:
-        for bn, stages, warps in ((128, 4, 8), (128, 3, 4)):
-            gemm = {"BN": bn, "STAGES": stages, "num_warps": warps}
-            found[f"gradients {bn}/{stages}/{warps}"] = {backward.TOGETHER: {}, "feedback_grad_q": gemm, "feedback_grad_k": gemm}
+        found["two gradients"] = {backward.TOGETHER: {}}
         for bn, stages in ((128, 4), (256, 3)):
             gemm = {"BT": 128, "BN": bn, "BK": 64, "STAGES": stages, "SCALED": False, "num_warps": 8, "num_stages": 1}
             found[f"both gradients {bn}/{stages}"] = {backward.TOGETHER: gemm}
@@ -61,7 +54,6 @@ def arrangements(back: bool) -> dict[str, Change]:
             found[f"grad_scores {what}"] = {"feedback_grad_scores": what}
     else:
         found["scores 64"] = {"feedback_scores": {"BM": 64, "num_warps": 4}}
-        found["scores 4 stages"] = {"feedback_scores": {"num_stages": 4}}
     return found
 
 
@@ -79,9 +71,9 @@ def options(back: bool, shape: tuple[int, ...], change: Change) -> Options:
 
 def compiled(name: str, choice: dict[str, Any]) -> str:
     """Compile one binary into Triton's cache, in a process of its own. Returns what went wrong."""
-    from sessa_deploy.kernels.feedback import combine, gradients, stream, tiles
+    from sessa_deploy.kernels.feedback import combine, gradients, tiles
 
-    module = next(m for m in (forward, backward, combine, stream, gradients, tiles) if hasattr(m, name))
+    module = next(m for m in (forward, backward, combine, gradients, tiles) if hasattr(m, name))
     try:
         launcher(getattr(module, name), torch.device("cuda", 0), torch.bfloat16, choice)
     except Exception as error:
@@ -229,7 +221,7 @@ def main() -> int:
     shapes = [tuple(map(int, s.split(","))) for s in arguments.shapes]
     sides = {back: {k: v for k, v in arrangements(back).items() if arguments.only in k or k == "today"} for back in (False, True)}
     every = [options(back, shape, change) for back, ways in sides.items() for change in ways.values() for shape in shapes]
-    compile_all([*every, *({"feedback_scores": forward.on_grid(o["feedback_scores"])} for o in every if forward.STREAM in o)], arguments.workers)
+    compile_all(every, arguments.workers)
     for back, ways in sides.items():
         found: list[tuple[float, float]] = []
         for shape in shapes:

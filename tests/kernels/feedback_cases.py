@@ -39,19 +39,12 @@ def small_options(dtype: torch.dtype, tile: int = 16, rows: int = 32) -> dict[st
     }
 
 
-def streamed(options: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
-    """`options` of bfloat16 and blocks of 128 rows with the kernels that stand in for others (feedback/stream.py, combine.py); None, the pinned ones, on a
-    GPU."""
+def with_stand_ins(options: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
+    """`options` of bfloat16 and blocks of 128 rows with the kernels that stand in for others; None, the pinned ones, on a GPU."""
     if options is None:
         return None
-    solve = {k: v for k, v in options["feedback_solve"].items() if k not in ("SPLIT", "FULL", "LOW")}
-    return {
-        **options,
-        "feedback_combine_direct": {k: v for k, v in options["feedback_combine"].items() if k not in ("BT", "SPLIT")},
-        "feedback_solve_stream": solve,
-        "feedback_solve_transposed_stream": solve,
-        "feedback_grad_qk": options["feedback_grad_q"],
-    }
+    direct = {k: v for k, v in options["feedback_combine"].items() if k not in ("BT", "SPLIT")}
+    return {**options, "feedback_combine_direct": direct, "feedback_grad_qk": options["feedback_grad_q"]}
 
 
 def side(options: dict[str, dict[str, Any]] | None, backward: bool) -> dict[str, dict[str, Any]] | None:

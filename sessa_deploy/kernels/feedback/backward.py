@@ -23,8 +23,7 @@ from sessa_deploy.kernels.feedback.gradients import (
     feedback_grad_qk,
     feedback_grad_scores,
 )
-from sessa_deploy.kernels.feedback.spec import solve_variant, stand_ins
-from sessa_deploy.kernels.feedback.stream import feedback_solve_transposed_stream
+from sessa_deploy.kernels.feedback.spec import FEW_WORK, solve_variant, stand_ins
 from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, near_product, store_split, wait_for
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
@@ -128,7 +127,6 @@ BACKWARD = (
 )  # fmt: skip
 
 TOGETHER = "feedback_grad_qk"  # in place of feedback_grad_q and feedback_grad_k, where options hold it: for one panel without a past
-STREAM = "feedback_solve_transposed_stream"  # in place of feedback_solve_transposed, where options hold it: for one panel without a past
 
 KERNELS = (
     feedback_first_bad, feedback_scores, feedback_combine, feedback_solve_transposed, feedback_grad_pack,
@@ -141,7 +139,7 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
     solve = solve_variant(arch, kind, width, "bwd", rows)
     found = pinned(BACKWARD[:3] + BACKWARD[4:], device, dtype, "bwd") | pinned(BACKWARD[3:4], device, dtype, solve)
-    for name, variant in stand_ins((DIRECT, STREAM, TOGETHER), arch, kind, (solve, "bwd")).items():
+    for name, variant in stand_ins((DIRECT, TOGETHER), arch, kind, ("few", "bwd") if 0 < rows * width < FEW_WORK else ("bwd",)).items():
         found |= pinned((name,), device, dtype, variant)
     return found
 
@@ -160,10 +158,7 @@ class Plan:
         product = torch.float16 if split and not full else single  # of u . s
         itemsize = work.itemsize + product.itemsize + (dtype.itemsize if full else 0)
         shape = plan(batch, tokens, past, width, scores, itemsize, panel_bytes)
-        one = shape.panels == 1 and past == 0
-        self.stream, together = STREAM in opt and one, TOGETHER in opt and one
-        if self.stream:
-            solve = opt[STREAM]
+        together = TOGETHER in opt and shape.panels == 1 and past == 0
         past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
         tiles_n = -(-width // solve["BN"])
         every = batch * rows
@@ -200,10 +195,9 @@ class Plan:
         self.past_tiles = past_tiles
         self.sync = batch + panels + panels * batch * tiles_n
         self.run = [
-            combiner(device, dtype, opt, self.stream) if kernel is feedback_combine else launcher(kernel, device, dtype, opt[name])
+            combiner(device, dtype, opt) if kernel is feedback_combine else launcher(kernel, device, dtype, opt[name])
             for name, kernel in zip(BACKWARD, KERNELS, strict=True)
         ]
-        self.run_stream = launcher(feedback_solve_transposed_stream, device, dtype, solve) if self.stream else None
         self.run_together = launcher(feedback_grad_qk, device, dtype, opt[TOGETHER]) if together else None
         self.bad_programs = (-(-tokens // opt["feedback_first_bad"]["BT"]), batch)
         self.panels: list[tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]] = []
@@ -218,8 +212,7 @@ class Plan:
             self.panels.append((
                 (score_grid(blocks * tile, before, batch, scores), (*sides, all_tiles, row0, 0, scale)),
                 ((blocks, batch), (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks)),
-                ((blocks * batch * tiles_n,), (tokens, width, columns, rows, blocks, batch)) if self.stream
-                else (((blocks + before) * batch * tiles_n,), (*sides, row0, blocks, batch, panel, panels, add)),
+                (((blocks + before) * batch * tiles_n,), (*sides, row0, blocks, batch, panel, panels, add)),
                 ((rows // pack["BT"], batch), (tokens, past, width, rows, 0, row0)),
                 (score_grid(blocks * tile, before, batch, products), (tokens, width, columns, rows, past_tiles, all_tiles, row0)),
                 ((blocks, -(-(before + blocks) // by_score["TILES"]), batch), (tokens, columns, rows, past_tiles, all_tiles, row0)),
@@ -272,13 +265,10 @@ def backward(
             by_combine[0], e, sums, sums, a_gamma, a_length, inverse_sum, factor, a_lse, at["x"], inverse, inverse_low, near, near_low, near_scale,
             *by_combine[1],
         )  # fmt: skip
-        if p.run_stream is not None:
-            p.run_stream(by_solve[0], e, factor, inverse, inverse_low, near, near_scale, a_ds, a_df, rest, w, at["scales"], bad, ticket, *by_solve[1])
-        else:
-            solve(
-                by_solve[0], e, factor, inverse, inverse_low, near, near_low, near_scale, a_ds, a_df, rest, w, w_low, at["scales"], at["carry"], a_dpast_s,
-                a_length, bad, ticket, *by_solve[1],
-            )  # fmt: skip
+        solve(
+            by_solve[0], e, factor, inverse, inverse_low, near, near_low, near_scale, a_ds, a_df, rest, w, w_low, at["scales"], at["carry"], a_dpast_s,
+            a_length, bad, ticket, *by_solve[1],
+        )  # fmt: skip
         pack(by_pack[0], a_df, rest, a_past_s, a_length, bad, u, u_low, u_scale, *by_pack[1])
         products(by_products[0], u, u_low, u_scale, s_all, s_all_low, s_scale, a_length, bad, e, r, r_scales, at["r_sums"], *by_products[1])
         grad_of_scores(by_grad[0], e, r, r_scales, at["r_sums"], factor, inverse_sum, grad, grad_scales, a_dgamma, a_length, bad, *by_grad[1])

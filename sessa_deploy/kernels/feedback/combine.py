@@ -83,10 +83,7 @@ def feedback_combine_direct(
     e, peak, total, gamma, past_length, row_peak, factor, lse, x, inverse, inverse_low, near, near_low, near_scale, T, C, R, NP, NT, row0, B, blocks,
     CHUNK: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """`feedback_combine` with BT = 128 and SPLIT, of near the first and its high half alone.
-
-    Forward: x (B, R / 128, NT) gets 1 where a tile's references are not those of the one before, else 0.
-    """
+    """`feedback_combine` with BT = 128 and SPLIT, of near the high halves alone; x is not used."""
     i_r, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     block = row0 // BLOCK + i_r
     o_r = tl.arange(0, BLOCK)
@@ -103,14 +100,14 @@ def feedback_combine_direct(
     o_h = tl.arange(0, 64)
     o_q = o_h[:, None] * C + o_h[None, :]
     b_e64 = tl.load(p_own + 64 * C + o_q)
-    # the tile beside it: before the block in its rows, or below it in its columns
+    # the two tiles beside it: before the block in its rows, or below it in its columns
     o_e = o_r[:, None] * C + o_r[None, :]
-    if BACKWARD:
-        b_n = tl.load(p_own + BLOCK * C + o_e, mask=i_r + 1 < blocks, other=0.0)
-    else:
-        b_n = tl.load(p_own - BLOCK + o_e, mask=block > 0, other=0.0)
-        b_p = tl.load(peak + p_stat + (NP + block).to(tl.int64) * R)
-        b_p0 = tl.load(peak + p_stat + (NP + block - 1).to(tl.int64) * R, mask=block > 0, other=float("-inf"))
+    step = BLOCK * C if BACKWARD else -BLOCK
+    sides = blocks - 1 - i_r if BACKWARD else block
+    b_n = tl.load(p_own + step + o_e, mask=sides > 0, other=0.0)
+    p_beside = peak + p_stat + (NP + block).to(tl.int64) * R
+    if not BACKWARD:
+        b_p = tl.load(p_beside)
 
     b_peak = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
@@ -123,9 +120,6 @@ def feedback_combine_direct(
             b_sum += tl.sum(b_l, axis=0)
         else:
             b_t = tl.load(peak + o_t[:, None] * R + p_stat[None, :], mask=m_c, other=float("-inf"))
-            b_before = tl.load(peak + (o_t[:, None] - 1) * R + p_stat[None, :], mask=m_c & (o_c > 0)[:, None], other=float("-inf"))
-            b_flag = tl.max(tl.where((b_t != b_before) & (row < T)[None, :], 1.0, 0.0), axis=1)
-            tl.store(x + (i_b * (R // BLOCK) + i_r) * NT + o_t, b_flag, mask=o_c < count)
             b_new = tl.maximum(b_peak, tl.max(b_t, axis=0))
             b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_sum = b_sum * tl.exp(b_peak - b_base) + tl.sum(b_l * tl.exp(b_t - b_base[None, :]), axis=0)
@@ -165,10 +159,16 @@ def feedback_combine_direct(
     tl.debug_barrier()
     p_n = p_i + o_r[:, None] * BLOCK + o_r[None, :]
     b_h, b_l = tl.load(inverse + p_n), tl.load(inverse_low + p_n)
-    if BACKWARD:
-        b_nh, b_nl = pair_of(b_n.to(tl.float32))
-        b_m = pair_product(b_nh, b_nl, b_h, b_l)
-    else:
-        b_nh, b_nl = pair_of(routed(b_n, tl.where(m_ok, b_scale * tl.exp(b_p0 - b_base), 0.0)[:, None]))
-        b_m = pair_product(b_h, b_l, b_nh, b_nl)
-    store_near(b_m, near, near_low, near_scale, p_n, p_row, 0 if BACKWARD else 1, False)
+    deep = (B * R).to(tl.int64)
+    for d in tl.static_range(2):
+        b_other = b_n
+        if d == 0:  # the second tile comes in beside the first product
+            b_n = tl.load(p_own + 2 * step + o_e, mask=sides > 1, other=0.0)
+        if BACKWARD:
+            b_nh, b_nl = pair_of(b_other.to(tl.float32))
+            b_m = pair_product(b_nh, b_nl, b_h, b_l)
+        else:
+            b_p = tl.load(p_beside - (1 + d) * R.to(tl.int64), mask=sides > d, other=float("-inf"))
+            b_nh, b_nl = pair_of(routed(b_other, tl.where(m_ok, b_scale * tl.exp(b_p - b_base), 0.0)[:, None]))
+            b_m = pair_product(b_h, b_l, b_nh, b_nl)
+        store_near(b_m, near, near_low, near_scale, p_n + d * deep * BLOCK, p_row + d * deep, 0 if BACKWARD else 1, False)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from sessa_deploy.kernels.feedback.combine import feedback_combine_direct
 from sessa_deploy.kernels.feedback.spec import solve_variant, stand_ins
-from sessa_deploy.kernels.feedback.stream import feedback_solve_stream
 from sessa_deploy.kernels.feedback.tiles import (
     apply_inverse,
     feedback_combine,
@@ -208,18 +207,12 @@ def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n:
 
 FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_solve")
 KERNELS = (feedback_pack, feedback_scores)
-DIRECT = "feedback_combine_direct"  # in place of feedback_combine, with STREAM
-STREAM = "feedback_solve_stream"  # in place of feedback_solve, where options hold it: for one panel without a past
-_ON_GRID: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}  # keeps the options whose identity is its key
+DIRECT = "feedback_combine_direct"  # in place of feedback_combine, where options hold it
 
 
-def on_grid(scores: dict[str, Any]) -> dict[str, Any]:
-    """Options of the scores kernel with references on a grid, one object for each."""
-    return _ON_GRID.setdefault(id(scores), (scores, {**scores, "BACKWARD": 2}))[1]
-
-
-def combiner(device: torch.device, dtype: torch.dtype, options: Options, direct: bool) -> Launcher:
+def combiner(device: torch.device, dtype: torch.dtype, options: Options) -> Launcher:
     """The launcher of either combination."""
+    direct = DIRECT in options
     return launcher(feedback_combine_direct if direct else feedback_combine, device, dtype, options[DIRECT if direct else "feedback_combine"])
 
 
@@ -228,7 +221,7 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
     solve = solve_variant(arch, kind, width, "fwd", rows)
     found = pinned(FORWARD[1:3], device, dtype, "fwd") | pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
-    for name, variant in stand_ins((DIRECT, STREAM), arch, kind, (solve, "fwd")).items():
+    for name, variant in stand_ins((DIRECT,), arch, kind, ("fwd",)).items():
         found |= pinned((name,), device, dtype, variant)
     return found
 
@@ -245,17 +238,14 @@ class Plan:
         split = dtype != torch.float32
         work, pair = (torch.float16, torch.bfloat16) if split else (torch.float32, torch.float32)
         shape = plan(batch, tokens, past, width, scores, work.itemsize, panel_bytes)
-        self.stream = STREAM in opt and past == 0 and shape.panels == 1
-        if self.stream:
-            solve, opt = opt[STREAM], {**opt, "feedback_scores": on_grid(scores)}
         past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
         tiles_n = -(-width // solve["BN"])
         sizes = workspace_sizes(shape, work, pair, tiles_n, split)
         self.workspace = Workspace(sizes)
         self.low = "low" if split else ""
         self.run_pack, self.run_scores = (launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(FORWARD[:2], KERNELS, strict=True))
-        self.run_combine = combiner(device, dtype, opt, self.stream)
-        self.run_solve = launcher(feedback_solve_stream if self.stream else feedback_solve, device, dtype, solve)
+        self.run_combine = combiner(device, dtype, opt)
+        self.run_solve = launcher(feedback_solve, device, dtype, solve)
         self.pack = ((past_tiles, tiles_n, batch), (past, width, columns)) if past_tiles else None
         self.panels: list[tuple[Any, ...]] = []
         for panel in range(panels):
@@ -268,8 +258,7 @@ class Plan:
                 (blocks, batch),
                 (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks),
                 (blocks * batch * tiles_n,),
-                (tokens, width, columns, rows, all_tiles, batch) if self.stream
-                else (tokens, width, columns, rows, past_tiles, all_tiles, row0, batch, panel, panels),
+                (tokens, width, columns, rows, past_tiles, all_tiles, row0, batch, panel, panels),
             ))  # fmt: skip
 
 
@@ -310,15 +299,8 @@ def forward(
             combine_programs, e, peak, total, a_gamma, a_length, row_peak, factor, a_lse, at["x"], inverse, inverse_low, near, near_low, near_scale,
             *combine_sizes,
         )  # fmt: skip
-        a_low = a_s if low is None else address(low)
-        if p.stream:
-            p.run_solve(
-                solve_programs, e, peak, row_peak, factor, at["x"], inverse, inverse_low, near, near_scale, a_f, a_s, a_low, w, scales, sync, *solve_sizes,
-                int(low is not None),
-            )  # fmt: skip
-            continue
         p.run_solve(
-            solve_programs, e, peak, row_peak, factor, inverse, inverse_low, near, near_low, near_scale, a_f, a_s, a_low, w,
+            solve_programs, e, peak, row_peak, factor, inverse, inverse_low, near, near_low, near_scale, a_f, a_s, a_s if low is None else address(low), w,
             w_low, scales, a_length, sync, *solve_sizes, int(low is not None),
         )  # fmt: skip
     return s, lse, low

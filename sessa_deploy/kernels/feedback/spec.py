@@ -166,49 +166,6 @@ KERNELS = by_name((
         scalar_loads=128,
     ),
     Kernel(
-        "feedback_solve_stream",
-        f"{_PACKAGE}.stream",
-        (
-            *pointers("e", type="*work"),
-            *pointers("peak", "row_peak", "factor", "flags", type="*fp32"),
-            *pointers("inverse", "inverse_low", type="*half_pair"),
-            *pointers("near", type="*work"),
-            *pointers("near_scale", type="*fp32"),
-            *pointers("f", "s", "s_low"),
-            *pointers("w", type="*work"),
-            Param("scales", "*fp32"),
-            Param("sync", "*i32"),
-            *integers("T"),
-            *(Param(n, "i32", True) for n in ("D", "C", "R")),
-            *integers("NT", "B", "keep"),
-        ),
-        ("BT", "BN", "STAGES"),
-        ("fwd", "wide"),
-        lowered=False,
-    ),
-    Kernel(
-        "feedback_solve_transposed_stream",
-        f"{_PACKAGE}.stream",
-        (
-            *pointers("e", type="*work"),
-            *pointers("factor", type="*fp32"),
-            *pointers("inverse", "inverse_low", type="*half_pair"),
-            *pointers("near", type="*work"),
-            *pointers("near_scale", type="*fp32"),
-            *pointers("ds", "u", "u_low"),
-            *pointers("w", type="*work"),
-            Param("scales", "*fp32"),
-            Param("bad", "*i32"),
-            Param("sync", "*i32"),
-            *integers("T"),
-            *(Param(n, "i32", True) for n in ("D", "C", "R")),
-            *integers("blocks", "B"),
-        ),
-        ("BT", "BN", "STAGES"),
-        ("bwd", "wide"),
-        lowered=False,
-    ),
-    Kernel(
         "feedback_first_bad",
         f"{_PACKAGE}.gradients",
         (*pointers("q", "k", "s"), Param("bad", "*i32"), *integers("T"), Param("D", "i32", True)),
@@ -331,13 +288,15 @@ KERNELS = by_name((
             Param("scale", "fp32"),
         ),
         ("BT", "BN", "BK", "STAGES", "SCALED"),
-        ("bwd",),
+        ("bwd", "few"),
         lowered=False,
     ),
 ))  # fmt: skip
 
 
-WIDE_WORK = 9 << 20  # B T D from which training takes wide tiles (measured on an H200, bf16): shorter chains matter below, reads above
+# B T D, measured on an H200 in bf16
+WIDE_WORK = 9 << 20  # from which a solve takes wide tiles: shorter chains matter below, reads above
+FEW_WORK = 2 << 20  # below which the gradients' tiles are small, or there are fewer than multiprocessors
 
 
 def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0) -> str:

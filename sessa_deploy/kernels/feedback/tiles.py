@@ -9,7 +9,6 @@ import triton.language as tl
 
 from sessa_deploy.kernels.launch import table
 
-GRID = tl.constexpr(2)  # of BACKWARD in feedback_scores: forward, with references on a grid
 SUB = tl.constexpr(16)  # edge of the blocks that are inverted by forward substitution
 
 
@@ -111,7 +110,7 @@ def feedback_scores(
         p_q = q + i_b.to(tl.int64) * T * D + first.to(tl.int64) * D
         acc = product_nt(tl.zeros([BM, NB * BT], dtype=tl.float32), p_q, p_k, T - first, limit - column, D, BM, NB * BT, BK) * scale
         o_m, o_t = first + tl.arange(0, BM), column + tl.arange(0, NB * BT)
-        if BACKWARD == 1:
+        if BACKWARD:
             end = T - tl.load(bad + i_b)
             seen = (o_t < limit)[None, :] & (o_m < end)[:, None] & (is_past | ((o_t[None, :] < o_m[:, None]) & (o_t < end)[None, :]))
             b_ref = tl.load(lse + i_b.to(tl.int64) * T + o_m, mask=o_m < end, other=0.0)
@@ -122,13 +121,10 @@ def feedback_scores(
             seen = (o_t < limit)[None, :] & (o_m < T)[:, None] & (is_past | (o_t[None, :] < o_m[:, None]))
             acc = tl.reshape(tl.where(seen, acc, float("-inf")), [BM, NB, BT])
             b_peak = tl.max(acc, axis=2)
-            if BACKWARD == GRID:
-                # upwards to 11.1 k + 5.5, then 10.4 less: weights up to 2^15, most tiles of a row alike
-                b_peak = tl.ceil((b_peak - 5.545177444479562) * 0.09016844005556021) * 11.090354888959125 - 4.852030263919617
             b_e = tl.exp(acc - tl.where(b_peak == float("-inf"), 0.0, b_peak)[:, :, None]).to(e.dtype.element_ty)
         o_r = i_m * BM + tl.arange(0, BM)
         p_stat = (i_b.to(tl.int64) * NT + i_t + tl.arange(0, NB))[None, :] * R + o_r[:, None]
-        if BACKWARD != 1:
+        if not BACKWARD:
             tl.store(peak + p_stat, b_peak)
         tl.store(total + p_stat, tl.sum(b_e.to(tl.float32), axis=2))
         p_e = e + (i_b.to(tl.int64) * R + i_m * BM) * C + i_t * BT
