@@ -43,8 +43,10 @@ def arrangements(back: bool) -> dict[str, Change]:
     """Label -> what it changes of today's options, {} for a kernel that is left out."""
     solve = "feedback_solve_transposed" if back else "feedback_solve"
     found: dict[str, Change] = {"today": {}, "old combination": {forward.DIRECT: {}}}
-    for bn in (64, 128):
-        found[f"single{bn}"] = {solve: {"BN": bn}}
+    for bn, more in ((64, {}), (128, {}), (64, {"STAGES": 2, "maxnreg": 128}), (64, {"num_warps": 16}), (128, {"num_warps": 16}),
+                     (64, {"STAGES": 2, "num_warps": 4})):
+        found[f"{bn} columns" + "".join(f" {k} {v}" for k, v in more.items())] = {solve: {"BN": bn, **more}}
+    found["combination of 16 warps"] = {forward.DIRECT: {"num_warps": 16}}
     if back:
         found["two gradients"] = {backward.TOGETHER: {}}
         for bn, stages in ((128, 4), (256, 3)):
