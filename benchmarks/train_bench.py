@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from common import machine, write
-from peers import Logits
 from random_bundle import SIZES, VOCABULARY
 from rich.console import Console
 from rich.table import Table
