@@ -21,6 +21,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.kernels.ops import causal_attention, feedback_attention
 from sessa_deploy.kernels.route import is_eager
 from sessa_deploy.kernels.training import rows as new_rows
+from sessa_deploy.kernels.training.loss import mean_nats
 from sessa_deploy.rope import rope_tables, rotate, tables_at, tables_from_zero
 
 Rope = tuple[Tensor, Tensor] | None
@@ -321,6 +322,20 @@ class SessaLM(nn.Module):
         past_length, new_length: (B,) int32; past: flat tensors in contract.cache_entries order. None: no past; every row counts.
         logits (B,V) of row new_length - 1, or (B,T,V) with all_logits. New rows are zero from new_length[b] on.
         """
+        x, out = self.body(input_ids, past_length, new_length, past)
+        if not all_logits:
+            if new_length is None:
+                x = x[:, -1]
+            else:
+                last = (new_length.to(torch.int64) - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[-1])
+                x = torch.gather(x, 1, last).squeeze(1)
+        logits = self.lm_head(self.norm(x))
+        return logits if logits.dtype == torch.float64 else logits.float(), *out
+
+    def body(
+        self, input_ids: Tensor, past_length: Tensor | None, new_length: Tensor | None, past: Sequence[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`graph` up to the last layer: its y (B,T,D), and the new rows."""
         x = self.embedding(input_ids)
         tokens, first = input_ids.shape[1], self.layers[0].mixer
         rope = None
@@ -333,18 +348,18 @@ class SessaLM(nn.Module):
             x, new = layer.step(x, past_length, rows, rope)
             for field in new:
                 out.append(field if valid is None else torch.where(valid.view(*valid.shape, *(1,) * (field.dim() - 2)), field, torch.zeros_like(field)))
-        if not all_logits:
-            if new_length is None:
-                x = x[:, -1]
-            else:
-                last = (new_length.to(torch.int64) - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[-1])
-                x = torch.gather(x, 1, last).squeeze(1)
-        logits = self.lm_head(self.norm(x))
-        return logits if logits.dtype == torch.float64 else logits.float(), *out
+        return x, out
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """logits (B,T,V) of input_ids (B,T), from an empty past."""
-        return self.graph(input_ids, None, None, None, all_logits=True)[0]
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """logits (B,T,V) of input_ids (B,T), from an empty past; with targets (B,T) in 0..V-1 the mean of their nats in place of the logits, a float32
+        scalar for training, which keeps no logits in float32 (float64 in a float64 model)."""
+        if targets is None:
+            return self.graph(input_ids, None, None, None, all_logits=True)[0]
+        return self.nats(self.body(input_ids, None, None, None)[0], targets)
+
+    def nats(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean nats of targets (B,T) behind the last layer's y (B,T,D)."""
+        return mean_nats(self.lm_head(self.norm(x)), targets)
 
     def init_cache(self, batch_size: int, capacity: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> list[SessaCache]:
         """One empty cache a layer."""

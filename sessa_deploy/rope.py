@@ -49,6 +49,14 @@ def rope_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[T
         steps = torch.arange(head_dim // 2, dtype=torch.float64, device=positions.device)
         angle = positions.to(torch.float64)[..., None, None] * BASE ** (-2.0 * steps / head_dim)
         return torch.cos(angle), torch.sin(angle)
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # numbers of the host inside a compiled graph would keep it from being captured as a CUDA graph
+        compiled: tuple[Tensor, Tensor] = _tables(positions, head_dim)
+        return compiled
+    return _exact_tables(positions, head_dim)
+
+
+def _exact_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     at = positions.to(torch.float32)[..., None, None]
     *coarse, fine = _limbs_on(head_dim, positions)
     turn = at * coarse[0]
@@ -59,6 +67,17 @@ def rope_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[T
     turn = turn - torch.floor(turn) + at * fine
     angle = turn * (2.0 * math.pi)
     return torch.cos(angle), torch.sin(angle)
+
+
+@torch.library.custom_op("sessa::rope_tables", mutates_args=())
+def _tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    return _exact_tables(positions, head_dim)
+
+
+@_tables.register_fake
+def _(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    cos, sin = (positions.new_empty((*positions.shape, 1, head_dim // 2), dtype=torch.float32) for _ in range(2))
+    return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

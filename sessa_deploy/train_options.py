@@ -33,7 +33,7 @@ class TrainOptions:
     precision: "bf16" (autocast) or "fp32"; "auto" is bf16 on a GPU. store: storage type of the checkpoint. init_from: a checkpoint whose weights,
     configuration and tokenizer the run begins with, None for random weights; init_config: its config.json where none lies beside it.
     batch_size is a process's; global_batch fixes the windows of a step over all processes, and with them accumulate. shard: parameters, gradients and
-    moments dealt out over the processes (FSDP2). compile: torch.compile of model and loss, or of each layer. activation_checkpointing: layers are
+    moments dealt out over the processes (FSDP2). compile: torch.compile of the loss and of one layer for all. activation_checkpointing: layers are
     computed anew in the backward. keep_sample: leave the beginning of the held-out text in the checkpoint; data_licence: of the
     text, for its card. Numpy's numbers are taken too. Raises UserError out of range.
     """

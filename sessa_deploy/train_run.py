@@ -78,12 +78,8 @@ class Run:
         model = SessaLM(self.config).to(self.device)
         if values is not None:
             model.load_state_dict(values)
-        layers_differ = self.options.activation_checkpointing  # with it the layers are compiled one by one
-        wrap.change_layers(model, self.options.compile and layers_differ, layers_differ)
-        stepped = wrap.replicated(model, self.group)
-        if self.options.compile and not layers_differ:
-            stepped.compile()
-        return stepped
+        wrap.change_layers(model, self.options.compile, self.options.activation_checkpointing)
+        return wrap.replicated(model, self.group)
 
     def _sharded(self, values: dict[str, Tensor] | None) -> wrap.Stepped:
         if values is None and self.group.chief:  # the weights that one process alone would begin with

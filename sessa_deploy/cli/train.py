@@ -55,7 +55,7 @@ _PREPARING = {"prepare", "data", "out", "tokenizer", "init_from", "init_config",
 @click.option("--global-batch", type=POSITIVE_INT, help="Windows of an optimizer step over all processes, a multiple of --batch-size times the processes; "
               "--accumulate follows from it.")
 @click.option("--shard/--no-shard", default=False, help="Deal parameters, gradients and moments out over the processes (FSDP2), for models beyond one GPU.")
-@click.option("--compile/--no-compile", default=False, help="torch.compile of model and loss; of each layer with --shard or --activation-checkpointing.")
+@click.option("--compile/--no-compile", default=False, help="torch.compile of the loss, and of one layer for all of them.")
 @click.option("--activation-checkpointing/--no-activation-checkpointing", default=False,
               help="Compute each layer anew in the backward instead of keeping its activations: less memory, more time.")
 @click.option("--lr", type=POSITIVE, default=2e-3, show_default=True, help="Peak learning rate; a cosine takes it to zero.")

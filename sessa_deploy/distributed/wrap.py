@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -23,28 +22,18 @@ from sessa_deploy.distributed.group import Group
 
 @dataclass
 class Stepped:
-    """A model and how its processes step it. model: what holds the parameters, by their plain names; call: what maps a micro-batch to logits; compiled:
-    what maps a micro-batch and its targets to the loss, where that is compiled too."""
+    """A model and how its processes step it. model: what holds the parameters, by their plain names; call: what maps a micro-batch and its targets to
+    the loss."""
 
     group: Group
     model: nn.Module
-    call: Callable[[Tensor], Tensor]
+    call: Callable[[Tensor, Tensor], Tensor]
     sharded: bool = False
-    compiled: Callable[[Tensor, Tensor], Tensor] | None = None
-
-    def compile(self) -> None:
-        """Compile the whole of it, loss included: two passes over the logits become one. For a model whose layers are plain, and dealt out over nobody."""
-        call = self.call
-        self.compiled = torch.compile(lambda inputs, targets: _cross_entropy(call(inputs), targets))
 
     def loss(self, inputs: Tensor, targets: Tensor, precision: contextlib.AbstractContextManager[Any]) -> Tensor:
         """Mean nats per token of a micro-batch (B,T) and its targets (B,T), the model run in a context of precision."""
-        if self.compiled is not None:
-            with precision:
-                return self.compiled(inputs, targets)
         with precision:
-            logits = self.call(inputs)
-        return _cross_entropy(logits, targets)
+            return self.call(inputs, targets)
 
     @contextlib.contextmanager
     def part(self, last: bool) -> Iterator[None]:
@@ -81,10 +70,6 @@ def dealt_out(x: Tensor) -> Any:
     return hasattr(x, "placements")
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
 def _square(tensors: list[Tensor], like: Tensor) -> Tensor:
     """The sum of all squares, float32."""
     tensors = [x for x in tensors if x.numel()]  # a process may hold nothing of a short parameter
@@ -94,29 +79,35 @@ def _square(tensors: list[Tensor], like: Tensor) -> Tensor:
 
 
 def change_layers(model: nn.Module, compiled: bool, recomputed: bool) -> None:
-    """Let each of model.layers be compiled, and computed anew in the backward so that its activations need not be kept, where that is asked for.
+    """Let the layers and the loss of a model be compiled, and each of model.layers computed anew in the backward so that its activations need not be kept,
+    where that is asked for. One layer is compiled for all of them: the time to compile does not grow with their number.
 
     Layers then give no rows of a cache: those of all layers together would be kept for nothing.
     """
     if not (compiled or recomputed):
         return
+    step = torch.compile(_step) if compiled else _step
     for layer in model.layers:  # type: ignore[union-attr]
-        layer.step = _without_rows(layer.step, compiled, recomputed)
+        layer.step = _without_rows(layer.step, step, recomputed)
+    if compiled:
+        nats: Callable[..., Tensor] = model.nats  # type: ignore[assignment]
+        object.__setattr__(model, "nats", torch.compile(nats))
 
 
-def _without_rows(step: Callable[..., Any], compiled: bool, recomputed: bool) -> Callable[..., Any]:
-    def plain(x: Tensor, past_length: Any, past: Any, rope: Any) -> Tensor:
-        y: Tensor = step(x, past_length, past, rope)[0]
-        return y
+def _step(step: Callable[..., Any], x: Tensor, past_length: Any, past: Any, rope: Any) -> Tensor:
+    y: Tensor = step(x, past_length, past, rope)[0]
+    return y
 
-    inner = torch.compile(plain) if compiled else plain
 
-    def changed(x: Tensor, past_length: Any, past: Any, rope: Any) -> tuple[Tensor, tuple[()]]:
-        if recomputed and torch.is_grad_enabled():  # nothing in a layer is random
-            return checkpoint(inner, x, past_length, past, rope, use_reentrant=False, preserve_rng_state=False), ()
-        return inner(x, past_length, past, rope), ()
+def _without_rows(step: Callable[..., Any], changed: Callable[..., Tensor], recomputed: bool) -> Callable[..., Any]:
+    def call(x: Tensor, past_length: Any, past: Any, rope: Any) -> tuple[Tensor, tuple[()]]:
+        if not torch.is_grad_enabled():  # held-out text comes in other shapes, each of which would be compiled
+            return _step(step, x, past_length, past, rope), ()
+        if recomputed:  # nothing in a layer is random
+            return checkpoint(changed, step, x, past_length, past, rope, use_reentrant=False, preserve_rng_state=False), ()
+        return changed(step, x, past_length, past, rope), ()
 
-    return changed
+    return call
 
 
 def replicated(model: nn.Module, group: Group) -> Stepped:

@@ -219,8 +219,10 @@ def no_past(q: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def _wants_other_backend(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
     """Whether SDPA left to itself would not take cuDNN on a GPU; asking costs less than setting an order that is there already."""
-    if not q.is_cuda or torch.compiler.is_compiling():
+    if not q.is_cuda or torch.compiler.is_exporting():
         return False
+    if torch.compiler.is_compiling():  # which cannot trace the question, and sets the order while it traces alone
+        return True
     return torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=grouped) != SDPBackend.CUDNN_ATTENTION.value
 
 

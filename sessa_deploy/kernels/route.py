@@ -18,7 +18,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # storage types that ha
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # not asked in a call: torch.compile cannot trace the question
 
 
-def _may_use_triton() -> bool:
+def may_use_triton() -> bool:
+    """Whether Triton is there and SESSA_TRITON=0 does not turn it off."""
     return _HAS_TRITON and os.environ.get("SESSA_TRITON") != "0"
 
 
@@ -28,7 +29,7 @@ def uses_triton(q: Tensor) -> bool:
     SESSA_TRITON=0 in the environment turns them off: the blocked PyTorch path then runs on the GPU, slower, to compare with.
     """
     width = q.shape[-1]
-    return q.is_cuda and q.dtype != torch.float64 and width % FEEDBACK_MULTIPLE == 0 and width <= FEEDBACK_MAX_WIDTH and _may_use_triton()
+    return q.is_cuda and q.dtype != torch.float64 and width % FEEDBACK_MULTIPLE == 0 and width <= FEEDBACK_MAX_WIDTH and may_use_triton()
 
 
 def keeps_rest(q: Tensor) -> bool:
@@ -125,7 +126,7 @@ def causal_forward(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tens
         return torch.empty_like(q)
     if q.is_cuda and past_k.shape[1] == 0:
         return _causal_sdpa(q, k, v)
-    if q.is_cuda and _may_use_triton() and causal_kernels_take(q):
+    if q.is_cuda and may_use_triton() and causal_kernels_take(q):
         return causal_kernels(q, k, v, past_k, past_v, past_length)
     return blocked.causal_forward(q, k, v, past_k, past_v, past_length)
 
@@ -133,7 +134,7 @@ def causal_forward(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tens
 def _causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # Bad rows are selected away without asking the device: a fused kernel multiplies masked rows by zero, and 0 * NaN is NaN.
     width = k.shape[2] * k.shape[3]
-    quick = k.dtype != torch.float64 and width % 8 == q.shape[3] % 8 == 0 and width <= FEEDBACK_MAX_WIDTH and _may_use_triton()
+    quick = k.dtype != torch.float64 and width % 8 == q.shape[3] % 8 == 0 and width <= FEEDBACK_MAX_WIDTH and may_use_triton()
     if quick:
         from sessa_deploy.kernels.causal import rows
 

@@ -39,11 +39,19 @@ def small_options(dtype: torch.dtype, tile: int = 16, rows: int = 32) -> dict[st
     }
 
 
+def with_stand_ins(options: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
+    """`options` of bfloat16 and blocks of 128 rows with the kernels that stand in for others; None, the pinned ones, on a GPU."""
+    if options is None:
+        return None
+    direct = {k: v for k, v in options["feedback_combine"].items() if k not in ("BT", "SPLIT")}
+    return {**options, "feedback_combine_direct": direct, "feedback_grad_qk": options["feedback_grad_q"]}
+
+
 def side(options: dict[str, dict[str, Any]] | None, backward: bool) -> dict[str, dict[str, Any]] | None:
     """`options` with the constexpr that tells the forward's scores and combination from the backward's."""
     if options is None:
         return None
-    return {name: {**o, "BACKWARD": backward} if name in ("feedback_scores", "feedback_combine") else o for name, o in options.items()}
+    return {name: {**o, "BACKWARD": backward} if name.startswith(("feedback_scores", "feedback_combine")) else o for name, o in options.items()}
 
 
 def make(routing: str, batch: int, tokens: int, past: int, width: int, dtype: torch.dtype, sign: float = 1.0, seed: int = 0) -> Inputs:

@@ -42,6 +42,39 @@ def test_compile_has_no_graph_break_and_the_same_gradients(device: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_a_compiled_graph_takes_no_numbers_from_the_host() -> None:
+    """They would keep it from being captured as a CUDA graph."""
+    model, ids = small("cpu")
+    calls: list[object] = []
+
+    def look(graph: torch.fx.GraphModule, example: object) -> object:
+        calls.extend(node.target for node in graph.graph.nodes if node.op in ("call_function", "get_attr"))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(model, fullgraph=True, backend=look)(ids, ids)
+    assert torch.ops.sessa.rope_tables.default in calls and torch.tensor not in calls
+    assert not any("constant" in str(call) for call in calls)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_reduce_overhead_captures_every_graph() -> None:
+    from torch._dynamo.utils import counters
+
+    model, ids = small("cuda")
+    want = loss_and_grads(model, model, ids)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        loss, grads = loss_and_grads(model, compiled, ids)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    torch.testing.assert_close(loss, want[0], rtol=1e-5, atol=1e-6)
+    for a, b in zip(grads, want[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_no_gradient(device: str, reentrant: bool) -> None:

@@ -13,17 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback.forward import near_product, plan, score_grid, wait_for
+from sessa_deploy.kernels.feedback.forward import DIRECT, combiner, plan, score_grid
 from sessa_deploy.kernels.feedback.gradients import (
     feedback_first_bad,
     feedback_grad_k,
     feedback_grad_pack,
     feedback_grad_products,
     feedback_grad_q,
+    feedback_grad_qk,
     feedback_grad_scores,
 )
-from sessa_deploy.kernels.feedback.spec import solve_variant
-from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, store_split
+from sessa_deploy.kernels.feedback.spec import FEW_WORK, solve_variant, stand_ins
+from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, near_product, store_split, wait_for
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
 from sessa_deploy.kernels.launch.limits import PANEL_BYTES
@@ -125,16 +126,22 @@ BACKWARD = (
     "feedback_grad_products", "feedback_grad_scores", "feedback_grad_q", "feedback_grad_k",
 )  # fmt: skip
 
+TOGETHER = "feedback_grad_qk"  # in place of feedback_grad_q and feedback_grad_k, where options hold it: for one panel without a past
+
 KERNELS = (
     feedback_first_bad, feedback_scores, feedback_combine, feedback_solve_transposed, feedback_grad_pack,
     feedback_grad_products, feedback_grad_scores, feedback_grad_q, feedback_grad_k,
 )  # fmt: skip
 
 
-def tiles(device: torch.device, dtype: torch.dtype, width: int) -> Options:
-    """The pinned launch options of the backward at D = width."""
-    solve = solve_variant(arch_of(device.index or 0), dtype_name(dtype), width, "bwd")
-    return pinned(BACKWARD[:3] + BACKWARD[4:], device, dtype, "bwd") | pinned(BACKWARD[3:4], device, dtype, solve)
+def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -> Options:
+    """The pinned launch options of the backward at D = width, for B T = rows (0: as many as may be)."""
+    arch, kind = arch_of(device.index or 0), dtype_name(dtype)
+    solve = solve_variant(arch, kind, width, "bwd", rows)
+    found = pinned(BACKWARD[:3] + BACKWARD[4:], device, dtype, "bwd") | pinned(BACKWARD[3:4], device, dtype, solve)
+    for name, variant in stand_ins((DIRECT, TOGETHER), arch, kind, ("few", "bwd") if 0 < rows * width < FEW_WORK else ("bwd",)).items():
+        found |= pinned((name,), device, dtype, variant)
+    return found
 
 
 class Plan:
@@ -143,7 +150,7 @@ class Plan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
-        opt = options or tiles(device, dtype, width)
+        opt = options or tiles(device, dtype, width, batch * tokens)
         split, full = dtype != torch.float32, dtype == torch.float16
         scores, solve, pack, products, by_score, by_q, by_k = (opt[n] for n in (BACKWARD[1], *BACKWARD[3:]))
         tile = solve["BT"]
@@ -151,6 +158,7 @@ class Plan:
         product = torch.float16 if split and not full else single  # of u . s
         itemsize = work.itemsize + product.itemsize + (dtype.itemsize if full else 0)
         shape = plan(batch, tokens, past, width, scores, itemsize, panel_bytes)
+        together = TOGETHER in opt and shape.panels == 1 and past == 0
         past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
         tiles_n = -(-width // solve["BN"])
         every = batch * rows
@@ -186,7 +194,11 @@ class Plan:
         self.low, self.full = "low" if split else "", "low" if full else ""
         self.past_tiles = past_tiles
         self.sync = batch + panels + panels * batch * tiles_n
-        self.run = [launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(BACKWARD, KERNELS, strict=True)]
+        self.run = [
+            combiner(device, dtype, opt) if kernel is feedback_combine else launcher(kernel, device, dtype, opt[name])
+            for name, kernel in zip(BACKWARD, KERNELS, strict=True)
+        ]
+        self.run_together = launcher(feedback_grad_qk, device, dtype, opt[TOGETHER]) if together else None
         self.bad_programs = (-(-tokens // opt["feedback_first_bad"]["BT"]), batch)
         self.panels: list[tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]] = []
         self.pack_s = ((columns // pack["BT"], batch), (tokens, past, width, columns, past_tiles * tile, 0))
@@ -204,7 +216,8 @@ class Plan:
                 ((rows // pack["BT"], batch), (tokens, past, width, rows, 0, row0)),
                 (score_grid(blocks * tile, before, batch, products), (tokens, width, columns, rows, past_tiles, all_tiles, row0)),
                 ((blocks, -(-(before + blocks) // by_score["TILES"]), batch), (tokens, columns, rows, past_tiles, all_tiles, row0)),
-                ((-(-width // by_q["BN"]), blocks, batch), (*sides, all_tiles, row0, scale)),
+                ((-(-width // opt[TOGETHER]["BN"]), 2 * blocks, batch), (tokens, width, columns, rows, all_tiles, blocks, scale)) if together
+                else ((-(-width // by_q["BN"]), blocks, batch), (*sides, all_tiles, row0, scale)),
                 ((-(-width // by_k["BN"]), before + blocks, batch), (*sides, all_tiles, row0, blocks, add, scale)),
             ))  # fmt: skip
 
@@ -215,18 +228,18 @@ _plan = lru_cache(maxsize=256)(Plan)
 def backward(
     ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, s_low: Tensor | None,
     past_k: Tensor, past_s: Tensor, past_length: Tensor,
-    options: Options | None = None, panel_bytes: int = PANEL_BYTES,
+    options: Options | None = None, panel_bytes: int = PANEL_BYTES, made: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dgamma, df, dpast_k, dpast_s) of the forward that gave s (B,T,D), lse (B,T) and s_low (B,T,D). Shapes and dtypes as the inputs'.
 
-    Rows from a sequence's first one with NaN or Inf in q, k or s on get gradient 0 and contribute none. options: as in the forward.
+    Rows from a sequence's first one with NaN or Inf in q, k or s on get gradient 0 and contribute none. options, made: as in the forward.
     """
     ds, q, k, gamma, s, past_k, past_s, lse = (aligned(x) for x in (ds, q, k, gamma, s, past_k, past_s, lse))
     s_low = None if s_low is None else aligned(s_low)
     batch, tokens, width = q.shape
     device = q.device
     shape = (device, q.dtype, batch, tokens, past_k.shape[1], width)
-    p = Plan(*shape, options, panel_bytes) if options else _plan(*shape, None, panel_bytes)
+    p = made or (Plan(*shape, options, panel_bytes) if options else _plan(*shape, None, panel_bytes))
     if past_length.dtype != torch.int32:
         past_length = past_length.to(torch.int32)
     dq, dk, df = torch.empty_like(q), torch.empty_like(k), torch.empty_like(q)
@@ -259,6 +272,9 @@ def backward(
         pack(by_pack[0], a_df, rest, a_past_s, a_length, bad, u, u_low, u_scale, *by_pack[1])
         products(by_products[0], u, u_low, u_scale, s_all, s_all_low, s_scale, a_length, bad, e, r, r_scales, at["r_sums"], *by_products[1])
         grad_of_scores(by_grad[0], e, r, r_scales, at["r_sums"], factor, inverse_sum, grad, grad_scales, a_dgamma, a_length, bad, *by_grad[1])
+        if p.run_together is not None:
+            p.run_together(by_q[0], grad, grad_scales, a_q, a_k, a_length, bad, a_dq, a_dk, *by_q[1])
+            continue
         grad_of_q(by_q[0], grad, grad_scales, a_k, a_past_k, a_length, bad, a_dq, *by_q[1])
         grad_of_k(by_k[0], grad, grad_scales, a_q, a_length, bad, at["carry_k"], a_dk, a_dpast_k, *by_k[1])
     return dq, dk, dgamma, df, dpast_k, dpast_s

@@ -15,10 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback.spec import solve_variant
-from sessa_deploy.kernels.feedback.tiles import apply_inverse, feedback_combine, feedback_scores, finite, grouped_size, store_split
+from sessa_deploy.kernels.feedback.combine import feedback_combine_direct
+from sessa_deploy.kernels.feedback.spec import solve_variant, stand_ins
+from sessa_deploy.kernels.feedback.tiles import (
+    apply_inverse,
+    feedback_combine,
+    feedback_scores,
+    finite,
+    grouped_size,
+    near_product,
+    store_split,
+    wait_for,
+)
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
+from sessa_deploy.kernels.launch.jit import Launcher, Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
 from sessa_deploy.kernels.launch.limits import PANEL_BYTES
 
 
@@ -35,30 +45,6 @@ def feedback_pack(past_s, past_length, w, w_low, scales, P, D, C, BT: tl.constex
         p_tile = (i_b * C + i_t * BT) * D + o_t[:, None] * D + o_n[None, :]
         p_scale = (i_b * (C // BT) + i_t) * tl.num_programs(1) + i_n
         store_split(b_x, tl.max(tl.max(tl.abs(b_x), axis=1), axis=0), w, w_low, scales, p_tile, p_scale, m_n, SPLIT, True)
-
-
-@triton.jit
-def wait_for(p_done, tiles):
-    """Spin until the counter reaches `tiles`; returns what it reads."""
-    ready = tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
-    while ready < tiles:
-        ready = tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
-    return ready
-
-
-@triton.jit
-def near_product(b_near, b_low, w, w_low, o_tile, m_n, FULL: tl.constexpr, LOW: tl.constexpr, SPLIT: tl.constexpr):
-    """near @ s of one block: high halves, with LOW also the low half of s, with FULL near's as well."""
-    b_w = tl.load(w + o_tile, mask=m_n, other=0.0, cache_modifier=".cg")
-    if SPLIT and LOW:
-        b_l = tl.load(w_low + o_tile, mask=m_n, other=0.0, cache_modifier=".cg")
-        acc = tl.dot(b_near, b_l)
-        if FULL:
-            acc = tl.dot(b_low, b_w, acc)
-        acc = tl.dot(b_near, b_w, acc)
-    else:
-        acc = tl.dot(b_near, b_w, input_precision="ieee")
-    return acc
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_solve"))
@@ -220,13 +206,24 @@ def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n:
 
 
 FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_solve")
-KERNELS = (feedback_pack, feedback_scores, feedback_combine, feedback_solve)
+KERNELS = (feedback_pack, feedback_scores)
+DIRECT = "feedback_combine_direct"  # in place of feedback_combine, where options hold it
 
 
-def tiles(device: torch.device, dtype: torch.dtype, width: int) -> Options:
-    """The pinned launch options of the forward at D = width."""
-    solve = solve_variant(arch_of(device.index or 0), dtype_name(dtype), width, "fwd")
-    return pinned(FORWARD[1:3], device, dtype, "fwd") | pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
+def combiner(device: torch.device, dtype: torch.dtype, options: Options) -> Launcher:
+    """The launcher of either combination."""
+    direct = DIRECT in options
+    return launcher(feedback_combine_direct if direct else feedback_combine, device, dtype, options[DIRECT if direct else "feedback_combine"])
+
+
+def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -> Options:
+    """The pinned launch options of the forward at D = width, for B T = rows (0: as many as may be)."""
+    arch, kind = arch_of(device.index or 0), dtype_name(dtype)
+    solve = solve_variant(arch, kind, width, "fwd", rows)
+    found = pinned(FORWARD[1:3], device, dtype, "fwd") | pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
+    for name, variant in stand_ins((DIRECT,), arch, kind, ("fwd",)).items():
+        found |= pinned((name,), device, dtype, variant)
+    return found
 
 
 class Plan:
@@ -235,7 +232,7 @@ class Plan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
-        opt = options or tiles(device, dtype, width)
+        opt = options or tiles(device, dtype, width, batch * tokens)
         scores, solve = opt["feedback_scores"], opt["feedback_solve"]
         tile = solve["BT"]
         split = dtype != torch.float32
@@ -246,9 +243,9 @@ class Plan:
         sizes = workspace_sizes(shape, work, pair, tiles_n, split)
         self.workspace = Workspace(sizes)
         self.low = "low" if split else ""
-        self.run_pack, self.run_scores, self.run_combine, self.run_solve = (
-            launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(FORWARD, KERNELS, strict=True)
-        )
+        self.run_pack, self.run_scores = (launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(FORWARD[:2], KERNELS, strict=True))
+        self.run_combine = combiner(device, dtype, opt)
+        self.run_solve = launcher(feedback_solve, device, dtype, solve)
         self.pack = ((past_tiles, tiles_n, batch), (past, width, columns)) if past_tiles else None
         self.panels: list[tuple[Any, ...]] = []
         for panel in range(panels):
@@ -270,18 +267,18 @@ _plan = lru_cache(maxsize=256)(Plan)
 
 def forward(
     q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool = True,
-    options: Options | None = None, panel_bytes: int = PANEL_BYTES,
+    options: Options | None = None, panel_bytes: int = PANEL_BYTES, made: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """s (B,T,D) in the storage dtype; lse (B,T) float32 and, with 16-bit storage, what rounding took from s (B,T,D), None unless wanted.
 
     need_lse: whether a backward will follow, which takes both. Shapes and meaning as in `ops.feedback_attention`.
-    options: launch options by kernel name in place of the pinned ones (tuning, small tiles under the interpreter).
+    options: launch options by kernel name in place of the pinned ones (tuning, small tiles under the interpreter); made: the plan of such a call.
     """
     q, k, gamma, f, past_k, past_s = (aligned(x) for x in (q, k, gamma, f, past_k, past_s))
     batch, tokens, width = q.shape
     device = q.device
     shape = (device, q.dtype, batch, tokens, past_k.shape[1], width)
-    p = Plan(*shape, options, panel_bytes) if options else _plan(*shape, None, panel_bytes)
+    p = made or (Plan(*shape, options, panel_bytes) if options else _plan(*shape, None, panel_bytes))
     if past_length.dtype != torch.int32:
         past_length = past_length.to(torch.int32)
     s = torch.empty_like(f)

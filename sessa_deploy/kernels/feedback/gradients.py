@@ -203,6 +203,14 @@ def feedback_grad_q(
 ):  # fmt: skip
     """Grid (D tiles, row blocks, B), last rows first: dq_i = scale sum_j grad_ij k_j. BK divides BT."""
     i_r = tl.num_programs(1) - 1 - tl.program_id(1)
+    grad_q_block(i_r, grad, grad_scales, k, past_k, past_length, bad, dq, T, P, D, C, R, NP, NT, row0, scale, BT, BN, BK, STAGES, SCALED)
+
+
+@triton.jit
+def grad_q_block(
+    i_r, grad, grad_scales, k, past_k, past_length, bad, dq, T, P, D, C, R, NP, NT, row0, scale,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
     i_b = tl.program_id(2).to(tl.int64)
     o_r, o_t, o_n = tl.arange(0, BT), tl.arange(0, BK), tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = (o_n < D)[None, :]
@@ -231,6 +239,14 @@ def feedback_grad_k(
     Column tiles of earlier panels go to carry (B,C,D) float32 and come back from it (add) in the panel that owns them; the past's in the last one.
     """
     i_t = tl.program_id(1)
+    grad_k_block(i_t, grad, grad_scales, q, past_length, bad, carry, dk, dpast_k, T, P, D, C, R, NP, NT, row0, blocks, add, scale, BT, BN, BK, STAGES, SCALED)
+
+
+@triton.jit
+def grad_k_block(
+    i_t, grad, grad_scales, q, past_length, bad, carry, dk, dpast_k, T, P, D, C, R, NP, NT, row0, blocks, add, scale,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
     i_b = tl.program_id(2).to(tl.int64)
     o_t, o_k, o_n = tl.arange(0, BT), tl.arange(0, BK), tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = (o_n < D)[None, :]
@@ -272,3 +288,16 @@ def feedback_grad_k(
         tl.store(p_out, acc.to(dk.dtype.element_ty), mask=(row + o_t < T)[:, None] & m_n)
     else:
         tl.store(p_carry, acc, mask=m_n)
+
+
+@triton.jit(do_not_specialize=table.do_not_specialize("feedback_grad_qk"))
+def feedback_grad_qk(
+    grad, grad_scales, q, k, past_length, bad, dq, dk, T, D, C, R, NT, blocks, scale,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Grid (D tiles, 2 blocks, B): `feedback_grad_q` and `feedback_grad_k` in turn, the longest first, for the only panel without a past."""
+    i_r = tl.program_id(1) // 2
+    if tl.program_id(1) % 2 == 0:
+        grad_q_block(blocks - 1 - i_r, grad, grad_scales, k, k, past_length, bad, dq, T, 0, D, C, R, 0, NT, 0, scale, BT, BN, BK, STAGES, SCALED)
+    else:
+        grad_k_block(i_r, grad, grad_scales, q, past_length, bad, dq, dk, dk, T, 0, D, C, R, 0, NT, 0, blocks, 0, scale, BT, BN, BK, STAGES, SCALED)

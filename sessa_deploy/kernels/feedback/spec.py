@@ -12,6 +12,22 @@ _WIDTHS = tuple(map(str, FEEDBACK_WIDTHS))
 _ROWS_STEPS = tuple(map(str, ROWS_WIDTHS))
 _HALF = ("fp16", "bf16")  # storage that matrix instructions take
 
+_COMBINE = (
+    *pointers("e", type="*work"),
+    *pointers("peak", "total", type="*fp32"),
+    Param("gamma", "*fp32"),
+    Param("past_length", "*i32"),
+    *pointers("row_peak", "factor", type="*fp32"),
+    Param("lse", "*fp32"),
+    *pointers("x", type="*fp32"),
+    *pointers("inverse", "inverse_low", type="*half_pair"),
+    *pointers("near", "near_low", type="*work"),
+    *pointers("near_scale", type="*fp32"),
+    *integers("T"),
+    *(Param(n, "i32", True) for n in ("C", "R")),
+    *integers("NP", "NT", "row0", "B", "blocks"),
+)
+
 KERNELS = by_name((
     Kernel(
         "feedback_step_partial",
@@ -139,21 +155,7 @@ KERNELS = by_name((
     Kernel(
         "feedback_combine",
         f"{_PACKAGE}.tiles",
-        (
-            *pointers("e", type="*work"),
-            *pointers("peak", "total", type="*fp32"),
-            Param("gamma", "*fp32"),
-            Param("past_length", "*i32"),
-            *pointers("row_peak", "factor", type="*fp32"),
-            Param("lse", "*fp32"),
-            *pointers("x", type="*fp32"),
-            *pointers("inverse", "inverse_low", type="*half_pair"),
-            *pointers("near", "near_low", type="*work"),
-            *pointers("near_scale", type="*fp32"),
-            *integers("T"),
-            *(Param(n, "i32", True) for n in ("C", "R")),
-            *integers("NP", "NT", "row0", "B", "blocks"),
-        ),
+        _COMBINE,
         ("BT", "CHUNK", "BACKWARD", "SPLIT"),
         ("fwd", "bwd"),
         scalar_loads=128,
@@ -204,6 +206,15 @@ KERNELS = by_name((
         ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"),
         ("bwd", "wide"),
         lowered=False,
+    ),
+    Kernel(
+        "feedback_combine_direct",
+        f"{_PACKAGE}.combine",
+        _COMBINE,
+        ("CHUNK", "BACKWARD"),
+        ("fwd", "bwd"),
+        lowered=False,
+        scalar_loads=128,
     ),
     Kernel(
         "feedback_first_bad",
@@ -312,14 +323,52 @@ KERNELS = by_name((
         ("bwd",),
         lowered=False,
     ),
+    Kernel(
+        "feedback_grad_qk",
+        f"{_PACKAGE}.gradients",
+        (
+            *pointers("grad"),
+            Param("grad_scales", "*fp32"),
+            *pointers("q", "k"),
+            Param("past_length", "*i32"),
+            Param("bad", "*i32"),
+            *pointers("dq", "dk"),
+            *integers("T"),
+            *(Param(n, "i32", True) for n in ("D", "C", "R")),
+            *integers("NT", "blocks"),
+            Param("scale", "fp32"),
+        ),
+        ("BT", "BN", "BK", "STAGES", "SCALED"),
+        ("bwd", "few"),
+        lowered=False,
+    ),
 ))  # fmt: skip
 
 
-def solve_variant(arch: int, dtype: str, width: int, side: str) -> str:
+# B T D, measured on an H200 in bf16
+WIDE_WORK = 9 << 20  # from which a solve takes wide tiles: shorter chains matter below, reads above
+FEW_WORK = 2 << 20  # below which the gradients' tiles are small, or there are fewer than multiprocessors
+
+
+def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0) -> str:
     """"wide" or `side` ("fwd" or "bwd"): wide tiles read less for a product, narrow ones make a shorter chain, which few columns of D expose.
 
-    Depends on D alone, so that a sequence's bits do not depend on its batch.
+    Without rows it depends on D alone. rows: B T, where tiles of both widths were timed; a tile's width changes nothing in a row's sums but the power of two
+    that s has between blocks, and that no bit unless a value is 2^29 times smaller than the largest of its tile.
     """
     name = "feedback_solve" if side == "fwd" else "feedback_solve_transposed"
     resolved = max((a for a in ARCHS if a <= arch and table.has(name, a, dtype, side)), default=arch)
-    return "wide" if width >= WIDE and table.has(name, resolved, dtype, "wide") else side
+    if not table.has(name, resolved, dtype, "wide"):
+        return side
+    timed = rows and table.tuned(name, resolved, dtype, side) and table.tuned(name, resolved, dtype, "wide")
+    return "wide" if (rows * width >= WIDE_WORK if timed else width >= WIDE) else side
+
+
+def stand_ins(names: tuple[str, ...], arch: int, dtype: str, variants: tuple[str, ...]) -> dict[str, str]:
+    """Those of `names` that were timed on this architecture and are taken in place of the kernels they stand in for, each with its one of `variants`."""
+    found = {}
+    for name in names:
+        variant = next((v for v in variants if table.has(name, arch, dtype, v)), None)
+        if variant is not None and table.tuned(name, arch, dtype, variant):
+            found[name] = variant
+    return found

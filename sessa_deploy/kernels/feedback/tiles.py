@@ -295,6 +295,30 @@ def store_split(b_x, amax, high, low, scales, p_tile, p_scale, m_tile, SPLIT: tl
 
 
 @triton.jit
+def wait_for(p_done, tiles):
+    """Spin until the counter reaches `tiles`; returns what it reads."""
+    ready = tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
+    while ready < tiles:
+        ready = tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
+    return ready
+
+
+@triton.jit
+def near_product(b_near, b_low, w, w_low, o_tile, m_n, FULL: tl.constexpr, LOW: tl.constexpr, SPLIT: tl.constexpr):
+    """near @ s of one block: high halves, with LOW also the low half of s, with FULL near's as well."""
+    b_w = tl.load(w + o_tile, mask=m_n, other=0.0, cache_modifier=".cg")
+    if SPLIT and LOW:
+        b_l = tl.load(w_low + o_tile, mask=m_n, other=0.0, cache_modifier=".cg")
+        acc = tl.dot(b_near, b_l)
+        if FULL:
+            acc = tl.dot(b_low, b_w, acc)
+        acc = tl.dot(b_near, b_w, acc)
+    else:
+        acc = tl.dot(b_near, b_w, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def apply_inverse(b_inv, b_low, b_x, SPLIT: tl.constexpr):
     """inverse @ x to float32 accuracy: bfloat16 pairs in three products (16 bits, float32's range), else float32 products."""
     if SPLIT:

@@ -31,6 +31,7 @@ def tiles(kind: str, width: int = 0) -> Tiles:
         "append": {"BD": 1024, "num_warps": 4},
         "collect": {"BT": 16, "BD": 128, "num_warps": 4},
         "flat": {"BT": 8, "BD": 256, "num_warps": 4},
+        "logits": {"BD": 4096, "num_warps": 8},
         "flat sums": {"BT": 4, "BD": 128, "num_warps": 4},
         "total": {"BT": 32, "BD": 32, "num_warps": 4},
     }[kind]

@@ -291,3 +291,39 @@ def fused_append(
             append_row(b, b_store, i_b, i_t, at, tokens, capacity, b8 * 8, d8 * 8, BD)
         else:
             append_row(s, s_store, i_b, i_t, at, tokens, capacity, s8 * 8, d8 * 8, BD)
+
+
+@triton.jit(do_not_specialize=["v8"])
+def fused_nats(logits, targets, lse, nats, v8, BD: tl.constexpr):
+    """Grid (N,): lse (N,) of the rows of logits (N, 8 v8), and nats = lse - logits[target], both float32."""
+    row = tl.program_id(0).to(tl.int64)
+    V = v8 * 8
+    o_v = tl.arange(0, BD)
+    p_x = logits + row * V
+    b_peak = tl.full([BD], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BD], dtype=tl.float32)
+    for i in range(0, V, BD):  # every lane its own maximum, so that nothing crosses lanes before the end
+        b_x = tl.load(p_x + i + o_v, mask=i + o_v < V, other=float("-inf")).to(tl.float32)
+        b_new = tl.maximum(b_peak, b_x)
+        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_sum = b_sum * tl.exp(b_peak - b_base) + tl.exp(b_x - b_base)
+        b_peak = b_new
+    top = tl.max(b_peak, axis=0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = top + tl.log(tl.sum(b_sum * tl.exp(b_peak - base), axis=0))
+    tl.store(lse + row, total)
+    tl.store(nats + row, total - tl.load(p_x + tl.load(targets + row)).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["v8"])
+def fused_nats_grad(logits, targets, lse, each, out, v8, BD: tl.constexpr):
+    """Grid (N,): out (N, 8 v8) = each (softmax(logits) - one at the target)."""
+    row = tl.program_id(0).to(tl.int64)
+    V = v8 * 8
+    o_v = tl.arange(0, BD)
+    scale, total, target = tl.load(each), tl.load(lse + row), tl.load(targets + row)
+    for i in range(0, V, BD):
+        m_v = i + o_v < V
+        b_x = tl.load(logits + row * V + i + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
+        b_g = scale * (tl.exp(b_x - total) - tl.where(i + o_v == target, 1.0, 0.0))
+        tl.store(out + row * V + i + o_v, b_g.to(out.dtype.element_ty), mask=m_v)

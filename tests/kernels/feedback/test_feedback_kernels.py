@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from feedback_cases import DEVICE, NAMES, ROUTINGS, TINY, Inputs, gradients, make, poison, side, small_options, underflow
+from feedback_cases import DEVICE, NAMES, ROUTINGS, TINY, Inputs, gradients, make, poison, side, small_options, underflow, with_stand_ins
 from rule import STORAGE, check
 
 from sessa_deploy.cuda_arch import ARCHS
@@ -20,9 +20,10 @@ from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import PANEL_BYTES
 
 
-def run(x: Inputs, ds: torch.Tensor | None = None, panel_bytes: int = PANEL_BYTES, tile: int = 16) -> tuple[torch.Tensor, ...]:
-    """s, and with ds the six gradients; tile: rows of a block under the interpreter."""
+def run(x: Inputs, ds: torch.Tensor | None = None, panel_bytes: int = PANEL_BYTES, tile: int = 16, stand_ins: bool = False) -> tuple[torch.Tensor, ...]:
+    """s, and with ds the six gradients; tile: rows of a block under the interpreter; stand_ins: with the kernels that stand in for others."""
     options = small_options(x[0].dtype, tile, max(tile, 32))
+    options = with_stand_ins(options) if stand_ins else options
     s, lse, low = fwd.forward(*x, need_lse=True, options=side(options, False), panel_bytes=panel_bytes)
     assert lse is not None
     if ds is None:
@@ -32,12 +33,12 @@ def run(x: Inputs, ds: torch.Tensor | None = None, panel_bytes: int = PANEL_BYTE
     return (s, *grads)
 
 
-def verify(x: Inputs, backward: bool, panel_bytes: int = PANEL_BYTES, seed: int = 1, tile: int = 16) -> None:
+def verify(x: Inputs, backward: bool, panel_bytes: int = PANEL_BYTES, seed: int = 1, tile: int = 16, stand_ins: bool = False) -> None:
     """s, and with `backward` the six gradients, within design.md's rule."""
     storage = x[0].dtype
     ds = torch.randn(x[0].shape, generator=torch.Generator().manual_seed(seed)).to(x[0])
     exact, plain = gradients(x, ds, torch.float64), gradients(x, ds, storage)
-    got = run(poison(x), ds if backward else None, panel_bytes, tile)
+    got = run(poison(x), ds if backward else None, panel_bytes, tile, stand_ins)
     lost = underflow(x, exact) if backward and storage != torch.float32 else {}
     for name, a, b, c in zip(("s", *NAMES), got, exact, plain, strict=False):
         check(a, b, c, storage, name, lost=lost.get(name, 0.0) + TINY)
@@ -53,6 +54,16 @@ def test_routings(routing: str, dtype: str) -> None:
 def test_bfloat16_blocks_of_128_rows_hand_on_one_half(routing: str) -> None:
     """As pinned on sm_90: rounding at every block's edge must not add up beyond the rule."""
     verify(make(routing, 1, 520, 0, 16, torch.bfloat16), backward=True, tile=128)
+
+
+@pytest.mark.parametrize("routing", ["random", "chain", "large"])
+def test_kernels_that_stand_in_for_others(routing: str) -> None:
+    verify(make(routing, 1, 400, 0, 16, torch.bfloat16), backward=True, tile=128, stand_ins=True)
+
+
+@pytest.mark.parametrize("past, panel_bytes", [(200, PANEL_BYTES), (0, 2 * 400 * 256)], ids=("past", "panels"))
+def test_they_take_a_past_and_panels(past: int, panel_bytes: int) -> None:
+    verify(make("chain", 2, 300, past, 16, torch.bfloat16), backward=True, panel_bytes=panel_bytes, tile=128, stand_ins=True)
 
 
 @pytest.mark.parametrize("dtype", STORAGE)
