@@ -34,7 +34,7 @@ from sessa_deploy.kernels.launch.jit import Options, launcher
 
 TEN = ((1, 2048, 768), (1, 8192, 1024), (8, 2048, 1024), (4, 8192, 1024), (1, 16384, 1024),
        (2, 4096, 1536), (1, 8192, 2048), (4, 2048, 512), (2, 5000, 1024), (16, 1024, 768))
-OURS = (forward.DIRECT, backward.TOGETHER)  # kernels that stand in for others
+OURS = (backward.TOGETHER,)  # kernels that stand in for others
 PATIENCE = 20.0  # seconds after which an arrangement hangs
 Change = dict[str, dict[str, Any]]
 
@@ -42,11 +42,10 @@ Change = dict[str, dict[str, Any]]
 def arrangements(back: bool) -> dict[str, Change]:
     """Label -> what it changes of today's options, {} for a kernel that is left out."""
     solve = "feedback_solve_transposed" if back else "feedback_solve"
-    found: dict[str, Change] = {"today": {}, "old combination": {forward.DIRECT: {}}}
+    found: dict[str, Change] = {"today": {}}
     for bn, more in ((64, {}), (128, {}), (64, {"STAGES": 2, "maxnreg": 128}), (64, {"num_warps": 16}), (128, {"num_warps": 16}),
                      (64, {"STAGES": 2, "num_warps": 4})):
         found[f"{bn} columns" + "".join(f" {k} {v}" for k, v in more.items())] = {solve: {"BN": bn, **more}}
-    found["combination of 16 warps"] = {forward.DIRECT: {"num_warps": 16}}
     if back:
         found["two gradients"] = {backward.TOGETHER: {}}
         for bn, stages in ((128, 4), (256, 3)):

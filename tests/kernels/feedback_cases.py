@@ -43,8 +43,7 @@ def with_stand_ins(options: dict[str, dict[str, Any]] | None) -> dict[str, dict[
     """`options` of bfloat16 and blocks of 128 rows with the kernels that stand in for others; None, the pinned ones, on a GPU."""
     if options is None:
         return None
-    direct = {k: v for k, v in options["feedback_combine"].items() if k not in ("BT", "SPLIT")}
-    return {**options, "feedback_combine_direct": direct, "feedback_grad_qk": options["feedback_grad_q"]}
+    return {**options, "feedback_grad_qk": options["feedback_grad_q"]}
 
 
 def side(options: dict[str, dict[str, Any]] | None, backward: bool) -> dict[str, dict[str, Any]] | None:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback.forward import DIRECT, combiner, plan, score_grid
+from sessa_deploy.kernels.feedback.forward import combiner, plan, score_grid
 from sessa_deploy.kernels.feedback.gradients import (
     feedback_first_bad,
     feedback_grad_k,
@@ -139,7 +139,7 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
     solve = solve_variant(arch, kind, width, "bwd", rows)
     found = pinned(BACKWARD[:3] + BACKWARD[4:], device, dtype, "bwd") | pinned(BACKWARD[3:4], device, dtype, solve)
-    for name, variant in stand_ins((DIRECT, TOGETHER), arch, kind, ("few", "bwd") if 0 < rows * width < FEW_WORK else ("bwd",)).items():
+    for name, variant in stand_ins((TOGETHER,), arch, kind, ("few", "bwd") if 0 < rows * width < FEW_WORK else ("bwd",)).items():
         found |= pinned((name,), device, dtype, variant)
     return found
 

@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback.combine import feedback_combine_direct
-from sessa_deploy.kernels.feedback.spec import solve_variant, stand_ins
+from sessa_deploy.kernels.feedback.spec import solve_variant
 from sessa_deploy.kernels.feedback.tiles import (
     apply_inverse,
     feedback_combine,
@@ -207,23 +206,18 @@ def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n:
 
 FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_solve")
 KERNELS = (feedback_pack, feedback_scores)
-DIRECT = "feedback_combine_direct"  # in place of feedback_combine, where options hold it
 
 
 def combiner(device: torch.device, dtype: torch.dtype, options: Options) -> Launcher:
-    """The launcher of either combination."""
-    direct = DIRECT in options
-    return launcher(feedback_combine_direct if direct else feedback_combine, device, dtype, options[DIRECT if direct else "feedback_combine"])
+    """The launcher of the combination."""
+    return launcher(feedback_combine, device, dtype, options["feedback_combine"])
 
 
 def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -> Options:
     """The pinned launch options of the forward at D = width, for B T = rows (0: as many as may be)."""
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
     solve = solve_variant(arch, kind, width, "fwd", rows)
-    found = pinned(FORWARD[1:3], device, dtype, "fwd") | pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
-    for name, variant in stand_ins((DIRECT,), arch, kind, ("fwd",)).items():
-        found |= pinned((name,), device, dtype, variant)
-    return found
+    return pinned(FORWARD[1:3], device, dtype, "fwd") | pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
 
 
 class Plan:

@@ -208,15 +208,6 @@ KERNELS = by_name((
         lowered=False,
     ),
     Kernel(
-        "feedback_combine_direct",
-        f"{_PACKAGE}.combine",
-        _COMBINE,
-        ("CHUNK", "BACKWARD"),
-        ("fwd", "bwd"),
-        lowered=False,
-        scalar_loads=128,
-    ),
-    Kernel(
         "feedback_first_bad",
         f"{_PACKAGE}.gradients",
         (*pointers("q", "k", "s"), Param("bad", "*i32"), *integers("T"), Param("D", "i32", True)),
