@@ -72,9 +72,9 @@ def options(back: bool, shape: tuple[int, ...], change: Change) -> Options:
 
 def compiled(name: str, choice: dict[str, Any]) -> str:
     """Compile one binary into Triton's cache, in a process of its own. Returns what went wrong."""
-    from sessa_deploy.kernels.feedback import combine, gradients, tiles
+    from sessa_deploy.kernels.feedback import gradients, tiles
 
-    module = next(m for m in (forward, backward, combine, gradients, tiles) if hasattr(m, name))
+    module = next(m for m in (forward, backward, gradients, tiles) if hasattr(m, name))
     try:
         launcher(getattr(module, name), torch.device("cuda", 0), torch.bfloat16, choice)
     except Exception as error:
