@@ -14,15 +14,13 @@ import time
 
 import torch
 from gpu import copy_bandwidth
-from products import DTYPES, Case, Options, compile_all
+from products import DTYPES, FORMATS, Case, Options, compile_all
 
-from sessa_deploy.contract import WEIGHT_FORMATS
 from sessa_deploy.kernels.engine.spec import product_choice
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import pinned, weights_name
+from sessa_deploy.kernels.launch.jit import pinned
 
 KERNELS = ("layer_linear", "layer_out", "layer_tail", "layer_enter", "layer_project_gain", "layer_logits")
-FORMATS = {"": "", **{name: weights_name(getattr(torch, f.torch)) for name, f in WEIGHT_FORMATS.items()}}  # format -> as the tables call it
 
 
 def chosen(kernel: str, rows: int, width: int, dtype: torch.dtype, weights: str) -> tuple[str, str, Options]:
@@ -43,8 +41,8 @@ def main() -> int:
     begun, dtype = time.perf_counter(), DTYPES[args.dtype]
     torch.backends.cuda.matmul.allow_tf32 = False
     cases = [(k, r, w) for w in args.widths for r in args.rows for k in KERNELS if k != "layer_logits" or r <= 64]
-    jobs = {(name, options["BN"], options["BK"], kind, variant): (name, dtype, kind, options) for k, r, w in cases for weights in FORMATS.values()
-            for variant in [str(r)] for name, kind, options in [chosen(k, r, w, dtype, weights)]}  # fmt: skip
+    jobs = {(name, options["BN"], options["BK"], kind, r): (name, dtype, kind, options) for k, r, w in cases for weights in FORMATS.values()
+            for name, kind, options in [chosen(k, r, w, dtype, weights)]}  # fmt: skip
     for why in compile_all(list(jobs.values())).values():
         print(why, flush=True)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.dtype}; compiled {len(jobs)} in {time.perf_counter() - begun:.0f} s", flush=True)

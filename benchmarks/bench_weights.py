@@ -105,8 +105,8 @@ def prove(given: argparse.Namespace) -> int:
     return failed
 
 
-def opened(form: str, place: Path, given: argparse.Namespace, batch: int, capacity: int) -> tuple[Runtime, int | None]:
-    """One form's backend, and the bytes of device memory that it took."""
+def opened(place: Path, given: argparse.Namespace, batch: int, capacity: int) -> tuple[Runtime, int | None]:
+    """A bundle's backend, and the bytes of device memory that it took."""
     bundle = Bundle.open(place, verify=False)
     job = {"peer": "ort" if given.cpu else "ort-cuda", "config": bundle.config.to_dict(), "precision": bundle.precision, "bundle": str(place),
            "device": "cpu" if given.cpu else "cuda", "trt_bundles": [], "build": None}  # fmt: skip
@@ -125,7 +125,7 @@ def measure(places: dict[str, Path], given: argparse.Namespace) -> dict[str, Any
         failed: dict[str, str] = {}
         for form, place in places.items():
             try:
-                peers[form], held[form] = opened(form, place, given, *shape)
+                peers[form], held[form] = opened(place, given, *shape)
             except Exception as error:
                 traceback.print_exc()
                 failed[form] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

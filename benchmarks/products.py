@@ -18,6 +18,7 @@ from sessa_deploy.kernels.engine import layer
 from sessa_deploy.kernels.launch.jit import address, launcher, pinned, weights_name
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+FORMATS = {"": "", **{name: weights_name(getattr(torch, f.torch)) for name, f in WEIGHT_FORMATS.items()}}  # format -> as the tables call it
 COLD = 192 << 20  # bytes of weights that no cache holds
 EPS = 1e-5
 Options = dict[str, Any]

@@ -341,7 +341,7 @@ def scale_out(arguments: argparse.Namespace, group: Group, device: torch.device)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    allowed = {"sizes": tuple(SIZES), "contexts": ("2048", "8192"), "models": ("sessa", "llama", "official"), "modes": ("eager", "graphed", "compiled")}
+    allowed = {"sizes": ("125M", "350M"), "contexts": ("2048", "8192"), "models": ("sessa", "llama", "official"), "modes": ("eager", "graphed", "compiled")}
     for name, words in allowed.items():
         parser.add_argument(f"--{name}", default=",".join(words), help=f"some of {','.join(words)}" if name != "contexts" else "any lengths")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a point")

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from products import DTYPES, Case, Job, compile_all
+from products import DTYPES, FORMATS, Case, Job, compile_all
 
-from sessa_deploy.contract import WEIGHT_FORMATS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import arch_of, weights_name
+from sessa_deploy.kernels.launch.jit import arch_of
 
 # BM, BN, BK, KS, warps, stages
 SMALL = [(16, 16, 128, 1, 4, 4), (16, 16, 256, 1, 4, 3), (16, 16, 256, 2, 2, 3), (16, 16, 256, 4, 4, 3), (16, 16, 256, 4, 4, 4),
@@ -81,7 +80,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, nargs="+", default=[1024])
     parser.add_argument("--vocabulary", type=int, default=50304)
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16", "fp32"))
-    parser.add_argument("--weights", nargs="+", default=[""], choices=("", *WEIGHT_FORMATS), help="of 8 bits in place of the dtype's")
+    parser.add_argument("--weights", nargs="+", default=[""], choices=tuple(FORMATS), help="of 8 bits in place of the dtype's")
     parser.add_argument("--seconds", type=float, default=45.0, help="begin no further candidate after this long")
     parser.add_argument("--only", nargs="*", default=[], metavar="KERNEL:VARIANT", help="e.g. layer_tail:any; default: all")
     parser.add_argument("--skip", nargs="*", default=[], metavar="KERNEL", help="e.g. layer_out, which does what layer_linear does")
@@ -90,14 +89,13 @@ def main() -> int:
     parser.add_argument("--pin", action="store_true", help="write the best into the launch table")
     args = parser.parse_args()
     dtype, begun, arch, found = DTYPES[args.dtype], time.perf_counter(), arch_of(0), []
-    kinds = {format: weights_name(getattr(torch, WEIGHT_FORMATS[format].torch)) if format else "" for format in args.weights}
     options: dict[tuple[Any, ...], dict[str, Any]] = {}  # a job's, the same object at every launch
     made: set[tuple[str, ...]] = set()
     failed: dict[tuple[str, ...], str] = {}
     for width, variant in ((w, v) for w in args.width for v in CASES):
         pairs = [(name, format) for format in args.weights for name in KERNELS if name not in args.skip and _is(name, variant, bool(format))
                  if not args.only or f"{name}:{variant}" in args.only]  # fmt: skip
-        entries = {(n, f): {str(t): t for t in (*([_today(n, arch, args.dtype + kinds[f], variant, width)] if f else []),
+        entries = {(n, f): {str(t): t for t in (*([_today(n, arch, args.dtype + FORMATS[f], variant, width)] if f else []),
                             *(tiles(n, width, c) for c in tried(n, variant, f)[1]))} for n, f in pairs}  # fmt: skip
         jobs = [(n, f, str(t)) for n, f in pairs for t in entries[n, f].values()]
         for n, f, t in jobs:
@@ -105,7 +103,7 @@ def main() -> int:
         if not jobs or time.perf_counter() - begun > args.seconds:
             continue
         new = [(n, f, t) for n, f, t in jobs if (n, f, variant, t) not in made]
-        order: list[Job] = [(n, dtype, kinds[f], options[n, f, variant, t]) for n, f, t in new]
+        order: list[Job] = [(n, dtype, FORMATS[f], options[n, f, variant, t]) for n, f, t in new]
         failed |= {(*new[i][:2], variant, new[i][2]): why for i, why in (compile_all(order, 16) if order else {}).items()}
         made |= {(n, f, variant, t) for n, f, t in new}
         now = time.perf_counter() - begun
@@ -135,7 +133,7 @@ def main() -> int:
             del case
             torch.cuda.empty_cache()
             if args.pin and times:
-                pinned = [args.dtype] if args.dtype == "fp32" else ["fp16" + kinds[format], "bf16" + kinds[format]]
+                pinned = [args.dtype] if args.dtype == "fp32" else ["fp16" + FORMATS[format], "bf16" + FORMATS[format]]
                 table.pin(name, arch, pinned, key(name, variant, width), listed[times[0][1]])
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_feedback import inputs, median_us
+from bench_feedback import SHAPES, inputs, median_us
 from gpu import capture
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,8 +32,6 @@ from torch.profiler import ProfilerActivity, profile
 from sessa_deploy.kernels.feedback import backward, forward
 from sessa_deploy.kernels.launch.jit import Options, launcher
 
-TEN = ((1, 2048, 768), (1, 8192, 1024), (8, 2048, 1024), (4, 8192, 1024), (1, 16384, 1024),
-       (2, 4096, 1536), (1, 8192, 2048), (4, 2048, 512), (2, 5000, 1024), (16, 1024, 768))
 OURS = (backward.TOGETHER,)  # kernels that stand in for others
 PATIENCE = 20.0  # seconds after which an arrangement hangs
 Change = dict[str, dict[str, Any]]
@@ -211,7 +209,7 @@ def compare(case: Case, back: bool, ways: dict[str, Change], end: float) -> tupl
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=140.0, help="no further arrangement begins after this")
-    parser.add_argument("--shapes", nargs="*", default=[",".join(map(str, s)) for s in TEN])
+    parser.add_argument("--shapes", nargs="*", default=[",".join(map(str, s)) for s in SHAPES])
     parser.add_argument("--workers", type=int, default=max(2, min(14, (os.cpu_count() or 2) - 2)))
     parser.add_argument("--only", default="", help="arrangements whose label holds this (and today's)")
     arguments = parser.parse_args()

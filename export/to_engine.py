@@ -96,7 +96,8 @@ def build_engine(
     for arch in targets:
         images(plugin, arch)
     plugin_sha256, machine = hash_file(plugin), this_machine(trt, targets)
-    check_weights(bundle, "a TensorRT engine", layers, targets or [int(machine.arch.removeprefix("sm_"))])
+    takes = list(targets) or [int(machine.arch.removeprefix("sm_"))]
+    bundle.require_engine_weights("a TensorRT engine", takes)
     recipe = Recipe(shapes, machine, workspace, opt_level, layers or PLUGIN, targets).keyed(bundle, plugin_sha256)
     folder = trt_plan.engine_folder(machine.arch, machine.tensorrt, bundle.precision)
     present = _present(bundle, folder)
@@ -113,7 +114,7 @@ def build_engine(
         key=recipe.key, plan_sha256=hashlib.sha256(plan).hexdigest(), plan_size=len(plan), tensorrt=machine.tensorrt, arch=machine.arch, gpu=machine.gpu,
         driver=machine.driver, precision=bundle.precision, max_batch=shapes.max_batch, capacity=shapes.capacity, max_prompt=shapes.max_prompt,
         plugin_sha256=plugin_sha256, seconds=round(time.monotonic() - begun, 1), inlined=prepared.inlined, layers=taken,
-        product=product.name, archs=list(targets) or [int(machine.arch.removeprefix("sm_"))], profiles=trt_plan.profiles(shapes.max_batch, shapes.max_prompt),
+        product=product.name, archs=takes, profiles=trt_plan.profiles(shapes.max_batch, shapes.max_prompt),
         plugins=plugin_nodes(prepared.model),
     )  # fmt: skip
     written = add_files(bundle, {f"{folder}/{trt_plan.PLAN_FILE}": plan, f"{folder}/{trt_plan.ENGINE_FILE}": info.to_json()})

@@ -97,8 +97,8 @@ def _kind(unit: Unit) -> str:
 
 
 def _made(unit: Unit) -> bool:
-    """Whether there is such a binary: a tile for wide rows, weights of 8 bits, and optional variants, only where the architecture's own table has them."""
-    always = unit.variant != "wide" and not _kind(unit) and unit.variant not in table.kernel(unit.kernel).optional
+    """Whether there is such a binary: weights of 8 bits, and optional variants, only where the architecture's own table has them."""
+    always = not _kind(unit) and unit.variant not in table.kernel(unit.kernel).optional
     return always or table.has(unit.kernel, unit.arch, unit.dtype, unit.variant)
 
 
@@ -111,7 +111,7 @@ def served_by(unit: Unit, archs: Sequence[int]) -> int | None:
     if before is None:
         return None
     earlier = Unit(unit.kernel, before, unit.dtype, unit.variant)
-    if (_kind(unit) and not _made(earlier)) or _options(earlier) != _options(unit):
+    if not _made(earlier) or _options(earlier) != _options(unit):
         return None
     return served_by(earlier, archs) or before
 

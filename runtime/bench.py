@@ -16,7 +16,7 @@ from sessa_deploy.checks import as_number, integer
 from sessa_deploy.contract import MODEL_FILE
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime import environment, traffic
-from sessa_deploy.runtime.generation import Drawn, Look, Row, Steps, look_all
+from sessa_deploy.runtime.generation import Row, Steps, take_all
 from sessa_deploy.runtime.lookup import DraftStats
 from sessa_deploy.runtime.sampling import Sampler, SamplingParams
 from sessa_deploy.runtime.session import Session
@@ -136,7 +136,7 @@ def _decode(session: Session, options: BenchOptions, progress: Callable[[float, 
             rows = [Row(row, [0], Sampler(SamplingParams(), session.config.vocab_size), tokenizer, limit=options.window) for row in range(session.max_batch)]
         start = time.perf_counter()
         rows, found = steps(rows)
-        rows = [row for row, look in zip(rows, look_all(rows, found), strict=True) if _drawn(row, look).finish is None]
+        rows = [row for row, one in zip(rows, take_all(rows, found), strict=True) if one.finish is None]
         return start, time.perf_counter()
 
     warm = time.perf_counter() + options.warmup
@@ -159,12 +159,6 @@ def _decode(session: Session, options: BenchOptions, progress: Callable[[float, 
     look.join()
     session.reset()
     return np.array(times), where
-
-
-def _drawn(row: Row, look: Look | Exception) -> Drawn:
-    if isinstance(look, Exception):
-        raise look
-    return row.take(look)
 
 
 def _lookup(session: Session, prompt: list[int], options: BenchOptions) -> dict[str, Any]:

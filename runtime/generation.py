@@ -199,6 +199,16 @@ def look_all(rows: Sequence[Row], found: Sequence[Found]) -> list[Look | Excepti
     return _spread(Row.look, rows, found)
 
 
+def take_all(rows: Sequence[Row], found: Sequence[Found]) -> list[Drawn]:
+    """What each row draws from what a step gave it. Raises what went wrong with any of them, and then no row is a token further."""
+    looks = []
+    for look in look_all(rows, found):
+        if isinstance(look, Exception):
+            raise look
+        looks.append(look)
+    return [row.take(look) for row, look in zip(rows, looks, strict=True)]
+
+
 def score_all(logits: NDArray[np.float32], tokens: Sequence[int], count: int) -> list[tuple[float, Top]]:
     """`token_logprobs` of each token under its row of logits (T,V), T = len(tokens)."""
     return _spread(token_logprobs, logits, tokens, [count] * len(tokens))

@@ -16,7 +16,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend, outside_vocabulary
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.engines import open_backend
-from sessa_deploy.runtime.generation import Found, Row, Steps, check_fits, look_all, verify
+from sessa_deploy.runtime.generation import Found, Row, Steps, check_fits, take_all, verify
 from sessa_deploy.runtime.lookup import MOST_DRAFTED, Drafter, DraftStats
 from sessa_deploy.runtime.sampling import Sampler, SamplingParams
 from sessa_deploy.runtime.tokenizer import Tokenizer
@@ -215,12 +215,7 @@ class Session:
         steps = Steps(self.backend)
         found: list[Found] = [logits[row.index] for row in rows]
         while rows:
-            looks = []
-            for look in look_all(rows, found):
-                if isinstance(look, Exception):
-                    raise look
-                looks.append(look)
-            drawn = [row.take(look) for row, look in zip(rows, looks, strict=True)]
+            drawn = take_all(rows, found)
             chunks = [Chunk(row.index, one.token, one.text, one.finish) for row, one in zip(rows, drawn, strict=True)]
             for row in rows:
                 self._slots[row.index].pending += 1

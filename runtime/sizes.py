@@ -58,8 +58,8 @@ def weight_sizes(config: SessaConfig, precision: str, weights: Weights | None = 
     stored, wide = matrix_bytes(config, precision, weights), matrix_bytes(config, precision)
     eight = [name for name in stored if weights is not None and name not in weights.kept]
     embedding, others = config.vocab_size * config.d_model * PRECISIONS[precision].itemsize, other_bytes(config, precision)
+    instead_of = sum(wide[name] for name in eight)
     if config.tie_word_embeddings:
         wide[HEAD] = 0
         stored[HEAD] = stored[HEAD] if HEAD in eight else 0
-    instead_of = sum(columns * depth for name, (columns, depth) in matrices(config).items() if name in eight) * PRECISIONS[precision].itemsize
     return WeightBytes(sum(stored[name] for name in eight), instead_of, sum(stored.values()) + embedding + others, sum(wide.values()) + embedding + others)

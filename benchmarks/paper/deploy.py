@@ -215,11 +215,6 @@ def main() -> int:
     return measure(options) if options.measure else deploy(options)
 
 
-def points_of(spec: mqar.Spec, examples: int) -> dict[str, Batch]:
-    """The test points, of `examples` sequences each."""
-    return {f"G {gap}": mqar.test_batch(spec, gap, examples) for gap in spec.test_gaps}
-
-
 def deployed(options: argparse.Namespace, backend: str, precision: str) -> Path:
     """The bundle for an engine, exported from the checkpoint and built where it is not there yet."""
     bundle = Path(f"{options.bundle}-{precision}")

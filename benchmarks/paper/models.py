@@ -23,13 +23,34 @@ from sessa_deploy import SessaConfig, SessaLM, UserError
 from sessa_deploy.errors import need
 from sessa_deploy.influence import end_to_end, stack
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from peers import Logits
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for common.py
 
 MODELS = ("sessa", "no-feedback", "llama", "mamba2")
 TITLES = {"sessa": "Sessa", "no-feedback": "Sessa without feedback", "llama": "Llama", "mamba2": "Mamba-2"}
 LAYERS = {"sessa": 4, "no-feedback": 5, "llama": 4, "mamba2": 5}
 _HEAD_DIM, _MAMBA_HEAD, _CHUNK = 32, 32, 48
+
+
+class Logits(nn.Module):
+    """A causal model of transformers as ids (B,T) -> logits (B,T,V) float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits.float()
+
+    def stack(self, x: Tensor) -> Tensor:
+        """The layers' output of embeddings x (B,T,D); transformers' base models end with their norm."""
+        out: Tensor = self.base(inputs_embeds=x, use_cache=False).last_hidden_state
+        return out
+
+    @property
+    def base(self) -> Any:
+        """The model without its head."""
+        return self.model.base_model
 
 
 def need_transformers() -> None:

@@ -13,7 +13,7 @@ from onnx import GraphProto, NodeProto, helper, numpy_helper
 from sessa_deploy.export.graph.passes import drop_weights, reads, rename_reads, set_nodes
 
 _INLINE_LIMIT = 1 << 30  # bytes of merged weights kept inside the message, which protobuf limits to 2 GiB
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "proj_fb")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "proj_fb")
 
 
 def unmasked_rows(graph: GraphProto) -> int:
@@ -53,7 +53,7 @@ def one_projection(graph: GraphProto, folder: Path) -> dict[str, str]:
             readers[x].append(node)
     groups: dict[str, list[NodeProto]] = defaultdict(list)
     for node in graph.node:
-        if node.op_type == "MatMul" and node.input[1] in weights and any(f".{p}/" in node.name for p in _PROJECTIONS):
+        if node.op_type == "MatMul" and node.input[1] in weights and any(f".{p}/" in node.name for p in PROJECTIONS):
             groups[node.input[0]].append(node)
     size = sum(_bytes(weights[n.input[1]]) for group in groups.values() for n in group)
     if size > _INLINE_LIMIT:

@@ -16,11 +16,11 @@ from onnx import GraphProto, NodeProto, TensorProto, external_data_helper, helpe
 
 from sessa_deploy import contract
 from sessa_deploy.config import SessaConfig
+from sessa_deploy.export.engine.fuse import PROJECTIONS
 from sessa_deploy.export.graph.passes import drop_weights, reads, set_nodes
 from sessa_deploy.kernels.launch.limits import ROTARY_LIMBS
 from sessa_deploy.plugins import ops
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "proj_fb")  # of a layer, which one product computes
 _EIGHT = {f.onnx for f in contract.WEIGHT_FORMATS.values()}
 _MESSAGE_LIMIT = 2_000_000_000  # bytes; protobuf refuses 2 GiB
 
@@ -191,11 +191,10 @@ def rewrite(graph: GraphProto, config: SessaConfig, storage: int, folder: Path, 
         raise Unavailable(f"{size / 1e9:.1f} GB of merged weights, a message holds {_MESSAGE_LIMIT / 1e9:.1f} GB")
     made = {x for n in work.made for x in n.output}
     nodes = [n for n in graph.node if made.isdisjoint(n.output)] + work.made
-    again = {x.name for x in work.weights} & set(work.tensors)
-    for at in reversed(range(len(graph.initializer) if again else 0)):
-        if graph.initializer[at].name in again:
-            del graph.initializer[at]
-    graph.initializer.extend(work.weights)
+    again = {x.name for x in work.weights}
+    kept = [x for x in graph.initializer if x.name not in again]
+    del graph.initializer[:]
+    graph.initializer.extend([*kept, *work.weights])
     _set_sorted(graph, nodes)
     return work.types
 

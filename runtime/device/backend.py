@@ -49,8 +49,7 @@ class DeviceBackend(Backend):
         self._buffers: Buffers | None = None
         self._on_device: bytes | None = None  # lengths the device holds, as an int32 array's bytes; None: unknown
         self._new_there: bytes | None = None  # new_length on the device, likewise
-        self._slot = 0  # of the greedy step that was enqueued last
-        self._continues = False  # whether nothing was enqueued behind it, so that its ids are the device's
+        self._slot: int | None = None  # of the greedy step that was enqueued last; None: something is behind it, and its ids are the device's no more
         self._flying = 0  # steps that were begun and nobody has waited for
         self._use_graph = graph
         self._graphs: dict[Extent, int] = {}
@@ -98,10 +97,10 @@ class DeviceBackend(Backend):
         self._begun_in(0)
 
     def _begin_next(self, begun: Begun) -> bool:
-        if not self._continues or self._on_device is None:
+        if self._slot is None or self._on_device is None:
             return False
         buffers, length, new, begun.slot = self._own(), np.frombuffer(self._on_device, np.int32), begun.new.tobytes(), 1 - self._slot
-        self._continues, self._on_device = False, None
+        self._slot = self._on_device = None
         self._cuda.enter()
         if new != self._new_there:
             self._new_there = None
@@ -116,7 +115,7 @@ class DeviceBackend(Backend):
     def _begun_in(self, slot: int) -> None:
         self._flying += 1
         self._own().mark(slot)
-        self._slot, self._continues = slot, True
+        self._slot = slot
 
     def _end(self, begun: Begun) -> NDArray[np.int64]:
         if begun.picked is None:
@@ -205,7 +204,7 @@ class DeviceBackend(Backend):
         """One step over ids (N,T) on the stream, T within what a step takes; its sequences stand at `length` (N,) before it."""
         buffers, step = self._own(), Extent(len(ids), ids.shape[1], row)
         self._cuda.enter()
-        self._continues = False
+        self._slot = None
         self._land()
         if self._on_device != length.tobytes():
             self._cuda.wait()  # for a step that was interrupted and may not have read what the host gave it

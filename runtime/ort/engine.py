@@ -174,11 +174,6 @@ def _check_version(runtime: Any) -> None:
         raise UserError("this ONNX Runtime is too old for our kernels", got=runtime.__version__, allowed=f"1.{ORT_API} or later", fix=_UPGRADE)
 
 
-def _arch() -> int:
-    """The first GPU's compute capability."""
-    return int(devices()[0].arch.removeprefix("sm_"))
-
-
 def obstacle(bundle: Bundle) -> str | None:
     """Why a bundle's plain graph runs here where our kernels could run, as one line with the command that changes it; None where they run.
 
@@ -187,14 +182,15 @@ def obstacle(bundle: Bundle) -> str | None:
     slow, absent = "ONNX Runtime runs the bundle's plain graph, without our kernels and many times slower", []
     try:
         _check_version(load())
-        bundle.require_engine_weights("the library", [_arch()])
+        arch = int(devices()[0].arch.removeprefix("sm_"))  # the first GPU's
+        bundle.require_engine_weights("the library", [arch])
         check_rows(bundle.config, bundle.precision, "our kernels")
     except UserError as error:
         fast = f"; fast with: {error.fix}" if bundle.weights is not None else ""
         return f"{slow}: {error.what} (got {error.got}{f'; allowed: {error.allowed}' if error.allowed else ''}){fast}"
     try:
         path = library.find(product=ORT_ENGINE)
-        images(path, _arch(), _BUILD)
+        images(path, arch, _BUILD)
     except UserError as error:
         absent.append((error.what, error.fix))
     if ort_prepared.find(bundle) is None:

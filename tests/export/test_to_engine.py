@@ -324,7 +324,6 @@ import fake_tensorrt
 from pathlib import Path
 from sessa_deploy.export import to_engine
 from sessa_deploy.plugins import library
-from sessa_deploy.plugins import ops as plugin_ops
 def hang(config):
     print("building", flush=True)
     time.sleep(60)

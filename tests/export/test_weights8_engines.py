@@ -42,7 +42,7 @@ from sessa_deploy.runtime.ort.engine import OrtCudaBackend
 
 CONFIG = SessaConfig(d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=257, max_context=48)
 SHAPES = {"layers": CONFIG, "one head, tied": dataclasses.replace(CONFIG, n_layers=1, n_heads=1, n_kv_heads=1, tie_word_embeddings=True)}
-OPSET = {"int8": 17, "fp8": 19}
+OPSET = {name: form.opset for name, form in WEIGHT_FORMATS.items()}
 TEXT = "def held_out(text):\n    return [word for word in text.split() if word]\n"
 WHOLE = SessaConfig(d_model=2048, n_layers=24, n_heads=32, vocab_size=50304, max_context=32768)  # 1.1B parameters
 

@@ -50,7 +50,7 @@ def side(options: dict[str, dict[str, Any]] | None, backward: bool) -> dict[str,
     """`options` with the constexpr that tells the forward's scores and combination from the backward's."""
     if options is None:
         return None
-    return {name: {**o, "BACKWARD": backward} if name.startswith(("feedback_scores", "feedback_combine")) else o for name, o in options.items()}
+    return {name: {**o, "BACKWARD": backward} if name in ("feedback_scores", "feedback_combine") else o for name, o in options.items()}
 
 
 def make(routing: str, batch: int, tokens: int, past: int, width: int, dtype: torch.dtype, sign: float = 1.0, seed: int = 0) -> Inputs:

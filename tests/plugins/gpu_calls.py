@@ -84,7 +84,7 @@ def layers(storage: str, rows: tuple[int, int], heads: tuple[int, int, int], wei
     def random(*shape: int, wide: bool = False, scale: float = 1.0) -> torch.Tensor:
         return (scale * torch.randn(shape, device="cuda")).to(torch.float32 if wide else dtype)
 
-    for op, value, shape, inputs, compute, _ in layer_calls(random, *rows, *heads, weights):
+    for op, value, shape, inputs, compute in layer_calls(random, *rows, *heads, weights):
         found = compute()
         yield Case(op, value, shape, inputs, tuple(found) if isinstance(found, (tuple, list)) else (found,), weights)
 

@@ -11,14 +11,13 @@ from sessa_deploy.contract import WEIGHT_FORMATS
 
 
 class Call(NamedTuple):
-    """value: of its float attribute, if it has one; weights: of the other; inputs: in the order of its operands; compute: its outputs from the Python side."""
+    """value: of its float attribute, if it has one; inputs: in the order of its operands; compute: its outputs from the Python side."""
 
     op: int
     value: float | None
     shape: Any
     inputs: list[Any]
     compute: Callable[[], Any]
-    weights: int = 0
 
 
 class Matrix(NamedTuple):
@@ -66,15 +65,15 @@ def layer_calls(make: Callable[..., Any], batch: int, tokens: int, heads: int, k
     ]
     products = [
         Call(At.LinearHeads, None, sizes(batch, tokens, 1, width, heads, 1, d, width), [x, square.operand, row, *square.last],
-             lambda: layer.linear(x, square.weight, row, scale=square.scale), weights),
+             lambda: layer.linear(x, square.weight, row, scale=square.scale)),
         Call(At.Logits, None, sizes(batch, tokens, 1, width, columns=columns), [x, wide.operand, *wide.last],
-             lambda: layer.linear(x, wide.weight, None, scale=wide.scale), weights),
+             lambda: layer.linear(x, wide.weight, None, scale=wide.scale)),
         Call(At.Tail, None, plain, [x, s, h, square.operand, row, *square.last],
-             lambda: layer.tail(s, h, square.weight, row, x, scale=square.scale), weights),
+             lambda: layer.tail(s, h, square.weight, row, x, scale=square.scale)),
         Call(At.NormEnter, 1e-5, plain, [x, row, row2, double.operand, biases[3], *double.last],
-             lambda: layer.norm_enter(x, row, row2, 1e-5, double.weight, biases[3], scale=double.scale), weights),
+             lambda: layer.norm_enter(x, row, row2, 1e-5, double.weight, biases[3], scale=double.scale)),
         Call(At.ProjectGain, 0.999, sizes(batch, tokens, 1, width, heads, kv_heads, d, projected),
              [h, everything.operand, *biases, *tables, gain, one, *everything.last],
-             lambda: layer.project_gain(h, everything.weight, biases, *flat, gain, one, 0.999, scale=everything.scale), weights),
+             lambda: layer.project_gain(h, everything.weight, biases, *flat, gain, one, 0.999, scale=everything.scale)),
     ]  # fmt: skip
     return products if weights else around + products

@@ -95,10 +95,3 @@ def head_variant(width: int, group: int = 1) -> str:
         if width <= padded:
             return str(padded) if group == 1 else f"{padded}x{GROUP}"
     raise ValueError(f"causal attention has no kernel for heads of width {width}; the widest is {HEAD_WIDTHS[-1]}")
-
-
-def rows_variant(width: int) -> str:
-    """The variant of a step of several rows for heads of `width`. Raises ValueError beyond 128."""
-    if width > ROWS_HEADS[-1]:
-        raise ValueError(f"a step of several rows has no kernel for heads of width {width}; the widest is {ROWS_HEADS[-1]}")
-    return next(str(padded) for padded in ROWS_HEADS if width <= padded)

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.contract import STEP_ROWS
-from sessa_deploy.kernels.causal.spec import rows_variant
 from sessa_deploy.kernels.causal.step import in_place, strides
 from sessa_deploy.kernels.device import begin, rows_each, splits_used
 from sessa_deploy.kernels.device_rows import ROWS, join
@@ -156,7 +155,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_l
     if not 2 <= tokens <= STEP_ROWS:
         raise ValueError(f"sessa: a step of several rows takes T = 2 to {STEP_ROWS}, got {tuple(q.shape)}")
     heads, capacity, device, dtype, group = k.shape[2], past_k.shape[1], q.device, q.dtype, q_heads // k.shape[2]
-    options = tiles or {**pinned(("causal_rows_partial",), device, dtype, rows_variant(width), early),
+    options = tiles or {**pinned(("causal_rows_partial",), device, dtype, table.width_variant("causal_rows_partial", width), early),
                         **pinned(("causal_rows_combine",), device, dtype, "any", early)}  # fmt: skip
     partial, combine = options["causal_rows_partial"], options["causal_rows_combine"]
     rows = partial["BLOCK_R"]

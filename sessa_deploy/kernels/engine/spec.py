@@ -5,7 +5,8 @@ Standard library only.
 
 from __future__ import annotations
 
-from sessa_deploy.kernels.causal.spec import head_variant, rows_variant
+from sessa_deploy.kernels.causal.spec import head_variant
+from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import (
     GROUP,
     LAYER_WIDTHS,
@@ -75,7 +76,7 @@ _MIXERS = (
 
 _ROWS = "sessa_deploy.kernels.engine.mixer_rows"
 _ROWS_STEPS = tuple(f"{w}.{h}" for w in ROWS_WIDTHS for h in ROWS_HEADS)
-_WIDE_ROWS = tuple(v for v in _ROWS_STEPS if not v.startswith(f"{ROWS_WIDTHS[0]}."))
+_WIDE_ROWS = _ROWS_STEPS[len(ROWS_HEADS):]
 _PARTS = pointers("part_f", "stat_f", "part_b", "stat_b", "scores", type="*fp32")
 
 _MIXER_ROWS = (
@@ -138,4 +139,4 @@ def mixer_rows_variant(width: int, head: int) -> str:
     padded = next((w for w in ROWS_WIDTHS if width <= w), 0)
     if not padded or head > ROWS_HEADS[-1]:
         raise ValueError(f"a step of several rows has no kernel for D = {width} and heads of {head}; the largest are {ROWS_WIDTHS[-1]} and {ROWS_HEADS[-1]}")
-    return f"{padded}.{rows_variant(head)}"
+    return f"{padded}.{table.width_variant('causal_rows_partial', head)}"

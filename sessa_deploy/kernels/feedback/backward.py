@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback.forward import combiner, plan, score_grid
+from sessa_deploy.kernels.feedback.forward import plan, score_grid
 from sessa_deploy.kernels.feedback.gradients import (
     feedback_first_bad,
     feedback_grad_k,
@@ -23,7 +23,7 @@ from sessa_deploy.kernels.feedback.gradients import (
     feedback_grad_qk,
     feedback_grad_scores,
 )
-from sessa_deploy.kernels.feedback.spec import FEW_WORK, solve_variant, stand_ins
+from sessa_deploy.kernels.feedback.spec import solve_variant, together_variant
 from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, near_product, store_split, wait_for
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
@@ -139,9 +139,8 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
     solve = solve_variant(arch, kind, width, "bwd", rows)
     found = pinned(BACKWARD[:3] + BACKWARD[4:], device, dtype, "bwd") | pinned(BACKWARD[3:4], device, dtype, solve)
-    for name, variant in stand_ins((TOGETHER,), arch, kind, ("few", "bwd") if 0 < rows * width < FEW_WORK else ("bwd",)).items():
-        found |= pinned((name,), device, dtype, variant)
-    return found
+    variant = together_variant(arch, kind, rows * width)
+    return found if variant is None else found | pinned((TOGETHER,), device, dtype, variant)
 
 
 class Plan:
@@ -194,10 +193,7 @@ class Plan:
         self.low, self.full = "low" if split else "", "low" if full else ""
         self.past_tiles = past_tiles
         self.sync = batch + panels + panels * batch * tiles_n
-        self.run = [
-            combiner(device, dtype, opt) if kernel is feedback_combine else launcher(kernel, device, dtype, opt[name])
-            for name, kernel in zip(BACKWARD, KERNELS, strict=True)
-        ]
+        self.run = [launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(BACKWARD, KERNELS, strict=True)]
         self.run_together = launcher(feedback_grad_qk, device, dtype, opt[TOGETHER]) if together else None
         self.bad_programs = (-(-tokens // opt["feedback_first_bad"]["BT"]), batch)
         self.panels: list[tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]] = []

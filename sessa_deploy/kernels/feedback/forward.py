@@ -27,7 +27,7 @@ from sessa_deploy.kernels.feedback.tiles import (
     wait_for,
 )
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import Launcher, Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
+from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
 from sessa_deploy.kernels.launch.limits import PANEL_BYTES
 
 
@@ -205,12 +205,7 @@ def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n:
 
 
 FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_solve")
-KERNELS = (feedback_pack, feedback_scores)
-
-
-def combiner(device: torch.device, dtype: torch.dtype, options: Options) -> Launcher:
-    """The launcher of the combination."""
-    return launcher(feedback_combine, device, dtype, options["feedback_combine"])
+KERNELS = (feedback_pack, feedback_scores, feedback_combine, feedback_solve)
 
 
 def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -> Options:
@@ -237,9 +232,9 @@ class Plan:
         sizes = workspace_sizes(shape, work, pair, tiles_n, split)
         self.workspace = Workspace(sizes)
         self.low = "low" if split else ""
-        self.run_pack, self.run_scores = (launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(FORWARD[:2], KERNELS, strict=True))
-        self.run_combine = combiner(device, dtype, opt)
-        self.run_solve = launcher(feedback_solve, device, dtype, solve)
+        self.run_pack, self.run_scores, self.run_combine, self.run_solve = (
+            launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(FORWARD, KERNELS, strict=True)
+        )
         self.pack = ((past_tiles, tiles_n, batch), (past, width, columns)) if past_tiles else None
         self.panels: list[tuple[Any, ...]] = []
         for panel in range(panels):

@@ -12,21 +12,7 @@ _WIDTHS = tuple(map(str, FEEDBACK_WIDTHS))
 _ROWS_STEPS = tuple(map(str, ROWS_WIDTHS))
 _HALF = ("fp16", "bf16")  # storage that matrix instructions take
 
-_COMBINE = (
-    *pointers("e", type="*work"),
-    *pointers("peak", "total", type="*fp32"),
-    Param("gamma", "*fp32"),
-    Param("past_length", "*i32"),
-    *pointers("row_peak", "factor", type="*fp32"),
-    Param("lse", "*fp32"),
-    *pointers("x", type="*fp32"),
-    *pointers("inverse", "inverse_low", type="*half_pair"),
-    *pointers("near", "near_low", type="*work"),
-    *pointers("near_scale", type="*fp32"),
-    *integers("T"),
-    *(Param(n, "i32", True) for n in ("C", "R")),
-    *integers("NP", "NT", "row0", "B", "blocks"),
-)
+_STRIDES = (Param("stride_kb", "i64", True), Param("stride_kr", "i32", True), Param("stride_sb", "i64", True), Param("stride_sr", "i32", True))
 
 KERNELS = by_name((
     Kernel(
@@ -36,10 +22,7 @@ KERNELS = by_name((
             *pointers("q", "past_k", "past_s"),
             Param("past_length", "*i32"),
             *pointers("part", "stat", type="*fp32"),
-            Param("stride_kb", "i64", True),
-            Param("stride_kr", "i32", True),
-            Param("stride_sb", "i64", True),
-            Param("stride_sr", "i32", True),
+            *_STRIDES,
             *integers("batch", "splits", "capacity"),
             Param("width", "i32", True),
             Param("scale", "fp32"),
@@ -74,10 +57,7 @@ KERNELS = by_name((
             *pointers("q", "k", "past_k", "past_s"),
             Param("past_length", "*i32"),
             *pointers("part", "stat", "scores", type="*fp32"),
-            Param("stride_kb", "i64", True),
-            Param("stride_kr", "i32", True),
-            Param("stride_sb", "i64", True),
-            Param("stride_sr", "i32", True),
+            *_STRIDES,
             *integers("tokens", "splits", "capacity"),
             Param("width", "i32", True),
             Param("scale", "fp32"),
@@ -131,6 +111,7 @@ KERNELS = by_name((
         ("BT", "BN", "SPLIT"),
         ("fwd", "wide"),
         scalar_loads=2,
+        optional=("wide",),
     ),
     Kernel(
         "feedback_scores",
@@ -155,7 +136,21 @@ KERNELS = by_name((
     Kernel(
         "feedback_combine",
         f"{_PACKAGE}.tiles",
-        _COMBINE,
+        (
+            *pointers("e", type="*work"),
+            *pointers("peak", "total", type="*fp32"),
+            Param("gamma", "*fp32"),
+            Param("past_length", "*i32"),
+            *pointers("row_peak", "factor", type="*fp32"),
+            Param("lse", "*fp32"),
+            *pointers("x", type="*fp32"),
+            *pointers("inverse", "inverse_low", type="*half_pair"),
+            *pointers("near", "near_low", type="*work"),
+            *pointers("near_scale", type="*fp32"),
+            *integers("T"),
+            *(Param(n, "i32", True) for n in ("C", "R")),
+            *integers("NP", "NT", "row0", "B", "blocks"),
+        ),
         ("BT", "CHUNK", "BACKWARD", "SPLIT"),
         ("fwd", "bwd"),
         scalar_loads=128,
@@ -181,6 +176,7 @@ KERNELS = by_name((
         ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"),
         ("fwd", "wide"),
         scalar_loads=64,
+        optional=("wide",),
     ),
     Kernel(
         "feedback_solve_transposed",
@@ -206,6 +202,7 @@ KERNELS = by_name((
         ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"),
         ("bwd", "wide"),
         lowered=False,
+        optional=("wide",),
     ),
     Kernel(
         "feedback_first_bad",
@@ -355,11 +352,8 @@ def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0) -
     return "wide" if (rows * width >= WIDE_WORK if timed else width >= WIDE) else side
 
 
-def stand_ins(names: tuple[str, ...], arch: int, dtype: str, variants: tuple[str, ...]) -> dict[str, str]:
-    """Those of `names` that were timed on this architecture and are taken in place of the kernels they stand in for, each with its one of `variants`."""
-    found = {}
-    for name in names:
-        variant = next((v for v in variants if table.has(name, arch, dtype, v)), None)
-        if variant is not None and table.tuned(name, arch, dtype, variant):
-            found[name] = variant
-    return found
+def together_variant(arch: int, dtype: str, work: int = 0) -> str | None:
+    """The variant of feedback_grad_qk for B T D = work (0: as much as may be); None where it was not timed, and stands in for nothing."""
+    name, variants = "feedback_grad_qk", ("few", "bwd") if 0 < work < FEW_WORK else ("bwd",)
+    variant = next((v for v in variants if table.has(name, arch, dtype, v)), None)
+    return variant if variant is not None and table.tuned(name, arch, dtype, variant) else None

@@ -11,7 +11,7 @@ from feedback_cases import DEVICE, make, side, small_options, with_stand_ins
 
 from sessa_deploy.kernels.feedback import backward as bwd
 from sessa_deploy.kernels.feedback import forward as fwd
-from sessa_deploy.kernels.feedback.spec import solve_variant, stand_ins
+from sessa_deploy.kernels.feedback.spec import FEW_WORK, solve_variant, together_variant
 from sessa_deploy.kernels.launch import table
 
 
@@ -37,11 +37,11 @@ def test_both_gradients_go_together_without_a_past_in_one_panel() -> None:
 
 
 def test_what_was_not_timed_stands_in_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = (bwd.TOGETHER,)
-    assert stand_ins(names, 90, "bf16", ("few", "bwd")) == {bwd.TOGETHER: "few"}
-    assert stand_ins(names, 90, "fp16", ("bwd",)) == stand_ins(names, 80, "bf16", ("bwd",)) == {}
+    few = FEW_WORK - 1
+    assert together_variant(90, "bf16", few) == "few" and together_variant(90, "bf16") == together_variant(90, "bf16", FEW_WORK) == "bwd"
+    assert together_variant(90, "fp16") is together_variant(80, "bf16") is None
     monkeypatch.setattr(table, "tuned", lambda *_: False)
-    assert stand_ins(names, 90, "bf16", ("few", "bwd")) == {}
+    assert together_variant(90, "bf16", few) is None
 
 
 def test_wide_tiles_follow_the_work_where_both_were_timed() -> None:
