@@ -50,7 +50,7 @@ def read_manifest(path: Path) -> bytes:
         older = displaced(Path(os.path.realpath(path)))
         fix = f"an interrupted export left the older bundle aside: {shlex.join(('mv', str(older), str(path)))}" if older else None
         raise UserError("no bundle", got=str(path), allowed="a folder that holds manifest.json",
-                        fix=fix or command("export", "CHECKPOINT", "--out", "BUNDLE" if in_cache(path) else path))
+                        fix=fix or command("export", "CHECKPOINT", "--out", "BUNDLE" if in_cache(path) or os.path.lexists(path) else path))
     if not os.path.lexists(path / MANIFEST_FILE) and os.path.isfile(path / CONFIG_FILE):
         raise UserError("that is a checkpoint, not a bundle", got=str(path), allowed="a folder that export wrote",
                         fix=command("export", path, "--out", "BUNDLE"))

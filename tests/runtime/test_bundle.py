@@ -199,8 +199,8 @@ def test_a_manifest_that_is_no_object_is_refused(made, raw):
 
 
 def test_no_bundle_there(tmp_path, made):
-    refused(tmp_path / "absent", "absent")
-    refused(made / "model.onnx")
+    refused(tmp_path / "absent", "--out", "absent")
+    refused(made / "model.onnx", "--out BUNDLE")  # export would not put one in a file's place
     (made / "manifest.json").unlink()
     refused(made, "manifest.json")
     leftover = tmp_path / ".b.sessa-tmp-0123"
