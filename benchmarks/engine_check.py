@@ -23,13 +23,13 @@ from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 from common import run_logged  # noqa: E402
-from engine_steps import BATCH, CAPACITY, ENGINES, SOAK_STEPS, TOKENS, WORK, drive, greedy  # noqa: E402
+from engine_steps import BATCH, CAPACITY, ENGINES, FORMS, REFERENCES, SOAK_STEPS, TOKENS, WORK, drive, greedy  # noqa: E402
 
 PROMPTS = ("def ", "import os\n\nclass ", "    return self.")
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Export both bundles, write what ONNX Runtime computes on a CPU, and prepare their graphs for ONNX Runtime on a GPU."""
+    """Export the bundles, write what ONNX Runtime computes on a CPU, and prepare their graphs for ONNX Runtime on a GPU."""
     from sessa_deploy.export.to_onnx import export_bundle
     from sessa_deploy.export.to_ort import build_ort
     from sessa_deploy.runtime.bundle import Bundle
@@ -37,14 +37,15 @@ def prepare(args: argparse.Namespace) -> None:
     from sessa_deploy.runtime.tokenizer import Tokenizer
 
     args.work.mkdir(parents=True, exist_ok=True)
-    for precision in ("fp32", "fp16"):
-        bundle = Bundle.open(export_bundle(args.checkpoint, args.work / precision, precision))
+    for form, (precision, weights, _) in FORMS.items():
+        bundle = Bundle.open(export_bundle(args.checkpoint, args.work / form, precision, weights=weights))
         backend = OrtBackend(bundle, batch=BATCH, capacity=CAPACITY, threads=2)
         tokenizer = Tokenizer(bundle.file("tokenizer.json"))
         prompts = [[0 if bundle.config.bos_token_id is None else bundle.config.bos_token_id, *tokenizer.encode(p)] for p in PROMPTS]
-        np.savez(args.work / f"{precision}.npz", **drive(backend))
-        (args.work / f"{precision}.json").write_text(json.dumps({"prompts": prompts, "tokens": greedy(backend, prompts)}))
-        build_ort(bundle)
+        np.savez(args.work / f"{form}.npz", **drive(backend))
+        (args.work / f"{form}.json").write_text(json.dumps({"prompts": prompts, "tokens": greedy(backend, prompts)}))
+        if form not in REFERENCES:
+            build_ort(bundle)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,7 +90,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/demo"))
     parser.add_argument("--out", type=Path, default=Path("out/engine_check"))
     parser.add_argument("--plugin", type=Path, help="path of the engine's library")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps: KIND-PRECISION, as in the table")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps: KIND-FORM, as in the table; int8: weights of 8 bits, the rest fp16")
     parser.add_argument("--name", metavar="STEP")
     parser.add_argument("--opt-level", type=int, help="of TensorRT's builds; default: its own")
     parser.add_argument("--layers", choices=("plugin", "tensorrt"), help="of TensorRT's builds: who computes what stands around the attentions")
@@ -101,7 +102,7 @@ def main() -> int:
     args.began = BEGAN
     for name in [*(args.only or ()), *([args.name] if args.name else ())]:
         if name.partition("-")[0] not in WORK:
-            parser.error(f"no step {name}; there are {', '.join(WORK)}, with a precision behind: numbers-fp16")
+            parser.error(f"no step {name}; there are {', '.join(WORK)}, with one of {', '.join(FORMS)} behind: numbers-fp16")
     if args.verb == "prepare":
         prepare(args)
         return 0

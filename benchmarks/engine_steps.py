@@ -17,6 +17,11 @@ import numpy as np
 from common import greedy_step
 
 BATCH, CAPACITY, CHUNK = 3, 512, 96
+# form of the bundle -> (precision, weights in 8 bits, the form whose numbers on a CPU are what it should compute)
+FORMS: dict[str, tuple[str, str | None, str]] = {
+    "fp32": ("fp32", None, "fp32"), "fp16": ("fp16", None, "fp32"), "int8.fp32": ("fp32", "int8", "int8.fp32"), "int8": ("fp16", "int8", "int8.fp32"),
+}  # fmt: skip
+REFERENCES = ("int8.fp32",)  # forms that no engine runs
 TOKENS = 200
 SOAK_STEPS = 20_000
 WARM, TIMED = 100, 1000  # steps, a quarter as many of few rows
@@ -50,7 +55,8 @@ class TensorRT(Engine):
     """TensorRT's engines, built here."""
 
     limits: ClassVar = {"load": 60, "build-fp32": 150, "numbers-fp32": 90, "text-fp32": 60, "build-fp16": 150, "start-fp16": 60, "numbers-fp16": 90,
-                        "rows-fp16": 45, "text-fp16": 60, "speed-fp32": 45, "speed-fp16": 45, "soak-fp16": 120, "second-fp16": 90, "killed-fp16": 90,
+                        "rows-fp16": 45, "text-fp16": 60, "build-int8": 150, "numbers-int8": 90, "rows-int8": 45, "text-int8": 60,
+                        "speed-fp32": 45, "speed-fp16": 45, "soak-fp16": 120, "second-fp16": 90, "killed-fp16": 90,
                         "memcheck-fp16": 150}  # fmt: skip
 
     def open(self, args: argparse.Namespace, precision: str, **options: Any) -> Any:
@@ -84,7 +90,8 @@ class OnnxRuntime(Engine):
     """ONNX Runtime with our kernels, on the graphs that `prepare` made."""
 
     limits: ClassVar = {"load": 60, "start-fp32": 90, "start-fp16": 90, "numbers-fp32": 90, "rows-fp32": 60, "text-fp32": 60, "numbers-fp16": 90,
-                        "rows-fp16": 60, "text-fp16": 60, "speed-fp32": 60, "speed-fp16": 60, "soak-fp16": 120, "second-fp16": 90,
+                        "rows-fp16": 60, "text-fp16": 60, "numbers-int8": 90, "rows-int8": 60, "text-int8": 60,
+                        "speed-fp32": 60, "speed-fp16": 60, "soak-fp16": 120, "second-fp16": 90,
                         "memcheck-fp16": 400}  # fmt: skip
     sanitizer = ("--report-api-errors", "no")  # its libraries ask the driver what it may not have
 
@@ -102,7 +109,7 @@ class OnnxRuntime(Engine):
 
         runtime, found = session.load(), devices()
         seen = library.check(args.plugin, product="ort")
-        graphs = {p: prepared.find(Bundle.open(args.work / p)) for p in ("fp32", "fp16")}
+        graphs = {p: prepared.find(Bundle.open(args.work / p)) for p in FORMS if p not in REFERENCES}
         gpu = found[0] if found else Device(0, "no GPU", "", 0)
         return {"ok": session.cuda_is_usable() and all(graphs.values()), "onnxruntime": runtime.__version__, "cuda": getattr(runtime, "cuda_version", ""),
                 "driver": driver_version(), "gpu": gpu.name, "arch": gpu.arch, "library": str(seen.path), "archs": seen.archs,
@@ -177,8 +184,8 @@ def step_start(args: argparse.Namespace, precision: str) -> Result:
 
 
 def compared(args: argparse.Namespace, precision: str, found: dict[str, np.ndarray]) -> Result:
-    """How far numbers are from ONNX Runtime's in float32 on a CPU, as a share of what its own error in this precision allows."""
-    truth, same = (dict(np.load(args.work / f"{p}.npz")) for p in ("fp32", precision))
+    """How far numbers are from ONNX Runtime's in float32 on a CPU (of the same weights), as a share of what its own error in this precision allows."""
+    truth, same = (dict(np.load(args.work / f"{p}.npz")) for p in (FORMS[precision][2], precision))
     worst, where = 0.0, ""
     for name, value in found.items():
         wide = truth[name].astype(np.float64)
@@ -238,7 +245,7 @@ def step_rows(args: argparse.Namespace, precision: str) -> Result:
 
 def step_text(args: argparse.Namespace, precision: str) -> Result:
     """Greedy tokens against ONNX Runtime's in float32 on a CPU; fp16 may part where two tokens are nearly as likely, fp32 may not."""
-    reference = json.loads((args.work / "fp32.json").read_text())
+    reference = json.loads((args.work / f"{FORMS[precision][2]}.json").read_text())
     result: Result = {"ok": True}
     for graph in (True, False):
         backend = ENGINES[args.engine].open(args, precision, graph=graph)
