@@ -57,8 +57,8 @@ def validate(
     opened = Bundle.open(bundle)
     most, judged_on = worth.bound(opened, max_loss), {}
     if opened.weights is not None:
-        worth.require_tokenizer(opened)
         judged_on = worth.texts_for(checkpoint, worth_texts)
+        worth.check_texts(opened, judged_on)
     launch = launch or ProcessLaunch()
     cores = len(os.sched_getaffinity(0))
     workers = workers or min(3, cores)

@@ -92,12 +92,13 @@ def _verdict(report: Report) -> str:
     word = "passed" if report.passed else "failed"
     detail = report.line().removeprefix("parity: PASSED (").removesuffix(")") if report.failure is None else f"at {report.failure.line}"
     hint = f'<p class="small">Where to look: {_text(report.failure.hint)}</p>' if report.failure and report.failure.hint else ""
+    both = "".join(f'<p class="small">{_text(line)}</p>' for line in report.verdicts())
     rule = (f"An output passes when its error is at most {FACTOR:g} times the yardstick's plus {floor_eps(report.precision):.2g} of its size, as RMS and "
             f"as maximum, both against float64; a yardstick off by more than {UNFIT:.0%} makes the precision unfit.")
     kind = "card verdict" if report.passed else "card verdict bad"
     name = _text(report.environment.get("bundle", ""))
     return (f'<h1>Sessa parity report</h1><div class="soft">{name}, {_text(report.precision)}</div>'
-            f'<section class="{kind}"><h2><strong>Parity {word}</strong></h2><div>{_text(detail)}</div>{hint}'
+            f'<section class="{kind}"><h2><strong>Parity {word}</strong></h2><div>{_text(detail)}</div>{hint}{both}'
             f'<p class="soft small" style="margin-bottom:0">{_text(rule)}</p></section>')
 
 

@@ -27,11 +27,12 @@ from sessa_deploy.export.parity.models import to_numpy
 from sessa_deploy.files import write_whole
 from sessa_deploy.model import SessaLM
 from sessa_deploy.reading import read_json, read_plain
-from sessa_deploy.runtime.backend import Backend, bounded_chunk, last_rows
+from sessa_deploy.runtime.backend import Backend, bounded_chunk, last_rows, outside_vocabulary
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.sampling import log_probabilities
 from sessa_deploy.runtime.scoring import score
 from sessa_deploy.runtime.session import Session
+from sessa_deploy.runtime.tokenizer import Tokenizer
 
 SAMPLE_BYTES = 1 << 16  # of a text that are read
 _TEXTS_FILE = "worth.json"
@@ -129,6 +130,20 @@ def require_tokenizer(bundle: Bundle) -> None:
                         allowed=f"a bundle with {TOKENIZER_FILE}", fix="export again, with the tokenizer.json of the model in the checkpoint")
 
 
+def check_texts(bundle: Bundle, texts: Mapping[str, str]) -> None:
+    """Raise UserError, before any rung has run, on a text in which nothing would be scored, or whose tokens are not the model's."""
+    require_tokenizer(bundle)
+    tokenizer, config = Tokenizer(bundle.file(TOKENIZER_FILE)), bundle.config
+    for name, text in texts.items():
+        ids = tokenizer.encode_first(text, config.bos_token_id)
+        if not text or len(ids) < 2:  # nothing precedes the first
+            raise UserError("the text is too short to judge weights on", got=f"{name}, {len(text)} characters", allowed="2 tokens or more",
+                            fix="name a longer text with --text FILE")
+        wrong = next((token for token in ids if token >= config.vocab_size), None)
+        if wrong is not None:
+            raise outside_vocabulary(wrong, config.vocab_size)
+
+
 def save_texts(texts: Mapping[str, str], folder: Path) -> None:
     """Leave the texts for the rung."""
     write_whole(folder / _TEXTS_FILE, json.dumps(dict(texts)) + "\n", what="the texts", sync=False)
@@ -174,7 +189,7 @@ def measure(bundle: Bundle, checkpoint: Path, config: SessaConfig | None, texts:
         whole = _Tally(whole.kl + own.kl, max(whole.worst, own.worst), whole.likelihood + own.likelihood, whole.agree + own.agree, whole.tokens + own.tokens)
         before, bytes_read, done = before + first.likelihood, bytes_read + (found.bytes or 0), done + 1
     with Session(bundle, TorchBackend((original,), bundle.config.max_context)) as session:
-        piece = session.tokenizer.encode(next(iter(texts.values())))[:_LAYER_TOKENS]
+        piece = session.encode(next(iter(texts.values())))[:_LAYER_TOKENS]
     groups: dict[str, dict[str, Tensor]] = {}
     for name, weight in eight.items():
         groups.setdefault("lm_head" if name == HEAD else ".".join(name.split(".")[:2]), {})[name] = weight
@@ -200,12 +215,12 @@ def _with(model: SessaLM, changed: Mapping[str, Tensor]) -> SessaLM:
 
 
 def _bits(likelihood: float, size: int) -> float:
-    return float(-likelihood / (np.log(2.0) * size))
+    return float(-likelihood / (np.log(2.0) * size)) if size else np.nan
 
 
 def _loss(before: float, after: float) -> float:
     """Percent more bits for the same text."""
-    return 100.0 * (after / before - 1.0)
+    return 100.0 * (after / before - 1.0) if before else (np.inf if after else 0.0)
 
 
 def bound(bundle: Bundle, max_loss: float | None) -> float:

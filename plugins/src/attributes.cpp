@@ -3,7 +3,6 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <cctype>
 #include <cstring>
 #include <vector>
 
@@ -137,10 +136,10 @@ try
         }
         for (size_t a = 0; a < letters.size(); ++a)
         {
-            auto const capital = static_cast<char>(std::toupper(letters[a]));
-            if (seen.find(capital) == std::string::npos)
+            auto const whole = capital(letters[a]);
+            if (seen.find(whole) == std::string::npos)
             {
-                seen += capital;
+                seen += whole;
                 problem.setDimension(letters[a], shapes[i].dims[a]);
             }
         }

@@ -39,6 +39,9 @@ struct Numbers
 
 struct Op;
 
+// The letter of the size that a letter of Operand::shape stands for, or for half of.
+char capital(char letter) noexcept;
+
 struct Problem
 {
     Op const* op{};

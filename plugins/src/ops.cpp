@@ -54,16 +54,21 @@ int64_t* Problem::size(char letter) noexcept
     return const_cast<int64_t*>(static_cast<Problem const*>(this)->size(letter));
 }
 
+char capital(char letter) noexcept
+{
+    return static_cast<char>(std::toupper(static_cast<unsigned char>(letter))); // defined for those and for no negative char
+}
+
 int64_t Problem::dimension(char letter) const noexcept
 {
-    auto const capital = static_cast<char>(std::toupper(letter));
-    return *size(capital) / (letter == capital ? 1 : 2);
+    auto const whole = capital(letter);
+    return *size(whole) / (letter == whole ? 1 : 2);
 }
 
 void Problem::setDimension(char letter, int64_t value) noexcept
 {
-    auto const capital = static_cast<char>(std::toupper(letter));
-    *size(capital) = value * (letter == capital ? 1 : 2);
+    auto const whole = capital(letter);
+    *size(whole) = value * (letter == whole ? 1 : 2);
 }
 
 namespace

@@ -4,18 +4,12 @@
 #include "plan.h"
 
 #include <array>
-#include <cctype>
 #include <cstring>
 
 namespace sessa::ort
 {
 namespace
 {
-
-char capital(char letter) noexcept
-{
-    return static_cast<char>(std::toupper(letter));
-}
 
 std::string nameOf(ONNXTensorElementDataType type)
 {

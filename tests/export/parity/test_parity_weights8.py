@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from parity_fixtures import judge, lively_model
 from sessa_deploy.checkpoint import load_checkpoint, save_checkpoint
 from sessa_deploy.cli import main
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.contract import MODEL_FILE, SAMPLE_FILE
+from sessa_deploy.contract import MODEL_FILE, SAMPLE_FILE, Weights
 from sessa_deploy.errors import UserError
 from sessa_deploy.export.parity import process as parity_process
 from sessa_deploy.export.parity import validate, worth
@@ -60,9 +61,9 @@ def bits(tensor: onnx.TensorProto, kind: str = "uint8") -> np.ndarray:
     return np.frombuffer(bytearray(tensor.raw_data), kind).reshape(tensor.dims)
 
 
-def shifted_scales(tensors: dict[str, onnx.TensorProto]) -> None:
+def shifted_scales(tensors: dict[str, onnx.TensorProto], by: int = 1) -> None:
     scale = tensors[f"{WEIGHT}.scale"]
-    scale.raw_data = np.roll(bits(scale, "float32"), 1).tobytes()
+    scale.raw_data = np.roll(bits(scale, "float32"), by).tobytes()
 
 
 def negative(q: np.ndarray, form: str) -> np.ndarray:
@@ -95,7 +96,8 @@ def zero_scale(tensors: dict[str, onnx.TensorProto]) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[..., None], str]] = {
-    "shifted scales": (lambda t, form: shifted_scales(t), "off by one channel: channel 0"), "one sign": (one_sign, "channel 3, input"),
+    "shifted scales": (lambda t, form: shifted_scales(t), "off by one channel: channel 0 has that of the one before it"),
+    "scales shifted back": (lambda t, form: shifted_scales(t, -1), "off by one channel: channel 0 has that of the one behind it"), "one sign": (one_sign, "channel 3, input"),
     "a channel's sign": (channel_sign, "channel 5 has the opposite sign"),
     "swapped rows": (lambda t, form: swapped_rows(t), "channel 2 holds the values of channel 9"),
     "zero scale": (lambda t, form: zero_scale(t), "the scale of channel 11 is 0,"),
@@ -109,6 +111,16 @@ def test_planted_faults_are_located(bundles: dict[str, Path], checkpoint: Path, 
     bad = Bundle.open(planted(bundles[form], tmp_path / "bad", lambda graph, tensors: plant(tensors, form)))
     found = check_weights(bad.model, checkpoint, bad.precision, bad.config, weights=bad.weights)
     assert [name for name, _ in found.missing] == [WEIGHT] and says in found.missing[0][1], found.missing
+
+
+def test_a_manifest_that_names_others_as_kept(bundles: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
+    """A tensor that should have been kept and is in 8 bits, and one that should be in 8 bits and was kept."""
+    kept = export_bundle(checkpoint, tmp_path / "kept", all_logits=True, weights="int8", keep=[WEIGHT])
+    for path, said in ((bundles["int8"], Weights("int8", (WEIGHT,))), (kept, Weights("int8"))):
+        bundle = Bundle.open(path)
+        assert not check_weights(bundle.model, checkpoint, bundle.precision, bundle.config, weights=bundle.weights).missing
+        found = check_weights(bundle.model, checkpoint, bundle.precision, bundle.config, weights=said)
+        assert [name for name, _ in found.missing] == [WEIGHT] and found.missing[0][1].startswith("no "), found.missing
 
 
 def test_a_fault_in_the_weights_fails_the_verdict(bundles: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
@@ -143,7 +155,8 @@ def test_both_verdicts_and_where_the_figures_come_from(
     data = json.loads((tmp_path / "p.json").read_text())
     found = data["worth"]
     assert data["exactness"]["passed"] and found["passed"] and found["max_loss_percent"] == 50.0
-    assert "Worth of the weights in 8 bits" in (tmp_path / "p.html").read_text()
+    page = (tmp_path / "p.html").read_text()
+    assert "Worth of the weights in 8 bits" in page and all(html.escape(line) in page for line in lines[:2])
     assert {x["name"] for x in found["layers"]} == {"layers.0", "layers.1", "lm_head"} and found["layers"][0]["name"] in lines[1]
     assert [x["kl"] for x in found["layers"]] == sorted((x["kl"] for x in found["layers"]), reverse=True) and 0 < found["layers"][-1]["kl"] < 0.1
     assert json.loads(Bundle.open(bundles["fp8"]).read("parity.json"))["worth"]["format"] == "fp8"
@@ -170,6 +183,8 @@ def test_a_layer_that_costs_most_is_named_and_can_be_kept(checkpoint: Path, tmp_
 def test_a_loss_beyond_the_bound_fails(bundles: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
     report = judge(bundles["int8"], checkpoint, tmp_path / "kept")
     assert report.worth is not None and report.worth["max_loss_percent"] == 0.5 and report.worth["texts"] == [SAMPLE_FILE]
+    # what exactness is held to is float32's error, not that of the rounding
+    assert max(c.plain_rms for c in report.comparisons) < 1e-5 < report.worth["kl"]
     for loss, most, passes in ((0.5, 0.5, True), (0.51, 0.5, False), (float("nan"), 0.5, False), (-1.0, 0.0, True)):
         report.judge_worth({**report.worth, "loss_percent": loss}, most)
         assert report.passed is passes and report.verdicts()[1].startswith(f"worth: {'PASSED' if passes else 'FAILED'}")
