@@ -82,4 +82,4 @@ def solve(layer: Any, o: Tensor, head: Head) -> Tensor | None:
 
 def tail(s: Tensor, head: Head, weights: Weights) -> Tensor:
     """The layer's y (B,T,D) of the feedback branch's s (B,T,D)."""
-    return regions.tail(head.x, s, head.g, weights.out, weights.head.out_bias)
+    return regions.tail(head.x, s, head.g, weights.out, weights.head.out_bias, head.handed)
