@@ -146,12 +146,13 @@ def fused_gelu_gain_grad(
         tl.store(p_out + 3 * D + o_8, tl.where(o_8 == 0, tl.sum(acc_z, axis=0), 0.0))
 
 
-@triton.jit(do_not_specialize=["N", "period", "half", "w8", "row8"])
-def fused_rotate(x, cos, sin, N, period, half, w8, row8, BT: tl.constexpr, BD: tl.constexpr):
+@triton.jit(do_not_specialize=["N", "period", "half4", "w8", "row8"])
+def fused_rotate(x, cos, sin, N, period, half4, w8, row8, BT: tl.constexpr, BD: tl.constexpr):
     """Grid (row tiles, column tiles): rotate the heads in the first 8 w8 columns of each row of x in place, rows 8 row8 elements apart.
 
-    cos, sin: (period, half) float32, half = d / 2; row n takes the tables' row n % period.
+    cos, sin: (period, d / 2) float32, d / 2 = 4 half4; row n takes the tables' row n % period.
     """
+    half = half4 * 4
     o_n = tl.program_id(0) * BT + tl.arange(0, BT)
     o_d, o_p = tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(1) * (BD // 2) + tl.arange(0, BD // 2)
     o_r, m_r = o_n.to(tl.int64), o_n < N
@@ -188,16 +189,16 @@ def gather_columns(
     tl.store(p_sum + o_d, tl.sum(acc, axis=0), mask=m_d)
 
 
-@triton.jit(do_not_specialize=["N", "period", "half", "d8", "kv8", "w8"])
+@triton.jit(do_not_specialize=["N", "period", "half4", "d8", "kv8", "w8"])
 def fused_gather(
-    dq, dk, dv, dq_b, dk_b, out, cos, sin, partial, N, period, half, d8, kv8, w8, TURN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
+    dq, dk, dv, dq_b, dk_b, out, cos, sin, partial, N, period, half4, d8, kv8, w8, TURN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """Grid (chunks, 3 D tiles and 2 of dk's width): dq (N,D), dk, dv (N, 8 kv8), dq_b, dk_b (N,D) side by side as the rows of `out`.
 
-    TURN: dq and dk are rotated back; cos, sin: (period, half) float32, half = d / 2, row n takes the tables' row n % period. partial gets the column sums.
+    TURN: dq and dk are rotated back; cos, sin: (period, d / 2) float32, d / 2 = 4 half4, row n takes the tables' row n % period. partial gets the column sums.
     """
     i_c, i_x = tl.program_id(0), tl.program_id(1)
-    D, kv = d8 * 8, kv8 * 8
+    D, kv, half = d8 * 8, kv8 * 8, half4 * 4
     wide, narrow, row = tl.cdiv(D, BD), tl.cdiv(kv, BD), 3 * D + 2 * kv
     p_sum = partial + i_c.to(tl.int64) * w8 * 8
     if i_x < wide:

@@ -182,7 +182,7 @@ def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor,
     if cos is not None:
         turn, turned = tiles("turn"), inner - weights.v_weight.shape[0]
         launch(elementwise.fused_rotate, (cdiv(n, turn["BT"]), cdiv(turned, turn["BD"])),
-               (qkv, cos, sin, n, cos.shape[0] * tokens, form.head_dim // 2, turned // 8, inner // 8), turn)  # fmt: skip
+               (qkv, cos, sin, n, cos.shape[0] * tokens, form.head_dim // 8, turned // 8, inner // 8), turn)  # fmt: skip
     q, k, v = qkv.view(batch, tokens, -1, form.head_dim).split(heads, dim=2)
     return Head(q, k, v, q_b, k_b, gamma, h[..., width:], x), (rows, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin)
 
@@ -213,7 +213,7 @@ class _Head(torch.autograd.Function):
         gather = more("gather", TURN=cos is not None, ROWS=ROWS)
         cos, sin = (norm_weight, norm_weight) if cos is None else (cos, sin)  # not read where nothing turns
         launch(elementwise.fused_gather, (chunks, 3 * cdiv(width, gather["BD"]) + 2 * cdiv(kv, gather["BD"])),
-               (dq, dk, dv, dq_b, dk_b, grads, cos, sin, partial, n, cos.shape[0] * tokens, form.head_dim // 2, d8, kv // 8, total8), gather)  # fmt: skip
+               (dq, dk, dv, dq_b, dk_b, grads, cos, sin, partial, n, cos.shape[0] * tokens, form.head_dim // 8, d8, kv // 8, total8), gather)  # fmt: skip
         da = torch.mm(grads, w)
         needs = HeadWeights(*ctx.needs_input_grad[5:])
         projected = needs.q_weight or needs.k_weight or needs.v_weight or needs.fb_weight
