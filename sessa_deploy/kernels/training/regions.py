@@ -133,7 +133,8 @@ def head(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights:
     """From x (B,T,D) to the attentions' inputs. cos, sin: contiguous float32 tables (B or 1,T,1,d/2), or None."""
     if torch.is_grad_enabled() and any(p.requires_grad for p in (x, *weights)):
         handed = Handed(layout(x.shape[-1], form.kv_heads * form.head_dim))
-        return Head(*_Head.apply(form, handed, cos, sin, x, *weights), handed)
+        out: Head = Head(*_Head.apply(form, handed, cos, sin, x, *weights))
+        return out._replace(handed=handed)
     return _head_forward(form, cos, sin, x, weights)[0]
 
 
