@@ -163,7 +163,7 @@ def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor,
     inner = weights.q_weight.shape[0] + 2 * weights.k_weight.shape[0]  # columns of q, k and v
     heads = (form.heads, form.kv_heads, form.kv_heads)
     rows, norm_weight, norm_bias = aligned(x), aligned(weights.norm_weight), aligned(weights.norm_bias)
-    in_weight, in_bias = aligned(weights.in_weight, dtype), aligned(weights.in_bias, dtype)
+    in_weight, in_bias, w, b = _products(weights, dtype)
     gamma_weight, gamma_bias = aligned(weights.gamma_weight, torch.float32), aligned(weights.gamma_bias, torch.float32)
 
     y, a = (torch.empty((batch, tokens, width), dtype=dtype, device=device) for _ in range(2))
@@ -172,13 +172,7 @@ def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor,
     launch(elementwise.fused_norm, (cdiv(n, norm["BT"]),), (rows, norm_weight, norm_bias, y, mean, rstd, n, d8, form.eps), norm)
     h = F.linear(y, in_weight, in_bias)
     launch(elementwise.fused_gelu_gain, (cdiv(n, flat["BT"]),), (h, gamma_weight, gamma_bias, a, gamma, n, d8, form.gamma_max), flat)
-    # one copy of the projections, in the order q, k, v and the feedback branch's q and k, whose products are
-    # separate because feedback attention wants rows of its own
-    w = torch.cat((weights.q_weight, weights.k_weight, weights.v_weight, weights.fb_weight))
-    b = torch.cat((weights.q_bias, weights.k_bias, weights.v_bias, weights.fb_bias))
-    if w.dtype != dtype or b.dtype != dtype:
-        w, b = w.to(dtype), b.to(dtype)
-    parts = [inner, width, width]
+    parts = [inner, width, width]  # the feedback branch's products are separate because feedback attention wants rows of its own
     qkv, q_b, k_b = (F.linear(a, *pair) for pair in zip(w.split(parts), b.split(parts), strict=True))
     if cos is not None:
         turn, turned = tiles("turn"), inner - weights.v_weight.shape[0]
@@ -186,6 +180,21 @@ def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor,
                (qkv, cos, sin, n, cos.shape[0] * tokens, form.head_dim // 8, turned // 8, inner // 8), turn)  # fmt: skip
     q, k, v = qkv.view(batch, tokens, -1, form.head_dim).split(heads, dim=2)
     return Head(q, k, v, q_b, k_b, gamma, h[..., width:], x), (rows, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin)
+
+
+def _products(weights: HeadWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(W_in's weight, its bias, one copy of the projections' weights in the order q, k, v and the feedback branch's q and k, of their biases) in `dtype`."""
+    w = (weights.q_weight, weights.k_weight, weights.v_weight, weights.fb_weight)
+    b = (weights.q_bias, weights.k_bias, weights.v_bias, weights.fb_bias)
+    parts = (weights.in_weight, *w, weights.in_bias, *b)
+    if all(p.dtype == dtype for p in parts):
+        return aligned(weights.in_weight), aligned(weights.in_bias), torch.cat(w), torch.cat(b)
+    width = weights.in_weight.shape[1]
+    counts = [p.numel() for p in parts]
+    memory = torch.empty(sum(counts), dtype=dtype, device=weights.in_weight.device)
+    torch._foreach_copy_([x.view(p.shape) for x, p in zip(memory.split(counts), parts, strict=True)], parts)  # one launch, whatever the types
+    in_weight, joined, in_bias, biases = memory.split([counts[0], sum(counts[1:5]), counts[5], sum(counts[6:])])
+    return in_weight.view(-1, width), in_bias, joined.view(-1, width), biases
 
 
 class _Head(torch.autograd.Function):
