@@ -8,6 +8,7 @@ Projections of the same activations are joined, so that the backward is one prod
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -197,6 +198,58 @@ def _products(weights: HeadWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     return in_weight.view(-1, width), in_bias, joined.view(-1, width), biases
 
 
+def _head_backward(
+    form: Form, types: HeadWeights, needs: HeadWeights, saved: Sequence[Any], dh: Tensor, partial: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dq_b: Tensor,
+    dk_b: Tensor, dgamma: Tensor, dx: Tensor,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Gradients of x and of the weights that need one. types: of the weights; saved: of `_head_forward`; dh and partial: of `_gate_backward`."""
+    from sessa_deploy.kernels.training import elementwise
+
+    x, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin = saved
+    batch, tokens, width = x.shape
+    n, dtype, device = batch * tokens, h.dtype, h.device
+    kv, joined = form.kv_heads * form.head_dim, w.shape[0]
+    first, sizes, total = layout(width, kv)
+    chunks, d8, total8 = cdiv(n, ROWS), width // 8, total // 8
+    grads = torch.empty((n, joined), dtype=dtype, device=device)
+    dq, dk, dv, dq_b, dk_b = (aligned(g, dtype) for g in (dq, dk, dv, dq_b, dk_b))
+    gather = more("gather", TURN=cos is not None, ROWS=ROWS)
+    cos, sin = (norm_weight, norm_weight) if cos is None else (cos, sin)  # not read where nothing turns
+    launch(elementwise.fused_gather, (chunks, 3 * cdiv(width, gather["BD"]) + 2 * cdiv(kv, gather["BD"])),
+           (dq, dk, dv, dq_b, dk_b, grads, cos, sin, partial, n, cos.shape[0] * tokens, form.head_dim // 8, d8, kv // 8, total8), gather)  # fmt: skip
+    da = torch.mm(grads, w)
+    projected = needs.q_weight or needs.k_weight or needs.v_weight or needs.fb_weight
+    dw: Any = weight_grad(grads, a.view(n, width), types.q_weight).split([width, kv, kv, 2 * width]) if projected else (None,) * 4
+    flat = more("flat sums", ROWS=ROWS)
+    launch(elementwise.fused_gelu_gain_grad, (chunks, cdiv(width, flat["BD"])),
+           (h, da, gamma, aligned(dgamma, torch.float32), gamma_weight, dh, partial, n, d8, total8, first.in_bias // 8, form.gamma_max),
+           flat)  # fmt: skip
+    dy = torch.mm(dh, in_weight)
+    dw_in: Any = weight_grad(dh, y.view(n, width), types.in_weight) if needs.in_weight else None
+    dx_rows = torch.empty_like(x)
+    launch(elementwise.fused_norm_grad, (chunks,),
+           (x, norm_weight, mean, rstd, dy, aligned(dx), dx_rows, partial, n, d8, total8, first.norm_weight // 8),
+           more("row sums", width, ROWS=ROWS))  # fmt: skip
+    exact, rounded = (torch.empty(total, dtype=t, device=device) for t in (torch.float32, dtype))
+    options = tiles("total")
+    launch(elementwise.fused_total, (cdiv(total, options["BD"]),), (partial, exact, rounded, chunks, total8), options)
+
+    def summed(name: str) -> Tensor:
+        """In the type of its parameter, as far as that is one of the two."""
+        at = getattr(first, name)
+        return (rounded if getattr(types, name) == dtype else exact)[at : at + getattr(sizes, name)]
+
+    sums = Sums(*map(summed, Sums._fields))
+    out = HeadWeights(
+        norm_weight=sums.norm_weight, norm_bias=sums.norm_bias,
+        in_weight=dw_in, in_bias=sums.in_bias,
+        gamma_weight=sums.gamma_weight.view(1, width), gamma_bias=sums.gamma_bias[0],
+        q_weight=dw[0], q_bias=sums.q_bias, k_weight=dw[1], k_bias=sums.k_bias, v_weight=dw[2], v_bias=sums.v_bias, fb_weight=dw[3], fb_bias=sums.fb_bias,
+        out_bias=sums.out_bias,
+    )  # fmt: skip
+    return dx_rows, *(g if need else None for g, need in zip(out, needs, strict=True))
+
+
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx, form, handed, cos, sin, x, *weights):  # type: ignore[no-untyped-def]
@@ -208,76 +261,42 @@ class _Head(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk, dv, dq_b, dk_b, dgamma, dg, dx):  # type: ignore[no-untyped-def]
-        from sessa_deploy.kernels.training import elementwise
-
-        form: Form = ctx.form
-        x, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin = ctx.saved_tensors
-        batch, tokens, width = x.shape
-        n, dtype, device = batch * tokens, h.dtype, h.device
-        kv, joined = form.kv_heads * form.head_dim, w.shape[0]
-        first, sizes, total = ctx.handed.layout
-        chunks, d8, total8 = cdiv(n, ROWS), width // 8, total // 8
+        saved = ctx.saved_tensors
+        dtype = saved[4].dtype
         dh, partial = ctx.handed.take(dg if dg.dtype == dtype else dg.to(dtype))
-        grads = torch.empty((n, joined), dtype=dtype, device=device)
-        dq, dk, dv, dq_b, dk_b = (aligned(g, dtype) for g in (dq, dk, dv, dq_b, dk_b))
-        gather = more("gather", TURN=cos is not None, ROWS=ROWS)
-        cos, sin = (norm_weight, norm_weight) if cos is None else (cos, sin)  # not read where nothing turns
-        launch(elementwise.fused_gather, (chunks, 3 * cdiv(width, gather["BD"]) + 2 * cdiv(kv, gather["BD"])),
-               (dq, dk, dv, dq_b, dk_b, grads, cos, sin, partial, n, cos.shape[0] * tokens, form.head_dim // 8, d8, kv // 8, total8), gather)  # fmt: skip
-        da = torch.mm(grads, w)
         needs = HeadWeights(*ctx.needs_input_grad[5:])
-        projected = needs.q_weight or needs.k_weight or needs.v_weight or needs.fb_weight
-        dw: Any = weight_grad(grads, a.view(n, width), ctx.types.q_weight).split([width, kv, kv, 2 * width]) if projected else (None,) * 4
-        flat = more("flat sums", ROWS=ROWS)
-        launch(elementwise.fused_gelu_gain_grad, (chunks, cdiv(width, flat["BD"])),
-               (h, da, gamma, aligned(dgamma, torch.float32), gamma_weight, dh, partial, n, d8, total8, first.in_bias // 8, form.gamma_max),
-               flat)  # fmt: skip
-        dy = torch.mm(dh, in_weight)
-        dw_in: Any = weight_grad(dh, y.view(n, width), ctx.types.in_weight) if needs.in_weight else None
-        dx_rows = torch.empty_like(x)
-        launch(elementwise.fused_norm_grad, (chunks,),
-               (x, norm_weight, mean, rstd, dy, aligned(dx), dx_rows, partial, n, d8, total8, first.norm_weight // 8),
-               more("row sums", width, ROWS=ROWS))  # fmt: skip
-        exact, rounded = (torch.empty(total, dtype=t, device=device) for t in (torch.float32, dtype))
-        options = tiles("total")
-        launch(elementwise.fused_total, (cdiv(total, options["BD"]),), (partial, exact, rounded, chunks, total8), options)
+        return None, None, None, None, *_head_backward(ctx.form, ctx.types, needs, saved, dh, partial, dq, dk, dv, dq_b, dk_b, dgamma, dx)
 
-        def summed(name: str) -> Tensor:
-            """In the type of its parameter, as far as that is one of the two."""
-            at = getattr(first, name)
-            return (rounded if getattr(ctx.types, name) == dtype else exact)[at : at + getattr(sizes, name)]
 
-        sums = Sums(*map(summed, Sums._fields))
-        out = HeadWeights(
-            norm_weight=sums.norm_weight, norm_bias=sums.norm_bias,
-            in_weight=dw_in, in_bias=sums.in_bias,
-            gamma_weight=sums.gamma_weight.view(1, width), gamma_bias=sums.gamma_bias[0],
-            q_weight=dw[0], q_bias=sums.q_bias, k_weight=dw[1], k_bias=sums.k_bias, v_weight=dw[2], v_bias=sums.v_bias, fb_weight=dw[3], fb_bias=sums.fb_bias,
-            out_bias=sums.out_bias,
-        )  # fmt: skip
-        return None, None, None, None, dx_rows, *(g if need else None for g, need in zip(out, needs, strict=True))
+def _solve_forward(o: Tensor, weight: Tensor, q_b: Tensor, k_b: Tensor, gamma: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    o, weight = aligned(o, q_b.dtype), aligned(weight, q_b.dtype)
+    past = ops.no_past(q_b, True)
+    f = F.linear(o.view(q_b.shape), weight)
+    s, *kept = ops.run_forward(q_b, k_b, gamma, f, *past, need_lse=True)
+    return s, (o, weight, q_b, k_b, gamma, f, s, *kept, *past)
+
+
+def _solve_backward(saved: Sequence[Any], ds: Tensor, dtype: torch.dtype | None) -> tuple[Any, ...]:
+    """Gradients of o, weight (of `dtype`; None: none is wanted), q_b, k_b and gamma."""
+    o, weight, *saved = saved
+    dq, dk, dgamma, df, *_ = route.feedback_backward(ds, *saved)
+    rows = df.view(-1, df.shape[-1])
+    do = torch.mm(rows, weight).view(o.shape)
+    return do, weight_grad(rows, o.view(rows.shape), dtype) if dtype else None, dq, dk, dgamma
 
 
 class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, o, weight, q_b, k_b, gamma):  # type: ignore[no-untyped-def]
+        s, saved = _solve_forward(o, weight, q_b, k_b, gamma)
+        ctx.save_for_backward(*saved)
         ctx.type = weight.dtype
-        o, weight = aligned(o, q_b.dtype), aligned(weight, q_b.dtype)
-        past = ops.no_past(q_b, True)
-        f = F.linear(o.view(q_b.shape), weight)
-        s, *kept = ops.run_forward(q_b, k_b, gamma, f, *past, need_lse=True)
-        ctx.save_for_backward(o, weight, q_b, k_b, gamma, f, s, *kept, *past)
         return s
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, ds):  # type: ignore[no-untyped-def]
-        o, weight, *saved = ctx.saved_tensors
-        dq, dk, dgamma, df, *_ = route.feedback_backward(ds, *saved)
-        rows = df.view(-1, df.shape[-1])
-        do = torch.mm(rows, weight).view(o.shape)
-        dweight = weight_grad(rows, o.view(rows.shape), ctx.type) if ctx.needs_input_grad[1] else None
-        return do, dweight, dq, dk, dgamma
+        return _solve_backward(ctx.saved_tensors, ds, ctx.type if ctx.needs_input_grad[1] else None)
 
 
 def _tail_forward(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -318,14 +337,59 @@ class _Tail(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        s, g, gated, weight = ctx.saved_tensors
-        width = s.shape[-1]
-        rows = aligned(dy, s.dtype).view(-1, width)
+        s, width = ctx.saved_tensors[0], dy.shape[-1]
         handed = ctx.handed or Handed(layout(width, 0))
-        ds, dh, partial = _gate_backward(torch.mm(rows, weight), s, g, handed.layout)
-        handed.dh, handed.partial = dh, partial
-        dweight = weight_grad(rows, gated.view(rows.shape), ctx.type) if ctx.needs_input_grad[3] else None
+        ds, dh, handed.partial, dweight = _tail_backward(ctx.saved_tensors, dy, ctx.type if ctx.needs_input_grad[3] else None, handed.layout)
+        handed.dh = dh
         return dy, ds, dh[:, width:].view(s.shape), dweight, None, None
+
+
+def _tail_backward(saved: Sequence[Any], dy: Tensor, dtype: torch.dtype | None, columns: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(ds, dh, partial, the gradient of W_out's weight (of `dtype`; None: none is wanted))."""
+    s, g, gated, weight = saved
+    rows = aligned(dy, s.dtype).view(-1, s.shape[-1])
+    return *_gate_backward(torch.mm(rows, weight), s, g, columns), weight_grad(rows, gated.view(rows.shape), dtype) if dtype else None
+
+
+class _Whole(torch.autograd.Function):
+    """`head`, the attention without a past, `solve` and `tail` as one node: what stands between them costs the host a third of a step."""
+
+    @staticmethod
+    def forward(ctx, form, cos, sin, x, *weights):  # type: ignore[no-untyped-def]
+        *first, out_proj, out = weights
+        head, of_head = _head_forward(form, cos, sin, x, HeadWeights(*first))
+        o, attention = ops.attention_forward(head.q, head.k, head.v)
+        s, of_solve = _solve_forward(o, out_proj, head.q_b, head.k_b, head.gamma)
+        y, of_tail = _tail_forward(x, s, head.g, out, weights[_BIAS])
+        ctx.save_for_backward(*of_head, *of_solve, *of_tail, head.q, head.k, head.v, *attention.tensors)
+        ctx.cuts = tuple(itertools.accumulate(map(len, (of_head, of_solve, of_tail))))
+        ctx.form, ctx.attention, ctx.types = form, attention.without(), [p.dtype for p in weights]
+        ctx.set_materialize_grads(False)
+        return y, head.k, head.v, head.k_b, s
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dk_more, dv_more, dk_b_more, ds_more):  # type: ignore[no-untyped-def]
+        form, types, saved, (a, b, c) = ctx.form, ctx.types, ctx.saved_tensors, ctx.cuts
+        needs, columns = ctx.needs_input_grad[4:], layout(saved[0].shape[-1], form.kv_heads * form.head_dim)
+        of_tail, qkv = saved[b:c], saved[c : c + 3]
+        dy = torch.zeros_like(saved[0]) if dy is None else dy  # y has the type of x
+        ds, dh, partial, dout = _tail_backward(of_tail, dy, types[-1] if needs[-1] else None, columns)
+        ds = ds if ds_more is None else ds + ds_more
+        do, dproj, dq_b, dk_b, dgamma = _solve_backward(saved[a:b], ds, types[-2] if needs[-2] else None)
+        dq, dk, dv = ops.attention_backward(do, *qkv, ctx.attention, saved[c + 3 :])
+        dk, dv, dk_b = (g if more is None else g + more for g, more in ((dk, dk_more), (dv, dv_more), (dk_b, dk_b_more)))
+        first = _head_backward(form, HeadWeights(*types[:-2]), HeadWeights(*needs[:-2]), saved[:a], dh, partial, dq, dk, dv, dq_b, dk_b, dgamma, dy)
+        return None, None, None, *first, dproj, dout
+
+
+_BIAS = HeadWeights._fields.index("out_bias")
+
+
+def whole(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: Weights, out_proj: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A layer without a past, for a backward: its y (B,T,D), and its rows k, v (B,T,Hkv,d), k_b, s (B,T,D), of `head`'s arguments and out_proj's weight."""
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _Whole.apply(form, cos, sin, x, *weights.head, out_proj, weights.out)
+    return found
 
 
 def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
