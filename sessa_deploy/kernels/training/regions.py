@@ -234,12 +234,8 @@ def _head_backward(
     options = tiles("total")
     launch(elementwise.fused_total, (cdiv(total, options["BD"]),), (partial, exact, rounded, chunks, total8), options)
 
-    def summed(name: str) -> Tensor:
-        """In the type of its parameter, as far as that is one of the two."""
-        at = getattr(first, name)
-        return (rounded if getattr(types, name) == dtype else exact)[at : at + getattr(sizes, name)]
-
-    sums = Sums(*map(summed, Sums._fields))
+    # each in the type of its parameter, as far as that is one of the two
+    sums = Sums(*(r if getattr(types, name) == dtype else e for name, e, r in zip(Sums._fields, exact.split(sizes), rounded.split(sizes), strict=True)))
     out = HeadWeights(
         norm_weight=sums.norm_weight, norm_bias=sums.norm_bias,
         in_weight=dw_in, in_bias=sums.in_bias,
