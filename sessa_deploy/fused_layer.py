@@ -58,12 +58,28 @@ def applies(layer: Any, x: Tensor) -> Weights | None:
     return weights if same else None
 
 
+def whole(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: Weights) -> tuple[Tensor, ...] | None:
+    """y (B,T,D) and the rows k, v, k_b, s of a layer without a past, as one autograd node; None where there is nothing to join: no gradient is wanted, or
+    out_proj is not a plain linear map. x, rope, weights: as `head` takes them."""
+    out_proj = layer._modules["mixer"]._modules["out_proj"]
+    weight = out_proj._parameters.get("weight")
+    if weight is None or not (torch.is_grad_enabled() and _unhooked(out_proj, nn.Linear) and route.is_eager(weight)):
+        return None
+    if weight.dtype != weights.out.dtype or not any(p.requires_grad for p in (x, *weights.head, weight, weights.out)):
+        return None
+    cos, sin = (None, None) if rope is None else (rope[0].contiguous(), rope[1].contiguous())
+    return regions.whole(_form(layer), cos, sin, x, weights, weight)
+
+
+def _form(layer: Any) -> Form:
+    mixer = layer._modules["mixer"]
+    return Form(mixer.n_heads, mixer.n_kv_heads, mixer.head_dim, layer._modules["ln"].eps, mixer.gamma_max)
+
+
 def head(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: Weights) -> Head:
     """The layer from x (B,T,D) to its attentions' inputs. rope: float32 tables (B or 1,T,1,d/2), or None; weights: from `applies`."""
-    mixer = layer._modules["mixer"]
-    form = Form(mixer.n_heads, mixer.n_kv_heads, mixer.head_dim, layer._modules["ln"].eps, mixer.gamma_max)
     cos, sin = (None, None) if rope is None else (rope[0].contiguous(), rope[1].contiguous())
-    return regions.head(form, cos, sin, x, weights.head)
+    return regions.head(_form(layer), cos, sin, x, weights.head)
 
 
 def solve(layer: Any, o: Tensor, head: Head) -> Tensor | None:
@@ -82,4 +98,4 @@ def solve(layer: Any, o: Tensor, head: Head) -> Tensor | None:
 
 def tail(s: Tensor, head: Head, weights: Weights) -> Tensor:
     """The layer's y (B,T,D) of the feedback branch's s (B,T,D)."""
-    return regions.tail(head.x, s, head.g, weights.out, weights.head.out_bias)
+    return regions.tail(head.x, s, head.g, weights.out, weights.head.out_bias, head.handed)

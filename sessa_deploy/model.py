@@ -223,6 +223,9 @@ class SessaLayer(nn.Module):
         """y (B,T,D) and the layer's new rows, for x behind the given past (None, None: no past)."""
         ops = self.mixer.ops
         weights = fused_layer.applies(self, x) if ops is KERNELS else None
+        whole = fused_layer.whole(self, x, rope, weights) if weights is not None and past is None else None
+        if whole is not None:
+            return whole[0], Rows(*whole[1:])
         if weights is not None:
             head = fused_layer.head(self, x, rope, weights)
             o = ops.attend(head.q, head.k, head.v, past_length, past)

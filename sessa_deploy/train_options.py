@@ -34,8 +34,8 @@ class TrainOptions:
     configuration and tokenizer the run begins with, None for random weights; init_config: its config.json where none lies beside it.
     batch_size is a process's; global_batch fixes the windows of a step over all processes, and with them accumulate. shard: parameters, gradients and
     moments dealt out over the processes (FSDP2). compile: torch.compile of the loss and of one layer for all. activation_checkpointing: layers are
-    computed anew in the backward. keep_sample: leave the beginning of the held-out text in the checkpoint; data_licence: of the
-    text, for its card. Numpy's numbers are taken too. Raises UserError out of range.
+    computed anew in the backward. cuda_graph: replay a step as one CUDA graph (one process, a GPU). keep_sample: leave the beginning of the held-out text
+    in the checkpoint; data_licence: of the text, for its card. Numpy's numbers are taken too. Raises UserError out of range.
     """
 
     data: str
@@ -64,6 +64,7 @@ class TrainOptions:
     shard: bool = False
     compile: bool = False
     activation_checkpointing: bool = False
+    cuda_graph: bool = False
     init_from: str | None = None
     init_config: str | None = None
     keep_sample: bool = False
@@ -86,7 +87,7 @@ class TrainOptions:
                 self._set_number(name, low, high, closed)
         if self.global_batch is not None:
             self._set_integer("global_batch", 1, _MAX_COUNT, "an integer >= 1")
-        for name in ("shard", "compile", "activation_checkpointing"):
+        for name in ("shard", "compile", "activation_checkpointing", "cuda_graph"):
             flag = as_flag(getattr(self, name))
             if flag is None:
                 raise UserError(f"{name} is neither true nor false", got=repr(getattr(self, name)), allowed="True, False")
@@ -94,6 +95,8 @@ class TrainOptions:
         for name, allowed in _WORDS.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} is unknown", got=getattr(self, name), allowed=", ".join(allowed))
+        if self.cuda_graph and self.compile:
+            raise UserError("a compiled step is not captured", got="--cuda-graph with --compile", fix="leave one of them out: --cuda-graph is the faster one")
         if isinstance(self.extensions, str) or not all(isinstance(x, str) and x.lstrip(".") for x in self.extensions):
             raise UserError("extensions are no list of file name endings", got=repr(self.extensions), allowed="such as ('py', 'md')")
         if self.data_licence is not None and not self.keep_sample:

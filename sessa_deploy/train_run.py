@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.files import write_whole
 from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.tokenizer import Tokenizer
+from sessa_deploy.train_graph import Graphed
 from sessa_deploy.train_log import LOG_FILE, PLOT_FILE, REPORT_FILE, Row, read_log, write_log, write_plot, write_report
 from sessa_deploy.train_measure import Windows, autocast, held_out_bits, require_memory, told_of_memory
 from sessa_deploy.train_options import TrainOptions
@@ -52,6 +54,7 @@ class Run:
         self.options, self.config, self.tokenizer, self.corpus, self.origin, self.group = options, config, tokenizer, corpus, origin, group
         self.share = options.share(group.size)
         self.device = options.device_of(group.local, group.local_size)
+        self.graphed = self._graphed() if options.cuda_graph else None
         self.folder = Path(options.out)
         self.batches = Batches(corpus.train, options.context, options.batch_size, options.seed)
         sharded = options.shard and group.many
@@ -59,8 +62,10 @@ class Run:
         with torch.random.fork_rng(devices=[]), told_of_memory():
             torch.manual_seed(options.seed)
             self.stepped = self._sharded(values) if sharded else self._whole(values)
-        self.optimizer = torch.optim.AdamW(wrap.unmixed(parameter_groups(self.model, options.weight_decay)), lr=options.lr,
-                                           betas=(options.beta1, options.beta2), fused=self.device.type == "cuda")
+        on_gpu = self.device.type == "cuda"
+        rate = torch.zeros((), device=self.device) if self.graphed else options.lr  # a graph reads it where it is
+        self.optimizer = torch.optim.AdamW(wrap.unmixed(parameter_groups(self.model, options.weight_decay)), lr=rate, betas=(options.beta1, options.beta2),
+                                           fused=on_gpu, capturable=on_gpu and self.graphed is not None)
         self.train_tokens = Windows(corpus.train, self.device)
         self.held_tokens = Windows(corpus.held_out, self.device)
         self.step, self.seconds = 0, 0.0
@@ -102,22 +107,37 @@ class Run:
             return "note: one process alone has nothing to shard over; for more of them: torchrun --nproc-per-node N -m sessa_deploy train ..."
         return None
 
-    def batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B,context) of micro-batch `number`, counted over all processes."""
+    def _graphed(self) -> Graphed:
+        fix = "leave --cuda-graph out"
+        if self.device.type != "cuda":
+            raise UserError("a CUDA graph needs a GPU", got=f"--device {self.options.device}, which is the CPU here", fix=fix)
+        if self.group.many:
+            raise UserError("a step that several processes share is not captured", got=f"--cuda-graph and {self.group.size} processes", fix=fix)
+        return Graphed(self._step, self.device)
+
+    def windows(self, number: int) -> Tensor:
+        """Tokens (B,context + 1) of micro-batch `number`, counted over all processes: inputs, and behind each its target."""
         starts = torch.from_numpy(self.batches.starts(number)).to(self.device)
-        window = self.train_tokens[starts[:, None] + torch.arange(self.options.context + 1, device=self.device)]
-        return window[:, :-1], window[:, 1:]
+        return self.train_tokens[starts[:, None] + torch.arange(self.options.context + 1, device=self.device)]
 
     def optimize(self, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step; (loss in nats per token of this process's windows, gradient norm before clipping), still on the device."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if self.graphed:
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        parts = self.share.accumulate
+        # the windows of a step are the same however many processes share them
+        windows = [self.windows((self.step * parts + part) * self.group.size + self.group.rank) for part in range(parts)]
+        return (self.graphed or self._step)(windows)
+
+    def _step(self, windows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        parts = self.share.accumulate
-        for part in range(parts):
-            # the windows of a step are the same however many processes share them
-            inputs, targets = self.batch((self.step * parts + part) * self.group.size + self.group.rank)
+        parts = len(windows)
+        for part, window in enumerate(windows):
+            inputs, targets = window[:, :-1], window[:, 1:]
             with self.stepped.part(last=part == parts - 1):
                 loss = self.stepped.loss(inputs, targets, autocast(self.device, self.options.precision, cache=not self.stepped.sharded)) / parts
                 loss.backward()
@@ -153,12 +173,19 @@ class Run:
             self.group.on_chief(lambda: (self.folder / RESUME_FILE).unlink(missing_ok=True))
         else:
             data = io.BytesIO()
-            torch.save({**plain, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "torch_rng": torch.get_rng_state()}, data)
+            torch.save({**plain, "model": self.model.state_dict(), "optimizer": self._plain_optimizer(), "torch_rng": torch.get_rng_state()}, data)
             write_whole(self.folder / RESUME_FILE, data.getvalue(), "--out", "the run")
             shutil.rmtree(self.folder / RESUME_DIR, ignore_errors=True)
         self.saved_step = self.step
         self._save_checkpoint(CHECKPOINT_DIR)
         self.unsaved = False
+
+    def _plain_optimizer(self) -> dict[str, Any]:
+        """The optimizer's state as a run without a graph has it."""
+        state: dict[str, Any] = self.optimizer.state_dict()
+        for group in state["param_groups"]:
+            group.update(lr=float(group["lr"]), capturable=False)
+        return state
 
     def _save_checkpoint(self, name: str) -> None:
         model = self._gathered() if self.stepped.sharded else self.model
@@ -213,6 +240,8 @@ class Run:
             self._deal_out(state, step)
         else:
             self.model.load_state_dict(state["model"])
+            for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+                saved.update({name: own[name] for name in ("lr", "capturable", "fused")})  # how it steps is this run's affair
             self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["torch_rng"].cpu())
         self.step, self.seconds = step, float(state["seconds"])

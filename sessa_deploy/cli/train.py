@@ -28,7 +28,7 @@ from sessa_deploy.process import launched, speaks
 
 # What a resumed run may set anew; everything else is fixed by the run.
 _RESUMABLE = {"resume", "out", "data", "device", "stop_at", "max_seconds", "save_every", "eval_every", "store", "batch_size", "shard", "compile",
-              "activation_checkpointing", "log_to"}
+              "activation_checkpointing", "cuda_graph", "log_to"}
 _PREPARING = {"prepare", "data", "out", "tokenizer", "init_from", "init_config", "extensions", "held_out"}
 
 
@@ -58,6 +58,8 @@ _PREPARING = {"prepare", "data", "out", "tokenizer", "init_from", "init_config",
 @click.option("--compile/--no-compile", default=False, help="torch.compile of the loss, and of one layer for all of them.")
 @click.option("--activation-checkpointing/--no-activation-checkpointing", default=False,
               help="Compute each layer anew in the backward instead of keeping its activations: less memory, more time.")
+@click.option("--cuda-graph/--no-cuda-graph", default=False,
+              help="Replay a step as one CUDA graph: less time where small steps wait for the host, more memory. One process, on a GPU.")
 @click.option("--lr", type=POSITIVE, default=2e-3, show_default=True, help="Peak learning rate; a cosine takes it to zero.")
 @click.option("--warmup", type=COUNT, help="Steps of linear warm-up, 0 for none; default: 2% of --steps, at most 500.")
 @click.option("--weight-decay", type=NOT_NEGATIVE, default=0.1, show_default=True, help="On matrices only.")

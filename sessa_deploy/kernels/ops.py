@@ -7,6 +7,7 @@ A non-finite new row makes itself and at most the later rows of its own sequence
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -224,6 +225,47 @@ def _wants_other_backend(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool
     if torch.compiler.is_compiling():  # which cannot trace the question, and sets the order while it traces alone
         return True
     return torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=grouped) != SDPBackend.CUDNN_ATTENTION.value
+
+
+class Attention:
+    """What `attention_backward` needs of a forward beside its inputs: tensors that the caller saves, cuDNN's numbers, or the graph of another backend."""
+
+    def __init__(self, tensors: tuple[Any, ...] = (), numbers: tuple[int, ...] = (), graph: tuple[Tensor, ...] = ()) -> None:
+        self.tensors, self.numbers, self.graph = tensors, numbers, graph
+
+    def without(self) -> Attention:
+        """The same without what the caller saves."""
+        return Attention((), self.numbers, self.graph)
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Attention]:
+    """Causal attention without a past inside an autograd function: o (B,T,Hq,d) of q (B,T,Hq,d) and k, v (B,T,Hkv,d), and what its backward needs.
+
+    cuDNN's operators where `causal_attention` would take them too, called without what stands around them; else its graph is kept.
+    """
+    turned = [x.transpose(1, 2) for x in (q, k, v)]
+    if q.is_cuda and q.shape == k.shape and not torch.are_deterministic_algorithms_enabled() and not _wants_other_backend(*turned, False):
+        o, lse, starts_q, starts_k, most_q, most_k, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
+            *turned, None, True, 0.0, True, False)  # fmt: skip
+        return o.transpose(1, 2), Attention((o, lse, seed, offset, starts_q, starts_k), (most_q, most_k))
+    with torch.enable_grad():
+        leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
+        o = causal_attention(*leaves)
+    return o.detach(), Attention(graph=(o, *leaves))
+
+
+def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, attention: Attention, tensors: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v. tensors: `attention.tensors` of the forward, as they were saved."""
+    if attention.graph:
+        o, *leaves = attention.graph
+        dq, dk, dv = torch.autograd.grad(o, leaves, do, retain_graph=True)
+        return dq, dk, dv
+    o, lse, seed, offset, starts_q, starts_k = tensors
+    turned = [x.transpose(1, 2) for x in (do, q, k, v)]
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
+        *turned, o, lse, seed, offset, None, starts_q, starts_k, *attention.numbers, 0.0, True)  # fmt: skip
+    dq, dk, dv = (g.transpose(1, 2) for g in grads)
+    return dq, dk, dv
 
 
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

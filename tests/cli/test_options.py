@@ -85,7 +85,7 @@ TABLE: dict[str, dict[str, Row]] = {
         "--d-model": COUNT, "--n-layers": COUNT, "--n-heads": COUNT,
         "--n-kv-heads": COUNT, "--gamma-max": number([0.5, -3.0], [], ("0", "1", "-1", "1.5")), "--tie-word-embeddings": FLAG, "--context": COUNT,
         "--batch-size": COUNT, "--accumulate": COUNT,
-        "--global-batch": COUNT, "--shard": FLAG, "--compile": FLAG, "--activation-checkpointing": FLAG, "--lr": POSITIVE,
+        "--global-batch": COUNT, "--shard": FLAG, "--compile": FLAG, "--activation-checkpointing": FLAG, "--cuda-graph": FLAG, "--lr": POSITIVE,
         "--warmup": FROM_ZERO, "--weight-decay": NOT_NEGATIVE, "--grad-clip": POSITIVE,
         "--seed": SEED, "--tokenizer": place("nowhere", "text", "text/a.txt"),
         "--extensions": Row((("py", ("py",)), (".py,md", ("py", "md")), ("tar.gz, txt", ("tar.gz", "txt"))),

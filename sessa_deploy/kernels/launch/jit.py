@@ -216,13 +216,14 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], optio
     Tensors: contiguous rows, 16-byte aligned. options: tiles and warps, one object for all calls alike, whose identity stands for them.
     """
     key: list[Any] = [kernel.__name__, arguments[0].device.index, id(options)]
-    values = []
+    values: list[Any] = []
+    as_it_is = interpreted()
     for x in arguments:
-        if hasattr(x, "data_ptr"):
-            key.append(x.dtype)
-            values.append(address(x))
-        else:
+        if x.__class__ is int or x.__class__ is float:
             values.append(x)
+        else:
+            key.append(x.dtype)
+            values.append(x if as_it_is else x.data_ptr())
     found = _LAUNCHERS.get(tuple(key))
     if found is None:
         # No integer selects a binary (do_not_specialize), and every pointer is promised 16-byte alignment.

@@ -19,20 +19,20 @@ def _power(x: int) -> int:
 
 @lru_cache(maxsize=256)
 def tiles(kind: str, width: int = 0) -> Tiles:
-    """Tile sizes and warps: "row" holds a row of `width` whole, "turn" a head of `width`, the others have no such need.
+    """Tile sizes and warps: "row" holds a row of `width` whole, the others have no such need.
 
     The "sums" hold sums over rows in as many registers again. Timed on an H200 at (16384,768) and (8192,1024), see benchmarks/README.md.
     """
     if kind in ("row", "row sums"):
         return {"BT": max(1, min(ROWS, (4096 if kind == "row" else 2048) // _power(width))), "BD": _power(width), "num_warps": 8 if width > 2048 else 4}
-    if kind in ("turn", "turn sums"):
-        return {"BT": max(1, min(ROWS, 2048 // _power(width))), "BD": _power(width), "num_warps": 4 if kind == "turn" else 2}
     return {
         "append": {"BD": 1024, "num_warps": 4},
-        "collect": {"BT": 16, "BD": 128, "num_warps": 4},
+        "gather": {"BT": 16, "BD": 128, "num_warps": 4},
         "flat": {"BT": 8, "BD": 256, "num_warps": 4},
         "logits": {"BD": 4096, "num_warps": 8},
-        "flat sums": {"BT": 4, "BD": 128, "num_warps": 4},
+        "flat sums": {"BT": 8, "BD": 128, "num_warps": 4},
+        "turn": {"BT": 16, "BD": 128, "num_warps": 4},
+        "gate sums": {"BT": 8, "BD": 128, "num_warps": 4},
         "total": {"BT": 32, "BD": 32, "num_warps": 4},
     }[kind]
 

@@ -16,8 +16,23 @@ from sessa_deploy.kernels.device import tanh, turn
 
 @triton.jit
 def gelu_parts(x):
-    """cdf and pdf of the normal distribution at x: GELU is x cdf, its derivative cdf + x pdf."""
-    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476), 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    """cdf and pdf of the normal distribution at x: GELU is x cdf, its derivative cdf + x pdf.
+
+    The smaller of the two tails is t Q(t) exp(-x^2 / 2), t = 1 / (1 + 0.3 |x| / sqrt 2), Q of degree 8 fitted to 2e-8 of it for |x| < 17: relative, so
+    that the far tail keeps its digits, and with the exponential that the pdf needs anyway.
+    """
+    b_e = tl.exp(-0.5 * x * x)
+    b_t = 1.0 / (1.0 + 0.21213203435596426 * tl.abs(x))
+    b_q = -0.12925244867801666 * b_t + 0.4842982590198517
+    b_q = b_q * b_t - 0.5097657442092896
+    b_q = b_q * b_t + 0.5449599623680115
+    b_q = b_q * b_t - 0.09282159805297852
+    b_q = b_q * b_t + 0.21417967975139618
+    b_q = b_q * b_t + 0.14852166175842285
+    b_q = b_q * b_t + 0.1706908792257309
+    b_q = b_q * b_t + 0.16918936371803284
+    b_tail = 0.5 * b_t * b_q * b_e
+    return tl.where(x < 0, b_tail, 1.0 - b_tail), 0.3989422804014327 * b_e
 
 
 @triton.jit(do_not_specialize=["N", "d8", "eps"])
@@ -93,11 +108,12 @@ def fused_gelu_gain(h, weight, bias, a, gamma, N, d8, gamma_max, BT: tl.constexp
 
 @triton.jit(do_not_specialize=["N", "d8", "w8", "at8", "gamma_max"])
 def fused_gelu_gain_grad(
-    h, da, gamma, dgamma, weight, dg, dh, partial, N, d8, w8, at8, gamma_max, BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
+    h, da, gamma, dgamma, weight, dh, partial, N, d8, w8, at8, gamma_max, BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """Grid (chunks, D tiles): dh (N,2D) = [GELU'(h) (da + dz weight) | dg] with dz = dgamma gamma_max (1 - tanh^2).
+    """Grid (chunks, D tiles): the left half of dh (N,2D) = GELU'(h) (da + dz weight) with dz = dgamma gamma_max (1 - tanh^2).
 
-    partial[:, 8 at8 :] gets the sums of dh (2 D), the gradient of weight (D) and that of gamma's bias (1, then 7 zeros).
+    partial[:, 8 at8 :] gets its sums (D); then, after D columns that `fused_gate_grad` fills, the gradient of weight (D) and that of gamma's bias (1,
+    then 7 zeros).
     """
     D = d8 * 8
     i_c, i_d = tl.program_id(0), tl.program_id(1)
@@ -105,122 +121,99 @@ def fused_gelu_gain_grad(
     m_d = o_d < D
     b_w = tl.load(weight + o_d, mask=m_d, other=0.0)
     acc_h = tl.zeros([BT, BD], dtype=tl.float32)
-    acc_g = tl.zeros([BT, BD], dtype=tl.float32)
     acc_w = tl.zeros([BT, BD], dtype=tl.float32)
     acc_z = tl.zeros([BT], dtype=tl.float32)
-    for i in range(0, ROWS, BT):
+    for i in tl.static_range(0, ROWS, BT):
         o_r = (i_c * ROWS + i + tl.arange(0, BT)).to(tl.int64)
         m_r = o_r < N
         m_x = m_r[:, None] & m_d[None, :]
         o_x, o_h = o_r[:, None] * D + o_d[None, :], o_r[:, None] * (2 * D) + o_d[None, :]
         b_x = tl.load(h + o_h, mask=m_x, other=0.0).to(tl.float32)
         b_da = tl.load(da + o_x, mask=m_x, other=0.0).to(tl.float32)
-        b_dg = tl.load(dg + o_x, mask=m_x, other=0.0)
         b_gamma = tl.load(gamma + o_r, mask=m_r, other=0.0)
         b_z = tl.load(dgamma + o_r, mask=m_r, other=0.0) * (gamma_max - b_gamma * b_gamma / gamma_max)
         b_cdf, b_pdf = gelu_parts(b_x)
         b_dx = (b_da + b_z[:, None] * b_w[None, :]) * (b_cdf + b_x * b_pdf)
         tl.store(dh + o_h, b_dx.to(dh.dtype.element_ty), mask=m_x)
-        tl.store(dh + o_h + D, b_dg, mask=m_x)
         acc_h += b_dx
-        acc_g += b_dg.to(tl.float32)
         acc_w += b_z[:, None] * (b_x * b_cdf).to(h.dtype.element_ty).to(tl.float32)
         acc_z += b_z
     p_out = partial + i_c.to(tl.int64) * w8 * 8 + at8 * 8
     tl.store(p_out + o_d, tl.sum(acc_h, axis=0), mask=m_d)
-    tl.store(p_out + D + o_d, tl.sum(acc_g, axis=0), mask=m_d)
     tl.store(p_out + 2 * D + o_d, tl.sum(acc_w, axis=0), mask=m_d)
     if i_d == 0:
         o_8 = tl.arange(0, 8)
         tl.store(p_out + 3 * D + o_8, tl.where(o_8 == 0, tl.sum(acc_z, axis=0), 0.0))
 
 
-@triton.jit(do_not_specialize=["N", "period", "heads", "d8", "row8"])
-def fused_rotate(x, cos, sin, N, period, heads, d8, row8, BT: tl.constexpr, BD: tl.constexpr, HEADS: tl.constexpr):
-    """Grid (row tiles, groups of HEADS heads), BD >= d: rotate the first `heads` heads of each row of x in place, rows 8 row8 elements apart.
+@triton.jit(do_not_specialize=["N", "period", "half4", "w8", "row8"])
+def fused_rotate(x, cos, sin, N, period, half4, w8, row8, BT: tl.constexpr, BD: tl.constexpr):
+    """Grid (row tiles, column tiles): rotate the heads in the first 8 w8 columns of each row of x in place, rows 8 row8 elements apart.
 
-    cos, sin: (period, d / 2) float32; row n takes the tables' row n % period.
+    cos, sin: (period, d / 2) float32, d / 2 = 4 half4; row n takes the tables' row n % period.
     """
-    d = d8 * 8
-    o_r, o_d, o_p = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64), tl.arange(0, BD), tl.arange(0, BD // 2)
-    m_r = o_r < N
-    o_t = (o_r % period)[:, None] * (d // 2) + o_p[None, :]
-    m_t = m_r[:, None] & (o_p < d // 2)[None, :]
-    b_cos, b_sin = tl.load(cos + o_t, mask=m_t, other=0.0), tl.load(sin + o_t, mask=m_t, other=0.0)
-    for i in tl.static_range(HEADS):
-        i_h = tl.program_id(1) * HEADS + i
-        m_x = m_r[:, None] & (o_d < d)[None, :] & (i_h < heads)
-        p_x = x + o_r[:, None] * (row8 * 8) + i_h * d + o_d[None, :]
-        b_x = turn(tl.load(p_x, mask=m_x, other=0.0).to(tl.float32), b_cos, b_sin, BT, BD)
-        tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_x)
+    half = half4 * 4
+    o_n = tl.program_id(0) * BT + tl.arange(0, BT)
+    o_d, o_p = tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(1) * (BD // 2) + tl.arange(0, BD // 2)
+    o_r, m_r = o_n.to(tl.int64), o_n < N
+    o_t = (o_n % period)[:, None] * half + (o_p % half)[None, :]
+    m_t = m_r[:, None] & (o_p < w8 * 4)[None, :]
+    m_x = m_r[:, None] & (o_d < w8 * 8)[None, :]
+    p_x = x + o_r[:, None] * (row8 * 8) + o_d[None, :]
+    b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+    b_x = turn(b_x, tl.load(cos + o_t, mask=m_t, other=0.0), tl.load(sin + o_t, mask=m_t, other=0.0), BT, BD)
+    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
-def unrotate_head(dx, p_out, p_sum, cos, sin, i_c, N, period, row_in, row_out, d, BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
-    o_d, o_p = tl.arange(0, BD), tl.arange(0, BD // 2)
-    acc = tl.zeros([BT, BD], dtype=tl.float32)
-    for i in range(0, ROWS, BT):
-        o_r = (i_c * ROWS + i + tl.arange(0, BT)).to(tl.int64)
-        m_r = o_r < N
-        o_t = (o_r % period)[:, None] * (d // 2) + o_p[None, :]
-        m_t = m_r[:, None] & (o_p < d // 2)[None, :]
-        m_x = m_r[:, None] & (o_d < d)[None, :]
-        b_x = tl.load(dx + o_r[:, None] * row_in + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
-        b_x = turn(b_x, tl.load(cos + o_t, mask=m_t, other=0.0), -tl.load(sin + o_t, mask=m_t, other=0.0), BT, BD)
-        tl.store(p_out + o_r[:, None] * row_out + o_d[None, :], b_x.to(p_out.dtype.element_ty), mask=m_x)
-        acc += b_x
-    tl.store(p_sum + o_d, tl.sum(acc, axis=0), mask=o_d < d)
-
-
-@triton.jit(do_not_specialize=["N", "period", "heads_q", "heads_k", "d8", "row8", "w8"])
-def fused_rotate_grad(
-    dq, dk, out, cos, sin, partial, N, period, heads_q, heads_k, d8, row8, w8, BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
+def gather_columns(
+    x, p_out, p_sum, cos, sin, i_c, i_d, N, D, row_out, period, half, TURN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """Grid (chunks, Hq + Hk), BD >= d: dq (N,Hq,d) and dk (N,Hk,d) rotated back, side by side into rows of `out` that lie 8 row8 elements apart.
-
-    partial[:, : (Hq + Hk) d] gets their column sums.
-    """
-    i_c, i_h = tl.program_id(0), tl.program_id(1)
-    d = d8 * 8
-    p_out = out + i_h * d
-    p_sum = partial + i_c.to(tl.int64) * w8 * 8 + i_h * d
-    if i_h < heads_q:
-        unrotate_head(dq + i_h * d, p_out, p_sum, cos, sin, i_c, N, period, heads_q * d, row8 * 8, d, BT, BD, ROWS)
-    else:
-        unrotate_head(dk + (i_h - heads_q) * d, p_out, p_sum, cos, sin, i_c, N, period, heads_k * d, row8 * 8, d, BT, BD, ROWS)
-
-
-@triton.jit
-def collect_columns(x, p_out, p_sum, i_c, i_d, N, D, row_out, COPY: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
-    o_d = i_d * BD + tl.arange(0, BD)
+    o_d, o_p = i_d * BD + tl.arange(0, BD), i_d * (BD // 2) + tl.arange(0, BD // 2)
+    m_d, m_p = o_d < D, o_p < D // 2
     acc = tl.zeros([BT, BD], dtype=tl.float32)
-    for i in range(0, ROWS, BT):
-        o_r = (i_c * ROWS + i + tl.arange(0, BT)).to(tl.int64)
-        m_x = (o_r < N)[:, None] & (o_d < D)[None, :]
+    for i in tl.static_range(0, ROWS, BT):
+        o_n = i_c * ROWS + i + tl.arange(0, BT)
+        o_r = o_n.to(tl.int64)
+        m_x = (o_r < N)[:, None] & m_d[None, :]
         b_x = tl.load(x + o_r[:, None] * D + o_d[None, :], mask=m_x, other=0.0)
-        if COPY:
+        if TURN:
+            o_t = (o_n % period)[:, None] * half + (o_p % half)[None, :]
+            m_t = (o_r < N)[:, None] & m_p[None, :]
+            b_y = turn(b_x.to(tl.float32), tl.load(cos + o_t, mask=m_t, other=0.0), -tl.load(sin + o_t, mask=m_t, other=0.0), BT, BD)
+            acc += b_y
+            tl.store(p_out + o_r[:, None] * row_out + o_d[None, :], b_y.to(p_out.dtype.element_ty), mask=m_x)
+        else:
+            acc += b_x.to(tl.float32)
             tl.store(p_out + o_r[:, None] * row_out + o_d[None, :], b_x, mask=m_x)
-        acc += b_x.to(tl.float32)
-    tl.store(p_sum + o_d, tl.sum(acc, axis=0), mask=o_d < D)
+    tl.store(p_sum + o_d, tl.sum(acc, axis=0), mask=m_d)
 
 
-@triton.jit(do_not_specialize=["N", "a8", "b8", "c8", "at8", "row8", "w8"])
-def fused_collect(
-    a, b, c, out, partial, N, a8, b8, c8, at8, row8, w8, COPY: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
+@triton.jit(do_not_specialize=["N", "period", "half4", "d8", "kv8", "w8"])
+def fused_gather(
+    dq, dk, dv, dq_b, dk_b, out, cos, sin, partial, N, period, half4, d8, kv8, w8, TURN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """Grid (chunks, D tiles, up to 3): partial[:, 8 at8 :] gets the column sums of a (N, 8 a8), then b, then c.
+    """Grid (chunks, 3 D tiles and 2 of dk's width): dq (N,D), dk, dv (N, 8 kv8), dq_b, dk_b (N,D) side by side as the rows of `out`.
 
-    COPY: they also go side by side into rows of `out` that lie 8 row8 elements apart, from column 8 at8 on.
+    TURN: dq and dk are rotated back; cos, sin: (period, d / 2) float32, d / 2 = 4 half4, row n takes the tables' row n % period. partial gets the column sums.
     """
-    i_c, i_d, i_x = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    p_out = out + at8 * 8
-    p_sum = partial + i_c.to(tl.int64) * w8 * 8 + at8 * 8
-    if i_x == 0:
-        collect_columns(a, p_out, p_sum, i_c, i_d, N, a8 * 8, row8 * 8, COPY, BT, BD, ROWS)
-    elif i_x == 1:
-        collect_columns(b, p_out + a8 * 8, p_sum + a8 * 8, i_c, i_d, N, b8 * 8, row8 * 8, COPY, BT, BD, ROWS)
+    i_c, i_x = tl.program_id(0), tl.program_id(1)
+    D, kv, half = d8 * 8, kv8 * 8, half4 * 4
+    wide, narrow, row = tl.cdiv(D, BD), tl.cdiv(kv, BD), 3 * D + 2 * kv
+    p_sum = partial + i_c.to(tl.int64) * w8 * 8
+    if i_x < wide:
+        gather_columns(dq, out, p_sum, cos, sin, i_c, i_x, N, D, row, period, half, TURN, BT, BD, ROWS)
+    elif i_x < wide + narrow:
+        gather_columns(dk, out + D, p_sum + D, cos, sin, i_c, i_x - wide, N, kv, row, period, half, TURN, BT, BD, ROWS)
+    elif i_x < wide + 2 * narrow:
+        at = D + kv
+        gather_columns(dv, out + at, p_sum + at, cos, sin, i_c, i_x - wide - narrow, N, kv, row, period, half, False, BT, BD, ROWS)
+    elif i_x < 2 * (wide + narrow):
+        at = D + 2 * kv
+        gather_columns(dq_b, out + at, p_sum + at, cos, sin, i_c, i_x - wide - 2 * narrow, N, D, row, period, half, False, BT, BD, ROWS)
     else:
-        collect_columns(c, p_out + (a8 + b8) * 8, p_sum + (a8 + b8) * 8, i_c, i_d, N, c8 * 8, row8 * 8, COPY, BT, BD, ROWS)
+        at = 2 * (D + kv)
+        gather_columns(dk_b, out + at, p_sum + at, cos, sin, i_c, i_x - 2 * (wide + narrow), N, D, row, period, half, False, BT, BD, ROWS)
 
 
 @triton.jit(do_not_specialize=["chunks", "w8"])
@@ -248,17 +241,25 @@ def fused_gate(s, g, y, N, d8, g8, BT: tl.constexpr, BD: tl.constexpr):
     tl.store(y + o_x, (b_s * b_g).to(y.dtype.element_ty), mask=m_x)
 
 
-@triton.jit(do_not_specialize=["N", "d8", "g8"])
-def fused_gate_grad(dy, s, g, ds, dg, N, d8, g8, BT: tl.constexpr, BD: tl.constexpr):
-    """Grid (row tiles, D tiles): ds = dy g and dg = dy s, both (N,D)."""
-    o_r, o_d = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
-    m_x = (o_r < N)[:, None] & (o_d < d8 * 8)[None, :]
-    o_x = o_r[:, None] * (d8 * 8) + o_d[None, :]
-    b_dy = tl.load(dy + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_s = tl.load(s + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_g = tl.load(g + o_r[:, None] * (g8 * 8) + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
-    tl.store(ds + o_x, (b_dy * b_g).to(ds.dtype.element_ty), mask=m_x)
-    tl.store(dg + o_x, (b_dy * b_s).to(dg.dtype.element_ty), mask=m_x)
+@triton.jit(do_not_specialize=["N", "d8", "g8", "w8", "at8"])
+def fused_gate_grad(dy, s, g, ds, dh, partial, N, d8, g8, w8, at8, BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
+    """Grid (chunks, D tiles): ds (N,D) = dy g, and the right half of dh (N,2D) = dy s, whose sums partial[:, 8 at8 :] gets."""
+    i_c, o_d = tl.program_id(0), tl.program_id(1) * BD + tl.arange(0, BD)
+    D = d8 * 8
+    m_d = o_d < D
+    acc = tl.zeros([BT, BD], dtype=tl.float32)
+    for i in tl.static_range(0, ROWS, BT):
+        o_r = (i_c * ROWS + i + tl.arange(0, BT)).to(tl.int64)
+        m_x = (o_r < N)[:, None] & m_d[None, :]
+        o_x = o_r[:, None] * D + o_d[None, :]
+        b_dy = tl.load(dy + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_s = tl.load(s + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_g = tl.load(g + o_r[:, None] * (g8 * 8) + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
+        tl.store(ds + o_x, (b_dy * b_g).to(ds.dtype.element_ty), mask=m_x)
+        b_dg = (b_dy * b_s).to(dh.dtype.element_ty)
+        tl.store(dh + o_r[:, None] * (2 * D) + D + o_d[None, :], b_dg, mask=m_x)
+        acc += b_dg.to(tl.float32)
+    tl.store(partial + i_c.to(tl.int64) * w8 * 8 + at8 * 8 + o_d, tl.sum(acc, axis=0), mask=m_d)
 
 
 @triton.jit

@@ -8,6 +8,8 @@ Projections of the same activations are joined, so that the backward is one prod
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -75,8 +77,42 @@ class Sums(NamedTuple):
     out_bias: Any
 
 
+class Layout(NamedTuple):
+    """Where the columns of `Sums` begin and how many they are, each a multiple of 8, and all of them."""
+
+    first: Sums
+    sizes: Sums
+    total: int
+
+
+@lru_cache(maxsize=64)
+def layout(width: int, kv: int) -> Layout:
+    """The layout of a layer with D = width whose keys are kv wide."""
+    sizes = Sums(q_bias=width, k_bias=kv, v_bias=kv, fb_bias=2 * width, in_bias=2 * width, gamma_weight=width, gamma_bias=8, norm_weight=width,
+                 norm_bias=width, out_bias=width)  # fmt: skip
+    return Layout(Sums(*itertools.accumulate(sizes[:-1], initial=0)), sizes, sum(sizes))
+
+
+class Handed:
+    """What the backward of `tail` hands to that of `head` beside gradients: g's is the right half of dh (N,2D), whose left half `head` fills, and its sums
+    are in their columns of `partial`."""
+
+    def __init__(self, columns: Layout) -> None:
+        self.layout = columns
+        self.dh: Tensor | None = None
+        self.partial: Tensor | None = None
+
+    def take(self, dg: Tensor) -> tuple[Tensor, Tensor]:
+        """dh and partial. dg (B,T,D): what autograd says g's gradient is; another one than was handed over where s alone is differentiated."""
+        dh, partial, width = self.dh, self.partial, dg.shape[-1]
+        self.dh = self.partial = None
+        if dh is not None and partial is not None and dg.dtype == dh.dtype and dg.data_ptr() == dh.data_ptr() + width * dh.itemsize:
+            return dh, partial
+        return _gate_backward(dg.contiguous(), torch.ones_like(dg, memory_format=torch.contiguous_format), dg, self.layout)[1:]
+
+
 class Head(NamedTuple):
-    """q (B,T,Hq,d), k, v (B,T,Hkv,d), q and k rotated; q_b, k_b, g (B,T,D); gamma (B,T) float32; x as it came, for the residual."""
+    """q (B,T,Hq,d), k, v (B,T,Hkv,d), q and k rotated; q_b, k_b, g (B,T,D); gamma (B,T) float32; x as it came, for the residual; and what `tail` needs."""
 
     q: Tensor
     k: Tensor
@@ -86,6 +122,7 @@ class Head(NamedTuple):
     gamma: Tensor
     g: Tensor
     x: Tensor
+    handed: Handed | None = None
 
 
 def storage_type(x: Tensor) -> torch.dtype:
@@ -96,7 +133,9 @@ def storage_type(x: Tensor) -> torch.dtype:
 def head(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: HeadWeights) -> Head:
     """From x (B,T,D) to the attentions' inputs. cos, sin: contiguous float32 tables (B or 1,T,1,d/2), or None."""
     if torch.is_grad_enabled() and any(p.requires_grad for p in (x, *weights)):
-        return Head(*_Head.apply(form, cos, sin, x, *weights))
+        handed = Handed(layout(x.shape[-1], form.kv_heads * form.head_dim))
+        out: Head = Head(*_Head.apply(form, handed, cos, sin, x, *weights))
+        return out._replace(handed=handed)
     return _head_forward(form, cos, sin, x, weights)[0]
 
 
@@ -105,14 +144,14 @@ def solve(o: Tensor, weight: Tensor, head: Head) -> Tensor:
     return _Solve.apply(o, weight, head.q_b, head.k_b, head.gamma)
 
 
-def tail(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x + (s g) weight^T + bias for x, s, g (B,T,D), x and g from `head`.
+def tail(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor, handed: Handed | None) -> Tensor:
+    """x + (s g) weight^T + bias for x, s, g (B,T,D); x, g and handed from `head`.
 
     x and bias are added to the same rows, so the bias's gradient is that of x summed over them: `head`, which reads it anyway, returns it.
     """
     bias = bias.detach()
     if torch.is_grad_enabled() and any(p.requires_grad for p in (x, s, g, weight)):
-        return _Tail.apply(x, s, g, weight, bias)
+        return _Tail.apply(x, s, g, weight, bias, handed)
     return _tail_forward(x, s, g, weight, bias)[0]
 
 
@@ -125,7 +164,7 @@ def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor,
     inner = weights.q_weight.shape[0] + 2 * weights.k_weight.shape[0]  # columns of q, k and v
     heads = (form.heads, form.kv_heads, form.kv_heads)
     rows, norm_weight, norm_bias = aligned(x), aligned(weights.norm_weight), aligned(weights.norm_bias)
-    in_weight, in_bias = aligned(weights.in_weight, dtype), aligned(weights.in_bias, dtype)
+    in_weight, in_bias, w, b = _products(weights, dtype)
     gamma_weight, gamma_bias = aligned(weights.gamma_weight, torch.float32), aligned(weights.gamma_bias, torch.float32)
 
     y, a = (torch.empty((batch, tokens, width), dtype=dtype, device=device) for _ in range(2))
@@ -134,113 +173,126 @@ def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor,
     launch(elementwise.fused_norm, (cdiv(n, norm["BT"]),), (rows, norm_weight, norm_bias, y, mean, rstd, n, d8, form.eps), norm)
     h = F.linear(y, in_weight, in_bias)
     launch(elementwise.fused_gelu_gain, (cdiv(n, flat["BT"]),), (h, gamma_weight, gamma_bias, a, gamma, n, d8, form.gamma_max), flat)
-    # one copy of the projections, in the order q, k, v and the feedback branch's q and k, whose products are
-    # separate because feedback attention wants rows of its own
-    w = torch.cat((weights.q_weight, weights.k_weight, weights.v_weight, weights.fb_weight))
-    b = torch.cat((weights.q_bias, weights.k_bias, weights.v_bias, weights.fb_bias))
-    if w.dtype != dtype or b.dtype != dtype:
-        w, b = w.to(dtype), b.to(dtype)
-    parts = [inner, width, width]
+    parts = [inner, width, width]  # the feedback branch's products are separate because feedback attention wants rows of its own
     qkv, q_b, k_b = (F.linear(a, *pair) for pair in zip(w.split(parts), b.split(parts), strict=True))
     if cos is not None:
-        turn = more("turn", form.head_dim, HEADS=4)
-        turned = form.heads + form.kv_heads
-        launch(elementwise.fused_rotate, (cdiv(n, turn["BT"]), cdiv(turned, turn["HEADS"])),
-               (qkv, cos, sin, n, cos.shape[0] * tokens, turned, form.head_dim // 8, inner // 8), turn)  # fmt: skip
+        turn, turned = tiles("turn"), inner - weights.v_weight.shape[0]
+        launch(elementwise.fused_rotate, (cdiv(n, turn["BT"]), cdiv(turned, turn["BD"])),
+               (qkv, cos, sin, n, cos.shape[0] * tokens, form.head_dim // 8, turned // 8, inner // 8), turn)  # fmt: skip
     q, k, v = qkv.view(batch, tokens, -1, form.head_dim).split(heads, dim=2)
     return Head(q, k, v, q_b, k_b, gamma, h[..., width:], x), (rows, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin)
 
 
+def _products(weights: HeadWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(W_in's weight, its bias, one copy of the projections' weights in the order q, k, v and the feedback branch's q and k, of their biases) in `dtype`."""
+    w = (weights.q_weight, weights.k_weight, weights.v_weight, weights.fb_weight)
+    b = (weights.q_bias, weights.k_bias, weights.v_bias, weights.fb_bias)
+    parts = (weights.in_weight, *w, weights.in_bias, *b)
+    if all(p.dtype == dtype for p in parts):
+        return aligned(weights.in_weight), aligned(weights.in_bias), torch.cat(w), torch.cat(b)
+    width = weights.in_weight.shape[1]
+    counts = [p.numel() for p in parts]
+    memory = torch.empty(sum(counts), dtype=dtype, device=weights.in_weight.device)
+    torch._foreach_copy_([x.view(p.shape) for x, p in zip(memory.split(counts), parts, strict=True)], parts)  # one launch, whatever the types
+    in_weight, joined, in_bias, biases = memory.split([counts[0], sum(counts[1:5]), counts[5], sum(counts[6:])])
+    return in_weight.view(-1, width), in_bias, joined.view(-1, width), biases
+
+
+def _head_backward(
+    form: Form, types: HeadWeights, needs: HeadWeights, saved: Sequence[Any], dh: Tensor, partial: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dq_b: Tensor,
+    dk_b: Tensor, dgamma: Tensor, dx: Tensor,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Gradients of x and of the weights that need one. types: of the weights; saved: of `_head_forward`; dh and partial: of `_gate_backward`."""
+    from sessa_deploy.kernels.training import elementwise
+
+    x, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin = saved
+    batch, tokens, width = x.shape
+    n, dtype, device = batch * tokens, h.dtype, h.device
+    kv, joined = form.kv_heads * form.head_dim, w.shape[0]
+    first, sizes, total = layout(width, kv)
+    chunks, d8, total8 = cdiv(n, ROWS), width // 8, total // 8
+    grads = torch.empty((n, joined), dtype=dtype, device=device)
+    dq, dk, dv, dq_b, dk_b = (aligned(g, dtype) for g in (dq, dk, dv, dq_b, dk_b))
+    gather = more("gather", TURN=cos is not None, ROWS=ROWS)
+    cos, sin = (norm_weight, norm_weight) if cos is None else (cos, sin)  # not read where nothing turns
+    launch(elementwise.fused_gather, (chunks, 3 * cdiv(width, gather["BD"]) + 2 * cdiv(kv, gather["BD"])),
+           (dq, dk, dv, dq_b, dk_b, grads, cos, sin, partial, n, cos.shape[0] * tokens, form.head_dim // 8, d8, kv // 8, total8), gather)  # fmt: skip
+    da = torch.mm(grads, w)
+    projected = needs.q_weight or needs.k_weight or needs.v_weight or needs.fb_weight
+    dw: Any = weight_grad(grads, a.view(n, width), types.q_weight).split([width, kv, kv, 2 * width]) if projected else (None,) * 4
+    flat = more("flat sums", ROWS=ROWS)
+    launch(elementwise.fused_gelu_gain_grad, (chunks, cdiv(width, flat["BD"])),
+           (h, da, gamma, aligned(dgamma, torch.float32), gamma_weight, dh, partial, n, d8, total8, first.in_bias // 8, form.gamma_max),
+           flat)  # fmt: skip
+    dy = torch.mm(dh, in_weight)
+    dw_in: Any = weight_grad(dh, y.view(n, width), types.in_weight) if needs.in_weight else None
+    dx_rows = torch.empty_like(x)
+    launch(elementwise.fused_norm_grad, (chunks,),
+           (x, norm_weight, mean, rstd, dy, aligned(dx), dx_rows, partial, n, d8, total8, first.norm_weight // 8),
+           more("row sums", width, ROWS=ROWS))  # fmt: skip
+    exact, rounded = (torch.empty(total, dtype=t, device=device) for t in (torch.float32, dtype))
+    options = tiles("total")
+    launch(elementwise.fused_total, (cdiv(total, options["BD"]),), (partial, exact, rounded, chunks, total8), options)
+
+    # each in the type of its parameter, as far as that is one of the two
+    sums = Sums(*(r if getattr(types, name) == dtype else e for name, e, r in zip(Sums._fields, exact.split(sizes), rounded.split(sizes), strict=True)))
+    out = HeadWeights(
+        norm_weight=sums.norm_weight, norm_bias=sums.norm_bias,
+        in_weight=dw_in, in_bias=sums.in_bias,
+        gamma_weight=sums.gamma_weight.view(1, width), gamma_bias=sums.gamma_bias[0],
+        q_weight=dw[0], q_bias=sums.q_bias, k_weight=dw[1], k_bias=sums.k_bias, v_weight=dw[2], v_bias=sums.v_bias, fb_weight=dw[3], fb_bias=sums.fb_bias,
+        out_bias=sums.out_bias,
+    )  # fmt: skip
+    return dx_rows, *(g if need else None for g, need in zip(out, needs, strict=True))
+
+
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, form, cos, sin, x, *weights):  # type: ignore[no-untyped-def]
+    def forward(ctx, form, handed, cos, sin, x, *weights):  # type: ignore[no-untyped-def]
         out, saved = _head_forward(form, cos, sin, x, HeadWeights(*weights))
         ctx.save_for_backward(*saved)
-        ctx.form, ctx.types = form, HeadWeights(*(p.dtype for p in weights))
-        return tuple(out)
+        ctx.form, ctx.handed, ctx.types = form, handed, HeadWeights(*(p.dtype for p in weights))
+        return out[:-1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk, dv, dq_b, dk_b, dgamma, dg, dx):  # type: ignore[no-untyped-def]
-        from sessa_deploy.kernels.training import elementwise
+        saved = ctx.saved_tensors
+        dtype = saved[4].dtype
+        dh, partial = ctx.handed.take(dg if dg.dtype == dtype else dg.to(dtype))
+        needs = HeadWeights(*ctx.needs_input_grad[5:])
+        return None, None, None, None, *_head_backward(ctx.form, ctx.types, needs, saved, dh, partial, dq, dk, dv, dq_b, dk_b, dgamma, dx)
 
-        form: Form = ctx.form
-        x, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin = ctx.saved_tensors
-        batch, tokens, width = x.shape
-        n, dtype, device = batch * tokens, h.dtype, h.device
-        kv, joined = form.kv_heads * form.head_dim, w.shape[0]
-        chunks, d8, j8 = cdiv(n, ROWS), width // 8, joined // 8
-        sizes = Sums(q_bias=width, k_bias=kv, v_bias=kv, fb_bias=2 * width, in_bias=2 * width, gamma_weight=width, gamma_bias=8, norm_weight=width,
-                     norm_bias=width, out_bias=width)  # fmt: skip
-        first = Sums(*itertools.accumulate(sizes[:-1], initial=0))
-        total = sum(sizes)
-        partial = torch.empty((chunks, total), dtype=torch.float32, device=device)
-        grads = torch.empty((n, joined), dtype=dtype, device=device)
-        dq, dk, dv, dq_b, dk_b, dg = (aligned(g, dtype) for g in (dq, dk, dv, dq_b, dk_b, dg))
-        collect = more("collect", COPY=True, ROWS=ROWS)
-        if cos is None:
-            launch(elementwise.fused_collect, (chunks, cdiv(width, collect["BD"]), 2),
-                   (dq, dk, dk, grads, partial, n, d8, kv // 8, kv // 8, first.q_bias // 8, j8, total // 8), collect)  # fmt: skip
-        else:
-            launch(elementwise.fused_rotate_grad, (chunks, form.heads + form.kv_heads),
-                   (dq, dk, grads, cos, sin, partial, n, cos.shape[0] * tokens, form.heads, form.kv_heads, form.head_dim // 8, j8, total // 8),
-                   more("turn sums", form.head_dim, ROWS=ROWS))  # fmt: skip
-        launch(elementwise.fused_collect, (chunks, cdiv(width, collect["BD"]), 3),
-               (dv, dq_b, dk_b, grads, partial, n, kv // 8, d8, d8, first.v_bias // 8, j8, total // 8), collect)  # fmt: skip
-        da = torch.mm(grads, w)
-        needs = HeadWeights(*ctx.needs_input_grad[4:])
-        projected = needs.q_weight or needs.k_weight or needs.v_weight or needs.fb_weight
-        dw: Any = torch.mm(grads.t(), a.view(n, width)).split([width, kv, kv, 2 * width]) if projected else (None,) * 4
-        dh = torch.empty((n, 2 * width), dtype=dtype, device=device)
-        flat = more("flat sums", ROWS=ROWS)
-        launch(elementwise.fused_gelu_gain_grad, (chunks, cdiv(width, flat["BD"])),
-               (h, da, gamma, aligned(dgamma, torch.float32), gamma_weight, dg, dh, partial, n, d8, total // 8, first.in_bias // 8, form.gamma_max),
-               flat)  # fmt: skip
-        dy = torch.mm(dh, in_weight)
-        dw_in: Any = torch.mm(dh.t(), y.view(n, width)) if needs.in_weight else None
-        dx_rows = torch.empty_like(x)
-        launch(elementwise.fused_norm_grad, (chunks,),
-               (x, norm_weight, mean, rstd, dy, aligned(dx), dx_rows, partial, n, d8, total // 8, first.norm_weight // 8),
-               more("row sums", width, ROWS=ROWS))  # fmt: skip
-        exact, rounded = (torch.empty(total, dtype=t, device=device) for t in (torch.float32, dtype))
-        options = tiles("total")
-        launch(elementwise.fused_total, (cdiv(total, options["BD"]),), (partial, exact, rounded, chunks, total // 8), options)
 
-        def summed(name: str) -> Tensor:
-            """In the type of its parameter, as far as that is one of the two."""
-            at = getattr(first, name)
-            return (rounded if getattr(ctx.types, name) == dtype else exact)[at : at + getattr(sizes, name)]
+def _solve_forward(o: Tensor, weight: Tensor, q_b: Tensor, k_b: Tensor, gamma: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    o, weight = aligned(o, q_b.dtype), aligned(weight, q_b.dtype)
+    past = ops.no_past(q_b, True)
+    f = F.linear(o.view(q_b.shape), weight)
+    s, *kept = ops.run_forward(q_b, k_b, gamma, f, *past, need_lse=True)
+    return s, (o, weight, q_b, k_b, gamma, f, s, *kept, *past)
 
-        sums = Sums(*map(summed, Sums._fields))
-        out = HeadWeights(
-            norm_weight=sums.norm_weight, norm_bias=sums.norm_bias,
-            in_weight=dw_in, in_bias=sums.in_bias,
-            gamma_weight=sums.gamma_weight.view(1, width), gamma_bias=sums.gamma_bias[0],
-            q_weight=dw[0], q_bias=sums.q_bias, k_weight=dw[1], k_bias=sums.k_bias, v_weight=dw[2], v_bias=sums.v_bias, fb_weight=dw[3], fb_bias=sums.fb_bias,
-            out_bias=sums.out_bias,
-        )  # fmt: skip
-        return None, None, None, dx_rows, *(g if need else None for g, need in zip(out, needs, strict=True))
+
+def _solve_backward(saved: Sequence[Any], ds: Tensor, dtype: torch.dtype | None) -> tuple[Any, ...]:
+    """Gradients of o, weight (of `dtype`; None: none is wanted), q_b, k_b and gamma."""
+    o, weight, *saved = saved
+    dq, dk, dgamma, df, *_ = route.feedback_backward(ds, *saved)
+    rows = df.view(-1, df.shape[-1])
+    do = torch.mm(rows, weight).view(o.shape)
+    return do, weight_grad(rows, o.view(rows.shape), dtype) if dtype else None, dq, dk, dgamma
 
 
 class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, o, weight, q_b, k_b, gamma):  # type: ignore[no-untyped-def]
-        o, weight = aligned(o, q_b.dtype), aligned(weight, q_b.dtype)
-        past = ops.no_past(q_b, True)
-        f = F.linear(o.view(q_b.shape), weight)
-        s, *kept = ops.run_forward(q_b, k_b, gamma, f, *past, need_lse=True)
-        ctx.save_for_backward(o, weight, q_b, k_b, gamma, f, s, *kept, *past)
+        s, saved = _solve_forward(o, weight, q_b, k_b, gamma)
+        ctx.save_for_backward(*saved)
+        ctx.type = weight.dtype
         return s
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, ds):  # type: ignore[no-untyped-def]
-        o, weight, *saved = ctx.saved_tensors
-        dq, dk, dgamma, df, *_ = route.feedback_backward(ds, *saved)
-        rows = df.view(-1, df.shape[-1])
-        do = torch.mm(rows, weight).view(o.shape)
-        dweight = torch.mm(rows.t(), o.view(rows.shape)) if ctx.needs_input_grad[1] else None
-        return do, dweight, dq, dk, dgamma
+        return _solve_backward(ctx.saved_tensors, ds, ctx.type if ctx.needs_input_grad[1] else None)
 
 
 def _tail_forward(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -255,25 +307,89 @@ def _tail_forward(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor)
     return y.add_(x) if y.dtype == x.dtype else y + x, (s, g, gated, weight)
 
 
+def _gate_backward(dgated: Tensor, s: Tensor, g: Tensor, columns: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """(ds, dh, partial) of the gradient dgated of s g, all (B,T,D) but g's rows may lie apart: see `Handed`."""
+    from sessa_deploy.kernels.training import elementwise
+
+    width = s.shape[-1]
+    n, (first, _, total), sums = s.numel() // width, columns, more("gate sums", ROWS=ROWS)
+    chunks = cdiv(n, ROWS)
+    ds, dh = torch.empty_like(s), torch.empty((n, 2 * width), dtype=s.dtype, device=s.device)
+    partial = torch.empty((chunks, total), dtype=torch.float32, device=s.device)
+    g, row = spaced(g)
+    launch(elementwise.fused_gate_grad, (chunks, cdiv(width, sums["BD"])),
+           (dgated, s, g, ds, dh, partial, n, width // 8, row // 8, total // 8, (first.in_bias + width) // 8), sums)  # fmt: skip
+    return ds, dh, partial
+
+
 class _Tail(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, s, g, weight, bias):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, s, g, weight, bias, handed):  # type: ignore[no-untyped-def]
         y, saved = _tail_forward(x, s, g, weight, bias)
         ctx.save_for_backward(*saved)
+        ctx.handed, ctx.type = handed, weight.dtype
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        from sessa_deploy.kernels.training import elementwise
+        s, width = ctx.saved_tensors[0], dy.shape[-1]
+        handed = ctx.handed or Handed(layout(width, 0))
+        ds, dh, handed.partial, dweight = _tail_backward(ctx.saved_tensors, dy, ctx.type if ctx.needs_input_grad[3] else None, handed.layout)
+        handed.dh = dh
+        return dy, ds, dh[:, width:].view(s.shape), dweight, None, None
 
-        s, g, gated, weight = ctx.saved_tensors
-        width = s.shape[-1]
-        n, flat = s.numel() // width, tiles("flat")
-        rows = aligned(dy, s.dtype).view(n, width)
-        dgated = torch.mm(rows, weight)
-        ds, dg = torch.empty_like(s), torch.empty_like(s)
-        g, row = spaced(g)
-        launch(elementwise.fused_gate_grad, (cdiv(n, flat["BT"]), cdiv(width, flat["BD"])), (dgated, s, g, ds, dg, n, width // 8, row // 8), flat)
-        dweight = torch.mm(rows.t(), gated.view(n, width)) if ctx.needs_input_grad[3] else None
-        return dy, ds, dg, dweight, None
+
+def _tail_backward(saved: Sequence[Any], dy: Tensor, dtype: torch.dtype | None, columns: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(ds, dh, partial, the gradient of W_out's weight (of `dtype`; None: none is wanted))."""
+    s, g, gated, weight = saved
+    rows = aligned(dy, s.dtype).view(-1, s.shape[-1])
+    return *_gate_backward(torch.mm(rows, weight), s, g, columns), weight_grad(rows, gated.view(rows.shape), dtype) if dtype else None
+
+
+class _Whole(torch.autograd.Function):
+    """`head`, the attention without a past, `solve` and `tail` as one node: what stands between them costs the host a third of a step."""
+
+    @staticmethod
+    def forward(ctx, form, cos, sin, x, *weights):  # type: ignore[no-untyped-def]
+        *first, out_proj, out = weights
+        head, of_head = _head_forward(form, cos, sin, x, HeadWeights(*first))
+        o, attention = ops.attention_forward(head.q, head.k, head.v)
+        s, of_solve = _solve_forward(o, out_proj, head.q_b, head.k_b, head.gamma)
+        y, of_tail = _tail_forward(x, s, head.g, out, weights[_BIAS])
+        ctx.save_for_backward(*of_head, *of_solve, *of_tail, head.q, head.k, head.v, *attention.tensors)
+        ctx.cuts = tuple(itertools.accumulate(map(len, (of_head, of_solve, of_tail))))
+        ctx.form, ctx.attention, ctx.types = form, attention.without(), [p.dtype for p in weights]
+        ctx.set_materialize_grads(False)
+        return y, head.k, head.v, head.k_b, s
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dk_more, dv_more, dk_b_more, ds_more):  # type: ignore[no-untyped-def]
+        form, types, saved, (a, b, c) = ctx.form, ctx.types, ctx.saved_tensors, ctx.cuts
+        needs, columns = ctx.needs_input_grad[4:], layout(saved[0].shape[-1], form.kv_heads * form.head_dim)
+        of_tail, qkv = saved[b:c], saved[c : c + 3]
+        dy = torch.zeros_like(saved[0]) if dy is None else dy  # y has the type of x
+        ds, dh, partial, dout = _tail_backward(of_tail, dy, types[-1] if needs[-1] else None, columns)
+        ds = ds if ds_more is None else ds + ds_more
+        do, dproj, dq_b, dk_b, dgamma = _solve_backward(saved[a:b], ds, types[-2] if needs[-2] else None)
+        dq, dk, dv = ops.attention_backward(do, *qkv, ctx.attention, saved[c + 3 :])
+        dk, dv, dk_b = (g if more is None else g + more for g, more in ((dk, dk_more), (dv, dv_more), (dk_b, dk_b_more)))
+        first = _head_backward(form, HeadWeights(*types[:-2]), HeadWeights(*needs[:-2]), saved[:a], dh, partial, dq, dk, dv, dq_b, dk_b, dgamma, dy)
+        return None, None, None, *first, dproj, dout
+
+
+_BIAS = HeadWeights._fields.index("out_bias")
+
+
+def whole(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: Weights, out_proj: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A layer without a past, for a backward: its y (B,T,D), and its rows k, v (B,T,Hkv,d), k_b, s (B,T,D), of `head`'s arguments and out_proj's weight."""
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _Whole.apply(form, cos, sin, x, *weights.head, out_proj, weights.out)
+    return found
+
+
+def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy^T x (columns, depth) for dy (N,columns), x (N,depth), as a parameter of `dtype` takes it: float32 beside 16-bit activations as it was summed."""
+    if dtype == torch.float32 and dy.dtype != dtype:
+        return torch.mm(dy.t(), x, out_dtype=dtype) if dy.is_cuda else torch.mm(dy.t().float(), x.float())
+    return torch.mm(dy.t(), x)

@@ -128,6 +128,28 @@ def test_golden_numbers(golden: tuple[dict[str, Any], dict[str, Tensor]], throug
         assert error < 1e-5, f"{name}: {error}"
 
 
+def test_rows_alone_are_differentiated(through: Any) -> None:
+    """Gradients of a layer's rows, with and without its y: what the gate's backward hands over must not be taken for what autograd asks for."""
+    layer, x = make(48, 3, 1, True, torch.float32), torch.randn(2, 33, 48, device=DEVICE)
+    oracle = make(48, 3, 1, True, torch.float64)
+    with torch.no_grad():
+        for p, q in zip(oracle.parameters(), layer.parameters(), strict=True):
+            p.copy_(q)
+
+    def gradients(of: SessaLayer, x: Tensor, whole: bool) -> dict[str, Tensor]:
+        of.zero_grad()
+        y, rows = of.step(x, None, None, of.mixer.rope(x, None))
+        loss = (rows.s * torch.linspace(-1, 1, 48, device=DEVICE)).sum() + rows.k_f.square().sum() + (y.sum() if whole else 0.0)
+        loss.backward()
+        return {n: p.grad.clone() for n, p in of.named_parameters() if p.grad is not None and bool(p.grad.any())}
+
+    for whole in (False, True):
+        through(False)
+        plain, exact = gradients(layer, x, whole), gradients(oracle, x.double(), whole)
+        through(True)
+        compare(gradients(layer, x, whole), plain, exact, torch.float32)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_no_bit(reentrant: bool, through: Any) -> None:
     through(True)
