@@ -124,7 +124,7 @@ struct Forward final : Plan
         int64_t const tile = solve->tile("BT");
         Arguments packing;
         packing.add(t.in[kPastS]).add(t.in[kPastLength]).add(w).add(wLow).add(scales).add(i32(p.capacity)).add(i32(p.width)).add(i32(columns));
-        if (pastTiles > 0 && !launch(*pack, {pastTiles, tilesN, p.batch}, packing, stream, error))
+        if (pastTiles > 0 && !launch(*pack, {std::min(pastTiles, kPackPrograms), tilesN, p.batch}, packing, stream, error))
         {
             return false;
         }
@@ -135,8 +135,11 @@ struct Forward final : Plan
             int64_t const blocks = ceilDiv(here, tile);
             int64_t const scoreRows = scores->tile("BM");
             int64_t const group = scores->tile("NB");
-            int64_t const grid
-                = groupedSize(ceilDiv(here, scoreRows), (pastTiles + row0 / tile) / group, scoreRows, tile * group, scores->tile("GROUP"));
+            // feedback/forward.py, live_grid
+            auto const programs = [&](int64_t past) {
+                return groupedSize(ceilDiv(here, scoreRows), (past + row0 / tile) / group, scoreRows, tile * group, scores->tile("GROUP"));
+            };
+            int64_t const grid = std::min(programs(pastTiles), std::max(programs(0), kScorePrograms));
             Arguments a;
             a.add(t.in[kQ]).add(t.in[kK]).add(pastTiles > 0 ? t.in[kPastK] : t.in[kK]).add(t.in[kPastLength]).add(lse).add(sync).add(e).add(peak);
             a.add(total).add(sync);

@@ -28,15 +28,15 @@ from sessa_deploy.kernels.feedback.tiles import (
 )
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
-from sessa_deploy.kernels.launch.limits import PANEL_BYTES
+from sessa_deploy.kernels.launch.limits import PACK_PROGRAMS, PANEL_BYTES, SCORE_PROGRAMS
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_pack"))
 def feedback_pack(past_s, past_length, w, w_low, scales, P, D, C, BT: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr):
-    """Grid (P tiles, D tiles, B): past_s in the form the solve reads, zeros from past_length on. Tiles without a live row stay unwritten."""
-    i_t, i_n, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Grid (programs, D tiles, B): past_s in the form the solve reads, zeros from past_length on. Tiles without a live row stay unwritten."""
+    i_n, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     length = tl.minimum(tl.load(past_length + i_b), P)
-    if i_t * BT < length:
+    for i_t in range(tl.program_id(0), tl.cdiv(length, BT), tl.num_programs(0)):
         o_t, o_n = tl.arange(0, BT), i_n * BN + tl.arange(0, BN)
         m_n = (o_n < D)[None, :]
         m_t = (i_t * BT + o_t < length)[:, None]
@@ -180,6 +180,12 @@ def score_grid(rows: int, before: int, batch: int, options: dict[str, Any]) -> t
     return grouped_size(-(-rows // options["BM"]), before // options["NB"], options["BM"], wide, options["GROUP"]), batch
 
 
+def live_grid(rows: int, past_tiles: int, before: int, batch: int, options: dict[str, Any]) -> tuple[int, int]:
+    """`score_grid` of a capacity of `past_tiles`, of which only the device knows how many are live: programs for the new columns, at least SCORE_PROGRAMS,
+    take those of the past in turns. before: new column tiles before the first row's own."""
+    return min(score_grid(rows, past_tiles + before, batch, options)[0], max(score_grid(rows, before, batch, options)[0], SCORE_PROGRAMS)), batch
+
+
 def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n: int, split: bool) -> dict[str, tuple[int, torch.dtype]]:
     """Buffers of the forward (elements, dtype): work is the type of routing tiles, pair that of a block inverse's two halves."""
     rows, columns = shape.batch * shape.rows, shape.batch * shape.columns
@@ -235,14 +241,14 @@ class Plan:
         self.run_pack, self.run_scores, self.run_combine, self.run_solve = (
             launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(FORWARD, KERNELS, strict=True)
         )
-        self.pack = ((past_tiles, tiles_n, batch), (past, width, columns)) if past_tiles else None
+        self.pack = ((min(past_tiles, PACK_PROGRAMS), tiles_n, batch), (past, width, columns)) if past_tiles else None
         self.panels: list[tuple[Any, ...]] = []
         for panel in range(panels):
             row0 = panel * rows
             here = min(rows, tokens - row0)
             blocks = -(-here // tile)
             self.panels.append((
-                score_grid(here, past_tiles + row0 // tile, batch, scores),
+                live_grid(here, past_tiles, row0 // tile, batch, scores),
                 (tokens, past, width, columns, rows, past_tiles, all_tiles, row0, 0 if panel else sizes["sync"][0], 1 / math.sqrt(width)),
                 (blocks, batch),
                 (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks),
