@@ -55,7 +55,7 @@ _LAYERS = (
            (*pointers("h"), *_MATRIX, *pointers("bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gamma_weight", type="*fp32"),
             Param("gamma_bias", "*fp32"), *pointers("q", "k", "v", "q_b", "k_b"), Param("gamma", "*fp32"), *_SIZES, Param("kv_width", "i32"),
             *integers("units"), Param("gamma_max", "fp32")),
-           _TILES, _PRODUCTS, dtypes=_PRODUCT, scalar_loads=80, early=_FEW, early_rows=_EARLY_ROWS),
+           _TILES, _PRODUCTS, dtypes=_PRODUCT, scalar_loads=136, early=_FEW, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
