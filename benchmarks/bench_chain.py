@@ -23,8 +23,10 @@ from torch import Tensor
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CACHE_FIELDS, cache_row_shape
 from sessa_deploy.kernels.causal import step as causal
+from sessa_deploy.kernels.causal.prefill import prefill
 from sessa_deploy.kernels.engine import layer, mixer
 from sessa_deploy.kernels.feedback import step as feedback
+from sessa_deploy.kernels.feedback.forward import forward as feedback_forward
 from sessa_deploy.runtime import traffic
 
 HALF = torch.float16
@@ -71,6 +73,23 @@ class Chain:
                 s = mixer.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, k_b, s_b, length, early, behind=True)
             x = layer.tail(s.view(x.shape), h, *w["tail"], x, early)
         return layer.linear(layer.norm(x, *self.last, config.layer_norm_eps, early), self.head, None, early)
+
+    def chunk(self, x: Tensor, length: Tensor, caches: list[list[Tensor]]) -> Tensor:
+        """Logits behind the last of T new tokens of each sequence, x (B T,D), as a prefill takes them: T beyond a step of several rows."""
+        config, rows, batch = self.config, x.shape[0], length.shape[0]
+        tokens = rows // batch
+        cos, sin = (t.view(rows, -1) for t in layer.rotary(length, self.limbs, tokens))
+        for w, (k_f, v_f, k_b, s_b) in zip(self.layers, caches, strict=True):
+            h = layer.norm_enter(x, *w["norm"], config.layer_norm_eps, *w["enter"])
+            q, k, v, q_b, k_new, gamma = layer.project_gain(h, w["project"], w["biases"], cos, sin, *w["gamma"], config.gamma_max)
+            q, k, v = (t.view(batch, tokens, config.n_heads, config.head_dim) for t in (q, k, v))
+            o = prefill(q, k, v, k_f, v_f, length)
+            f = layer.linear(o.view(x.shape), *w["out"])
+            q_b, k_new, f = (t.view(batch, tokens, -1) for t in (q_b, k_new, f))
+            s, _, _ = feedback_forward(q_b, k_new, gamma.view(batch, tokens), f, k_b, s_b, length, need_lse=False)
+            x = layer.tail(s.view(x.shape), h, *w["tail"], x)
+        last = x.view(batch, tokens, -1)[:, -1].contiguous()
+        return layer.linear(layer.norm(last, *self.last, config.layer_norm_eps), self.head, None)
 
     def caches(self, capacity: int, lengths: list[int]) -> list[list[Tensor]]:
         """k_f, v_f, k_b, s of every layer, random up to each length."""

@@ -71,7 +71,7 @@ def chunk_candidates(variant: str, dtype: str) -> list[Tiles]:
         shapes = [(64, 32, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2)]
     if dtype == "fp32":
         shapes = [(64, 32, 8, 1), (32, 16, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1), (64, 16, 8, 1)]
-    return [{"BM": m, "BN": n, "BD": width, "num_warps": w, "num_stages": s} for m, n, w, s in shapes]
+    return [{"BM": m, "BN": n, "BE": min(n, 32), "BD": width, "num_warps": w, "num_stages": s} for m, n, w, s in shapes]
 
 
 def compile_one(kernel: str, dtype: str, tiles: Tiles) -> None:

@@ -121,42 +121,64 @@ struct Forward final : Plan
 
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
-        int64_t const tile = solve->tile("BT");
+        return runAhead(p, t, stream, error) && runRest(p, t, stream, error);
+    }
+
+    // Of the first panel all but the solve, the only kernel that reads f.
+    bool runAhead(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
         Arguments packing;
         packing.add(t.in[kPastS]).add(t.in[kPastLength]).add(w).add(wLow).add(scales).add(i32(p.capacity)).add(i32(p.width)).add(i32(columns));
-        if (pastTiles > 0 && !launch(*pack, {pastTiles, tilesN, p.batch}, packing, stream, error))
-        {
-            return false;
-        }
+        return (pastTiles == 0 || launch(*pack, {std::min(pastTiles, kPackPrograms), tilesN, p.batch}, packing, stream, error))
+            && route(p, t, 0, stream, error);
+    }
+
+    bool runRest(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
         for (int64_t panel = 0; panel < panels; ++panel)
         {
             int64_t const row0 = panel * rows;
-            int64_t const here = std::min(rows, p.tokens - row0);
-            int64_t const blocks = ceilDiv(here, tile);
-            int64_t const scoreRows = scores->tile("BM");
-            int64_t const group = scores->tile("NB");
-            int64_t const grid
-                = groupedSize(ceilDiv(here, scoreRows), (pastTiles + row0 / tile) / group, scoreRows, tile * group, scores->tile("GROUP"));
-            Arguments a;
-            a.add(t.in[kQ]).add(t.in[kK]).add(pastTiles > 0 ? t.in[kPastK] : t.in[kK]).add(t.in[kPastLength]).add(lse).add(sync).add(e).add(peak);
-            a.add(total).add(sync);
-            a.add(i32(p.tokens)).add(i32(p.capacity)).add(i32(p.width)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles));
-            a.add(i32(row0)).add(i32(panel > 0 ? 0 : syncs)).add(static_cast<float>(scaleOf(p.width, p.numbers.scale)));
-            Arguments b;
-            b.add(e).add(peak).add(total).add(t.in[kGamma]).add(t.in[kPastLength]).add(rowPeak).add(gain).add(lse).add(x).add(inverse).add(inverseLow);
-            b.add(near).add(nearLow).add(nearScale).add(i32(p.tokens)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles)).add(i32(row0));
-            b.add(i32(p.batch)).add(i32(blocks));
             Arguments c;
             c.add(e).add(peak).add(rowPeak).add(gain).add(inverse).add(inverseLow).add(near).add(nearLow).add(nearScale).add(t.in[kF]).add(t.out).add(t.out);
             c.add(w).add(wLow).add(scales).add(t.in[kPastLength]).add(sync).add(i32(p.tokens)).add(i32(p.width)).add(i32(columns)).add(i32(rows));
             c.add(i32(pastTiles)).add(i32(tiles)).add(i32(row0)).add(i32(p.batch)).add(i32(panel)).add(i32(panels)).add(0); // 0: keep nothing for a backward
-            if (!launch(*scores, {grid, p.batch, 1}, a, stream, error) || !launch(*combine, {blocks, p.batch, 1}, b, stream, error)
-                || !launch(*solve, {blocks * p.batch * tilesN, 1, 1}, c, stream, error))
+            if ((panel > 0 && !route(p, t, panel, stream, error)) || !launch(*solve, {blocksOf(p, panel) * p.batch * tilesN, 1, 1}, c, stream, error))
             {
                 return false;
             }
         }
         return true;
+    }
+
+    int64_t blocksOf(Problem const& p, int64_t panel) const
+    {
+        return ceilDiv(std::min(rows, p.tokens - panel * rows), solve->tile("BT"));
+    }
+
+    // The routing tiles of a panel and the inverses of its blocks.
+    bool route(Problem const& p, Tensors const& t, int64_t panel, CUstream_st* stream, std::string& error) const
+    {
+        int64_t const tile = solve->tile("BT");
+        int64_t const row0 = panel * rows;
+        int64_t const blocks = blocksOf(p, panel);
+        int64_t const scoreRows = scores->tile("BM");
+        int64_t const group = scores->tile("NB");
+        // feedback/forward.py, live_grid
+        auto const programs = [&](int64_t past) {
+            int64_t const rowTiles = ceilDiv(std::min(rows, p.tokens - row0), scoreRows);
+            return groupedSize(rowTiles, (past + row0 / tile) / group, scoreRows, tile * group, scores->tile("GROUP"));
+        };
+        int64_t const grid = std::min(programs(pastTiles), std::max(programs(0), kScorePrograms));
+        Arguments a;
+        a.add(t.in[kQ]).add(t.in[kK]).add(pastTiles > 0 ? t.in[kPastK] : t.in[kK]).add(t.in[kPastLength]).add(lse).add(sync).add(e).add(peak);
+        a.add(total).add(sync);
+        a.add(i32(p.tokens)).add(i32(p.capacity)).add(i32(p.width)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles));
+        a.add(i32(row0)).add(i32(panel > 0 ? 0 : syncs)).add(static_cast<float>(scaleOf(p.width, p.numbers.scale)));
+        Arguments b;
+        b.add(e).add(peak).add(total).add(t.in[kGamma]).add(t.in[kPastLength]).add(rowPeak).add(gain).add(lse).add(x).add(inverse).add(inverseLow);
+        b.add(near).add(nearLow).add(nearScale).add(i32(p.tokens)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles)).add(i32(row0));
+        b.add(i32(p.batch)).add(i32(blocks));
+        return launch(*scores, {grid, p.batch, 1}, a, stream, error) && launch(*combine, {blocks, p.batch, 1}, b, stream, error);
     }
 
     Cubin const* pack{};

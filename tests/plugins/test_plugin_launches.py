@@ -51,7 +51,7 @@ rc cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, handle f, int threads, si
     return 0;
 }
 #endif
-static rc note(struct function* f, unsigned const* grid, unsigned const* block, unsigned shared, void** a, int early)
+static rc note(struct function* f, unsigned const* grid, unsigned const* block, unsigned shared, void** a, int early, handle q)
 {
 #ifdef EACH
     if (f->asked != block[0] + 65536 * (shared / 16)) return 1; /* occupancy was asked of another launch */
@@ -59,7 +59,7 @@ static rc note(struct function* f, unsigned const* grid, unsigned const* block, 
     int i = 0, p;
     while (known[i].name && strcmp(known[i].name, f->name)) ++i;
     if (!known[i].name || block[1] != 1 || block[2] != 1) return 1;
-    printf("%s %u %u %u %u %d", f->name, grid[0], grid[1], grid[2], block[0], early);
+    printf("%s %u %u %u %u %d %llx", f->name, grid[0], grid[1], grid[2], block[0], early, (unsigned long long)q);
     for (p = 0; p < known[i].params; ++p) printf(" %llx", *(unsigned long long*)a[p]);
     printf("\n");
     return 0;
@@ -67,15 +67,22 @@ static rc note(struct function* f, unsigned const* grid, unsigned const* block, 
 rc cuLaunchKernel(handle f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, handle q, void** a, void** extra)
 {
     unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
-    return extra ? 1 : note(f, grid, block, shared, a, 0);
+    return extra ? 1 : note(f, grid, block, shared, a, 0, q);
 }
 struct attribute { int id; char pad[4]; int allowed; char rest[60]; };
 struct config { unsigned grid[3], block[3], shared; handle stream; struct attribute* attributes; unsigned count; };
 rc cuLaunchKernelEx(struct config const* c, handle f, void** a, void** extra)
 {
     if (c->count != 1 || c->attributes->id != 6 || c->attributes->allowed != 1 || extra) return 1;
-    return note(f, c->grid, c->block, c->shared, a, 1);
+    return note(f, c->grid, c->block, c->shared, a, 1, c->stream);
 }
+#ifdef SIDE
+static size_t made = 0x100;
+rc cuStreamCreateWithPriority(handle* q, unsigned flags, int priority) { *q = (handle)++made; return flags != 1; }
+rc cuEventCreate(handle* e, unsigned flags) { *e = (handle)++made; return flags != 2; }
+rc cuEventRecord(handle e, handle q) { printf("record %llx %llx\n", (unsigned long long)e, (unsigned long long)q); return 0; }
+rc cuStreamWaitEvent(handle q, handle e, unsigned flags) { printf("wait %llx %llx\n", (unsigned long long)q, (unsigned long long)e); return flags; }
+#endif
 rc cuDriverGetVersion(int* v) { *v = 13000; return 0; }
 rc cuGetErrorName(rc code, char const** text) { *text = "bad"; return 0; }
 """
@@ -95,6 +102,7 @@ for op, weights, shape in json.loads(sys.argv[4]):
 """
 
 
+EVENTS = ("record", "wait")
 Launch = tuple[str, tuple[int, ...], int, bool, list[float], list[int]]  # kernel, grid, threads, started early, arguments that are no pointers, and those
 
 
@@ -102,7 +110,7 @@ def read(line: str) -> Launch:
     """A launch as the driver wrote it."""
     from sessa_deploy.kernels.launch import table
 
-    name, x, y, z, threads, early, *words = line.split()
+    name, x, y, z, threads, early, _stream, *words = line.split()
     kinds = [p.type for p in table.kernel(name).params]
     assert len(words) == len(kinds)
     scalars, pointers = list[float](), list[int]()
@@ -216,6 +224,10 @@ def launches(
         else:
             o = causal()  # kept until the end, so that no other tensor takes its place
             feedback(layer.linear(o.view(n, width), square.weight, row, scale=square.scale).view(batch, tokens, width))
+            # The plugin begins with what of feedback attention needs no f, on a stream of its own.
+            solve = next((i for i, (name, *_) in enumerate(noted) if name == "feedback_solve"), 0)
+            ahead = [x for x in noted[:solve] if x[0].startswith("feedback_")]
+            noted[:solve] = ahead + [x for x in noted[:solve] if x not in ahead]
 
     calls.append((ph.FEEDBACK, sizes(batch, tokens, capacity, width), lambda: feedback(f)))
     if capacity:
@@ -232,6 +244,23 @@ def launches(
         call()
         found.append((op, weights, list(shape), numbered(noted)))
     return found
+
+
+def driven(launching: Built, storage: int, calls: list[Any], says: bool, folder: Path) -> list[list[str]]:
+    """What each of the calls (operation, weights, sizes) has the driver write down. says: it knows occupancy, and gives more streams."""
+    from sessa_deploy.kernels.launch import table
+
+    _, library, harness = launching
+    kernels = "".join(f'{{"{k.name}", {len(k.params)}}}, ' for k in table.kernels().values())
+    defines = f"#define MULTIPROCESSORS {MULTIPROCESSORS}\n#define KERNELS {kernels}\n" + (f"#define EACH {EACH}\n#define SIDE\n" if says else "")
+    (folder / "cuda.c").write_text(defines + DRIVER)
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-w", "-o", "libcuda.so.1", "cuda.c"], cwd=folder, check=True)
+    environment = {**os.environ, "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
+    environment.pop("SESSA_PDL", None)
+    command = [sys.executable, "-c", RUN, str(ph.HERE), str(library), harness._name, json.dumps(calls), str(storage)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [part.strip().splitlines() for part in done.stdout.split("next\n")]
 
 
 SHAPES = [
@@ -259,23 +288,11 @@ def test_the_plugin_launches_what_the_python_side_does(
 
     Steps, prefill, chunks and panels, for the attentions, the mixer and everything around them.
     """
-    from sessa_deploy.kernels.launch import table
     from sessa_deploy.kernels.launch.limits import STEP_PROGRAMS
 
-    _, library, harness = launching
     held = EACH * MULTIPROCESSORS if says else STEP_PROGRAMS
-    kernels = "".join(f'{{"{k.name}", {len(k.params)}}}, ' for k in table.kernels().values())
-    defines = f"#define MULTIPROCESSORS {MULTIPROCESSORS}\n#define KERNELS {kernels}\n" + (f"#define EACH {EACH}\n" if says else "")
-    (tmp_path / "cuda.c").write_text(defines + DRIVER)
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-w", "-o", "libcuda.so.1", "cuda.c"], cwd=tmp_path, check=True)
     wanted = launches(monkeypatch, storage, weights, held, *shape)
-    environment = {**os.environ, "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
-    environment.pop("SESSA_PDL", None)
-    cases = json.dumps([one[:3] for one in wanted])
-    command = [sys.executable, "-c", RUN, str(ph.HERE), str(library), harness._name, cases, str(storage)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    lines = [part.strip().splitlines() for part in done.stdout.split("next\n")]
+    lines = [[x for x in part if not x.startswith(EVENTS)] for part in driven(launching, storage, [one[:3] for one in wanted], says, tmp_path)]
     found, expected = [x for part in lines for x in numbered([read(line) for line in part])], [one for *_, all_of in wanted for one in all_of]
     assert [x[:4] for x in found] == [x[:4] for x in expected]
     for mine, theirs in zip(found, expected, strict=True):
@@ -292,6 +309,32 @@ def test_the_plugin_launches_what_the_python_side_does(
     elif shape[:2] == (32, 1) and storage == ph.HALF:
         partial = [grid for name, grid, *_ in found if name.endswith("step_partial")]
         assert len(partial) == 4 and all(x * y <= held for x, y, _ in partial)
+
+
+@pytest.mark.parametrize("launching", (8, 10, 11, ph.ORT), indirect=True)
+@pytest.mark.parametrize("says", [True, False], ids=["streams", "one stream"])
+def test_both_attentions_of_a_chunk_run_side_by_side(launching: Built, says: bool, tmp_path: Path) -> None:
+    """A second stream takes what of feedback attention needs no f: begun behind all before it, over before what comes after. Twice, on the same streams."""
+    chunk = ph.At.Mixer, 0, list(sizes(2, 130, 300, 1024, 16, 16, 64))
+    ended: dict[str, set[str]] = {"0": set()}  # stream -> what has ended when the next kernel there begins
+    events, streams, all_of = dict[str, set[str]](), dict[str, str](), set[str]()
+    for turn, part in enumerate(driven(launching, ph.HALF, [chunk] * 2, says, tmp_path)[:2]):
+        for what, *words in map(str.split, part):
+            if what == "record":
+                events[words[0]] = set(ended[words[1]])
+            elif what == "wait":
+                ended[words[0]] = ended.get(words[0], set()) | events[words[1]]
+            else:
+                name, stream = f"{what} {turn}", words[5]
+                before = {x for x in all_of if x.endswith(str(turn - 1))}
+                needs = {"feedback_combine": {"feedback_scores"}, "layer_linear": {"causal_prefill"},
+                         "feedback_solve": {"feedback_pack", "feedback_scores", "feedback_combine", "layer_linear"}}.get(what, set())
+                assert ended[stream] >= before | {f"{x} {turn}" for x in needs}, name
+                ended[stream].add(name)
+                all_of.add(name)
+                streams[what] = stream
+    assert len(all_of) == 12 and {streams[x] for x in ("causal_prefill", "layer_linear", "feedback_solve")} == {"0"}
+    assert ({streams[x] for x in ("feedback_pack", "feedback_scores", "feedback_combine")} == {"0"}) == (not says) and len(set(streams.values())) == 1 + says
 
 
 def test_rows_that_start_early_have_binaries_that_can() -> None:

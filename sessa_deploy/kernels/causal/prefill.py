@@ -20,6 +20,17 @@ from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E
 
 
 @triton.jit
+def _good(b_x):
+    """Elementwise: neither NaN nor Inf; by the bits where 16 hold them, which takes half the registers of their float32."""
+    if b_x.dtype.primitive_bitwidth == 16:
+        ALL: tl.constexpr = 0x7C00 if b_x.dtype == tl.float16 else 0x7F80  # the exponent of Inf and NaN
+        good = (b_x.to(tl.int16, bitcast=True) & 0x7FFF) < ALL
+    else:
+        good = tl.abs(b_x) < float("inf")
+    return good
+
+
+@triton.jit
 def _attend(
     b_acc, b_max, b_sum, b_q, k, v, stride_k, stride_v, begin, end, o_t, width, scale,
     BN: tl.constexpr, BD: tl.constexpr, EDGE: tl.constexpr, DIAGONAL: tl.constexpr,
@@ -32,21 +43,23 @@ def _attend(
     o_d = tl.arange(0, BD)
     m_d = o_d < width
     SHIFT: tl.constexpr = 12.0 if k.dtype.element_ty == tl.float16 else 0.0  # of all weights alike: small ones stay normal numbers
+    o_row = (begin + o_n).to(tl.int64) * 8
+    p_k = k + o_row[None, :] * stride_k + o_d[:, None]
+    p_v = v + o_row[:, None] * stride_v + o_d[None, :]
     for start in range(begin, end, BN):
         o_j = start + o_n
         m_j = o_j < end
-        o_row = o_j.to(tl.int64) * 8
         m_k, m_v = m_d[:, None], m_d[None, :]
         if EDGE:
             m_k, m_v = m_k & m_j[None, :], m_v & m_j[:, None]
-        b_k = tl.load(k + o_row[None, :] * stride_k + o_d[:, None], mask=m_k, other=0.0)
+        b_k = tl.load(p_k, mask=m_k, other=0.0)
         b_x = tl.dot(b_q, b_k, input_precision="ieee")
-        b_v = tl.load(v + o_row[:, None] * stride_v + o_d[None, :], mask=m_v, other=0.0)
+        b_v = tl.load(p_v, mask=m_v, other=0.0)
         if DIAGONAL:
             # A weight of zero does not stop a NaN: the row's bad values go, and those who may see it get a NaN weight.
-            fine = tl.abs(b_v.to(tl.float32)) < float("inf")
-            b_bad = tl.max(tl.where(fine, 0, 1), 1) + tl.max(tl.where(tl.abs(b_k.to(tl.float32)) < float("inf"), 0, 1), 0)
-            b_v = tl.where(fine, b_v, 0.0).to(b_v.dtype)
+            good = _good(b_v)
+            b_bad = tl.max(tl.where(good, 0, 1), 1) + tl.max(tl.where(_good(b_k), 0, 1), 0)
+            b_v = tl.where(good, b_v, 0.0).to(b_v.dtype)
             b_x = tl.where(b_bad[None, :] > 0, float("nan"), b_x)
             b_x = tl.where(o_j[None, :] <= o_t[:, None], b_x, float("-inf"))
         elif EDGE:
@@ -57,6 +70,8 @@ def _attend(
         b_sum = b_sum * b_fade + tl.sum(b_p.to(tl.float32), 1)
         b_acc = tl.dot(b_p, b_v, b_acc * b_fade[:, None], input_precision="ieee")
         b_max = b_top
+        p_k += stride_k.to(tl.int64) * (8 * BN)
+        p_v += stride_v.to(tl.int64) * (8 * BN)
     return b_acc, b_max, b_sum
 
 
@@ -64,9 +79,12 @@ def _attend(
 def causal_prefill(
     q, k, v, past_k, past_v, past_length, out,
     stride_kb: tl.int64, stride_kr, stride_vb: tl.int64, stride_vr, tokens, capacity, group, units, scale,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(T / BM), Hq, B): o (B,T,Hq,d). group = Hq / Hkv, units = d / 8 and strides in units of 8 elements, scale = d^-1/2 * log2(e); BN divides BM."""
+    """Grid (ceil(T / BM), Hq, B): o (B,T,Hq,d). group = Hq / Hkv, units = d / 8 and strides in units of 8 elements, scale = d^-1/2 * log2(e).
+
+    BN keys a tile, and BE where not all of them count: those are few, and their masks would else set the registers of all. Both divide BM.
+    """
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     i_h = tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)
@@ -88,7 +106,7 @@ def causal_prefill(
         b_acc, b_max, b_sum, b_q, k_past, v_past, stride_kr, stride_vr, 0, whole, o_t, width, scale, BN, BD, EDGE=False, DIAGONAL=False
     )
     b_acc, b_max, b_sum = _attend(
-        b_acc, b_max, b_sum, b_q, k_past, v_past, stride_kr, stride_vr, whole, length, o_t, width, scale, BN, BD, EDGE=True, DIAGONAL=False
+        b_acc, b_max, b_sum, b_q, k_past, v_past, stride_kr, stride_vr, whole, length, o_t, width, scale, BE, BD, EDGE=True, DIAGONAL=False
     )
     stride = (heads // group) * units
     o_new = i_b * tokens * stride * 8 + i_kv * width
@@ -97,7 +115,7 @@ def causal_prefill(
         b_acc, b_max, b_sum, b_q, k + o_new, v + o_new, stride, stride, 0, i_m * BM, o_t, width, scale, BN, BD, EDGE=False, DIAGONAL=False
     )
     b_acc, b_max, b_sum = _attend(
-        b_acc, b_max, b_sum, b_q, k + o_new, v + o_new, stride, stride, i_m * BM, last, o_t, width, scale, BN, BD, EDGE=True, DIAGONAL=True
+        b_acc, b_max, b_sum, b_q, k + o_new, v + o_new, stride, stride, i_m * BM, last, o_t, width, scale, BE, BD, EDGE=True, DIAGONAL=True
     )
     tl.store(out + o_q, (b_acc / b_sum[:, None]).to(out.dtype.element_ty), mask=m_q)
 

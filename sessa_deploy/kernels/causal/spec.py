@@ -82,7 +82,7 @@ KERNELS = by_name((
             *integers("tokens", "capacity", "group", "units"),
             _SCALE,
         ),
-        ("BM", "BN", "BD"),
+        ("BM", "BN", "BE", "BD"),
         tuple(str(w) for w in HEAD_WIDTHS),
         scalar_loads=1,
     ),

@@ -63,10 +63,10 @@ def layer_linear(
     """Grid (tiles,): out (rows, columns) = x weight^T + bias."""
     row, column, m_m, m_n = tile_of(rows, columns, BM, BN)
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
-    b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
+    b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    put(out + row * columns + column, with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias), m_m, m_n, columns, BM, BN)
+    put(out + row * columns + column, with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN), m_m, m_n, columns, BM, BN)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_norm_enter"))
@@ -76,12 +76,12 @@ def layer_norm_enter(x, norm_weight, norm_bias, weight, scale, bias, out, depth,
     o_k = tl.arange(0, BK)
     m_n, m_k = tl.arange(0, BN) < 2 * depth - tl.program_id(0) * BN, o_k < depth
     b_w = ahead(weight + column * depth, m_n, depth, 1, BN, BK, 1)
-    b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
+    b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, 1, BN)
     b_gain, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
     begin(PDL)
     b_x = normal(tl.load(x + o_k, mask=m_k, other=0.0), b_gain, b_shift, m_k, depth, eps).to(x.dtype.element_ty)
     b_y = tl.sum(wide(b_w, tl.float32) * b_x.to(tl.float32)[None, :], 1)[None, :]
-    b_y = half_gelu(with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, 1, BN), b_bias), tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
+    b_y = half_gelu(with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, 1, BN), b_bias, bias + column, m_n, 1, BN), tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
     put(out + column, b_y, tl.arange(0, 1) < 1, m_n, 2 * depth, 1, BN)
 
 
@@ -95,10 +95,10 @@ def layer_enter(
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < 2 * depth - i_n * BN
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
-    b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
+    b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    b_y = half_gelu(with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias), i_n * BN, depth, out.dtype.element_ty, BN)
+    b_y = half_gelu(with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN), i_n * BN, depth, out.dtype.element_ty, BN)
     put(out + row * (2 * depth) + column, b_y, m_m, m_n, 2 * depth, BM, BN)
 
 
@@ -138,7 +138,7 @@ def _square(
     row, column, m_m, m_n = tile_of(rows, depth, BM, BN)
     o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
-    b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
+    b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     begin(PDL)
     if BM * BN <= HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
@@ -147,7 +147,7 @@ def _square(
     )  # fmt: skip
     if BM * BN > HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
-    return with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias), b_add, row, column, m_m, m_n
+    return with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN), b_add, row, column, m_m, m_n
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_out"))
@@ -238,12 +238,12 @@ def _project_tile(
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < width - i_n * BN
     b_w = ahead(weight + (above + column) * depth, m_n, depth, BM, BN, BK, AHEAD)
-    b_scale, b_bias = scale_of(scale, weight, above + column, m_n, BN), bias_of(bias + column, m_n, BN)
+    b_scale, b_bias = scale_of(scale, weight, above + column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     begin(PDL)
     if BM * BN <= HELD:
         b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m & turns, i_n * BN, pairs, BM, BN)
     b_y = product(a + row * a_row, a, weight + (above + column) * depth, b_w, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS, AHEAD)
-    b_y = with_bias(scaled(b_y, b_scale, scale, weight, above + column, m_n, BM, BN), b_bias)
+    b_y = with_bias(scaled(b_y, b_scale, scale, weight, above + column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN)
     if turns:
         if BM * BN > HELD:
             b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m, i_n * BN, pairs, BM, BN)

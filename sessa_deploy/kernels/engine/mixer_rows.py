@@ -101,7 +101,7 @@ def mixer_rows_out(
     o_t, o_n = tl.arange(0, ROWS), tl.arange(0, BN)
     m_t, m_n = o_t < tokens, o_n < depth - first
     column = first.to(tl.int64)
-    b_bias = bias_of(bias + column, m_n, BN)
+    b_bias = bias_of(bias + column, m_n, 1, BN)
     begin(PDL)
     o_y = (i_b * tokens + o_t)[:, None] * depth + (column + o_n)[None, :]
     m_y = m_t[:, None] & m_n[None, :]
@@ -109,7 +109,7 @@ def mixer_rows_out(
     b_inverse = tl.load(inverse + i_b * ROWS * ROWS + o_t[:, None] * ROWS + o_t[None, :])
     p_x = x + i_b * tokens * depth
     b_y = product(p_x, p_x, weight + column * depth, 0.0, m_t, m_n, depth, depth, depth, False, ROWS, BN, BK, KS, 0)
-    b_f = with_bias(b_y, b_bias).to(out.dtype.element_ty).to(tl.float32)
+    b_f = with_bias(b_y, b_bias, bias + column, m_n, 1, BN).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + o_y, solved(b_inverse, b_f + b_add, o_t).to(out.dtype.element_ty), mask=m_y)
 
 

@@ -158,6 +158,9 @@ def product(
     """
     if BM == 1:
         b_acc = _row_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, AHEAD)
+    elif BM > FEW:
+        tl.static_assert(KS == 1, "large tiles have depth enough for every warp")
+        b_acc = _large_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK)
     else:
         b_acc = _tile_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS)
     return b_acc
@@ -202,8 +205,34 @@ def _tile_product(
 
 
 @triton.jit
-def bias_of(bias, m_n, BN: tl.constexpr):
-    return tl.load(bias + tl.arange(0, BN), mask=m_n, other=0.0)
+def _large_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """`product` of a tile that fills a multiprocessor. Rows and columns that there are not repeat the last one: a mask of each would take its registers."""
+    o_m, o_n, o_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    o_m = tl.minimum(o_m, tl.max(tl.where(m_m, o_m, 0), 0))
+    o_n = tl.minimum(o_n, tl.max(tl.where(m_n, o_n, 0), 0))
+    p_x = x + o_m[:, None] * row + o_k[None, :]
+    p_g = gate + o_m[:, None] * gate_row + o_k[None, :]
+    p_w = weight + o_n[:, None] * depth + o_k[None, :]
+    b_acc = tl.zeros([BM, BN], dtype=tl.float32)
+    for start in range(0, depth, BK):
+        m_k = (o_k < depth - start)[None, :]
+        b_x = tl.load(p_x + start, mask=m_k, other=0.0)
+        if GATED:
+            b_g = tl.load(p_g + start, mask=m_k, other=0.0)
+            b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
+        b_w = wide(tl.load(p_w + start, mask=m_k, other=0.0), b_x.dtype)
+        b_acc = tl.dot(b_x, tl.trans(b_w), b_acc, input_precision="ieee")
+    return b_acc
+
+
+@triton.jit
+def bias_of(bias, m_n, BM: tl.constexpr, BN: tl.constexpr):
+    """The bias of a tile's columns; of a large tile 0, and nothing is read yet: see `with_bias`."""
+    if BM > FEW:
+        b_bias = 0.0
+    else:
+        b_bias = tl.load(bias + tl.arange(0, BN), mask=m_n, other=0.0)
+    return b_bias
 
 
 @triton.jit
@@ -231,7 +260,10 @@ def scaled(b_y, b_scale, scale, weight, column, m_n, BM: tl.constexpr, BN: tl.co
 
 
 @triton.jit
-def with_bias(b_y, b_bias):
+def with_bias(b_y, b_bias, bias, m_n, BM: tl.constexpr, BN: tl.constexpr):
+    """b_y (BM,BN) plus `bias_of`. Large tiles read it here: through the product it would take half as many registers as the sums."""
+    if BM > FEW:
+        b_bias = tl.load(bias + tl.arange(0, BN), mask=m_n, other=0.0)
     return b_y + b_bias.to(tl.float32)[None, :]
 
 

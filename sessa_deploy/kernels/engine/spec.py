@@ -42,7 +42,7 @@ _LAYERS = (
            (*pointers("x", "norm_weight", "norm_bias"), *_MATRIX, *pointers("bias", "out"), Param("depth", "i32", True), Param("eps", "fp32")),
            ("BN", "BK", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS),
     Kernel("layer_linear", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
-           dtypes=_PRODUCT, scalar_loads=16, early=_FEW, early_rows=1),
+           dtypes=_PRODUCT, scalar_loads=64, early=_FEW, early_rows=1),
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=16, early=_FEW, early_rows=_EARLY_ROWS),
     Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, _PRODUCTS, dtypes=_PRODUCT,
@@ -55,7 +55,7 @@ _LAYERS = (
            (*pointers("h"), *_MATRIX, *pointers("bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gamma_weight", type="*fp32"),
             Param("gamma_bias", "*fp32"), *pointers("q", "k", "v", "q_b", "k_b"), Param("gamma", "*fp32"), *_SIZES, Param("kv_width", "i32"),
             *integers("units"), Param("gamma_max", "fp32")),
-           _TILES, _PRODUCTS, dtypes=_PRODUCT, scalar_loads=80, early=_FEW, early_rows=_EARLY_ROWS),
+           _TILES, _PRODUCTS, dtypes=_PRODUCT, scalar_loads=136, early=_FEW, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))

@@ -28,15 +28,18 @@ from sessa_deploy.kernels.feedback.tiles import (
 )
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
-from sessa_deploy.kernels.launch.limits import PANEL_BYTES
+from sessa_deploy.kernels.launch.limits import PACK_PROGRAMS, PANEL_BYTES, SCORE_PROGRAMS
+
+
+LIGHT = tl.constexpr(2.0**-6)  # weights |gamma alpha| up to which s counts by a float16 alone, of whose rounding, to either side, an eighth is left
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_pack"))
 def feedback_pack(past_s, past_length, w, w_low, scales, P, D, C, BT: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr):
-    """Grid (P tiles, D tiles, B): past_s in the form the solve reads, zeros from past_length on. Tiles without a live row stay unwritten."""
-    i_t, i_n, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Grid (programs, D tiles, B): past_s in the form the solve reads, zeros from past_length on. Tiles without a live row stay unwritten."""
+    i_n, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     length = tl.minimum(tl.load(past_length + i_b), P)
-    if i_t * BT < length:
+    for i_t in range(tl.program_id(0), tl.cdiv(length, BT), tl.num_programs(0)):
         o_t, o_n = tl.arange(0, BT), i_n * BN + tl.arange(0, BN)
         m_n = (o_n < D)[None, :]
         m_t = (i_t * BT + o_t < length)[:, None]
@@ -44,6 +47,41 @@ def feedback_pack(past_s, past_length, w, w_low, scales, P, D, C, BT: tl.constex
         p_tile = (i_b * C + i_t * BT) * D + o_t[:, None] * D + o_n[None, :]
         p_scale = (i_b * (C // BT) + i_t) * tl.num_programs(1) + i_n
         store_split(b_x, tl.max(tl.max(tl.abs(b_x), axis=1), axis=0), w, w_low, scales, p_tile, p_scale, m_n, SPLIT, True)
+
+
+@triton.jit
+def _heavy(p_peak, b_top, b_factor, past_tiles, far, NP, R, BT: tl.constexpr):
+    """Whether any weight of a row of this block is above LIGHT in column tiles 0 .. far: a tile's largest is that of its peak."""
+    MANY: tl.constexpr = 32  # tiles looked at together
+    b_most = tl.full([BT], float("-inf"), dtype=tl.float32)
+    for i_c in range(0, far, MANY):
+        o_c = i_c + tl.arange(0, MANY)
+        o_t = tl.where(o_c < past_tiles, o_c, o_c - past_tiles + NP).to(tl.int64)
+        b_most = tl.maximum(b_most, tl.max(tl.load(p_peak[None, :] + o_t[:, None] * R, mask=(o_c < far)[:, None], other=float("-inf")), axis=0))
+    return tl.max((tl.abs(b_factor * tl.exp(b_most - b_top)) > LIGHT).to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def _far(
+    acc, first, stop, p_e, p_w, p_l, p_peak, p_scale, b_top, b_factor, past_tiles, NP, R, D, tiles_n, o_e, o_w, m_n,
+    BT: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, PAIR: tl.constexpr,
+):  # fmt: skip
+    """acc + r_j (e_j @ s_j) over column tiles first .. stop. PAIR: rows whose weight in a tile may be above LIGHT take both halves of s there."""
+    for j in tl.range(first, stop, num_stages=STAGES):
+        i_t = tl.where(j < past_tiles, j, j - past_tiles + NP)
+        b_e = tl.load(p_e + i_t * BT + o_e)
+        b_w = tl.load(p_w + i_t.to(tl.int64) * BT * D + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
+        b_r = b_factor * tl.exp(tl.load(p_peak + i_t.to(tl.int64) * R) - b_top)
+        if PAIR:
+            b_l = tl.load(p_l + i_t.to(tl.int64) * BT * D + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
+            b_y = tl.where((tl.abs(b_r) > LIGHT)[:, None], tl.dot(b_e, b_l), 0.0)
+            b_y = tl.dot(b_e, b_w, b_y)
+        else:
+            b_y = tl.dot(b_e, b_w, input_precision="ieee")
+        if SPLIT:
+            b_r = b_r * tl.load(p_scale + i_t * tiles_n)
+        acc += b_y * b_r[:, None]
+    return acc
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_solve"))
@@ -56,8 +94,8 @@ def feedback_solve(
 
     r_j = factor exp(peak_j - row_peak). A ticket hands the tiles out in the order of their dependencies, so a waiting program always waits for one
     that runs. sync: a ticket per panel, then for each (sequence, columns) the number of row blocks that are done. Tiles are summed in ascending
-    order, whoever is ready. s reaches later blocks as a scaled float16 pair, whose low half only FULL reads from far and only LOW from the
-    two nearest. keep: s_low receives what rounding to storage took from s.
+    order, whoever is ready. s reaches later blocks as a scaled float16 pair, whose low half only FULL reads from far, for weights above LIGHT,
+    and only LOW from the two nearest. keep: s_low receives what rounding to storage took from s.
     """
     tiles_n = tl.cdiv(D, BN)
     ticket = tl.atomic_add(sync + panel, 1, sem="relaxed", scope="gpu")
@@ -82,23 +120,23 @@ def feedback_solve(
     b_factor = tl.load(factor + p_row)
 
     acc = tl.zeros([BT, BN], dtype=tl.float32)
+    heavy = False
+    LIGHT_STAGES: tl.constexpr = STAGES + 1 if FULL else STAGES  # tiles without the low half leave memory for one more
+    if FULL:
+        heavy = _heavy(p_peak, b_top, b_factor, past_tiles, far, NP, R, BT)
     i = 0
     while i < far:
         stop = past_tiles
         if i >= past_tiles:
             stop = tl.minimum(past_tiles + wait_for(p_done, i - past_tiles + 1), far)
-        for j in tl.range(i, stop, num_stages=STAGES):
-            i_t = tl.where(j < past_tiles, j, j - past_tiles + NP)
-            b_e = tl.load(p_e + i_t * BT + o_e)
-            b_w = tl.load(p_w + i_t.to(tl.int64) * BT * D + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
-            b_r = b_factor * tl.exp(tl.load(p_peak + i_t.to(tl.int64) * R) - b_top)
-            if SPLIT:
-                b_r = b_r * tl.load(p_scale + i_t * tiles_n)
-            b_y = tl.dot(b_e, b_w, input_precision="ieee")
-            if FULL:
-                b_l = tl.load(p_l + i_t.to(tl.int64) * BT * D + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
-                b_y = tl.dot(b_e, b_l, b_y)
-            acc += b_y * b_r[:, None]
+        if heavy:
+            acc = _far(
+                acc, i, stop, p_e, p_w, p_l, p_peak, p_scale, b_top, b_factor, past_tiles, NP, R, D, tiles_n, o_e, o_w, m_n, BT, STAGES, SPLIT, True
+            )  # fmt: skip
+        else:
+            acc = _far(
+                acc, i, stop, p_e, p_w, p_l, p_peak, p_scale, b_top, b_factor, past_tiles, NP, R, D, tiles_n, o_e, o_w, m_n, BT, LIGHT_STAGES, SPLIT, False
+            )  # fmt: skip
         i = stop
 
     start = row0 + i_r * BT
@@ -180,6 +218,12 @@ def score_grid(rows: int, before: int, batch: int, options: dict[str, Any]) -> t
     return grouped_size(-(-rows // options["BM"]), before // options["NB"], options["BM"], wide, options["GROUP"]), batch
 
 
+def live_grid(rows: int, past_tiles: int, before: int, batch: int, options: dict[str, Any]) -> tuple[int, int]:
+    """`score_grid` of a capacity of `past_tiles`, of which only the device knows how many are live: programs for the new columns, at least SCORE_PROGRAMS,
+    take those of the past in turns. before: new column tiles before the first row's own."""
+    return min(score_grid(rows, past_tiles + before, batch, options)[0], max(score_grid(rows, before, batch, options)[0], SCORE_PROGRAMS)), batch
+
+
 def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n: int, split: bool) -> dict[str, tuple[int, torch.dtype]]:
     """Buffers of the forward (elements, dtype): work is the type of routing tiles, pair that of a block inverse's two halves."""
     rows, columns = shape.batch * shape.rows, shape.batch * shape.columns
@@ -235,14 +279,14 @@ class Plan:
         self.run_pack, self.run_scores, self.run_combine, self.run_solve = (
             launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(FORWARD, KERNELS, strict=True)
         )
-        self.pack = ((past_tiles, tiles_n, batch), (past, width, columns)) if past_tiles else None
+        self.pack = ((min(past_tiles, PACK_PROGRAMS), tiles_n, batch), (past, width, columns)) if past_tiles else None
         self.panels: list[tuple[Any, ...]] = []
         for panel in range(panels):
             row0 = panel * rows
             here = min(rows, tokens - row0)
             blocks = -(-here // tile)
             self.panels.append((
-                score_grid(here, past_tiles + row0 // tile, batch, scores),
+                live_grid(here, past_tiles, row0 // tile, batch, scores),
                 (tokens, past, width, columns, rows, past_tiles, all_tiles, row0, 0 if panel else sizes["sync"][0], 1 / math.sqrt(width)),
                 (blocks, batch),
                 (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks),

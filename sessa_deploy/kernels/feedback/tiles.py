@@ -79,6 +79,13 @@ def grouped_size(row_tiles: int, base: int, rows: int, columns: int, group: int)
     return group * (base * n + step * n * (n + 1) // 2)
 
 
+@triton.jit
+def grouped_count(row_tiles, base, BM: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr):
+    """`grouped_size` on the device."""
+    n = tl.cdiv(row_tiles, GROUP)
+    return GROUP * (base * n + (GROUP * BM // BT) * n * (n + 1) // 2)
+
+
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_scores"))
 def feedback_scores(
     q, k, past_k, past_length, lse, bad, e, peak, total, sync, T, P, D, C, R, NP, NT, row0, n_sync, scale,
@@ -91,44 +98,47 @@ def feedback_scores(
     `total` sums the rounded values, so normalisation is exact.
     """
     i_b = tl.program_id(1)
-    pid = tl.program_id(0)
-    if (pid == 0) & (i_b == 0):
+    if (tl.program_id(0) == 0) & (i_b == 0):
         for i in range(0, n_sync, 1024):
             o_i = i + tl.arange(0, 1024)
             tl.store(sync + o_i, tl.zeros([1024], dtype=tl.int32), mask=o_i < n_sync)
-    i_m, i_t = grouped_tile(pid, (NP + row0 // BT) // NB, BM, NB * BT, GROUP)
-    i_t = i_t * NB
-    first = row0 + i_m * BM
-    is_past = i_t < NP
-    column = tl.where(is_past, i_t, i_t - NP) * BT
     length = tl.load(past_length + i_b)
-    limit = tl.where(is_past, length, T)
-    if (i_m * BM < R) & (i_t < NT) & (first < T) & (column < limit) & (is_past | (column < first + BM)):
-        p_k = k + i_b.to(tl.int64) * T * D + column.to(tl.int64) * D
-        if is_past:
-            p_k = past_k + i_b.to(tl.int64) * P * D + column.to(tl.int64) * D
-        p_q = q + i_b.to(tl.int64) * T * D + first.to(tl.int64) * D
-        acc = product_nt(tl.zeros([BM, NB * BT], dtype=tl.float32), p_q, p_k, T - first, limit - column, D, BM, NB * BT, BK) * scale
-        o_m, o_t = first + tl.arange(0, BM), column + tl.arange(0, NB * BT)
-        if BACKWARD:
-            end = T - tl.load(bad + i_b)
-            seen = (o_t < limit)[None, :] & (o_m < end)[:, None] & (is_past | ((o_t[None, :] < o_m[:, None]) & (o_t < end)[None, :]))
-            b_ref = tl.load(lse + i_b.to(tl.int64) * T + o_m, mask=o_m < end, other=0.0)
-            b_ref = tl.where(finite(b_ref), b_ref, 0.0)
-            b_e = tl.where(seen, tl.exp(acc - b_ref[:, None]) * 32768.0, 0.0).to(e.dtype.element_ty)
-            b_e = tl.reshape(b_e, [BM, NB, BT])
-        else:
-            seen = (o_t < limit)[None, :] & (o_m < T)[:, None] & (is_past | (o_t[None, :] < o_m[:, None]))
-            acc = tl.reshape(tl.where(seen, acc, float("-inf")), [BM, NB, BT])
-            b_peak = tl.max(acc, axis=2)
-            b_e = tl.exp(acc - tl.where(b_peak == float("-inf"), 0.0, b_peak)[:, :, None]).to(e.dtype.element_ty)
-        o_r = i_m * BM + tl.arange(0, BM)
-        p_stat = (i_b.to(tl.int64) * NT + i_t + tl.arange(0, NB))[None, :] * R + o_r[:, None]
-        if not BACKWARD:
-            tl.store(peak + p_stat, b_peak)
-        tl.store(total + p_stat, tl.sum(b_e.to(tl.float32), axis=2))
-        p_e = e + (i_b.to(tl.int64) * R + i_m * BM) * C + i_t * BT
-        tl.store(p_e + tl.arange(0, BM)[:, None] * C + tl.arange(0, NB * BT)[None, :], tl.reshape(b_e, [BM, NB * BT]))
+    live = tl.cdiv(tl.minimum(length, P), NB * BT) * NB  # column tiles of the past that there are; no program looks for those of an empty capacity
+    base = (live + row0 // BT) // NB
+    for pid in range(tl.program_id(0), grouped_count(tl.cdiv(tl.minimum(R, T - row0), BM), base, BM, NB * BT, GROUP), tl.num_programs(0)):
+        i_m, i_t = grouped_tile(i_b * 0 + pid, base, BM, NB * BT, GROUP)  # under the interpreter a range gives bare integers
+        i_t = i_t * NB
+        is_past = i_t < live
+        column = tl.where(is_past, i_t, i_t - live) * BT
+        i_t = tl.where(is_past, i_t, i_t - live + NP)
+        first = row0 + i_m * BM
+        limit = tl.where(is_past, length, T)
+        if (i_m * BM < R) & (i_t < NT) & (first < T) & (column < limit) & (is_past | (column < first + BM)):
+            p_k = k + i_b.to(tl.int64) * T * D + column.to(tl.int64) * D
+            if is_past:
+                p_k = past_k + i_b.to(tl.int64) * P * D + column.to(tl.int64) * D
+            p_q = q + i_b.to(tl.int64) * T * D + first.to(tl.int64) * D
+            acc = product_nt(tl.zeros([BM, NB * BT], dtype=tl.float32), p_q, p_k, T - first, limit - column, D, BM, NB * BT, BK) * scale
+            o_m, o_t = first + tl.arange(0, BM), column + tl.arange(0, NB * BT)
+            if BACKWARD:
+                end = T - tl.load(bad + i_b)
+                seen = (o_t < limit)[None, :] & (o_m < end)[:, None] & (is_past | ((o_t[None, :] < o_m[:, None]) & (o_t < end)[None, :]))
+                b_ref = tl.load(lse + i_b.to(tl.int64) * T + o_m, mask=o_m < end, other=0.0)
+                b_ref = tl.where(finite(b_ref), b_ref, 0.0)
+                b_e = tl.where(seen, tl.exp(acc - b_ref[:, None]) * 32768.0, 0.0).to(e.dtype.element_ty)
+                b_e = tl.reshape(b_e, [BM, NB, BT])
+            else:
+                seen = (o_t < limit)[None, :] & (o_m < T)[:, None] & (is_past | (o_t[None, :] < o_m[:, None]))
+                acc = tl.reshape(tl.where(seen, acc, float("-inf")), [BM, NB, BT])
+                b_peak = tl.max(acc, axis=2)
+                b_e = tl.exp(acc - tl.where(b_peak == float("-inf"), 0.0, b_peak)[:, :, None]).to(e.dtype.element_ty)
+            o_r = i_m * BM + tl.arange(0, BM)
+            p_stat = (i_b.to(tl.int64) * NT + i_t + tl.arange(0, NB))[None, :] * R + o_r[:, None]
+            if not BACKWARD:
+                tl.store(peak + p_stat, b_peak)
+            tl.store(total + p_stat, tl.sum(b_e.to(tl.float32), axis=2))
+            p_e = e + (i_b.to(tl.int64) * R + i_m * BM) * C + i_t * BT
+            tl.store(p_e + tl.arange(0, BM)[:, None] * C + tl.arange(0, NB * BT)[None, :], tl.reshape(b_e, [BM, NB * BT]))
 
 
 @triton.jit

@@ -26,6 +26,9 @@ FEEDBACK_MULTIPLE, FEEDBACK_MAX_WIDTH = WIDTH_MULTIPLE, MAX_WIDTH  # of D
 FEEDBACK_WIDTHS = (256, 512, 1024, 2048, MAX_WIDTH)  # a row of the decode step is padded to the next of these
 WIDE = 1024  # D from which the solve takes the tiles of variant "wide", where an architecture has them
 PANEL_BYTES = 1 << 30  # of the routing tiles of one panel
+# Programs of the kernels that walk the rows of a past there may be: one for each tile of a capacity costs a microsecond for every few hundred that are empty.
+PACK_PROGRAMS = 64
+SCORE_PROGRAMS = 1024
 
 # --- causal attention; heads of width d
 HEAD_MULTIPLE = 8  # of d and of every stride, which are passed in these units: what 16-byte loads of 16-bit storage need
