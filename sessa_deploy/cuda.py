@@ -14,6 +14,7 @@ from sessa_deploy.errors import SessaError, UserError
 
 _LIBRARIES = ("libcuda.so.1", "libcuda.so")
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_PREFERRED_SHARED = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _ON_DEVICE = 2  # CU_MEMORYTYPE_DEVICE
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
@@ -118,6 +119,16 @@ def resident_blocks(function: int, threads: int, shared: int) -> int:
     if occupancy is None or occupancy(ctypes.byref(blocks), Handle(function), threads, ctypes.c_size_t(shared)) != 0:
         return 0
     return blocks.value
+
+
+def prefer_shared(function: int, percent: int) -> None:
+    """Ask the driver to set apart `percent` of a multiprocessor's shared memory while a loaded kernel runs. A wish: a driver without it goes without.
+
+    function: its handle.
+    """
+    attribute = getattr(open_driver(), "cuFuncSetAttribute", None)
+    if attribute is not None:
+        attribute(Handle(function), _PREFERRED_SHARED, percent)
 
 
 class Cuda:

@@ -68,7 +68,8 @@ rc cuMemcpyDtoH_v2(void* d, ptr s, size_t n) { memcpy(d, (void*)s, n); return 0;
 rc cuMemsetD32Async(ptr d, unsigned v, size_t n, handle q) { for (size_t i = 0; i < n; ++i) ((unsigned*)d)[i] = v; return q == &stream_object ? 0 : 400; }
 rc cuModuleLoadData(handle* m, void const* image) { *m = &module_object; return memcmp(image, "cubin\0x", 7) ? 200 : 0; }
 rc cuModuleGetFunction(handle* f, handle m, char const* name) { *f = &function_object; return m == &module_object && !strcmp(name, "copy") ? 0 : 500; }
-rc cuFuncSetAttribute(handle f, int what, int v) { return f == &function_object && what == 8 && v == 50000 ? 0 : 1; }
+int share;
+rc cuFuncSetAttribute(handle f, int what, int v) { return f == &function_object && (what == 8 && v == 50000 || what == 9 && v == (share = 30)) ? 0 : 1; }
 static void copy(void) { memcpy(*(void**)slot[1], *(void**)slot[0], *(int*)slot[2]); }
 rc cuLaunchKernel(handle f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, handle q, void** a, void** extra)
 {
@@ -161,8 +162,12 @@ def test_what_there_is(library: Any, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
     kernel = cuda.kernel(b"cubin\0x", "copy", warps=2, shared=50000, params=5)
     assert binding.resident_blocks(kernel.handle, 64, 5 << 32) == 6
     assert binding.resident_blocks(kernel.handle, 32, 5 << 32) == 0  # the driver refused
+    binding.prefer_shared(kernel.handle, 30)
+    assert ctypes.c_int.in_dll(library, "share").value == 30
+    binding.prefer_shared(kernel.handle, 101)  # refused, and nobody minds
     monkeypatch.setattr(binding, "open_driver", lambda: None)
     assert (binding.driver_version(), binding.devices(), binding.used_memory(), binding.resident_blocks(kernel.handle, 64, 0)) == (None, [], None, 0)
+    binding.prefer_shared(kernel.handle, 30)
     cuda.close()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy.cuda_arch import ARCHS
-from sessa_deploy.kernels.launch.limits import DEPENDENT_ARCH
+from sessa_deploy.kernels.launch.limits import DEPENDENT_ARCH, SHARED_SHARE
 from sessa_deploy.kernels.launch.spec import Kernel, resolve
 
 TUNED_WITH = (3, 6)  # the Triton that tiles were measured with
@@ -113,6 +113,11 @@ def tiles(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
 def early(name: str, arch: int, dtype: str, variant: str) -> int:
     """Rows (B T) up to which the plugin lets this binary start before its predecessor has ended; 0 where it cannot."""
     return kernel(name).early_rows if kernel(name).early and tiles(name, arch, dtype, variant)["PDL"] else 0
+
+
+def shared_share(name: str, arch: int, dtype: str, variant: str) -> int:
+    """`limits.SHARED_SHARE` of a binary that may start early; 0 where the driver chooses."""
+    return SHARED_SHARE if early(name, arch, dtype, variant) else 0
 
 
 def tuned(name: str, arch: int, dtype: str, variant: str) -> bool:
