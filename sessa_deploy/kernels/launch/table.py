@@ -16,7 +16,7 @@ from typing import Any
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch.limits import DEPENDENT_ARCH, SHARED_SHARE
-from sessa_deploy.kernels.launch.spec import Kernel, resolve
+from sessa_deploy.kernels.launch.spec import OPENS, WAITS, Kernel, resolve
 
 TUNED_WITH = (3, 6)  # the Triton that tiles were measured with
 NOT_TILES = ("arch", "dtype", "variant", "tuned", "num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "spills")
@@ -104,7 +104,8 @@ def tiles(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
     entry = pinned(name, arch, dtype, variant)
     values = {k: v for k, v in entry.items() if k not in NOT_TILES}
     if kernel(name).early:
-        values["PDL"] = arch >= DEPENDENT_ARCH and variant in kernel(name).early
+        may = arch >= DEPENDENT_ARCH and variant in kernel(name).early
+        values["PDL"] = (OPENS if variant in kernel(name).opens else WAITS) if may else 0
     if set(values) != set(kernel(name).constexprs):
         raise ValueError(f"{name} takes {kernel(name).constexprs}, the table gives {tuple(values)}")
     return {k: values[k] for k in kernel(name).constexprs}
