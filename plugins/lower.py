@@ -80,6 +80,7 @@ class Cubin:
     scalar_loads: int
     tuned: bool
     early_rows: int = 0
+    shared_share: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -185,6 +186,7 @@ def compile_unit(unit: Unit, out: Path) -> Cubin:
         tiles=table.tiles(unit.kernel, unit.arch, unit.dtype, unit.variant), num_warps=meta.num_warps, num_stages=options["num_stages"], shared=meta.shared,
         registers=registers, spill_bytes=spill, global_scratch=meta.global_scratch_size or 0, vector_loads=vector, scalar_loads=scalar,
         tuned=table.tuned(unit.kernel, unit.arch, unit.dtype, unit.variant), early_rows=table.early(unit.kernel, unit.arch, unit.dtype, unit.variant),
+        shared_share=table.shared_share(unit.kernel, unit.arch, unit.dtype, unit.variant),
     )  # fmt: skip
     allowed = table.spills(unit.kernel, unit.arch, unit.dtype, unit.variant, jit.triton_version())
     cubin.problems = problems(cubin, declared, allowed, description.scalar_loads, description.wide)
@@ -246,12 +248,12 @@ def lower(
 
 
 def _rows(cubins: Sequence[Cubin]) -> Iterator[str]:
-    """SESSA_CUBIN(index, file, kernel, arch, dtype, variant, entry, warps, shared, params, early rows, tiles...) for the C++ preprocessor."""
+    """SESSA_CUBIN(index, file, kernel, arch, dtype, variant, entry, warps, shared, params, early rows, shared share, tiles...) for the C++ preprocessor."""
     yield "// Written by sessa_deploy.plugins.lower: the binaries beside this file. Tiles are name, value pairs.\n"
     for i, c in enumerate(cubins):
         tiles = ", ".join(f'{{"{k}", {int(v)}}}' for k, v in c.tiles.items() if isinstance(v, int))
         what = f'"{c.file}", "{c.kernel}", {c.arch}, "{c.dtype}", "{c.variant}", "{c.entry}"'
-        yield f"SESSA_CUBIN({i}, {what}, {c.num_warps}, {c.shared}, {len(c.params)}, {c.early_rows}, {tiles})\n"
+        yield f"SESSA_CUBIN({i}, {what}, {c.num_warps}, {c.shared}, {len(c.params)}, {c.early_rows}, {c.shared_share}, {tiles})\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

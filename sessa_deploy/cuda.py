@@ -6,6 +6,7 @@ No toolkit and no other library is needed. Addresses and sizes are in bytes.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from sessa_deploy.errors import SessaError, UserError
 
 _LIBRARIES = ("libcuda.so.1", "libcuda.so")
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_PREFERRED_SHARED = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _ON_DEVICE = 2  # CU_MEMORYTYPE_DEVICE
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
@@ -21,6 +23,8 @@ _CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 _ATTRIBUTE_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STATIC_SHARED = 48 << 10
 _OUT_OF_MEMORY = 2
+_DEPENDENT = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_DEPENDENT_SINCE = 12030  # first driver that keeps the attribute in a captured stream
 
 Pointer, Handle = ctypes.c_uint64, ctypes.c_void_p
 Argument = tuple[str, int]  # ("ptr", address) or ("i32", value)
@@ -44,6 +48,20 @@ class Kernel:
     warps: int
     shared: int
     params: int
+    early: bool = False  # whether it waits for the kernel before it by itself
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of the driver API."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("allowed", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of the driver API."""
+
+    _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
+                ("attributes", ctypes.POINTER(_LaunchAttribute)), ("count", ctypes.c_uint)]  # fmt: skip
 
 
 class _Copy2D(ctypes.Structure):
@@ -120,6 +138,16 @@ def resident_blocks(function: int, threads: int, shared: int) -> int:
     return blocks.value
 
 
+def prefer_shared(function: int, percent: int) -> None:
+    """Ask the driver to set apart `percent` of a multiprocessor's shared memory while a loaded kernel runs. A wish: a driver without it goes without.
+
+    function: its handle.
+    """
+    attribute = getattr(open_driver(), "cuFuncSetAttribute", None)
+    if attribute is not None:
+        attribute(Handle(function), _PREFERRED_SHARED, percent)
+
+
 class Cuda:
     """GPU `index` in its primary context (the one that the CUDA runtime, and so TensorRT and ONNX Runtime, use too) with one stream of its own.
 
@@ -144,6 +172,10 @@ class Cuda:
         self.call("cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, device)
         self.call("cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, device)
         self.arch = 10 * major.value + minor.value
+        version = ctypes.c_int()
+        self.call("cuDriverGetVersion", ctypes.byref(version))
+        # as plugins/src/driver.cpp asks
+        self._dependent = os.environ.get("SESSA_PDL") != "0" and version.value >= _DEPENDENT_SINCE and hasattr(library, "cuLaunchKernelEx")
 
     @property
     def stream(self) -> int:
@@ -227,21 +259,30 @@ class Cuda:
         """Wait for what was enqueued before an event was recorded last, and for nothing behind it."""
         self.call("cuEventSynchronize", Handle(event))
 
-    def kernel(self, image: bytes, entry: str, warps: int, shared: int, params: int) -> Kernel:
-        """Load a kernel from a cubin that takes `params` parameters, hidden ones included."""
+    def kernel(self, image: bytes, entry: str, warps: int, shared: int, params: int, early: bool = False) -> Kernel:
+        """Load a kernel from a cubin that takes `params` parameters, hidden ones included. early: it waits for the kernel before it by itself."""
         module, function = Handle(), Handle()
         self.call("cuModuleLoadData", ctypes.byref(module), image)
         self.call("cuModuleGetFunction", ctypes.byref(function), module, entry.encode())
         if shared > _STATIC_SHARED:
             self.call("cuFuncSetAttribute", function, _ATTRIBUTE_SHARED, shared)
-        return Kernel(int(function.value or 0), warps, shared, params)
+        return Kernel(int(function.value or 0), warps, shared, params, early and self._dependent)
 
     def launch(self, kernel: Kernel, grid: tuple[int, int, int], arguments: Sequence[Argument]) -> None:
-        """Enqueue a kernel with these arguments; what it takes beyond them are null pointers (Triton's unused scratch)."""
+        """Enqueue a kernel with these arguments; what it takes beyond them are null pointers (Triton's unused scratch).
+
+        One that waits by itself may be in place when the kernel before it ends.
+        """
         slots: list[Any] = [Pointer(v) if kind == "ptr" else ctypes.c_int32(v) for kind, v in arguments]
         slots += [Pointer(0) for _ in range(kernel.params - len(slots))]
         values = (ctypes.c_void_p * len(slots))(*(ctypes.addressof(slot) for slot in slots))
-        self.call("cuLaunchKernel", Handle(kernel.handle), *grid, 32 * kernel.warps, 1, 1, kernel.shared, self._stream, values, None)
+        if kernel.early:
+            attribute = _LaunchAttribute(id=_DEPENDENT, allowed=1)
+            config = _LaunchConfig(grid=grid, block=(32 * kernel.warps, 1, 1), shared=kernel.shared, stream=self._stream, attributes=ctypes.pointer(attribute),
+                                   count=1)
+            self.call("cuLaunchKernelEx", ctypes.byref(config), Handle(kernel.handle), values, None)
+        else:
+            self.call("cuLaunchKernel", Handle(kernel.handle), *grid, 32 * kernel.warps, 1, 1, kernel.shared, self._stream, values, None)
 
     def capture(self, enqueue: Callable[[], None]) -> int:
         """What `enqueue` puts on the stream, as an executable graph; nothing of it runs now."""

@@ -77,7 +77,7 @@ class HostCuda:
     def read(self, source: int, size: int) -> bytes:
         return ctypes.string_at(source, size)
 
-    def kernel(self, image: bytes, entry: str, warps: int, shared: int, params: int) -> tuple[str, int]:
+    def kernel(self, image: bytes, entry: str, warps: int, shared: int, params: int, early: bool = False) -> tuple[str, int]:
         return entry, params
 
     def launch(self, kernel: tuple[str, int], grid: tuple[int, int, int], arguments: Sequence[tuple[str, int]]) -> None:

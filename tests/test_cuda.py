@@ -27,7 +27,8 @@ static void *slot[8]; /* what a captured launch copies */
 static ptr live;
 rc cuGetErrorName(rc code, char const** text) { *text = code == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_BAD"; return 0; }
 rc cuGetErrorString(rc code, char const** text) { if (code == 500) return 1; *text = code == 2 ? "out of memory" : "bad"; return 0; }
-rc cuDriverGetVersion(int* v) { *v = 12080; return 0; }
+int version = 12080;
+rc cuDriverGetVersion(int* v) { *v = version; return 0; }
 rc cuDeviceGetCount(int* n) { *n = 2; return 0; }
 rc cuDeviceGetName(char* name, int room, int d) { strncpy(name, "NVIDIA H200", room); return room < 12; }
 rc cuDeviceTotalMem_v2(size_t* n, int d) { *n = 141ull << 30; return 0; }
@@ -68,7 +69,18 @@ rc cuMemcpyDtoH_v2(void* d, ptr s, size_t n) { memcpy(d, (void*)s, n); return 0;
 rc cuMemsetD32Async(ptr d, unsigned v, size_t n, handle q) { for (size_t i = 0; i < n; ++i) ((unsigned*)d)[i] = v; return q == &stream_object ? 0 : 400; }
 rc cuModuleLoadData(handle* m, void const* image) { *m = &module_object; return memcmp(image, "cubin\0x", 7) ? 200 : 0; }
 rc cuModuleGetFunction(handle* f, handle m, char const* name) { *f = &function_object; return m == &module_object && !strcmp(name, "copy") ? 0 : 500; }
-rc cuFuncSetAttribute(handle f, int what, int v) { return f == &function_object && what == 8 && v == 50000 ? 0 : 1; }
+int share;
+rc cuFuncSetAttribute(handle f, int what, int v) { return f == &function_object && (what == 8 && v == 50000 || what == 9 && v == (share = 30)) ? 0 : 1; }
+struct attribute { int id; char pad[4]; int allowed; char rest[60]; };
+struct config { unsigned grid[3], block[3], shared; handle stream; struct attribute* attributes; unsigned count; };
+int early;
+rc cuLaunchKernel(handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, handle, void**, void**);
+rc cuLaunchKernelEx(struct config const* c, handle f, void** a, void** extra)
+{
+    if (c->count != 1 || c->attributes->id != 6 || c->attributes->allowed != 1) return 1;
+    ++early;
+    return cuLaunchKernel(f, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared, c->stream, a, extra);
+}
 static void copy(void) { memcpy(*(void**)slot[1], *(void**)slot[0], *(int*)slot[2]); }
 rc cuLaunchKernel(handle f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, handle q, void** a, void** extra)
 {
@@ -126,6 +138,30 @@ def test_memory_kernels_and_graphs(cuda: Cuda, library: Any) -> None:
     cuda.close()  # nothing is freed twice
 
 
+def test_a_kernel_that_waits_by_itself_starts_early_where_the_driver_knows_how(library: Any, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same launch otherwise; a driver before CUDA 12.3 loses the attribute in a captured stream, and SESSA_PDL=0 turns it off as in the plugin."""
+    version, early = (ctypes.c_int.in_dll(library, name) for name in ("version", "early"))
+
+    def launched(cuda: Cuda, waits: bool) -> int:
+        before, (a, b) = early.value, (cuda.allocate(64), cuda.allocate(64))
+        cuda.fill(a, 7, 16)
+        cuda.launch(cuda.kernel(b"cubin\0x", "copy", 4, 50000, 5, waits), (7, 2, 3), (("ptr", a), ("ptr", b), ("i32", 64)))
+        assert cuda.read(b, 64) == b"\x07\x00\x00\x00" * 16
+        cuda.close()
+        return early.value - before
+
+    assert [launched(cuda, True), launched(Cuda(), False)] == [1, 0]
+    monkeypatch.setenv("SESSA_PDL", "0")
+    assert launched(Cuda(), True) == 0
+    monkeypatch.setenv("SESSA_PDL", "1")
+    assert launched(Cuda(), True) == 1
+    try:
+        version.value = 12020
+        assert launched(Cuda(), True) == 0
+    finally:
+        version.value = 12080
+
+
 def test_an_event_is_waited_for_once_it_was_recorded(cuda: Cuda, library: Any) -> None:
     library.still_allocated.restype = ctypes.c_uint64
     before, (one, other) = library.still_allocated(), (cuda.event(), cuda.event())
@@ -161,8 +197,12 @@ def test_what_there_is(library: Any, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
     kernel = cuda.kernel(b"cubin\0x", "copy", warps=2, shared=50000, params=5)
     assert binding.resident_blocks(kernel.handle, 64, 5 << 32) == 6
     assert binding.resident_blocks(kernel.handle, 32, 5 << 32) == 0  # the driver refused
+    binding.prefer_shared(kernel.handle, 30)
+    assert ctypes.c_int.in_dll(library, "share").value == 30
+    binding.prefer_shared(kernel.handle, 101)  # refused, and nobody minds
     monkeypatch.setattr(binding, "open_driver", lambda: None)
     assert (binding.driver_version(), binding.devices(), binding.used_memory(), binding.resident_blocks(kernel.handle, 64, 0)) == (None, [], None, 0)
+    binding.prefer_shared(kernel.handle, 30)
     cuda.close()
 
 

@@ -25,6 +25,7 @@ constexpr int kComputeMajor = 75;
 constexpr int kComputeMinor = 76;
 constexpr int kMultiprocessors = 16;
 constexpr int kMaxDynamicShared = 8;
+constexpr int kPreferredShared = 9; // CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 constexpr int kStaticShared = 48 * 1024;
 constexpr int kProgrammaticSerialization = 6; // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 constexpr int kDependentSince = 12030;        // first driver that keeps the attribute in a captured stream
@@ -220,6 +221,10 @@ bool getKernel(Cubin const& cubin, Kernel& kernel, std::string& error)
     if (large && failed(driver().funcSetAttribute(kernel.function, kMaxDynamicShared, cubin.shared), ("reserving shared memory of " + name).c_str(), error))
     {
         return false;
+    }
+    if (cubin.sharedShare > 0)
+    {
+        driver().funcSetAttribute(kernel.function, kPreferredShared, cubin.sharedShare); // a wish: a driver that refuses goes without
     }
     kernel.resident = countResident(cubin, kernel.function);
     loaded().kernels[{context, &cubin}] = kernel;

@@ -121,7 +121,7 @@ class Buffers:
         tables[:] = [word for row in (None, *range(batch)) for e in self.entries for word in (e.fresh, self._cache(e, row), e.row // _WORD)]
         cuda.to_device(self._table, tables.ctypes.data, tables.nbytes)
         cuda.wait()
-        self._kernels = {name: cuda.kernel(k.data, k.entry, k.warps, k.shared, k.params) for name, k in kernels.items()}
+        self._kernels = {name: cuda.kernel(k.data, k.entry, k.warps, k.shared, k.params, k.early) for name, k in kernels.items()}
 
     def addresses(self, row: int | None = None) -> dict[str, int]:
         """Graph name -> device address, of every input and output; of a step of one sequence alone its caches'."""

@@ -27,6 +27,7 @@ class Image:
     shared: int
     params: int
     splits: int  # of the vocabulary; 0 where the kernel has none
+    early: bool = False  # whether it waits for the kernel before it by itself
 
 
 class _Cubin(ctypes.Structure):
@@ -64,7 +65,8 @@ def _from_library(path: Path, name: str, arch: int, build: str) -> Image:
     cubin, key = _Cubin(), (name.encode(), ctypes.c_int32(arch), b"fp32", b"any")
     if not find(*key, ctypes.byref(cubin)):
         raise _no_binary(path, name, arch, build)
-    return Image(ctypes.string_at(cubin.data, cubin.size), cubin.entry.decode(), cubin.warps, cubin.shared, cubin.params, max(tile(*key, b"SPLITS"), 0))
+    return Image(ctypes.string_at(cubin.data, cubin.size), cubin.entry.decode(), cubin.warps, cubin.shared, cubin.params,
+                 max(tile(*key, b"SPLITS"), 0), tile(*key, b"PDL") > 0)
 
 
 def _from_folder(path: Path, name: str, arch: int, build: str) -> Image:
@@ -78,7 +80,8 @@ def _from_folder(path: Path, name: str, arch: int, build: str) -> Image:
         data = (path / row["file"]).read_bytes()
         if hashlib.sha256(data).hexdigest() != row["sha256"]:
             raise UserError("a cubin does not match its checksum", got=str(path / row["file"]), fix=f"python -m sessa_deploy.plugins.lower --out {path}")
-        return Image(data, row["entry"], row["num_warps"], row["shared"], len(row["params"]), int(row["tiles"].get("SPLITS", 0)))
+        return Image(data, row["entry"], row["num_warps"], row["shared"], len(row["params"]), int(row["tiles"].get("SPLITS", 0)),
+                     bool(row["tiles"].get("PDL")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError("that folder holds no cubins", got=f"{path} ({error})", fix=f"python -m sessa_deploy.plugins.lower --out {path}") from None
 

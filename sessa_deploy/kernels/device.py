@@ -5,25 +5,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sessa_deploy.kernels.launch import spec
 from sessa_deploy.kernels.launch.jit import triton_version
 
 triton_version()  # another Triton may lack what comes next, and is refused first
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # noqa: E402
 
+OPENS = tl.constexpr(spec.OPENS)
 _SEQUENCES = tl.constexpr(32)  # lengths looked at together
 
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """Waits for the kernel before this one, then lets the next one start. PDL: see `limits.DEPENDENT_ARCH`.
+    """Waits for the kernel before this one, then lets the next one start. PDL: 0, or `spec.WAITS` or `spec.OPENS` where `limits.DEPENDENT_ARCH` allows.
 
     Earlier, nothing may be written and nothing read but weights, which no kernel writes.
     Launched with CUDA's programmatic dependent launch (programming guide, "Programmatic Dependent Launch and Synchronization"), a kernel's programs are
     in place when its predecessor ends; launched without, this does nothing. Every program waits, so a kernel that ended means that all before it did.
-    The next one is let in only after the wait: in a chain of short kernels those that come much too early take the place of those that are due.
+    The next one is let in only after the wait: in a chain of short kernels those that come much too early take the place of those that are due, and what
+    has ended by then it may read ahead of its own wait. With OPENS it is let in at once: short kernels, the next of which reads nothing but weights.
     """
     if PDL:
+        if PDL == OPENS:
+            gdc_launch_dependents()
         gdc_wait()
+        if PDL != OPENS:
+            gdc_launch_dependents()
+
+
+@triton.jit
+def admit(PDL: tl.constexpr):
+    """Lets the next kernel in, for one that waits only at its end."""
+    if PDL:
         gdc_launch_dependents()
 
 

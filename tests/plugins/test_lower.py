@@ -17,6 +17,7 @@ import pytest
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, SHARED_LIMIT
+from sessa_deploy.kernels.launch.spec import OPENS, WAITS
 from sessa_deploy.plugins import lower
 
 pytest.importorskip("triton")
@@ -197,7 +198,7 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
     """A GPU before sm_90 has no griddepcontrol; where there is one, a decode step's kernels ask for it, but no product of more than 64 rows."""
     early = [k for k in table.kernels().values() if k.early]
     assert {k.name for k in early} == {k.name for k in table.kernels().values() if "PDL" in k.constexprs}
-    steps = {n for n in table.kernels() if n.startswith(("feedback_step", "causal_step", "mixer_", "layer_")) or "_rows_" in n}
+    steps = {n for n in table.kernels() if n.startswith(("feedback_step", "causal_step", "mixer_", "layer_", "decode_")) or "_rows_" in n}
     assert {k.name for k in early} == steps - {"layer_widen"}
     for k in early:
         for variant in k.variants:
@@ -206,7 +207,10 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
             held = [arch for arch in ARCHS if variant not in k.optional or table.has(k.name, arch, k.dtypes[0], variant)]
             assert 90 in held and {arch: table.early(k.name, arch, k.dtypes[0], variant) for arch in held} == {
                 arch: k.early_rows if may and arch >= 90 else 0 for arch in held}
-            assert [table.tiles(k.name, arch, k.dtypes[0], variant)["PDL"] for arch in held] == [may and arch >= 90 for arch in held]
+            how = OPENS if variant in k.opens else WAITS
+            assert [table.tiles(k.name, arch, k.dtypes[0], variant)["PDL"] for arch in held] == [how if may and arch >= 90 else 0 for arch in held]
+    # who lets the next kernel in at once: of a single row, and ahead of none that reads what another has written before its own wait
+    assert {k.name: k.opens for k in early if k.opens} == {"layer_out": ("1",), "layer_tail": ("1",)}
 
 
 def test_the_table_pins_every_unit() -> None:

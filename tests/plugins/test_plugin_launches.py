@@ -29,7 +29,7 @@ DRIVER = r"""
 #include <string.h>
 typedef void* handle; typedef int rc;
 static char context;
-struct function { char name[64]; unsigned asked; };
+struct function { char name[64]; unsigned asked; int share; };
 static struct { char const* name; int params; } const known[] = { KERNELS {0, 0} };
 rc cuCtxGetCurrent(handle* c) { *c = &context; return 0; }
 rc cuCtxGetDevice(int* d) { *d = 3; return 0; }
@@ -42,7 +42,11 @@ rc cuModuleGetFunction(handle* f, handle m, char const* name)
     *f = made;
     return 0;
 }
-rc cuFuncSetAttribute(handle f, int what, int v) { return what == 8 ? 0 : 1; }
+rc cuFuncSetAttribute(handle f, int what, int v)
+{
+    if (what == 9) ((struct function*)f)->share = v; /* refused all the same: it is a wish */
+    return what == 8 ? 0 : 1;
+}
 #ifdef EACH
 rc cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, handle f, int threads, size_t shared)
 {
@@ -59,7 +63,7 @@ static rc note(struct function* f, unsigned const* grid, unsigned const* block, 
     int i = 0, p;
     while (known[i].name && strcmp(known[i].name, f->name)) ++i;
     if (!known[i].name || block[1] != 1 || block[2] != 1) return 1;
-    printf("%s %u %u %u %u %d %llx", f->name, grid[0], grid[1], grid[2], block[0], early, (unsigned long long)q);
+    printf("%s %u %u %u %u %d %d %llx", f->name, grid[0], grid[1], grid[2], block[0], early, f->share, (unsigned long long)q);
     for (p = 0; p < known[i].params; ++p) printf(" %llx", *(unsigned long long*)a[p]);
     printf("\n");
     return 0;
@@ -103,14 +107,15 @@ for op, weights, shape in json.loads(sys.argv[4]):
 
 
 EVENTS = ("record", "wait")
-Launch = tuple[str, tuple[int, ...], int, bool, list[float], list[int]]  # kernel, grid, threads, started early, arguments that are no pointers, and those
+# kernel, grid, (threads, percent of shared memory wished for), started early, arguments that are no pointers, and those
+Launch = tuple[str, tuple[int, ...], tuple[int, int], bool, list[float], list[int]]
 
 
 def read(line: str) -> Launch:
     """A launch as the driver wrote it."""
     from sessa_deploy.kernels.launch import table
 
-    name, x, y, z, threads, early, _stream, *words = line.split()
+    name, x, y, z, threads, early, share, _stream, *words = line.split()
     kinds = [p.type for p in table.kernel(name).params]
     assert len(words) == len(kinds)
     scalars, pointers = list[float](), list[int]()
@@ -120,7 +125,7 @@ def read(line: str) -> Launch:
             pointers.append(int(word, 16))
         else:
             scalars += struct.unpack({"fp32": "<f4x", "i32": "<i4x", "i64": "<q"}[kind], raw)
-    return name, (int(x), int(y), int(z)), int(threads), early == "1", scalars, pointers
+    return name, (int(x), int(y), int(z)), (int(threads), int(share)), early == "1", scalars, pointers
 
 
 def numbered(calls: list[Launch]) -> list[Launch]:
@@ -156,7 +161,7 @@ def launches(
         resident = held
 
         def __init__(self, kernel: Any, device: Any, dtype: Any, options: dict[str, Any], weights: str = "") -> None:
-            self.name, self.threads = kernel.__name__, 32 * options["num_warps"]
+            self.name, self.each = kernel.__name__, (32 * options["num_warps"], options[jit.SHARE])
             # whether kernels start early the Python side leaves to the plugin: the rule is the number of rows and that the binary can
             self.early = bool(options.get("PDL")) and batch * tokens <= table.kernel(self.name).early_rows
 
@@ -164,10 +169,11 @@ def launches(
             kinds = [p.type for p in table.kernel(self.name).params]
             scalars = [float(x) for kind, x in zip(kinds, arguments, strict=True) if not kind.startswith("*")]
             pointers = [x.data_ptr() if isinstance(x, torch.Tensor) else int(x) for kind, x in zip(kinds, arguments, strict=True) if kind.startswith("*")]
-            noted.append((self.name, (*grid, 1, 1)[:3], self.threads, self.early, scalars, pointers))
+            noted.append((self.name, (*grid, 1, 1)[:3], self.each, self.early, scalars, pointers))
 
     def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str, early: int = 0, weights: str = "") -> dict[str, Any]:
-        found = {name: table.options(name, 90, ("fp32" if dtype == torch.float32 else "fp16") + weights, variant) for name in names}
+        kind = ("fp32" if dtype == torch.float32 else "fp16") + weights
+        found = {name: {**table.options(name, 90, kind, variant), jit.SHARE: table.shared_share(name, 90, kind, variant)} for name in names}
         # a step's attentions alone start early only where the Python side says behind what
         return {name: {**o, "PDL": o["PDL"] and early > 0} if name == "mixer_step_partial" else o for name, o in found.items()}
 
@@ -284,7 +290,8 @@ SHELLS = [pytest.param(major, *case, id="-".join(map(str, ("ort" if major == ph.
 def test_the_plugin_launches_what_the_python_side_does(
     launching: Built, storage: int, weights: int, shape: tuple[int, ...], says: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kernels, grids, threads, sizes and early starts; of a step's programs no more than the device holds, whatever the batch, if its driver says that.
+    """Kernels, grids, threads, sizes, early starts and wishes for shared memory, which this driver refuses; of a step's programs no more than the device
+    holds, whatever the batch, if its driver says that.
 
     Steps, prefill, chunks and panels, for the attentions, the mixer and everything around them.
     """

@@ -161,7 +161,7 @@ def _one_split(
         b_v = tl.load(p_v + o_row * stride_vr, mask=mask, other=0.0).to(tl.float32)
         if LATE:  # noqa: SIM102
             if start == first:
-                begin(True)
+                begin(LATE)
                 b_q0 = _row(p_q, m_hd) * scale
                 if BLOCK_G == 4:
                     b_q1, b_q2, b_q3 = _row(p_q1, m_q1) * scale, _row(p_q2, m_q2) * scale, _row(p_q3, m_q3) * scale

@@ -2,6 +2,8 @@
 
 A copy recorded in a CUDA graph cannot follow a row that moves from step to step; these kernels read the lengths on the device instead.
 Rows are copied as 32-bit words, whatever they hold. No float atomics: the same logits give the same token.
+
+Where the GPU knows early starts, each is in place when the kernel before it ends, and `decode_argmax` runs beside `decode_append`.
 """
 
 from __future__ import annotations
@@ -9,16 +11,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sessa_deploy.kernels.device import admit, begin
 from sessa_deploy.kernels.launch import table
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("decode_append"))
-def decode_append(table, past_length, new_length, tokens, capacity, BLOCK: tl.constexpr):
+def decode_append(table, past_length, new_length, tokens, capacity, BLOCK: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (T, B, entries): row t < new_length[b] of every entry goes to row past_length[b] + t of its cache, if the capacity holds it.
 
     table: (entries, 3) int64, each the address of the new rows (B,T,W), that of the cache (B,P,W), and W in 32-bit words.
     Both addresses are multiples of 16 bytes and W is a multiple of 4.
     """
+    begin(PDL)
     i_t = tl.program_id(0)
     i_b = tl.program_id(1)
     i_entry = tl.program_id(2)
@@ -35,11 +39,15 @@ def decode_append(table, past_length, new_length, tokens, capacity, BLOCK: tl.co
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("decode_argmax"))
-def decode_argmax(logits, best, where, vocabulary, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def decode_argmax(logits, best, where, vocabulary, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (B, SPLITS): the largest of the logits (B,V) float32 that a split sees, and the lowest id that has it.
 
     best: (B,SPLITS) float32, where: (B,SPLITS) int32; -1 where the split saw a NaN or an infinity at its top. Split i reads tiles i, i + SPLITS, ...
+
+    An early start is for the stream's next kernel behind `decode_append`, which writes no logits: all before that one has ended where it lets this one in.
+    They are read before the wait, and past the caches that a kernel's own start clears.
     """
+    admit(PDL)
     i_b = tl.program_id(0).to(tl.int64)
     i_split = tl.program_id(1)
     b_best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
@@ -47,7 +55,7 @@ def decode_argmax(logits, best, where, vocabulary, SPLITS: tl.constexpr, BLOCK: 
     b_bad = tl.zeros([BLOCK], dtype=tl.int32)
     for start in range(i_split * BLOCK, vocabulary, SPLITS * BLOCK):
         o_v = start + tl.arange(0, BLOCK)
-        b_x = tl.load(logits + i_b * vocabulary + o_v, mask=o_v < vocabulary, other=float("-inf"))
+        b_x = tl.load(logits + i_b * vocabulary + o_v, mask=o_v < vocabulary, other=float("-inf"), cache_modifier=".cg")
         b_bad += tl.where((b_x != b_x) | (b_x == float("inf")), 1, 0)
         better = b_x > b_best  # ids ascend, so an equal value later on does not replace
         b_best = tl.where(better, b_x, b_best)
@@ -57,16 +65,18 @@ def decode_argmax(logits, best, where, vocabulary, SPLITS: tl.constexpr, BLOCK: 
     o_out = i_b * SPLITS + i_split
     tl.store(best + o_out, top)
     tl.store(where + o_out, tl.where(tl.sum(b_bad, 0) > 0, -1, first))
+    begin(PDL)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("decode_finish"))
-def decode_finish(best, where, past_length, new_length, ids, next_ids, words, SPLITS: tl.constexpr):
+def decode_finish(best, where, past_length, new_length, ids, next_ids, words, SPLITS: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (B,): ids[b] (int32; may be page-locked memory of the host) is the most likely token, the lowest id of equals, or -1 if a logit is NaN, +Inf or
     all are -Inf; past_length[b] advances by new_length[b].
 
     next_ids: where the next step takes its ids from, B integers of `words` (1 or 2) 32-bit words each: the same tokens, 0 in the place of -1, so that a
     step that is launched before anybody has seen them reads within the embedding.
     """
+    begin(PDL)
     i_b = tl.program_id(0)
     o_s = i_b * SPLITS + tl.arange(0, SPLITS)
     b_best = tl.load(best + o_s)

@@ -180,17 +180,18 @@ def _angles(cos, sin, m_m, first, pairs, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _gamma_rows(a, a_row, weight, bias, gamma, first, rows, depth, gamma_max, ROWS: tl.constexpr, BK: tl.constexpr):
-    """gamma_max tanh(bias + a . weight) of ROWS rows of a, which lie a_row elements apart."""
+def _gamma_rows(a, a_row, weight, bias, gamma, first, rows, depth, gamma_max, ROWS: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
+    """gamma_max tanh(bias + a . weight) of ROWS rows of a, which lie a_row elements apart. Waits for the kernel ahead, with weights on their way."""
     o_m, o_k = first + tl.arange(0, ROWS), tl.arange(0, BK)
     m_m = o_m < rows
-    b_bias = tl.load(bias)
+    b_bias, b_w = tl.load(bias), tl.load(weight + o_k, mask=o_k < depth, other=0.0)
+    begin(PDL)
     b_acc = tl.zeros([ROWS, BK], dtype=tl.float32)
     for start in range(0, depth, BK):
         m_k = o_k < depth - start
-        b_w = tl.load(weight + start + o_k, mask=m_k, other=0.0)
         b_a = tl.load(a + o_m.to(tl.int64)[:, None] * a_row + start + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_acc += b_a.to(tl.float32) * b_w[None, :]
+        b_w = tl.load(weight + start + BK + o_k, mask=o_k < depth - start - BK, other=0.0)  # the next
     tl.store(gamma + o_m, gamma_max * tanh(b_bias + tl.sum(b_acc, 1)), mask=m_m)
 
 
@@ -208,8 +209,7 @@ def layer_project_gain(
     ROWS: tl.constexpr = 1 if BM <= SINGLE else BM
     gammas = tl.cdiv(rows, ROWS)
     if tl.program_id(0) < gammas:
-        begin(PDL)
-        _gamma_rows(h, 2 * depth, gamma_weight, gamma_bias, gamma, tl.program_id(0) * ROWS, rows, depth, gamma_max, ROWS, 1024 if ROWS == 1 else BK)
+        _gamma_rows(h, 2 * depth, gamma_weight, gamma_bias, gamma, tl.program_id(0) * ROWS, rows, depth, gamma_max, ROWS, 1024 if ROWS == 1 else BK, PDL)
     else:
         _project_tile(
             h, 2 * depth, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, gammas,

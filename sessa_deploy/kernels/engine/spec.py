@@ -28,6 +28,7 @@ _MATRIX = (*pointers("weight", type="*weight"), *pointers("scale", type="*fp32")
 _WIDTHS = tuple(map(str, LAYER_WIDTHS))
 _PRODUCTS = (*map(str, PRODUCT_ROWS), "any")
 _FEW = _PRODUCTS[:-1]  # short enough to gain from an early start
+_ONE = _PRODUCTS[:1]
 _EARLY_ROWS = PRODUCT_ROWS[-1]
 _TILES = ("BM", "BN", "BK", "KS", "AHEAD", "PDL")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
@@ -46,9 +47,9 @@ _LAYERS = (
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=16, early=_FEW, early_rows=_EARLY_ROWS),
     Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, _PRODUCTS, dtypes=_PRODUCT,
-           scalar_loads=32, early=_FEW),
+           scalar_loads=32, early=_FEW, opens=_ONE),
     Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES, _PRODUCTS,
-           dtypes=_PRODUCT, scalar_loads=32, early=_FEW, early_rows=1),
+           dtypes=_PRODUCT, scalar_loads=32, early=_FEW, opens=_ONE, early_rows=1),
     Kernel("layer_enter", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES), _TILES, _PRODUCTS[1:], dtypes=_PRODUCT,
            scalar_loads=32, early=_FEW[1:], early_rows=_EARLY_ROWS),
     Kernel("layer_project_gain", _LAYER,
@@ -100,11 +101,12 @@ _LENGTHS = (Param("past_length", "*i32"), Param("new_length", "*i32"))
 # They see words and float32 logits only, whatever the storage type: one binary an architecture.
 _DECODES = (
     Kernel("decode_append", _DECODE, (Param("table", "*i64"), *_LENGTHS, *integers("tokens", "capacity")),
-           ("BLOCK",), _ANY, dtypes=("fp32",), scalar_loads=6),
+           ("BLOCK", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=6, early=_ANY, early_rows=_EARLY_ROWS),
     Kernel("decode_argmax", _DECODE, (Param("logits", "*fp32"), *pointers("best", type="*fp32"), *pointers("where", type="*i32"), *integers("vocabulary")),
-           ("SPLITS", "BLOCK"), _ANY, dtypes=("fp32",), scalar_loads=64, wide=False),
+           ("SPLITS", "BLOCK", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=64, wide=False, early=_ANY, early_rows=_EARLY_ROWS),
     Kernel("decode_finish", _DECODE, (*pointers("best", type="*fp32"), *pointers("where", type="*i32"), *_LENGTHS, Param("ids", "*i32"),
-                                      Param("next_ids", "*i32"), *integers("words")), ("SPLITS",), _ANY, dtypes=("fp32",), scalar_loads=4),
+                                      Param("next_ids", "*i32"), *integers("words")), ("SPLITS", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=4,
+           early=_ANY, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
 KERNELS = by_name((*_LAYERS, *_MIXERS, *_MIXER_ROWS, *_DECODES))

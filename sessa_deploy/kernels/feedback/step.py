@@ -102,7 +102,7 @@ def _one_split(
         b_s = tl.load(p_s + o_row * stride_sr, mask=mask, other=0.0)
         if LATE:  # noqa: SIM102
             if start == first:
-                begin(True)
+                begin(LATE)
                 b_q = tl.load(q + i_b * width + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_x = tl.sum(tl.sum(b_k.to(tl.float32) * b_q[None, :, :], 1), 1)  # (BLOCK_R,)
         b_x = tl.where(m_row, b_x * scale, float("-inf"))

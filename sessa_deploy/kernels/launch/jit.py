@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sessa_deploy.cuda import resident_blocks
+from sessa_deploy.cuda import prefer_shared, resident_blocks
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.errors import UserError
 from sessa_deploy.kernels.launch import table
@@ -27,6 +27,7 @@ TRITON_VERSIONS = ((3, 6), (3, 7))  # `_bind` knows each one's launch, lowering 
 _NAMES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
 _TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "i32": "int32", "i64": "int64", "i8": "int8", "fp8e4nv": "float8_e4m3fn"}
 
+SHARE = "shared_share"  # of the options: what the driver is told and Triton is not
 Options = dict[str, dict[str, Any]]
 Address = Any  # an integer, or a tensor under the interpreter
 Call = Callable[..., None]  # of (stream, grid x, y, z, *arguments)
@@ -99,7 +100,9 @@ def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, var
     if interpreted():  # which knows no dependent launch
         return {name: {k: v for k, v in o.items() if k != "PDL"} for name, o in found.items()}
     ahead = {name for name in names if 0 < early <= table.early(name, arch, kind, variant)}
-    return {name: {**o, "launch_pdl": True} if name in ahead else o for name, o in found.items()}
+    shares = {name: table.shared_share(name, arch, kind, variant) for name in names}
+    extra = {name: ({"launch_pdl": True} if name in ahead else {}) | ({SHARE: shares[name]} if shares[name] else {}) for name in names}
+    return {name: {**o, **extra[name]} for name, o in found.items()}
 
 
 @lru_cache(maxsize=64)
@@ -168,8 +171,10 @@ class Launcher:
 
             self._current, self._stream, self._on = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream, torch.cuda.device
             with self._on(device):
-                binary = kernel.warmup(*examples, grid=(1,), **options)
+                binary = kernel.warmup(*examples, grid=(1,), **{k: v for k, v in options.items() if k != SHARE})
                 self._binary = binary.result() if hasattr(binary, "result") else binary
+                if SHARE in options:
+                    prefer_shared(self._binary.function, options[SHARE])
                 self._launch = _bind(kernel, self._binary, [options[name] for name in kernel.arg_names[len(examples) :]])
 
     @cached_property

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 DTYPES = ("fp32", "fp16", "bf16")
 QUANTISED = {".i8": "i8", ".f8": "fp8e4nv"}  # what a storage dtype's name ends in where weights are 8 bits -> their type: "fp16.i8"
 SCALARS = ("i32", "i64", "fp32")
+WAITS, OPENS = 1, 2  # the constexpr "PDL" of a kernel that may start early: it lets the next one in behind its own wait, or before
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Kernel:
     """A @triton.jit function: where it lives, its run-time parameters in order, then its constexpr names.
 
     variants: the keys of its pinned tiles, one binary for each (a number stands for a width, "bwd" for the backward). early: those whose binary may start
-    before its predecessor ends, by the constexpr "PDL", which is no tile; early_rows: up to how many rows (B T) the plugin has it do so. lowered: whether
+    before its predecessor ends, by the constexpr "PDL", which is no tile; opens: those of them that let the next kernel in at once (OPENS), which must read
+    nothing but weights before its own wait; early_rows: up to how many rows (B T) the plugin has it do so. lowered: whether
     the plugin runs it; it never runs a "bwd" variant.
     dtypes: the storage dtypes it is compiled for, those of QUANTISED weights too; a kernel that sees no storage type has ("fp32",). scalar_loads: how many
     global loads narrower than 16 bytes its PTX may hold (a length, a bias, a statistic); lowering refuses more. wide: it must hold 16-byte loads too;
@@ -46,6 +48,7 @@ class Kernel:
     scalar_loads: int = 0
     wide: bool = True
     early: tuple[str, ...] = ()
+    opens: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     early_rows: int = 16  # kernels of more rows are longer, and hold places that their predecessors need (measured on an H200)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy.cuda_arch import ARCHS
-from sessa_deploy.kernels.launch.limits import DEPENDENT_ARCH
-from sessa_deploy.kernels.launch.spec import Kernel, resolve
+from sessa_deploy.kernels.launch.limits import DEPENDENT_ARCH, SHARED_SHARE
+from sessa_deploy.kernels.launch.spec import OPENS, WAITS, Kernel, resolve
 
 TUNED_WITH = (3, 6)  # the Triton that tiles were measured with
 NOT_TILES = ("arch", "dtype", "variant", "tuned", "num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "spills")
@@ -104,7 +104,8 @@ def tiles(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
     entry = pinned(name, arch, dtype, variant)
     values = {k: v for k, v in entry.items() if k not in NOT_TILES}
     if kernel(name).early:
-        values["PDL"] = arch >= DEPENDENT_ARCH and variant in kernel(name).early
+        may = arch >= DEPENDENT_ARCH and variant in kernel(name).early
+        values["PDL"] = (OPENS if variant in kernel(name).opens else WAITS) if may else 0
     if set(values) != set(kernel(name).constexprs):
         raise ValueError(f"{name} takes {kernel(name).constexprs}, the table gives {tuple(values)}")
     return {k: values[k] for k in kernel(name).constexprs}
@@ -113,6 +114,11 @@ def tiles(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
 def early(name: str, arch: int, dtype: str, variant: str) -> int:
     """Rows (B T) up to which the plugin lets this binary start before its predecessor has ended; 0 where it cannot."""
     return kernel(name).early_rows if kernel(name).early and tiles(name, arch, dtype, variant)["PDL"] else 0
+
+
+def shared_share(name: str, arch: int, dtype: str, variant: str) -> int:
+    """`limits.SHARED_SHARE` of a binary that may start early; 0 where the driver chooses."""
+    return SHARED_SHARE if early(name, arch, dtype, variant) else 0
 
 
 def tuned(name: str, arch: int, dtype: str, variant: str) -> bool:

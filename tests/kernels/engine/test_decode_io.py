@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ pytest.importorskip("triton")
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.engine import decode_io
-from sessa_deploy.kernels.launch.table import options, tiles
+from sessa_deploy.kernels.launch import jit
+from sessa_deploy.kernels.launch.table import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -18,6 +21,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def table(entries: list[tuple[torch.Tensor, torch.Tensor, int]]) -> torch.Tensor:
     """(entries, 3) int64: addresses of new rows and cache, and 32-bit words a row."""
     return torch.tensor([[new.data_ptr(), cache.data_ptr(), words] for new, cache, words in entries], dtype=torch.int64, device=DEVICE)
+
+
+def options(name: str) -> dict[str, Any]:
+    pinned = jit.pinned((name,), torch.device(DEVICE), torch.float32, "any")[name]
+    return {k: v for k, v in pinned.items() if k != jit.SHARE}
 
 
 def ints(*values: int) -> torch.Tensor:
@@ -38,7 +46,7 @@ def test_append_writes_the_valid_new_rows_and_nothing_else(tokens: int) -> None:
                 for want, row in zip(expected, rows, strict=True):
                     want[b, int(past[b]) + t] = row[b, t].cpu().numpy()
     entries = table([(r, c, w) for r, c, w in zip(rows, caches, widths, strict=True)])
-    decode_io.decode_append[(tokens, batch, len(widths))](entries, past, new, tokens, capacity, **options("decode_append", 90, "fp32", "any"))
+    decode_io.decode_append[(tokens, batch, len(widths))](entries, past, new, tokens, capacity, **options("decode_append"))
     for want, cache in zip(expected, caches, strict=True):
         np.testing.assert_array_equal(cache.cpu().numpy(), want)
 
@@ -67,7 +75,7 @@ def test_broken_logits_give_minus_one_to_their_row_only() -> None:
 
 def run(logits: np.ndarray, past: torch.Tensor, new: torch.Tensor) -> np.ndarray:
     batch, vocabulary = logits.shape
-    argmax, finish = (options(name, 90, "fp32", "any") for name in ("decode_argmax", "decode_finish"))
+    argmax, finish = (options(name) for name in ("decode_argmax", "decode_finish"))
     best = torch.full((batch, argmax["SPLITS"]), torch.nan, device=DEVICE)
     where, ids = torch.full_like(best, -5, dtype=torch.int32), ints(*[-5] * batch)
     decode_io.decode_argmax[(batch, argmax["SPLITS"])](torch.from_numpy(logits).to(DEVICE), best, where, vocabulary, **argmax)

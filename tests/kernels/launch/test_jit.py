@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,6 +92,29 @@ def test_a_launch_passes_what_tritons_own_launcher_passes() -> None:
     metadata.global_scratch_size = 64
     with pytest.raises(ValueError, match="scratch"):
         jit._bind(SimpleNamespace(__name__="kernel"), binary, [])
+
+
+def test_the_driver_is_told_of_shared_memory_and_triton_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a kernel is loaded; a driver that refuses, or knows no such attribute, fails nothing."""
+    binary, told, answers = SimpleNamespace(function=77), list[tuple[int, int, int]](), iter((0, 801, 0))
+
+    def attribute(function: Any, what: int, percent: int) -> int:
+        told.append((function.value, what, percent))
+        return next(answers)
+
+    kernel = SimpleNamespace(arg_names=["x", "BD"], warmup=lambda *types, **options: told.append(tuple(options.items())) or binary)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(jit, "interpreted", lambda: False)
+    monkeypatch.setattr(jit, "_bind", lambda *of: None)
+    for name in ("_cuda_getDevice", "_cuda_getCurrentRawStream"):
+        monkeypatch.setattr(torch._C, name, None, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    for driver in (SimpleNamespace(cuFuncSetAttribute=attribute), SimpleNamespace(cuFuncSetAttribute=attribute), SimpleNamespace(), None):
+        monkeypatch.setattr(cuda, "open_driver", lambda driver=driver: driver)
+        jit.Launcher(kernel, torch.device("cuda", 0), [torch.float16], {"BD": 4, jit.SHARE: 30})
+    monkeypatch.setattr(cuda, "open_driver", lambda: SimpleNamespace(cuFuncSetAttribute=attribute))
+    jit.Launcher(kernel, torch.device("cuda", 0), [torch.float16], {"BD": 4})
+    compiled = (("grid", (1,)), ("BD", 4))
+    assert told == [compiled, (77, 9, 30), compiled, (77, 9, 30), compiled, compiled, compiled]
 
 
 def test_how_many_programs_a_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import jit, table
+from sessa_deploy.kernels.launch.limits import SHARED_SHARE
 
 
 @pytest.fixture
@@ -82,5 +83,7 @@ def test_an_early_start_belongs_to_a_call(monkeypatch: pytest.MonkeyPatch) -> No
         assert [starts("layer_out", "1", rows) for rows in (0, 1, 2)] == [False, True, False]
         assert [starts("mixer_step_partial", "1024.64", rows) for rows in (0, 1, 64, 65)] == [False, True, True, False]
         assert "launch_pdl" not in jit.pinned(("layer_norm",), device, torch.float16, "1024")["layer_norm"]
+        shares = [jit.pinned((name,), device, torch.float16, variant)[name].get(jit.SHARE) for name, variant in (("layer_out", "1"), ("layer_out", "any"))]
+        assert shares == [SHARED_SHARE, None]  # whoever asks: a share is the binary's
     finally:
         jit.pinned.cache_clear()
