@@ -91,12 +91,11 @@ def share(
     LATE: it waits for the kernel ahead, see `begin`, with the first tiles of a past on their way; a program that gets nothing to do does not wait here.
     """
     every = programs >= batch * splits
-    total, b_end = pieces(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
-    turn = 0
+    total, b_first, b_n = pieces(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
     for start in tl.range(0, total, programs, num_stages=1):
-        item, turn = start + seat(program, programs, turn), 1 - turn
+        item = start + seat(program, programs, start)
         if item < total:
-            i_b, i_split = locate(item, b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
+            i_b, i_split = locate(item, b_first, b_n, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
             length = tl.minimum(tl.load(past_length + i_b), capacity)
             each = rows_each(length, splits, BLOCK_R * TILES)
             if (i_split * each < length) | (i_split == 0):  # without rows: the combination does not read this split

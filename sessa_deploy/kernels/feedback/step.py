@@ -57,12 +57,11 @@ def share(
     LATE: it waits for the kernel ahead, see `begin`, with the first tiles of a past on their way; a program that gets nothing to read does not wait here.
     """
     every = programs >= batch * splits
-    total, b_end = pieces(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
-    turn = 0
+    total, b_first, b_n = pieces(every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
     for start in tl.range(0, total, programs, num_stages=1):
-        item, turn = start + seat(program, programs, turn), 1 - turn
+        item = start + seat(program, programs, start)
         if item < total:
-            i_b, i_split = locate(item, b_end, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
+            i_b, i_split = locate(item, b_first, b_n, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
             _one_split(
                 q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, i_b.to(tl.int64), i_split, splits, capacity, width,
                 scale, BLOCK_R, BLOCK_C, BLOCK_L, STAGES, TILES, OWN, LATE,

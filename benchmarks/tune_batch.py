@@ -1,0 +1,348 @@
+"""Kernels of a decode step of 32 sequences tried within the chain of bench_chain.py: combination, attentions, early starts, products of 8-bit weights.
+
+    python benchmarks/tune_batch.py [--seconds 75] [--compile] [--skip large ragged]
+
+1.1B parameters at 160 of 1024 with weights in 16 bits, int8 and fp8 in turn; then 350M, ragged and 32 at 4128 of 8192. A trial that gains is kept, and
+the next ones build on it (marked *). What wins is checked against the tables' tiles. --compile: only compile, so that the cache on disk holds all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import statistics
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+import tune_chain as tune
+from bench_chain import Chain, kernels
+from gpu import capture, copy_bandwidth, event_ms
+from tune_chain import COMBINE_ANY, Change, apply, carve, carves, merged
+
+from sessa_deploy.config import SessaConfig
+from sessa_deploy.kernels.engine import mixer
+from sessa_deploy.kernels.launch import splits
+from sessa_deploy.runtime import traffic
+
+BEGUN = time.perf_counter()
+LARGE, SMALL = "mixer_step_partial:2048.128", "mixer_step_partial:1024.64"
+BASE: Change = {COMBINE_ANY: {"BLOCK_D": 32, "CHUNK": 0, "num_warps": 4}}
+Trial = tuple[str, Change]
+COMBINED: list[Trial] = [(f"combine ({d}, {c}, {w})", {COMBINE_ANY: {"BLOCK_D": d, "CHUNK": c, "num_warps": w}}) for d, c, w in (
+    (32, 32, 4), (64, 32, 4), (64, 16, 4), (32, 16, 4), (128, 16, 4), (64, 32, 2), (64, 16, 2), (32, 32, 2), (128, 32, 8), (128, 16, 8),
+    (32, 64, 4))]  # fmt: skip
+FORM = {"ROWS_F": 4, "TILES_F": 2, "STAGES_F": 4, "ROWS_B": 4, "TILES_B": 2, "STAGES_B": 3, "HEADS_F": 4, "num_warps": 4}
+
+
+def attention(rows_f: int, rows_b: int, **other: int) -> Trial:
+    """Tiles of which a split takes so many rows at least."""
+    form = {**FORM, **other}
+    form["TILES_F"], form["TILES_B"] = rows_f // form["ROWS_F"], rows_b // form["ROWS_B"]
+    return f"splits of {rows_f}, {rows_b} {other or ''}", {LARGE: form}
+
+
+TWO = {"ROWS_F": 2, "STAGES_F": 5, "num_warps": 2}
+ATTENTIONS = [
+    attention(16, 8), attention(16, 16), attention(32, 16), attention(32, 32), attention(64, 32), attention(32, 8), attention(16, 16, STAGES_B=2),
+    attention(32, 16, STAGES_B=2), attention(32, 16, STAGES_F=5, STAGES_B=2), attention(32, 16, STAGES_B=2, maxnreg=128),
+    attention(32, 16, ROWS_B=2, STAGES_B=3), attention(32, 16, ROWS_B=2, STAGES_B=5), attention(32, 16, ROWS_B=2, STAGES_F=5, STAGES_B=4),
+    attention(32, 16, ROWS_B=4, STAGES_B=2, **TWO), attention(32, 16, ROWS_B=2, STAGES_B=3, **TWO), attention(32, 16, ROWS_B=1, STAGES_B=4, **TWO),
+    attention(32, 16, HEADS_F=8, ROWS_F=2, STAGES_B=2), attention(32, 16, HEADS_F=2, ROWS_F=8, STAGES_B=2), attention(32, 16, HEADS_F=8, ROWS_F=2, STAGES_F=6),
+    attention(16, 8, ROWS_B=2, STAGES_B=4), attention(16, 8, ROWS_B=4, STAGES_B=2, **TWO), attention(64, 16, STAGES_B=2),
+]  # fmt: skip
+EARLY: list[Trial] = [(f"{name} early, 64 rows", {f"rows:layer_{name}": 64}) for name in ("out", "tail")]
+# BM, BN, BK, KS, warps, stages
+PRODUCTS: dict[str, list[tuple[int, ...]]] = {
+    "project_gain": [(32, 64, 256, 1, 8, 3), (32, 64, 256, 1, 8, 4), (32, 64, 512, 1, 8, 3), (32, 32, 512, 1, 4, 3), (32, 32, 256, 1, 4, 5),
+                     (32, 64, 256, 2, 8, 4), (32, 64, 512, 4, 8, 3), (32, 32, 512, 2, 4, 3), (32, 32, 512, 4, 8, 3), (32, 32, 256, 1, 2, 4),
+                     (32, 128, 256, 1, 8, 3), (32, 128, 256, 1, 8, 4), (32, 128, 128, 1, 8, 5), (32, 32, 256, 2, 4, 4)],
+    "enter": [(32, 16, 512, 1, 4, 3), (32, 16, 512, 2, 4, 4), (32, 32, 512, 2, 4, 3), (32, 32, 512, 4, 4, 3), (32, 32, 512, 1, 4, 4), (32, 32, 512, 4, 8, 3),
+              (32, 32, 512, 1, 8, 3), (16, 32, 512, 2, 4, 3), (16, 32, 256, 1, 4, 4), (32, 32, 1024, 8, 8, 2), (32, 16, 512, 4, 4, 3)],
+    "out": [(32, 16, 512, 4, 4, 3), (16, 32, 512, 4, 4, 3), (16, 16, 1024, 4, 4, 2), (16, 16, 1024, 8, 8, 2), (32, 16, 1024, 8, 8, 2), (32, 16, 512, 8, 8, 3),
+            (16, 16, 256, 4, 4, 5), (16, 16, 512, 2, 2, 3), (16, 16, 512, 4, 4, 4), (32, 32, 512, 8, 8, 3), (16, 16, 512, 2, 4, 3), (16, 16, 512, 1, 4, 4)],
+    "logits": [(32, 128, 128, 1, 8, 4), (32, 128, 256, 1, 8, 3), (32, 64, 256, 1, 8, 3), (32, 128, 256, 1, 4, 3)],
+}  # fmt: skip
+PRODUCTS["tail"] = [t for t in PRODUCTS["out"] if t != (32, 32, 512, 8, 8, 3)]
+
+
+def product(name: str, tile: tuple[int, ...]) -> Trial:
+    """Of both kinds of 8-bit weights."""
+    bm, bn, bk, ks, warps, stages = tile
+    entry = {"BM": bm, "BN": bn, "BK": bk, "KS": ks, "num_warps": warps, "num_stages": stages}
+    return f"{name} {tile}", {f"layer_{name}:64{kind}": entry for kind in (".i8", ".f8")}
+
+
+def dealt(percent: int) -> Trial:
+    return f"{percent}% to causal attention", {"share:": percent}
+
+
+_shares = splits.shares
+
+
+def share(percent: int | None) -> None:
+    """Have so many programs of a device that does not hold all take causal attention; None: as in launch/splits.py."""
+
+    def other(pieces_f: int, blocks: int, pieces_b: int, width_f: int, width_b: int, resident: int) -> tuple[int, int]:
+        return _shares(pieces_f, blocks, pieces_b, percent or 50, 100 - (percent or 50), resident)
+
+    mixer.shares = other if percent else _shares
+
+
+class Bench:
+    """Chains that share caches, and the lengths they are timed at."""
+
+    def __init__(self, chains: dict[str, Chain], capacity: int, points: list[list[int]], repeats: list[int], until: float) -> None:
+        self.chains, self.points, self.batch, self.repeats, self.until = chains, points, len(points[0]), repeats, until
+        first = next(iter(chains.values()))
+        self.caches = first.caches(capacity, [max(p[b] for p in points) for b in range(self.batch)])
+        self.x = first.random(self.batch, first.config.d_model)
+        self.length = torch.tensor(points[0], dtype=torch.int32, device="cuda")
+        self.best: Change = {}
+        self.best_score = 9e9
+        self.first: dict[str, list[float]] = {}
+        self.losers: list[str] = []
+
+    def graph(self, form: str, early: int | None = None) -> torch.cuda.CUDAGraph:
+        self.out: Any = None
+
+        def call() -> None:
+            self.out = self.chains[form].step(self.x, self.length, self.caches, self.batch if early is None else early)
+
+        return capture([call])
+
+    def set(self, change: Change) -> dict[str, int]:
+        apply({k: v for k, v in change.items() if not k.startswith("share:")})
+        share(change.get("share:"))
+        return {key[6:]: value for key, value in change.items() if key.startswith("carve:")}
+
+    def times(self, change: Change, forms: Sequence[str]) -> dict[str, list[float]]:
+        percents, found = self.set(change), {}
+        for form in forms:
+            if percents:
+                self.graph(form)
+                carve(percents)
+            graph = self.graph(form)
+            found[form] = []
+            for lengths, repeats in zip(self.points, self.repeats, strict=True):
+                self.length.copy_(torch.tensor(lengths, dtype=torch.int32))
+                found[form].append(statistics.median(event_ms(graph.replay, repeats)[3:]))
+        if percents:
+            carve({})
+        return found
+
+    def try_out(self, name: str, change: Change, forms: Sequence[str], keep: bool = True) -> None:
+        """Time best + change, and keep it where the sum of the ratios falls by 0.3% of what it is."""
+        if time.perf_counter() - BEGUN > self.until:
+            return
+        try:
+            times = self.times(merged(self.best, change), forms)
+        except Exception:
+            print(f"{name}: {traceback.format_exc().splitlines()[-1][:200]}", flush=True)
+            return
+        for form, its in times.items():
+            self.first.setdefault(form, its)
+        ratios = [t / f for form in forms for t, f in zip(times[form], self.first[form], strict=True)]
+        score = sum(ratios) / len(ratios)
+        gains = keep and score < 0.997 * self.best_score
+        figures = "  ".join(f"{form} {'  '.join(f'{t:.3f}' for t in its)}" for form, its in times.items())
+        if gains or not keep:
+            self.say()
+            print(f"{name}: {figures}  {score:.3f} [{time.perf_counter() - BEGUN:.0f} s]" + (" *" if gains else ""), flush=True)
+        else:
+            self.losers.append(f"{name} {'/'.join(f'{t:.3f}' for its in times.values() for t in its)}")
+            if len(self.losers) == 5:
+                self.say()
+        if gains:
+            self.best, self.best_score = merged(self.best, change), score
+
+    def say(self) -> None:
+        """Trials that did not gain, with their times."""
+        if self.losers:
+            print("  no gain: " + " | ".join(self.losers), flush=True)
+        self.losers.clear()
+
+    def again(self, forms: Sequence[str]) -> None:
+        """Other forms count from here on."""
+        self.say()
+        times = self.times(self.best, forms)
+        self.first = {form: self.first.get(form, its) for form, its in times.items()}
+        ratios = [t / f for form in forms for t, f in zip(times[form], self.first[form], strict=True)]
+        self.best_score = sum(ratios) / len(ratios)
+
+    def profile(self, name: str, form: str, change: Change, early: int) -> None:
+        try:
+            self.set(change)
+            self.length.copy_(torch.tensor(self.points[0], dtype=torch.int32))
+            its = kernels(self.graph(form, early))
+            print(f"{name}, {form or '16'}, early {early}: " + "; ".join(f"{k} {us:.1f} x{n}" for k, (us, n) in its.items() if n), flush=True)
+        except Exception:
+            print(f"{name}: {traceback.format_exc().splitlines()[-1][:200]}", flush=True)
+
+    def check(self, name: str, form: str, change: Change) -> None:
+        """Inputs and lengths change: bits with early starts and without, values against those of the tables' tiles."""
+        generator = torch.Generator("cuda").manual_seed(7)
+        xs = [torch.randn(self.x.shape, device="cuda", generator=generator).half() for _ in range(4)]
+        lengths = [torch.tensor(self.points[i % len(self.points)], dtype=torch.int32, device="cuda") - i for i in range(4)]
+
+        def run(early: int) -> list[torch.Tensor]:
+            graph, found = self.graph(form, early), []
+            for x, n in zip(xs, lengths, strict=True):
+                self.x.copy_(x)
+                self.length.copy_(n)
+                graph.replay()
+                found.append(self.out.clone())
+            return found
+
+        self.set(change)
+        early, plain = run(self.batch), run(0)
+        self.set(BASE)
+        tables = run(0)
+        wrong = sum(not torch.equal(a, b) for a, b in zip(plain, early, strict=True))
+        worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(early, tables, strict=True))
+        finite = all(bool(torch.isfinite(y).all()) for y in early)
+        print(f"{name}, {form or '16'}: early against plain: {wrong} of 4 differ in bits; against the base {worst:.2e} at most; finite {finite}", flush=True)
+
+
+def compile_one(job: tuple[Change, str, str, bool], until: float) -> str:
+    """In a worker, before the time `until`."""
+    change, name, variant, plain = job
+    if time.time() > until:
+        return f"{name} {variant}, no time left"
+    rows = {f"rows:{name}": 0} if plain else {k: v for k, v in change.items() if k.startswith("rows:")}
+    return tune.compile_one(({**change, **rows}, name, variant))
+
+
+def compile_all(workers: int, seconds: float) -> None:
+    """One job a binary, what is needed most first."""
+    jobs: dict[str, tuple[Change, str, str, bool]] = {}
+    variants = [(f"layer_{n}", v) for n in ("enter", "project_gain", "out", "tail", "logits") for v in ("64", "64.i8", "64.f8")]
+    variants += [("layer_norm", "1024"), ("layer_norm", "2048"), ("layer_norm_enter", "1024"), ("layer_norm_enter", "2048")]
+    variants += [(f"layer_{n}", v) for n in ("project_gain", "out", "tail", "logits") for v in ("1", "1.i8")] + [("layer_norm_enter", "2048.i8")]
+    for name, variant in [*(v.split(":") for v in (LARGE, SMALL, COMBINE_ANY, tune.COMBINE)), *variants]:
+        for plain in (False, True):
+            jobs[f"{name}{variant}{plain}"] = ({}, name, variant, plain)
+    for name in ("out", "tail"):
+        for kind in ("", ".i8", ".f8"):
+            jobs[f"{name}{kind}early"] = ({f"rows:layer_{name}": 64}, f"layer_{name}", f"64{kind}", False)
+    trials = [*COMBINED, ("", BASE), *ATTENTIONS, *(product(n, t) for n, tiles in PRODUCTS.items() for t in tiles), *RAGGED]
+    for _, change in trials:
+        for key, value in change.items():
+            kind, _, name = key.partition(":")
+            if kind in ("rows", "carve", "share"):
+                continue
+            for plain in {"mixer_step_combine": (False, True), "layer_out": (True,), "layer_tail": (True,)}.get(kind, (False,)):
+                jobs[f"{key}{value}{plain}"] = ({key: value}, kind, name, plain)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        left = 0
+        for complaint in pool.map(compile_one, jobs.values(), [time.time() + seconds] * len(jobs)):
+            left += complaint.endswith("no time left")
+            if complaint and not complaint.endswith("no time left"):
+                print(f"not compiled: {complaint}", flush=True)
+        print(f"{left} not reached; ", end="")
+    print(f"{len(jobs)} binaries in [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
+
+
+FORMS = ("", "int8", "fp8")
+
+
+def large(copy: float, until: float) -> None:
+    config = SessaConfig(d_model=2048, n_layers=24, n_heads=16, vocab_size=50304)
+    chains = {form: Chain(config, weights=form) for form in FORMS}
+    bench = Bench(chains, 1024, [[160] * 32], [17], until)
+    floor = traffic.step_bytes(config, "fp16", [160.0] * 32) / copy / 1e6
+    print(f"1.1B, 32 at 160 of 1024: ms with 16 bits, int8, fp8; floor of 16 bits {floor:.3f} [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
+    bench.times(BASE, FORMS)  # warm
+    bench.try_out("as it was", BASE, FORMS)
+    for form in ("", "int8"):
+        bench.profile("as it was", form, BASE, 0)
+    two = ("", "int8")
+    bench.again(two)
+    for trial in (*COMBINED[:6], *ATTENTIONS, *COMBINED, *map(dealt, (40, 45, 55, 60))):
+        bench.try_out(*trial, two)
+    bench.again(FORMS[1:])
+    for name, tiles in PRODUCTS.items():
+        for tile in tiles:
+            bench.try_out(*product(name, tile), FORMS[1:])
+    for trial in (*EARLY, carves({"": 30}), ("attentions not early", tune.NOT_EARLY)):
+        bench.try_out(*trial, FORMS[1:])
+    bench.say()
+    print(f"best: {bench.best}", flush=True)
+    last = bench.times(bench.best, FORMS)
+    print("best: " + ", ".join(f"{form or '16'} {t[0]:.3f} ms, {last[''][0] / t[0]:.3f} x" for form, t in last.items()), flush=True)
+    for form in ("", "int8"):
+        bench.profile("best", form, bench.best, 0)
+    for form in FORMS[:2]:
+        bench.check("best", form, bench.best)
+    best = {k: v for k, v in bench.best.items() if k.startswith("mixer")}
+    del bench
+    torch.cuda.empty_cache()
+    one = Bench(chains, 32768, [[4128], [160]], [23, 23], until + 6)
+    for name, change in (("one sequence at 4128, 160 of 32768", BASE), ("the same with the batch's best tiles", best)):
+        one.try_out(name, change, two, keep=False)
+
+
+RAGGED: list[Trial] = [
+    *COMBINED,
+    *map(dealt, (42, 46, 54, 58)),
+    *EARLY,
+    ("project: 16 columns, 256 deep", {"layer_project_gain:64": {"BN": 16, "BK": 256, "num_stages": 3}}),
+    ("splits of 32 and 16 rows", {SMALL: {"TILES_F": 16, "TILES_B": 4}}),
+    ("splits of 24 and 12 rows", {SMALL: {"TILES_F": 12, "TILES_B": 3}}),
+    ("STAGES_B 3", {SMALL: {"STAGES_B": 3}}),
+    carves({"": 30}),
+    carves({"layer_project_gain": 100, "mixer_step_partial": 100}),
+]  # fmt: skip
+
+
+def ragged(copy: float, until: float) -> None:
+    config = SessaConfig(d_model=1024, n_layers=24, n_heads=16, vocab_size=50304)
+    chain = Chain(config)
+    bench = Bench({"": chain}, 8192, [[4128] + [160] * 31, [4128] * 32], [23, 11], until)
+    floors = [traffic.step_bytes(config, "fp16", [float(n) for n in p]) / copy / 1e6 for p in bench.points]
+    print(f"350M: ragged, 32 at 4128: ms; floors {floors[0]:.3f}, {floors[1]:.3f} [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
+    bench.times(BASE, ("",))
+    bench.try_out("as it was but for who takes what", BASE, ("",))
+    bench.profile("the same", "", BASE, 0)
+    for trial in RAGGED:
+        bench.try_out(*trial, ("",))
+    bench.say()
+    print(f"best: {bench.best}", flush=True)
+    bench.profile("best", "", bench.best, 0)
+    bench.profile("best", "", bench.best, 32)
+    bench.check("best", "", bench.best)
+    del bench
+    torch.cuda.empty_cache()
+    one = Bench({"": chain}, 32768, [[4128], [160]], [33, 33], until + 5)
+    one.try_out("one sequence at 4128, 160 of 32768", {}, ("",), keep=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=75.0)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--workers", type=int, default=5)
+    parser.add_argument("--skip", nargs="*", choices=("large", "ragged"), default=[])
+    args = parser.parse_args()
+    if args.compile:
+        compile_all(args.workers, args.seconds)
+        return
+    copy = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy bandwidth {copy:.0f} GB/s", flush=True)
+    for name, part, share_of in (("large", large, 0.65), ("ragged", ragged, 0.9)):
+        if name in args.skip:
+            continue
+        try:
+            part(copy, share_of * args.seconds)
+        except Exception:
+            print(f"{name} failed: " + " | ".join(traceback.format_exc().splitlines()[-6:]), flush=True)
+        with contextlib.suppress(Exception):
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
