@@ -12,10 +12,12 @@ import argparse
 import contextlib
 import multiprocessing
 import statistics
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from sessa_deploy.kernels.launch import splits
 from sessa_deploy.runtime import traffic
 
 BEGUN = time.perf_counter()
+DONE = Path(tempfile.gettempdir(), "tune_batch.compiled")
 LARGE, SMALL = "mixer_step_partial:2048.128", "mixer_step_partial:1024.64"
 BASE: Change = {COMBINE_ANY: {"BLOCK_D": 32, "CHUNK": 0, "num_warps": 4}}
 Trial = tuple[str, Change]
@@ -106,6 +109,7 @@ class Bench:
         self.best_score = 9e9
         self.first: dict[str, list[float]] = {}
         self.losers: list[str] = []
+        self.forms: Sequence[str] = tuple(chains)  # that the trials are timed with
 
     def graph(self, form: str, early: int | None = None) -> torch.cuda.CUDAGraph:
         self.out: Any = None
@@ -137,7 +141,9 @@ class Bench:
 
     def try_out(self, name: str, change: Change, forms: Sequence[str], keep: bool = True) -> None:
         """Time best + change, and keep it where the sum of the ratios falls by 0.3% of what it is."""
-        if time.perf_counter() - BEGUN > self.until:
+        missing = [f"{name}: no binary"] if DONE.is_file() and not set(jobs_of(self.only(change))) <= set(DONE.read_text().split("\n")) else []
+        self.losers += missing
+        if missing or time.perf_counter() - BEGUN > self.until:
             return
         try:
             times = self.times(merged(self.best, change), forms)
@@ -160,6 +166,11 @@ class Bench:
         if gains:
             self.best, self.best_score = merged(self.best, change), score
 
+    def only(self, change: Change) -> Change:
+        """What of a change these chains use."""
+        unused = {".i8": "int8", ".f8": "fp8"}
+        return {k: v for k, v in change.items() if unused.get(k[-3:], "") in ("", *self.forms)}
+
     def say(self) -> None:
         """Trials that did not gain, with their times."""
         if self.losers:
@@ -169,7 +180,7 @@ class Bench:
     def again(self, forms: Sequence[str]) -> None:
         """Other forms count from here on."""
         self.say()
-        times = self.times(self.best, forms)
+        self.forms, times = forms, self.times(self.best, forms)
         self.first = {form: self.first.get(form, its) for form, its in times.items()}
         ratios = [t / f for form in forms for t, f in zip(times[form], self.first[form], strict=True)]
         self.best_score = sum(ratios) / len(ratios)
@@ -217,34 +228,45 @@ def compile_one(job: tuple[Change, str, str, bool], until: float) -> str:
     return tune.compile_one(({**change, **rows}, name, variant))
 
 
-def compile_all(workers: int, seconds: float) -> None:
-    """One job a binary, what is needed most first."""
-    jobs: dict[str, tuple[Change, str, str, bool]] = {}
-    variants = [(f"layer_{n}", v) for n in ("enter", "project_gain", "out", "tail", "logits") for v in ("64", "64.i8", "64.f8")]
-    variants += [("layer_norm", "1024"), ("layer_norm", "2048"), ("layer_norm_enter", "1024"), ("layer_norm_enter", "2048")]
-    variants += [(f"layer_{n}", v) for n in ("project_gain", "out", "tail", "logits") for v in ("1", "1.i8")] + [("layer_norm_enter", "2048.i8")]
-    for name, variant in [*(v.split(":") for v in (LARGE, SMALL, COMBINE_ANY, tune.COMBINE)), *variants]:
-        for plain in (False, True):
-            jobs[f"{name}{variant}{plain}"] = ({}, name, variant, plain)
-    for name in ("out", "tail"):
-        for kind in ("", ".i8", ".f8"):
-            jobs[f"{name}{kind}early"] = ({f"rows:layer_{name}": 64}, f"layer_{name}", f"64{kind}", False)
-    trials = [*COMBINED, ("", BASE), *ATTENTIONS, *(product(n, t) for n, tiles in PRODUCTS.items() for t in tiles), *RAGGED]
-    for _, change in trials:
-        for key, value in change.items():
-            kind, _, name = key.partition(":")
-            if kind in ("rows", "carve", "share"):
-                continue
+def jobs_of(change: Change) -> dict[str, tuple[Change, str, str, bool]]:
+    """One job a binary that a trial needs and the tables' tiles do not."""
+    found: dict[str, tuple[Change, str, str, bool]] = {}
+    for key, value in change.items():
+        kind, _, name = key.partition(":")
+        if kind not in ("rows", "carve", "share"):
             for plain in {"mixer_step_combine": (False, True), "layer_out": (True,), "layer_tail": (True,)}.get(kind, (False,)):
-                jobs[f"{key}{value}{plain}"] = ({key: value}, kind, name, plain)
+                found[f"{key} {value} {plain}"] = ({key: value}, kind, name, plain)
+    return found
+
+
+def compile_all(workers: int, seconds: float) -> None:
+    """One job a binary, what is needed most first; DONE then says which there are."""
+    jobs: dict[str, tuple[Change, str, str, bool]] = {}
+    many = [(f"layer_{n}", v) for n in ("enter", "project_gain", "out", "tail", "logits") for v in ("64", "64.i8", "64.f8")]
+    many += [("layer_norm", "1024"), ("layer_norm", "2048"), *((k, v) for k, _, v in (x.partition(":") for x in (LARGE, SMALL)))]
+    single = [(f"layer_{n}", v) for n in ("project_gain", "out", "tail", "logits") for v in ("1", "1.i8")]
+    single += [("layer_norm_enter", v) for v in ("1024", "2048", "2048.i8")] + [("mixer_step_combine", "1")]
+    for name, variant in many:
+        for plain in (True, False):
+            jobs[f"{name}{variant}{plain}"] = ({}, name, variant, plain)
+    jobs |= jobs_of(BASE)
+    for _, change in (*COMBINED, *ATTENTIONS):
+        jobs |= jobs_of(change)
+    products = [product(n, t)[1] for n, tiles in PRODUCTS.items() for t in tiles]
+    for change in products:
+        jobs |= jobs_of({k: v for k, v in change.items() if k.endswith(".i8")})
+    jobs |= {f"{name}{variant}": ({}, name, variant, False) for name, variant in single}
+    for change in (*(c for _, c in RAGGED), *products):
+        jobs |= jobs_of(change)
+    done = []
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        left = 0
-        for complaint in pool.map(compile_one, jobs.values(), [time.time() + seconds] * len(jobs)):
-            left += complaint.endswith("no time left")
-            if complaint and not complaint.endswith("no time left"):
+        for key, complaint in zip(jobs, pool.map(compile_one, jobs.values(), [time.time() + seconds] * len(jobs)), strict=True):
+            if not complaint:
+                done.append(key)
+            elif not complaint.endswith("no time left"):
                 print(f"not compiled: {complaint}", flush=True)
-        print(f"{left} not reached; ", end="")
-    print(f"{len(jobs)} binaries in [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
+    DONE.write_text("\n".join(done))
+    print(f"{len(done)} of {len(jobs)} binaries in [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
 
 
 FORMS = ("", "int8", "fp8")
@@ -264,14 +286,15 @@ def large(copy: float, until: float) -> None:
     bench.again(two)
     for trial in (*COMBINED[:6], *ATTENTIONS, *COMBINED, *map(dealt, (40, 45, 55, 60))):
         bench.try_out(*trial, two)
-    bench.again(FORMS[1:])
+    bench.again(("int8",))
     for name, tiles in PRODUCTS.items():
         for tile in tiles:
-            bench.try_out(*product(name, tile), FORMS[1:])
+            bench.try_out(*product(name, tile), ("int8",))
     for trial in (*EARLY, carves({"": 30}), ("attentions not early", tune.NOT_EARLY)):
-        bench.try_out(*trial, FORMS[1:])
+        bench.try_out(*trial, FORMS[1:2])
     bench.say()
     print(f"best: {bench.best}", flush=True)
+    bench.set(bench.best)
     last = bench.times(bench.best, FORMS)
     print("best: " + ", ".join(f"{form or '16'} {t[0]:.3f} ms, {last[''][0] / t[0]:.3f} x" for form, t in last.items()), flush=True)
     for form in ("", "int8"):
