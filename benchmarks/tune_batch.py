@@ -34,11 +34,12 @@ from sessa_deploy.runtime import traffic
 BEGUN = time.perf_counter()
 DONE = Path(tempfile.gettempdir(), "tune_batch.compiled")
 LARGE, SMALL = "mixer_step_partial:2048.128", "mixer_step_partial:1024.64"
-BASE: Change = {COMBINE_ANY: {"BLOCK_D": 32, "CHUNK": 0, "num_warps": 4}}
+BASE: Change = {COMBINE_ANY: {"BLOCK_D": 32, "CHUNK": 0, "STAGES": 1, "num_warps": 4}}
 Trial = tuple[str, Change]
-COMBINED: list[Trial] = [(f"combine ({d}, {c}, {w})", {COMBINE_ANY: {"BLOCK_D": d, "CHUNK": c, "num_warps": w}}) for d, c, w in (
-    (32, 32, 4), (64, 32, 4), (64, 16, 4), (32, 16, 4), (128, 16, 4), (64, 32, 2), (64, 16, 2), (32, 32, 2), (128, 32, 8), (128, 16, 8),
-    (32, 64, 4))]  # fmt: skip
+COMBINED: list[Trial] = [
+    (f"combine ({d}, {c}, {stages}, {w})", {COMBINE_ANY: {"BLOCK_D": d, "CHUNK": c, "STAGES": stages, "num_warps": w}}) for d, c, stages, w in (
+        (32, 64, 1, 4), (32, 32, 1, 4), (32, 32, 2, 4), (32, 32, 3, 4), (32, 32, 4, 4), (64, 16, 3, 4), (64, 32, 2, 4), (32, 16, 4, 2), (32, 32, 2, 2),
+        (32, 16, 4, 4), (64, 16, 1, 2), (32, 64, 2, 4), (32, 64, 2, 8), (64, 16, 4, 2))]  # fmt: skip
 FORM = {"ROWS_F": 4, "TILES_F": 2, "STAGES_F": 4, "ROWS_B": 4, "TILES_B": 2, "STAGES_B": 3, "HEADS_F": 4, "num_warps": 4}
 
 
@@ -51,33 +52,33 @@ def attention(rows_f: int, rows_b: int, **other: int) -> Trial:
 
 TWO = {"ROWS_F": 2, "STAGES_F": 5, "num_warps": 2}
 ATTENTIONS = [
-    attention(16, 8), attention(16, 16), attention(32, 16), attention(32, 32), attention(64, 32), attention(32, 8), attention(16, 16, STAGES_B=2),
-    attention(32, 16, STAGES_B=2), attention(32, 16, STAGES_F=5, STAGES_B=2), attention(32, 16, STAGES_B=2, maxnreg=128),
-    attention(32, 16, ROWS_B=2, STAGES_B=3), attention(32, 16, ROWS_B=2, STAGES_B=5), attention(32, 16, ROWS_B=2, STAGES_F=5, STAGES_B=4),
-    attention(32, 16, ROWS_B=4, STAGES_B=2, **TWO), attention(32, 16, ROWS_B=2, STAGES_B=3, **TWO), attention(32, 16, ROWS_B=1, STAGES_B=4, **TWO),
-    attention(32, 16, HEADS_F=8, ROWS_F=2, STAGES_B=2), attention(32, 16, HEADS_F=2, ROWS_F=8, STAGES_B=2), attention(32, 16, HEADS_F=8, ROWS_F=2, STAGES_F=6),
-    attention(16, 8, ROWS_B=2, STAGES_B=4), attention(16, 8, ROWS_B=4, STAGES_B=2, **TWO), attention(64, 16, STAGES_B=2),
+    attention(16, 8), attention(16, 16), attention(32, 16), attention(64, 32), attention(16, 16, STAGES_B=2), attention(16, 16, ROWS_B=2, STAGES_B=3),
+    attention(16, 16, ROWS_B=2, STAGES_B=5), attention(16, 16, ROWS_B=2, STAGES_B=4, **TWO), attention(16, 16, ROWS_B=1, STAGES_B=5, **TWO),
+    attention(16, 16, HEADS_F=8, ROWS_F=2, STAGES_F=6), attention(16, 16, HEADS_F=8, ROWS_F=2, STAGES_F=6, ROWS_B=2, STAGES_B=5),
+    attention(16, 8, HEADS_F=8, ROWS_F=2, STAGES_F=6), attention(32, 32, HEADS_F=8, ROWS_F=2, STAGES_F=6), attention(16, 8, ROWS_B=2, STAGES_B=5),
 ]  # fmt: skip
 EARLY: list[Trial] = [(f"{name} early, 64 rows", {f"rows:layer_{name}": 64}) for name in ("out", "tail")]
-# BM, BN, BK, KS, warps, stages
+EARLY += [(f"{name} not early", {f"rows:{name}": 0}) for name in ("layer_norm", "layer_enter", "layer_project_gain", "mixer_step_combine", "layer_logits")]
+# BM, BN, BK, KS, warps, stages; KS 0: the product transposed
 PRODUCTS: dict[str, list[tuple[int, ...]]] = {
-    "project_gain": [(32, 64, 256, 1, 8, 3), (32, 64, 256, 1, 8, 4), (32, 64, 512, 1, 8, 3), (32, 32, 512, 1, 4, 3), (32, 32, 256, 1, 4, 5),
-                     (32, 64, 256, 2, 8, 4), (32, 64, 512, 4, 8, 3), (32, 32, 512, 2, 4, 3), (32, 32, 512, 4, 8, 3), (32, 32, 256, 1, 2, 4),
-                     (32, 128, 256, 1, 8, 3), (32, 128, 256, 1, 8, 4), (32, 128, 128, 1, 8, 5), (32, 32, 256, 2, 4, 4)],
-    "enter": [(32, 16, 512, 1, 4, 3), (32, 16, 512, 2, 4, 4), (32, 32, 512, 2, 4, 3), (32, 32, 512, 4, 4, 3), (32, 32, 512, 1, 4, 4), (32, 32, 512, 4, 8, 3),
-              (32, 32, 512, 1, 8, 3), (16, 32, 512, 2, 4, 3), (16, 32, 256, 1, 4, 4), (32, 32, 1024, 8, 8, 2), (32, 16, 512, 4, 4, 3)],
-    "out": [(32, 16, 512, 4, 4, 3), (16, 32, 512, 4, 4, 3), (16, 16, 1024, 4, 4, 2), (16, 16, 1024, 8, 8, 2), (32, 16, 1024, 8, 8, 2), (32, 16, 512, 8, 8, 3),
-            (16, 16, 256, 4, 4, 5), (16, 16, 512, 2, 2, 3), (16, 16, 512, 4, 4, 4), (32, 32, 512, 8, 8, 3), (16, 16, 512, 2, 4, 3), (16, 16, 512, 1, 4, 4)],
-    "logits": [(32, 128, 128, 1, 8, 4), (32, 128, 256, 1, 8, 3), (32, 64, 256, 1, 8, 3), (32, 128, 256, 1, 4, 3)],
+    "project_gain": [(64, 64, 128, 1, 4, 4), (64, 64, 128, 1, 4, 3), (64, 32, 128, 1, 4, 4), (64, 32, 128, 1, 4, 5), (64, 64, 128, 1, 8, 4),
+                     (64, 128, 128, 1, 8, 4), (32, 64, 256, 0, 4, 4), (32, 64, 128, 0, 4, 5), (64, 32, 256, 1, 4, 2), (32, 32, 256, 1, 8, 4)],
+    "enter": [(64, 32, 128, 1, 4, 4), (64, 32, 256, 1, 4, 3), (64, 32, 256, 1, 4, 4), (64, 32, 128, 1, 4, 6), (64, 16, 256, 1, 4, 3), (64, 32, 512, 1, 8, 2)],
+    "out": [(64, 16, 256, 1, 4, 3), (64, 16, 256, 1, 4, 4), (64, 16, 128, 1, 4, 6), (64, 16, 512, 1, 4, 2), (16, 8, 512, 4, 4, 4)],
+    "tail": [(64, 16, 256, 1, 4, 3), (64, 16, 256, 1, 4, 2), (64, 16, 128, 1, 4, 4), (16, 8, 512, 4, 4, 3), (16, 8, 512, 4, 4, 4)],
+    "logits": [(64, 128, 128, 1, 8, 4), (64, 64, 128, 1, 4, 4), (64, 128, 128, 1, 4, 3), (32, 64, 256, 0, 4, 3)],
 }  # fmt: skip
-PRODUCTS["tail"] = [t for t in PRODUCTS["out"] if t != (32, 32, 512, 8, 8, 3)]
+WIDE: dict[str, list[tuple[int, ...]]] = {  # of 16-bit weights
+    "project_gain": [(32, 64, 128, 0, 4, 4), (64, 64, 128, 1, 4, 4), (64, 32, 128, 1, 4, 4)], "logits": [(32, 64, 128, 0, 4, 4), (64, 128, 128, 1, 8, 3)],
+    "enter": [(64, 32, 128, 1, 4, 5)], "out": [(64, 16, 128, 1, 4, 6)], "tail": [(64, 16, 128, 1, 4, 4)],
+}  # fmt: skip
 
 
-def product(name: str, tile: tuple[int, ...]) -> Trial:
-    """Of both kinds of 8-bit weights."""
+def product(name: str, tile: tuple[int, ...], kinds: Sequence[str] = (".i8", ".f8")) -> Trial:
+    """Tiles of a product, by default of both kinds of 8-bit weights."""
     bm, bn, bk, ks, warps, stages = tile
     entry = {"BM": bm, "BN": bn, "BK": bk, "KS": ks, "num_warps": warps, "num_stages": stages}
-    return f"{name} {tile}", {f"layer_{name}:64{kind}": entry for kind in (".i8", ".f8")}
+    return f"{name} {tile}", {f"layer_{name}:64{kind}": entry for kind in kinds}
 
 
 def dealt(percent: int) -> Trial:
@@ -234,8 +235,8 @@ def jobs_of(change: Change) -> dict[str, tuple[Change, str, str, bool]]:
     for key, value in change.items():
         kind, _, name = key.partition(":")
         if kind not in ("rows", "carve", "share"):
-            for plain in {"mixer_step_combine": (False, True), "layer_out": (True,), "layer_tail": (True,)}.get(kind, (False,)):
-                found[f"{key} {value} {plain}"] = ({key: value}, kind, name, plain)
+            plain = kind in ("layer_out", "layer_tail")  # which do not start early with so many rows
+            found[f"{key} {value} {plain}"] = ({key: value}, kind, name, plain)
     return found
 
 
@@ -253,8 +254,7 @@ def compile_all(workers: int, seconds: float) -> None:
     for _, change in (*COMBINED, *ATTENTIONS):
         jobs |= jobs_of(change)
     products = [product(n, t)[1] for n, tiles in PRODUCTS.items() for t in tiles]
-    for change in products:
-        jobs |= jobs_of({k: v for k, v in change.items() if k.endswith(".i8")})
+    products += [product(n, t, ("",))[1] for n, tiles in WIDE.items() for t in tiles]
     jobs |= {f"{name}{variant}": ({}, name, variant, False) for name, variant in single}
     for change in (*(c for _, c in RAGGED), *products):
         jobs |= jobs_of(change)
@@ -284,14 +284,18 @@ def large(copy: float, until: float) -> None:
         bench.profile("as it was", form, BASE, 0)
     two = ("", "int8")
     bench.again(two)
-    for trial in (*COMBINED[:6], *ATTENTIONS, *COMBINED, *map(dealt, (40, 45, 55, 60))):
+    for trial in (*COMBINED, *ATTENTIONS, *COMBINED, *map(dealt, (44, 47, 53, 56))):
         bench.try_out(*trial, two)
-    bench.again(("int8",))
+    bench.again(FORMS[1:])
     for name, tiles in PRODUCTS.items():
         for tile in tiles:
-            bench.try_out(*product(name, tile), ("int8",))
-    for trial in (*EARLY, carves({"": 30}), ("attentions not early", tune.NOT_EARLY)):
-        bench.try_out(*trial, FORMS[1:2])
+            bench.try_out(*product(name, tile), FORMS[1:])
+    for trial in (*EARLY, ("attentions not early", tune.NOT_EARLY)):
+        bench.try_out(*trial, FORMS[1:])
+    bench.again(("",))
+    for name, tiles in WIDE.items():
+        for tile in tiles:
+            bench.try_out(*product(name, tile, ("",)), ("",))
     bench.say()
     print(f"best: {bench.best}", flush=True)
     bench.set(bench.best)
@@ -305,19 +309,21 @@ def large(copy: float, until: float) -> None:
     del bench
     torch.cuda.empty_cache()
     one = Bench(chains, 32768, [[4128], [160]], [23, 23], until + 6)
-    for name, change in (("one sequence at 4128, 160 of 32768", BASE), ("the same with the batch's best tiles", best)):
-        one.try_out(name, change, two, keep=False)
+    few = [("the tables' tiles", BASE), ("the batch's best", best), *ATTENTIONS[:2], *ATTENTIONS[9:12]]
+    for name, change in few:
+        one.try_out(f"one sequence at 4128, 160 of 32768, {name}", change, two, keep=False)
 
 
 RAGGED: list[Trial] = [
     *COMBINED,
-    *map(dealt, (42, 46, 54, 58)),
-    *EARLY,
-    ("project: 16 columns, 256 deep", {"layer_project_gain:64": {"BN": 16, "BK": 256, "num_stages": 3}}),
+    *map(dealt, (44, 47, 53, 56)),
+    ("combine before: 32 registers", {COMBINE_ANY: {"BLOCK_D": 32, "CHUNK": 32, "STAGES": 1, "num_warps": 4, "maxnreg": 32}}),
+    ("tail early, 64 rows", {"rows:layer_tail": 64}),
     ("splits of 32 and 16 rows", {SMALL: {"TILES_F": 16, "TILES_B": 4}}),
-    ("splits of 24 and 12 rows", {SMALL: {"TILES_F": 12, "TILES_B": 3}}),
-    ("STAGES_B 3", {SMALL: {"STAGES_B": 3}}),
-    carves({"": 30}),
+    ("splits of 16 and 4 rows", {SMALL: {"TILES_B": 1}}),
+    ("splits of 8 and 8 rows", {SMALL: {"TILES_F": 4}}),
+    ("project: 16 columns, 256 deep", {"layer_project_gain:64": {"BN": 16, "BK": 256, "num_stages": 3}}),
+    *(product(n, t, ("",)) for n, tiles in WIDE.items() for t in tiles),
     carves({"layer_project_gain": 100, "mixer_step_partial": 100}),
 ]  # fmt: skip
 
@@ -338,10 +344,17 @@ def ragged(copy: float, until: float) -> None:
     bench.profile("best", "", bench.best, 0)
     bench.profile("best", "", bench.best, 32)
     bench.check("best", "", bench.best)
-    del bench
-    torch.cuda.empty_cache()
-    one = Bench({"": chain}, 32768, [[4128], [160]], [33, 33], until + 5)
-    one.try_out("one sequence at 4128, 160 of 32768", {}, ("",), keep=False)
+
+
+def single(copy: float, until: float) -> None:
+    """One sequence, which no change for batches may slow down."""
+    chain = Chain(SessaConfig(d_model=1024, n_layers=24, n_heads=16, vocab_size=50304))
+    one = Bench({"": chain}, 32768, [[4128], [160]], [33, 33], until)
+    one.times({}, ("",))
+    for _ in range(2):
+        one.try_out("350M, one sequence at 4128, 160 of 32768", {}, ("",), keep=False)
+    one.profile("the same", "", {}, 0)
+    one.check("the same", "", {})
 
 
 def main() -> None:
@@ -349,14 +362,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=75.0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--workers", type=int, default=5)
-    parser.add_argument("--skip", nargs="*", choices=("large", "ragged"), default=[])
+    parser.add_argument("--skip", nargs="*", choices=("single", "large", "ragged"), default=[])
     args = parser.parse_args()
     if args.compile:
         compile_all(args.workers, args.seconds)
         return
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy bandwidth {copy:.0f} GB/s", flush=True)
-    for name, part, share_of in (("large", large, 0.65), ("ragged", ragged, 0.9)):
+    for name, part, share_of in (("single", single, 0.2), ("large", large, 0.7), ("ragged", ragged, 0.97)):
         if name in args.skip:
             continue
         try:

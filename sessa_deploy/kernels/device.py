@@ -40,68 +40,60 @@ def splits_used(length, splits, rows):
 
 
 @triton.jit
-def _pieces(past_length, o_b, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """(splits of sequences o_b that have work, LEAST at least; 0 from `batch` on, rows of each)."""
+def _pieces(past_length, start, batch, capacity, splits, rows, LEAST: tl.constexpr):
+    """(splits with work of _SEQUENCES sequences from `start` on, LEAST at least; 0 from `batch` on, rows of each)."""
+    o_b = start + tl.arange(0, _SEQUENCES)
     b_length = tl.minimum(tl.load(past_length + o_b, mask=o_b < batch, other=0), capacity)
     b_each = rows_each(b_length, splits, rows)
-    b_n = tl.maximum(tl.cdiv(b_length, b_each), LEAST)
-    return tl.where(o_b < batch, b_n, 0), b_each
+    return tl.where(o_b < batch, tl.maximum(tl.cdiv(b_length, b_each), LEAST), 0), b_each
 
 
 @triton.jit
-def _ordered(past_length, start, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """(for each of _SEQUENCES sequences from `start` on how many splits of these come before its own, how many it has): the longest splits come first."""
-    o_b = start + tl.arange(0, _SEQUENCES)
-    b_n, b_each = _pieces(past_length, o_b, batch, capacity, splits, rows, LEAST)
-    longer = (b_each[:, None] > b_each[None, :]) | ((b_each[:, None] == b_each[None, :]) & (o_b[:, None] < o_b[None, :]))
-    return tl.sum(tl.where(longer, b_n[:, None], 0), 0), b_n
+def portion(program, programs, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
+    """(first, end): which splits, counted sequence by sequence, one of `programs` programs takes.
 
-
-@triton.jit
-def pieces(every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """(how many splits of the batch the programs share, for the first sequences how many of these come before, and how many each has).
-
-    With `every`, where each split has a program of its own, all of them, and zeros; else those that have work.
+    With `every`, where each split has a program of its own, all are counted; else those that have work, and their rows are dealt out evenly: a program's
+    splits are neighbours, which it reads as one stream, and it takes those that begin within its share of the rows.
     """
-    total = batch * splits
-    b_first, b_n = tl.zeros([_SEQUENCES], dtype=tl.int32), tl.zeros([_SEQUENCES], dtype=tl.int32)
+    first, end = program, program + 1
     if not every:
-        b_first, b_n = _ordered(past_length, 0, batch, capacity, splits, rows, LEAST)
-        total = tl.sum(b_n, 0)
-        for start in range(_SEQUENCES, batch, _SEQUENCES):
-            b_more, _ = _pieces(past_length, start + tl.arange(0, _SEQUENCES), batch, capacity, splits, rows, LEAST)
-            total += tl.sum(b_more, 0)
-    return total, b_first, b_n
+        whole = 0
+        for start in range(0, batch, _SEQUENCES):
+            b_n, b_each = _pieces(past_length, start, batch, capacity, splits, rows, LEAST)
+            whole += tl.sum(b_n * b_each, 0)
+        low = whole // programs * program + tl.minimum(whole % programs, program)
+        high = whole // programs * (program + 1) + tl.minimum(whole % programs, program + 1)
+        first, end, before = 0 * program, 0 * program, 0 * program
+        for start in range(0, batch, _SEQUENCES):
+            b_n, b_each = _pieces(past_length, start, batch, capacity, splits, rows, LEAST)
+            b_row = before + tl.cumsum(b_n * b_each, 0) - b_n * b_each
+            first += tl.sum(tl.minimum(tl.cdiv(tl.maximum(low - b_row, 0), b_each), b_n), 0)
+            end += tl.sum(tl.minimum(tl.cdiv(tl.maximum(high - b_row, 0), b_each), b_n), 0)
+            before += tl.sum(b_n * b_each, 0)
+    return first, end
 
 
 @triton.jit
-def locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """(sequence, split) of the item-th split that `pieces` counts. b_first, b_n: its other results."""
+def locate(item, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
+    """(sequence, split) of the item-th split that `portion` counts."""
     if every:
         i_b, i_split = item // splits, item % splits
     else:
-        its = (b_first <= item) & (item < b_first + b_n)
-        i_b = tl.sum(tl.where(its, tl.arange(0, _SEQUENCES), 0), 0)
-        i_split = item - tl.sum(tl.where(its, b_first, 0), 0)
-        before = tl.sum(b_n, 0)
-        start = _SEQUENCES  # on a line of its own: in a tuple, Triton 3.7's interpreter leaves it a constant, which cannot be added to a block
-        while (start < batch) & (before <= item):
-            b_begun, b_more = _ordered(past_length, start, batch, capacity, splits, rows, LEAST)
-            its = (before + b_begun <= item) & (item < before + b_begun + b_more)
-            i_b = tl.sum(tl.where(its, start + tl.arange(0, _SEQUENCES), 0), 0)
-            i_split = item - tl.sum(tl.where(its, before + b_begun, 0), 0)
-            before += tl.sum(b_more, 0)
-            start += _SEQUENCES
+        i_b, before, first = 0 * item, 0 * item, 0 * item
+        for start in range(0, batch, _SEQUENCES):
+            b_n, _ = _pieces(past_length, start, batch, capacity, splits, rows, LEAST)
+            b_end = before + tl.cumsum(b_n, 0)
+            i_b += tl.sum((b_end <= item).to(tl.int32), 0)
+            first = tl.maximum(first, tl.max(tl.where(b_end <= item, b_end, 0), 0))
+            before = tl.max(b_end, 0)
+        i_split = item - first
     return i_b, i_split
 
 
 @triton.jit
-def seat(program, programs, start):
-    """Which of the next `programs` splits, from the start-th on, a program takes: its own place the first time, and the place from the end ever after.
-
-    The longest splits come first: who had one takes the next as the last, and where there are not enough for all he is the one who goes without.
-    """
-    return tl.where(start == 0, program, programs - 1 - program)
+def tiles_of(split, last, each, length, BLOCK_R: tl.constexpr):
+    """Tiles of BLOCK_R rows in a sequence's splits from `split` on, `last` excluded; each begins with its split."""
+    return (last - 1 - split) * tl.cdiv(each, BLOCK_R) + tl.cdiv(tl.maximum(tl.minimum(last * each, length) - (last - 1) * each, 0), BLOCK_R)
 
 
 @triton.jit
@@ -117,12 +109,12 @@ def _sum(part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):
+def _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr):
     """`_sum` of CHUNK splits at a time, each place among them with a maximum and sums of its own until the end."""
     b_max = tl.full([CHUNK], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([CHUNK], dtype=tl.float32)
     b_acc = tl.zeros([CHUNK, BLOCK_D], dtype=tl.float32)
-    for start in range(0, used, CHUNK):
+    for start in tl.range(0, used, CHUNK, num_stages=STAGES):
         o_s = start + tl.arange(0, CHUNK)
         m_s = o_s < used
         o_part = o_first + o_s
@@ -140,17 +132,19 @@ def _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D: tl.constexpr, C
 
 
 @triton.jit
-def add_splits(part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr = 0, CHUNK: tl.constexpr = 0):
+def add_splits(
+    part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr = 0, CHUNK: tl.constexpr = 0, STAGES: tl.constexpr = 1
+):
     """Columns o_d of the softmax-weighted sum over `used` splits from o_first on, at most BLOCK_S, in an order that `used` alone decides.
 
-    part (.., width), stat (.., 2) = (maximum in log2 units, sum of weights), float32. CHUNK: splits that BLOCK_D columns' program reads at a time, 0 for
-    all of them, which is soonest done and holds so many registers that few programs run at once.
+    part (.., width), stat (.., 2) = (maximum in log2 units, sum of weights), float32. CHUNK: splits that a program of BLOCK_D columns reads at a time,
+    STAGES of them on their way; 0 for all at once, which is soonest done and holds so many registers that few programs run side by side.
     """
     FEW: tl.constexpr = BLOCK_S // 8
     if used <= FEW:  # a short sequence in a large cache
         b_acc = _sum(part, stat, o_first, used, width, o_d, m_d, FEW)
     elif CHUNK > 0:
-        b_acc = _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D, CHUNK)
+        b_acc = _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D, CHUNK, STAGES)
     else:
         b_acc = _sum(part, stat, o_first, used, width, o_d, m_d, BLOCK_S)
     return b_acc
