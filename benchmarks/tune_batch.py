@@ -254,9 +254,8 @@ def compile_all(workers: int, seconds: float) -> None:
     for _, change in (*COMBINED, *ATTENTIONS):
         jobs |= jobs_of(change)
     products = [product(n, t)[1] for n, tiles in PRODUCTS.items() for t in tiles]
-    products += [product(n, t, ("",))[1] for n, tiles in WIDE.items() for t in tiles]
     jobs |= {f"{name}{variant}": ({}, name, variant, False) for name, variant in single}
-    for change in (*(c for _, c in RAGGED), *products):
+    for change in (*products, *(c for _, c in RAGGED)):
         jobs |= jobs_of(change)
     done = []
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
