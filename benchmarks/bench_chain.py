@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from gpu import capture, copy_bandwidth, graph_ms
+from products import quantise
 from torch import Tensor
 
 from sessa_deploy.config import SessaConfig
-from sessa_deploy.contract import CACHE_FIELDS, cache_row_shape
+from sessa_deploy.contract import CACHE_FIELDS, WEIGHT_FORMATS, cache_row_shape
 from sessa_deploy.kernels.causal import step as causal
 from sessa_deploy.kernels.causal.prefill import prefill
 from sessa_deploy.kernels.engine import layer, mixer
@@ -32,14 +33,14 @@ from sessa_deploy.runtime import traffic
 HALF = torch.float16
 # name -> capacity, cached tokens of each sequence: those of compare.py after half of the steps it takes before it rewinds
 POINTS: dict[str, tuple[int, list[int]]] = {
-    "decode": (32768, [4128]), "small": (256, [160]), "ragged": (8192, [4128] + [160] * 31), "batch": (8192, [4128] * 32),
+    "decode": (32768, [4128]), "small": (256, [160]), "ragged": (8192, [4128] + [160] * 31), "batch": (8192, [4128] * 32), "short": (1024, [160] * 32),
 }  # fmt: skip
 
 
 class Chain:
-    """Weights of every layer and the head."""
+    """Weights of every layer and the head; weights: a format of contract.WEIGHT_FORMATS, "" for 16 bits."""
 
-    def __init__(self, config: SessaConfig, device: str = "cuda", separate: bool = False) -> None:
+    def __init__(self, config: SessaConfig, device: str = "cuda", separate: bool = False, weights: str = "") -> None:
         self.config, self.device, d = config, device, config.d_model
         self.separate = separate  # attentions and output projection as kernels of their own
 
@@ -55,6 +56,14 @@ class Chain:
             for _ in range(config.n_layers)
         ]  # fmt: skip
         self.last, self.head = (random(d), random(d)), random(config.vocab_size, d, scale=scale)
+        self.head_scale: Tensor | None = None
+        if weights:
+            self.head, self.head_scale = quantise(self.head, weights)
+            for w in self.layers:
+                w["project"], w["project_scale"] = quantise(w["project"], weights)
+                for name in ("enter", "out", "tail"):
+                    matrix, w[f"{name}_scale"] = quantise(w[name][0], weights)
+                    w[name] = (matrix, w[name][1])
 
     def step(self, x: Tensor, length: Tensor, caches: list[list[Tensor]], early: int = 0) -> Tensor:
         """Logits of one token a sequence, x (B,D). early: rows of a batch for which kernels may start before their predecessors end; 0: none does."""
@@ -62,17 +71,17 @@ class Chain:
         heads = (rows, 1, config.n_heads, config.head_dim)
         cos, sin = (t.view(rows, -1) for t in layer.rotary(length, self.limbs, 1, early))
         for w, (k_f, v_f, k_b, s_b) in zip(self.layers, caches, strict=True):
-            h = layer.norm_enter(x, *w["norm"], config.layer_norm_eps, *w["enter"], early)
-            q, k, v, q_b, k_new, gamma = layer.project_gain(h, w["project"], w["biases"], cos, sin, *w["gamma"], config.gamma_max, early)
+            h = layer.norm_enter(x, *w["norm"], config.layer_norm_eps, *w["enter"], early, w.get("enter_scale"))
+            q, k, v, q_b, k_new, gamma = layer.project_gain(h, w["project"], w["biases"], cos, sin, *w["gamma"], config.gamma_max, early, w.get("project_scale"))
             if self.separate:
                 o = causal.step(q.view(heads), k.view(heads), v.view(heads), k_f, v_f, length, early)
-                f = layer.linear(o.view(x.shape), *w["out"], early)
+                f = layer.linear(o.view(x.shape), *w["out"], early, w.get("out_scale"))
                 s = feedback.step(q_b[:, None], k_new[:, None], gamma[:, None], f[:, None], k_b, s_b, length, early)
             else:
                 q, k, v = (t.view(rows, config.n_heads, config.head_dim) for t in (q, k, v))
-                s = mixer.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, k_b, s_b, length, early, behind=True)
-            x = layer.tail(s.view(x.shape), h, *w["tail"], x, early)
-        return layer.linear(layer.norm(x, *self.last, config.layer_norm_eps, early), self.head, None, early)
+                s = mixer.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, k_b, s_b, length, early, w.get("out_scale"), behind=True)
+            x = layer.tail(s.view(x.shape), h, *w["tail"], x, early, w.get("tail_scale"))
+        return layer.linear(layer.norm(x, *self.last, config.layer_norm_eps, early), self.head, None, early, self.head_scale)
 
     def chunk(self, x: Tensor, length: Tensor, caches: list[list[Tensor]]) -> Tensor:
         """Logits behind the last of T new tokens of each sequence, x (B T,D), as a prefill takes them: T beyond a step of several rows."""
@@ -142,12 +151,13 @@ def main() -> None:
     parser.add_argument("--points", nargs="+", choices=list(POINTS), default=list(POINTS))
     for name, value in (("--width", 1024), ("--layers", 24), ("--heads", 16), ("--vocabulary", 50304)):
         parser.add_argument(name, type=int, default=value)
+    parser.add_argument("--weights", default="", choices=tuple(WEIGHT_FORMATS), help="of 8 bits in place of 16")
     parser.add_argument("--plain", action="store_true", help="let no kernel start early")
     parser.add_argument("--separate", action="store_true", help="attentions and output projection as kernels of their own, as where there is no SessaMixer")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     config = SessaConfig(d_model=args.width, n_layers=args.layers, n_heads=args.heads, vocab_size=args.vocabulary)
-    chain, results, copy = Chain(config, separate=args.separate), [], copy_bandwidth()
+    chain, results, copy = Chain(config, separate=args.separate, weights=args.weights), [], copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy bandwidth {copy:.0f} GB/s", flush=True)
     for name in args.points:
         row = measure(chain, name, copy, args.plain)

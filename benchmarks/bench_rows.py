@@ -122,7 +122,7 @@ def chain_jobs(models: list[str], rows: list[int]) -> list[tuple[str, str, Optio
     for name, count in itertools.product(models, rows):
         width, heads = MODELS[name]
         variant = product_variant(count)
-        mixers = [("mixer_step_partial", mixer_variant(width, width // heads, 1)), ("mixer_step_combine", "any"), ("layer_out", variant)]
+        mixers = [("mixer_step_partial", mixer_variant(width, width // heads, 1)), ("mixer_step_combine", "1"), ("layer_out", variant)]
         if count > 1:
             mixers = [("mixer_rows_partial", mixer_rows_variant(width, width // heads)), ("mixer_rows_combine", "any"), ("mixer_rows_out", "any")]
         around = [("layer_norm", table.width_variant("layer_norm", width)), ("layer_enter", variant)] if count > 1 else [

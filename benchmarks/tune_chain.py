@@ -25,12 +25,13 @@ from gpu import capture, copy_bandwidth, event_ms
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.kernels.engine import layer, mixer
 from sessa_deploy.kernels.launch import jit, table
+from sessa_deploy.kernels.launch.spec import QUANTISED
 from sessa_deploy.runtime import traffic
 
 BEGUN = time.perf_counter()
-# "kernel:variant" -> tiles; "rows:kernel" -> early_rows; "carve:kernel" -> percent
+# "kernel:variant" -> tiles, "kernel:variant.i8" those of 8-bit weights (spec.QUANTISED); "rows:kernel" -> early_rows; "carve:kernel" -> percent
 Change = dict[str, Any]
-STEP, COMBINE = "mixer_step_partial:1024.64", "mixer_step_combine:any"
+STEP, COMBINE, COMBINE_ANY = "mixer_step_partial:1024.64", "mixer_step_combine:1", "mixer_step_combine:any"
 _early = table.early
 _rows: dict[str, int] = {}
 _original: dict[Any, Any] = {}
@@ -38,6 +39,12 @@ _original: dict[Any, Any] = {}
 
 def _changed_early(name: str, arch: int, dtype: str, variant: str) -> int:
     return _rows.get(name, _early(name, arch, dtype, variant))
+
+
+def of_weights(name: str) -> tuple[str, str]:
+    """(dtype, variant) of the tables for a change's variant, which says what kind of weights it is for."""
+    kind = next((k for k in QUANTISED if name.endswith(k)), "")
+    return "fp16" + kind, name.removesuffix(kind)
 
 
 def apply(change: Change) -> None:
@@ -53,14 +60,14 @@ def apply(change: Change) -> None:
         if kind == "rows":
             _rows[name] = value
         elif kind != "carve":
-            at = (kind, 90, "fp16", name)
+            at = (kind, 90, *of_weights(name))
             entries[at] = {**entries[at], **value}
     jit.pinned.cache_clear()
 
 
 def merged(base: Change, change: Change) -> Change:
     """Both; a kernel's tiles are those of `change`, but for the combination, whose splits belong to another kernel's."""
-    return {**base, **{k: {**base.get(k, {}), **v} if k == COMBINE else v for k, v in change.items()}}
+    return {**base, **{k: {**base.get(k, {}), **v} if k in (COMBINE, COMBINE_ANY) else v for k, v in change.items()}}
 
 
 def compile_one(job: tuple[Change, str, str]) -> str:
@@ -70,8 +77,10 @@ def compile_one(job: tuple[Change, str, str]) -> str:
         apply(change)
         device = torch.device("cuda", 0)
         fn = next(getattr(m, name) for m in (layer, mixer) if hasattr(m, name))
-        options = jit.pinned((name,), device, torch.float16, variant, _changed_early(name, 90, "fp16", variant))[name]
-        jit.launcher(fn, device, torch.float16, options)
+        dtype, variant = of_weights(variant)
+        weights = dtype.removeprefix("fp16")
+        options = jit.pinned((name,), device, torch.float16, variant, _changed_early(name, 90, dtype, variant), weights)[name]
+        jit.launcher(fn, device, torch.float16, options, weights)
     except Exception as error:
         return f"{name} {change}: {str(error)[-300:]}"
     return ""
@@ -267,8 +276,8 @@ RAGGED: list[tuple[str, Change]] = [
     ("splits of 32 and 16 rows, stages 5, 3", {STEP: {"TILES_F": 16, "TILES_B": 4, "STAGES_B": 3}}),
     ("stages 5, 3", {STEP: {"STAGES_B": 3}}),
     ("stages 8, 2", {STEP: {"STAGES_F": 8}}),
-    ("combine: 2 warps", {COMBINE: {"num_warps": 2}}),
-    ("combine: 16 columns, 2 warps", {COMBINE: {"BLOCK_D": 16, "num_warps": 2}}),
+    *((f"combine: {d} columns, {c} splits, {w} warps", {COMBINE_ANY: {"BLOCK_D": d, "CHUNK": c, "num_warps": w}})
+      for d, c, w in ((32, 0, 4), (32, 32, 4), (64, 16, 4), (128, 16, 4), (64, 32, 2))),
     carves({"layer_project_gain": 100}),
     carves({"layer_project_gain": 100, "mixer_step_partial": 100}),
     carves({"": 100}),

@@ -22,7 +22,7 @@ struct Step final : Plan
     {
         char const* dtype = dtypeName(p.storage);
         partial = findCubin("mixer_step_partial", arch, dtype, variant(p).c_str());
-        combine = findCubin("mixer_step_combine", arch, dtype, "any");
+        combine = findCubin("mixer_step_combine", arch, dtype, p.batch == 1 ? "1" : "any"); // engine/spec.py, combine_variant
         return partial != nullptr && combine != nullptr && out.find("layer_out", arch, p, p.batch);
     }
 

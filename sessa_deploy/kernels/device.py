@@ -53,56 +53,60 @@ def splits_used(length, splits, rows):
 
 
 @triton.jit
-def _pieces(past_length, o_b, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """Splits of sequences o_b that have work, LEAST at least; 0 from `batch` on."""
+def _pieces(past_length, start, batch, capacity, splits, rows, LEAST: tl.constexpr):
+    """(splits with work of _SEQUENCES sequences from `start` on, LEAST at least; 0 from `batch` on, rows of each)."""
+    o_b = start + tl.arange(0, _SEQUENCES)
     b_length = tl.minimum(tl.load(past_length + o_b, mask=o_b < batch, other=0), capacity)
-    b_n = tl.maximum(splits_used(b_length, splits, rows), LEAST)
-    return tl.where(o_b < batch, b_n, 0)
+    b_each = rows_each(b_length, splits, rows)
+    return tl.where(o_b < batch, tl.maximum(tl.cdiv(b_length, b_each), LEAST), 0), b_each
 
 
 @triton.jit
-def pieces(every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """(how many splits of the batch the programs share, for each of the first sequences how many of these end with it).
+def portion(program, programs, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
+    """(first, end): which splits, counted sequence by sequence, one of `programs` programs takes.
 
-    With `every`, where each split has a program of its own, all of them, and zeros; else those that have work.
+    With `every`, where each split has a program of its own, all are counted; else those that have work, and their rows are dealt out evenly: a program's
+    splits are neighbours, which it reads as one stream, and it takes those that begin within its share of the rows.
     """
-    total = batch * splits
-    b_end = tl.zeros([_SEQUENCES], dtype=tl.int32)
+    first, end = program, program + 1
     if not every:
-        b_end = tl.cumsum(_pieces(past_length, tl.arange(0, _SEQUENCES), batch, capacity, splits, rows, LEAST), 0)
-        total = tl.max(b_end, 0)
-        for start in range(_SEQUENCES, batch, _SEQUENCES):
-            total += tl.sum(_pieces(past_length, start + tl.arange(0, _SEQUENCES), batch, capacity, splits, rows, LEAST), 0)
-    return total, b_end
+        whole = 0
+        for start in range(0, batch, _SEQUENCES):
+            b_n, b_each = _pieces(past_length, start, batch, capacity, splits, rows, LEAST)
+            whole += tl.sum(b_n * b_each, 0)
+        low = whole // programs * program + tl.minimum(whole % programs, program)
+        high = whole // programs * (program + 1) + tl.minimum(whole % programs, program + 1)
+        first, end, before = 0 * program, 0 * program, 0 * program
+        for start in range(0, batch, _SEQUENCES):
+            b_n, b_each = _pieces(past_length, start, batch, capacity, splits, rows, LEAST)
+            b_row = before + tl.cumsum(b_n * b_each, 0) - b_n * b_each
+            first += tl.sum(tl.minimum(tl.cdiv(tl.maximum(low - b_row, 0), b_each), b_n), 0)
+            end += tl.sum(tl.minimum(tl.cdiv(tl.maximum(high - b_row, 0), b_each), b_n), 0)
+            before += tl.sum(b_n * b_each, 0)
+    return first, end
 
 
 @triton.jit
-def locate(item, b_end, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """(sequence, split) of the item-th split that `pieces` counts, sequence by sequence. b_end: its second result."""
+def locate(item, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
+    """(sequence, split) of the item-th split that `portion` counts."""
     if every:
         i_b, i_split = item // splits, item % splits
     else:
-        i_b = tl.sum((b_end <= item).to(tl.int32), 0)
-        first = tl.max(tl.where(b_end <= item, b_end, 0), 0)
-        end = tl.max(b_end, 0)
-        start = _SEQUENCES  # on a line of its own: in a tuple, Triton 3.7's interpreter leaves it a constant, which cannot be added to a block
-        while (start < batch) & (end <= item):
-            b_more = end + tl.cumsum(_pieces(past_length, start + tl.arange(0, _SEQUENCES), batch, capacity, splits, rows, LEAST), 0)
-            i_b += tl.sum((b_more <= item).to(tl.int32), 0)
-            first = tl.maximum(first, tl.max(tl.where(b_more <= item, b_more, 0), 0))
-            end = tl.max(b_more, 0)
-            start += _SEQUENCES
+        i_b, before, first = 0 * item, 0 * item, 0 * item
+        for start in range(0, batch, _SEQUENCES):
+            b_n, _ = _pieces(past_length, start, batch, capacity, splits, rows, LEAST)
+            b_end = before + tl.cumsum(b_n, 0)
+            i_b += tl.sum((b_end <= item).to(tl.int32), 0)
+            first = tl.maximum(first, tl.max(tl.where(b_end <= item, b_end, 0), 0))
+            before = tl.max(b_end, 0)
         i_split = item - first
     return i_b, i_split
 
 
 @triton.jit
-def seat(program, programs, turn):
-    """Which of the next `programs` splits a program takes: its own place, and on every other turn (1) the place from the end.
-
-    Where the long sequences come first, the same low-numbered programs would else get the longer split on every turn.
-    """
-    return program + turn * (programs - 1 - 2 * program)
+def tiles_of(split, last, each, length, BLOCK_R: tl.constexpr):
+    """Tiles of BLOCK_R rows in a sequence's splits from `split` on, `last` excluded; each begins with its split."""
+    return (last - 1 - split) * tl.cdiv(each, BLOCK_R) + tl.cdiv(tl.maximum(tl.minimum(last * each, length) - (last - 1) * each, 0), BLOCK_R)
 
 
 @triton.jit
@@ -118,14 +122,42 @@ def _sum(part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def add_splits(part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr):
+def _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr):
+    """`_sum` of CHUNK splits at a time, each place among them with a maximum and sums of its own until the end."""
+    b_max = tl.full([CHUNK], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([CHUNK], dtype=tl.float32)
+    b_acc = tl.zeros([CHUNK, BLOCK_D], dtype=tl.float32)
+    for start in tl.range(0, used, CHUNK, num_stages=STAGES):
+        o_s = start + tl.arange(0, CHUNK)
+        m_s = o_s < used
+        o_part = o_first + o_s
+        b_part = tl.load(part + o_part[:, None] * width + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
+        b_top = tl.load(stat + o_part * 2, mask=m_s, other=float("-inf"))
+        b_its = tl.load(stat + o_part * 2 + 1, mask=m_s, other=0.0)
+        b_new = tl.maximum(b_max, b_top)
+        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # a place that has seen no split yet
+        b_w, b_fade = tl.exp2(b_top - b_base), tl.exp2(b_max - b_base)
+        b_sum = b_sum * b_fade + b_its * b_w
+        b_acc = b_acc * b_fade[:, None] + b_part * b_w[:, None]
+        b_max = b_new
+    b_last = tl.where(b_max == float("-inf"), 0.0, tl.exp2(b_max - tl.max(b_max, 0)))
+    return tl.sum(b_acc * b_last[:, None], 0) / tl.sum(b_sum * b_last, 0)
+
+
+@triton.jit
+def add_splits(
+    part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr = 0, CHUNK: tl.constexpr = 0, STAGES: tl.constexpr = 1
+):
     """Columns o_d of the softmax-weighted sum over `used` splits from o_first on, at most BLOCK_S, in an order that `used` alone decides.
 
-    part (.., width), stat (.., 2) = (maximum in log2 units, sum of weights), float32.
+    part (.., width), stat (.., 2) = (maximum in log2 units, sum of weights), float32. CHUNK: splits that a program of BLOCK_D columns reads at a time,
+    STAGES of them on their way; 0 for all at once, which is soonest done and holds so many registers that few programs run side by side.
     """
     FEW: tl.constexpr = BLOCK_S // 8
     if used <= FEW:  # a short sequence in a large cache
         b_acc = _sum(part, stat, o_first, used, width, o_d, m_d, FEW)
+    elif CHUNK > 0:
+        b_acc = _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D, CHUNK, STAGES)
     else:
         b_acc = _sum(part, stat, o_first, used, width, o_d, m_d, BLOCK_S)
     return b_acc

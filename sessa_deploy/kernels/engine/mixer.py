@@ -16,7 +16,7 @@ from torch import Tensor
 from sessa_deploy.kernels.causal.step import share as share_causal
 from sessa_deploy.kernels.device import add_splits, begin, splits_used
 from sessa_deploy.kernels.engine.layer import out_add
-from sessa_deploy.kernels.engine.spec import mixer_variant
+from sessa_deploy.kernels.engine.spec import combine_variant, mixer_variant
 from sessa_deploy.kernels.feedback.step import share as share_feedback
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, launcher, pinned, workspace
@@ -61,11 +61,11 @@ def mixer_step_partial(
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_step_combine"))
 def mixer_step_combine(
     part_f, stat_f, part_b, stat_b, past_length, gamma, o, add, capacity, splits_f, rows_f, splits_b, rows_b, heads, units, width,
-    BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False,
+    BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (Hq * ceil(d / BLOCK_D) + ceil(D / BLOCK_D), B): o (B,Hq,d), and add (B,D) float32 = gamma times feedback attention's sum, 0 without a past.
 
-    heads = Hq. rows_f, rows_b: what a split takes at least. BLOCK_F, BLOCK_B cover every split.
+    heads = Hq. rows_f, rows_b: what a split takes at least. BLOCK_F, BLOCK_B cover every split; CHUNK, STAGES: see `add_splits`.
     """
     begin(PDL)
     i_b = tl.program_id(1).to(tl.int64)
@@ -78,14 +78,14 @@ def mixer_step_combine(
         o_d = (program % parts) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_d = o_d < head
         used = tl.maximum(splits_used(length, splits_f, rows_f), 1)
-        b_o = add_splits(part_f, stat_f, i_q * splits_f, used, head, o_d, m_d, BLOCK_F)
+        b_o = add_splits(part_f, stat_f, i_q * splits_f, used, head, o_d, m_d, BLOCK_F, BLOCK_D, CHUNK, STAGES)
         tl.store(o + i_q * head + o_d, b_o.to(o.dtype.element_ty), mask=m_d)
     else:
         o_d = (program - heads * parts) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_d = o_d < width
         b_gamma = tl.load(gamma + i_b)
         used = splits_used(length, splits_b, rows_b)
-        b_add = b_gamma * add_splits(part_b, stat_b, i_b * splits_b, used, width, o_d, m_d, BLOCK_B)
+        b_add = b_gamma * add_splits(part_b, stat_b, i_b * splits_b, used, width, o_d, m_d, BLOCK_B, BLOCK_D, CHUNK, STAGES)
         tl.store(add + i_b * width + o_d, tl.where(length > 0, b_add, 0.0), mask=m_d)
 
 
@@ -104,7 +104,7 @@ def step(
     heads, capacity, width, device, dtype = k.shape[1], past_k.shape[1], q_b.shape[1], q.device, q.dtype
     group, units = q_heads // heads, head // HEAD_MULTIPLE
     partial = pinned(("mixer_step_partial",), device, dtype, mixer_variant(width, head, group), early if behind else 0)["mixer_step_partial"]
-    combine = pinned(("mixer_step_combine",), device, dtype, "any", early)["mixer_step_combine"]
+    combine = pinned(("mixer_step_combine",), device, dtype, combine_variant(batch), early)["mixer_step_combine"]
     rows_f, rows_b = partial["ROWS_F"] * partial["TILES_F"], partial["ROWS_B"] * partial["TILES_B"]
     splits_f = step_splits(capacity, rows_f, combine["BLOCK_F"])
     splits_b = step_splits(capacity, rows_b, combine["BLOCK_B"])

@@ -60,6 +60,7 @@ _LAYERS = (
 )  # fmt: skip
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
+_COMBINES = ("1", "any")
 _FLOATS = pointers("part_f", "stat_f", "part_b", "stat_b", type="*fp32")
 
 _MIXERS = (
@@ -72,7 +73,7 @@ _MIXERS = (
     Kernel("mixer_step_combine", _MIXER,
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
             *integers("capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
-           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "PDL"), _ANY, dtypes=_HALF, scalar_loads=20, early=_ANY, early_rows=64),
+           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "STAGES", "PDL"), _COMBINES, dtypes=_HALF, scalar_loads=20, early=_COMBINES, early_rows=64),
 )  # fmt: skip
 
 _ROWS = "sessa_deploy.kernels.engine.mixer_rows"
@@ -134,6 +135,11 @@ def mixer_variant(width: int, head: int, group: int) -> str:
     if not padded or head > MIXER_HEADS[-1]:
         raise ValueError(f"the mixer has no kernel for D = {width} and heads of {head}; the largest are {MIXER_WIDTHS[-1]} and {MIXER_HEADS[-1]}")
     return f"{padded}.{head_variant(head, group)}"
+
+
+def combine_variant(batch: int) -> str:
+    """The variant of mixer_step_combine: that of one sequence has few programs, each of which is to end soon."""
+    return _COMBINES[0] if batch == 1 else _COMBINES[1]
 
 
 def mixer_rows_variant(width: int, head: int) -> str:
