@@ -62,7 +62,7 @@ def layer_linear(
 ):  # fmt: skip
     """Grid (tiles,): out (rows, columns) = x weight^T + bias."""
     row, column, m_m, m_n = tile_of(rows, columns, BM, BN)
-    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
@@ -75,7 +75,7 @@ def layer_norm_enter(x, norm_weight, norm_bias, weight, scale, bias, out, depth,
     column = (tl.program_id(0) * BN).to(tl.int64)
     o_k = tl.arange(0, BK)
     m_n, m_k = tl.arange(0, BN) < 2 * depth - tl.program_id(0) * BN, o_k < depth
-    b_w = ahead(weight + column * depth, m_n, depth, 1, BN, BK, 1)
+    b_w = ahead(weight + column * depth, m_n, depth, 1, BN, BK, 1, 1)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
     b_gain, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
     begin(PDL)
@@ -94,7 +94,7 @@ def layer_enter(
     i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(2 * depth, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < 2 * depth - i_n * BN
-    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
@@ -109,7 +109,7 @@ def layer_logits(
 ):  # fmt: skip
     """Grid (tiles,): out (rows, columns) float32 = x weight^T, not rounded."""
     row, column, m_m, m_n = tile_of(rows, columns, BM, BN)
-    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale = scale_of(scale, weight, column, m_n, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
@@ -137,7 +137,7 @@ def _square(
     """
     row, column, m_m, m_n = tile_of(rows, depth, BM, BN)
     o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
-    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
     begin(PDL)
     if BM * BN <= HELD:
@@ -237,7 +237,7 @@ def _project_tile(
         out, bias, width, above, i_n = k, bias_k, kv_width, depth, i_n - n_q
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < width - i_n * BN
-    b_w = ahead(weight + (above + column) * depth, m_n, depth, BM, BN, BK, AHEAD)
+    b_w = ahead(weight + (above + column) * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, above + column, m_n, BN), bias_of(bias + column, m_n, BN)
     begin(PDL)
     if BM * BN <= HELD:

@@ -19,7 +19,7 @@ from sessa_deploy.kernels.causal.step_rows import combined
 from sessa_deploy.kernels.causal.step_rows import piece as piece_causal
 from sessa_deploy.kernels.device import begin
 from sessa_deploy.kernels.device_rows import ROWS
-from sessa_deploy.kernels.engine.product import bias_of, product, with_bias
+from sessa_deploy.kernels.engine.product import ahead, bias_of, product, with_bias
 from sessa_deploy.kernels.engine.spec import mixer_rows_variant
 from sessa_deploy.kernels.feedback.step_rows import added, invert, solved
 from sessa_deploy.kernels.feedback.step_rows import piece as piece_feedback
@@ -41,20 +41,24 @@ def mixer_rows_partial(
     The first programs_f = (1 + splits_f) * ceil(Hq / HEADS_F) compute causal attention's pieces, the others feedback attention's; *_F of causal attention,
     *_B of feedback attention, as in their `piece`.
     """
-    begin(PDL)
+    LATE: tl.constexpr = PDL == 2
+    if not LATE:
+        begin(PDL)
     program = tl.program_id(0)
     i_b = tl.program_id(1).to(tl.int64)
     if program < programs_f:
         row = heads * units
         piece_causal(
             program, q, k, v, past_k, past_v, past_length, part_f, stat_f, capacity.to(tl.int64) * row, row, capacity.to(tl.int64) * row, row,
-            i_b, tokens, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, LANES_F, STAGES_F,
+            i_b, tokens, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, LANES_F, STAGES_F, LATE,
         )  # fmt: skip
     else:
         piece_feedback(
             program - programs_f, q_b, k_b, past_kb, past_s, past_length, part_b, stat_b, scores, capacity.to(tl.int64) * width, width,
-            capacity.to(tl.int64) * width, width, i_b, tokens, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B,
+            capacity.to(tl.int64) * width, width, i_b, tokens, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, LATE,
         )  # fmt: skip
+    if LATE:
+        begin(True)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_rows_combine"))
@@ -94,13 +98,14 @@ def mixer_rows_combine(
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_rows_out"))
 def mixer_rows_out(
-    x, weight, bias, add, inverse, out, tokens, depth, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr = False,
+    x, weight, bias, add, inverse, out, tokens, depth, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (ceil(D / BN), B): out (B,T,D) = inverse (B,ROWS,ROWS) times ((x weight^T + bias), rounded, + add (B,T,D) float32)."""
     i_b, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BN
     o_t, o_n = tl.arange(0, ROWS), tl.arange(0, BN)
     m_t, m_n = o_t < tokens, o_n < depth - first
     column = first.to(tl.int64)
+    b_w = ahead(weight + column * depth, m_n, depth, ROWS, BN, BK, KS, AHEAD)
     b_bias = bias_of(bias + column, m_n, BN)
     begin(PDL)
     o_y = (i_b * tokens + o_t)[:, None] * depth + (column + o_n)[None, :]
@@ -108,7 +113,7 @@ def mixer_rows_out(
     b_add = tl.load(add + o_y, mask=m_y, other=0.0)
     b_inverse = tl.load(inverse + i_b * ROWS * ROWS + o_t[:, None] * ROWS + o_t[None, :])
     p_x = x + i_b * tokens * depth
-    b_y = product(p_x, p_x, weight + column * depth, 0.0, m_t, m_n, depth, depth, depth, False, ROWS, BN, BK, KS, 0)
+    b_y = product(p_x, p_x, weight + column * depth, b_w, m_t, m_n, depth, depth, depth, False, ROWS, BN, BK, KS, AHEAD)
     b_f = with_bias(b_y, b_bias).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + o_y, solved(b_inverse, b_f + b_add, o_t).to(out.dtype.element_ty), mask=m_y)
 

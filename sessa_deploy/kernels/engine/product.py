@@ -108,18 +108,62 @@ def wide(b_w, kind: tl.constexpr):
 
 
 @triton.jit
-def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr):
-    """The first AHEAD * BK columns of one row's tile of weights; called before `begin`, so that they are here when the row is.
-
-    Not for more rows: their tiles go through shared memory, and reading them ahead was slower.
-    """
-    tl.static_assert((AHEAD == 0) | (BM == 1), "weights ahead are for one row")
-    if AHEAD > 0:
+def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr):
+    """The first AHEAD * BK columns of a tile's weights; called before `begin`, so that they are here when the rows are. Of several rows as `_piece`."""
+    if AHEAD == 0:
+        b_w = 0.0
+    elif BM == 1:
         o_k = tl.arange(0, AHEAD * BK)
         b_w = tl.load(weight + tl.arange(0, BN)[:, None] * depth + o_k[None, :], mask=m_n[:, None] & (o_k < depth)[None, :], other=0.0)
     else:
-        b_w = 0.0
+        tl.static_assert(AHEAD == 1, "of several rows' weights one step comes ahead")
+        b_w = _piece(weight, m_n, depth, 0, depth, BN, BK, KS)
     return b_w
+
+
+@triton.jit
+def _piece(x, m_r, row, start, depth, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """Columns [start, start + BK) of R rows of x as (4, 8, KS, R / 8, BK / (32 KS), 8).
+
+    The first three axes are a lane's and a warp's number, so that a thread reads 16 bytes at a time and holds what its matrix instructions take (`_left`):
+    nothing goes through shared memory.
+    """
+    o_k = tl.arange(0, BK // (32 * KS))[None, None, None, None, :, None] * KS + tl.arange(0, KS)[None, None, :, None, None, None]
+    o_k = (o_k * 4 + tl.arange(0, 4)[:, None, None, None, None, None]) * 8 + tl.arange(0, 8)[None, None, None, None, None, :]
+    o_r = tl.arange(0, R // 8)[None, None, None, :, None, None] * 8 + tl.arange(0, 8)[None, :, None, None, None, None]
+    m_r = tl.reshape(tl.trans(tl.reshape(m_r, [R // 8, 8])), [1, 8, 1, R // 8, 1, 1])
+    return tl.load(x + o_r * row + (start + o_k), mask=m_r & (o_k < depth - start), other=0.0)
+
+
+@triton.jit
+def _left(b_x, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """A `_piece` as the left operand of KS products, (KS,R,BK / KS). Columns change places in each 32 as they do in `_right`: their sum is the same."""
+    b_x = tl.permute(tl.reshape(b_x, [4, 8, KS, R // 8, BK // (32 * KS), 2, 2, 2]), [2, 3, 1, 4, 5, 6, 0, 7])
+    return tl.reshape(b_x, [KS, R, BK // KS])
+
+
+@triton.jit
+def _right(b_w, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """A `_piece` as the right operand, (KS,BK / KS,R)."""
+    b_w = tl.permute(tl.reshape(b_w, [4, 8, KS, R // 8, BK // (32 * KS), 2, 2, 2]), [2, 4, 5, 6, 0, 7, 3, 1])
+    return tl.reshape(b_w, [KS, BK // KS, R])
+
+
+@triton.jit
+def _piece_product(
+    x, gate, weight, b_w, m_m, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
+):
+    """`product` of several rows whose weights came ahead."""
+    b_acc = tl.zeros([KS, BM, BN], dtype=tl.float32)
+    for start in tl.range(0, depth, BK, num_stages=1):
+        if start > 0:
+            b_w = _piece(weight, m_n, depth, start, depth, BN, BK, KS)
+        b_x = _piece(x, m_m, row, start, depth, BM, BK, KS)
+        if GATED:
+            b_g = _piece(gate, m_m, gate_row, start, depth, BM, BK, KS)
+            b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
+        b_acc = tl.dot(_left(b_x, BM, BK, KS), _right(wide(b_w, b_x.dtype), BN, BK, KS), b_acc, input_precision="ieee")
+    return tl.sum(b_acc, 0)
 
 
 @triton.jit
@@ -158,6 +202,8 @@ def product(
     """
     if BM == 1:
         b_acc = _row_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, AHEAD)
+    elif AHEAD > 0:
+        b_acc = _piece_product(x, gate, weight, b_w, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS)
     else:
         b_acc = _tile_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS)
     return b_acc

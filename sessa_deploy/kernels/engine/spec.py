@@ -92,7 +92,7 @@ _MIXER_ROWS = (
            ("BLOCK_F", "BLOCK_B", "NF", "NB", "DF", "DB", "PDL"), _ANY, dtypes=_HALF, scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
     Kernel("mixer_rows_out", _ROWS,
            (*pointers("x", "weight", "bias"), *pointers("add", "inverse", type="*fp32"), *pointers("out"), *integers("tokens"), Param("depth", "i32", True)),
-           ("BN", "BK", "KS", "PDL"), _ANY, dtypes=_HALF, scalar_loads=32, early=_ANY, early_rows=_EARLY_ROWS),
+           ("BN", "BK", "KS", "AHEAD", "PDL"), _ANY, dtypes=_HALF, scalar_loads=32, early=_ANY, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
 _LENGTHS = (Param("past_length", "*i32"), Param("new_length", "*i32"))
