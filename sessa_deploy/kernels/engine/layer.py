@@ -65,7 +65,7 @@ def layer_linear(
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
     begin(PDL)
-    b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
     put(out + row * columns + column, with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias), m_m, m_n, columns, BM, BN)
 
 
@@ -97,7 +97,7 @@ def layer_enter(
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BN)
     begin(PDL)
-    b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
     b_y = half_gelu(with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias), i_n * BN, depth, out.dtype.element_ty, BN)
     put(out + row * (2 * depth) + column, b_y, m_m, m_n, 2 * depth, BM, BN)
 
@@ -112,7 +112,7 @@ def layer_logits(
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale = scale_of(scale, weight, column, m_n, BN)
     begin(PDL)
-    b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
     put(out + row * columns + column, scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), m_m, m_n, columns, BM, BN)
 
 
@@ -143,7 +143,8 @@ def _square(
     if BM * BN <= HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
     b_y = product(
-        x + row * depth, h + row * (2 * depth) + depth, weight + column * depth, b_w, m_m, m_n, depth, depth, 2 * depth, GATED, BM, BN, BK, KS, AHEAD
+        x + row * depth, h + row * (2 * depth) + depth, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n,
+        depth, depth, 2 * depth, GATED, BM, BN, BK, KS, AHEAD,
     )  # fmt: skip
     if BM * BN > HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
@@ -242,7 +243,7 @@ def _project_tile(
     begin(PDL)
     if BM * BN <= HELD:
         b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m & turns, i_n * BN, pairs, BM, BN)
-    b_y = product(a + row * a_row, a, weight + (above + column) * depth, b_w, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(a + row * a_row, a, weight + (above + column) * depth, b_w, rows - i_m * BM, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS, AHEAD)
     b_y = with_bias(scaled(b_y, b_scale, scale, weight, above + column, m_n, BM, BN), b_bias)
     if turns:
         if BM * BN > HELD:

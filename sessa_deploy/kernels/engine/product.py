@@ -123,7 +123,7 @@ def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
 
 @triton.jit
 def _piece(x, m_r, row, start, depth, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """Columns [start, start + BK) of R rows of x as (4, 8, KS, R / 8, BK / (32 KS), 8).
+    """Columns [start, start + BK) of R rows of x as (4, 8, KS, R / 8, BK / (32 KS), 8); m_r: which rows there are.
 
     The first three axes are a lane's and a warp's number, so that a thread reads 16 bytes at a time and holds what its matrix instructions take (`_left`):
     nothing goes through shared memory.
@@ -151,19 +151,44 @@ def _right(b_w, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
 
 @triton.jit
 def _piece_product(
-    x, gate, weight, b_w, m_m, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
+    x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
 ):
-    """`product` of several rows whose weights came ahead."""
-    b_acc = tl.zeros([KS, BM, BN], dtype=tl.float32)
-    for start in tl.range(0, depth, BK, num_stages=1):
-        if start > 0:
-            b_w = _piece(weight, m_n, depth, start, depth, BN, BK, KS)
-        b_x = _piece(x, m_m, row, start, depth, BM, BK, KS)
-        if GATED:
-            b_g = _piece(gate, m_m, gate_row, start, depth, BM, BK, KS)
-            b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
-        b_acc = tl.dot(_left(b_x, BM, BK, KS), _right(wide(b_w, b_x.dtype), BN, BK, KS), b_acc, input_precision="ieee")
-    return tl.sum(b_acc, 0)
+    """`product` of up to 16 rows whose weights came ahead; 8 at a time, which are the short side of a matrix instruction."""
+    b_low, b_high = tl.zeros([KS, BN, 8], dtype=tl.float32), tl.zeros([KS, BN, 8], dtype=tl.float32)
+    b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, 0, GATED, BN, BK, KS)
+    for start in tl.range(BK, depth, BK, num_stages=1):
+        b_w = _piece(weight, m_n, depth, start, depth, BN, BK, KS)
+        b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start, GATED, BN, BK, KS)
+    return sixteen(tl.sum(b_low, 0), tl.sum(b_high, 0), BN)
+
+
+@triton.jit
+def _add(
+    b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
+):
+    """Adds columns [start, start + BK) to both sums (KS,BN,8), each of 8 rows; the second where there are any."""
+    b_a = _left(wide(b_w, x.dtype.element_ty), BN, BK, KS)
+    b_low = tl.dot(b_a, _eight(x, gate, 0, rows, row, gate_row, start, depth, GATED, BK, KS), b_low, input_precision="ieee")
+    if rows > 8:
+        b_high = tl.dot(b_a, _eight(x, gate, 8, rows, row, gate_row, start, depth, GATED, BK, KS), b_high, input_precision="ieee")
+    return b_low, b_high
+
+
+@triton.jit
+def _eight(x, gate, first, rows, row, gate_row, start, depth, GATED: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """Rows [first, first + 8) of x, those below `rows`, as the right operand of `_piece_product`."""
+    m_m = first + tl.arange(0, 8) < rows
+    b_x = _piece(x + first * row, m_m, row, start, depth, 8, BK, KS)
+    if GATED:
+        b_g = _piece(gate + first * gate_row, m_m, gate_row, start, depth, 8, BK, KS)
+        b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
+    return _right(b_x, 8, BK, KS)
+
+
+@triton.jit
+def sixteen(b_low, b_high, BN: tl.constexpr):
+    """(16,BN) of (BN,8) twice."""
+    return tl.reshape(tl.permute(tl.join(b_low, b_high), [2, 1, 0]), [16, BN])
 
 
 @triton.jit
@@ -192,10 +217,10 @@ def _row(x, gate, o_k, depth, GATED: tl.constexpr):
 
 @triton.jit
 def product(
-    x, gate, weight, b_w, m_m, m_n, depth, row, gate_row,
+    x, gate, weight, b_w, rows, m_m, m_n, depth, row, gate_row,
     GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """(BM,BN) float32 of x weight^T, rows of x `row` elements apart, all three from their tile's first row; GATED: of (x * gate) rounded. b_w: of `ahead`.
+    """(BM,BN) float32 of x weight^T, rows of x `row` elements apart, all three from their tile's first row; GATED: of (x * gate) rounded. b_w: of `ahead`; rows: of x, from there on.
 
     KS > 1: BK is taken as KS parts, each with sums of its own, which go to a warp each and are added at the end: few rows make short sums of products
     that wait for one another, and a warp's chain is 1 / KS as long.
@@ -203,7 +228,8 @@ def product(
     if BM == 1:
         b_acc = _row_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, AHEAD)
     elif AHEAD > 0:
-        b_acc = _piece_product(x, gate, weight, b_w, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS)
+        tl.static_assert(BM == 16, "weights ahead are for at most 16 rows")
+        b_acc = _piece_product(x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED, BN, BK, KS)
     else:
         b_acc = _tile_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS)
     return b_acc
