@@ -78,7 +78,7 @@ struct MixerRows final : Plan
         std::string const variant = covering(kRowsWidths, p.width) + "." + covering(kRowsHeads, p.headWidth); // engine/spec.py, mixer_rows_variant
         partial = findCubin("mixer_rows_partial", arch, dtype, variant.c_str());
         combine = findCubin("mixer_rows_combine", arch, dtype, "any");
-        out = findCubin("mixer_rows_out", arch, dtype, "any");
+        out = findCubin("mixer_rows_out", arch, productType(p).c_str(), "any");
         return partial != nullptr && combine != nullptr && out != nullptr;
     }
 
@@ -114,7 +114,8 @@ struct MixerRows final : Plan
         second.add(i32(p.tokens)).add(i32(p.capacity)).add(i32(f.splits)).add(i32(f.rows)).add(i32(b.splits)).add(i32(b.rows));
         second.add(i32(p.heads)).add(units).add(i32(p.width));
         Arguments third;
-        third.add(o).add(t.in[kWeight]).add(t.in[kBias]).add(b.add).add(b.inverse).add(t.out).add(i32(p.tokens)).add(i32(p.width));
+        third.add(o).add(t.in[kWeight]).add(t.in[p.weights == Weights::kStorage ? kWeight : kWeightScale]).add(t.in[kBias]).add(b.add).add(b.inverse);
+        third.add(t.out).add(i32(p.tokens)).add(i32(p.width));
         int64_t const sums = ceilDiv(p.tokens * p.heads, combine->tile("NF")) * ceilDiv(p.headWidth, combine->tile("DF"))
             + ceilDiv(p.tokens, combine->tile("NB")) * ceilDiv(p.width, combine->tile("DB"));
         return launch(*partial, {programs + 1 + b.splits, p.batch, 1}, first, stream, error, rowsOf(p))
@@ -260,7 +261,7 @@ struct Either final : Plan
 
 Plan* rowsOrMixer(Problem const& p, Plan* other)
 {
-    return p.weights == Weights::kStorage && fewRows(p) && narrow(p) && narrowHeads(p) ? new Either(new MixerRows, other) : other;
+    return fewRows(p) && narrow(p) && narrowHeads(p) ? new Either(new MixerRows, other) : other;
 }
 
 Plan* rowsOrFeedback(Problem const& p, Plan* other)

@@ -114,8 +114,8 @@ def mixer(storage: str, weights: int = 0) -> Iterator[Case]:
         if t == 1:
             new = [x[:, 0] for x in (q, k, v)]
             s = kernels.step(*new, *past, square.weight, bias, q_b[:, 0], gamma[:, 0], *past_b, length, scale=square.scale).view(b, 1, width)
-        elif t <= STEP_ROWS and not weights:
-            s = mixer_rows.step(q, k, v, *past, square.weight, bias, q_b, k_b, gamma, *past_b, length)
+        elif t <= STEP_ROWS:
+            s = mixer_rows.step(q, k, v, *past, square.weight, bias, q_b, k_b, gamma, *past_b, length, scale=square.scale)
         else:
             o = route.causal_kernels(q, k, v, past[0], past[1], length)
             f = layer.linear(o.view(b * t, width), square.weight, bias, scale=square.scale).view(b, t, width)

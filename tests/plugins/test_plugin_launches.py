@@ -225,8 +225,8 @@ def launches(
         if tokens == 1:
             rest = q_b[:, 0], gamma[:, 0], *past_b, length, batch, square.scale, behind
             mixer_step.step(q[:, 0], k[:, 0], v[:, 0], *past, square.weight, row, *rest)
-        elif few_b and few_f and square.scale is None:
-            mixer_rows.step(q, k, v, *past, square.weight, row, q_b, k_b, gamma, *past_b, length)
+        elif few_b and few_f:
+            mixer_rows.step(q, k, v, *past, square.weight, row, q_b, k_b, gamma, *past_b, length, scale=square.scale)
         else:
             o = causal()  # kept until the end, so that no other tensor takes its place
             feedback(layer.linear(o.view(n, width), square.weight, row, scale=square.scale).view(batch, tokens, width))
@@ -278,7 +278,7 @@ SHAPES = [
 
 
 CASES = [*((ph.HALF, 0, s, True) for s in SHAPES), *((ph.HALF, 0, s, False) for s in SHAPES if s[1] == 1), *((ph.FLOAT, 0, s, True) for s in SHAPES[::3]),
-         *((ph.HALF, weights, s, True) for weights, s in ((3, SHAPES[0]), (17, SHAPES[1]), (17, SHAPES[4]), (3, SHAPES[8])))]  # fmt: skip
+         *((ph.HALF, weights, s, True) for weights, s in ((3, SHAPES[0]), (17, SHAPES[1]), (17, SHAPES[4]), (3, SHAPES[5]), (3, SHAPES[8])))]  # fmt: skip
 
 
 # The launcher is the same for all: of ONNX Runtime's shell every second case shows that it hands on what it is given.

@@ -24,14 +24,10 @@ from sessa_deploy.kernels.launch.splits import step_splits
 
 
 @triton.jit
-def _tile(b_acc, b_max, b_sum, b_q, k, v, stride_k, stride_v, o_j, end, o_nd, o_dn, m_nd, m_dn, scale, NEW: tl.constexpr):
+def _tile(b_acc, b_max, b_sum, b_q, b_k, b_v, o_j, m_j, scale, NEW: tl.constexpr):
     """Adds keys o_j (R,) of k, v to the running softmax of N heads: b_q, b_acc (N,ROWS,d), b_max, b_sum (N,ROWS). NEW: key j counts for rows t >= j only."""
-    SHIFT: tl.constexpr = 12.0 if k.dtype.element_ty == tl.float16 else 0.0  # of all weights alike: small ones stay normal numbers
-    m_j = o_j < end
-    o_row = o_j.to(tl.int64) * 8
-    b_k = tl.load(k + o_row[None, None, :] * stride_k + o_dn, mask=m_dn & m_j[None, None, :], other=0.0)
+    SHIFT: tl.constexpr = 12.0 if b_k.dtype == tl.float16 else 0.0  # of all weights alike: small ones stay normal numbers
     b_x = tl.dot(b_q, b_k, input_precision="ieee")
-    b_v = tl.load(v + o_row[None, :, None] * stride_v + o_nd, mask=m_nd & m_j[None, :, None], other=0.0)
     if NEW:
         # A weight of zero does not stop a NaN: the row's bad values go, and those who may see it get a NaN weight.
         fine = tl.abs(b_v.to(tl.float32)) < float("inf")
@@ -51,9 +47,19 @@ def _tile(b_acc, b_max, b_sum, b_q, k, v, stride_k, stride_v, o_j, end, o_nd, o_
 
 
 @triton.jit
+def _keys(k, v, stride_k, stride_v, o_j, m_j, o_nd, o_dn, m_nd, m_dn):
+    """Keys (N,d,R) and values (N,R,d) of rows o_j (R,)."""
+    o_row = o_j.to(tl.int64) * 8
+    b_k = tl.load(k + o_row[None, None, :] * stride_k + o_dn, mask=m_dn & m_j[None, None, :], other=0.0)
+    b_v = tl.load(v + o_row[None, :, None] * stride_v + o_nd, mask=m_nd & m_j[None, :, None], other=0.0)
+    return b_k, b_v
+
+
+@triton.jit
 def piece(
     item, q, k, v, past_k, past_v, past_length, part, stat, stride_kb, stride_kr, stride_vb, stride_vr,
     i_b, tokens, splits, capacity, heads, group, units, scale, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    LATE: tl.constexpr = False,
 ):  # fmt: skip
     """What program `item` of (1 + splits) * blocks of BLOCK_H query heads of sequence i_b computes: the first `blocks` the new rows, the others a split each.
 
@@ -71,7 +77,7 @@ def piece(
         m_h, m_d = o_h < heads * group, o_d < width
         m_q = m_h[:, None] & (o_t < tokens)[None, :]
         o_q = (i_b * tokens + o_t)[None, :] * heads * group + o_h[:, None]
-        b_q = tl.load(q + o_q[:, :, None] * width + o_d[None, None, :], mask=m_q[:, :, None] & m_d[None, None, :], other=0.0)
+        p_q, m_qd = q + o_q[:, :, None] * width + o_d[None, None, :], m_q[:, :, None] & m_d[None, None, :]
         b_max = tl.full([BLOCK_H, ROWS], float("-inf"), dtype=tl.float32)
         b_sum = tl.zeros([BLOCK_H, ROWS], dtype=tl.float32)
         b_acc = tl.zeros([BLOCK_H, ROWS, BLOCK_D], dtype=tl.float32)
@@ -79,14 +85,25 @@ def piece(
         o_nd, o_dn = o_kv + o_d[None, None, :], o_kv + o_d[None, :, None]
         m_nd, m_dn = m_h[:, None, None] & m_d[None, None, :], m_h[:, None, None] & m_d[None, :, None]
         if i_split < 0:
-            o_new = i_b * tokens * row * 8
-            b_acc, b_max, b_sum = _tile(b_acc, b_max, b_sum, b_q, k + o_new, v + o_new, row, row, o_r, tokens, o_nd, o_dn, m_nd, m_dn, scale, NEW=True)
+            if LATE:
+                begin(True)
+            o_new, m_r = i_b * tokens * row * 8, o_r < tokens
+            b_q = tl.load(p_q, mask=m_qd, other=0.0)
+            b_k, b_v = _keys(k + o_new, v + o_new, row, row, o_r, m_r, o_nd, o_dn, m_nd, m_dn)
+            b_acc, b_max, b_sum = _tile(b_acc, b_max, b_sum, b_q, b_k, b_v, o_r, m_r, scale, NEW=True)
         else:
             p_k, p_v, end = past_k + i_b * stride_kb * 8, past_v + i_b * stride_vb * 8, tl.minimum(first + each, length)
+            if LATE:
+                b_q = tl.zeros([BLOCK_H, ROWS, BLOCK_D], dtype=q.dtype.element_ty)
+            else:
+                b_q = tl.load(p_q, mask=m_qd, other=0.0)
             for start in tl.range(first, end, BLOCK_R, num_stages=STAGES):
-                b_acc, b_max, b_sum = _tile(
-                    b_acc, b_max, b_sum, b_q, p_k, p_v, stride_kr, stride_vr, start + o_r, end, o_nd, o_dn, m_nd, m_dn, scale, NEW=False
-                )
+                b_k, b_v = _keys(p_k, p_v, stride_kr, stride_vr, start + o_r, start + o_r < end, o_nd, o_dn, m_nd, m_dn)
+                if LATE:  # noqa: SIM102
+                    if start == first:
+                        begin(True)
+                        b_q = tl.load(p_q, mask=m_qd, other=0.0)
+                b_acc, b_max, b_sum = _tile(b_acc, b_max, b_sum, b_q, b_k, b_v, start + o_r, start + o_r < end, scale, NEW=False)
         o_part = o_q * (1 + splits) + 1 + i_split
         tl.store(part + o_part[:, :, None] * width + o_d[None, None, :], b_acc, mask=m_q[:, :, None] & m_d[None, None, :])
         tl.store(stat + o_part * 2, b_max, mask=m_q)

@@ -62,11 +62,12 @@ def layer_linear(
 ):  # fmt: skip
     """Grid (tiles,): out (rows, columns) = x weight^T + bias."""
     row, column, m_m, m_n = tile_of(rows, columns, BM, BN)
-    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     begin(PDL)
-    b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    put(out + row * columns + column, with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN), m_m, m_n, columns, BM, BN)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN)
+    put(out + row * columns + column, b_y, m_m, m_n, columns, BM, BN)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_norm_enter"))
@@ -75,13 +76,14 @@ def layer_norm_enter(x, norm_weight, norm_bias, weight, scale, bias, out, depth,
     column = (tl.program_id(0) * BN).to(tl.int64)
     o_k = tl.arange(0, BK)
     m_n, m_k = tl.arange(0, BN) < 2 * depth - tl.program_id(0) * BN, o_k < depth
-    b_w = ahead(weight + column * depth, m_n, depth, 1, BN, BK, 1)
+    b_w = ahead(weight + column * depth, m_n, depth, 1, BN, BK, 1, 1)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, 1, BN)
     b_gain, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
     begin(PDL)
     b_x = normal(tl.load(x + o_k, mask=m_k, other=0.0), b_gain, b_shift, m_k, depth, eps).to(x.dtype.element_ty)
     b_y = tl.sum(wide(b_w, tl.float32) * b_x.to(tl.float32)[None, :], 1)[None, :]
-    b_y = half_gelu(with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, 1, BN), b_bias, bias + column, m_n, 1, BN), tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
+    b_y = with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, 1, BN), b_bias, bias + column, m_n, 1, BN)
+    b_y = half_gelu(b_y, tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
     put(out + column, b_y, tl.arange(0, 1) < 1, m_n, 2 * depth, 1, BN)
 
 
@@ -94,11 +96,12 @@ def layer_enter(
     i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(2 * depth, BN), BM)
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < 2 * depth - i_n * BN
-    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     begin(PDL)
-    b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    b_y = half_gelu(with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN), i_n * BN, depth, out.dtype.element_ty, BN)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN)
+    b_y = half_gelu(b_y, i_n * BN, depth, out.dtype.element_ty, BN)
     put(out + row * (2 * depth) + column, b_y, m_m, m_n, 2 * depth, BM, BN)
 
 
@@ -109,10 +112,10 @@ def layer_logits(
 ):  # fmt: skip
     """Grid (tiles,): out (rows, columns) float32 = x weight^T, not rounded."""
     row, column, m_m, m_n = tile_of(rows, columns, BM, BN)
-    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale = scale_of(scale, weight, column, m_n, BN)
     begin(PDL)
-    b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
     put(out + row * columns + column, scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), m_m, m_n, columns, BM, BN)
 
 
@@ -137,13 +140,14 @@ def _square(
     """
     row, column, m_m, m_n = tile_of(rows, depth, BM, BN)
     o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
-    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, AHEAD)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     begin(PDL)
     if BM * BN <= HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
     b_y = product(
-        x + row * depth, h + row * (2 * depth) + depth, weight + column * depth, b_w, m_m, m_n, depth, depth, 2 * depth, GATED, BM, BN, BK, KS, AHEAD
+        x + row * depth, h + row * (2 * depth) + depth, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n,
+        depth, depth, 2 * depth, GATED, BM, BN, BK, KS, AHEAD,
     )  # fmt: skip
     if BM * BN > HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
@@ -237,12 +241,12 @@ def _project_tile(
         out, bias, width, above, i_n = k, bias_k, kv_width, depth, i_n - n_q
     row, column = (i_m * BM).to(tl.int64), (i_n * BN).to(tl.int64)
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < width - i_n * BN
-    b_w = ahead(weight + (above + column) * depth, m_n, depth, BM, BN, BK, AHEAD)
+    b_w = ahead(weight + (above + column) * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, above + column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     begin(PDL)
     if BM * BN <= HELD:
         b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m & turns, i_n * BN, pairs, BM, BN)
-    b_y = product(a + row * a_row, a, weight + (above + column) * depth, b_w, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(a + row * a_row, a, weight + (above + column) * depth, b_w, rows - i_m * BM, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS, AHEAD)
     b_y = with_bias(scaled(b_y, b_scale, scale, weight, above + column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN)
     if turns:
         if BM * BN > HELD:

@@ -19,12 +19,12 @@ from sessa_deploy.kernels.causal.step_rows import combined
 from sessa_deploy.kernels.causal.step_rows import piece as piece_causal
 from sessa_deploy.kernels.device import begin
 from sessa_deploy.kernels.device_rows import ROWS
-from sessa_deploy.kernels.engine.product import bias_of, product, with_bias
+from sessa_deploy.kernels.engine.product import ahead, bias_of, product, scale_of, scaled, with_bias
 from sessa_deploy.kernels.engine.spec import mixer_rows_variant
 from sessa_deploy.kernels.feedback.step_rows import added, invert, solved
 from sessa_deploy.kernels.feedback.step_rows import piece as piece_feedback
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import address, launcher, pinned, workspace
+from sessa_deploy.kernels.launch.jit import address, launcher, pinned, weights_name, workspace
 from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E
 from sessa_deploy.kernels.launch.splits import step_splits
 
@@ -41,20 +41,24 @@ def mixer_rows_partial(
     The first programs_f = (1 + splits_f) * ceil(Hq / HEADS_F) compute causal attention's pieces, the others feedback attention's; *_F of causal attention,
     *_B of feedback attention, as in their `piece`.
     """
-    begin(PDL)
+    LATE: tl.constexpr = PDL == 2
+    if not LATE:
+        begin(PDL)
     program = tl.program_id(0)
     i_b = tl.program_id(1).to(tl.int64)
     if program < programs_f:
         row = heads * units
         piece_causal(
             program, q, k, v, past_k, past_v, past_length, part_f, stat_f, capacity.to(tl.int64) * row, row, capacity.to(tl.int64) * row, row,
-            i_b, tokens, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, LANES_F, STAGES_F,
+            i_b, tokens, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, LANES_F, STAGES_F, LATE,
         )  # fmt: skip
     else:
         piece_feedback(
             program - programs_f, q_b, k_b, past_kb, past_s, past_length, part_b, stat_b, scores, capacity.to(tl.int64) * width, width,
-            capacity.to(tl.int64) * width, width, i_b, tokens, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B,
+            capacity.to(tl.int64) * width, width, i_b, tokens, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, LATE,
         )  # fmt: skip
+    if LATE:
+        begin(True)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_rows_combine"))
@@ -68,9 +72,9 @@ def mixer_rows_combine(
 
     heads = Hq. A program adds up NF rows of heads or NB rows. rows_f, rows_b: what a split takes at least; BLOCK_F, BLOCK_B cover every split.
     """
-    begin(PDL)
     i_b = tl.program_id(1).to(tl.int64)
-    length = tl.minimum(tl.load(past_length + i_b), capacity)
+    length = tl.minimum(tl.load(past_length + i_b), capacity)  # written before the kernel ahead began: it waits itself before it lets this one in
+    begin(PDL)
     head = units * 8
     parts_f, parts_b = tl.cdiv(head, DF), tl.cdiv(width, DB)
     program, programs_f = tl.program_id(0) - 1, tl.cdiv(tokens * heads, NF) * tl.cdiv(head, DF)
@@ -94,40 +98,44 @@ def mixer_rows_combine(
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_rows_out"))
 def mixer_rows_out(
-    x, weight, bias, add, inverse, out, tokens, depth, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr = False,
+    x, weight, scale, bias, add, inverse, out, tokens, depth,
+    BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (ceil(D / BN), B): out (B,T,D) = inverse (B,ROWS,ROWS) times ((x weight^T + bias), rounded, + add (B,T,D) float32)."""
     i_b, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BN
     o_t, o_n = tl.arange(0, ROWS), tl.arange(0, BN)
     m_t, m_n = o_t < tokens, o_n < depth - first
     column = first.to(tl.int64)
-    b_bias = bias_of(bias + column, m_n, 1, BN)
+    b_w = ahead(weight + column * depth, m_n, depth, ROWS, BN, BK, KS, AHEAD)
+    b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, 1, BN)
     begin(PDL)
     o_y = (i_b * tokens + o_t)[:, None] * depth + (column + o_n)[None, :]
     m_y = m_t[:, None] & m_n[None, :]
     b_add = tl.load(add + o_y, mask=m_y, other=0.0)
     b_inverse = tl.load(inverse + i_b * ROWS * ROWS + o_t[:, None] * ROWS + o_t[None, :])
     p_x = x + i_b * tokens * depth
-    b_y = product(p_x, p_x, weight + column * depth, 0.0, m_t, m_n, depth, depth, depth, False, ROWS, BN, BK, KS, 0)
-    b_f = with_bias(b_y, b_bias, bias + column, m_n, 1, BN).to(out.dtype.element_ty).to(tl.float32)
+    b_y = product(p_x, p_x, weight + column * depth, b_w, tokens, m_t, m_n, depth, depth, depth, False, ROWS, BN, BK, KS, AHEAD)
+    b_f = with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, ROWS, BN), b_bias, bias + column, m_n, 1, BN).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + o_y, solved(b_inverse, b_f + b_add, o_t).to(out.dtype.element_ty), mask=m_y)
 
 
 def step(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, weight: Tensor, bias: Tensor, q_b: Tensor, k_b: Tensor, gamma: Tensor, past_kb: Tensor,
-    past_s: Tensor, past_length: Tensor, early: int = 0, tiles: dict[str, dict[str, Any]] | None = None,
+    past_s: Tensor, past_length: Tensor, early: int = 0, tiles: dict[str, dict[str, Any]] | None = None, scale: Tensor | None = None,
 ) -> Tensor:
     """s (B,T,D) of 2 <= T <= 16 new tokens a sequence, from PyTorch: for tests and timings.
 
     q (B,T,Hq,d), k, v (B,T,Hkv,d), past_k, past_v (B,P,Hkv,d), P >= 1, weight (D,D) and bias (D,) of the output projection, q_b, k_b (B,T,D), gamma (B,T)
     float32, past_kb, past_s (B,P,D), past_length (B,) int32; all dense. early: see `jit.pinned`. tiles: kernel -> launch options in place of the pinned ones.
+    scale (D,) float32: of a weight of 8 bits.
     """  # fmt: skip
     batch, tokens, q_heads, head = q.shape
     heads, capacity, width, device, dtype = k.shape[2], past_k.shape[1], q_b.shape[2], q.device, q.dtype
-    group, units = q_heads // heads, head // HEAD_MULTIPLE
+    group, units, weights = q_heads // heads, head // HEAD_MULTIPLE, weights_name(weight.dtype)
     options = {
         **pinned(("mixer_rows_partial",), device, dtype, mixer_rows_variant(width, head), early),
-        **pinned(("mixer_rows_combine", "mixer_rows_out"), device, dtype, "any", early), **(tiles or {}),
+        **pinned(("mixer_rows_combine",), device, dtype, "any", early),
+        **pinned(("mixer_rows_out",), device, dtype, "any", early, weights), **(tiles or {}),
     }  # fmt: skip
     partial, combine, out = (options[f"mixer_rows_{name}"] for name in ("partial", "combine", "out"))
     rows_f, rows_b, f32, square = partial["ROWS_F"], partial["ROWS_B"], torch.float32, STEP_ROWS * STEP_ROWS
@@ -150,7 +158,8 @@ def step(
         (1 + programs, batch), *parts, address(past_length), address(gamma), at["o"], at["add"], at["inverse"],
         tokens, capacity, splits_f, rows_f, splits_b, rows_b, q_heads, units, width,
     )  # fmt: skip
-    launcher(mixer_rows_out, device, dtype, out)(
-        (triton.cdiv(width, out["BN"]), batch), at["o"], address(weight), address(bias), at["add"], at["inverse"], address(s), tokens, width,
+    launcher(mixer_rows_out, device, dtype, out, weights)(
+        (triton.cdiv(width, out["BN"]), batch), at["o"], address(weight), address(weight if scale is None else scale), address(bias),
+        at["add"], at["inverse"], address(s), tokens, width,
     )  # fmt: skip
     return s

@@ -93,8 +93,9 @@ _MIXER_ROWS = (
             *integers("tokens", "capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
            ("BLOCK_F", "BLOCK_B", "NF", "NB", "DF", "DB", "PDL"), _ANY, dtypes=_HALF, scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
     Kernel("mixer_rows_out", _ROWS,
-           (*pointers("x", "weight", "bias"), *pointers("add", "inverse", type="*fp32"), *pointers("out"), *integers("tokens"), Param("depth", "i32", True)),
-           ("BN", "BK", "KS", "PDL"), _ANY, dtypes=_HALF, scalar_loads=32, early=_ANY, early_rows=_EARLY_ROWS),
+           (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", "inverse", type="*fp32"), *pointers("out"), *integers("tokens"),
+            Param("depth", "i32", True)),
+           ("BN", "BK", "KS", "AHEAD", "PDL"), _ANY, dtypes=_PRODUCT, scalar_loads=32, early=_ANY, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
 _LENGTHS = (Param("past_length", "*i32"), Param("new_length", "*i32"))

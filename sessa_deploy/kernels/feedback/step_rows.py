@@ -25,9 +25,8 @@ from sessa_deploy.kernels.launch.splits import step_splits
 
 
 @triton.jit
-def _scores(b_q, k, o_row, stride, o_kd, mask, scale):
-    """(ROWS,R) float32, of N chunks' products b_q (N,ROWS,L) with rows o_row (R,) of k, in all N tiles alike: (N,ROWS,R)."""
-    b_k = tl.load(k + o_row[None, None, :] * stride + o_kd, mask=mask, other=0.0)
+def _scores(b_q, b_k, scale):
+    """(ROWS,R) float32, of N chunks' products b_q (N,ROWS,L) with rows b_k (N,L,R), in all N tiles alike: (N,ROWS,R)."""
     b_x = tl.dot(b_q, b_k, input_precision="ieee")
     return tl.broadcast_to(tl.sum(b_x, 0, keep_dims=True), b_x.shape) * scale
 
@@ -35,7 +34,7 @@ def _scores(b_q, k, o_row, stride, o_kd, mask, scale):
 @triton.jit
 def piece(
     item, q, k, past_k, past_s, past_length, part, stat, scores, stride_kb, stride_kr, stride_sb, stride_sr, i_b, tokens, splits, capacity, width, scale,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr = False,
 ):  # fmt: skip
     """What program `item` of 1 + splits of sequence i_b computes: the first the scores (B,ROWS,ROWS) of the new rows, the others a split each.
 
@@ -52,15 +51,23 @@ def piece(
         o_kd = o_c[:, None, None] * BLOCK_L + o_l[None, :, None]  # (C,L,1)
         m_nd, m_kd = o_nd < width, o_kd < width
         o_new = i_b * tokens * width
-        b_q = tl.load(q + o_new + o_t[None, :, None] * width + o_nd, mask=m_t[None, :, None] & m_nd, other=0.0)
+        p_q, m_q = q + o_new + o_t[None, :, None] * width + o_nd, m_t[None, :, None] & m_nd
         if i_split < 0:
-            b_x = _scores(b_q, k + o_new, o_r, width, o_kd, (o_r < tokens)[None, None, :] & m_kd, scale)
+            if LATE:
+                begin(True)
+            b_q = tl.load(p_q, mask=m_q, other=0.0)
+            b_k = tl.load(k + o_new + o_r[None, None, :] * width + o_kd, mask=(o_r < tokens)[None, None, :] & m_kd, other=0.0)
+            b_x = _scores(b_q, b_k, scale)
             p_x = scores + i_b * ROWS * ROWS + o_t[:, None] * ROWS + o_r[None, :]
             tl.store(p_x, tl.max(b_x, 0), mask=m_t[:, None] & (o_r < ROWS)[None, :])
         else:
             SHIFT: tl.constexpr = 12.0 if past_s.dtype.element_ty == tl.float16 else 0.0  # of all weights alike: small ones stay normal numbers
             BACK: tl.constexpr = 2.0**-12 if past_s.dtype.element_ty == tl.float16 else 1.0
             p_k, p_s, end = past_k + i_b * stride_kb, past_s + i_b * stride_sb, tl.minimum(first + each, length)
+            if LATE:
+                b_q = tl.zeros([BLOCK_C, ROWS, BLOCK_L], dtype=q.dtype.element_ty)
+            else:
+                b_q = tl.load(p_q, mask=m_q, other=0.0)
             b_max = tl.full([BLOCK_C, ROWS], float("-inf"), dtype=tl.float32)
             b_sum = tl.zeros([BLOCK_C, ROWS], dtype=tl.float32)
             b_acc = tl.zeros([BLOCK_C, ROWS, BLOCK_L], dtype=tl.float32)
@@ -68,8 +75,13 @@ def piece(
                 o_j = start + o_r
                 m_j = o_j < end
                 o_j = o_j.to(tl.int64)
-                b_x = _scores(b_q, p_k, o_j, stride_kr, o_kd, m_j[None, None, :] & m_kd, scale)
+                b_k = tl.load(p_k + o_j[None, None, :] * stride_kr + o_kd, mask=m_j[None, None, :] & m_kd, other=0.0)
                 b_s = tl.load(p_s + o_j[None, :, None] * stride_sr + o_nd, mask=m_j[None, :, None] & m_nd, other=0.0)
+                if LATE:  # noqa: SIM102
+                    if start == first:
+                        begin(True)
+                        b_q = tl.load(p_q, mask=m_q, other=0.0)
+                b_x = _scores(b_q, b_k, scale)
                 b_x = tl.where(m_j[None, None, :], b_x, float("-inf"))
                 b_top = tl.maximum(b_max, tl.max(b_x, 2))
                 b_fade = tl.exp2(b_max - b_top)

@@ -14,10 +14,14 @@ pytest.importorskip("triton")
 
 from test_layer_kernels import DEVICE, random
 from test_layer_kernels import pytestmark as pytestmark
+from rows_cases import case as rows_case
+from rows_cases import first as rows_first
+from rows_cases import mixed as rows_mixed
 from test_mixer import case, truth
+from test_mixer_rows import SMALL
 
 from sessa_deploy.contract import WEIGHT_FORMATS
-from sessa_deploy.kernels.engine import layer, mixer
+from sessa_deploy.kernels.engine import layer, mixer, mixer_rows
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 Product = Callable[..., Tensor]
@@ -117,3 +121,15 @@ def test_a_mixers_step() -> None:
     wanted = truth({**a, "weight": exact})
     s = mixer.step(**{**a, "weight": w}, scale=scale)
     assert float((s.double() - wanted).abs().max()) <= 4e-3 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("int8", BFLOAT), ("fp8", HALF)])
+def test_a_mixers_step_of_several_rows(kind: str, dtype: torch.dtype) -> None:
+    """The 2x rule against float64 with the weights as they are, and bits that do not depend on the rows behind."""
+    a = rows_case(3, 3, 16, 24, [24, 7], 5, DEVICE, dtype=dtype)
+    w, scale, exact = quantised(48, 48, kind)
+    scale[1] /= 1e3
+    exact[1] /= 1e3
+    s = mixer_rows.step(**{**a, "weight": w}, scale=scale, tiles=SMALL)
+    check(s, *(rows_mixed({**a, "weight": exact}, work) for work in (torch.float64, torch.float32)))
+    assert torch.equal(mixer_rows.step(**{**rows_first(a, 3), "weight": w}, scale=scale, tiles=SMALL), s[:, :3])
