@@ -14,6 +14,22 @@ _HALF = ("fp16", "bf16")  # storage that matrix instructions take
 
 _STRIDES = (Param("stride_kb", "i64", True), Param("stride_kr", "i32", True), Param("stride_sb", "i64", True), Param("stride_sr", "i32", True))
 
+_COMBINE = (
+    *pointers("e", type="*work"),
+    *pointers("peak", "total", type="*fp32"),
+    Param("gamma", "*fp32"),
+    Param("past_length", "*i32"),
+    *pointers("row_peak", "factor", type="*fp32"),
+    Param("lse", "*fp32"),
+    *pointers("x", type="*fp32"),
+    *pointers("inverse", "inverse_low", type="*half_pair"),
+    *pointers("near", "near_low", type="*work"),
+    *pointers("near_scale", type="*fp32"),
+    *integers("T"),
+    *(Param(n, "i32", True) for n in ("C", "R")),
+    *integers("NP", "NT", "row0", "B", "blocks"),
+)
+
 KERNELS = by_name((
     Kernel(
         "feedback_step_partial",
@@ -136,21 +152,7 @@ KERNELS = by_name((
     Kernel(
         "feedback_combine",
         f"{_PACKAGE}.tiles",
-        (
-            *pointers("e", type="*work"),
-            *pointers("peak", "total", type="*fp32"),
-            Param("gamma", "*fp32"),
-            Param("past_length", "*i32"),
-            *pointers("row_peak", "factor", type="*fp32"),
-            Param("lse", "*fp32"),
-            *pointers("x", type="*fp32"),
-            *pointers("inverse", "inverse_low", type="*half_pair"),
-            *pointers("near", "near_low", type="*work"),
-            *pointers("near_scale", type="*fp32"),
-            *integers("T"),
-            *(Param(n, "i32", True) for n in ("C", "R")),
-            *integers("NP", "NT", "row0", "B", "blocks"),
-        ),
+        _COMBINE,
         ("BT", "CHUNK", "BACKWARD", "SPLIT"),
         ("fwd", "bwd"),
         scalar_loads=128,
@@ -204,6 +206,8 @@ KERNELS = by_name((
         lowered=False,
         optional=("wide",),
     ),
+    Kernel("feedback_inverse", f"{_PACKAGE}.inverse", _COMBINE, ("CHUNK", "BACKWARD"), ("fwd", "bwd"), lowered=False),
+    Kernel("feedback_near", f"{_PACKAGE}.inverse", _COMBINE, ("BACKWARD",), ("fwd", "bwd"), lowered=False),
     Kernel(
         "feedback_first_bad",
         f"{_PACKAGE}.gradients",
@@ -350,6 +354,11 @@ def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0) -
         return side
     timed = rows and table.tuned(name, resolved, dtype, side) and table.tuned(name, resolved, dtype, "wide")
     return "wide" if (rows * width >= WIDE_WORK if timed else width >= WIDE) else side
+
+
+def apart(names: tuple[str, ...], arch: int, dtype: str, variant: str) -> bool:
+    """Whether the kernels `names` stand in for another: where all were timed. Never by B or T, which a row's bits must not follow."""
+    return all(table.has(name, arch, dtype, variant) and table.tuned(name, arch, dtype, variant) for name in names)
 
 
 def together_variant(arch: int, dtype: str, work: int = 0) -> str | None:
