@@ -12,6 +12,7 @@ from sessa_deploy.kernels import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUTINGS = ("random", "chain", "alternating", "uniform", "key0", "large")
+SIDED = ("feedback_scores", "feedback_combine", "feedback_inverse", "feedback_near")  # which way they go is a constexpr
 TINY = 1e-25  # weights under float32's normal range may count as zero
 NAMES = ("dq", "dk", "dgamma", "df", "dpast_k", "dpast_s")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -43,14 +44,14 @@ def with_stand_ins(options: dict[str, dict[str, Any]] | None) -> dict[str, dict[
     """`options` of bfloat16 and blocks of 128 rows with the kernels that stand in for others; None, the pinned ones, on a GPU."""
     if options is None:
         return None
-    return {**options, "feedback_grad_qk": options["feedback_grad_q"]}
+    return {**options, "feedback_inverse": dict(CHUNK=4), "feedback_near": {}, "feedback_grad_qk": options["feedback_grad_q"]}
 
 
 def side(options: dict[str, dict[str, Any]] | None, backward: bool) -> dict[str, dict[str, Any]] | None:
     """`options` with the constexpr that tells the forward's scores and combination from the backward's."""
     if options is None:
         return None
-    return {name: {**o, "BACKWARD": backward} if name in ("feedback_scores", "feedback_combine") else o for name, o in options.items()}
+    return {name: {**o, "BACKWARD": backward} if name in SIDED else o for name, o in options.items()}
 
 
 def make(routing: str, batch: int, tokens: int, past: int, width: int, dtype: torch.dtype, sign: float = 1.0, seed: int = 0) -> Inputs:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback.forward import plan, score_grid
+from sessa_deploy.kernels.feedback.forward import APART, combination, plan, score_grid
 from sessa_deploy.kernels.feedback.gradients import (
     feedback_first_bad,
     feedback_grad_k,
@@ -23,7 +23,7 @@ from sessa_deploy.kernels.feedback.gradients import (
     feedback_grad_qk,
     feedback_grad_scores,
 )
-from sessa_deploy.kernels.feedback.spec import solve_variant, together_variant
+from sessa_deploy.kernels.feedback.spec import all_timed, solve_variant, together_variant
 from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, near_product, store_split, wait_for
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
@@ -139,6 +139,7 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
     solve = solve_variant(arch, kind, width, "bwd", rows)
     found = pinned(BACKWARD[:3] + BACKWARD[4:], device, dtype, "bwd") | pinned(BACKWARD[3:4], device, dtype, solve)
+    found |= pinned(APART, device, dtype, "bwd") if all_timed(APART, arch, kind, "bwd") else {}
     variant = together_variant(arch, kind, rows * width)
     return found if variant is None else found | pinned((TOGETHER,), device, dtype, variant)
 
@@ -193,7 +194,9 @@ class Plan:
         self.low, self.full = "low" if split else "", "low" if full else ""
         self.past_tiles = past_tiles
         self.sync = batch + panels + panels * batch * tiles_n
-        self.run = [launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(BACKWARD, KERNELS, strict=True)]
+        kernels = KERNELS[:2] + KERNELS[3:7] + (() if together else KERNELS[7:])
+        self.run = {k.__name__: launcher(k, device, dtype, opt[k.__name__]) for k in kernels}
+        self.combination = combination(device, dtype, opt)
         self.run_together = launcher(feedback_grad_qk, device, dtype, opt[TOGETHER]) if together else None
         self.bad_programs = (-(-tokens // opt["feedback_first_bad"]["BT"]), batch)
         self.panels: list[tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]] = []
@@ -252,15 +255,16 @@ def backward(
     u, u_low, u_scale, s_all, s_all_low, s_scale = (at[n] for n in ("u", "u" + p.full, "u_scale", "s", "s" + p.full, "s_scale"))
     grad = at["grad"] if p.full else r if isinstance(r, int) else r.view(q.dtype)
     rest = at["rest"] if p.low else a_df
-    first_bad, scores, combine, solve, pack, products, grad_of_scores, grad_of_q, grad_of_k = p.run
+    first_bad, scores, solve, pack, products, grad_of_scores = (p.run[name] for name in (*BACKWARD[:2], *BACKWARD[3:7]))
     first_bad(p.bad_programs, a_q, a_k, a_s, bad, tokens, width)
     pack(p.pack_s[0], a_s, a_s if s_low is None else address(s_low), a_past_s, a_length, bad, s_all, s_all_low, s_scale, *p.pack_s[1])
     for by_scores, by_combine, by_solve, by_pack, by_products, by_grad, by_q, by_k in p.panels:
         scores(by_scores[0], a_q, a_k, a_past_k, a_length, a_lse, bad, e, sums, sums, ticket, *by_scores[1])
-        combine(
-            by_combine[0], e, sums, sums, a_gamma, a_length, inverse_sum, factor, a_lse, at["x"], inverse, inverse_low, near, near_low, near_scale,
-            *by_combine[1],
-        )  # fmt: skip
+        for each, run in p.combination:
+            run(
+                (*by_combine[0], each), e, sums, sums, a_gamma, a_length, inverse_sum, factor, a_lse, at["x"], inverse, inverse_low, near, near_low,
+                near_scale, *by_combine[1],
+            )  # fmt: skip
         solve(
             by_solve[0], e, factor, inverse, inverse_low, near, near_low, near_scale, a_ds, a_df, rest, w, w_low, at["scales"], at["carry"], a_dpast_s,
             a_length, bad, ticket, *by_solve[1],
@@ -271,6 +275,6 @@ def backward(
         if p.run_together is not None:
             p.run_together(by_q[0], grad, grad_scales, a_q, a_k, a_length, bad, a_dq, a_dk, *by_q[1])
             continue
-        grad_of_q(by_q[0], grad, grad_scales, a_k, a_past_k, a_length, bad, a_dq, *by_q[1])
-        grad_of_k(by_k[0], grad, grad_scales, a_q, a_length, bad, at["carry_k"], a_dk, a_dpast_k, *by_k[1])
+        p.run["feedback_grad_q"](by_q[0], grad, grad_scales, a_k, a_past_k, a_length, bad, a_dq, *by_q[1])
+        p.run["feedback_grad_k"](by_k[0], grad, grad_scales, a_q, a_length, bad, at["carry_k"], a_dk, a_dpast_k, *by_k[1])
     return dq, dk, dgamma, df, dpast_k, dpast_s

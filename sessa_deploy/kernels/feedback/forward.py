@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback.spec import solve_variant
+from sessa_deploy.kernels.feedback.inverse import feedback_inverse, feedback_near
+from sessa_deploy.kernels.feedback.spec import all_timed, solve_variant
 from sessa_deploy.kernels.feedback.tiles import (
     apply_inverse,
     feedback_combine,
@@ -27,7 +28,7 @@ from sessa_deploy.kernels.feedback.tiles import (
     wait_for,
 )
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
+from sessa_deploy.kernels.launch.jit import Launcher, Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
 from sessa_deploy.kernels.launch.limits import PACK_PROGRAMS, PANEL_BYTES, SCORE_PROGRAMS
 
 
@@ -250,13 +251,22 @@ def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n:
 
 FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_solve")
 KERNELS = (feedback_pack, feedback_scores, feedback_combine, feedback_solve)
+APART = ("feedback_inverse", "feedback_near")  # in place of feedback_combine, where options hold them
+
+
+def combination(device: torch.device, dtype: torch.dtype, options: Options) -> list[tuple[int, Launcher]]:
+    """What goes between scores and solve: each kernel's programs a block, and its launcher."""
+    if APART[0] not in options:
+        return [(1, launcher(feedback_combine, device, dtype, options["feedback_combine"]))]
+    return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse), (2, feedback_near))]
 
 
 def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -> Options:
     """The pinned launch options of the forward at D = width, for B T = rows (0: as many as may be)."""
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
     solve = solve_variant(arch, kind, width, "fwd", rows)
-    return pinned(FORWARD[1:3], device, dtype, "fwd") | pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
+    found = pinned(FORWARD[1:3], device, dtype, "fwd") | pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
+    return found | pinned(APART, device, dtype, "fwd") if all_timed(APART, arch, kind, "fwd") else found
 
 
 class Plan:
@@ -276,9 +286,8 @@ class Plan:
         sizes = workspace_sizes(shape, work, pair, tiles_n, split)
         self.workspace = Workspace(sizes)
         self.low = "low" if split else ""
-        self.run_pack, self.run_scores, self.run_combine, self.run_solve = (
-            launcher(kernel, device, dtype, opt[name]) for name, kernel in zip(FORWARD, KERNELS, strict=True)
-        )
+        self.run_pack, self.run_scores, self.run_solve = (launcher(k, device, dtype, opt[k.__name__]) for k in (*KERNELS[:2], KERNELS[3]))
+        self.combination = combination(device, dtype, opt)
         self.pack = ((min(past_tiles, PACK_PROGRAMS), tiles_n, batch), (past, width, columns)) if past_tiles else None
         self.panels: list[tuple[Any, ...]] = []
         for panel in range(panels):
@@ -328,10 +337,11 @@ def forward(
         p.run_pack(p.pack[0], a_past_s, a_length, w, w_low, scales, *p.pack[1])
     for score_programs, score_sizes, combine_programs, combine_sizes, solve_programs, solve_sizes in p.panels:
         p.run_scores(score_programs, a_q, a_k, a_past_k, a_length, a_lse, sync, e, peak, total, sync, *score_sizes)
-        p.run_combine(
-            combine_programs, e, peak, total, a_gamma, a_length, row_peak, factor, a_lse, at["x"], inverse, inverse_low, near, near_low, near_scale,
-            *combine_sizes,
-        )  # fmt: skip
+        for each, run in p.combination:
+            run(
+                (*combine_programs, each), e, peak, total, a_gamma, a_length, row_peak, factor, a_lse, at["x"], inverse, inverse_low, near, near_low,
+                near_scale, *combine_sizes,
+            )  # fmt: skip
         p.run_solve(
             solve_programs, e, peak, row_peak, factor, inverse, inverse_low, near, near_low, near_scale, a_f, a_s, a_s if low is None else address(low), w,
             w_low, scales, a_length, sync, *solve_sizes, int(low is not None),

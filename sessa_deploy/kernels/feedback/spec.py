@@ -14,6 +14,55 @@ _HALF = ("fp16", "bf16")  # storage that matrix instructions take
 
 _STRIDES = (Param("stride_kb", "i64", True), Param("stride_kr", "i32", True), Param("stride_sb", "i64", True), Param("stride_sr", "i32", True))
 
+_COMBINE = (
+    *pointers("e", type="*work"),
+    *pointers("peak", "total", type="*fp32"),
+    Param("gamma", "*fp32"),
+    Param("past_length", "*i32"),
+    *pointers("row_peak", "factor", type="*fp32"),
+    Param("lse", "*fp32"),
+    *pointers("x", type="*fp32"),
+    *pointers("inverse", "inverse_low", type="*half_pair"),
+    *pointers("near", "near_low", type="*work"),
+    *pointers("near_scale", type="*fp32"),
+    *integers("T"),
+    *(Param(n, "i32", True) for n in ("C", "R")),
+    *integers("NP", "NT", "row0", "B", "blocks"),
+)
+_SOLVE = (
+    *pointers("e", type="*work"),
+    *pointers("peak", "row_peak", "factor", type="*fp32"),
+    *pointers("inverse", "inverse_low", type="*half_pair"),
+    *pointers("near", "near_low", type="*work"),
+    *pointers("near_scale", type="*fp32"),
+    *pointers("f", "s", "s_low"),
+    *pointers("w", "w_low", type="*work"),
+    Param("scales", "*fp32"),
+    Param("past_length", "*i32"),
+    Param("sync", "*i32"),
+    *integers("T"),
+    *(Param(n, "i32", True) for n in ("D", "C", "R")),
+    *integers("NP", "NT", "row0", "B", "panel", "panels", "keep"),
+)
+_SOLVE_TRANSPOSED = (
+    *pointers("e", type="*work"),
+    *pointers("factor", type="*fp32"),
+    *pointers("inverse", "inverse_low", type="*half_pair"),
+    *pointers("near", "near_low", type="*work"),
+    *pointers("near_scale", type="*fp32"),
+    *pointers("ds", "u", "u_low"),
+    *pointers("w", "w_low", type="*work"),
+    Param("scales", "*fp32"),
+    *pointers("carry", type="*fp32"),
+    *pointers("dpast_s"),
+    Param("past_length", "*i32"),
+    Param("bad", "*i32"),
+    Param("sync", "*i32"),
+    *integers("T", "P"),
+    *(Param(n, "i32", True) for n in ("D", "C", "R")),
+    *integers("NP", "row0", "blocks", "B", "panel", "panels", "add"),
+)
+
 KERNELS = by_name((
     Kernel(
         "feedback_step_partial",
@@ -136,21 +185,7 @@ KERNELS = by_name((
     Kernel(
         "feedback_combine",
         f"{_PACKAGE}.tiles",
-        (
-            *pointers("e", type="*work"),
-            *pointers("peak", "total", type="*fp32"),
-            Param("gamma", "*fp32"),
-            Param("past_length", "*i32"),
-            *pointers("row_peak", "factor", type="*fp32"),
-            Param("lse", "*fp32"),
-            *pointers("x", type="*fp32"),
-            *pointers("inverse", "inverse_low", type="*half_pair"),
-            *pointers("near", "near_low", type="*work"),
-            *pointers("near_scale", type="*fp32"),
-            *integers("T"),
-            *(Param(n, "i32", True) for n in ("C", "R")),
-            *integers("NP", "NT", "row0", "B", "blocks"),
-        ),
+        _COMBINE,
         ("BT", "CHUNK", "BACKWARD", "SPLIT"),
         ("fwd", "bwd"),
         scalar_loads=128,
@@ -158,21 +193,7 @@ KERNELS = by_name((
     Kernel(
         "feedback_solve",
         f"{_PACKAGE}.forward",
-        (
-            *pointers("e", type="*work"),
-            *pointers("peak", "row_peak", "factor", type="*fp32"),
-            *pointers("inverse", "inverse_low", type="*half_pair"),
-            *pointers("near", "near_low", type="*work"),
-            *pointers("near_scale", type="*fp32"),
-            *pointers("f", "s", "s_low"),
-            *pointers("w", "w_low", type="*work"),
-            Param("scales", "*fp32"),
-            Param("past_length", "*i32"),
-            Param("sync", "*i32"),
-            *integers("T"),
-            *(Param(n, "i32", True) for n in ("D", "C", "R")),
-            *integers("NP", "NT", "row0", "B", "panel", "panels", "keep"),
-        ),
+        _SOLVE,
         ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"),
         ("fwd", "wide"),
         scalar_loads=64,
@@ -181,29 +202,16 @@ KERNELS = by_name((
     Kernel(
         "feedback_solve_transposed",
         f"{_PACKAGE}.backward",
-        (
-            *pointers("e", type="*work"),
-            *pointers("factor", type="*fp32"),
-            *pointers("inverse", "inverse_low", type="*half_pair"),
-            *pointers("near", "near_low", type="*work"),
-            *pointers("near_scale", type="*fp32"),
-            *pointers("ds", "u", "u_low"),
-            *pointers("w", "w_low", type="*work"),
-            Param("scales", "*fp32"),
-            *pointers("carry", type="*fp32"),
-            *pointers("dpast_s"),
-            Param("past_length", "*i32"),
-            Param("bad", "*i32"),
-            Param("sync", "*i32"),
-            *integers("T", "P"),
-            *(Param(n, "i32", True) for n in ("D", "C", "R")),
-            *integers("NP", "row0", "blocks", "B", "panel", "panels", "add"),
-        ),
+        _SOLVE_TRANSPOSED,
         ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"),
         ("bwd", "wide"),
         lowered=False,
         optional=("wide",),
     ),
+    Kernel("feedback_inverse", f"{_PACKAGE}.inverse", _COMBINE, ("CHUNK", "BACKWARD"), ("fwd", "bwd"), lowered=False),
+    Kernel("feedback_near", f"{_PACKAGE}.inverse", _COMBINE, ("BACKWARD",), ("fwd", "bwd"), lowered=False),
+    Kernel("feedback_chain", f"{_PACKAGE}.chain", _SOLVE, ("BT", "BN", "STAGES", "AHEAD"), ("fwd", "wide"), lowered=False),
+    Kernel("feedback_chain_transposed", f"{_PACKAGE}.chain", _SOLVE_TRANSPOSED, ("BT", "BN", "STAGES", "AHEAD"), ("bwd", "wide"), lowered=False),
     Kernel(
         "feedback_first_bad",
         f"{_PACKAGE}.gradients",
@@ -350,6 +358,11 @@ def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0) -
         return side
     timed = rows and table.tuned(name, resolved, dtype, side) and table.tuned(name, resolved, dtype, "wide")
     return "wide" if (rows * width >= WIDE_WORK if timed else width >= WIDE) else side
+
+
+def all_timed(names: tuple[str, ...], arch: int, dtype: str, variant: str) -> bool:
+    """Whether the kernels `names` stand in for another: where all were timed. Never by B or T, which a row's bits must not follow."""
+    return all(table.has(name, arch, dtype, variant) and table.tuned(name, arch, dtype, variant) for name in names)
 
 
 def together_variant(arch: int, dtype: str, work: int = 0) -> str | None:

@@ -1,0 +1,167 @@
+"""Inverses of blocks in registers, and what they make of the nearest routing tiles: the combination in two kernels, for bfloat16 and blocks of 128 rows.
+
+Products are of bfloat16 pairs on tensor cores, three each, 16 bits with float32's range. A pair's high half is rounded: where it was cut off, low halves were
+of one sign, and their product, which is left out, added up along a chain.
+"""
+
+import triton
+import triton.language as tl
+
+from sessa_deploy.kernels.feedback.tiles import finite
+from sessa_deploy.kernels.launch import table
+
+BLOCK = tl.constexpr(128)
+
+
+@triton.jit
+def pair_of(b_x):
+    """b_x as a bfloat16 pair. Rounded by integers, half up: converting a single value is sixteen times slower."""
+    b_h = ((b_x.to(tl.int32, bitcast=True) + 32768) & -65536).to(tl.float32, bitcast=True)
+    return b_h.to(tl.bfloat16), (b_x - b_h).to(tl.bfloat16)
+
+
+@triton.jit
+def pair_product(b_ah, b_al, b_bh, b_bl):
+    """a @ b of two bfloat16 pairs."""
+    acc = tl.dot(b_ah, b_bl)
+    acc = tl.dot(b_al, b_bh, acc)
+    return tl.dot(b_ah, b_bh, acc)
+
+
+@triton.jit
+def product(b_a, b_b):
+    """a @ b of float32 operands, 16 bits of each."""
+    b_ah, b_al = pair_of(b_a)
+    b_bh, b_bl = pair_of(b_b)
+    return pair_product(b_ah, b_al, b_bh, b_bl)
+
+
+@triton.jit
+def routed(b_e, b_own):
+    """b_e by row factors that broadcast to it; rows of factor zero, bad ones among them, are zero whatever they hold."""
+    return tl.where(b_own == 0.0, 0.0, b_e.to(tl.float32) * b_own)
+
+
+@triton.jit
+def lower_rows(b_v, N: tl.constexpr, H: tl.constexpr):
+    """Of each 2H entries of b_v (2 N H,) the last H, as (N,H)."""
+    _, b_low = tl.split(tl.permute(tl.reshape(b_v, [N, 2, H]), [0, 2, 1]))
+    return b_low
+
+
+@triton.jit
+def joined(b_11, b_21, b_22, N: tl.constexpr, H: tl.constexpr):
+    """(N,2H,2H) of their quarters (N,H,H), the upper right one zero."""
+    b_rows = tl.join(tl.join(b_11, b_21), tl.join(tl.zeros([N, H, H], dtype=tl.float32), b_22))  # (n, row, column, lower row, right column)
+    return tl.reshape(tl.permute(b_rows, [0, 3, 1, 4, 2]), [N, 2 * H, 2 * H])
+
+
+@triton.jit
+def merged(b_x, b_21, N: tl.constexpr, H: tl.constexpr):
+    """Inverses (N,2H,2H) of blocks whose diagonal halves have the inverses b_x (2 N,H,H), b_21 (N,H,H) below them: x21 = x22 (b21 x11)."""
+    b_11, b_22 = tl.split(tl.permute(tl.reshape(b_x, [N, 2, H, H]), [0, 2, 3, 1]))
+    return joined(b_11, product(b_22, product(b_21, b_11)), b_22, N, H)
+
+
+@triton.jit
+def below(p_e, C, N: tl.constexpr, H: tl.constexpr):
+    """(N,H,H) blocks under the diagonal halves of the 2H-wide blocks of the tile at p_e."""
+    o_n, o_h = tl.arange(0, N), tl.arange(0, H)
+    return tl.load(p_e + (o_n[:, None, None] * 2 * H + H + o_h[None, :, None]) * C + o_n[:, None, None] * 2 * H + o_h[None, None, :])
+
+
+@triton.jit(do_not_specialize=table.do_not_specialize("feedback_inverse"))
+def feedback_inverse(
+    e, peak, total, gamma, past_length, row_peak, factor, lse, x, inverse, inverse_low, near, near_low, near_scale, T, C, R, NP, NT, row0, B, blocks,
+    CHUNK: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """The first half of `feedback_combine`: row statistics, and the inverses of blocks. x and near are not used."""
+    i_r, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block = row0 // BLOCK + i_r
+    o_r = tl.arange(0, BLOCK)
+    row = row0 + i_r * BLOCK + o_r
+    past_tiles = tl.cdiv(tl.load(past_length + i_b), BLOCK)
+    count = past_tiles + block + 1
+    p_stat = i_b * NT * R + i_r * BLOCK + o_r
+    b_gamma = tl.load(gamma + i_b * T + row, mask=row < T, other=0.0)
+    p_own = e + (i_b * R + i_r * BLOCK) * C + (NP + block) * BLOCK
+    o_8, o_16, o_64 = tl.arange(0, 8), tl.arange(0, 16), tl.arange(0, 64)
+    b_e16 = tl.load(p_own + (o_8[:, None, None] * 16 + o_16[None, :, None]) * C + o_8[:, None, None] * 16 + o_16[None, None, :])
+    b_e21, b_e32 = below(p_own, C, 4, 16), below(p_own, C, 2, 32)
+    b_e64 = tl.load(p_own + 64 * C + o_64[:, None] * C + o_64[None, :])
+    b_peak = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    for i_c in range(0, count, CHUNK):
+        o_c = i_c + tl.arange(0, CHUNK)
+        o_t = tl.where(o_c < past_tiles, o_c, o_c - past_tiles + NP).to(tl.int64)
+        m_c = (o_c < count)[:, None]
+        b_l = tl.load(total + o_t[:, None] * R + p_stat[None, :], mask=m_c, other=0.0)
+        if BACKWARD:
+            b_sum += tl.sum(b_l, axis=0)
+        else:
+            b_p = tl.load(peak + o_t[:, None] * R + p_stat[None, :], mask=m_c, other=float("-inf"))
+            b_new = tl.maximum(b_peak, tl.max(b_p, axis=0))
+            b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_sum = b_sum * tl.exp(b_peak - b_base) + tl.sum(b_l * tl.exp(b_p - b_base[None, :]), axis=0)
+            b_peak = b_new
+    b_base = tl.where(b_peak == float("-inf"), 0.0, b_peak)
+    p_row = i_b * R + i_r * BLOCK + o_r
+    b_factor = tl.where(b_sum > 0, b_gamma / b_sum, tl.where(b_sum == 0, 0.0 * b_gamma, float("nan")))
+    m_ok = finite(b_factor)
+    b_own = tl.where(m_ok, b_factor, 0.0)
+    if BACKWARD:
+        tl.store(factor + p_row, b_own)
+        tl.store(row_peak + p_row, tl.where(b_sum > 0, 1.0 / b_sum, 0.0))
+    else:
+        tl.store(factor + p_row, tl.where(m_ok, b_factor, float("nan")))
+        tl.store(row_peak + p_row, b_base)
+        tl.store(lse + i_b * T + row, tl.where(b_sum == 0, float("-inf"), b_peak + tl.log(b_sum)), mask=row < T)
+        b_own = tl.where(m_ok, b_own * tl.exp(tl.load(peak + p_stat + (NP + block).to(tl.int64) * R) - b_base), 0.0)
+
+    # 16-wide blocks: the sum of b^k, k < 16, by squaring
+    b_b = tl.where(o_16[None, None, :] < o_16[None, :, None], routed(b_e16, tl.reshape(b_own, [8, 16])[:, :, None]), 0.0)
+    b_x = b_b + tl.where((o_16[None, :, None] == o_16[None, None, :]) & (o_8[:, None, None] >= 0), 1.0, 0.0)
+    for _ in tl.static_range(3):
+        b_b = product(b_b, b_b)
+        b_x += product(b_x, b_b)
+    b_x = merged(b_x, routed(b_e21, lower_rows(b_own, 4, 16)[:, :, None]), 4, 16)
+    b_x = merged(b_x, routed(b_e32, lower_rows(b_own, 2, 32)[:, :, None]), 2, 32)
+    b_11, b_22 = tl.split(tl.permute(b_x, [1, 2, 0]))
+    b_21 = product(b_22, product(routed(b_e64, tl.reshape(lower_rows(b_own, 1, 64), [64])[:, None]), b_11))
+    b_x = tl.reshape(joined(b_11[None, :, :], b_21[None, :, :], b_22[None, :, :], 1, 64), [BLOCK, BLOCK])
+    b_h, b_l = pair_of(b_x)
+    p_i = p_row[:, None] * BLOCK + o_r[None, :]
+    tl.store(inverse + p_i, b_h)
+    tl.store(inverse_low + p_i, b_l)
+
+
+@triton.jit(do_not_specialize=table.do_not_specialize("feedback_near"))
+def feedback_near(
+    e, peak, total, gamma, past_length, row_peak, factor, lse, x, inverse, inverse_low, near, near_low, near_scale, T, C, R, NP, NT, row0, B, blocks,
+    BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """The second half, grid (blocks, B, 2): near[d] of a block, its high half alone, which is all that the solves read of it in bfloat16."""
+    i_r, i_b, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    block = row0 // BLOCK + i_r
+    sides = blocks - 1 - i_r if BACKWARD else block
+    if sides > d:
+        o_r = tl.arange(0, BLOCK)
+        p_row = i_b * R + i_r * BLOCK + o_r
+        p_i = p_row[:, None] * BLOCK + o_r[None, :]
+        b_h, b_l = tl.load(inverse + p_i), tl.load(inverse_low + p_i)
+        p_e = e + p_row[:, None] * C + (NP + block) * BLOCK + o_r[None, :]
+        if BACKWARD:
+            b_eh, b_el = pair_of(tl.load(p_e + (1 + d) * BLOCK * C).to(tl.float32))
+            b_m = pair_product(tl.trans(b_h), tl.trans(b_l), tl.trans(b_eh), tl.trans(b_el))  # transposed: its scales are those of rows
+        else:
+            b_e = tl.load(p_e - (1 + d) * BLOCK)
+            b_factor = tl.load(factor + p_row)
+            b_own = b_factor * tl.exp(tl.load(peak + (i_b * NT + NP + block - 1 - d) * R + i_r * BLOCK + o_r) - tl.load(row_peak + p_row))
+            b_eh, b_el = pair_of(routed(b_e, tl.where(finite(b_factor), b_own, 0.0)[:, None]))
+            b_m = pair_product(b_h, b_l, b_eh, b_el)
+        b_c = tl.max(tl.abs(b_m), axis=1)
+        b_c = tl.where(finite(b_c) & (b_c > 1e-30), b_c, 1.0)
+        b_m = (b_m * (1.0 / b_c)[:, None]).to(near.dtype.element_ty)
+        deep = (B * R).to(tl.int64)
+        tl.store(near + d * deep * BLOCK + p_i, tl.trans(b_m) if BACKWARD else b_m)
+        tl.store(near_scale + d * deep + p_row, b_c)
