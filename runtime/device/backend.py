@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import SessaError, UserError
-from sessa_deploy.runtime.backend import Backend, Begun
+from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.begun import Begun
 from sessa_deploy.runtime.device.buffers import Buffers, Extent
 from sessa_deploy.runtime.report import note
 
@@ -86,6 +87,13 @@ class DeviceBackend(Backend):
             found = self._own().picked()[:, 0]
             picked[part > 0] = found[part > 0]  # a sequence's last part has its last token
         return picked
+
+    def _some(self, ids: NDArray[np.int64], new: NDArray[np.int32], rows: list[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        if ids.shape[1] > 1:
+            return super()._some(ids, new, rows)
+        self._enqueue(ids, new, self.length)
+        logits = self._own().logits_of(rows)
+        return self._own().picked()[:, 0], logits
 
     def _begin(self, begun: Begun) -> None:
         assert begun.ids is not None
