@@ -89,7 +89,7 @@ def begin(session: Session, context: int) -> None:
 def chain(session: Session, context: int) -> float | None:
     """Milliseconds of one replay among many with nothing between them; None where steps are not recorded."""
     backend: Any = session.backend
-    graphs = list(getattr(backend, "_next_graphs", {}).values())
+    graphs = [graph for (_, _, fed), graph in getattr(backend, "_graphs", {}).items() if not fed]
     if not graphs:
         return None
     begin(session, context)

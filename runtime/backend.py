@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,21 +12,11 @@ from numpy.typing import NDArray
 from sessa_deploy.checks import as_integer, integer
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
+from sessa_deploy.runtime.begun import Begun
 from sessa_deploy.runtime.sampling import finite_tokens, most_likely_tokens
 
 IntArray = NDArray[np.integer]
 _MOST_LOGITS = 256 << 20  # bytes
-
-
-@dataclass
-class Begun:
-    """A greedy step that was begun and is not ended. ids (B,T): what it is fed; None: the tokens of the step before it. new (B,): new_length, 0 for sequences
-    that were called off since. slot: where on the host its tokens arrive; picked (B,): they, once they are there."""
-
-    ids: NDArray[np.int64] | None
-    new: NDArray[np.int32]
-    slot: int = 0
-    picked: NDArray[np.int64] | None = None
 
 
 class Backend(ABC):
@@ -102,6 +91,13 @@ class Backend(ABC):
         picked = finite_tokens(self._pick(ids, new), new)
         self.length += new
         return picked
+
+    def step_some(self, input_ids: IntArray, new_length: IntArray, rows: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Like `step`, returning the most likely token (B,) of each row, -1 where its logits are NaN or Inf, and logits (len(rows),V) of `rows` alone."""
+        ids, new = self._checked(input_ids, new_length)
+        found = self._some(ids, new, [self._row(row) for row in rows])
+        self.length += new
+        return found
 
     def begin_greedy(self, input_ids: IntArray, new_length: IntArray) -> None:
         """Begin what `step_greedy` does and do not wait for it: `end_greedy` gives the tokens, and only then do lengths advance.
@@ -307,6 +303,11 @@ class Backend(ABC):
     def _pick(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.int64]:
         """Like `_forward`; the most likely tokens (B,), -1 where a row's largest logit is not finite."""
         return most_likely_tokens(self._forward(ids, new))
+
+    def _some(self, ids: NDArray[np.int64], new: NDArray[np.int32], rows: list[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Like `_forward`; what `_pick` gives, and logits (len(rows),V)."""
+        logits = self._forward(ids, new)
+        return most_likely_tokens(logits), logits[rows]
 
     def _begin(self, begun: Begun) -> None:  # noqa: B027 - a backend that cannot run behind the host need do nothing
         """Launch a step that is fed ids; here it waits until somebody wants its tokens."""

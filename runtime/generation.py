@@ -161,14 +161,19 @@ class Steps:
 
 
 def decode(backend: Backend, rows: Sequence[Row], logits: bool = False) -> list[Found]:
-    """One decode step over `rows`, the others standing still; what each row's next token comes from: the token itself where all of them only want the most
-    likely one, which the backend then finds where it computes, else (always, with `logits`) logits (V,). Raises NotFinite in the first case alone."""
+    """One decode step over `rows`, the others standing still; what each row's next token comes from: the token itself where a row only wants the most likely
+    one, which the backend then finds where it computes, else (always, with `logits`) logits (V,). Raises NotFinite where no row wants logits."""
     ids, new = _feed(backend, rows)
-    if not logits and all(row.greedy for row in rows):
+    if logits:
+        every = backend.step(ids, new)
+        return [every[row.index] for row in rows]
+    drawing = [row.index for row in rows if not row.greedy]
+    if not drawing:
         picked = backend.step_greedy(ids, new).tolist()
         return [picked[row.index] for row in rows]
-    found = backend.step(ids, new)
-    return [found[row.index] for row in rows]
+    picks, some = backend.step_some(ids, new, drawing)
+    picked, found = picks.tolist(), dict(zip(drawing, some, strict=True))
+    return [found.get(row.index, picked[row.index]) for row in rows]
 
 
 def _feed(backend: Backend, rows: Sequence[Row]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:

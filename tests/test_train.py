@@ -196,3 +196,6 @@ def test_a_sample_is_cut_at_a_whole_character(text: Path, tmp_path: Path) -> Non
     corpus = dataclasses.replace(run.corpus, held_out=np.concatenate([[run.corpus.separator], long]))
     found = held_out_sample(corpus, run.tokenizer)
     assert found == "\u20ac" * (65_536 // 3) and len(found.encode()) <= 65_536
+    documents = np.concatenate([np.append(np.full(3000, 97 + i % 26, np.int32), corpus.separator) for i in range(40)])
+    found = held_out_sample(dataclasses.replace(corpus, held_out=documents), run.tokenizer)
+    assert found == "".join(chr(97 + i % 26) * 3000 for i in range(40))[:65_536], "many documents, one behind the other, fill it"

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import SessaError, UserError
-from sessa_deploy.runtime.backend import Backend, Begun
+from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.begun import Begun
 from sessa_deploy.runtime.device.buffers import Buffers, Extent
 from sessa_deploy.runtime.report import note
 
@@ -52,8 +53,7 @@ class DeviceBackend(Backend):
         self._slot: int | None = None  # of the greedy step that was enqueued last; None: something is behind it, and its ids are the device's no more
         self._flying = 0  # steps that were begun and nobody has waited for
         self._use_graph = graph
-        self._graphs: dict[Extent, int] = {}
-        self._next_graphs: dict[int, int] = {}  # slot -> the step of one row each that is fed on the device
+        self._graphs: dict[tuple[Extent, int, bool], int] = {}  # step, slot, whether it is fed by what was put
         self._warm: Counter[tuple[Extent, int]] = Counter()
 
     @abstractmethod
@@ -87,6 +87,13 @@ class DeviceBackend(Backend):
             found = self._own().picked()[:, 0]
             picked[part > 0] = found[part > 0]  # a sequence's last part has its last token
         return picked
+
+    def _some(self, ids: NDArray[np.int64], new: NDArray[np.int32], rows: list[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        if ids.shape[1] > 1:
+            return super()._some(ids, new, rows)
+        self._enqueue(ids, new, self.length)
+        logits = self._own().logits_of(rows)
+        return self._own().picked()[:, 0], logits
 
     def _begin(self, begun: Begun) -> None:
         assert begun.ids is not None
@@ -233,7 +240,7 @@ class DeviceBackend(Backend):
 
     def _graph(self, step: Extent, slot: int, fed: bool) -> int:
         """The CUDA graph that is this step, recorded now if it is time; 0 where it is to be enqueued piece by piece."""
-        found = self._graphs.get(step) if fed else self._next_graphs.get(slot)
+        found = self._graphs.get((step, slot, fed))
         if found is not None or not self._use_graph or step.row is not None or step.tokens > self.recorded_tokens:
             return found or 0
         key = (step, threading.get_ident())
@@ -245,10 +252,7 @@ class DeviceBackend(Backend):
         except SessaError as error:
             self._record_no_more(str(error))
             return 0
-        if fed:
-            self._graphs[step] = made
-        else:
-            self._next_graphs[slot] = made
+        self._graphs[step, slot, fed] = made
         return int(made)
 
     def _record_no_more(self, why: str) -> None:
@@ -281,11 +285,10 @@ class DeviceBackend(Backend):
         try:
             self._cuda.enter()
             self._cuda.wait()
-            for graph in (*self._graphs.values(), *self._next_graphs.values()):  # before the engine: they hold addresses of its memory
+            for graph in self._graphs.values():  # before the engine: they hold addresses of its memory
                 self._cuda.forget(graph)
         finally:
             self._graphs.clear()
-            self._next_graphs.clear()
             self._release()
             self._cuda.close()
 

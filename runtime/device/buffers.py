@@ -209,6 +209,14 @@ class Buffers:
         self.cuda.wait()
         return self._host_logits[: count * self.config.vocab_size].reshape(count, -1).copy()
 
+    def logits_of(self, sequences: list[int]) -> NDArray[np.float32]:
+        """Wait for a step of one row each; the logits (N,V) of N of its sequences."""
+        target, row = self._host_logits.ctypes.data, 4 * self.config.vocab_size
+        for at, sequence in enumerate(sequences):
+            self.cuda.to_host(target + at * row, self.logits + sequence * row, row)
+        self.cuda.wait()
+        return self._host_logits[: len(sequences) * self.config.vocab_size].reshape(len(sequences), -1).copy()
+
     def every_logits(self, batch: int, tokens: int) -> NDArray[np.float32]:
         """Wait for a step of `tokens` rows of `batch` sequences of an engine with all logits; its logits (batch,tokens,V)."""
         count = batch * tokens * self.config.vocab_size

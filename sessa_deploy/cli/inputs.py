@@ -14,6 +14,7 @@ import click
 from sessa_deploy.cli.options import BACKEND, COUNT, DRAFTED, NOT_NEGATIVE, POSITIVE, PROBABILITY, SEED, SHARE, TEXT, THREADS
 from sessa_deploy.errors import UserError
 
+_LEAST_TEXT, _LONGEST_TOKEN = 1 << 20, 64  # characters, of a text that is judged: more are not encoded than the context takes
 _NUMBERS = re.compile(r"\s*\[?\s*(\d+(?:[\s,]+\d+)*)[\s,]*\]?\s*", re.ASCII)
 
 
@@ -127,15 +128,17 @@ def encoded_texts(bundle: str | Path, texts: Mapping[str, str]) -> dict[str, lis
     tokenizer, config = Tokenizer(opened.file(TOKENIZER_FILE)), opened.config
     notes = [ignored_note(tokenizer)]
     for number, name in enumerate(texts, start=1):
-        ids = tokenizer.encode_first(texts[name], config.bos_token_id)
-        if not ids or not texts[name]:  # with a first token of the model's there would be something to judge
+        text = texts[name][: max(_LEAST_TEXT, _LONGEST_TOKEN * config.max_context)]
+        more = "more than " if len(text) < len(texts[name]) else ""
+        ids = tokenizer.encode_first(text, config.bos_token_id)
+        if not ids or not text:  # with a first token of the model's there would be something to judge
             raise UserError("the text is empty", got=name, allowed="at least one token", fix="name a file of text for --text")
         wrong = next((token for token in ids if token >= config.vocab_size), None)
         if wrong is not None:
             raise UserError("the text has a token outside the vocabulary", got=wrong, allowed=f"0..{config.vocab_size - 1}",
                             fix="export with the tokenizer the model was trained with")
         if len(ids) > config.max_context:
-            notes.append(f"note: text-{number} ({name}): the first {config.max_context} of its {len(ids)} tokens are judged (max_context)")
+            notes.append(f"note: text-{number} ({name}): the first {config.max_context} of its {more}{len(ids)} tokens are judged (max_context)")
         found[f"text-{number}"] = ids[: config.max_context]
     for note in filter(None, notes):
         click.echo(note, err=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from sessa_deploy.process import launched
 Made = TypeVar("Made")
 
 _PATIENCE = datetime.timedelta(hours=2)  # how long processes wait while process 0 writes a checkpoint; a process that fails is seen by the watch
+_TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)  # in what a collective raises that nobody answered
 _OTHERS_SAY = 4.0  # seconds after a broken collective in which it is known which process broke it
 _CHIEF_LEAVES = 10.0  # seconds that the others give process 0 to say what went wrong
 
@@ -179,6 +181,9 @@ def _ended(watch: Watch, rank: int, error: BaseException) -> BaseException:
             error = OtherFailed(failure)
             if rank == failure.speaker != 0:
                 say(failure.text)
+        elif failure is None and _TIMED_OUT.search(str(error)):
+            error = UserError("the processes of the run waited for one another in vain", got=f"no answer for {_PATIENCE}", allowed="processes that all go on",
+                              fix="look on every machine for a process that hangs and at the network between them, then continue with --resume")
     watch.post(_told(error, rank))
     if rank != 0 and not isinstance(error, OtherFailed):
         watch.await_leaving(0, _CHIEF_LEAVES)

@@ -15,13 +15,14 @@ from onnx import numpy_helper
 
 from sessa_deploy.checkpoint import save_checkpoint
 from sessa_deploy.cli import main
+from sessa_deploy.cli.inputs import encoded_texts
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import MODEL_FILE, PARITY_FILE
 from sessa_deploy.export.parity import process as parity_process
 from sessa_deploy.export.to_onnx import export_bundle
 from sessa_deploy.model import SessaLM
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
-from sessa_deploy.runtime.tokenizer import byte_level_tokenizer
+from sessa_deploy.runtime.tokenizer import Tokenizer, byte_level_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -180,3 +181,12 @@ def test_a_text_that_cannot_be_judged_is_refused(run: Run, material: tuple[Path,
     assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ")
     code, _, err = run(bundle, "--checkpoint", material[1], "--text", tmp_path / "t", "--compare", tmp_path)
     assert code == 2 and "--compare" in err
+
+
+def test_of_a_large_text_no_more_is_encoded_than_can_be_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = write_bundle(tmp_path / "b", {MODEL_FILE: b"", "tokenizer.json": byte_level_tokenizer().encode()}, SessaConfig(16, 1, 2, 257), "fp32", {})
+    plain, seen = Tokenizer.encode, []
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: seen.append(len(text)) or plain(self, text))
+    most = bundle.config.max_context
+    assert encoded_texts(bundle.path, {"large": "ab" * 5_000_000}) == {"text-1": list(b"ab" * most)[:most]}
+    assert sum(seen) <= max(1 << 20, 64 * most) and f"the first {most} of its more than" in capsys.readouterr().err

@@ -105,6 +105,20 @@ def test_a_group_of_one_does_everything_itself() -> None:
     assert group._told(KeyboardInterrupt(), 0).code == 130 and OtherFailed(Failure(0, 3, "x")).exit_code == 3 and Group(1, 2).chief is False
 
 
+def test_a_process_that_hangs_is_told_of_in_one_line(watched: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a collective has given up waiting and no process says what went wrong; where one does, that is told."""
+    monkeypatch.setattr(group, "_OTHERS_SAY", 0.05)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    ends(monkeypatch)
+    broken = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 7200000ms for recv operation to complete\nat 3")
+    chief = watched(0)
+    found = group._ended(chief, 0, broken)
+    assert isinstance(found, UserError) and "waited for one another in vain" in str(found) and "--resume" in str(found) and "\n" not in str(found)
+    assert chief.failure() == Failure(0, 2, str(found))
+    other = watched(1)
+    assert isinstance(group._ended(other, 1, broken), OtherFailed)
+
+
 @pytest.mark.parametrize(("name", "value"), [("RANK", None), ("RANK", "x"), ("LOCAL_WORLD_SIZE", "-1")])
 def test_an_environment_that_is_not_whole_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, value: str | None) -> None:
     for key, text in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", name: value}.items():

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -311,3 +312,14 @@ def test_what_is_said(bundles: dict[str, Path], tmp_path: Path, capsys: pytest.C
     assert OrtCudaBackend.packed_weights and not OrtBackend.packed_weights
     counts = Counter(c["name"] for c in json.loads(said("doctor", str(built.bundle.path), "--json"))["checks"])
     assert counts["the bundle's weights"] == counts["the bundle's graph for our kernels"] == 1
+
+
+def test_the_gpu_that_is_opened_is_asked(bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Bundle.open(bundles["fp8 fp16"])
+    copy = write_bundle(tmp_path / "copy", {n: opened.file(n) for n in opened.names()}, opened.config, "fp16", {}, 19, weights=opened.weights)
+    built, closed = to_ort.build_ort(copy).bundle, []
+    monkeypatch.setattr(engine, "preload", lambda runtime: None)
+    cuda = SimpleNamespace(arch=86, enter=lambda: None, close=lambda: closed.append(True))
+    with pytest.raises(UserError, match="fp8 weights need a later GPU: got sm_86"):
+        OrtCudaBackend(built, plugin=tmp_path / "unread.so", cuda=cuda)
+    assert closed == [True]

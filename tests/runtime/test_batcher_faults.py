@@ -113,7 +113,7 @@ def until(true, seconds: float = 20.0) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("stage", ["prompt", "greedy", "sampled"])
+@pytest.mark.parametrize("stage", ["prompt", "greedy", "sampled", "greedy beside sampled", "sampled beside greedy"])
 def test_logits_that_are_not_finite_end_that_request_alone(stage):
     batcher = toy(3)
     feed = batcher.backend._feed
@@ -125,8 +125,8 @@ def test_logits_that_are_not_finite_end_that_request_alone(stage):
         return np.full_like(logits, np.nan) if tokens[0] == bad[0] and (stage == "prompt" or len(tokens) > 3) else logits
 
     batcher.backend._feed = spoilt
-    params = SamplingParams(1.0, seed=1) if stage == "sampled" else SamplingParams()
-    requests = [Plan(Request(bad, params, 8)), *(Plan(Request((n, n), params, 8)) for n in range(2))]
+    own, params = (SamplingParams(1.0, seed=1) if word == "sampled" else SamplingParams() for word in (stage.split()[0], stage.split()[-1]))
+    requests = [Plan(Request(bad, own, 8)), *(Plan(Request((n, n), params, 8)) for n in range(2))]
     found = play(batcher, requests)
     assert found[0].finish == "error" and "finite" in found[0].events[-1].error and len(found[0].tokens) == (0 if stage == "prompt" else 3)
     for one, plan in zip(found[1:], requests[1:], strict=True):

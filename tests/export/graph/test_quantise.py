@@ -81,6 +81,15 @@ def test_what_is_kept(keep: list[str], left: int) -> None:
     assert found is not None and len(quantised(CONFIG, found)) == left and len(found.kept) == 15 - left
 
 
+def test_names_to_keep_are_whole_names() -> None:
+    deep = dataclasses.replace(CONFIG, n_layers=12)
+    found = choose(deep, "int8", ["layers.1"])
+    assert found is not None and len(found.kept) == 7 and all(name.startswith("layers.1.") for name in found.kept)
+    for part in ("layers", "layers.", "layers.1.", "layers.01", "mixer", "mixer.q", "W", "lm", "weight", ".weight", "", "layers.0.mixer"):
+        with pytest.raises(UserError, match="no such tensor to keep"):
+            choose(deep, "int8", [part])
+
+
 @pytest.mark.parametrize(("arguments", "says"), [
     (("int8", ["embedding"], 17), "lm_head, layers.0 to layers.1 whole, one of W_in"), (("int8", ["layers.2"], 17), "--keep layers.2"),
     (("int8", ["layers.0.ln"], 17), "no such tensor to keep"), (("int4", [], 17), "int8, fp8"), (("fp8", [], 18), "--opset 19"),

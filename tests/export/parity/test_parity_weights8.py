@@ -97,7 +97,8 @@ def zero_scale(tensors: dict[str, onnx.TensorProto]) -> None:
 
 FAULTS: dict[str, tuple[Callable[..., None], str]] = {
     "shifted scales": (lambda t, form: shifted_scales(t), "off by one channel: channel 0 has that of the one before it"),
-    "scales shifted back": (lambda t, form: shifted_scales(t, -1), "off by one channel: channel 0 has that of the one behind it"), "one sign": (one_sign, "channel 3, input"),
+    "scales shifted back": (lambda t, form: shifted_scales(t, -1), "off by one channel: channel 0 has that of the one behind it"),
+    "one sign": (one_sign, "channel 3, input"),
     "a channel's sign": (channel_sign, "channel 5 has the opposite sign"),
     "swapped rows": (lambda t, form: swapped_rows(t), "channel 2 holds the values of channel 9"),
     "zero scale": (lambda t, form: zero_scale(t), "the scale of channel 11 is 0,"),

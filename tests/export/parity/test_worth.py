@@ -108,7 +108,7 @@ def test_which_texts(make: Make) -> None:
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    (b"", "held_out.txt, 0 characters"), (b"x", "held_out.txt, 1 characters"), (b"\xff\xfe", "is not UTF-8"), ("vocabulary".encode(), "outside the vocabulary"),
+    (b"", "held_out.txt, 0 characters"), (b"x", "held_out.txt, 1 characters"), (b"\xff\xfe", "is not UTF-8"), (b"vocabulary", "outside the vocabulary"),
 ])  # fmt: skip
 def test_a_text_that_gives_nothing_to_judge_is_refused_before_any_rung_runs(make: Make, text: bytes, says: str) -> None:
     small = dataclasses.replace(CONFIG, vocab_size=100) if "vocabulary" in says else CONFIG

@@ -99,6 +99,27 @@ def test_a_greedy_step_is_one_copy_in_and_none_out(build: Build) -> None:
 
 
 @pytest.mark.parametrize("all_logits", [False, True])
+def test_of_sequences_that_draw_beside_greedy_ones_the_host_reads_logits_alone(build: Build, bundles: Callable[..., Bundle], all_logits: bool) -> None:
+    backend, cuda, _ = build(all_logits=all_logits)
+    reference = OrtBackend(bundles("fp32"), batch=BATCH, capacity=CAPACITY, threads=1)
+    rng = np.random.default_rng(3)
+    for rows in ([2], [0, 2], [1], [1]):
+        ids, new = rng.integers(0, 257, (BATCH, 1)), np.array([1, 1, 1], np.int32)
+        read, expected = cuda.read_back, reference.step(ids, new)
+        picked, logits = backend.step_some(ids, new, rows)
+        np.testing.assert_array_equal(picked, expected.argmax(-1))
+        np.testing.assert_allclose(logits, expected[rows], rtol=1e-4, atol=1e-4)
+        assert cuda.read_back == read + len(rows) * 4 * 257
+    ids = rng.integers(0, 257, (BATCH, 4))
+    new = np.array([4, 2, 1], np.int32)
+    expected = reference.step(ids, new)
+    picked, logits = backend.step_some(ids, new, [1])
+    np.testing.assert_array_equal(picked, expected.argmax(-1))
+    np.testing.assert_allclose(logits, expected[[1]], rtol=1e-4, atol=1e-4)
+    assert backend.length.tolist() == reference.length.tolist()
+
+
+@pytest.mark.parametrize("all_logits", [False, True])
 def test_a_prompt_s_first_token_may_be_picked_on_the_device(build: Build, bundles: Callable[..., Bundle], all_logits: bool) -> None:
     """Prompts of several chunks, ending in different ones, one sequence idle."""
     backend, cuda, _ = build(all_logits=all_logits)
