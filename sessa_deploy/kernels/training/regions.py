@@ -199,10 +199,10 @@ def _products(weights: HeadWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 
 def _head_backward(
-    form: Form, types: HeadWeights, needs: HeadWeights, saved: Sequence[Any], dh: Tensor, partial: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dq_b: Tensor,
+    form: Form, types: Any, needs: HeadWeights, saved: Sequence[Any], dh: Tensor, partial: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dq_b: Tensor,
     dk_b: Tensor, dgamma: Tensor, dx: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Gradients of x and of the weights that need one. types: of the weights; saved: of `_head_forward`; dh and partial: of `_gate_backward`."""
+    """Gradients of x and of the weights that need one. types: of the weights, in a HeadWeights; saved: of `_head_forward`; dh and partial: of `_gate_backward`."""
     from sessa_deploy.kernels.training import elementwise
 
     x, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin = saved
@@ -368,12 +368,12 @@ class _Whole(torch.autograd.Function):
     def backward(ctx, dy, dk_more, dv_more, dk_b_more, ds_more):  # type: ignore[no-untyped-def]
         form, types, saved, (a, b, c) = ctx.form, ctx.types, ctx.saved_tensors, ctx.cuts
         needs, columns = ctx.needs_input_grad[4:], layout(saved[0].shape[-1], form.kv_heads * form.head_dim)
-        of_tail, qkv = saved[b:c], saved[c : c + 3]
+        of_tail, (q, k, v) = saved[b:c], saved[c : c + 3]
         dy = torch.zeros_like(saved[0]) if dy is None else dy  # y has the type of x
         ds, dh, partial, dout = _tail_backward(of_tail, dy, types[-1] if needs[-1] else None, columns)
         ds = ds if ds_more is None else ds + ds_more
         do, dproj, dq_b, dk_b, dgamma = _solve_backward(saved[a:b], ds, types[-2] if needs[-2] else None)
-        dq, dk, dv = ops.attention_backward(do, *qkv, ctx.attention, saved[c + 3 :])
+        dq, dk, dv = ops.attention_backward(do, q, k, v, ctx.attention, saved[c + 3 :])
         dk, dv, dk_b = (g if more is None else g + more for g, more in ((dk, dk_more), (dv, dv_more), (dk_b, dk_b_more)))
         first = _head_backward(form, HeadWeights(*types[:-2]), HeadWeights(*needs[:-2]), saved[:a], dh, partial, dq, dk, dv, dq_b, dk_b, dgamma, dy)
         return None, None, None, *first, dproj, dout
