@@ -202,7 +202,7 @@ def _head_backward(
     form: Form, types: Any, needs: HeadWeights, saved: Sequence[Any], dh: Tensor, partial: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dq_b: Tensor,
     dk_b: Tensor, dgamma: Tensor, dx: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Gradients of x and of the weights that need one. types: of the weights, in a HeadWeights; saved: of `_head_forward`; dh and partial: of `_gate_backward`."""
+    """Gradients of x and of the weights that need one. types: the weights', a HeadWeights; saved: `_head_forward`'s; dh, partial: `_gate_backward`'s."""
     from sessa_deploy.kernels.training import elementwise
 
     x, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin = saved
