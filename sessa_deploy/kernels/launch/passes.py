@@ -33,6 +33,7 @@ def tiles(kind: str, width: int = 0) -> Tiles:
         "flat sums": {"BT": 8, "BD": 128, "num_warps": 4},
         "turn": {"BT": 16, "BD": 128, "num_warps": 4},
         "gate sums": {"BT": 8, "BD": 128, "num_warps": 4},
+        "residual": {"BT": 1024, "num_warps": 4},
         "total": {"BT": 32, "BD": 32, "num_warps": 4},
     }[kind]
 

@@ -304,7 +304,11 @@ def _tail_forward(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor)
     n, flat = s.numel() // width, tiles("flat")
     launch(elementwise.fused_gate, (cdiv(n, flat["BT"]), cdiv(width, flat["BD"])), (s, g, gated, n, width // 8, row // 8), flat)
     y = F.linear(gated, weight, bias if bias.dtype == dtype else bias.to(dtype))
-    return y.add_(x) if y.dtype == x.dtype else y + x, (s, g, gated, weight)
+    if y.dtype == x.dtype:
+        return y.add_(x), (s, g, gated, weight)
+    out, options = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, dtype), device=x.device), tiles("residual")  # PyTorch's is half as fast
+    launch(elementwise.fused_residual, (cdiv(out.numel(), options["BT"]),), (aligned(x), y, out, out.numel() // 8), options)
+    return out, (s, g, gated, weight)
 
 
 def _gate_backward(dgated: Tensor, s: Tensor, g: Tensor, columns: Layout) -> tuple[Tensor, Tensor, Tensor]:
