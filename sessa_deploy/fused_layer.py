@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sessa_deploy.kernels import route
 from sessa_deploy.kernels.training import regions
-from sessa_deploy.kernels.training.regions import Form, Head, HeadWeights, Weights
+from sessa_deploy.kernels.training.form import Form, HeadWeights, Weights
+from sessa_deploy.kernels.training.regions import Head
 
 
 def _unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:

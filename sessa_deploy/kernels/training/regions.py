@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,78 +18,7 @@ from torch import Tensor
 from sessa_deploy.kernels import ops, route
 from sessa_deploy.kernels.launch.jit import aligned, launch, spaced
 from sessa_deploy.kernels.launch.passes import ROWS, cdiv, more, tiles
-
-
-class Form(NamedTuple):
-    """What a layer's regions need beside tensors."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
-    gamma_max: float
-
-
-class HeadWeights(NamedTuple):
-    """A layer's parameters up to its attentions, weights (columns, depth) as in a state dict, and W_out's bias, whose gradient `head` returns (see `tail`)."""
-
-    norm_weight: Tensor
-    norm_bias: Tensor
-    in_weight: Tensor
-    in_bias: Tensor
-    gamma_weight: Tensor
-    gamma_bias: Tensor
-    q_weight: Tensor
-    q_bias: Tensor
-    k_weight: Tensor
-    k_bias: Tensor
-    v_weight: Tensor
-    v_bias: Tensor
-    fb_weight: Tensor
-    fb_bias: Tensor
-    out_bias: Tensor
-
-    def projections(self) -> tuple[Tensor, ...]:
-        """Those of the matrix products."""
-        return tuple(p for name, p in zip(self._fields, self, strict=True) if not name.startswith(("norm", "gamma")))
-
-
-class Weights(NamedTuple):
-    """What the regions of a layer need: `head` and W_out's weight (D,D)."""
-
-    head: HeadWeights
-    out: Tensor
-
-
-class Sums(NamedTuple):
-    """What the backward of `head` sums over rows, in the order of its columns; each is the gradient of the parameter of that name."""
-
-    q_bias: Any
-    k_bias: Any
-    v_bias: Any
-    fb_bias: Any
-    in_bias: Any
-    gamma_weight: Any
-    gamma_bias: Any
-    norm_weight: Any
-    norm_bias: Any
-    out_bias: Any
-
-
-class Layout(NamedTuple):
-    """Where the columns of `Sums` begin and how many they are, each a multiple of 8, and all of them."""
-
-    first: Sums
-    sizes: Sums
-    total: int
-
-
-@lru_cache(maxsize=64)
-def layout(width: int, kv: int) -> Layout:
-    """The layout of a layer with D = width whose keys are kv wide."""
-    sizes = Sums(q_bias=width, k_bias=kv, v_bias=kv, fb_bias=2 * width, in_bias=2 * width, gamma_weight=width, gamma_bias=8, norm_weight=width,
-                 norm_bias=width, out_bias=width)  # fmt: skip
-    return Layout(Sums(*itertools.accumulate(sizes[:-1], initial=0)), sizes, sum(sizes))
+from sessa_deploy.kernels.training.form import Form, HeadWeights, Layout, Sums, Weights, layout
 
 
 class Handed:
@@ -155,8 +83,10 @@ def tail(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor, handed: 
     return _tail_forward(x, s, g, weight, bias)[0]
 
 
-def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: HeadWeights) -> tuple[Head, tuple[Any, ...]]:
-    """(the result, what the backward needs)."""
+def _head_forward(
+    form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: HeadWeights, others: tuple[Tensor, ...] = ()
+) -> tuple[Head, tuple[Any, ...], tuple[Tensor, ...]]:
+    """(the result, what the backward needs, `others` in the type of activations)."""
     from sessa_deploy.kernels.training import elementwise
 
     batch, tokens, width = x.shape
@@ -164,13 +94,12 @@ def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor,
     inner = weights.q_weight.shape[0] + 2 * weights.k_weight.shape[0]  # columns of q, k and v
     heads = (form.heads, form.kv_heads, form.kv_heads)
     rows, norm_weight, norm_bias = aligned(x), aligned(weights.norm_weight), aligned(weights.norm_bias)
-    in_weight, in_bias, w, b = _products(weights, dtype)
-    gamma_weight, gamma_bias = aligned(weights.gamma_weight, torch.float32), aligned(weights.gamma_bias, torch.float32)
-
     y, a = (torch.empty((batch, tokens, width), dtype=dtype, device=device) for _ in range(2))
     mean, rstd, gamma = (torch.empty((batch, tokens), dtype=torch.float32, device=device) for _ in range(3))
     norm, flat = tiles("row", width), tiles("flat")
     launch(elementwise.fused_norm, (cdiv(n, norm["BT"]),), (rows, norm_weight, norm_bias, y, mean, rstd, n, d8, form.eps), norm)
+    in_weight, in_bias, w, b, *others = _products(weights, others, dtype)  # type: ignore[assignment]  # the device has begun meanwhile
+    gamma_weight, gamma_bias = aligned(weights.gamma_weight, torch.float32), aligned(weights.gamma_bias, torch.float32)
     h = F.linear(y, in_weight, in_bias)
     launch(elementwise.fused_gelu_gain, (cdiv(n, flat["BT"]),), (h, gamma_weight, gamma_bias, a, gamma, n, d8, form.gamma_max), flat)
     parts = [inner, width, width]  # the feedback branch's products are separate because feedback attention wants rows of its own
@@ -180,22 +109,24 @@ def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor,
         launch(elementwise.fused_rotate, (cdiv(n, turn["BT"]), cdiv(turned, turn["BD"])),
                (qkv, cos, sin, n, cos.shape[0] * tokens, form.head_dim // 8, turned // 8, inner // 8), turn)  # fmt: skip
     q, k, v = qkv.view(batch, tokens, -1, form.head_dim).split(heads, dim=2)
-    return Head(q, k, v, q_b, k_b, gamma, h[..., width:], x), (rows, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin)
+    saved = (rows, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin)
+    return Head(q, k, v, q_b, k_b, gamma, h[..., width:], x), saved, tuple(others)
 
 
-def _products(weights: HeadWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(W_in's weight, its bias, one copy of the projections' weights in the order q, k, v and the feedback branch's q and k, of their biases) in `dtype`."""
+def _products(weights: HeadWeights, others: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """(W_in's weight, its bias, one copy of the projections' weights in the order q, k, v and the feedback branch's q and k, of their biases, others...), all
+    in `dtype`."""
     w = (weights.q_weight, weights.k_weight, weights.v_weight, weights.fb_weight)
     b = (weights.q_bias, weights.k_bias, weights.v_bias, weights.fb_bias)
-    parts = (weights.in_weight, *w, weights.in_bias, *b)
+    parts = (weights.in_weight, weights.in_bias, *w, *b, *others)
     if all(p.dtype == dtype for p in parts):
-        return aligned(weights.in_weight), aligned(weights.in_bias), torch.cat(w), torch.cat(b)
-    width = weights.in_weight.shape[1]
+        return aligned(weights.in_weight), aligned(weights.in_bias), torch.cat(w), torch.cat(b), *others
     counts = [p.numel() for p in parts]
     memory = torch.empty(sum(counts), dtype=dtype, device=weights.in_weight.device)
     torch._foreach_copy_([x.view(p.shape) for x, p in zip(memory.split(counts), parts, strict=True)], parts)  # one launch, whatever the types
-    in_weight, joined, in_bias, biases = memory.split([counts[0], sum(counts[1:5]), counts[5], sum(counts[6:])])
-    return in_weight.view(-1, width), in_bias, joined.view(-1, width), biases
+    in_weight, in_bias, joined, biases, *rest = memory.split([*counts[:2], sum(counts[2:6]), sum(counts[6:10]), *counts[10:]])
+    width = weights.in_weight.shape[1]
+    return in_weight.view(-1, width), in_bias, joined.view(-1, width), biases, *(x.view(p.shape) for x, p in zip(rest, others, strict=True))
 
 
 def _head_backward(
@@ -249,7 +180,7 @@ def _head_backward(
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx, form, handed, cos, sin, x, *weights):  # type: ignore[no-untyped-def]
-        out, saved = _head_forward(form, cos, sin, x, HeadWeights(*weights))
+        out, saved, _ = _head_forward(form, cos, sin, x, HeadWeights(*weights))
         ctx.save_for_backward(*saved)
         ctx.form, ctx.handed, ctx.types = form, handed, HeadWeights(*(p.dtype for p in weights))
         return out[:-1]
@@ -357,10 +288,10 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx, form, cos, sin, x, *weights):  # type: ignore[no-untyped-def]
         *first, out_proj, out = weights
-        head, of_head = _head_forward(form, cos, sin, x, HeadWeights(*first))
+        head, of_head, (out_proj, out, bias) = _head_forward(form, cos, sin, x, HeadWeights(*first), (out_proj, out, weights[_BIAS]))
         o, attention = ops.attention_forward(head.q, head.k, head.v)
         s, of_solve = _solve_forward(o, out_proj, head.q_b, head.k_b, head.gamma)
-        y, of_tail = _tail_forward(x, s, head.g, out, weights[_BIAS])
+        y, of_tail = _tail_forward(x, s, head.g, out, bias)
         ctx.save_for_backward(*of_head, *of_solve, *of_tail, head.q, head.k, head.v, *attention.tensors)
         ctx.cuts = tuple(itertools.accumulate(map(len, (of_head, of_solve, of_tail))))
         ctx.form, ctx.attention, ctx.types = form, attention.without(), [p.dtype for p in weights]
