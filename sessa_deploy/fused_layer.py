@@ -1,11 +1,13 @@
 """Which of a SessaLayer's modules the fused regions of kernels/training stand in for, and when: the same parameters, the same equations, fewer launches.
 
-On a GPU, in eager calls, a layer takes `head`, `solve` and `tail` in place of its plain modules. The plain ones run on a CPU, in float64, under torch.compile,
-export, functorch or tensor subclasses, when a submodule carries hooks or is not the plain one, and with SESSA_TRITON=0.
+On a GPU, in eager calls, a layer takes `whole` in training, else `head` and `tail`, in place of its plain modules. The plain ones run on a CPU, in float64,
+under torch.compile, export, functorch or tensor subclasses, when a submodule carries hooks or is not the plain one, for gradients behind a past, and with
+SESSA_TRITON=0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 from sessa_deploy.kernels import route
 from sessa_deploy.kernels.training import regions
-from sessa_deploy.kernels.training.regions import Form, Head, HeadWeights, Weights
+from sessa_deploy.kernels.training.form import Form, HeadWeights, Weights
+from sessa_deploy.kernels.training.regions import Head
 
 
 def _unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -58,14 +61,20 @@ def applies(layer: Any, x: Tensor) -> Weights | None:
     return weights if same else None
 
 
+def trains(layer: Any, x: Tensor, weights: Weights, past: Sequence[Tensor] | None) -> bool:
+    """Whether a gradient will be wanted of what the layer gives for x behind this past."""
+    out_proj = layer._modules["mixer"]._modules["out_proj"].parameters()
+    return torch.is_grad_enabled() and any(p.requires_grad for p in (x, *weights.head, weights.out, *out_proj, *(past or ())))
+
+
 def whole(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: Weights) -> tuple[Tensor, ...] | None:
-    """y (B,T,D) and the rows k, v, k_b, s of a layer without a past, as one autograd node; None where there is nothing to join: no gradient is wanted, or
-    out_proj is not a plain linear map. x, rope, weights: as `head` takes them."""
+    """y (B,T,D) and the rows k, v, k_b, s of a layer without a past, as one autograd node; None where out_proj is not a plain map. x, rope, weights: as `head`
+    takes them."""
     out_proj = layer._modules["mixer"]._modules["out_proj"]
     weight = out_proj._parameters.get("weight")
-    if weight is None or not (torch.is_grad_enabled() and _unhooked(out_proj, nn.Linear) and route.is_eager(weight)):
+    if not (_unhooked(out_proj, nn.Identity) if weight is None else _unhooked(out_proj, nn.Linear) and weight.dtype == weights.out.dtype):
         return None
-    if weight.dtype != weights.out.dtype or not any(p.requires_grad for p in (x, *weights.head, weight, weights.out)):
+    if weight is not None and not route.is_eager(weight):
         return None
     cos, sin = (None, None) if rope is None else (rope[0].contiguous(), rope[1].contiguous())
     return regions.whole(_form(layer), cos, sin, x, weights, weight)
@@ -82,20 +91,6 @@ def head(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: Wei
     return regions.head(_form(layer), cos, sin, x, weights.head)
 
 
-def solve(layer: Any, o: Tensor, head: Head) -> Tensor | None:
-    """s (B,T,D) without a past, of the forward attention's o (B,T,Hq,d): out_proj and feedback attention as one autograd node.
-
-    None where there is nothing to join: no gradient is wanted, or out_proj is not a plain linear map.
-    """
-    out_proj = layer._modules["mixer"]._modules["out_proj"]
-    weight = out_proj._parameters.get("weight")
-    if weight is None or not (torch.is_grad_enabled() and _unhooked(out_proj, nn.Linear) and route.is_eager(o, weight)):
-        return None
-    if weight.dtype != o.dtype and not torch.is_autocast_enabled("cuda"):
-        return None  # the plain map says what is wrong
-    return regions.solve(o, weight, head)
-
-
 def tail(s: Tensor, head: Head, weights: Weights) -> Tensor:
     """The layer's y (B,T,D) of the feedback branch's s (B,T,D)."""
-    return regions.tail(head.x, s, head.g, weights.out, weights.head.out_bias, head.handed)
+    return regions.tail(head.x, s, head.g, weights.out, weights.head.out_bias)

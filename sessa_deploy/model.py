@@ -223,16 +223,15 @@ class SessaLayer(nn.Module):
         """y (B,T,D) and the layer's new rows, for x behind the given past (None, None: no past)."""
         ops = self.mixer.ops
         weights = fused_layer.applies(self, x) if ops is KERNELS else None
-        whole = fused_layer.whole(self, x, rope, weights) if weights is not None and past is None else None
-        if whole is not None:
-            return whole[0], Rows(*whole[1:])
+        if weights is not None and fused_layer.trains(self, x, weights, past):
+            whole = fused_layer.whole(self, x, rope, weights) if past is None else None
+            if whole is not None:
+                return whole[0], Rows(*whole[1:])
+            weights = None
         if weights is not None:
             head = fused_layer.head(self, x, rope, weights)
-            o = ops.attend(head.q, head.k, head.v, past_length, past)
-            s = fused_layer.solve(self, o, head) if past is None else None
-            if s is None:
-                f = self.mixer.out_proj(o.reshape(x.shape))
-                s = ops.solve(head.q_b, head.k_b, head.gamma, f, past_length, past)
+            f = self.mixer.out_proj(ops.attend(head.q, head.k, head.v, past_length, past).reshape(x.shape))
+            s = ops.solve(head.q_b, head.k_b, head.gamma, f, past_length, past)
             return fused_layer.tail(s, head, weights), Rows(head.k, head.v, head.k_b, s)
         a, g = self.W_in(self.ln(x)).split(x.shape[-1], dim=-1)
         new = self.mixer.step(F.gelu(a), past_length, past, rope)

@@ -243,10 +243,10 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Attentio
 
     cuDNN's operators where `causal_attention` would take them too, called without what stands around them; else its graph is kept.
     """
-    turned = [x.transpose(1, 2) for x in (q, k, v)]
-    if q.is_cuda and q.shape == k.shape and not torch.are_deterministic_algorithms_enabled() and not _wants_other_backend(*turned, False):
+    q_t, k_t, v_t = (x.transpose(1, 2) for x in (q, k, v))
+    if q.is_cuda and q.shape == k.shape and not torch.are_deterministic_algorithms_enabled() and not _wants_other_backend(q_t, k_t, v_t, False):
         o, lse, starts_q, starts_k, most_q, most_k, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
-            *turned, None, True, 0.0, True, False)  # fmt: skip
+            q_t, k_t, v_t, None, True, 0.0, True, False)  # fmt: skip
         return o.transpose(1, 2), Attention((o, lse, seed, offset, starts_q, starts_k), (most_q, most_k))
     with torch.enable_grad():
         leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))

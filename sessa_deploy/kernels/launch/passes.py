@@ -27,12 +27,13 @@ def tiles(kind: str, width: int = 0) -> Tiles:
         return {"BT": max(1, min(ROWS, (4096 if kind == "row" else 2048) // _power(width))), "BD": _power(width), "num_warps": 8 if width > 2048 else 4}
     return {
         "append": {"BD": 1024, "num_warps": 4},
-        "gather": {"BT": 16, "BD": 128, "num_warps": 4},
+        "gather": {"BT": 8, "BD": 128, "num_warps": 2},
         "flat": {"BT": 8, "BD": 256, "num_warps": 4},
         "logits": {"BD": 4096, "num_warps": 8},
         "flat sums": {"BT": 8, "BD": 128, "num_warps": 4},
         "turn": {"BT": 16, "BD": 128, "num_warps": 4},
         "gate sums": {"BT": 8, "BD": 128, "num_warps": 4},
+        "residual": {"BT": 1024, "num_warps": 4},
         "total": {"BT": 32, "BD": 32, "num_warps": 4},
     }[kind]
 

@@ -230,6 +230,15 @@ def fused_total(partial, out, rounded, chunks, w8, BT: tl.constexpr, BD: tl.cons
     tl.store(rounded + o_w, b_sum.to(rounded.dtype.element_ty), mask=m_w)
 
 
+@triton.jit(do_not_specialize=["n8"])
+def fused_residual(x, y, out, n8, BT: tl.constexpr):
+    """Grid (tiles,): out = x + y, 8 n8 elements each, of different types."""
+    o_n = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    m_n = o_n < n8.to(tl.int64) * 8
+    b_y = tl.load(x + o_n, mask=m_n, other=0.0).to(tl.float32) + tl.load(y + o_n, mask=m_n, other=0.0).to(tl.float32)
+    tl.store(out + o_n, b_y.to(out.dtype.element_ty), mask=m_n)
+
+
 @triton.jit(do_not_specialize=["N", "d8", "g8"])
 def fused_gate(s, g, y, N, d8, g8, BT: tl.constexpr, BD: tl.constexpr):
     """Grid (row tiles, D tiles): y = s g for s, y (N,D) and g, whose rows lie 8 g8 elements apart."""

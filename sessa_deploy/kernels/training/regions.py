@@ -1,7 +1,8 @@
-"""A layer on a GPU as regions around its attentions, each one autograd node: fewer passes over the activations, fewer launches.
+"""A layer on a GPU as regions around its attentions, and the whole of it as one autograd node: fewer passes over the activations, fewer launches.
 
-`head` goes from x to everything the attentions need (norm, W_in, GELU, gamma, the projections, rotary positions), `solve` from the first attention
-to s, `tail` from s to y (gate, W_out, residual). Same parameters, same equations as the plain modules; the matrix products stay the library's.
+`head` goes from x to everything the attentions need (norm, W_in, GELU, gamma, the projections, rotary positions), `tail` from s to y (gate, W_out,
+residual); `whole` is both and what stands between them, for training. Same parameters, same equations as the plain modules; the matrix products stay the
+library's.
 Projections of the same activations are joined, so that the backward is one product for the activations' gradient and one for the weights'.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,100 +19,11 @@ from torch import Tensor
 from sessa_deploy.kernels import ops, route
 from sessa_deploy.kernels.launch.jit import aligned, launch, spaced
 from sessa_deploy.kernels.launch.passes import ROWS, cdiv, more, tiles
-
-
-class Form(NamedTuple):
-    """What a layer's regions need beside tensors."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
-    gamma_max: float
-
-
-class HeadWeights(NamedTuple):
-    """A layer's parameters up to its attentions, weights (columns, depth) as in a state dict, and W_out's bias, whose gradient `head` returns (see `tail`)."""
-
-    norm_weight: Tensor
-    norm_bias: Tensor
-    in_weight: Tensor
-    in_bias: Tensor
-    gamma_weight: Tensor
-    gamma_bias: Tensor
-    q_weight: Tensor
-    q_bias: Tensor
-    k_weight: Tensor
-    k_bias: Tensor
-    v_weight: Tensor
-    v_bias: Tensor
-    fb_weight: Tensor
-    fb_bias: Tensor
-    out_bias: Tensor
-
-    def projections(self) -> tuple[Tensor, ...]:
-        """Those of the matrix products."""
-        return tuple(p for name, p in zip(self._fields, self, strict=True) if not name.startswith(("norm", "gamma")))
-
-
-class Weights(NamedTuple):
-    """What the regions of a layer need: `head` and W_out's weight (D,D)."""
-
-    head: HeadWeights
-    out: Tensor
-
-
-class Sums(NamedTuple):
-    """What the backward of `head` sums over rows, in the order of its columns; each is the gradient of the parameter of that name."""
-
-    q_bias: Any
-    k_bias: Any
-    v_bias: Any
-    fb_bias: Any
-    in_bias: Any
-    gamma_weight: Any
-    gamma_bias: Any
-    norm_weight: Any
-    norm_bias: Any
-    out_bias: Any
-
-
-class Layout(NamedTuple):
-    """Where the columns of `Sums` begin and how many they are, each a multiple of 8, and all of them."""
-
-    first: Sums
-    sizes: Sums
-    total: int
-
-
-@lru_cache(maxsize=64)
-def layout(width: int, kv: int) -> Layout:
-    """The layout of a layer with D = width whose keys are kv wide."""
-    sizes = Sums(q_bias=width, k_bias=kv, v_bias=kv, fb_bias=2 * width, in_bias=2 * width, gamma_weight=width, gamma_bias=8, norm_weight=width,
-                 norm_bias=width, out_bias=width)  # fmt: skip
-    return Layout(Sums(*itertools.accumulate(sizes[:-1], initial=0)), sizes, sum(sizes))
-
-
-class Handed:
-    """What the backward of `tail` hands to that of `head` beside gradients: g's is the right half of dh (N,2D), whose left half `head` fills, and its sums
-    are in their columns of `partial`."""
-
-    def __init__(self, columns: Layout) -> None:
-        self.layout = columns
-        self.dh: Tensor | None = None
-        self.partial: Tensor | None = None
-
-    def take(self, dg: Tensor) -> tuple[Tensor, Tensor]:
-        """dh and partial. dg (B,T,D): what autograd says g's gradient is; another one than was handed over where s alone is differentiated."""
-        dh, partial, width = self.dh, self.partial, dg.shape[-1]
-        self.dh = self.partial = None
-        if dh is not None and partial is not None and dg.dtype == dh.dtype and dg.data_ptr() == dh.data_ptr() + width * dh.itemsize:
-            return dh, partial
-        return _gate_backward(dg.contiguous(), torch.ones_like(dg, memory_format=torch.contiguous_format), dg, self.layout)[1:]
+from sessa_deploy.kernels.training.form import Form, HeadWeights, Layout, Sums, Weights, layout
 
 
 class Head(NamedTuple):
-    """q (B,T,Hq,d), k, v (B,T,Hkv,d), q and k rotated; q_b, k_b, g (B,T,D); gamma (B,T) float32; x as it came, for the residual; and what `tail` needs."""
+    """q (B,T,Hq,d), k, v (B,T,Hkv,d), q and k rotated; q_b, k_b, g (B,T,D); gamma (B,T) float32; x as it came, for the residual."""
 
     q: Tensor
     k: Tensor
@@ -122,7 +33,6 @@ class Head(NamedTuple):
     gamma: Tensor
     g: Tensor
     x: Tensor
-    handed: Handed | None = None
 
 
 def storage_type(x: Tensor) -> torch.dtype:
@@ -131,32 +41,19 @@ def storage_type(x: Tensor) -> torch.dtype:
 
 
 def head(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: HeadWeights) -> Head:
-    """From x (B,T,D) to the attentions' inputs. cos, sin: contiguous float32 tables (B or 1,T,1,d/2), or None."""
-    if torch.is_grad_enabled() and any(p.requires_grad for p in (x, *weights)):
-        handed = Handed(layout(x.shape[-1], form.kv_heads * form.head_dim))
-        out: Head = Head(*_Head.apply(form, handed, cos, sin, x, *weights))
-        return out._replace(handed=handed)
+    """From x (B,T,D) to the attentions' inputs, without a backward. cos, sin: contiguous float32 tables (B or 1,T,1,d/2), or None."""
     return _head_forward(form, cos, sin, x, weights)[0]
 
 
-def solve(o: Tensor, weight: Tensor, head: Head) -> Tensor:
-    """s (B,T,D) without a past of f = o weight^T, o (B,T,Hq,d), weight (D,D), and the rest of `head`."""
-    return _Solve.apply(o, weight, head.q_b, head.k_b, head.gamma)
-
-
-def tail(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor, handed: Handed | None) -> Tensor:
-    """x + (s g) weight^T + bias for x, s, g (B,T,D); x, g and handed from `head`.
-
-    x and bias are added to the same rows, so the bias's gradient is that of x summed over them: `head`, which reads it anyway, returns it.
-    """
-    bias = bias.detach()
-    if torch.is_grad_enabled() and any(p.requires_grad for p in (x, s, g, weight)):
-        return _Tail.apply(x, s, g, weight, bias, handed)
+def tail(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x + (s g) weight^T + bias for x, s, g (B,T,D), x and g from `head`, without a backward."""
     return _tail_forward(x, s, g, weight, bias)[0]
 
 
-def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: HeadWeights) -> tuple[Head, tuple[Any, ...]]:
-    """(the result, what the backward needs)."""
+def _head_forward(
+    form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: HeadWeights, others: tuple[Tensor, ...] = ()
+) -> tuple[Head, tuple[Any, ...], tuple[Tensor, ...]]:
+    """(the result, what the backward needs, `others` in the type of activations)."""
     from sessa_deploy.kernels.training import elementwise
 
     batch, tokens, width = x.shape
@@ -164,13 +61,12 @@ def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor,
     inner = weights.q_weight.shape[0] + 2 * weights.k_weight.shape[0]  # columns of q, k and v
     heads = (form.heads, form.kv_heads, form.kv_heads)
     rows, norm_weight, norm_bias = aligned(x), aligned(weights.norm_weight), aligned(weights.norm_bias)
-    in_weight, in_bias, w, b = _products(weights, dtype)
-    gamma_weight, gamma_bias = aligned(weights.gamma_weight, torch.float32), aligned(weights.gamma_bias, torch.float32)
-
     y, a = (torch.empty((batch, tokens, width), dtype=dtype, device=device) for _ in range(2))
     mean, rstd, gamma = (torch.empty((batch, tokens), dtype=torch.float32, device=device) for _ in range(3))
     norm, flat = tiles("row", width), tiles("flat")
     launch(elementwise.fused_norm, (cdiv(n, norm["BT"]),), (rows, norm_weight, norm_bias, y, mean, rstd, n, d8, form.eps), norm)
+    in_weight, in_bias, w, b, *others = _products(weights, others, dtype)  # type: ignore[assignment]  # the device has begun meanwhile
+    gamma_weight, gamma_bias = aligned(weights.gamma_weight, torch.float32), aligned(weights.gamma_bias, torch.float32)
     h = F.linear(y, in_weight, in_bias)
     launch(elementwise.fused_gelu_gain, (cdiv(n, flat["BT"]),), (h, gamma_weight, gamma_bias, a, gamma, n, d8, form.gamma_max), flat)
     parts = [inner, width, width]  # the feedback branch's products are separate because feedback attention wants rows of its own
@@ -180,29 +76,31 @@ def _head_forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor,
         launch(elementwise.fused_rotate, (cdiv(n, turn["BT"]), cdiv(turned, turn["BD"])),
                (qkv, cos, sin, n, cos.shape[0] * tokens, form.head_dim // 8, turned // 8, inner // 8), turn)  # fmt: skip
     q, k, v = qkv.view(batch, tokens, -1, form.head_dim).split(heads, dim=2)
-    return Head(q, k, v, q_b, k_b, gamma, h[..., width:], x), (rows, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin)
+    saved = (rows, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin)
+    return Head(q, k, v, q_b, k_b, gamma, h[..., width:], x), saved, tuple(others)
 
 
-def _products(weights: HeadWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(W_in's weight, its bias, one copy of the projections' weights in the order q, k, v and the feedback branch's q and k, of their biases) in `dtype`."""
+def _products(weights: HeadWeights, others: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """(W_in's weight, its bias, one copy of the projections' weights in the order q, k, v and the feedback branch's q and k, of their biases, others...), all
+    in `dtype`."""
     w = (weights.q_weight, weights.k_weight, weights.v_weight, weights.fb_weight)
     b = (weights.q_bias, weights.k_bias, weights.v_bias, weights.fb_bias)
-    parts = (weights.in_weight, *w, weights.in_bias, *b)
+    parts = (weights.in_weight, weights.in_bias, *w, *b, *others)
     if all(p.dtype == dtype for p in parts):
-        return aligned(weights.in_weight), aligned(weights.in_bias), torch.cat(w), torch.cat(b)
-    width = weights.in_weight.shape[1]
+        return aligned(weights.in_weight), aligned(weights.in_bias), torch.cat(w), torch.cat(b), *others
     counts = [p.numel() for p in parts]
     memory = torch.empty(sum(counts), dtype=dtype, device=weights.in_weight.device)
     torch._foreach_copy_([x.view(p.shape) for x, p in zip(memory.split(counts), parts, strict=True)], parts)  # one launch, whatever the types
-    in_weight, joined, in_bias, biases = memory.split([counts[0], sum(counts[1:5]), counts[5], sum(counts[6:])])
-    return in_weight.view(-1, width), in_bias, joined.view(-1, width), biases
+    in_weight, in_bias, joined, biases, *rest = memory.split([*counts[:2], sum(counts[2:6]), sum(counts[6:10]), *counts[10:]])
+    width = weights.in_weight.shape[1]
+    return in_weight.view(-1, width), in_bias, joined.view(-1, width), biases, *(x.view(p.shape) for x, p in zip(rest, others, strict=True))
 
 
 def _head_backward(
-    form: Form, types: HeadWeights, needs: HeadWeights, saved: Sequence[Any], dh: Tensor, partial: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dq_b: Tensor,
+    form: Form, types: Any, needs: HeadWeights, saved: Sequence[Any], dh: Tensor, partial: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dq_b: Tensor,
     dk_b: Tensor, dgamma: Tensor, dx: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Gradients of x and of the weights that need one. types: of the weights; saved: of `_head_forward`; dh and partial: of `_gate_backward`."""
+    """Gradients of x and of the weights that need one. types: the weights', a HeadWeights; saved: `_head_forward`'s; dh, partial: `_gate_backward`'s."""
     from sessa_deploy.kernels.training import elementwise
 
     x, y, mean, rstd, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin = saved
@@ -246,28 +144,9 @@ def _head_backward(
     return dx_rows, *(g if need else None for g, need in zip(out, needs, strict=True))
 
 
-class _Head(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, form, handed, cos, sin, x, *weights):  # type: ignore[no-untyped-def]
-        out, saved = _head_forward(form, cos, sin, x, HeadWeights(*weights))
-        ctx.save_for_backward(*saved)
-        ctx.form, ctx.handed, ctx.types = form, handed, HeadWeights(*(p.dtype for p in weights))
-        return out[:-1]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dq, dk, dv, dq_b, dk_b, dgamma, dg, dx):  # type: ignore[no-untyped-def]
-        saved = ctx.saved_tensors
-        dtype = saved[4].dtype
-        dh, partial = ctx.handed.take(dg if dg.dtype == dtype else dg.to(dtype))
-        needs = HeadWeights(*ctx.needs_input_grad[5:])
-        return None, None, None, None, *_head_backward(ctx.form, ctx.types, needs, saved, dh, partial, dq, dk, dv, dq_b, dk_b, dgamma, dx)
-
-
-def _solve_forward(o: Tensor, weight: Tensor, q_b: Tensor, k_b: Tensor, gamma: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    o, weight = aligned(o, q_b.dtype), aligned(weight, q_b.dtype)
-    past = ops.no_past(q_b, True)
-    f = F.linear(o.view(q_b.shape), weight)
+def _solve_forward(o: Tensor, weight: Tensor | None, q_b: Tensor, k_b: Tensor, gamma: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    o, past = aligned(o, q_b.dtype), ops.no_past(q_b, True)
+    f = o.view(q_b.shape) if weight is None else F.linear(o.view(q_b.shape), weight)
     s, *kept = ops.run_forward(q_b, k_b, gamma, f, *past, need_lse=True)
     return s, (o, weight, q_b, k_b, gamma, f, s, *kept, *past)
 
@@ -277,22 +156,8 @@ def _solve_backward(saved: Sequence[Any], ds: Tensor, dtype: torch.dtype | None)
     o, weight, *saved = saved
     dq, dk, dgamma, df, *_ = route.feedback_backward(ds, *saved)
     rows = df.view(-1, df.shape[-1])
-    do = torch.mm(rows, weight).view(o.shape)
+    do = (rows if weight is None else torch.mm(rows, weight)).view(o.shape)
     return do, weight_grad(rows, o.view(rows.shape), dtype) if dtype else None, dq, dk, dgamma
-
-
-class _Solve(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, o, weight, q_b, k_b, gamma):  # type: ignore[no-untyped-def]
-        s, saved = _solve_forward(o, weight, q_b, k_b, gamma)
-        ctx.save_for_backward(*saved)
-        ctx.type = weight.dtype
-        return s
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, ds):  # type: ignore[no-untyped-def]
-        return _solve_backward(ctx.saved_tensors, ds, ctx.type if ctx.needs_input_grad[1] else None)
 
 
 def _tail_forward(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -304,11 +169,16 @@ def _tail_forward(x: Tensor, s: Tensor, g: Tensor, weight: Tensor, bias: Tensor)
     n, flat = s.numel() // width, tiles("flat")
     launch(elementwise.fused_gate, (cdiv(n, flat["BT"]), cdiv(width, flat["BD"])), (s, g, gated, n, width // 8, row // 8), flat)
     y = F.linear(gated, weight, bias if bias.dtype == dtype else bias.to(dtype))
-    return y.add_(x) if y.dtype == x.dtype else y + x, (s, g, gated, weight)
+    if y.dtype == x.dtype:
+        return y.add_(x), (s, g, gated, weight)
+    out, options = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, dtype), device=x.device), tiles("residual")  # PyTorch's is half as fast
+    launch(elementwise.fused_residual, (cdiv(out.numel(), options["BT"]),), (aligned(x), y, out, out.numel() // 8), options)
+    return out, (s, g, gated, weight)
 
 
 def _gate_backward(dgated: Tensor, s: Tensor, g: Tensor, columns: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """(ds, dh, partial) of the gradient dgated of s g, all (B,T,D) but g's rows may lie apart: see `Handed`."""
+    """ds (B,T,D), dh (N,2D), partial of the gradient dgated of s g (B,T,D), where g's rows may lie apart: g's gradient is the right half of dh, whose left
+    half `_head_backward` fills, and its sums are in their columns of partial."""
     from sessa_deploy.kernels.training import elementwise
 
     width = s.shape[-1]
@@ -322,24 +192,6 @@ def _gate_backward(dgated: Tensor, s: Tensor, g: Tensor, columns: Layout) -> tup
     return ds, dh, partial
 
 
-class _Tail(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, s, g, weight, bias, handed):  # type: ignore[no-untyped-def]
-        y, saved = _tail_forward(x, s, g, weight, bias)
-        ctx.save_for_backward(*saved)
-        ctx.handed, ctx.type = handed, weight.dtype
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        s, width = ctx.saved_tensors[0], dy.shape[-1]
-        handed = ctx.handed or Handed(layout(width, 0))
-        ds, dh, handed.partial, dweight = _tail_backward(ctx.saved_tensors, dy, ctx.type if ctx.needs_input_grad[3] else None, handed.layout)
-        handed.dh = dh
-        return dy, ds, dh[:, width:].view(s.shape), dweight, None, None
-
-
 def _tail_backward(saved: Sequence[Any], dy: Tensor, dtype: torch.dtype | None, columns: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(ds, dh, partial, the gradient of W_out's weight (of `dtype`; None: none is wanted))."""
     s, g, gated, weight = saved
@@ -348,18 +200,17 @@ def _tail_backward(saved: Sequence[Any], dy: Tensor, dtype: torch.dtype | None, 
 
 
 class _Whole(torch.autograd.Function):
-    """`head`, the attention without a past, `solve` and `tail` as one node: what stands between them costs the host a third of a step."""
-
     @staticmethod
-    def forward(ctx, form, cos, sin, x, *weights):  # type: ignore[no-untyped-def]
-        *first, out_proj, out = weights
-        head, of_head = _head_forward(form, cos, sin, x, HeadWeights(*first))
+    def forward(ctx, form, cos, sin, x, out_proj, *weights):  # type: ignore[no-untyped-def]
+        *first, out = weights
+        others = (out, weights[_BIAS]) if out_proj is None else (out, weights[_BIAS], out_proj)
+        head, of_head, (out, bias, *projects) = _head_forward(form, cos, sin, x, HeadWeights(*first), others)
         o, attention = ops.attention_forward(head.q, head.k, head.v)
-        s, of_solve = _solve_forward(o, out_proj, head.q_b, head.k_b, head.gamma)
-        y, of_tail = _tail_forward(x, s, head.g, out, weights[_BIAS])
+        s, of_solve = _solve_forward(o, projects[0] if projects else None, head.q_b, head.k_b, head.gamma)
+        y, of_tail = _tail_forward(x, s, head.g, out, bias)
         ctx.save_for_backward(*of_head, *of_solve, *of_tail, head.q, head.k, head.v, *attention.tensors)
         ctx.cuts = tuple(itertools.accumulate(map(len, (of_head, of_solve, of_tail))))
-        ctx.form, ctx.attention, ctx.types = form, attention.without(), [p.dtype for p in weights]
+        ctx.form, ctx.attention, ctx.types = form, attention.without(), [None if p is None else p.dtype for p in (out_proj, *weights)]
         ctx.set_materialize_grads(False)
         return y, head.k, head.v, head.k_b, s
 
@@ -368,23 +219,30 @@ class _Whole(torch.autograd.Function):
     def backward(ctx, dy, dk_more, dv_more, dk_b_more, ds_more):  # type: ignore[no-untyped-def]
         form, types, saved, (a, b, c) = ctx.form, ctx.types, ctx.saved_tensors, ctx.cuts
         needs, columns = ctx.needs_input_grad[4:], layout(saved[0].shape[-1], form.kv_heads * form.head_dim)
-        of_tail, qkv = saved[b:c], saved[c : c + 3]
-        dy = torch.zeros_like(saved[0]) if dy is None else dy  # y has the type of x
-        ds, dh, partial, dout = _tail_backward(of_tail, dy, types[-1] if needs[-1] else None, columns)
+        q, k, v = saved[c : c + 3]
+        dy = torch.zeros_like(saved[0]) if dy is None else dy  # y has the type of x, or a wider one
+        ds, dh, partial, dout = _tail_backward(saved[b:c], dy, types[-1] if needs[-1] else None, columns)
         ds = ds if ds_more is None else ds + ds_more
-        do, dproj, dq_b, dk_b, dgamma = _solve_backward(saved[a:b], ds, types[-2] if needs[-2] else None)
-        dq, dk, dv = ops.attention_backward(do, *qkv, ctx.attention, saved[c + 3 :])
+        do, dproj, dq_b, dk_b, dgamma = _solve_backward(saved[a:b], ds, types[0] if needs[0] else None)
+        dq, dk, dv = ops.attention_backward(do, q, k, v, ctx.attention, saved[c + 3 :])
         dk, dv, dk_b = (g if more is None else g + more for g, more in ((dk, dk_more), (dv, dv_more), (dk_b, dk_b_more)))
-        first = _head_backward(form, HeadWeights(*types[:-2]), HeadWeights(*needs[:-2]), saved[:a], dh, partial, dq, dk, dv, dq_b, dk_b, dgamma, dy)
-        return None, None, None, *first, dproj, dout
+        first = _head_backward(form, HeadWeights(*types[1:-1]), HeadWeights(*needs[1:-1]), saved[:a], dh, partial, dq, dk, dv, dq_b, dk_b, dgamma, dy)
+        dx, *others = first
+        return None, None, None, dx, dproj, *others, dout
 
 
 _BIAS = HeadWeights._fields.index("out_bias")
 
 
-def whole(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: Weights, out_proj: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A layer without a past, for a backward: its y (B,T,D), and its rows k, v (B,T,Hkv,d), k_b, s (B,T,D), of `head`'s arguments and out_proj's weight."""
-    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _Whole.apply(form, cos, sin, x, *weights.head, out_proj, weights.out)
+def whole(
+    form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: Weights, out_proj: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A layer without a past, for a backward: its y (B,T,D), and its rows k, v (B,T,Hkv,d), k_b, s (B,T,D). cos, sin, x, weights: as `head` takes them;
+    out_proj: its weight, None where it is the identity.
+
+    W_out's bias is added to the same rows as x, so its gradient is that of x's residual summed over them.
+    """
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _Whole.apply(form, cos, sin, x, out_proj, *weights.head, weights.out)
     return found
 
 

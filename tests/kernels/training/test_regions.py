@@ -150,6 +150,27 @@ def test_rows_alone_are_differentiated(through: Any) -> None:
         compare(gradients(layer, x, whole), plain, exact, torch.float32)
 
 
+def test_gradients_behind_a_past_or_through_another_out_proj_are_the_plain_ones(through: Any) -> None:
+    layer = make(32, 2, 1, True, torch.float32)
+    x, old = torch.randn(2, 5, 32, device=DEVICE), torch.randn(2, 3, 32, device=DEVICE)
+    length = torch.tensor([3, 1], dtype=torch.int32, device=DEVICE)
+
+    def behind() -> list[Tensor]:
+        layer.zero_grad()
+        cached = layer.step(old, None, None, layer.mixer.rope(old, None))[1]
+        layer.step(x, length, cached, layer.mixer.rope(x, length, cached))[0].square().sum().backward()
+        return [p.grad.clone() for p in layer.parameters()]
+
+    for change in (lambda: None, lambda: setattr(layer.mixer, "out_proj", torch.nn.Sequential(layer.mixer.out_proj))):
+        change()
+        found = []
+        for fused in (True, False):
+            through(fused)
+            found.append([*behind(), *run(layer, x, torch.ones_like(x)).values()])
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_no_bit(reentrant: bool, through: Any) -> None:
     through(True)
