@@ -1,4 +1,5 @@
 // A layer's mixer: causal attention o, f = o weight^T + bias, and s = f + gamma * feedback attention's sum. Its decode step is that of kernels/engine/mixer.py.
+#include "beside.h"
 #include "rows.h"
 
 #include <memory>
