@@ -66,7 +66,8 @@ def layer_linear(
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    put(out + row * columns + column, with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN), m_m, m_n, columns, BM, BN)
+    b_y = with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN)
+    put(out + row * columns + column, b_y, m_m, m_n, columns, BM, BN)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_norm_enter"))
@@ -81,7 +82,8 @@ def layer_norm_enter(x, norm_weight, norm_bias, weight, scale, bias, out, depth,
     begin(PDL)
     b_x = normal(tl.load(x + o_k, mask=m_k, other=0.0), b_gain, b_shift, m_k, depth, eps).to(x.dtype.element_ty)
     b_y = tl.sum(wide(b_w, tl.float32) * b_x.to(tl.float32)[None, :], 1)[None, :]
-    b_y = half_gelu(with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, 1, BN), b_bias, bias + column, m_n, 1, BN), tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
+    b_y = with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, 1, BN), b_bias, bias + column, m_n, 1, BN)
+    b_y = half_gelu(b_y, tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
     put(out + column, b_y, tl.arange(0, 1) < 1, m_n, 2 * depth, 1, BN)
 
 
@@ -98,7 +100,8 @@ def layer_enter(
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
-    b_y = half_gelu(with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN), i_n * BN, depth, out.dtype.element_ty, BN)
+    b_y = with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN)
+    b_y = half_gelu(b_y, i_n * BN, depth, out.dtype.element_ty, BN)
     put(out + row * (2 * depth) + column, b_y, m_m, m_n, 2 * depth, BM, BN)
 
 
