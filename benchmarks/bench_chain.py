@@ -1,10 +1,12 @@
 """A decode step as an engine runs it, from the plugin's kernels alone in one CUDA graph: no TensorRT is needed to see what a kernel costs or a change gives.
 
-    python benchmarks/bench_chain.py [--layers 24] [--points decode small ragged batch] [--plain] [--separate] [--json FILE]
+    python benchmarks/bench_chain.py [--layers 24] [--points decode small ragged batch prompt chunk] [--plain] [--separate] [--json FILE]
 
 Prints milliseconds a step (replays one by one, and back to back), the share of the bandwidth floor (weights and valid cache rows once, at the bandwidth of
 a long copy), and what each kernel takes by PyTorch's profiler (of kernels that start early it counts their waiting too: --plain tells). float16, random
 weights; lengths stand still, nothing is appended. See compare.py for engines.
+
+Points prompt and chunk are a prefill of 8192 tokens, and of 2048 behind 7000; all kernels one after the other, where the plugin has a second stream.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,8 @@ HALF = torch.float16
 POINTS: dict[str, tuple[int, list[int]]] = {
     "decode": (32768, [4128]), "small": (256, [160]), "ragged": (8192, [4128] + [160] * 31), "batch": (8192, [4128] * 32), "short": (1024, [160] * 32),
 }  # fmt: skip
+PREFILLS = {"prompt": (8192, 0), "chunk": (2048, 7000)}  # new tokens, cached tokens
+CAPACITY = 32768  # of their caches
 
 
 class Chain:
@@ -146,9 +151,19 @@ def measure(chain: Chain, name: str, copy: float, plain: bool) -> dict[str, Any]
     return {"point": name, "ms": single, "back_to_back_ms": close, "floor_ms": floor, "early": early, "kernels": kernels(graph)}
 
 
+def measure_prefill(chain: Chain, name: str) -> dict[str, Any]:
+    """The figures of one of PREFILLS. Every layer has the same caches, which no kernel writes."""
+    tokens, cached = PREFILLS[name]
+    layers, chain.config = chain.config, replace(chain.config, n_layers=1)
+    caches, chain.config = chain.caches(CAPACITY, [cached]) * layers.n_layers, layers
+    x, length = chain.random(tokens, chain.config.d_model), torch.tensor([cached], dtype=torch.int32, device=chain.device)
+    graph = capture([lambda: chain.chunk(x, length, caches)])
+    return {"point": name, "ms": graph_ms(graph, 8), "kernels": kernels(graph)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", nargs="+", choices=list(POINTS), default=list(POINTS))
+    parser.add_argument("--points", nargs="+", choices=[*POINTS, *PREFILLS], default=list(POINTS))
     for name, value in (("--width", 1024), ("--layers", 24), ("--heads", 16), ("--vocabulary", 50304)):
         parser.add_argument(name, type=int, default=value)
     parser.add_argument("--weights", default="", choices=tuple(WEIGHT_FORMATS), help="of 8 bits in place of 16")
@@ -160,10 +175,12 @@ def main() -> None:
     chain, results, copy = Chain(config, separate=args.separate, weights=args.weights), [], copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy bandwidth {copy:.0f} GB/s", flush=True)
     for name in args.points:
-        row = measure(chain, name, copy, args.plain)
+        row = measure_prefill(chain, name) if name in PREFILLS else measure(chain, name, copy, args.plain)
         results.append(row)
-        times = f"{row['ms']:.3f} ms, back to back {row['back_to_back_ms']:.3f}"
-        print(f"{name:7} {times}, floor {row['floor_ms']:.3f} ({row['floor_ms'] / row['back_to_back_ms']:.0%})", flush=True)
+        times = f"{row['ms']:.3f} ms"
+        if name in POINTS:
+            times += f", back to back {row['back_to_back_ms']:.3f}, floor {row['floor_ms']:.3f} ({row['floor_ms'] / row['back_to_back_ms']:.0%})"
+        print(f"{name:7} {times}", flush=True)
         print("        " + "; ".join(f"{kernel} {us:.1f} us x{count}" for kernel, (us, count) in row["kernels"].items()), flush=True)
         torch.cuda.empty_cache()
     if args.json:

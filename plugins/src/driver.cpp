@@ -6,8 +6,6 @@
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <thread>
-#include <tuple>
 #include <utility>
 
 namespace sessa
@@ -20,7 +18,6 @@ using Result = int;
 using Context = void*;
 using Module = void*;
 using Function = void*;
-using Event = void*;
 constexpr int kComputeMajor = 75;
 constexpr int kComputeMinor = 76;
 constexpr int kMultiprocessors = 16;
@@ -29,10 +26,6 @@ constexpr int kPreferredShared = 9; // CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY
 constexpr int kStaticShared = 48 * 1024;
 constexpr int kProgrammaticSerialization = 6; // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 constexpr int kDependentSince = 12030;        // first driver that keeps the attribute in a captured stream
-constexpr unsigned kNonBlocking = 1;          // CU_STREAM_NON_BLOCKING: the default stream waits for it by events alone
-constexpr unsigned kNoTiming = 2;             // CU_EVENT_DISABLE_TIMING
-constexpr int kRelaxedCapture = 2;            // CU_STREAM_CAPTURE_MODE_RELAXED
-constexpr uintptr_t kStreamPerThread = 2;     // CU_STREAM_PER_THREAD: one handle, a stream of each thread's
 
 // CUlaunchAttribute and CUlaunchConfig.
 struct LaunchAttribute
@@ -69,13 +62,14 @@ struct Driver
     Result (*getErrorName)(Result, char const**){};
     Result (*occupancy)(int*, Function, int, size_t){}; // may be null
     Result (*launchKernelEx)(LaunchConfig const*, Function, void**, void**){}; // null where kernels cannot start before their predecessor ends
-    Result (*streamCreate)(CUstream_st**, unsigned, int){}; // null where one stream must do
-    Result (*eventCreate)(Event*, unsigned){};
-    Result (*eventRecord)(Event, CUstream_st*){};
-    Result (*streamWaitEvent)(CUstream_st*, Event, unsigned){};
-    Result (*exchangeCaptureMode)(int*){}; // may be null
     std::string missing; // why the driver cannot be used, empty if it can
 };
+
+void* openDriver()
+{
+    static void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    return library;
+}
 
 template <typename F>
 void bind(void* library, char const* name, F& target, std::string& missing)
@@ -91,7 +85,7 @@ Driver const& driver()
 {
     static Driver const instance = [] {
         Driver d;
-        void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+        void* library = openDriver();
         if (library == nullptr)
         {
             d.missing = "libcuda.so.1 cannot be opened: install the NVIDIA driver";
@@ -111,13 +105,6 @@ Driver const& driver()
         bind(library, "cuOccupancyMaxActiveBlocksPerMultiprocessor", d.occupancy, ignored);
         bind(library, "cuDriverGetVersion", version, ignored);
         char const* const wanted = std::getenv("SESSA_PDL");
-        std::string alone;
-        bind(library, "cuStreamCreateWithPriority", d.streamCreate, alone);
-        bind(library, "cuEventCreate", d.eventCreate, alone);
-        bind(library, "cuEventRecord", d.eventRecord, alone);
-        bind(library, "cuStreamWaitEvent", d.streamWaitEvent, alone);
-        bind(library, "cuThreadExchangeStreamCaptureMode", d.exchangeCaptureMode, ignored);
-        d.streamCreate = alone.empty() ? d.streamCreate : nullptr;
         bool const off = wanted != nullptr && std::strcmp(wanted, "0") == 0;
         if (!off && version != nullptr && version(&found) == 0 && found >= kDependentSince)
         {
@@ -231,55 +218,6 @@ bool getKernel(Cubin const& cubin, Kernel& kernel, std::string& error)
     return true;
 }
 
-// The stream beside another, and the events that lead there and back.
-struct Side
-{
-    CUstream_st* stream{};
-    Event begun{};
-    Event ended{};
-};
-
-// By (context, stream, the thread whose stream that is). They stay until the context goes.
-struct Sides
-{
-    std::mutex mutex;
-    std::map<std::tuple<Context, CUstream_st*, std::thread::id>, Side> of;
-};
-
-Sides& sides()
-{
-    static Sides* const instance = new Sides; // never destroyed, as `loaded`
-    return *instance;
-}
-
-// nullptr where the driver gives no second stream.
-Side const* sideOf(CUstream_st* stream)
-{
-    Context context{};
-    std::string ignored;
-    if (!getContext(context, ignored) || driver().streamCreate == nullptr)
-    {
-        return nullptr;
-    }
-    auto const owner = reinterpret_cast<uintptr_t>(stream) == kStreamPerThread ? std::this_thread::get_id() : std::thread::id();
-    std::lock_guard<std::mutex> const lock(sides().mutex);
-    Side& side = sides().of[{context, stream, owner}];
-    if (side.stream == nullptr)
-    {
-        int mode = kRelaxedCapture; // another thread's capture forbids nothing here
-        bool const exchanged = driver().exchangeCaptureMode != nullptr && driver().exchangeCaptureMode(&mode) == 0;
-        Side made;
-        bool const good = driver().eventCreate(&made.begun, kNoTiming) == 0 && driver().eventCreate(&made.ended, kNoTiming) == 0
-            && driver().streamCreate(&made.stream, kNonBlocking, 0) == 0;
-        if (exchanged)
-        {
-            static_cast<void>(driver().exchangeCaptureMode(&mode));
-        }
-        side = good ? made : side;
-    }
-    return side.stream == nullptr ? nullptr : &side;
-}
-
 } // namespace
 
 int32_t currentArch(std::string& error) noexcept
@@ -376,33 +314,10 @@ catch (...)
     return false;
 }
 
-CUstream_st* fork(CUstream_st* stream) noexcept
-try
+void* driverFunction(char const* name) noexcept
 {
-    Side const* const side = sideOf(stream);
-    bool const forked
-        = side != nullptr && driver().eventRecord(side->begun, stream) == 0 && driver().streamWaitEvent(side->stream, side->begun, 0) == 0;
-    return forked ? side->stream : stream;
-}
-catch (...)
-{
-    return stream;
-}
-
-bool join(CUstream_st* stream, CUstream_st* side, std::string& error) noexcept
-try
-{
-    if (side == stream)
-    {
-        return true;
-    }
-    Side const* const its = sideOf(stream);
-    return its != nullptr && !failed(driver().eventRecord(its->ended, side), "cuEventRecord", error)
-        && !failed(driver().streamWaitEvent(stream, its->ended, 0), "cuStreamWaitEvent", error);
-}
-catch (...)
-{
-    return false;
+    void* const library = openDriver();
+    return library == nullptr ? nullptr : dlsym(library, name);
 }
 
 bool launchedLast(CUstream_st* stream, char const* kernel) noexcept

@@ -60,11 +60,7 @@ bool launch(Cubin const& cubin, Grid grid, Arguments& arguments, CUstream_st* st
 // Whether the last kernel that this thread has launched through `launch` is `kernel`, on this stream.
 bool launchedLast(CUstream_st* stream, char const* kernel) noexcept;
 
-// A stream that goes on beside `stream` from where that one stands, for work that leaves multiprocessors idle; `stream` itself where the driver gives none, and
-// then all is one after the other. It belongs to `stream` alone, for as long as its context lives, so that a captured stream's is captured with it.
-CUstream_st* fork(CUstream_st* stream) noexcept;
-
-// `stream` goes on when what was launched on `side`, which `fork` gave for it, has ended. False and a reason on failure.
-bool join(CUstream_st* stream, CUstream_st* side, std::string& error) noexcept;
+// A function of the driver; nullptr where there is no driver, or none of that name.
+void* driverFunction(char const* name) noexcept;
 
 } // namespace sessa

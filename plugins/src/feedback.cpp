@@ -61,11 +61,13 @@ struct Forward final : Plan
     bool find(Problem const& p, int32_t arch) override
     {
         char const* dtype = dtypeName(p.storage);
-        bool const wide = p.width >= kWide && findCubin("feedback_solve", arch, dtype, "wide") != nullptr;
+        narrow = findCubin("feedback_solve", arch, dtype, "fwd");
+        // feedback/spec.py, solve_variant
+        bool const wide = rowsOf(p) * p.width >= kWideWork && findCubin("feedback_solve", arch, dtype, "wide") != nullptr;
         pack = findCubin("feedback_pack", arch, dtype, wide ? "wide" : "fwd");
         scores = findCubin("feedback_scores", arch, dtype, "fwd");
         combine = findCubin("feedback_combine", arch, dtype, "fwd");
-        solve = findCubin("feedback_solve", arch, dtype, wide ? "wide" : "fwd");
+        solve = wide ? findCubin("feedback_solve", arch, dtype, "wide") : narrow;
         return pack != nullptr && scores != nullptr && combine != nullptr && solve != nullptr;
     }
 
@@ -74,7 +76,7 @@ struct Forward final : Plan
         return {pack, scores, combine, solve};
     }
 
-    // With `bound`, sizes that also hold for every smaller problem: fewer columns make taller panels.
+    // With `bound`, sizes that also hold for every smaller problem: fewer columns make taller panels, fewer rows narrower tiles.
     void layout(Problem const& p, Arena& arena, bool bound) override
     {
         bool const split = p.storage != Storage::kFloat;
@@ -91,7 +93,7 @@ struct Forward final : Plan
         panels = ceilDiv(p.tokens, bound ? scoreRows : rows);
         int64_t const panelBytes = work * p.batch * rows * columns;
         int64_t const boundBytes = std::min(panelBytes, std::max(kPanelBytes, work * p.batch * scoreRows * columns));
-        tilesN = ceilDiv(p.width, solve->tile("BN"));
+        tilesN = ceilDiv(p.width, (bound && narrow != nullptr ? narrow : solve)->tile("BN"));
         syncs = panels + p.batch * tilesN;
         e = arena.take(bound ? boundBytes : panelBytes);
         peak = arena.take(4 * p.batch * tiles * rows);
@@ -185,6 +187,7 @@ struct Forward final : Plan
     Cubin const* scores{};
     Cubin const* combine{};
     Cubin const* solve{};
+    Cubin const* narrow{}; // the solve of fewer rows
     int64_t pastTiles{}, tiles{}, columns{}, rows{}, panels{}, tilesN{}, syncs{};
     char *e{}, *peak{}, *total{}, *rowPeak{}, *gain{}, *x{}, *inverse{}, *inverseLow{}, *near{}, *nearLow{}, *nearScale{}, *w{}, *wLow{}, *scales{}, *lse{},
         *sync{};
@@ -206,7 +209,7 @@ std::vector<Problem> everyFeedback(Storage storage)
         all.push_back(p);
     };
     add(kStepRows + 1, 256); // narrow tiles of the solve
-    add(kStepRows + 1, kWide);
+    add(kWideWork / 256, 256);
     for (int64_t const width : kRowsWidths)
     {
         add(kStepRows, width);

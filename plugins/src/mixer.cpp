@@ -1,4 +1,5 @@
 // A layer's mixer: causal attention o, f = o weight^T + bias, and s = f + gamma * feedback attention's sum. Its decode step is that of kernels/engine/mixer.py.
+#include "beside.h"
 #include "rows.h"
 
 #include <memory>
@@ -219,10 +220,10 @@ std::vector<Problem> everyMixer(Storage storage)
             }
         }
     }
-    p.width = 256; // narrow tiles of the solve
+    p.width = 256; // wide tiles of the solve
     p.headWidth = 64;
     p.heads = p.kvHeads = 4;
-    p.tokens = kStepRows + 1;
+    p.tokens = kWideWork / p.width;
     all.push_back(p);
     return all;
 }

@@ -32,9 +32,6 @@ from sessa_deploy.kernels.launch.jit import Launcher, Options, Workspace, addres
 from sessa_deploy.kernels.launch.limits import PACK_PROGRAMS, PANEL_BYTES, SCORE_PROGRAMS
 
 
-LIGHT = tl.constexpr(2.0**-6)  # weights |gamma alpha| up to which s counts by a float16 alone, of whose rounding, to either side, an eighth is left
-
-
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_pack"))
 def feedback_pack(past_s, past_length, w, w_low, scales, P, D, C, BT: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr):
     """Grid (programs, D tiles, B): past_s in the form the solve reads, zeros from past_length on. Tiles without a live row stay unwritten."""
@@ -50,41 +47,6 @@ def feedback_pack(past_s, past_length, w, w_low, scales, P, D, C, BT: tl.constex
         store_split(b_x, tl.max(tl.max(tl.abs(b_x), axis=1), axis=0), w, w_low, scales, p_tile, p_scale, m_n, SPLIT, True)
 
 
-@triton.jit
-def _heavy(p_peak, b_top, b_factor, past_tiles, far, NP, R, BT: tl.constexpr):
-    """Whether any weight of a row of this block is above LIGHT in column tiles 0 .. far: a tile's largest is that of its peak."""
-    MANY: tl.constexpr = 32  # tiles looked at together
-    b_most = tl.full([BT], float("-inf"), dtype=tl.float32)
-    for i_c in range(0, far, MANY):
-        o_c = i_c + tl.arange(0, MANY)
-        o_t = tl.where(o_c < past_tiles, o_c, o_c - past_tiles + NP).to(tl.int64)
-        b_most = tl.maximum(b_most, tl.max(tl.load(p_peak[None, :] + o_t[:, None] * R, mask=(o_c < far)[:, None], other=float("-inf")), axis=0))
-    return tl.max((tl.abs(b_factor * tl.exp(b_most - b_top)) > LIGHT).to(tl.int32), axis=0) > 0
-
-
-@triton.jit
-def _far(
-    acc, first, stop, p_e, p_w, p_l, p_peak, p_scale, b_top, b_factor, past_tiles, NP, R, D, tiles_n, o_e, o_w, m_n,
-    BT: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, PAIR: tl.constexpr,
-):  # fmt: skip
-    """acc + r_j (e_j @ s_j) over column tiles first .. stop. PAIR: rows whose weight in a tile may be above LIGHT take both halves of s there."""
-    for j in tl.range(first, stop, num_stages=STAGES):
-        i_t = tl.where(j < past_tiles, j, j - past_tiles + NP)
-        b_e = tl.load(p_e + i_t * BT + o_e)
-        b_w = tl.load(p_w + i_t.to(tl.int64) * BT * D + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
-        b_r = b_factor * tl.exp(tl.load(p_peak + i_t.to(tl.int64) * R) - b_top)
-        if PAIR:
-            b_l = tl.load(p_l + i_t.to(tl.int64) * BT * D + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
-            b_y = tl.where((tl.abs(b_r) > LIGHT)[:, None], tl.dot(b_e, b_l), 0.0)
-            b_y = tl.dot(b_e, b_w, b_y)
-        else:
-            b_y = tl.dot(b_e, b_w, input_precision="ieee")
-        if SPLIT:
-            b_r = b_r * tl.load(p_scale + i_t * tiles_n)
-        acc += b_y * b_r[:, None]
-    return acc
-
-
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_solve"))
 def feedback_solve(
     e, peak, row_peak, factor, inverse, inverse_low, near, near_low, near_scale, f, s, s_low, w, w_low, scales, past_length, sync,
@@ -95,8 +57,8 @@ def feedback_solve(
 
     r_j = factor exp(peak_j - row_peak). A ticket hands the tiles out in the order of their dependencies, so a waiting program always waits for one
     that runs. sync: a ticket per panel, then for each (sequence, columns) the number of row blocks that are done. Tiles are summed in ascending
-    order, whoever is ready. s reaches later blocks as a scaled float16 pair, whose low half only FULL reads from far, for weights above LIGHT,
-    and only LOW from the two nearest. keep: s_low receives what rounding to storage took from s.
+    order, whoever is ready. s reaches later blocks as a scaled float16 pair, whose low half only FULL reads from far and only LOW from the
+    two nearest. keep: s_low receives what rounding to storage took from s.
     """
     tiles_n = tl.cdiv(D, BN)
     ticket = tl.atomic_add(sync + panel, 1, sem="relaxed", scope="gpu")
@@ -121,23 +83,23 @@ def feedback_solve(
     b_factor = tl.load(factor + p_row)
 
     acc = tl.zeros([BT, BN], dtype=tl.float32)
-    heavy = False
-    LIGHT_STAGES: tl.constexpr = STAGES + 1 if FULL else STAGES  # tiles without the low half leave memory for one more
-    if FULL:
-        heavy = _heavy(p_peak, b_top, b_factor, past_tiles, far, NP, R, BT)
     i = 0
     while i < far:
         stop = past_tiles
         if i >= past_tiles:
             stop = tl.minimum(past_tiles + wait_for(p_done, i - past_tiles + 1), far)
-        if heavy:
-            acc = _far(
-                acc, i, stop, p_e, p_w, p_l, p_peak, p_scale, b_top, b_factor, past_tiles, NP, R, D, tiles_n, o_e, o_w, m_n, BT, STAGES, SPLIT, True
-            )  # fmt: skip
-        else:
-            acc = _far(
-                acc, i, stop, p_e, p_w, p_l, p_peak, p_scale, b_top, b_factor, past_tiles, NP, R, D, tiles_n, o_e, o_w, m_n, BT, LIGHT_STAGES, SPLIT, False
-            )  # fmt: skip
+        for j in tl.range(i, stop, num_stages=STAGES):
+            i_t = tl.where(j < past_tiles, j, j - past_tiles + NP)
+            b_e = tl.load(p_e + i_t * BT + o_e)
+            b_w = tl.load(p_w + i_t.to(tl.int64) * BT * D + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
+            b_r = b_factor * tl.exp(tl.load(p_peak + i_t.to(tl.int64) * R) - b_top)
+            if SPLIT:
+                b_r = b_r * tl.load(p_scale + i_t * tiles_n)
+            b_y = tl.dot(b_e, b_w, input_precision="ieee")
+            if FULL:
+                b_l = tl.load(p_l + i_t.to(tl.int64) * BT * D + o_w, mask=m_n, other=0.0, cache_modifier=".cg")
+                b_y = tl.dot(b_e, b_l, b_y)
+            acc += b_y * b_r[:, None]
         i = stop
 
     start = row0 + i_r * BT

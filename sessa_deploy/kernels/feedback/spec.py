@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import FEEDBACK_WIDTHS, ROWS_WIDTHS, WIDE
+from sessa_deploy.kernels.launch.limits import FEEDBACK_WIDTHS, ROWS_WIDTHS, WIDE, WIDE_WORK
 from sessa_deploy.kernels.launch.spec import Kernel, Param, by_name, integers, pointers
 
 _PACKAGE = "sessa_deploy.kernels.feedback"
@@ -342,22 +342,20 @@ KERNELS = by_name((
 
 
 # B T D, measured on an H200 in bf16
-WIDE_WORK = 9 << 20  # from which a solve takes wide tiles: shorter chains matter below, reads above
 FEW_WORK = 2 << 20  # below which the gradients' tiles are small, or there are fewer than multiprocessors
 
 
 def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0) -> str:
     """"wide" or `side` ("fwd" or "bwd"): wide tiles read less for a product, narrow ones make a shorter chain, which few columns of D expose.
 
-    Without rows it depends on D alone. rows: B T, where tiles of both widths were timed; a tile's width changes nothing in a row's sums but the power of two
-    that s has between blocks, and that no bit unless a value is 2^29 times smaller than the largest of its tile.
+    Without rows (B T) it depends on D alone. A tile's width changes nothing in a row's sums but the power of two that s has between blocks, and that no bit
+    unless a value is 2^29 times smaller than the largest of its tile.
     """
     name = "feedback_solve" if side == "fwd" else "feedback_solve_transposed"
     resolved = max((a for a in ARCHS if a <= arch and table.has(name, a, dtype, side)), default=arch)
     if not table.has(name, resolved, dtype, "wide"):
         return side
-    timed = rows and table.tuned(name, resolved, dtype, side) and table.tuned(name, resolved, dtype, "wide")
-    return "wide" if (rows * width >= WIDE_WORK if timed else width >= WIDE) else side
+    return "wide" if (rows * width >= WIDE_WORK if rows else width >= WIDE) else side
 
 
 def all_timed(names: tuple[str, ...], arch: int, dtype: str, variant: str) -> bool:

@@ -48,5 +48,5 @@ def test_wide_tiles_follow_the_work_where_both_were_timed() -> None:
     few, many = 2048, 16 * 1024
     assert [solve_variant(90, "bf16", 768, "fwd", rows) for rows in (few, many)] == ["fwd", "wide"]
     assert [solve_variant(90, "bf16", 1024, "bwd", rows) for rows in (few, many)] == ["bwd", "wide"]
-    assert solve_variant(90, "fp16", 1024, "fwd", few) == "wide"  # by D alone: not timed
+    assert [solve_variant(90, "fp16", 1024, "fwd", rows) for rows in (0, few, many)] == ["wide", "fwd", "wide"]
     assert solve_variant(80, "bf16", 4096, "fwd", many) == "fwd"  # which has one width
