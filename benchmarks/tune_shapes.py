@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from sessa_deploy.kernels.feedback import backward, forward
 from sessa_deploy.kernels.launch.jit import Options, launcher
 
-OURS = (backward.TOGETHER,)  # kernels that stand in for others
+OURS = (*forward.APART, backward.TOGETHER)  # kernels that stand in for others
 PATIENCE = 20.0  # seconds after which an arrangement hangs
 Change = dict[str, dict[str, Any]]
 
@@ -40,7 +40,7 @@ Change = dict[str, dict[str, Any]]
 def arrangements(back: bool) -> dict[str, Change]:
     """Label -> what it changes of today's options, {} for a kernel that is left out."""
     solve = "feedback_solve_transposed" if back else "feedback_solve"
-    found: dict[str, Change] = {"today": {}}
+    found: dict[str, Change] = {"today": {}, "one combination": dict.fromkeys(forward.APART, {})}
     for bn, more in ((64, {}), (128, {}), (64, {"STAGES": 2, "maxnreg": 128}), (64, {"num_warps": 16}), (128, {"num_warps": 16}),
                      (64, {"STAGES": 2, "num_warps": 4})):
         found[f"{bn} columns" + "".join(f" {k} {v}" for k, v in more.items())] = {solve: {"BN": bn, **more}}
@@ -70,9 +70,9 @@ def options(back: bool, shape: tuple[int, ...], change: Change) -> Options:
 
 def compiled(name: str, choice: dict[str, Any]) -> str:
     """Compile one binary into Triton's cache, in a process of its own. Returns what went wrong."""
-    from sessa_deploy.kernels.feedback import gradients, tiles
+    from sessa_deploy.kernels.feedback import gradients, inverse, tiles
 
-    module = next(m for m in (forward, backward, gradients, tiles) if hasattr(m, name))
+    module = next(m for m in (forward, backward, gradients, inverse, tiles) if hasattr(m, name))
     try:
         launcher(getattr(module, name), torch.device("cuda", 0), torch.bfloat16, choice)
     except Exception as error:

@@ -7,7 +7,7 @@ of one sign, and their product, which is left out, added up along a chain.
 import triton
 import triton.language as tl
 
-from sessa_deploy.kernels.feedback.tiles import finite
+from sessa_deploy.kernels.feedback.tiles import finite, pair_product
 from sessa_deploy.kernels.launch import table
 
 BLOCK = tl.constexpr(128)
@@ -18,14 +18,6 @@ def pair_of(b_x):
     """b_x as a bfloat16 pair. Rounded by integers, half up: converting a single value is sixteen times slower."""
     b_h = ((b_x.to(tl.int32, bitcast=True) + 32768) & -65536).to(tl.float32, bitcast=True)
     return b_h.to(tl.bfloat16), (b_x - b_h).to(tl.bfloat16)
-
-
-@triton.jit
-def pair_product(b_ah, b_al, b_bh, b_bl):
-    """a @ b of two bfloat16 pairs."""
-    acc = tl.dot(b_ah, b_bl)
-    acc = tl.dot(b_al, b_bh, acc)
-    return tl.dot(b_ah, b_bh, acc)
 
 
 @triton.jit

@@ -29,39 +29,6 @@ _COMBINE = (
     *(Param(n, "i32", True) for n in ("C", "R")),
     *integers("NP", "NT", "row0", "B", "blocks"),
 )
-_SOLVE = (
-    *pointers("e", type="*work"),
-    *pointers("peak", "row_peak", "factor", type="*fp32"),
-    *pointers("inverse", "inverse_low", type="*half_pair"),
-    *pointers("near", "near_low", type="*work"),
-    *pointers("near_scale", type="*fp32"),
-    *pointers("f", "s", "s_low"),
-    *pointers("w", "w_low", type="*work"),
-    Param("scales", "*fp32"),
-    Param("past_length", "*i32"),
-    Param("sync", "*i32"),
-    *integers("T"),
-    *(Param(n, "i32", True) for n in ("D", "C", "R")),
-    *integers("NP", "NT", "row0", "B", "panel", "panels", "keep"),
-)
-_SOLVE_TRANSPOSED = (
-    *pointers("e", type="*work"),
-    *pointers("factor", type="*fp32"),
-    *pointers("inverse", "inverse_low", type="*half_pair"),
-    *pointers("near", "near_low", type="*work"),
-    *pointers("near_scale", type="*fp32"),
-    *pointers("ds", "u", "u_low"),
-    *pointers("w", "w_low", type="*work"),
-    Param("scales", "*fp32"),
-    *pointers("carry", type="*fp32"),
-    *pointers("dpast_s"),
-    Param("past_length", "*i32"),
-    Param("bad", "*i32"),
-    Param("sync", "*i32"),
-    *integers("T", "P"),
-    *(Param(n, "i32", True) for n in ("D", "C", "R")),
-    *integers("NP", "row0", "blocks", "B", "panel", "panels", "add"),
-)
 
 KERNELS = by_name((
     Kernel(
@@ -193,7 +160,21 @@ KERNELS = by_name((
     Kernel(
         "feedback_solve",
         f"{_PACKAGE}.forward",
-        _SOLVE,
+        (
+            *pointers("e", type="*work"),
+            *pointers("peak", "row_peak", "factor", type="*fp32"),
+            *pointers("inverse", "inverse_low", type="*half_pair"),
+            *pointers("near", "near_low", type="*work"),
+            *pointers("near_scale", type="*fp32"),
+            *pointers("f", "s", "s_low"),
+            *pointers("w", "w_low", type="*work"),
+            Param("scales", "*fp32"),
+            Param("past_length", "*i32"),
+            Param("sync", "*i32"),
+            *integers("T"),
+            *(Param(n, "i32", True) for n in ("D", "C", "R")),
+            *integers("NP", "NT", "row0", "B", "panel", "panels", "keep"),
+        ),
         ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"),
         ("fwd", "wide"),
         scalar_loads=64,
@@ -202,7 +183,24 @@ KERNELS = by_name((
     Kernel(
         "feedback_solve_transposed",
         f"{_PACKAGE}.backward",
-        _SOLVE_TRANSPOSED,
+        (
+            *pointers("e", type="*work"),
+            *pointers("factor", type="*fp32"),
+            *pointers("inverse", "inverse_low", type="*half_pair"),
+            *pointers("near", "near_low", type="*work"),
+            *pointers("near_scale", type="*fp32"),
+            *pointers("ds", "u", "u_low"),
+            *pointers("w", "w_low", type="*work"),
+            Param("scales", "*fp32"),
+            *pointers("carry", type="*fp32"),
+            *pointers("dpast_s"),
+            Param("past_length", "*i32"),
+            Param("bad", "*i32"),
+            Param("sync", "*i32"),
+            *integers("T", "P"),
+            *(Param(n, "i32", True) for n in ("D", "C", "R")),
+            *integers("NP", "row0", "blocks", "B", "panel", "panels", "add"),
+        ),
         ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"),
         ("bwd", "wide"),
         lowered=False,
@@ -210,8 +208,6 @@ KERNELS = by_name((
     ),
     Kernel("feedback_inverse", f"{_PACKAGE}.inverse", _COMBINE, ("CHUNK", "BACKWARD"), ("fwd", "bwd"), lowered=False),
     Kernel("feedback_near", f"{_PACKAGE}.inverse", _COMBINE, ("BACKWARD",), ("fwd", "bwd"), lowered=False),
-    Kernel("feedback_chain", f"{_PACKAGE}.chain", _SOLVE, ("BT", "BN", "STAGES", "AHEAD"), ("fwd", "wide"), lowered=False),
-    Kernel("feedback_chain_transposed", f"{_PACKAGE}.chain", _SOLVE_TRANSPOSED, ("BT", "BN", "STAGES", "AHEAD"), ("bwd", "wide"), lowered=False),
     Kernel(
         "feedback_first_bad",
         f"{_PACKAGE}.gradients",
@@ -359,7 +355,7 @@ def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0) -
 
 
 def all_timed(names: tuple[str, ...], arch: int, dtype: str, variant: str) -> bool:
-    """Whether the kernels `names` stand in for another: where all were timed. Never by B or T, which a row's bits must not follow."""
+    """Whether all these kernels were timed on this architecture, and so stand in for another. Never by B or T, which a row's bits must not follow."""
     return all(table.has(name, arch, dtype, variant) and table.tuned(name, arch, dtype, variant) for name in names)
 
 

@@ -142,14 +142,20 @@ def feedback_scores(
 
 
 @triton.jit
+def pair_product(b_ah, b_al, b_bh, b_bl):
+    """a @ b of two bfloat16 pairs in three products: 16 bits, float32's range."""
+    acc = tl.dot(b_ah, b_bl)
+    acc = tl.dot(b_al, b_bh, acc)
+    return tl.dot(b_ah, b_bh, acc)
+
+
+@triton.jit
 def pair_dot(b_a, b_b, SPLIT: tl.constexpr):
     """b_a @ b_b for float32 operands: bfloat16 pairs in three products (16 bits, float32's range), or float32 products."""
     if SPLIT:
         b_ah, b_bh = b_a.to(tl.bfloat16), b_b.to(tl.bfloat16)
         b_al, b_bl = (b_a - b_ah.to(tl.float32)).to(tl.bfloat16), (b_b - b_bh.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(b_ah, b_bl)
-        acc = tl.dot(b_al, b_bh, acc)
-        acc = tl.dot(b_ah, b_bh, acc)
+        acc = pair_product(b_ah, b_al, b_bh, b_bl)
     else:
         acc = tl.dot(b_a, b_b, input_precision="ieee")
     return acc
@@ -334,9 +340,7 @@ def apply_inverse(b_inv, b_low, b_x, SPLIT: tl.constexpr):
     if SPLIT:
         b_h = b_x.to(tl.bfloat16)
         b_l = (b_x - b_h.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(b_inv, b_l)
-        acc = tl.dot(b_low, b_h, acc)
-        acc = tl.dot(b_inv, b_h, acc)
+        acc = pair_product(b_inv, b_low, b_h, b_l)
     else:
         acc = tl.dot(b_inv, b_x, input_precision="ieee")
     return acc

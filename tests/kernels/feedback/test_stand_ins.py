@@ -11,8 +11,12 @@ from feedback_cases import DEVICE, make, side, small_options, with_stand_ins
 
 from sessa_deploy.kernels.feedback import backward as bwd
 from sessa_deploy.kernels.feedback import forward as fwd
-from sessa_deploy.kernels.feedback.spec import FEW_WORK, solve_variant, together_variant
+from sessa_deploy.kernels.feedback import inverse
+from sessa_deploy.kernels.feedback.spec import FEW_WORK, all_timed, solve_variant, together_variant
 from sessa_deploy.kernels.launch import table
+from sessa_deploy.kernels.launch.jit import address, launcher
+
+INVERSE = {"CHUNK": 4, "BACKWARD": False, "num_warps": 8, "num_stages": 1}
 
 
 def test_a_bad_row_spoils_no_earlier_one() -> None:
@@ -36,12 +40,42 @@ def test_both_gradients_go_together_without_a_past_in_one_panel() -> None:
     assert [plan.run_together is not None for plan in plans] == [True, False, False]
 
 
+def test_kernels_are_compiled_only_where_they_run() -> None:
+    for stand_ins in (True, False):
+        small = small_options(torch.bfloat16, 128, 128)
+        options = side(with_stand_ins(small) if stand_ins else small, True) or bwd.tiles(torch.device(DEVICE), torch.bfloat16, 16)
+        plan = bwd.Plan(make("random", 1, 1, 0, 16, torch.bfloat16)[0].device, torch.bfloat16, 1, 300, 0, 16, options, 2**30)
+        joint = bwd.TOGETHER in options
+        assert (plan.run_together is not None, "feedback_grad_q" in plan.run, "feedback_grad_k" in plan.run) == (joint, not joint, not joint)
+        assert [run.kernel.__name__ for _, run in plan.combination] == (list(fwd.APART) if fwd.APART[0] in options else ["feedback_combine"])
+
+
+def test_inverses_keep_sixteen_bits_without_a_bias() -> None:
+    """A chain of gain 0.999: a product that loses something of one sign every time is off by ten times as much as this allows."""
+    device = torch.empty(0, device=DEVICE).device
+    one, e = torch.ones(128, device=device), torch.diag(torch.ones(127, device=device), -1).half()
+    length = torch.zeros(1, dtype=torch.int32, device=device)
+    out, (high, low) = [torch.empty_like(one) for _ in range(4)], (torch.empty_like(e, dtype=torch.bfloat16) for _ in range(2))
+    run = launcher(inverse.feedback_inverse, device, torch.bfloat16, INVERSE)
+    run((1, 1, 1), *map(address, (e, 0 * one, one, 0.999 * one, length, *out[:3], one, high, low, e, e, out[3])), 128, 128, 128, 0, 1, 0, 1, 1)
+    exact = torch.linalg.inv(torch.eye(128).double() - 0.999 * e.double().cpu())
+    assert float((high.double() + low.double()).cpu().sub(exact).abs().max()) < 2**-13
+
+
+def test_a_combination_without_low_halves_serves_solves_that_read_none() -> None:
+    for way, solve in (("fwd", "feedback_solve"), ("bwd", "feedback_solve_transposed")):
+        assert [all_timed(fwd.APART, *of, way) for of in ((90, "bf16"), (90, "fp16"), (80, "bf16"), (100, "bf16"))] == [True, False, False, False]
+        for variant in (way, "wide"):
+            tiles = table.tiles(solve, 90, "bf16", variant)
+            assert tiles["BT"] == 128 and not tiles["FULL"] and not tiles["LOW"]
+
+
 def test_what_was_not_timed_stands_in_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     few = FEW_WORK - 1
     assert together_variant(90, "bf16", few) == "few" and together_variant(90, "bf16") == together_variant(90, "bf16", FEW_WORK) == "bwd"
     assert together_variant(90, "fp16") is together_variant(80, "bf16") is None
     monkeypatch.setattr(table, "tuned", lambda *_: False)
-    assert together_variant(90, "bf16", few) is None
+    assert together_variant(90, "bf16", few) is None and not all_timed(fwd.APART, 90, "bf16", "fwd")
 
 
 def test_wide_tiles_follow_the_work_where_both_were_timed() -> None:
