@@ -10,7 +10,6 @@ inputs that change from replay to replay, the bits of a chain with early starts 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import multiprocessing
 import statistics
 import time
@@ -25,15 +24,19 @@ from gpu import capture, copy_bandwidth, event_ms
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.kernels.engine import layer, mixer
 from sessa_deploy.kernels.launch import jit, table
-from sessa_deploy.kernels.launch.spec import QUANTISED
+from sessa_deploy.kernels.launch.spec import OPENS, QUANTISED, WAITS
 from sessa_deploy.runtime import traffic
 
 BEGUN = time.perf_counter()
-# "kernel:variant" -> tiles, "kernel:variant.i8" those of 8-bit weights (spec.QUANTISED); "rows:kernel" -> early_rows; "carve:kernel" -> percent
+# "kernel:variant" -> tiles, "kernel:variant.i8" those of 8-bit weights (spec.QUANTISED); "rows:kernel" -> early_rows;
+# "share:kernel" -> percent of shared memory, -1: as the driver likes ("share:": of every other kernel); "opens:kernel" -> whether it lets the next kernel
+# in before it waits
 Change = dict[str, Any]
 STEP, COMBINE, COMBINE_ANY = "mixer_step_partial:1024.64", "mixer_step_combine:1", "mixer_step_combine:any"
-_early = table.early
+_early, _share, _tiles = table.early, table.shared_share, table.tiles
 _rows: dict[str, int] = {}
+_shares: dict[str, int] = {}
+_opens: dict[str, bool] = {}
 _original: dict[Any, Any] = {}
 
 
@@ -47,19 +50,31 @@ def of_weights(name: str) -> tuple[str, str]:
     return "fp16" + kind, name.removesuffix(kind)
 
 
+def _changed_share(name: str, arch: int, dtype: str, variant: str) -> int:
+    """Where the tables have none it is said too: another trial may have told the driver of a binary that it left loaded."""
+    return _shares.get(name, _shares.get("", _share(name, arch, dtype, variant) or -1))
+
+
+def _changed_tiles(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
+    found = _tiles(name, arch, dtype, variant)
+    return {**found, "PDL": OPENS if _opens[name] else WAITS} if found.get("PDL") and name in _opens else found
+
+
 def apply(change: Change) -> None:
     """Make the tables say so."""
-    table.early = _changed_early
+    table.early, table.shared_share, table.tiles = _changed_early, _changed_share, _changed_tiles
     entries = table._entries()
     if not _original:
         _original.update(entries)
     entries.update(_original)
-    _rows.clear()
+    kinds: dict[str, dict[str, Any]] = {"rows": _rows, "share": _shares, "opens": _opens}
+    for kept in kinds.values():
+        kept.clear()
     for key, value in change.items():
         kind, _, name = key.partition(":")
-        if kind == "rows":
-            _rows[name] = value
-        elif kind != "carve":
+        if kind in kinds:
+            kinds[kind][name] = value
+        else:
             at = (kind, 90, *of_weights(name))
             entries[at] = {**entries[at], **value}
     jit.pinned.cache_clear()
@@ -92,21 +107,15 @@ def compile_all(changes: list[Change]) -> None:
     for change in changes:
         for key, value in change.items():
             kind, _, name = key.partition(":")
-            if kind not in ("rows", "carve"):
+            if kind == "opens":
+                jobs[str((key, value))] = ({key: value}, name, VARIANTS[name])
+            elif kind not in ("rows", "share"):
                 jobs[str((key, value))] = ({key: value}, kind, name)
     with ProcessPoolExecutor(min(15, len(jobs)), mp_context=multiprocessing.get_context("spawn")) as pool:
         for complaint in pool.map(compile_one, sorted(jobs.values(), key=lambda job: job[1] != "mixer_step_partial")):
             if complaint:
                 print(f"not compiled: {complaint}", flush=True)
     print(f"{len(jobs)} binaries in [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
-
-
-def carve(percents: dict[str, int]) -> None:
-    """Shared memory that kernels loaded so far prefer, of what a multiprocessor has ("": of the others); -1: the driver chooses."""
-    driver = ctypes.CDLL("libcuda.so.1")
-    for run in jit._LAUNCHERS.values():
-        percent = percents.get(run.kernel.__name__, percents.get("", -1))
-        driver.cuFuncSetAttribute(ctypes.c_void_p(run._binary.function), 9, ctypes.c_int(percent))
 
 
 class Bench:
@@ -130,17 +139,11 @@ class Bench:
 
     def times(self, change: Change) -> list[float]:
         apply(change)
-        percents = {key[6:]: value for key, value in change.items() if key.startswith("carve:")}
-        if percents:
-            self.graph()
-            carve(percents)
         graph = self.graph()
         found = []
         for lengths, repeats in zip(self.points, self.repeats, strict=True):
             self.length.copy_(torch.tensor(lengths, dtype=torch.int32))
             found.append(statistics.median(event_ms(graph.replay, repeats)[3:]))
-        if percents:
-            carve({})
         return found
 
     def try_out(self, name: str, change: Change, keep: bool = True) -> None:
@@ -184,46 +187,38 @@ class Bench:
 
 
 PROJECT, ENTER, OUT, TAIL = "layer_project_gain:1", "layer_norm_enter:1024", "layer_out:1", "layer_tail:1"
-NOT_EARLY, EARLY = {"rows:mixer_step_partial": 0}, {"rows:mixer_step_partial": 64}
-DEEP = [  # stages of the attentions: what is asked for before the wait
-    ("stages 5, 3", {STEP: {"STAGES_B": 3}}),
+VARIANTS = {"mixer_step_partial": "1024.64", "mixer_step_combine": "any"} | dict([at.split(":") for at in (PROJECT, ENTER, OUT, TAIL)])
+NOT_EARLY = {"rows:mixer_step_partial": 0}
+FREE = {"share:": -1}
+
+
+def opens(*names: str, yes: bool = True) -> tuple[str, Change]:
+    return f"let{'' if yes else ' not'} the next in first: " + ", ".join(names), {f"opens:{name}": yes for name in names}
+
+
+def shares(percents: dict[str, int]) -> tuple[str, Change]:
+    said = ", ".join(f"{k or 'all others'} {v}%" for k, v in percents.items())
+    return "shared memory: " + said, {f"share:{k}": v for k, v in percents.items()}
+
+
+HALF = {COMBINE: {"BLOCK_F": 64, "BLOCK_B": 128}}
+ATTENTIONS = [  # what is asked for before the wait, places for them, fewer splits, shorter ones
     ("stages 8, 3", {STEP: {"STAGES_F": 8, "STAGES_B": 3}}),
-    ("stages 12, 4", {STEP: {"STAGES_F": 12, "STAGES_B": 4}}),
-    ("stages 12, 5", {STEP: {"STAGES_F": 12, "STAGES_B": 5}}),
-    ("stages 8, 2", {STEP: {"STAGES_F": 8}}),
-    ("8 heads by 4 rows, stages 4, 3", {STEP: {"ROWS_F": 4, "TILES_F": 4, "STAGES_F": 4, "STAGES_B": 3}}),
-    ("2 rows of s, stages 8, 5", {STEP: {"STAGES_F": 8, "ROWS_B": 2, "TILES_B": 4, "STAGES_B": 5}}),
-    ("2 rows of s, stages 12, 8", {STEP: {"STAGES_F": 12, "ROWS_B": 2, "TILES_B": 4, "STAGES_B": 8}}),
+    ("2 rows of s, stages 4, 2", {STEP: {"STAGES_F": 4, "ROWS_B": 2, "TILES_B": 4, "STAGES_B": 2}}),
     ("128 registers", {STEP: {"maxnreg": 128}}),
     ("112 registers", {STEP: {"maxnreg": 112}}),
-    ("128 registers, stages 8, 3", {STEP: {"maxnreg": 128, "STAGES_F": 8, "STAGES_B": 3}}),
-    ("112 registers, stages 8, 3", {STEP: {"maxnreg": 112, "STAGES_F": 8, "STAGES_B": 3}}),
-]  # fmt: skip
-HALF = {COMBINE: {"BLOCK_F": 64, "BLOCK_B": 128}}
-FEWER = [  # half as many splits
+    ("splits of 8 rows", {STEP: {"TILES_F": 4}}),
     ("splits 64, 128, stages 12, 4", merged(HALF, {STEP: {"TILES_F": 16, "TILES_B": 4, "STAGES_F": 12, "STAGES_B": 4}})),
-    ("splits 64, 128, stages 24, 7", merged(HALF, {STEP: {"TILES_F": 16, "TILES_B": 4, "STAGES_F": 24, "STAGES_B": 7}})),
-    ("splits 64, 128, 4 heads, stages 12, 7", merged(HALF, {STEP: {"HEADS_F": 4, "ROWS_F": 4, "STAGES_F": 12, "TILES_B": 4, "STAGES_B": 7}})),
-    ("splits 64, 256, 4 heads, stages 8, 3", {COMBINE: {"BLOCK_F": 64}, STEP: {"HEADS_F": 4, "ROWS_F": 4, "STAGES_F": 8, "STAGES_B": 3}}),
-    ("splits 128, 128, stages 8, 5", {COMBINE: {"BLOCK_B": 128}, STEP: {"TILES_B": 4, "STAGES_F": 8, "STAGES_B": 5}}),
 ]  # fmt: skip
-COMBINES = [(f"combine: {d} columns, {w} warps", {COMBINE: {"BLOCK_D": d, "num_warps": w}}) for d, w in ((32, 2), (32, 8), (16, 4), (16, 2), (64, 8), (8, 2))]
-PROJECTS = [("project: 4 warps", {PROJECT: {"num_warps": 4}}), ("project: 4 columns, 4 warps", {PROJECT: {"BN": 4, "num_warps": 4}}),
-            ("project: 4 columns, 2 warps", {PROJECT: {"BN": 4, "num_warps": 2}}),
-            ("project: 16 columns, 8 warps", {PROJECT: {"BN": 16, "num_warps": 8}})]  # fmt: skip
-SMALL = [("enter: 4 columns", {ENTER: {"BN": 4}}), ("enter: 4 warps", {ENTER: {"num_warps": 4}}),
-         ("enter: 16 columns, 8 warps", {ENTER: {"BN": 16, "num_warps": 8}}), ("out: 8 columns, 512 deep", {OUT: {"BN": 8, "BK": 512, "AHEAD": 2}}),
-         ("out: 2 warps", {OUT: {"num_warps": 2}}), ("out: 8 columns", {OUT: {"BN": 8}}),
-         ("tail: 2 warps", {TAIL: {"num_warps": 2}}), ("tail: 8 columns", {TAIL: {"BN": 8}}), ("tail: 8 columns, 8 warps", {TAIL: {"BN": 8, "num_warps": 8}}),
-         ("tail: 2 columns, 2 warps", {TAIL: {"BN": 2, "num_warps": 2}})]  # fmt: skip
-CARVES = [{"layer_project_gain": 100}, {"layer_project_gain": 50}, {"layer_project_gain": 100, "mixer_step_partial": 100},
-          {"layer_project_gain": 100, "mixer_step_partial": 100, "mixer_step_combine": 100}, {"layer_norm_enter": 100, "layer_project_gain": 100},
-          {"": 100}, {"": 50}, {"": 30}]  # fmt: skip
-
-
-def carves(percents: dict[str, int]) -> tuple[str, Change]:
-    said = ", ".join(f"{k or 'all others'} {v}%" for k, v in percents.items())
-    return "shared memory: " + said, {f"carve:{k}": v for k, v in percents.items()}
+SMALL: list[tuple[str, Change]] = [
+    opens("layer_norm_enter", "mixer_step_combine", "layer_out", "layer_tail", yes=False), opens("layer_project_gain"),
+    opens("layer_norm_enter", yes=False), opens("mixer_step_combine", yes=False),
+    ("shared memory: as the driver likes", FREE), *(shares({"": n, "mixer_step_partial": -1}) for n in (20, 30, 40, 50)), shares({"": 30}),
+    *((f"{name}: {columns} columns, {warps} warps", {at: {"BN": columns, "num_warps": warps}}) for name, at, tiles in (
+        ("enter", ENTER, ((8, 2), (4, 2), (4, 1))), ("out", OUT, ((4, 1), (4, 2), (2, 1))), ("tail", TAIL, ((4, 1), (4, 2), (2, 1))),
+        ("project", PROJECT, ((8, 4), (16, 8), (8, 2), (4, 2)))) for columns, warps in tiles),
+    *((f"combine: {d} columns, {w} warps", {COMBINE: {"BLOCK_D": d, "num_warps": w}}) for d, w in ((32, 2), (16, 4), (16, 2), (8, 2))),
+]  # fmt: skip
 
 
 def one_sequence(config: SessaConfig, copy: float, until: float) -> None:
@@ -234,13 +229,7 @@ def one_sequence(config: SessaConfig, copy: float, until: float) -> None:
     bench.same_bits("attentions early", {})
     bench.try_out("tables", {})
     bench.try_out("attentions not early", NOT_EARLY)
-    for trial in map(carves, CARVES):  # of use with attentions that start early, even where that alone is of none
-        bench.try_out(trial[0], {**EARLY, **trial[1]})
-    for trial in SMALL:
-        bench.try_out(*trial)
-    for name, change in (*DEEP, *FEWER):
-        bench.try_out(name, {**EARLY, **change})
-    for trial in (*PROJECTS, *COMBINES, *map(carves, CARVES)):  # shared memory once more, upon what the others gave
+    for trial in (*SMALL, *ATTENTIONS, *SMALL):  # twice: what one gains may hang on another
         bench.try_out(*trial)
     print(f"best: {bench.best}", flush=True)
     bench.try_out("best without the attentions early", NOT_EARLY, keep=False)
@@ -278,9 +267,8 @@ RAGGED: list[tuple[str, Change]] = [
     ("stages 8, 2", {STEP: {"STAGES_F": 8}}),
     *((f"combine: {d} columns, {c} splits, {w} warps", {COMBINE_ANY: {"BLOCK_D": d, "CHUNK": c, "num_warps": w}})
       for d, c, w in ((32, 0, 4), (32, 32, 4), (64, 16, 4), (128, 16, 4), (64, 32, 2))),
-    carves({"layer_project_gain": 100}),
-    carves({"layer_project_gain": 100, "mixer_step_partial": 100}),
-    carves({"": 100}),
+    ("128 registers", {STEP: {"maxnreg": 128}}),
+    *(shares({"": n}) for n in (30, 50)),
 ]  # fmt: skip
 
 
@@ -313,7 +301,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=85.0)
     parser.add_argument("--skip", nargs="*", choices=("one", "ragged"), default=[])
     args = parser.parse_args()
-    one = [{}, *(c for _, c in (*PROJECTS, *DEEP, *FEWER, *COMBINES, *SMALL))]
+    one = [{}, *(c for _, c in (*SMALL, *ATTENTIONS))]
     compile_all([*(one if "one" not in args.skip else ()), *((c for _, c in RAGGED) if "ragged" not in args.skip else ())])
     config = SessaConfig(d_model=1024, n_layers=24, n_heads=16, vocab_size=50304)
     copy = copy_bandwidth()

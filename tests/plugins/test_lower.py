@@ -16,7 +16,7 @@ import pytest
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, SHARED_LIMIT
+from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, SHARED_LIMIT, SHARED_SHARE
 from sessa_deploy.kernels.launch.spec import OPENS, WAITS
 from sessa_deploy.plugins import lower
 
@@ -210,7 +210,13 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
             how = OPENS if variant in k.opens else WAITS
             assert [table.tiles(k.name, arch, k.dtypes[0], variant)["PDL"] for arch in held] == [how if may and arch >= 90 else 0 for arch in held]
     # who lets the next kernel in at once: of a single row, and ahead of none that reads what another has written before its own wait
-    assert {k.name: k.opens for k in early if k.opens} == {"layer_out": ("1",), "layer_tail": ("1",)}
+    assert {k.name: k.opens for k in early if k.opens} == {
+        "layer_out": ("1",), "layer_tail": ("1",), "layer_norm_enter": ("1024",), "mixer_step_combine": ("any",)}
+    # the small kernels of one row's layer have one share of shared memory, and no kernel another
+    shared = {(k.name, v) for k in early for v in k.variants if table.shared_share(k.name, 90, k.dtypes[0], v)}
+    assert {name for name, _ in shared} == {"layer_norm_enter", "layer_project_gain", "mixer_step_combine", "layer_out", "layer_tail", "layer_logits"}
+    assert {v for name, v in shared if name not in ("layer_norm_enter", "mixer_step_combine")} == {"1"}
+    assert {table.shared_share(name, arch, "fp16", v) for name, v in shared for arch in (80, 90)} == {0, SHARED_SHARE}
 
 
 def test_the_table_pins_every_unit() -> None:

@@ -41,22 +41,22 @@ _LAYERS = (
     Kernel("layer_widen", _LAYER, (*_MATRIX[:1], *pointers("out"), Param("count", "i32", True)), ("BLOCK",), _ANY, dtypes=_QUANTISED),
     Kernel("layer_norm_enter", _LAYER,
            (*pointers("x", "norm_weight", "norm_bias"), *_MATRIX, *pointers("bias", "out"), Param("depth", "i32", True), Param("eps", "fp32")),
-           ("BN", "BK", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS),
+           ("BN", "BK", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS[:1], shares=_WIDTHS),
     Kernel("layer_linear", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=64, early=_FEW, early_rows=1),
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
-           dtypes=_PRODUCT, scalar_loads=16, early=_FEW, early_rows=_EARLY_ROWS),
+           dtypes=_PRODUCT, scalar_loads=16, early=_FEW, shares=_ONE, early_rows=_EARLY_ROWS),
     Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, _PRODUCTS, dtypes=_PRODUCT,
-           scalar_loads=32, early=_FEW, opens=_ONE),
+           scalar_loads=32, early=_FEW, opens=_ONE, shares=_ONE),
     Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES, _PRODUCTS,
-           dtypes=_PRODUCT, scalar_loads=32, early=_FEW, opens=_ONE, early_rows=1),
+           dtypes=_PRODUCT, scalar_loads=32, early=_FEW, opens=_ONE, shares=_ONE, early_rows=1),
     Kernel("layer_enter", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES), _TILES, _PRODUCTS[1:], dtypes=_PRODUCT,
            scalar_loads=32, early=_FEW[1:], early_rows=_EARLY_ROWS),
     Kernel("layer_project_gain", _LAYER,
            (*pointers("h"), *_MATRIX, *pointers("bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gamma_weight", type="*fp32"),
             Param("gamma_bias", "*fp32"), *pointers("q", "k", "v", "q_b", "k_b"), Param("gamma", "*fp32"), *_SIZES, Param("kv_width", "i32"),
             *integers("units"), Param("gamma_max", "fp32")),
-           _TILES, _PRODUCTS, dtypes=_PRODUCT, scalar_loads=136, early=_FEW, early_rows=_EARLY_ROWS),
+           _TILES, _PRODUCTS, dtypes=_PRODUCT, scalar_loads=136, early=_FEW, shares=_ONE, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
@@ -73,7 +73,8 @@ _MIXERS = (
     Kernel("mixer_step_combine", _MIXER,
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
             *integers("capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
-           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "STAGES", "PDL"), _COMBINES, dtypes=_HALF, scalar_loads=20, early=_COMBINES, early_rows=64),
+           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "STAGES", "PDL"), _COMBINES, dtypes=_HALF, scalar_loads=20, early=_COMBINES, opens=_ONE, shares=_ONE,
+           early_rows=64),
 )  # fmt: skip
 
 _ROWS = "sessa_deploy.kernels.engine.mixer_rows"

@@ -117,8 +117,8 @@ def early(name: str, arch: int, dtype: str, variant: str) -> int:
 
 
 def shared_share(name: str, arch: int, dtype: str, variant: str) -> int:
-    """`limits.SHARED_SHARE` of a binary that may start early; 0 where the driver chooses."""
-    return SHARED_SHARE if early(name, arch, dtype, variant) else 0
+    """Percent of shared memory that a binary wishes for, see `limits.SHARED_SHARE`; 0 where the driver chooses."""
+    return SHARED_SHARE if variant in kernel(name).shares and early(name, arch, dtype, variant) else 0
 
 
 def tuned(name: str, arch: int, dtype: str, variant: str) -> bool:

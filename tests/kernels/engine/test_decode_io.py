@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.engine import decode_io
 from sessa_deploy.kernels.launch import jit
+from sessa_deploy.kernels.launch.spec import WAITS
 from sessa_deploy.kernels.launch.table import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,3 +93,45 @@ def test_both_argmax_kernels_share_their_splits() -> None:
     for arch in ARCHS:
         splits = {tiles(name, arch, "fp32", "any")["SPLITS"] for name in ("decode_argmax", "decode_finish")}
         assert len(splits) == 1
+
+
+@pytest.mark.skipif(not jit.interpreted(), reason="the interpreter alone shows who reads what before the wait")
+def test_kernels_that_start_early_wait_before_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel before writes is there once a program has waited; the argmax alone reads, logits, before it waits, and lets the next kernel in first."""
+
+    from triton.runtime import interpreter
+
+    from sessa_deploy.kernels import device
+
+    seat, done = interpreter.interpreter_builder.set_grid_idx, list[list[str]]()
+    written: dict[str, torch.Tensor] = {}
+    ahead: dict[str, torch.Tensor] = {}
+
+    def begins(*at: int) -> None:
+        seat(*at)
+        done.append([])
+        for name, x in ahead.items():
+            written[name] = x.clone()
+            x.fill_(-9)
+
+    def waits() -> None:
+        done[-1].append("waits")
+        for name, x in ahead.items():
+            x.copy_(written[name])
+
+    monkeypatch.setattr(device, "gdc_wait", waits)
+    monkeypatch.setattr(device, "gdc_launch_dependents", lambda: done[-1].append("opens"))
+    monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", begins)
+    past, new, ids, following = ints(2), ints(1), ints(-5), ints(-5)
+    row, cache, logits = torch.arange(8, dtype=torch.int32), torch.zeros(4, 8, dtype=torch.int32), torch.arange(300.0)
+    ahead = {"row": row}
+    decode_io.decode_append[(1, 1, 1)](table([(row, cache, 8)]), past, new, 1, 4, **options("decode_append"), PDL=WAITS)
+    assert done == [["waits", "opens"]] and cache[2].tolist() == list(range(8)) and not cache[:2].any()
+    ahead, done[:] = {}, []
+    argmax, finish = options("decode_argmax"), options("decode_finish")
+    best, where = torch.zeros(1, argmax["SPLITS"]), torch.zeros(1, argmax["SPLITS"], dtype=torch.int32)
+    decode_io.decode_argmax[(1, argmax["SPLITS"])](logits, best, where, 300, **argmax, PDL=WAITS)
+    assert done == [["opens", "waits", "opens"]] * argmax["SPLITS"]
+    ahead, done[:] = {"best": best, "where": where}, []
+    decode_io.decode_finish[(1,)](best, where, past, new, ids, following, 1, **finish, PDL=WAITS)
+    assert done == [["waits", "opens"]] and ids.tolist() == following.tolist() == [299] and past.tolist() == [3]
