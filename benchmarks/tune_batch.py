@@ -269,6 +269,7 @@ def compile_all(workers: int, seconds: float) -> None:
 
 
 FORMS = ("", "int8", "fp8")
+FOUND: Change = {}  # tiles of products that gained
 
 
 def large(copy: float, until: float) -> None:
@@ -305,6 +306,7 @@ def large(copy: float, until: float) -> None:
     for form in FORMS[:2]:
         bench.check("best", form, bench.best)
     best = {k: v for k, v in bench.best.items() if k.startswith("mixer")}
+    FOUND.update({k: v for k, v in bench.best.items() if k.startswith("layer")})
     del bench
     torch.cuda.empty_cache()
     one = Bench(chains, 32768, [[4128], [160]], [23, 23], until + 6)
@@ -345,6 +347,17 @@ def ragged(copy: float, until: float) -> None:
     bench.check("best", "", bench.best)
 
 
+def narrow(copy: float, until: float) -> None:
+    """350M with weights of 8 bits, which the same tiles of products serve, for the fewest rows that take them and the most."""
+    config = SessaConfig(d_model=1024, n_layers=24, n_heads=16, vocab_size=50304)
+    chains = {form: Chain(config, weights=form) for form in FORMS}
+    for rows in (32, 17, 64):
+        bench = Bench(chains, 1024, [[160] * rows], [23], until)
+        bench.times(BASE, FORMS)
+        bench.try_out(f"350M, {rows} at 160, the tables' tiles", BASE, FORMS, keep=False)
+        bench.try_out(f"350M, {rows} at 160, the products' best of 1.1B", {**BASE, **FOUND}, FORMS, keep=False)
+
+
 def single(copy: float, until: float) -> None:
     """One sequence, which no change for batches may slow down."""
     chain = Chain(SessaConfig(d_model=1024, n_layers=24, n_heads=16, vocab_size=50304))
@@ -361,14 +374,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=75.0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--workers", type=int, default=5)
-    parser.add_argument("--skip", nargs="*", choices=("single", "large", "ragged"), default=[])
+    parser.add_argument("--skip", nargs="*", choices=("single", "large", "ragged", "narrow"), default=[])
     args = parser.parse_args()
     if args.compile:
         compile_all(args.workers, args.seconds)
         return
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy bandwidth {copy:.0f} GB/s", flush=True)
-    for name, part, share_of in (("single", single, 0.2), ("large", large, 0.7), ("ragged", ragged, 0.97)):
+    for name, part, share_of in (("single", single, 0.2), ("large", large, 0.7), ("ragged", ragged, 0.97), ("narrow", narrow, 1.0)):
         if name in args.skip:
             continue
         try:

@@ -97,7 +97,7 @@ def share(
         length = tl.minimum(tl.load(past_length + i_b), capacity)
         each = rows_each(length, splits, BLOCK_R * TILES)
         last = tl.minimum(i_split + end - item, tl.maximum(tl.cdiv(length, each), 1))
-        if i_split < last:  # without rows: the combination does not read this split
+        if i_split < last:  # without rows there is nothing to write: the combination does not read this split
             _run(
                 block, q, k, v, past_k, past_v, part, stat, stride_kb, stride_kr, stride_vb, stride_vr, i_b.to(tl.int64), i_split, last, splits, each, length,
                 heads, group, units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES, LATE,

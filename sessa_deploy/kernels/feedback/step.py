@@ -63,7 +63,7 @@ def share(
         length = tl.minimum(tl.load(past_length + i_b), capacity)
         each = rows_each(length, splits, BLOCK_R * TILES)
         last = tl.minimum(i_split + end - item, tl.cdiv(length, each))
-        if i_split < last:  # without rows: the combination does not read this split
+        if i_split < last:  # without rows there is nothing to write: the combination does not read this split
             _run(
                 q, past_k, past_s, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, i_b.to(tl.int64), i_split, last, splits, each, length, width,
                 scale, BLOCK_R, BLOCK_C, BLOCK_L, STAGES, OWN, LATE,
