@@ -31,7 +31,8 @@ from sessa_deploy.runtime import traffic
 BEGUN = time.perf_counter()
 # "kernel:variant" -> tiles, "kernel:variant.i8" those of 8-bit weights (spec.QUANTISED); "rows:kernel" -> early_rows; "carve:kernel" -> percent
 Change = dict[str, Any]
-STEP, COMBINE, COMBINE_ANY = "mixer_step_partial:1024.64", "mixer_step_combine:1", "mixer_step_combine:any"
+STEP = "mixer_step_partial:1024.64"
+COMBINE, COMBINE_ANY, COMBINE_WIDE = (f"mixer_step_combine:{variant}" for variant in ("1", "any", "wide"))
 _early = table.early
 _rows: dict[str, int] = {}
 _original: dict[Any, Any] = {}
@@ -67,7 +68,7 @@ def apply(change: Change) -> None:
 
 def merged(base: Change, change: Change) -> Change:
     """Both; a kernel's tiles are those of `change`, but for the combination, whose splits belong to another kernel's."""
-    return {**base, **{k: {**base.get(k, {}), **v} if k in (COMBINE, COMBINE_ANY) else v for k, v in change.items()}}
+    return {**base, **{k: {**base.get(k, {}), **v} if k in (COMBINE, COMBINE_ANY, COMBINE_WIDE) else v for k, v in change.items()}}
 
 
 def compile_one(job: tuple[Change, str, str]) -> str:
@@ -277,7 +278,7 @@ RAGGED: list[tuple[str, Change]] = [
     ("stages 5, 3", {STEP: {"STAGES_B": 3}}),
     ("stages 8, 2", {STEP: {"STAGES_F": 8}}),
     *((f"combine: {d} columns, {c} splits, {w} warps", {COMBINE_ANY: {"BLOCK_D": d, "CHUNK": c, "num_warps": w}})
-      for d, c, w in ((32, 0, 4), (32, 32, 4), (64, 16, 4), (128, 16, 4), (64, 32, 2))),
+      for d, c, w in ((32, 0, 4), (32, 32, 4), (64, 64, 4), (32, 64, 8))),
     carves({"layer_project_gain": 100}),
     carves({"layer_project_gain": 100, "mixer_step_partial": 100}),
     carves({"": 100}),

@@ -275,7 +275,8 @@ def limits_h() -> str:
         "Tegra": cuda_arch.TEGRA, "Accelerated": cuda_arch.ACCELERATED,
         "StepPrograms": limits.STEP_PROGRAMS, "StepMaxSplits": limits.STEP_MAX_SPLITS, "Wide": limits.WIDE, "PanelBytes": limits.PANEL_BYTES,
         "StepRows": contract.STEP_ROWS, "HeadMultiple": limits.HEAD_MULTIPLE, "Group": limits.GROUP, "Single": limits.SINGLE_ROWS,
-        "Float8Arch": limits.FLOAT8_ARCH,
+        "Float8Arch": limits.FLOAT8_ARCH, "MixerBroad": limits.MIXER_BROAD, "MixerShort": limits.MIXER_SHORT,
+        "MixerManyF": limits.MIXER_MANY_F, "MixerManyB": limits.MIXER_MANY_B,
     }  # fmt: skip
     lists = {
         "Archs": cuda_arch.ARCHS, "Rows": limits.PRODUCT_ROWS, "QuantisedRows": limits.QUANTISED_ROWS,

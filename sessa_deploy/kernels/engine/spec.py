@@ -59,7 +59,7 @@ _LAYERS = (
 )  # fmt: skip
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
-_COMBINES = ("1", "any")
+_COMBINES = ("1", "any", "wide")
 _FLOATS = pointers("part_f", "stat_f", "part_b", "stat_b", type="*fp32")
 
 _MIXERS = (
@@ -135,9 +135,9 @@ def mixer_variant(width: int, head: int, group: int) -> str:
     return f"{padded}.{head_variant(head, group)}"
 
 
-def combine_variant(batch: int) -> str:
-    """The variant of mixer_step_combine: that of one sequence has few programs, each of which is to end soon."""
-    return _COMBINES[0] if batch == 1 else _COMBINES[1]
+def combine_variant(batch: int, width: int) -> str:
+    """The variant of mixer_step_combine: that of one sequence has few programs, each of which is to end soon; wide rows have many."""
+    return "1" if batch == 1 else "wide" if width > MIXER_WIDTHS[0] else "any"
 
 
 def mixer_rows_variant(width: int, head: int) -> str:
