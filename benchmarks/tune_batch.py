@@ -24,52 +24,56 @@ import torch
 import tune_chain as tune
 from bench_chain import Chain, kernels
 from gpu import capture, copy_bandwidth, event_ms
-from tune_chain import COMBINE_ANY, Change, apply, carve, carves, merged
+from tune_chain import COMBINE_ANY, COMBINE_WIDE, Change, apply, carve, carves, merged
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.kernels.engine import mixer
 from sessa_deploy.kernels.launch import splits
+from sessa_deploy.kernels.launch.limits import MIXER_MANY_B, MIXER_MANY_F
 from sessa_deploy.runtime import traffic
 
 BEGUN = time.perf_counter()
 DONE = Path(tempfile.gettempdir(), "tune_batch.compiled")
 LARGE, SMALL = "mixer_step_partial:2048.128", "mixer_step_partial:1024.64"
-BASE: Change = {COMBINE_ANY: {"BLOCK_D": 32, "CHUNK": 0, "STAGES": 1, "num_warps": 4}}
+BASE: Change = {}
 Trial = tuple[str, Change]
-COMBINED: list[Trial] = [
-    (f"combine ({d}, {c}, {stages}, {w})", {COMBINE_ANY: {"BLOCK_D": d, "CHUNK": c, "STAGES": stages, "num_warps": w}}) for d, c, stages, w in (
-        (32, 64, 1, 4), (32, 32, 1, 4), (32, 32, 2, 4), (32, 32, 3, 4), (32, 32, 4, 4), (64, 16, 3, 4), (64, 32, 2, 4), (32, 16, 4, 2), (32, 32, 2, 2),
-        (32, 16, 4, 4), (64, 16, 1, 2), (32, 64, 2, 4), (32, 64, 2, 8), (64, 16, 4, 2))]  # fmt: skip
-FORM = {"ROWS_F": 4, "TILES_F": 2, "STAGES_F": 4, "ROWS_B": 4, "TILES_B": 2, "STAGES_B": 3, "HEADS_F": 4, "num_warps": 4}
+CHUNKS = ((32, 0, 1, 4), (32, 64, 1, 4), (32, 32, 1, 4), (32, 32, 3, 4), (64, 32, 2, 4), (64, 16, 1, 2), (64, 16, 1, 4), (32, 16, 4, 2), (32, 64, 2, 8))
+
+
+def combined(variant: str) -> list[Trial]:
+    """Columns, splits at a time, stages and warps of the combination."""
+    return [(f"combine ({d}, {c}, {stages}, {w})", {variant: {"BLOCK_D": d, "CHUNK": c, "STAGES": stages, "num_warps": w}}) for d, c, stages, w in CHUNKS]
+
+
+FORM = {"ROWS_F": 2, "TILES_F": 4, "STAGES_F": 6, "ROWS_B": 4, "TILES_B": 2, "STAGES_B": 3, "HEADS_F": 8, "num_warps": 4}
 
 
 def attention(rows_f: int, rows_b: int, **other: int) -> Trial:
-    """Tiles of which a split takes so many rows at least."""
+    """Tiles of which a split takes so many rows at least in a short cache, see `splits.least_rows`."""
     form = {**FORM, **other}
-    form["TILES_F"], form["TILES_B"] = rows_f // form["ROWS_F"], rows_b // form["ROWS_B"]
+    form["TILES_F"], form["TILES_B"] = rows_f // (form["ROWS_F"] * MIXER_MANY_F), rows_b // (form["ROWS_B"] * MIXER_MANY_B)
     return f"splits of {rows_f}, {rows_b} {other or ''}", {LARGE: form}
 
 
 TWO = {"ROWS_F": 2, "STAGES_F": 5, "num_warps": 2}
 ATTENTIONS = [
-    attention(16, 8), attention(16, 16), attention(32, 16), attention(64, 32), attention(16, 16, STAGES_B=2), attention(16, 16, ROWS_B=2, STAGES_B=3),
-    attention(16, 16, ROWS_B=2, STAGES_B=5), attention(16, 16, ROWS_B=2, STAGES_B=4, **TWO), attention(16, 16, ROWS_B=1, STAGES_B=5, **TWO),
-    attention(16, 16, HEADS_F=8, ROWS_F=2, STAGES_F=6), attention(16, 16, HEADS_F=8, ROWS_F=2, STAGES_F=6, ROWS_B=2, STAGES_B=5),
-    attention(16, 8, HEADS_F=8, ROWS_F=2, STAGES_F=6), attention(32, 32, HEADS_F=8, ROWS_F=2, STAGES_F=6), attention(16, 8, ROWS_B=2, STAGES_B=5),
+    attention(64, 32), attention(32, 32), attention(64, 16), attention(16, 16), attention(32, 16, ROWS_B=2, STAGES_B=5), attention(32, 16, STAGES_B=2),
+    attention(32, 16, ROWS_B=2, STAGES_B=4, **TWO), attention(32, 16, ROWS_B=1, STAGES_B=5, **TWO), attention(32, 16, HEADS_F=4, ROWS_F=4, STAGES_F=4),
+    attention(64, 32, HEADS_F=4, ROWS_F=4, STAGES_F=4), attention(32, 16, STAGES_F=4), attention(32, 16, STAGES_F=8),
 ]  # fmt: skip
 EARLY: list[Trial] = [(f"{name} early, 64 rows", {f"rows:layer_{name}": 64}) for name in ("out", "tail")]
 EARLY += [(f"{name} not early", {f"rows:{name}": 0}) for name in ("layer_norm", "layer_enter", "layer_project_gain", "mixer_step_combine", "layer_logits")]
-# BM, BN, BK, KS, warps, stages; KS 0: the product transposed
+# BM, BN, BK, KS, warps, stages
 PRODUCTS: dict[str, list[tuple[int, ...]]] = {
     "project_gain": [(64, 64, 128, 1, 4, 4), (64, 64, 128, 1, 4, 3), (64, 32, 128, 1, 4, 4), (64, 32, 128, 1, 4, 5), (64, 64, 128, 1, 8, 4),
-                     (64, 128, 128, 1, 8, 4), (32, 64, 256, 0, 4, 4), (32, 64, 128, 0, 4, 5), (64, 32, 256, 1, 4, 2), (32, 32, 256, 1, 8, 4)],
+                     (64, 128, 128, 1, 8, 4), (64, 32, 256, 1, 4, 2), (32, 32, 256, 1, 8, 4)],
     "enter": [(64, 32, 128, 1, 4, 4), (64, 32, 256, 1, 4, 3), (64, 32, 256, 1, 4, 4), (64, 32, 128, 1, 4, 6), (64, 16, 256, 1, 4, 3), (64, 32, 512, 1, 8, 2)],
     "out": [(64, 16, 256, 1, 4, 3), (64, 16, 256, 1, 4, 4), (64, 16, 128, 1, 4, 6), (64, 16, 512, 1, 4, 2), (16, 8, 512, 4, 4, 4)],
     "tail": [(64, 16, 256, 1, 4, 3), (64, 16, 256, 1, 4, 2), (64, 16, 128, 1, 4, 4), (16, 8, 512, 4, 4, 3), (16, 8, 512, 4, 4, 4)],
-    "logits": [(64, 128, 128, 1, 8, 4), (64, 64, 128, 1, 4, 4), (64, 128, 128, 1, 4, 3), (32, 64, 256, 0, 4, 3)],
+    "logits": [(64, 128, 128, 1, 8, 4), (64, 64, 128, 1, 4, 4), (64, 128, 128, 1, 4, 3)],
 }  # fmt: skip
 WIDE: dict[str, list[tuple[int, ...]]] = {  # of 16-bit weights
-    "project_gain": [(32, 64, 128, 0, 4, 4), (64, 64, 128, 1, 4, 4), (64, 32, 128, 1, 4, 4)], "logits": [(32, 64, 128, 0, 4, 4), (64, 128, 128, 1, 8, 3)],
+    "project_gain": [(64, 64, 128, 1, 4, 4), (64, 32, 128, 1, 4, 4)], "logits": [(64, 128, 128, 1, 8, 3)],
     "enter": [(64, 32, 128, 1, 4, 5)], "out": [(64, 16, 128, 1, 4, 6)], "tail": [(64, 16, 128, 1, 4, 4)],
 }  # fmt: skip
 
@@ -217,7 +221,7 @@ class Bench:
         wrong = sum(not torch.equal(a, b) for a, b in zip(plain, early, strict=True))
         worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(early, tables, strict=True))
         finite = all(bool(torch.isfinite(y).all()) for y in early)
-        print(f"{name}, {form or '16'}: early against plain: {wrong} of 4 differ in bits; against the base {worst:.2e} at most; finite {finite}", flush=True)
+        print(f"{name}, {form or '16'}: early against plain: {wrong} of 4 differ in bits; against the tables' {worst:.2e} at most; finite {finite}", flush=True)
 
 
 def compile_one(job: tuple[Change, str, str, bool], until: float) -> str:
@@ -244,14 +248,13 @@ def compile_all(workers: int, seconds: float) -> None:
     """One job a binary, what is needed most first; DONE then says which there are."""
     jobs: dict[str, tuple[Change, str, str, bool]] = {}
     many = [(f"layer_{n}", v) for n in ("enter", "project_gain", "out", "tail", "logits") for v in ("64", "64.i8", "64.f8")]
-    many += [("layer_norm", "1024"), ("layer_norm", "2048"), *((k, v) for k, _, v in (x.partition(":") for x in (LARGE, SMALL)))]
+    many += [("layer_norm", "1024"), ("layer_norm", "2048"), *((k, v) for k, _, v in (x.partition(":") for x in (LARGE, SMALL, COMBINE_ANY, COMBINE_WIDE)))]
     single = [(f"layer_{n}", v) for n in ("project_gain", "out", "tail", "logits") for v in ("1", "1.i8")]
     single += [("layer_norm_enter", v) for v in ("1024", "2048", "2048.i8")] + [("mixer_step_combine", "1")]
     for name, variant in many:
         for plain in (True, False):
             jobs[f"{name}{variant}{plain}"] = ({}, name, variant, plain)
-    jobs |= jobs_of(BASE)
-    for _, change in (*COMBINED, *ATTENTIONS):
+    for _, change in (*combined(COMBINE_WIDE), *ATTENTIONS):
         jobs |= jobs_of(change)
     products = [product(n, t)[1] for n, tiles in PRODUCTS.items() for t in tiles]
     jobs |= {f"{name}{variant}": ({}, name, variant, False) for name, variant in single}
@@ -269,6 +272,7 @@ def compile_all(workers: int, seconds: float) -> None:
 
 
 FORMS = ("", "int8", "fp8")
+FOUND: Change = {}  # tiles of products that gained
 
 
 def large(copy: float, until: float) -> None:
@@ -283,7 +287,7 @@ def large(copy: float, until: float) -> None:
         bench.profile("as it was", form, BASE, 0)
     two = ("", "int8")
     bench.again(two)
-    for trial in (*COMBINED, *ATTENTIONS, *COMBINED, *map(dealt, (44, 47, 53, 56))):
+    for trial in (*combined(COMBINE_WIDE), *ATTENTIONS, *map(dealt, (44, 47, 53, 56))):
         bench.try_out(*trial, two)
     bench.again(FORMS[1:])
     for name, tiles in PRODUCTS.items():
@@ -305,18 +309,18 @@ def large(copy: float, until: float) -> None:
     for form in FORMS[:2]:
         bench.check("best", form, bench.best)
     best = {k: v for k, v in bench.best.items() if k.startswith("mixer")}
+    FOUND.update({k: v for k, v in bench.best.items() if k.startswith("layer")})
     del bench
     torch.cuda.empty_cache()
     one = Bench(chains, 32768, [[4128], [160]], [23, 23], until + 6)
-    few = [("the tables' tiles", BASE), ("the batch's best", best), *ATTENTIONS[:2], *ATTENTIONS[9:12]]
+    few = [("the tables' tiles", BASE), ("the batch's best", best)]
     for name, change in few:
         one.try_out(f"one sequence at 4128, 160 of 32768, {name}", change, two, keep=False)
 
 
 RAGGED: list[Trial] = [
-    *COMBINED,
+    *combined(COMBINE_ANY),
     *map(dealt, (44, 47, 53, 56)),
-    ("combine before: 32 registers", {COMBINE_ANY: {"BLOCK_D": 32, "CHUNK": 32, "STAGES": 1, "num_warps": 4, "maxnreg": 32}}),
     ("tail early, 64 rows", {"rows:layer_tail": 64}),
     ("splits of 32 and 16 rows", {SMALL: {"TILES_F": 16, "TILES_B": 4}}),
     ("splits of 16 and 4 rows", {SMALL: {"TILES_B": 1}}),
@@ -334,7 +338,7 @@ def ragged(copy: float, until: float) -> None:
     floors = [traffic.step_bytes(config, "fp16", [float(n) for n in p]) / copy / 1e6 for p in bench.points]
     print(f"350M: ragged, 32 at 4128: ms; floors {floors[0]:.3f}, {floors[1]:.3f} [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
     bench.times(BASE, ("",))
-    bench.try_out("as it was but for who takes what", BASE, ("",))
+    bench.try_out("as it was", BASE, ("",))
     bench.profile("the same", "", BASE, 0)
     for trial in RAGGED:
         bench.try_out(*trial, ("",))
@@ -343,6 +347,17 @@ def ragged(copy: float, until: float) -> None:
     bench.profile("best", "", bench.best, 0)
     bench.profile("best", "", bench.best, 32)
     bench.check("best", "", bench.best)
+
+
+def narrow(copy: float, until: float) -> None:
+    """350M with weights of 8 bits, which the same tiles of products serve, for the fewest rows that take them and the most."""
+    config = SessaConfig(d_model=1024, n_layers=24, n_heads=16, vocab_size=50304)
+    chains = {form: Chain(config, weights=form) for form in FORMS}
+    for rows in (32, 17, 64):
+        bench = Bench(chains, 1024, [[160] * rows], [23], until)
+        bench.times(BASE, FORMS)
+        bench.try_out(f"350M, {rows} at 160, the tables' tiles", BASE, FORMS, keep=False)
+        bench.try_out(f"350M, {rows} at 160, the products' best of 1.1B", FOUND, FORMS, keep=False)
 
 
 def single(copy: float, until: float) -> None:
@@ -361,14 +376,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=75.0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--workers", type=int, default=5)
-    parser.add_argument("--skip", nargs="*", choices=("single", "large", "ragged"), default=[])
+    parser.add_argument("--skip", nargs="*", choices=("single", "large", "ragged", "narrow"), default=[])
     args = parser.parse_args()
     if args.compile:
         compile_all(args.workers, args.seconds)
         return
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy bandwidth {copy:.0f} GB/s", flush=True)
-    for name, part, share_of in (("single", single, 0.2), ("large", large, 0.7), ("ragged", ragged, 0.97)):
+    for name, part, share_of in (("single", single, 0.2), ("large", large, 0.7), ("ragged", ragged, 0.97), ("narrow", narrow, 1.0)):
         if name in args.skip:
             continue
         try:

@@ -32,7 +32,8 @@ BEGUN = time.perf_counter()
 # "share:kernel" -> percent of shared memory, -1: as the driver likes ("share:": of every other kernel); "opens:kernel" -> whether it lets the next kernel
 # in before it waits
 Change = dict[str, Any]
-STEP, COMBINE, COMBINE_ANY = "mixer_step_partial:1024.64", "mixer_step_combine:1", "mixer_step_combine:any"
+STEP = "mixer_step_partial:1024.64"
+COMBINE, COMBINE_ANY, COMBINE_WIDE = (f"mixer_step_combine:{variant}" for variant in ("1", "any", "wide"))
 _early, _share, _tiles = table.early, table.shared_share, table.tiles
 _rows: dict[str, int] = {}
 _shares: dict[str, int] = {}
@@ -82,7 +83,7 @@ def apply(change: Change) -> None:
 
 def merged(base: Change, change: Change) -> Change:
     """Both; a kernel's tiles are those of `change`, but for the combination, whose splits belong to another kernel's."""
-    return {**base, **{k: {**base.get(k, {}), **v} if k in (COMBINE, COMBINE_ANY) else v for k, v in change.items()}}
+    return {**base, **{k: {**base.get(k, {}), **v} if k in (COMBINE, COMBINE_ANY, COMBINE_WIDE) else v for k, v in change.items()}}
 
 
 def compile_one(job: tuple[Change, str, str]) -> str:
@@ -266,7 +267,7 @@ RAGGED: list[tuple[str, Change]] = [
     ("stages 5, 3", {STEP: {"STAGES_B": 3}}),
     ("stages 8, 2", {STEP: {"STAGES_F": 8}}),
     *((f"combine: {d} columns, {c} splits, {w} warps", {COMBINE_ANY: {"BLOCK_D": d, "CHUNK": c, "num_warps": w}})
-      for d, c, w in ((32, 0, 4), (32, 32, 4), (64, 16, 4), (128, 16, 4), (64, 32, 2))),
+      for d, c, w in ((32, 0, 4), (32, 32, 4), (64, 64, 4), (32, 64, 8))),
     ("128 registers", {STEP: {"maxnreg": 128}}),
     *(shares({"": n}) for n in (30, 50)),
 ]  # fmt: skip

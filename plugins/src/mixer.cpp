@@ -23,7 +23,7 @@ struct Step final : Plan
     {
         char const* dtype = dtypeName(p.storage);
         partial = findCubin("mixer_step_partial", arch, dtype, variant(p).c_str());
-        combine = findCubin("mixer_step_combine", arch, dtype, p.batch == 1 ? "1" : "any"); // engine/spec.py, combine_variant
+        combine = findCubin("mixer_step_combine", arch, dtype, p.batch == 1 ? "1" : p.width > kMixerBroad ? "wide" : "any"); // engine/spec.py, combine_variant
         return partial != nullptr && combine != nullptr && out.find("layer_out", arch, p, p.batch);
     }
 
@@ -37,8 +37,9 @@ struct Step final : Plan
 
     void layout(Problem const& p, Arena& arena, bool) override
     {
-        rowsF = partial->tile("ROWS_F") * partial->tile("TILES_F");
-        rowsB = partial->tile("ROWS_B") * partial->tile("TILES_B");
+        bool const broad = p.width > kMixerBroad && p.capacity <= kMixerShort; // launch/splits.py, least_rows
+        rowsF = partial->tile("ROWS_F") * partial->tile("TILES_F") * (broad ? kMixerManyF : 1);
+        rowsB = partial->tile("ROWS_B") * partial->tile("TILES_B") * (broad ? kMixerManyB : 1);
         splitsF = stepSplits(p.capacity, rowsF, combine->tile("BLOCK_F"));
         splitsB = stepSplits(p.capacity, rowsB, combine->tile("BLOCK_B"));
         partF = arena.take(4 * p.batch * p.width * splitsF);

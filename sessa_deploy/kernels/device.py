@@ -54,59 +54,62 @@ def splits_used(length, splits, rows):
 
 @triton.jit
 def _pieces(past_length, start, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """(splits with work of _SEQUENCES sequences from `start` on, LEAST at least; 0 from `batch` on, rows of each)."""
+    """(for each of _SEQUENCES sequences from `start` on how many splits of these come before its own, how many it has with work, LEAST at least; 0 from
+    `batch` on). Splits longer than `rows` come first."""
     o_b = start + tl.arange(0, _SEQUENCES)
     b_length = tl.minimum(tl.load(past_length + o_b, mask=o_b < batch, other=0), capacity)
     b_each = rows_each(b_length, splits, rows)
-    return tl.where(o_b < batch, tl.maximum(tl.cdiv(b_length, b_each), LEAST), 0), b_each
+    b_n = tl.where(o_b < batch, tl.maximum(tl.cdiv(b_length, b_each), LEAST), 0)
+    b_long = tl.where(b_each > rows, b_n, 0)
+    b_first = tl.where(b_each > rows, tl.cumsum(b_long, 0), tl.sum(b_long, 0) + tl.cumsum(b_n - b_long, 0)) - b_n
+    return b_first, b_n
 
 
 @triton.jit
-def portion(program, programs, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """(first, end): which splits, counted sequence by sequence, one of `programs` programs takes.
+def pieces(every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
+    """(how many splits of the batch the programs share, for the first sequences how many of these come before, and how many each has).
 
-    With `every`, where each split has a program of its own, all are counted; else those that have work, and their rows are dealt out evenly: a program's
-    splits are neighbours, which it reads as one stream, and it takes those that begin within its share of the rows.
+    With `every`, where each split has a program of its own, all of them, and zeros; else those that have work.
     """
-    first, end = program, program + 1
+    total = batch * splits
+    b_first, b_n = tl.zeros([_SEQUENCES], dtype=tl.int32), tl.zeros([_SEQUENCES], dtype=tl.int32)
     if not every:
-        whole = 0
-        for start in range(0, batch, _SEQUENCES):
-            b_n, b_each = _pieces(past_length, start, batch, capacity, splits, rows, LEAST)
-            whole += tl.sum(b_n * b_each, 0)
-        low = whole // programs * program + tl.minimum(whole % programs, program)
-        high = whole // programs * (program + 1) + tl.minimum(whole % programs, program + 1)
-        first, end, before = 0 * program, 0 * program, 0 * program
-        for start in range(0, batch, _SEQUENCES):
-            b_n, b_each = _pieces(past_length, start, batch, capacity, splits, rows, LEAST)
-            b_row = before + tl.cumsum(b_n * b_each, 0) - b_n * b_each
-            first += tl.sum(tl.minimum(tl.cdiv(tl.maximum(low - b_row, 0), b_each), b_n), 0)
-            end += tl.sum(tl.minimum(tl.cdiv(tl.maximum(high - b_row, 0), b_each), b_n), 0)
-            before += tl.sum(b_n * b_each, 0)
-    return first, end
+        b_first, b_n = _pieces(past_length, 0, batch, capacity, splits, rows, LEAST)
+        total = tl.sum(b_n, 0)
+        for start in range(_SEQUENCES, batch, _SEQUENCES):
+            _, b_more = _pieces(past_length, start, batch, capacity, splits, rows, LEAST)
+            total += tl.sum(b_more, 0)
+    return total, b_first, b_n
 
 
 @triton.jit
-def locate(item, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """(sequence, split) of the item-th split that `portion` counts."""
+def locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
+    """(sequence, split) of the item-th split that `pieces` counts. b_first, b_n: its other results."""
     if every:
         i_b, i_split = item // splits, item % splits
     else:
-        i_b, before, first = 0 * item, 0 * item, 0 * item
-        for start in range(0, batch, _SEQUENCES):
-            b_n, _ = _pieces(past_length, start, batch, capacity, splits, rows, LEAST)
-            b_end = before + tl.cumsum(b_n, 0)
-            i_b += tl.sum((b_end <= item).to(tl.int32), 0)
-            first = tl.maximum(first, tl.max(tl.where(b_end <= item, b_end, 0), 0))
-            before = tl.max(b_end, 0)
-        i_split = item - first
+        its = (b_first <= item) & (item < b_first + b_n)
+        i_b = tl.sum(tl.where(its, tl.arange(0, _SEQUENCES), 0), 0)
+        i_split = item - tl.sum(tl.where(its, b_first, 0), 0)
+        before = tl.sum(b_n, 0)
+        start = _SEQUENCES  # on a line of its own: in a tuple, Triton 3.7's interpreter leaves it a constant, which cannot be added to a block
+        while (start < batch) & (before <= item):
+            b_begun, b_more = _pieces(past_length, start, batch, capacity, splits, rows, LEAST)
+            its = (before + b_begun <= item) & (item < before + b_begun + b_more)
+            i_b = tl.sum(tl.where(its, start + tl.arange(0, _SEQUENCES), 0), 0)
+            i_split = item - tl.sum(tl.where(its, before + b_begun, 0), 0)
+            before += tl.sum(b_more, 0)
+            start += _SEQUENCES
     return i_b, i_split
 
 
 @triton.jit
-def tiles_of(split, last, each, length, BLOCK_R: tl.constexpr):
-    """Tiles of BLOCK_R rows in a sequence's splits from `split` on, `last` excluded; each begins with its split."""
-    return (last - 1 - split) * tl.cdiv(each, BLOCK_R) + tl.cdiv(tl.maximum(tl.minimum(last * each, length) - (last - 1) * each, 0), BLOCK_R)
+def seat(program, programs, start):
+    """Which of the next `programs` splits, from the start-th on, a program takes: its own place the first time, and the place from the end ever after.
+
+    The long splits come first: who had one takes the next as the last, and where there are not enough for all he is the one who goes without.
+    """
+    return tl.where(start == 0, program, programs - 1 - program)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels.causal.spec import head_variant
-from sessa_deploy.kernels.device import add_splits, begin, locate, portion, rows_each, splits_used, tiles_of
+from sessa_deploy.kernels.device import add_splits, begin, locate, pieces, rows_each, seat, splits_used
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.launch.limits import ALIGNMENT, HEAD_MULTIPLE, LOG2E
@@ -84,34 +84,35 @@ def share(
     program, programs, block, q, k, v, past_k, past_v, past_length, part, stat,
     stride_kb, stride_kr, stride_vb, stride_vr, batch, splits, capacity, heads, group, units, scale,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
-    LATE: tl.constexpr = False,
+    many=1, LATE: tl.constexpr = False,
 ):  # fmt: skip
     """What one of `programs` programs that share a block of heads of the batch computes.
 
-    LATE: it waits for the kernel ahead, see `begin`, with the first tiles of a past on their way; a program that gets nothing to do does not wait here.
+    many: how many times TILES tiles a split takes at least. LATE: it waits for the kernel ahead, see `begin`, with the first tiles of a past on their way;
+    a program that gets nothing to do does not wait here.
     """
-    every = programs >= batch * splits
-    item, end = portion(program, programs, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
-    while item < end:
-        i_b, i_split = locate(item, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 1)
-        length = tl.minimum(tl.load(past_length + i_b), capacity)
-        each = rows_each(length, splits, BLOCK_R * TILES)
-        last = tl.minimum(i_split + end - item, tl.maximum(tl.cdiv(length, each), 1))
-        if i_split < last:  # without rows: the combination does not read this split
-            _run(
-                block, q, k, v, past_k, past_v, part, stat, stride_kb, stride_kr, stride_vb, stride_vr, i_b.to(tl.int64), i_split, last, splits, each, length,
-                heads, group, units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES, LATE,
-            )  # fmt: skip
-        item += tl.maximum(last - i_split, 1)
+    every, rows = programs >= batch * splits, BLOCK_R * TILES * many
+    total, b_first, b_n = pieces(every, past_length, batch, capacity, splits, rows, 1)
+    for start in tl.range(0, total, programs, num_stages=1):
+        item = start + seat(program, programs, start)
+        if item < total:
+            i_b, i_split = locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, 1)
+            length = tl.minimum(tl.load(past_length + i_b), capacity)
+            each = rows_each(length, splits, rows)
+            if (i_split * each < length) | (i_split == 0):  # without rows: the combination does not read this split
+                _one_split(
+                    block, q, k, v, past_k, past_v, part, stat, stride_kb, stride_kr, stride_vb, stride_vr, i_b.to(tl.int64), i_split, splits, each, length,
+                    heads, group, units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES, LATE,
+                )  # fmt: skip
 
 
 @triton.jit
-def _run(
+def _one_split(
     block, q, k, v, past_k, past_v, part, stat,
-    stride_kb, stride_kr, stride_vb, stride_vr, i_b, i_split, last, splits, each, length, heads, group, units, scale,
+    stride_kb, stride_kr, stride_vb, stride_vr, i_b, i_split, splits, each, length, heads, group, units, scale,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """Splits of sequence i_b from i_split on, `last` excluded, for one block of heads, as one stream of tiles: the next is on its way while one ends."""
+    """Split i_split of sequence i_b for one block of heads."""
     group_blocks = tl.cdiv(group, BLOCK_G)
     width = units * 8
     o_r = tl.arange(0, BLOCK_R)
@@ -148,23 +149,23 @@ def _run(
                 b_max3, b_sum3, b_acc3 = _with_new(b_q3, b_max3, b_sum3, b_acc3, b_k0, b_v0, o_r)
     p_k = past_k + i_b * stride_kb * 8 + o_hd[None, :, :]
     p_v = past_v + i_b * stride_vb * 8 + o_hd[None, :, :]
-    row, new = i_split * each, i_split == 0
-    # without a past, the new row is looked at in the loop all the same
-    for tile in tl.range(0, tl.maximum(tiles_of(i_split, last, each, length, BLOCK_R), 1), num_stages=STAGES):
-        end = tl.minimum((i_split + 1) * each, length)
-        o_row = row + o_r
+    first = i_split * each
+    end = tl.minimum(first + each, length)
+    last = tl.maximum(end, first + 1) if LATE else end  # without a past, the new row is looked at in the loop all the same
+    for start in tl.range(first, last, BLOCK_R, num_stages=STAGES):
+        o_row = start + o_r
         m_row = o_row < end
         mask = m_row[:, None, None] & m_hd[None, :, :]
         o_row = o_row.to(tl.int64)[:, None, None] * 8
         b_k = tl.load(p_k + o_row * stride_kr, mask=mask, other=0.0).to(tl.float32)
         b_v = tl.load(p_v + o_row * stride_vr, mask=mask, other=0.0).to(tl.float32)
         if LATE:  # noqa: SIM102
-            if tile == 0:
+            if start == first:
                 begin(LATE)
                 b_q0 = _row(p_q, m_hd) * scale
                 if BLOCK_G == 4:
                     b_q1, b_q2, b_q3 = _row(p_q1, m_q1) * scale, _row(p_q2, m_q2) * scale, _row(p_q3, m_q3) * scale
-                if new:
+                if i_split == 0:
                     b_k0, b_v0 = _row(p_k0, m_hd), _row(p_v0, m_hd)
                     b_max0, b_sum0, b_acc0 = _with_new(b_q0, b_max0, b_sum0, b_acc0, b_k0, b_v0, o_r)
                     if BLOCK_G == 4:
@@ -176,22 +177,12 @@ def _run(
             b_max1, b_sum1, b_acc1 = _fold(b_q1, b_max1, b_sum1, b_acc1, b_k, b_v, m_row)
             b_max2, b_sum2, b_acc2 = _fold(b_q2, b_max2, b_sum2, b_acc2, b_k, b_v, m_row)
             b_max3, b_sum3, b_acc3 = _fold(b_q3, b_max3, b_sum3, b_acc3, b_k, b_v, m_row)
-        ends = row + BLOCK_R >= end
-        if ends:
-            o_part = o_q * splits + i_split
-            _finish(part, stat, o_part, m_h, o_d, m_d, width, b_max0, b_sum0, b_acc0)
-            b_max0 = tl.full([BLOCK_R, BLOCK_H], float("-inf"), dtype=tl.float32)
-            b_sum0 = tl.zeros([BLOCK_R, BLOCK_H], dtype=tl.float32)
-            b_acc0 = tl.zeros([BLOCK_R, BLOCK_H, BLOCK_D], dtype=tl.float32)
-            if BLOCK_G == 4:
-                _finish(part, stat, o_part + splits, m_1, o_d, m_d, width, b_max1, b_sum1, b_acc1)
-                _finish(part, stat, o_part + 2 * splits, m_2, o_d, m_d, width, b_max2, b_sum2, b_acc2)
-                _finish(part, stat, o_part + 3 * splits, m_3, o_d, m_d, width, b_max3, b_sum3, b_acc3)
-                b_max1, b_sum1, b_acc1 = b_max0, b_sum0, b_acc0
-                b_max2, b_sum2, b_acc2 = b_max0, b_sum0, b_acc0
-                b_max3, b_sum3, b_acc3 = b_max0, b_sum0, b_acc0
-        i_split = tl.where(ends, i_split + 1, i_split)
-        row = tl.where(ends, i_split * each, row + BLOCK_R)
+    o_part = o_q * splits + i_split
+    _finish(part, stat, o_part, m_h, o_d, m_d, width, b_max0, b_sum0, b_acc0)
+    if BLOCK_G == 4:
+        _finish(part, stat, o_part + splits, m_1, o_d, m_d, width, b_max1, b_sum1, b_acc1)
+        _finish(part, stat, o_part + 2 * splits, m_2, o_d, m_d, width, b_max2, b_sum2, b_acc2)
+        _finish(part, stat, o_part + 3 * splits, m_3, o_d, m_d, width, b_max3, b_sum3, b_acc3)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("causal_step_combine"))

@@ -20,8 +20,10 @@ from sessa_deploy.kernels.engine.spec import combine_variant, mixer_variant
 from sessa_deploy.kernels.feedback.step import share as share_feedback
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, launcher, pinned, workspace
-from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E
-from sessa_deploy.kernels.launch.splits import shares, step_splits
+from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E, MIXER_BROAD, MIXER_MANY_B, MIXER_MANY_F, MIXER_SHORT
+from sessa_deploy.kernels.launch.splits import least_rows, shares, step_splits
+
+BROAD, SHORT, MANY_F, MANY_B = tl.constexpr(MIXER_BROAD), tl.constexpr(MIXER_SHORT), tl.constexpr(MIXER_MANY_F), tl.constexpr(MIXER_MANY_B)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_step_partial"))
@@ -35,25 +37,26 @@ def mixer_step_partial(
     """Grid (programs_f + those of feedback attention,). Pasts are dense: past_k, past_v (B,P,Hkv,d), past_kb, past_s (B,P,D).
 
     The first programs_f, a multiple of the blocks of heads, compute what `causal_step_partial` does, the others what `feedback_step_partial` does; tiles and
-    parameters are those kernels', *_F of causal attention, *_B of feedback attention.
+    parameters are those kernels', *_F of causal attention, *_B of feedback attention; how many rows a split takes at least: `splits.least_rows`.
 
     An early start is for the stream's next kernel behind `layer_project_gain`: the pasts and past_length are read before the wait, which that kernel does
     not write, and all before it has ended where it lets this one in.
     """
     program = tl.program_id(0)
+    broad = (width > BROAD) & (capacity <= SHORT)
     if program < programs_f:
         blocks = tl.cdiv(heads, HEADS_F) * tl.cdiv(group, GROUP_F)
         row = heads * units
         share_causal(
             program // blocks, programs_f // blocks, program % blocks, q, k, v, past_k, past_v, past_length, part_f, stat_f, capacity.to(tl.int64) * row, row,
             capacity.to(tl.int64) * row, row, batch, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, GROUP_F, LANES_F, STAGES_F, TILES_F,
-            PDL,
+            tl.where(broad, MANY_F, 1), PDL,
         )  # fmt: skip
     else:
         share_feedback(
             program - programs_f, tl.num_programs(0) - programs_f, q_b, past_kb, past_s, past_length, part_b, stat_b, capacity.to(tl.int64) * width, width,
             capacity.to(tl.int64) * width, width, batch, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, TILES_B, OWN_B,
-            PDL,
+            tl.where(broad, MANY_B, 1), PDL,
         )  # fmt: skip
     begin(PDL)  # of a program that had nothing to do
 
@@ -104,8 +107,8 @@ def step(
     heads, capacity, width, device, dtype = k.shape[1], past_k.shape[1], q_b.shape[1], q.device, q.dtype
     group, units = q_heads // heads, head // HEAD_MULTIPLE
     partial = pinned(("mixer_step_partial",), device, dtype, mixer_variant(width, head, group), early if behind else 0)["mixer_step_partial"]
-    combine = pinned(("mixer_step_combine",), device, dtype, combine_variant(batch), early)["mixer_step_combine"]
-    rows_f, rows_b = partial["ROWS_F"] * partial["TILES_F"], partial["ROWS_B"] * partial["TILES_B"]
+    combine = pinned(("mixer_step_combine",), device, dtype, combine_variant(batch, width), early)["mixer_step_combine"]
+    rows_f, rows_b = least_rows(partial["ROWS_F"] * partial["TILES_F"], partial["ROWS_B"] * partial["TILES_B"], capacity, width)
     splits_f = step_splits(capacity, rows_f, combine["BLOCK_F"])
     splits_b = step_splits(capacity, rows_b, combine["BLOCK_B"])
     blocks = triton.cdiv(heads, partial["HEADS_F"]) * triton.cdiv(group, partial["GROUP_F"])

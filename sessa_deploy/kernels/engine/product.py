@@ -245,13 +245,7 @@ def _tile_product(
 ):
     """`product` of several rows."""
     o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
-    if KS == 0:
-        o_k = tl.arange(0, BK)
-        p_x = x + o_m[None, :] * row + o_k[:, None]
-        p_g = gate + o_m[None, :] * gate_row + o_k[:, None]
-        p_w = weight + o_n[:, None] * depth + o_k[None, :]
-        b_acc = tl.zeros([BN, BM], dtype=tl.float32)
-    elif KS == 1:
+    if KS == 1:
         o_k = tl.arange(0, BK)
         p_x = x + o_m[:, None] * row + o_k[None, :]
         p_g = gate + o_m[:, None] * gate_row + o_k[None, :]
@@ -265,9 +259,7 @@ def _tile_product(
         b_acc = tl.zeros([KS, BM, BN], dtype=tl.float32)
     for start in range(0, depth, BK):
         m_k = o_k < depth - start
-        if KS == 0:
-            m_x, m_w = m_m[None, :] & m_k[:, None], m_n[:, None] & m_k[None, :]
-        elif KS == 1:
+        if KS == 1:
             m_x, m_w = m_m[:, None] & m_k[None, :], m_n[None, :] & m_k[:, None]
         else:
             m_x, m_w = m_m[None, :, None] & m_k[:, None, :], m_n[None, None, :] & m_k[:, :, None]
@@ -277,16 +269,11 @@ def _tile_product(
             b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
             p_g += BK
         b_w = wide(tl.load(p_w, mask=m_w, other=0.0), b_x.dtype)
-        if KS == 0:
-            b_acc = tl.dot(b_w, b_x, b_acc, input_precision="ieee")
-        else:
-            b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
+        b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
         p_x += BK
         p_w += BK
     if KS > 1:
         b_acc = tl.sum(b_acc, 0)
-    elif KS == 0:
-        b_acc = tl.trans(b_acc)
     return b_acc
 
 

@@ -60,7 +60,7 @@ _LAYERS = (
 )  # fmt: skip
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
-_COMBINES = ("1", "any")
+_COMBINES = ("1", "any", "wide")
 _FLOATS = pointers("part_f", "stat_f", "part_b", "stat_b", type="*fp32")
 
 _MIXERS = (
@@ -73,7 +73,7 @@ _MIXERS = (
     Kernel("mixer_step_combine", _MIXER,
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
             *integers("capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
-           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "STAGES", "PDL"), _COMBINES, dtypes=_HALF, scalar_loads=20, early=_COMBINES, opens=_ONE, shares=_ONE,
+           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "STAGES", "PDL"), _COMBINES, dtypes=_HALF, scalar_loads=32, early=_COMBINES, opens=_ONE, shares=_ONE,
            early_rows=64),
 )  # fmt: skip
 
@@ -139,9 +139,9 @@ def mixer_variant(width: int, head: int, group: int) -> str:
     return f"{padded}.{head_variant(head, group)}"
 
 
-def combine_variant(batch: int) -> str:
-    """The variant of mixer_step_combine: that of one sequence has few programs, each of which is to end soon."""
-    return _COMBINES[0] if batch == 1 else _COMBINES[1]
+def combine_variant(batch: int, width: int) -> str:
+    """The variant of mixer_step_combine: that of one sequence has few programs, each of which is to end soon; wide rows have many."""
+    return "1" if batch == 1 else "wide" if width > MIXER_WIDTHS[0] else "any"
 
 
 def mixer_rows_variant(width: int, head: int) -> str:

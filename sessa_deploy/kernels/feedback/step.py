@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.device import add_splits, begin, locate, portion, rows_each, splits_used, tiles_of
+from sessa_deploy.kernels.device import add_splits, begin, locate, pieces, rows_each, seat, splits_used
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.launch.limits import ALIGNMENT, LOG2E
@@ -50,34 +50,34 @@ def feedback_step_partial(
 def share(
     program, programs, q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, batch, splits, capacity, width, scale,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr, OWN: tl.constexpr,
-    LATE: tl.constexpr = False,
+    many=1, LATE: tl.constexpr = False,
 ):  # fmt: skip
     """What one of `programs` programs that share the batch computes.
 
-    LATE: it waits for the kernel ahead, see `begin`, with the first tiles of a past on their way; a program that gets nothing to read does not wait here.
+    many: how many times TILES tiles a split takes at least. LATE: it waits for the kernel ahead, see `begin`, with the first tiles of a past on their way;
+    a program that gets nothing to read does not wait here.
     """
-    every = programs >= batch * splits
-    item, end = portion(program, programs, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
-    while item < end:
-        i_b, i_split = locate(item, every, past_length, batch, capacity, splits, BLOCK_R * TILES, 0)
-        length = tl.minimum(tl.load(past_length + i_b), capacity)
-        each = rows_each(length, splits, BLOCK_R * TILES)
-        last = tl.minimum(i_split + end - item, tl.cdiv(length, each))
-        if i_split < last:  # without rows: the combination does not read this split
-            _run(
-                q, past_k, past_s, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, i_b.to(tl.int64), i_split, last, splits, each, length, width,
-                scale, BLOCK_R, BLOCK_C, BLOCK_L, STAGES, OWN, LATE,
+    every, rows = programs >= batch * splits, BLOCK_R * TILES * many
+    total, b_first, b_n = pieces(every, past_length, batch, capacity, splits, rows, 0)
+    for start in tl.range(0, total, programs, num_stages=1):
+        item = start + seat(program, programs, start)
+        if item < total:
+            i_b, i_split = locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, 0)
+            _one_split(
+                q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, i_b.to(tl.int64), i_split, splits, rows, capacity,
+                width, scale, BLOCK_R, BLOCK_C, BLOCK_L, STAGES, OWN, LATE,
             )  # fmt: skip
-        item += tl.maximum(last - i_split, 1)
 
 
 @triton.jit
-def _run(
-    q, past_k, past_s, part, stat,
-    stride_kb, stride_kr, stride_sb, stride_sr, i_b, i_split, last, splits, each, length, width, scale,
+def _one_split(
+    q, past_k, past_s, past_length, part, stat,
+    stride_kb, stride_kr, stride_sb, stride_sr, i_b, i_split, splits, rows, capacity, width, scale,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """Splits of sequence i_b from i_split on, `last` excluded, as one stream of tiles, so that the next one is on its way while one ends."""
+    """Split i_split of sequence i_b."""
+    length = tl.minimum(tl.load(past_length + i_b), capacity)
+    each = rows_each(length, splits, rows)
     o_d = tl.arange(0, BLOCK_C)[:, None] * BLOCK_L + tl.arange(0, BLOCK_L)[None, :]
     o_r = tl.arange(0, BLOCK_R)
     m_d = o_d < width
@@ -91,17 +91,17 @@ def _run(
     b_max = tl.full([SLOTS], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([SLOTS], dtype=tl.float32)
     b_acc = tl.zeros([SLOTS, BLOCK_C, BLOCK_L], dtype=tl.float32)
-    row = i_split * each
-    for tile in tl.range(0, tiles_of(i_split, last, each, length, BLOCK_R), num_stages=STAGES):
-        end = tl.minimum((i_split + 1) * each, length)
-        o_row = row + o_r
+    first = i_split * each
+    end = tl.minimum(first + each, length)
+    for start in tl.range(first, end, BLOCK_R, num_stages=STAGES):
+        o_row = start + o_r
         m_row = o_row < end
         mask = m_row[:, None, None] & m_d[None, :, :]
         o_row = o_row.to(tl.int64)[:, None, None]
         b_k = tl.load(p_k + o_row * stride_kr, mask=mask, other=0.0)
         b_s = tl.load(p_s + o_row * stride_sr, mask=mask, other=0.0)
         if LATE:  # noqa: SIM102
-            if tile == 0:
+            if start == first:
                 begin(LATE)
                 b_q = tl.load(q + i_b * width + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_x = tl.sum(tl.sum(b_k.to(tl.float32) * b_q[None, :, :], 1), 1)  # (BLOCK_R,)
@@ -114,19 +114,13 @@ def _run(
         b_sum = b_sum * b_fade + (b_p if OWN else tl.sum(b_p, 0, keep_dims=True))
         b_acc = b_acc * b_fade[:, None, None] + (b_y if OWN else tl.sum(b_y, 0, keep_dims=True))
         b_max = b_new
-        ends = row + BLOCK_R >= end
-        if ends:
-            b_top = tl.max(b_max, 0)
-            b_w = tl.where(b_max == float("-inf"), 0.0, tl.exp2(b_max - b_top))
-            o_part = i_b * splits + i_split
-            tl.store(part + o_part * width + o_d, tl.sum(b_acc * b_w[:, None, None], 0), mask=m_d)
-            tl.store(stat + o_part * 2, b_top)
-            tl.store(stat + o_part * 2 + 1, tl.sum(b_sum * b_w, 0))
-            b_max = tl.full([SLOTS], float("-inf"), dtype=tl.float32)
-            b_sum = tl.zeros([SLOTS], dtype=tl.float32)
-            b_acc = tl.zeros([SLOTS, BLOCK_C, BLOCK_L], dtype=tl.float32)
-        i_split = tl.where(ends, i_split + 1, i_split)
-        row = tl.where(ends, i_split * each, row + BLOCK_R)
+    if first < length:  # a split without rows writes nothing, and the combination does not read it
+        b_top = tl.max(b_max, 0)
+        b_w = tl.where(b_max == float("-inf"), 0.0, tl.exp2(b_max - b_top))
+        o_part = i_b * splits + i_split
+        tl.store(part + o_part * width + o_d, tl.sum(b_acc * b_w[:, None, None], 0), mask=m_d)
+        tl.store(stat + o_part * 2, b_top)
+        tl.store(stat + o_part * 2 + 1, tl.sum(b_sum * b_w, 0))
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_step_combine"))

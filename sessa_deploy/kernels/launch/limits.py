@@ -52,6 +52,9 @@ ROTARY_MAX_PAIRS = 128  # d / 2
 # --- the decode step of both attentions at a time
 MIXER_WIDTHS = LAYER_WIDTHS
 MIXER_HEADS = HEAD_WIDTHS[:2]
+# Wider rows than MIXER_BROAD in caches of at most MIXER_SHORT, which are those of a batch: a split takes this many times its tiles at least.
+MIXER_BROAD, MIXER_SHORT = MIXER_WIDTHS[0], 4096
+MIXER_MANY_F, MIXER_MANY_B = 4, 2  # of causal and of feedback attention
 
 # --- a step of 2 to STEP_ROWS rows of a sequence; wider models take the kernels of prefill
 ROWS_WIDTHS = MIXER_WIDTHS[:2]

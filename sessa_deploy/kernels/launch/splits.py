@@ -6,12 +6,21 @@ what the device holds, and changes no bit of it. The kernels' side of this is de
 
 from __future__ import annotations
 
-from sessa_deploy.kernels.launch.limits import STEP_MAX_SPLITS
+from sessa_deploy.kernels.launch.limits import MIXER_BROAD, MIXER_MANY_B, MIXER_MANY_F, MIXER_SHORT, STEP_MAX_SPLITS
 
 
 def step_splits(capacity: int, rows: int, most: int = STEP_MAX_SPLITS) -> int:
     """Splits that a past of `capacity` rows may have, of `rows` at least."""
     return max(1, min(most, -(-capacity // rows)))
+
+
+def least_rows(rows_f: int, rows_b: int, capacity: int, width: int) -> tuple[int, int]:
+    """Rows that a split of the mixer's step takes at least, of causal and of feedback attention, whose tiles make rows_f and rows_b.
+
+    A batch of wide rows wants few splits, each of which ends with a wait that little beside it hides; one sequence wants many, and has the larger cache.
+    """
+    broad = width > MIXER_BROAD and capacity <= MIXER_SHORT
+    return rows_f * (MIXER_MANY_F if broad else 1), rows_b * (MIXER_MANY_B if broad else 1)
 
 
 def step_programs(pieces: int, blocks: int, resident: int) -> int:

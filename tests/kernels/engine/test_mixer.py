@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 from sessa_deploy.kernels.engine import mixer  # noqa: E402
 from sessa_deploy.kernels.engine.spec import mixer_variant  # noqa: E402
 from sessa_deploy.kernels.launch.jit import Workspace, interpreted  # noqa: E402
-from sessa_deploy.kernels.launch.splits import shares  # noqa: E402
+from sessa_deploy.kernels.launch.splits import least_rows, shares  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU or TRITON_INTERPRET=1")
@@ -59,6 +59,7 @@ SHAPES = [
     (8, 2, 64, 70, [70, 13]),  # four query heads a key
     (2, 1, 128, 20, [20, *[3] * 32]),  # more sequences than are looked at together, two query heads a key
     (3, 3, 24, 33, [33, 1]),  # narrower than any tile
+    (9, 9, 128, 70, [70, 33]),  # wide rows in a short cache: more rows a split
     (4, 4, 64, 700, [700, 400]),  # many splits and not so many: two ways to add them
     (1, 1, 16, 2100, [2100]),  # longer than all splits together have at least: each takes more
 ]
@@ -147,6 +148,11 @@ def test_shares_use_the_device_and_serve_every_split() -> None:
         f, b = shares(pieces_f, blocks, pieces_b, width_f, width_b, held)
         assert f % blocks == 0 and blocks <= f <= pieces_f * blocks and 1 <= b <= pieces_b
         assert f + b <= max(held, blocks + 1)
+
+
+def test_wide_rows_in_a_short_cache_have_fewer_splits() -> None:
+    assert least_rows(16, 8, 1024, 1024) == least_rows(16, 8, 32768, 2048) == (16, 8)
+    assert least_rows(16, 8, 1024, 1040) == (64, 16)
 
 
 def test_widths_without_a_kernel_are_named() -> None:
