@@ -86,7 +86,7 @@ def mix(w: dict[str, Any], x: Sequence[Tensor], gamma: Tensor, caches: Sequence[
         q, k, v = (t.view(1, heads, -1) for t in (q, k, v))
         return mixer.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, past_kb, past_s, length, early, behind=True)
     q, k, v = (t.view(1, rows, heads, -1) for t in (q, k, v))
-    return mixer_rows.step(q, k, v, k_f, v_f, *w["out"], q_b[None], k_b[None], gamma[None], past_kb, past_s, length, early, tiles)
+    return mixer_rows.step(q, k, v, k_f, v_f, *w["out"], q_b[None], k_b[None], gamma[None], past_kb, past_s, length, early, tiles, behind=True)
 
 
 # --- compiling ahead: each of Triton's binaries is written to its cache by a process of its own
@@ -245,7 +245,7 @@ def candidates(kernel: str, base: Options) -> Iterator[Options]:
             yield {"HEADS_F": 4, "CHUNKS_B": 4, "LANES_B": 256, "ROWS_F": 32, "STAGES_F": 2, "STAGES_B": 2, "num_warps": 4}
     elif kernel == "mixer_rows_combine":
         for f, b in ((16, 64), (64, 64), (32, 32), (32, 128), (64, 128), (16, 32)):
-            yield {"BLOCK_F": f, "BLOCK_B": b}
+            yield {"BLOCK_F": f, "BLOCK_B": b, "MOST_F": f, "MOST_B": b}
         for df, db, warps in ((32, 32, 4), (64, 32, 2), (64, 64, 2), (64, 128, 4), (64, 64, 8)):
             yield {"DF": df, "DB": db, "num_warps": warps}
         yield {"NF": 2, "NB": 2}
