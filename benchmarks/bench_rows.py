@@ -32,7 +32,7 @@ from torch import Tensor
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.kernels.engine import layer, mixer, mixer_rows
-from sessa_deploy.kernels.engine.spec import mixer_rows_variant, mixer_variant, product_variant
+from sessa_deploy.kernels.engine.spec import ahead_variant, mixer_rows_variant, mixer_variant, product_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import arch_of, launcher, pinned
 
@@ -86,7 +86,7 @@ def mix(w: dict[str, Any], x: Sequence[Tensor], gamma: Tensor, caches: Sequence[
         q, k, v = (t.view(1, heads, -1) for t in (q, k, v))
         return mixer.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, past_kb, past_s, length, early, behind=True)
     q, k, v = (t.view(1, rows, heads, -1) for t in (q, k, v))
-    return mixer_rows.step(q, k, v, k_f, v_f, *w["out"], q_b[None], k_b[None], gamma[None], past_kb, past_s, length, early, tiles)
+    return mixer_rows.step(q, k, v, k_f, v_f, *w["out"], q_b[None], k_b[None], gamma[None], past_kb, past_s, length, early, tiles, behind=True)
 
 
 # --- compiling ahead: each of Triton's binaries is written to its cache by a process of its own
@@ -116,6 +116,12 @@ def compile_ahead(jobs: list[tuple[str, str, Options | None, bool]]) -> None:
     say(f"{len(jobs)} kernels compiled by {workers} processes in {time.monotonic() - begun:.0f} s")
 
 
+def with_ahead(kernel: str, variant: str, width: int) -> str:
+    """The variant that a kernel takes at this width on this GPU."""
+    short = ahead_variant(kernel, variant, "", width)
+    return short if short and table.has(kernel, arch_of(0), "fp16", short) else variant
+
+
 def chain_jobs(models: list[str], rows: list[int]) -> list[tuple[str, str, Options | None, bool]]:
     """Every kernel of the chains, slowest first."""
     found = dict[tuple[str, str, bool], None]()
@@ -124,10 +130,17 @@ def chain_jobs(models: list[str], rows: list[int]) -> list[tuple[str, str, Optio
         variant = product_variant(count)
         mixers = [("mixer_step_partial", mixer_variant(width, width // heads, 1)), ("mixer_step_combine", "1"), ("layer_out", variant)]
         if count > 1:
-            mixers = [("mixer_rows_partial", mixer_rows_variant(width, width // heads)), ("mixer_rows_combine", "any"), ("mixer_rows_out", "any")]
-        around = [("layer_norm", table.width_variant("layer_norm", width)), ("layer_enter", variant)] if count > 1 else [
-            ("layer_norm_enter", table.width_variant("layer_norm_enter", width))]  # fmt: skip
-        for kernel, key in [*mixers, *around, ("layer_project_gain", variant), ("layer_tail", variant), ("layer_rotary", "any")]:
+            mixers = [("mixer_rows_partial", mixer_rows_variant(width, width // heads)), ("mixer_rows_combine", "any"),
+                      ("mixer_rows_out", with_ahead("mixer_rows_out", "any", width))]
+        joined = with_ahead("layer_norm_enter_rows", "any", width)
+        if count == 1:
+            around = [("layer_norm_enter", table.width_variant("layer_norm_enter", width))]
+        elif joined != "any":
+            around = [("layer_norm_enter_rows", joined)]
+        else:
+            around = [("layer_norm", table.width_variant("layer_norm", width)), ("layer_enter", variant)]
+        around += [(kernel, with_ahead(kernel, variant, width)) for kernel in ("layer_project_gain", "layer_tail")]
+        for kernel, key in [*mixers, *around, ("layer_rotary", "any")]:
             kind = "fp16" if "fp16" in table.kernel(kernel).dtypes else "fp32"
             for early in {False, 0 < count <= table.early(kernel, arch_of(0), kind, key)}:
                 found[kernel, key, early] = None
@@ -245,7 +258,7 @@ def candidates(kernel: str, base: Options) -> Iterator[Options]:
             yield {"HEADS_F": 4, "CHUNKS_B": 4, "LANES_B": 256, "ROWS_F": 32, "STAGES_F": 2, "STAGES_B": 2, "num_warps": 4}
     elif kernel == "mixer_rows_combine":
         for f, b in ((16, 64), (64, 64), (32, 32), (32, 128), (64, 128), (16, 32)):
-            yield {"BLOCK_F": f, "BLOCK_B": b}
+            yield {"BLOCK_F": f, "BLOCK_B": b, "MOST_F": f, "MOST_B": b}
         for df, db, warps in ((32, 32, 4), (64, 32, 2), (64, 64, 2), (64, 128, 4), (64, 64, 8)):
             yield {"DF": df, "DB": db, "num_warps": warps}
         yield {"NF": 2, "NB": 2}
@@ -260,7 +273,7 @@ def sweep(models: list[str], points: list[int], clock: Clock, count: int = 8) ->
     device = torch.device("cuda", 0)
     for name in models:
         model = Model(name, points)
-        base = {k: pinned((k,), device, torch.float16, model.variant if k.endswith("partial") else "any", count)[k]
+        base = {k: pinned((k,), device, torch.float16, model.variant if k.endswith("partial") else with_ahead(k, "any", MODELS[name][0]), count)[k]
                 for k in ("mixer_rows_partial", "mixer_rows_combine", "mixer_rows_out")}  # fmt: skip
         trials = [(k, {**base[k], **change}, change) for k in base for change in candidates(k, base[k])]
         compile_ahead([(k, model.variant, options, False) for k, options, _ in trials])

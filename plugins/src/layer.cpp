@@ -178,7 +178,7 @@ struct Tail final : Product
     }
 };
 
-// One row goes through a kernel of its own, which norms it too.
+// One row goes through a kernel of its own, which norms it too; so do a few where there is one for them.
 struct Enter final : Plan
 {
     static constexpr int32_t kWeight = 3;
@@ -187,6 +187,13 @@ struct Enter final : Plan
     {
         auto const width = i32(p.width);
         one = rowsOf(p) == 1;
+        few = !one && rowsOf(p) <= kRows[1];
+        norm = few ? aheadCubin("layer_norm_enter_rows", arch, p, "any") : nullptr;
+        few = norm != nullptr;
+        if (few)
+        {
+            return true;
+        }
         norm = one ? findCubinForWidth("layer_norm_enter", arch, productType(p).c_str(), width)
                    : findCubinForWidth("layer_norm", arch, dtypeName(p.storage), width);
         return norm != nullptr && (one || matrix.find("layer_enter", arch, p, rowsOf(p)));
@@ -194,6 +201,10 @@ struct Enter final : Plan
 
     void layout(Problem const& p, Arena& arena, bool) override
     {
+        if (few)
+        {
+            return;
+        }
         normal = arena.take(storageBytes(p) * rowsOf(p) * p.width);
         matrix.layout(p, arena, p.doubleWidth);
     }
@@ -201,7 +212,7 @@ struct Enter final : Plan
     std::vector<Cubin const*> cubins() const override
     {
         std::vector<Cubin const*> all{norm};
-        if (!one)
+        if (!one && !few)
         {
             auto const its = matrix.cubins();
             all.insert(all.end(), its.begin(), its.end());
@@ -220,6 +231,11 @@ struct Enter final : Plan
             matrix.add(first, p, t, kWeight).add(t.in[4]).add(t.outs[0]).add(width).add(p.numbers.epsilon);
             return launch(*norm, {ceilDiv(p.doubleWidth, norm->tile("BN")), 1, 1}, first, stream, error, rows);
         }
+        if (few)
+        {
+            first.add(t.in[kWeight]).add(t.in[4]).add(t.outs[0]).add(i32(rows)).add(width).add(p.numbers.epsilon);
+            return launch(*norm, {ceilDiv(p.doubleWidth, norm->tile("BN")), 1, 1}, first, stream, error, rows);
+        }
         first.add(normal).add(width).add(p.numbers.epsilon);
         Arguments second;
         matrix.add(second.add(normal), p, t, kWeight).add(t.in[4]).add(t.outs[0]).add(i32(rows)).add(width);
@@ -228,6 +244,7 @@ struct Enter final : Plan
     }
 
     bool one{};
+    bool few{};
     Cubin const* norm{};
     Matrix matrix;
     char* normal{};

@@ -83,6 +83,14 @@ inline std::string productVariant(int64_t rows, Weights weights)
     return weights == Weights::kStorage ? covering(kRows, rows, "any") : covering(kQuantisedRows, rows, "any");
 }
 
+// engine/spec.py, ahead_variant: the binary in place of `variant` for rows so short that all their weights are read ahead; null where there is none.
+inline Cubin const* aheadCubin(char const* name, int32_t arch, Problem const& p, std::string const& variant)
+{
+    std::string const depth = covering(kAheadDepths, p.width);
+    return p.weights != Weights::kStorage || depth.empty() ? nullptr
+                                                           : findCubin(name, arch, dtypeName(p.storage), (variant == "any" ? depth : variant + "." + depth).c_str());
+}
+
 // causal/spec.py, head_variant; group: query heads of one key/value head.
 inline std::string headVariant(int64_t width, int64_t group)
 {
@@ -150,6 +158,12 @@ public:
         std::string const variant = productVariant(rows, p.weights);
         bool const many = p.weights != Weights::kStorage && variant == "any";
         std::string const most = std::to_string(*(std::end(kQuantisedRows) - 1));
+        mKernel = aheadCubin(name, arch, p, variant);
+        if (mKernel != nullptr)
+        {
+            mWiden = nullptr;
+            return true;
+        }
         mWiden = many && widens ? findCubin("layer_widen", arch, productType(p).c_str(), "any") : nullptr;
         mKernel = many && widens ? findCubin(name, arch, dtypeName(p.storage), "any")
                                  : findCubin(name, arch, productType(p).c_str(), many ? most.c_str() : variant.c_str());

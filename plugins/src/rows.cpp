@@ -78,7 +78,8 @@ struct MixerRows final : Plan
         std::string const variant = covering(kRowsWidths, p.width) + "." + covering(kRowsHeads, p.headWidth); // engine/spec.py, mixer_rows_variant
         partial = findCubin("mixer_rows_partial", arch, dtype, variant.c_str());
         combine = findCubin("mixer_rows_combine", arch, dtype, "any");
-        out = findCubin("mixer_rows_out", arch, productType(p).c_str(), "any");
+        Cubin const* const ahead = aheadCubin("mixer_rows_out", arch, p, "any");
+        out = ahead != nullptr ? ahead : findCubin("mixer_rows_out", arch, productType(p).c_str(), "any");
         return partial != nullptr && combine != nullptr && out != nullptr;
     }
 
@@ -89,8 +90,8 @@ struct MixerRows final : Plan
 
     void layout(Problem const& p, Arena& arena, bool) override
     {
-        f.layout(p, arena, partial->tile("ROWS_F"), combine->tile("BLOCK_F"));
-        b.layout(p, arena, partial->tile("ROWS_B"), combine->tile("BLOCK_B"));
+        f.layout(p, arena, partial->tile("ROWS_F"), combine->tile("MOST_F"));
+        b.layout(p, arena, partial->tile("ROWS_B"), combine->tile("MOST_B"));
         o = arena.take(storageBytes(p) * rowsOf(p) * p.width);
         b.layoutSums(p, arena);
     }
@@ -118,7 +119,9 @@ struct MixerRows final : Plan
         third.add(t.out).add(i32(p.tokens)).add(i32(p.width));
         int64_t const sums = ceilDiv(p.tokens * p.heads, combine->tile("NF")) * ceilDiv(p.headWidth, combine->tile("DF"))
             + ceilDiv(p.tokens, combine->tile("NB")) * ceilDiv(p.width, combine->tile("DB"));
-        return launch(*partial, {programs + 1 + b.splits, p.batch, 1}, first, stream, error, rowsOf(p))
+        // It reads the pasts before it waits; behind the projections alone is it known that nobody writes them. Wide ones wait first, and gain nothing.
+        int64_t const rows = p.width <= kRowsWidths[0] && launchedLast(stream, "layer_project_gain") ? rowsOf(p) : kManyRows;
+        return launch(*partial, {programs + 1 + b.splits, p.batch, 1}, first, stream, error, rows)
             && launch(*combine, {1 + sums, p.batch, 1}, second, stream, error, rowsOf(p))
             && launch(*out, {ceilDiv(p.width, out->tile("BN")), p.batch, 1}, third, stream, error, rowsOf(p));
     }

@@ -146,7 +146,7 @@ def launches(
     from sessa_deploy.kernels.causal import prefill as causal_prefill
     from sessa_deploy.kernels.causal import step as causal_step
     from sessa_deploy.kernels.causal import step_rows as causal_rows
-    from sessa_deploy.kernels.engine import layer, mixer_rows
+    from sessa_deploy.kernels.engine import layer, layer_rows, mixer_rows
     from sessa_deploy.kernels.engine import mixer as mixer_step
     from sessa_deploy.kernels.feedback import forward as feedback_fwd
     from sessa_deploy.kernels.feedback import step as feedback_step
@@ -175,9 +175,9 @@ def launches(
         kind = ("fp32" if dtype == torch.float32 else "fp16") + weights
         found = {name: {**table.options(name, 90, kind, variant), jit.SHARE: table.shared_share(name, 90, kind, variant)} for name in names}
         # a step's attentions alone start early only where the Python side says behind what
-        return {name: {**o, "PDL": o["PDL"] and early > 0} if name == "mixer_step_partial" else o for name, o in found.items()}
+        return {name: {**o, "PDL": o["PDL"] and early > 0} if name in ("mixer_step_partial", "mixer_rows_partial") else o for name, o in found.items()}
 
-    for module in (causal_prefill, causal_rows, causal_step, feedback_fwd, feedback_rows, feedback_step, layer, mixer_rows, mixer_step):
+    for module in (causal_prefill, causal_rows, causal_step, feedback_fwd, feedback_rows, feedback_step, layer, layer_rows, mixer_rows, mixer_step):
         monkeypatch.setattr(module, "launcher", Writer)
         monkeypatch.setattr(module, "pinned", pinned)
     kept: list[torch.Tensor] = []  # workspaces and widened weights, so that no other tensor takes their place
@@ -226,7 +226,7 @@ def launches(
             rest = q_b[:, 0], gamma[:, 0], *past_b, length, batch, square.scale, behind
             mixer_step.step(q[:, 0], k[:, 0], v[:, 0], *past, square.weight, row, *rest)
         elif few_b and few_f:
-            mixer_rows.step(q, k, v, *past, square.weight, row, q_b, k_b, gamma, *past_b, length, scale=square.scale)
+            mixer_rows.step(q, k, v, *past, square.weight, row, q_b, k_b, gamma, *past_b, length, batch * tokens, scale=square.scale, behind=behind)
         else:
             o = causal()  # kept until the end, so that no other tensor takes its place
             feedback(layer.linear(o.view(n, width), square.weight, row, scale=square.scale).view(batch, tokens, width))
@@ -238,7 +238,7 @@ def launches(
     calls.append((ph.FEEDBACK, sizes(batch, tokens, capacity, width), lambda: feedback(f)))
     if capacity:
         calls.append((ph.CAUSAL, headed(batch, tokens, capacity, d, heads, kv_heads), causal))
-        if tokens == 1:  # right behind the projections, where its attentions may start early; then once more, behind itself
+        if tokens == 1 or (few_b and few_f):  # right behind the projections, where its attentions may start early; then once more, behind itself
             calls.append(next(call for call in calls if call[0] == ph.At.ProjectGain))
             calls.append((ph.At.Mixer, sizes(batch, tokens, capacity, width, heads, kv_heads, d), lambda: mixer(True)))
         calls.append((ph.At.Mixer, sizes(batch, tokens, capacity, width, heads, kv_heads, d), mixer))
@@ -310,9 +310,12 @@ def test_the_plugin_launches_what_the_python_side_does(
             assert mine[5] == theirs[5], mine[0]
     if shape[1] == 34000 and storage == ph.HALF:
         assert [name for name, *_ in found].count("feedback_solve") > 2 * 2, "rows in panels"
-    if shape[1] == 1 and storage == ph.HALF:
-        behind = [(found[i - 1][0], early) for i, (name, _, _, early, *_) in enumerate(found) if name == "mixer_step_partial"]
-        assert [early for _, early in behind] == [True, False] and behind[0][0] == "layer_project_gain"
+    behind = [(found[i - 1][0], early) for i, (name, _, _, early, *_) in enumerate(found) if name in ("mixer_step_partial", "mixer_rows_partial")]
+    if behind:
+        may = shape[0] * shape[1] <= table.kernel("mixer_step_partial" if shape[1] == 1 else "mixer_rows_partial").early_rows
+        may &= shape[1] == 1 or shape[3] <= 1024
+        assert [early for _, early in behind] == [may, False] and behind[0][0] == "layer_project_gain"
+    assert bool(behind) == (storage == ph.HALF and 0 < shape[1] <= 16 and shape[3] <= (2048 if shape[1] > 1 else 4096))
     if weights:
         assert len({name for name, *_ in found if name.startswith("layer_")}) >= 5
     elif shape[:2] == (32, 1) and storage == ph.HALF:

@@ -19,14 +19,17 @@ from sessa_deploy.kernels.causal.step_rows import combined
 from sessa_deploy.kernels.causal.step_rows import piece as piece_causal
 from sessa_deploy.kernels.device import begin
 from sessa_deploy.kernels.device_rows import ROWS
+from sessa_deploy.kernels.engine.layer_rows import chosen
 from sessa_deploy.kernels.engine.product import ahead, bias_of, product, scale_of, scaled, with_bias
 from sessa_deploy.kernels.engine.spec import mixer_rows_variant
 from sessa_deploy.kernels.feedback.step_rows import added, invert, solved
 from sessa_deploy.kernels.feedback.step_rows import piece as piece_feedback
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, launcher, pinned, weights_name, workspace
-from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E
+from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E, ROWS_WIDTHS
 from sessa_deploy.kernels.launch.splits import step_splits
+
+LATE_LANES = tl.constexpr(ROWS_WIDTHS[0])  # D up to which the pasts' first tiles are asked for before the wait; beyond it the queries' registers would spill
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_rows_partial"))
@@ -40,8 +43,10 @@ def mixer_rows_partial(
 
     The first programs_f = (1 + splits_f) * ceil(Hq / HEADS_F) compute causal attention's pieces, the others feedback attention's; *_F of causal attention,
     *_B of feedback attention, as in their `piece`.
+
+    An early start is for the stream's next kernel behind `layer_project_gain`, as that of `mixer_step_partial`.
     """
-    LATE: tl.constexpr = PDL == 2
+    LATE: tl.constexpr = PDL and CHUNKS_B * LANES_B <= LATE_LANES
     if not LATE:
         begin(PDL)
     program = tl.program_id(0)
@@ -57,21 +62,23 @@ def mixer_rows_partial(
             program - programs_f, q_b, k_b, past_kb, past_s, past_length, part_b, stat_b, scores, capacity.to(tl.int64) * width, width,
             capacity.to(tl.int64) * width, width, i_b, tokens, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, LATE,
         )  # fmt: skip
-    if LATE:
-        begin(True)
+    begin(LATE)  # of a program that had nothing to do
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_rows_combine"))
 def mixer_rows_combine(
     part_f, stat_f, part_b, stat_b, scores, past_length, gamma, o, add, inverse,
     tokens, capacity, splits_f, rows_f, splits_b, rows_b, heads, units, width,
-    BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, NF: tl.constexpr, NB: tl.constexpr, DF: tl.constexpr, DB: tl.constexpr, PDL: tl.constexpr = False,
+    BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, MOST_F: tl.constexpr, MOST_B: tl.constexpr,
+    NF: tl.constexpr, NB: tl.constexpr, DF: tl.constexpr, DB: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (1 + ceil(T Hq / NF) ceil(d / DF) + ceil(T / NB) ceil(D / DB), B): o (B,T,Hq,d), add (B,T,D) float32 = gamma times the past's
     part of feedback attention's sum, and inverse (B,ROWS,ROWS) float32.
 
-    heads = Hq. A program adds up NF rows of heads or NB rows. rows_f, rows_b: what a split takes at least; BLOCK_F, BLOCK_B cover every split.
+    heads = Hq. A program adds up NF rows of heads or NB rows. rows_f, rows_b: what a split takes at least; BLOCK_F, BLOCK_B cover every split,
+    of which there are at most MOST_F and MOST_B.
     """
+    tl.static_assert((MOST_F <= BLOCK_F) & (MOST_B <= BLOCK_B))
     i_b = tl.program_id(1).to(tl.int64)
     length = tl.minimum(tl.load(past_length + i_b), capacity)  # written before the kernel ahead began: it waits itself before it lets this one in
     begin(PDL)
@@ -122,24 +129,25 @@ def mixer_rows_out(
 def step(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, weight: Tensor, bias: Tensor, q_b: Tensor, k_b: Tensor, gamma: Tensor, past_kb: Tensor,
     past_s: Tensor, past_length: Tensor, early: int = 0, tiles: dict[str, dict[str, Any]] | None = None, scale: Tensor | None = None,
+    behind: bool = False,
 ) -> Tensor:
     """s (B,T,D) of 2 <= T <= 16 new tokens a sequence, from PyTorch: for tests and timings.
 
     q (B,T,Hq,d), k, v (B,T,Hkv,d), past_k, past_v (B,P,Hkv,d), P >= 1, weight (D,D) and bias (D,) of the output projection, q_b, k_b (B,T,D), gamma (B,T)
     float32, past_kb, past_s (B,P,D), past_length (B,) int32; all dense. early: see `jit.pinned`. tiles: kernel -> launch options in place of the pinned ones.
-    scale (D,) float32: of a weight of 8 bits.
+    scale (D,) float32: of a weight of 8 bits. behind: as in `mixer.step`; D beyond 1024 gains nothing from it.
     """  # fmt: skip
     batch, tokens, q_heads, head = q.shape
     heads, capacity, width, device, dtype = k.shape[2], past_k.shape[1], q_b.shape[2], q.device, q.dtype
     group, units, weights = q_heads // heads, head // HEAD_MULTIPLE, weights_name(weight.dtype)
     options = {
-        **pinned(("mixer_rows_partial",), device, dtype, mixer_rows_variant(width, head), early),
+        **pinned(("mixer_rows_partial",), device, dtype, mixer_rows_variant(width, head), early if behind and width <= ROWS_WIDTHS[0] else 0),
         **pinned(("mixer_rows_combine",), device, dtype, "any", early),
-        **pinned(("mixer_rows_out",), device, dtype, "any", early, weights), **(tiles or {}),
+        **pinned(("mixer_rows_out",), device, dtype, chosen("mixer_rows_out", "any", weights, width, q), early, weights), **(tiles or {}),
     }  # fmt: skip
     partial, combine, out = (options[f"mixer_rows_{name}"] for name in ("partial", "combine", "out"))
     rows_f, rows_b, f32, square = partial["ROWS_F"], partial["ROWS_B"], torch.float32, STEP_ROWS * STEP_ROWS
-    splits_f, splits_b = step_splits(capacity, rows_f, combine["BLOCK_F"]), step_splits(capacity, rows_b, combine["BLOCK_B"])
+    splits_f, splits_b = step_splits(capacity, rows_f, combine["MOST_F"]), step_splits(capacity, rows_b, combine["MOST_B"])
     programs_f, n_f = (1 + splits_f) * triton.cdiv(q_heads, partial["HEADS_F"]), 1 + splits_f
     at, _memory = workspace(device, {
         "part_f": (batch * tokens * q_heads * n_f * head, f32), "stat_f": (2 * batch * tokens * q_heads * n_f, f32),

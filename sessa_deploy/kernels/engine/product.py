@@ -109,7 +109,7 @@ def wide(b_w, kind: tl.constexpr):
 
 @triton.jit
 def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr):
-    """The first AHEAD * BK columns of a tile's weights; called before `begin`, so that they are here when the rows are. Of several rows as `_piece`."""
+    """The first AHEAD * BK columns of a tile's weights; called before `begin`, so that they are here when the rows are. Of several rows as `strip`."""
     if AHEAD == 0:
         b_w = 0.0
     elif BM == 1:
@@ -117,15 +117,15 @@ def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
         b_w = tl.load(weight + tl.arange(0, BN)[:, None] * depth + o_k[None, :], mask=m_n[:, None] & (o_k < depth)[None, :], other=0.0)
     else:
         tl.static_assert(AHEAD == 1, "of several rows' weights one step comes ahead")
-        b_w = _piece(weight, m_n, depth, 0, depth, BN, BK, KS)
+        b_w = strip(weight, m_n, depth, 0, depth, BN, BK, KS)
     return b_w
 
 
 @triton.jit
-def _piece(x, m_r, row, start, depth, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+def strip(x, m_r, row, start, depth, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
     """Columns [start, start + BK) of R rows of x as (4, 8, KS, R / 8, BK / (32 KS), 8); m_r: which rows there are.
 
-    The first three axes are a lane's and a warp's number, so that a thread reads 16 bytes at a time and holds what its matrix instructions take (`_left`):
+    The first three axes are a lane's and a warp's number, so that a thread reads 16 bytes at a time and holds what its matrix instructions take (`left`):
     nothing goes through shared memory.
     """
     o_k = tl.arange(0, BK // (32 * KS))[None, None, None, None, :, None] * KS + tl.arange(0, KS)[None, None, :, None, None, None]
@@ -136,28 +136,28 @@ def _piece(x, m_r, row, start, depth, R: tl.constexpr, BK: tl.constexpr, KS: tl.
 
 
 @triton.jit
-def _left(b_x, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """A `_piece` as the left operand of KS products, (KS,R,BK / KS). Columns change places in each 32 as they do in `_right`: their sum is the same."""
+def left(b_x, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """A `strip` as the left operand of KS products, (KS,R,BK / KS). Columns change places in each 32 as they do in `right`: their sum is the same."""
     b_x = tl.permute(tl.reshape(b_x, [4, 8, KS, R // 8, BK // (32 * KS), 2, 2, 2]), [2, 3, 1, 4, 5, 6, 0, 7])
     return tl.reshape(b_x, [KS, R, BK // KS])
 
 
 @triton.jit
-def _right(b_w, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """A `_piece` as the right operand, (KS,BK / KS,R)."""
+def right(b_w, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """A `strip` as the right operand, (KS,BK / KS,R)."""
     b_w = tl.permute(tl.reshape(b_w, [4, 8, KS, R // 8, BK // (32 * KS), 2, 2, 2]), [2, 4, 5, 6, 0, 7, 3, 1])
     return tl.reshape(b_w, [KS, BK // KS, R])
 
 
 @triton.jit
-def _piece_product(
+def _strip_product(
     x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
 ):
     """`product` of up to 16 rows whose weights came ahead; 8 at a time, which are the short side of a matrix instruction."""
     b_low, b_high = tl.zeros([KS, BN, 8], dtype=tl.float32), tl.zeros([KS, BN, 8], dtype=tl.float32)
     b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, 0, GATED, BN, BK, KS)
     for start in tl.range(BK, depth, BK, num_stages=1):
-        b_w = _piece(weight, m_n, depth, start, depth, BN, BK, KS)
+        b_w = strip(weight, m_n, depth, start, depth, BN, BK, KS)
         b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start, GATED, BN, BK, KS)
     return sixteen(tl.sum(b_low, 0), tl.sum(b_high, 0), BN)
 
@@ -167,7 +167,7 @@ def _add(
     b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
 ):
     """Adds columns [start, start + BK) to both sums (KS,BN,8), each of 8 rows; the second where there are any."""
-    b_a = _left(wide(b_w, x.dtype.element_ty), BN, BK, KS)
+    b_a = left(wide(b_w, x.dtype.element_ty), BN, BK, KS)
     b_low = tl.dot(b_a, _eight(x, gate, 0, rows, row, gate_row, start, depth, GATED, BK, KS), b_low, input_precision="ieee")
     if rows > 8:
         b_high = tl.dot(b_a, _eight(x, gate, 8, rows, row, gate_row, start, depth, GATED, BK, KS), b_high, input_precision="ieee")
@@ -176,13 +176,13 @@ def _add(
 
 @triton.jit
 def _eight(x, gate, first, rows, row, gate_row, start, depth, GATED: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """Rows [first, first + 8) of x, those below `rows`, as the right operand of `_piece_product`."""
+    """Rows [first, first + 8) of x, those below `rows`, as the right operand of `_strip_product`."""
     m_m = first + tl.arange(0, 8) < rows
-    b_x = _piece(x + first * row, m_m, row, start, depth, 8, BK, KS)
+    b_x = strip(x + first * row, m_m, row, start, depth, 8, BK, KS)
     if GATED:
-        b_g = _piece(gate + first * gate_row, m_m, gate_row, start, depth, 8, BK, KS)
+        b_g = strip(gate + first * gate_row, m_m, gate_row, start, depth, 8, BK, KS)
         b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
-    return _right(b_x, 8, BK, KS)
+    return right(b_x, 8, BK, KS)
 
 
 @triton.jit
@@ -221,7 +221,8 @@ def product(
     GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """(BM,BN) float32 of x weight^T, rows of x `row` elements apart, all three from their tile's first row; GATED: of (x * gate) rounded.
-    b_w: of `ahead`; rows: of x, from there on.
+
+    b_w: of `ahead`; rows: how many x has from there on.
 
     KS > 1: BK is taken as KS parts, each with sums of its own, which go to a warp each and are added at the end: few rows make short sums of products
     that wait for one another, and a warp's chain is 1 / KS as long.
@@ -233,7 +234,7 @@ def product(
         b_acc = _large_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK)
     elif AHEAD > 0:
         tl.static_assert(BM == 16, "weights ahead are for at most 16 rows")
-        b_acc = _piece_product(x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED, BN, BK, KS)
+        b_acc = _strip_product(x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED, BN, BK, KS)
     else:
         b_acc = _tile_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS)
     return b_acc

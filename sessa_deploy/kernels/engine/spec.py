@@ -8,6 +8,7 @@ from __future__ import annotations
 from sessa_deploy.kernels.causal.spec import head_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import (
+    AHEAD_DEPTH,
     GROUP,
     LAYER_WIDTHS,
     MIXER_HEADS,
@@ -29,6 +30,7 @@ _WIDTHS = tuple(map(str, LAYER_WIDTHS))
 _PRODUCTS = (*map(str, PRODUCT_ROWS), "any")
 _FEW = _PRODUCTS[:-1]  # short enough to gain from an early start
 _ONE = _PRODUCTS[:1]
+_AHEAD = f"{PRODUCT_ROWS[1]}.{AHEAD_DEPTH}"  # of few rows, no deeper
 _EARLY_ROWS = PRODUCT_ROWS[-1]
 _TILES = ("BM", "BN", "BK", "KS", "AHEAD", "PDL")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
@@ -42,12 +44,15 @@ _LAYERS = (
     Kernel("layer_norm_enter", _LAYER,
            (*pointers("x", "norm_weight", "norm_bias"), *_MATRIX, *pointers("bias", "out"), Param("depth", "i32", True), Param("eps", "fp32")),
            ("BN", "BK", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS[:1], shares=_WIDTHS),
+    Kernel("layer_norm_enter_rows", f"{_LAYER}_rows",
+           (*pointers("x", "norm_weight", "norm_bias", "weight", "bias", "out"), Param("rows", "i32"), Param("depth", "i32", True), Param("eps", "fp32")),
+           ("BN", "BK", "KS", "PDL"), _WIDTHS[:1], dtypes=_HALF, scalar_loads=32, early=_WIDTHS[:1], optional=_WIDTHS[:1]),
     Kernel("layer_linear", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=64, early=_FEW, early_rows=1),
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=16, early=_FEW, shares=_ONE, early_rows=_EARLY_ROWS),
-    Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, _PRODUCTS, dtypes=_PRODUCT,
-           scalar_loads=32, early=_FEW, opens=_ONE, shares=_ONE),
+    Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, (*_PRODUCTS, _AHEAD), dtypes=_PRODUCT,
+           scalar_loads=32, early=(*_FEW, _AHEAD), opens=_ONE, shares=_ONE, optional=(_AHEAD,)),
     Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=32, early=_FEW, opens=_ONE, shares=_ONE, early_rows=1),
     Kernel("layer_enter", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES), _TILES, _PRODUCTS[1:], dtypes=_PRODUCT,
@@ -56,7 +61,8 @@ _LAYERS = (
            (*pointers("h"), *_MATRIX, *pointers("bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gamma_weight", type="*fp32"),
             Param("gamma_bias", "*fp32"), *pointers("q", "k", "v", "q_b", "k_b"), Param("gamma", "*fp32"), *_SIZES, Param("kv_width", "i32"),
             *integers("units"), Param("gamma_max", "fp32")),
-           _TILES, _PRODUCTS, dtypes=_PRODUCT, scalar_loads=136, early=_FEW, shares=_ONE, early_rows=_EARLY_ROWS),
+           _TILES, (*_PRODUCTS, _AHEAD), dtypes=_PRODUCT, scalar_loads=136, early=(*_FEW, _AHEAD), shares=_ONE, early_rows=_EARLY_ROWS,
+           optional=(_AHEAD,)),
 )  # fmt: skip
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
@@ -88,15 +94,16 @@ _MIXER_ROWS = (
             *integers("tokens", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
            ("ROWS_F", "HEADS_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "PDL"),
-           _ROWS_STEPS, dtypes=_HALF, scalar_loads=16, early=_ROWS_STEPS, early_rows=0, optional=_WIDE_ROWS),
+           _ROWS_STEPS, dtypes=_HALF, scalar_loads=16, early=_ROWS_STEPS, optional=_WIDE_ROWS),
     Kernel("mixer_rows_combine", _ROWS,
            (*_PARTS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", "inverse", type="*fp32"),
             *integers("tokens", "capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
-           ("BLOCK_F", "BLOCK_B", "NF", "NB", "DF", "DB", "PDL"), _ANY, dtypes=_HALF, scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
+           ("BLOCK_F", "BLOCK_B", "MOST_F", "MOST_B", "NF", "NB", "DF", "DB", "PDL"), _ANY, dtypes=_HALF, scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
     Kernel("mixer_rows_out", _ROWS,
            (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", "inverse", type="*fp32"), *pointers("out"), *integers("tokens"),
             Param("depth", "i32", True)),
-           ("BN", "BK", "KS", "AHEAD", "PDL"), _ANY, dtypes=_PRODUCT, scalar_loads=32, early=_ANY, early_rows=_EARLY_ROWS),
+           ("BN", "BK", "KS", "AHEAD", "PDL"), (*_ANY, str(AHEAD_DEPTH)), dtypes=_PRODUCT, scalar_loads=32, early=(*_ANY, str(AHEAD_DEPTH)),
+           optional=(str(AHEAD_DEPTH),), early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
 _LENGTHS = (Param("past_length", "*i32"), Param("new_length", "*i32"))
@@ -129,6 +136,12 @@ def product_choice(kernel: str, rows: int, weights: str) -> tuple[str, str]:
     if not weights or variant != "any":
         return variant, weights
     return (str(QUANTISED_ROWS[-1]), weights) if kernel == "layer_logits" else (variant, "")
+
+
+def ahead_variant(kernel: str, variant: str, weights: str, depth: int) -> str:
+    """The optional variant in place of `variant` for rows so short that all their weights are read ahead; "" where there is none."""
+    short = f"{variant}.{AHEAD_DEPTH}" if variant != "any" else str(AHEAD_DEPTH)
+    return short if not weights and depth <= AHEAD_DEPTH and short in table.kernel(kernel).optional else ""
 
 
 def mixer_variant(width: int, head: int, group: int) -> str:

@@ -2,7 +2,7 @@
 
 s_t = f_t + gamma_t * (sum_j alpha[t,j] s_j over the past rows j < past_length[b] and the new rows j < t). `feedback_rows_partial` gives each split of the past
 to a program, for which the T queries are one matrix tile of ROWS rows, whatever T is; a program more makes the scores of the new rows among themselves.
-`feedback_rows_combine` adds the splits in a fixed order, joins both normalisers and inverts I - (gamma alpha) of the new rows by forward substitution, all
+`feedback_rows_combine` adds the splits in a fixed order, joins both normalisers and inverts I - (gamma alpha) of the new rows by products of its powers, all
 float32; `feedback_rows_finish` is s = (I - gamma alpha)^-1 (f + gamma * the past's sum). A past's weights go into its product as pairs of the storage type.
 Past rows from past_length[b] on are never read; a new row's NaN or Inf reaches itself and later rows only.
 """
@@ -23,6 +23,7 @@ from sessa_deploy.kernels.launch.jit import Options, address, aligned, launcher,
 from sessa_deploy.kernels.launch.limits import LOG2E
 from sessa_deploy.kernels.launch.splits import step_splits
 
+DOUBLINGS = tl.constexpr(STEP_ROWS.bit_length() - 2)
 
 @triton.jit
 def _scores(b_q, b_k, scale):
@@ -131,12 +132,16 @@ def invert(stat, scores, gamma, inverse, length, i_b, tokens, splits, rows, BLOC
     b_x = tl.exp2(b_x - b_base)
     b_total = tl.sum(b_sum * tl.exp2(b_max - b_base), 1) + tl.sum(b_x, 1)
     b_a = tl.where(m_x, b_x * (b_gamma / b_total)[:, None], 0.0)
-    # Row i of the inverse x is e_i + sum_j a[i,j] x[j,:]; b_i[c,j] = x[j,c], so that a sum over j stays inside a warp.
-    b_i = tl.where(o_t[:, None] == o_t[None, :], 1.0, 0.0)
-    for i in range(1, tokens):
-        b_row = tl.sum(tl.where(o_t[:, None] == i, b_a, 0.0), 0)
-        b_i += tl.where(o_t[None, :] == i, tl.sum(b_row[None, :] * b_i, 1)[:, None], 0.0)
-    tl.store(inverse + i_b * ROWS * ROWS + o_t[None, :] * ROWS + o_t[:, None], b_i)
+    # Of a row that is no number all later ones are none; for the others a zero weight would not stop it.
+    b_bad = tl.max(tl.where(tl.abs(b_a) < float("inf"), 0, 1), 1)
+    m_fine = (o_t < tl.min(tl.where(b_bad > 0, o_t, ROWS), 0))[:, None]
+    b_a = tl.where(m_fine, b_a, 0.0)
+    # (I - a)^-1 = (I + a) (I + a^2) (I + a^4) (I + a^8), since a^ROWS = 0
+    b_i = tl.where(o_t[:, None] == o_t[None, :], 1.0, 0.0) + b_a
+    for _ in tl.static_range(DOUBLINGS):
+        b_a = tl.dot(b_a, b_a, input_precision="ieee")
+        b_i += tl.dot(b_a, b_i, input_precision="ieee")
+    tl.store(inverse + i_b * ROWS * ROWS + o_t[:, None] * ROWS + o_t[None, :], tl.where(m_fine, b_i, float("nan")))
 
 
 @triton.jit

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="n
 # Under the interpreter, whose time is the tiles': heads up to 128 and widths up to 512.
 SMALL: dict[str, dict[str, Any]] | None = {
     "mixer_rows_partial": dict(ROWS_F=16, HEADS_F=2, LANES_F=128, STAGES_F=1, ROWS_B=16, CHUNKS_B=2, LANES_B=256, STAGES_B=1),
-    "mixer_rows_combine": dict(BLOCK_F=8, BLOCK_B=8, NF=32, NB=16, DF=128, DB=256), "mixer_rows_out": dict(BN=128, BK=256, KS=2, AHEAD=1),
+    "mixer_rows_combine": dict(BLOCK_F=8, BLOCK_B=8, MOST_F=7, MOST_B=5, NF=32, NB=16, DF=128, DB=256), "mixer_rows_out": dict(BN=128, BK=256, KS=2, AHEAD=1),
 } if DEVICE == "cpu" else None  # fmt: skip
 SHAPES = [
     (4, 4, 64, 40, [40, 0, 7], 5),  # a full, an empty and a short sequence

@@ -12,11 +12,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from test_layer_kernels import DEVICE, random
-from test_layer_kernels import pytestmark as pytestmark
 from rows_cases import case as rows_case
 from rows_cases import first as rows_first
 from rows_cases import mixed as rows_mixed
+from test_layer_kernels import DEVICE, random
+from test_layer_kernels import pytestmark as pytestmark
 from test_mixer import case, truth
 from test_mixer_rows import SMALL
 

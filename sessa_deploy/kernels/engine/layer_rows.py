@@ -1,0 +1,83 @@
+"""Norm and entrance of 2 to 16 rows in one kernel, as `layer_norm_enter` is for one: every program normalises the rows for itself.
+
+They stay in the registers that the matrix instructions take them from (product.py, `strip`), 8 at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sessa_deploy.kernels.device import begin
+from sessa_deploy.kernels.device_rows import ROWS
+from sessa_deploy.kernels.engine.product import bias_of, half_gelu, left, put, right, sixteen, strip, with_bias
+from sessa_deploy.kernels.engine.spec import ahead_variant
+from sessa_deploy.kernels.launch import table
+from sessa_deploy.kernels.launch.jit import address, available, launcher, pinned, weights_name
+from sessa_deploy.kernels.launch.limits import AHEAD_DEPTH
+
+_NAME, _VARIANT = "layer_norm_enter_rows", str(AHEAD_DEPTH)
+
+
+@triton.jit
+def _normal(x, first, rows, b_gain, b_shift, m_k, depth, eps, BK: tl.constexpr, KS: tl.constexpr):
+    """Rows [first, first + 8) of x, normalised and rounded, as the right operand."""
+    b_x = strip(x + first * depth, first + tl.arange(0, 8) < rows, depth, 0, depth, 8, BK, KS).to(tl.float32)
+    b_x = tl.where(m_k, b_x - _total(b_x) / depth, 0.0)
+    b_x = b_x * (1.0 / tl.sqrt(_total(b_x * b_x) / depth + eps)) * b_gain.to(tl.float32) + b_shift.to(tl.float32)
+    return right(b_x.to(x.dtype.element_ty), 8, BK, KS)
+
+
+@triton.jit
+def _total(b_x):
+    """The sum of each row of a `strip`: a thread's columns, those of a warp, those of all warps."""
+    b_y = tl.sum(tl.sum(b_x, 5, keep_dims=True), 4, keep_dims=True)
+    return tl.sum(tl.sum(b_y, 0, keep_dims=True), 2, keep_dims=True)
+
+
+@triton.jit(do_not_specialize=table.do_not_specialize("layer_norm_enter_rows"))
+def layer_norm_enter_rows(
+    x, norm_weight, norm_bias, weight, bias, out, rows, depth, eps, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr = False,
+):  # fmt: skip
+    """Grid (ceil(2D / BN),), BK >= D, at most ROWS rows: `layer_norm` and `layer_enter`."""
+    i_n = tl.program_id(0) * BN
+    column = i_n.to(tl.int64)
+    m_n = tl.arange(0, BN) < 2 * depth - i_n
+    b_w = left(strip(weight + column * depth, m_n, depth, 0, depth, BN, BK, KS), BN, BK, KS)
+    b_bias = bias_of(bias + column, m_n, BN)
+    o_k = tl.arange(0, BK // (32 * KS))[None, None, None, None, :, None] * KS + tl.arange(0, KS)[None, None, :, None, None, None]
+    o_k = (o_k * 4 + tl.arange(0, 4)[:, None, None, None, None, None]) * 8 + tl.arange(0, 8)[None, None, None, None, None, :]
+    m_k = o_k < depth
+    b_gain, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
+    begin(PDL)
+    b_low = tl.sum(tl.dot(b_w, _normal(x, 0, rows, b_gain, b_shift, m_k, depth, eps, BK, KS), input_precision="ieee"), 0)
+    b_high = tl.zeros([BN, 8], dtype=tl.float32)
+    if rows > 8:
+        b_high = tl.sum(tl.dot(b_w, _normal(x, 8, rows, b_gain, b_shift, m_k, depth, eps, BK, KS), input_precision="ieee"), 0)
+    b_y = half_gelu(with_bias(sixteen(b_low, b_high, BN), b_bias), i_n, depth, out.dtype.element_ty, BN)
+    put(out + column, b_y, tl.arange(0, ROWS) < rows, m_n, 2 * depth, ROWS, BN)
+
+
+def chosen(kernel: str, variant: str, weights: str, depth: int, like: Tensor) -> str:
+    """`variant`, or that of rows so short that all their weights are read ahead, where the device and type of `like` have it."""
+    short = ahead_variant(kernel, variant, weights, depth)
+    return short if short and available(kernel, like.device, like.dtype, short) else variant
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether there is a kernel for the rows x (rows, D) and this weight on their device."""
+    rows, depth = x.shape
+    return 1 < rows <= ROWS.value and depth <= AHEAD_DEPTH and not weights_name(weight.dtype) and available(_NAME, x.device, x.dtype, _VARIANT)
+
+
+def norm_enter(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor, early: int = 0) -> Tensor:
+    """`layer.norm_enter` of rows that `takes` accepts."""
+    rows, depth = x.shape
+    options = pinned((_NAME,), x.device, x.dtype, _VARIANT, early)[_NAME]
+    out = torch.empty(rows, 2 * depth, dtype=x.dtype, device=x.device)
+    launcher(layer_norm_enter_rows, x.device, x.dtype, options)(
+        (triton.cdiv(2 * depth, options["BN"]),), *map(address, (x, norm_weight, norm_bias, weight, bias, out)), rows, depth, eps
+    )
+    return out
