@@ -64,14 +64,20 @@ struct Forward final : Plan
         bool const wide = p.width >= kWide && findCubin("feedback_solve", arch, dtype, "wide") != nullptr;
         pack = findCubin("feedback_pack", arch, dtype, wide ? "wide" : "fwd");
         scores = findCubin("feedback_scores", arch, dtype, "fwd");
-        combine = findCubin("feedback_combine", arch, dtype, "fwd");
+        combination = {findCubin("feedback_inverse", arch, dtype, "fwd"), findCubin("feedback_near", arch, dtype, "fwd")};
+        if (combination[0] == nullptr || combination[1] == nullptr) // which stand in for the combination where their tiles are pinned
+        {
+            combination = {findCubin("feedback_combine", arch, dtype, "fwd")};
+        }
         solve = findCubin("feedback_solve", arch, dtype, wide ? "wide" : "fwd");
-        return pack != nullptr && scores != nullptr && combine != nullptr && solve != nullptr;
+        return pack != nullptr && scores != nullptr && combination[0] != nullptr && solve != nullptr;
     }
 
     std::vector<Cubin const*> cubins() const override
     {
-        return {pack, scores, combine, solve};
+        std::vector<Cubin const*> all{pack, scores, solve};
+        all.insert(all.end(), combination.begin(), combination.end());
+        return all;
     }
 
     // With `bound`, sizes that also hold for every smaller problem: fewer columns make taller panels.
@@ -150,8 +156,12 @@ struct Forward final : Plan
             c.add(e).add(peak).add(rowPeak).add(gain).add(inverse).add(inverseLow).add(near).add(nearLow).add(nearScale).add(t.in[kF]).add(t.out).add(t.out);
             c.add(w).add(wLow).add(scales).add(t.in[kPastLength]).add(sync).add(i32(p.tokens)).add(i32(p.width)).add(i32(columns)).add(i32(rows));
             c.add(i32(pastTiles)).add(i32(tiles)).add(i32(row0)).add(i32(p.batch)).add(i32(panel)).add(i32(panels)).add(0); // 0: keep nothing for a backward
-            if (!launch(*scores, {grid, p.batch, 1}, a, stream, error) || !launch(*combine, {blocks, p.batch, 1}, b, stream, error)
-                || !launch(*solve, {blocks * p.batch * tilesN, 1, 1}, c, stream, error))
+            bool good = launch(*scores, {grid, p.batch, 1}, a, stream, error);
+            for (size_t i = 0; good && i < combination.size(); ++i)
+            {
+                good = launch(*combination[i], {blocks, p.batch, i == 0 ? 1 : 2}, b, stream, error); // the second has a program for each nearest tile
+            }
+            if (!good || !launch(*solve, {blocks * p.batch * tilesN, 1, 1}, c, stream, error))
             {
                 return false;
             }
@@ -161,8 +171,8 @@ struct Forward final : Plan
 
     Cubin const* pack{};
     Cubin const* scores{};
-    Cubin const* combine{};
     Cubin const* solve{};
+    std::vector<Cubin const*> combination;
     int64_t pastTiles{}, tiles{}, columns{}, rows{}, panels{}, tilesN{}, syncs{};
     char *e{}, *peak{}, *total{}, *rowPeak{}, *gain{}, *x{}, *inverse{}, *inverseLow{}, *near{}, *nearLow{}, *nearScale{}, *w{}, *wLow{}, *scales{}, *lse{},
         *sync{};
