@@ -66,14 +66,20 @@ struct Forward final : Plan
         bool const wide = rowsOf(p) * p.width >= kWideWork && findCubin("feedback_solve", arch, dtype, "wide") != nullptr;
         pack = findCubin("feedback_pack", arch, dtype, wide ? "wide" : "fwd");
         scores = findCubin("feedback_scores", arch, dtype, "fwd");
-        combine = findCubin("feedback_combine", arch, dtype, "fwd");
+        combination = {findCubin("feedback_inverse", arch, dtype, "fwd"), findCubin("feedback_near", arch, dtype, "fwd")};
+        if (combination[0] == nullptr || combination[1] == nullptr) // which stand in for the combination where their tiles are pinned
+        {
+            combination = {findCubin("feedback_combine", arch, dtype, "fwd")};
+        }
         solve = wide ? findCubin("feedback_solve", arch, dtype, "wide") : narrow;
-        return pack != nullptr && scores != nullptr && combine != nullptr && solve != nullptr;
+        return pack != nullptr && scores != nullptr && combination[0] != nullptr && solve != nullptr;
     }
 
     std::vector<Cubin const*> cubins() const override
     {
-        return {pack, scores, combine, solve};
+        std::vector<Cubin const*> all{pack, scores, solve};
+        all.insert(all.end(), combination.begin(), combination.end());
+        return all;
     }
 
     // With `bound`, sizes that also hold for every smaller problem: fewer columns make taller panels, fewer rows narrower tiles.
@@ -180,14 +186,19 @@ struct Forward final : Plan
         b.add(e).add(peak).add(total).add(t.in[kGamma]).add(t.in[kPastLength]).add(rowPeak).add(gain).add(lse).add(x).add(inverse).add(inverseLow);
         b.add(near).add(nearLow).add(nearScale).add(i32(p.tokens)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles)).add(i32(row0));
         b.add(i32(p.batch)).add(i32(blocks));
-        return launch(*scores, {grid, p.batch, 1}, a, stream, error) && launch(*combine, {blocks, p.batch, 1}, b, stream, error);
+        bool good = launch(*scores, {grid, p.batch, 1}, a, stream, error);
+        for (size_t i = 0; good && i < combination.size(); ++i)
+        {
+            good = launch(*combination[i], {blocks, p.batch, i == 0 ? 1 : 2}, b, stream, error); // the second has a program for each nearest tile
+        }
+        return good;
     }
 
     Cubin const* pack{};
     Cubin const* scores{};
-    Cubin const* combine{};
     Cubin const* solve{};
     Cubin const* narrow{}; // the solve of fewer rows
+    std::vector<Cubin const*> combination;
     int64_t pastTiles{}, tiles{}, columns{}, rows{}, panels{}, tilesN{}, syncs{};
     char *e{}, *peak{}, *total{}, *rowPeak{}, *gain{}, *x{}, *inverse{}, *inverseLow{}, *near{}, *nearLow{}, *nearScale{}, *w{}, *wLow{}, *scales{}, *lse{},
         *sync{};

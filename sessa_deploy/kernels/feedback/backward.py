@@ -23,7 +23,7 @@ from sessa_deploy.kernels.feedback.gradients import (
     feedback_grad_qk,
     feedback_grad_scores,
 )
-from sessa_deploy.kernels.feedback.spec import all_timed, solve_variant, together_variant
+from sessa_deploy.kernels.feedback.spec import all_pinned, solve_variant, together_variant
 from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, near_product, store_split, wait_for
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
@@ -139,7 +139,7 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
     solve = solve_variant(arch, kind, width, "bwd", rows)
     found = pinned(BACKWARD[:3] + BACKWARD[4:], device, dtype, "bwd") | pinned(BACKWARD[3:4], device, dtype, solve)
-    found |= pinned(APART, device, dtype, "bwd") if all_timed(APART, arch, kind, "bwd") else {}
+    found |= pinned(APART, device, dtype, "bwd") if all_pinned(APART, arch, kind, "bwd") else {}
     variant = together_variant(arch, kind, rows * width)
     return found if variant is None else found | pinned((TOGETHER,), device, dtype, variant)
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels.feedback.inverse import feedback_inverse, feedback_near
-from sessa_deploy.kernels.feedback.spec import all_timed, solve_variant
+from sessa_deploy.kernels.feedback.spec import all_pinned, solve_variant
 from sessa_deploy.kernels.feedback.tiles import (
     apply_inverse,
     feedback_combine,
@@ -228,7 +228,7 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
     solve = solve_variant(arch, kind, width, "fwd", rows)
     found = pinned(FORWARD[1:3], device, dtype, "fwd") | pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
-    return found | pinned(APART, device, dtype, "fwd") if all_timed(APART, arch, kind, "fwd") else found
+    return found | pinned(APART, device, dtype, "fwd") if all_pinned(APART, arch, kind, "fwd") else found
 
 
 class Plan:

@@ -206,8 +206,10 @@ KERNELS = by_name((
         lowered=False,
         optional=("wide",),
     ),
-    Kernel("feedback_inverse", f"{_PACKAGE}.inverse", _COMBINE, ("CHUNK", "BACKWARD"), ("fwd", "bwd"), lowered=False),
-    Kernel("feedback_near", f"{_PACKAGE}.inverse", _COMBINE, ("BACKWARD",), ("fwd", "bwd"), lowered=False),
+    Kernel(
+        "feedback_inverse", f"{_PACKAGE}.inverse", _COMBINE, ("CHUNK", "BACKWARD"), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd")
+    ),
+    Kernel("feedback_near", f"{_PACKAGE}.inverse", _COMBINE, ("BACKWARD",), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd")),
     Kernel(
         "feedback_first_bad",
         f"{_PACKAGE}.gradients",
@@ -354,9 +356,9 @@ def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0) -
     return "wide" if (rows * width >= WIDE_WORK if rows else width >= WIDE) else side
 
 
-def all_timed(names: tuple[str, ...], arch: int, dtype: str, variant: str) -> bool:
-    """Whether all these kernels were timed on this architecture, and so stand in for another. Never by B or T, which a row's bits must not follow."""
-    return all(table.has(name, arch, dtype, variant) and table.tuned(name, arch, dtype, variant) for name in names)
+def all_pinned(names: tuple[str, ...], arch: int, dtype: str, variant: str) -> bool:
+    """Whether this architecture has tiles of all these kernels, which then stand in for another: in the plugin too, and never by B or T, since bits differ."""
+    return all(table.has(name, arch, dtype, variant) for name in names)
 
 
 def together_variant(arch: int, dtype: str, work: int = 0) -> str | None:

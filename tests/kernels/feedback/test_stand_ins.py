@@ -12,7 +12,7 @@ from feedback_cases import DEVICE, make, side, small_options, with_stand_ins
 from sessa_deploy.kernels.feedback import backward as bwd
 from sessa_deploy.kernels.feedback import forward as fwd
 from sessa_deploy.kernels.feedback import inverse
-from sessa_deploy.kernels.feedback.spec import FEW_WORK, all_timed, solve_variant, together_variant
+from sessa_deploy.kernels.feedback.spec import FEW_WORK, all_pinned, solve_variant, together_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, launcher
 
@@ -64,7 +64,7 @@ def test_inverses_keep_sixteen_bits_without_a_bias() -> None:
 
 def test_a_combination_without_low_halves_serves_solves_that_read_none() -> None:
     for way, solve in (("fwd", "feedback_solve"), ("bwd", "feedback_solve_transposed")):
-        assert [all_timed(fwd.APART, *of, way) for of in ((90, "bf16"), (90, "fp16"), (80, "bf16"), (100, "bf16"))] == [True, False, False, False]
+        assert [all_pinned(fwd.APART, *of, way) for of in ((90, "bf16"), (90, "fp16"), (80, "bf16"), (100, "bf16"))] == [True, False, False, False]
         for variant in (way, "wide"):
             tiles = table.tiles(solve, 90, "bf16", variant)
             assert tiles["BT"] == 128 and not tiles["FULL"] and not tiles["LOW"]
@@ -75,7 +75,7 @@ def test_what_was_not_timed_stands_in_for_nothing(monkeypatch: pytest.MonkeyPatc
     assert together_variant(90, "bf16", few) == "few" and together_variant(90, "bf16") == together_variant(90, "bf16", FEW_WORK) == "bwd"
     assert together_variant(90, "fp16") is together_variant(80, "bf16") is None
     monkeypatch.setattr(table, "tuned", lambda *_: False)
-    assert together_variant(90, "bf16", few) is None and not all_timed(fwd.APART, 90, "bf16", "fwd")
+    assert together_variant(90, "bf16", few) is None
 
 
 def test_wide_tiles_follow_the_work_where_both_were_timed() -> None:
