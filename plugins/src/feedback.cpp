@@ -65,7 +65,7 @@ struct Forward final : Plan
         // feedback/spec.py, solve_variant
         bool const wide = rowsOf(p) * p.width >= kWideWork && findCubin("feedback_solve", arch, dtype, "wide") != nullptr;
         pack = findCubin("feedback_pack", arch, dtype, wide ? "wide" : "fwd");
-        scores = findCubin("feedback_scores", arch, dtype, "fwd");
+        scores = findCubin("feedback_scores", arch, dtype, p.capacity > 0 ? "past" : "fwd");
         combine = findCubin("feedback_combine", arch, dtype, "fwd");
         solve = wide ? findCubin("feedback_solve", arch, dtype, "wide") : narrow;
         return pack != nullptr && scores != nullptr && combine != nullptr && solve != nullptr;
@@ -210,6 +210,8 @@ std::vector<Problem> everyFeedback(Storage storage)
     };
     add(kStepRows + 1, 256); // narrow tiles of the solve
     add(kWideWork / 256, 256);
+    add(kStepRows + 1, 256);
+    all.back().capacity = 0;
     for (int64_t const width : kRowsWidths)
     {
         add(kStepRows, width);
