@@ -65,7 +65,7 @@ struct Forward final : Plan
         // feedback/spec.py, solve_variant
         bool const wide = rowsOf(p) * p.width >= kWideWork && findCubin("feedback_solve", arch, dtype, "wide") != nullptr;
         pack = findCubin("feedback_pack", arch, dtype, wide ? "wide" : "fwd");
-        scores = findCubin("feedback_scores", arch, dtype, "fwd");
+        scores = findCubin("feedback_scores", arch, dtype, p.capacity > 0 ? "past" : "fwd");
         combination = {findCubin("feedback_inverse", arch, dtype, "fwd"), findCubin("feedback_near", arch, dtype, "fwd")};
         if (combination[0] == nullptr || combination[1] == nullptr) // which stand in for the combination where their tiles are pinned
         {
@@ -221,6 +221,8 @@ std::vector<Problem> everyFeedback(Storage storage)
     };
     add(kStepRows + 1, 256); // narrow tiles of the solve
     add(kWideWork / 256, 256);
+    add(kStepRows + 1, 256);
+    all.back().capacity = 0;
     for (int64_t const width : kRowsWidths)
     {
         add(kStepRows, width);

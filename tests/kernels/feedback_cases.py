@@ -51,7 +51,9 @@ def side(options: dict[str, dict[str, Any]] | None, backward: bool) -> dict[str,
     """`options` with the constexpr that tells the forward's scores and combination from the backward's."""
     if options is None:
         return None
-    return {name: {**o, "BACKWARD": backward} if name in SIDED else o for name, o in options.items()}
+    found = {name: {**o, "BACKWARD": backward} if name in SIDED else o for name, o in options.items()}
+    found["feedback_scores"]["PAST"] = not backward
+    return found
 
 
 def make(routing: str, batch: int, tokens: int, past: int, width: int, dtype: torch.dtype, sign: float = 1.0, seed: int = 0) -> Inputs:

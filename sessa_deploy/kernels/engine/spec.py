@@ -48,7 +48,7 @@ _LAYERS = (
            (*pointers("x", "norm_weight", "norm_bias", "weight", "bias", "out"), Param("rows", "i32"), Param("depth", "i32", True), Param("eps", "fp32")),
            ("BN", "BK", "KS", "PDL"), _WIDTHS[:1], dtypes=_HALF, scalar_loads=32, early=_WIDTHS[:1], optional=_WIDTHS[:1]),
     Kernel("layer_linear", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
-           dtypes=_PRODUCT, scalar_loads=64, early=_FEW, early_rows=1),
+           dtypes=_PRODUCT, scalar_loads=128, early=_FEW, early_rows=1),
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=16, early=_FEW, shares=_ONE, early_rows=_EARLY_ROWS),
     Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, (*_PRODUCTS, _AHEAD), dtypes=_PRODUCT,

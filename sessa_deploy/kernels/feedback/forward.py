@@ -184,6 +184,8 @@ def score_grid(rows: int, before: int, batch: int, options: dict[str, Any]) -> t
 def live_grid(rows: int, past_tiles: int, before: int, batch: int, options: dict[str, Any]) -> tuple[int, int]:
     """`score_grid` of a capacity of `past_tiles`, of which only the device knows how many are live: programs for the new columns, at least SCORE_PROGRAMS,
     take those of the past in turns. before: new column tiles before the first row's own."""
+    if not options.get("PAST"):
+        return score_grid(rows, past_tiles + before, batch, options)
     return min(score_grid(rows, past_tiles + before, batch, options)[0], max(score_grid(rows, before, batch, options)[0], SCORE_PROGRAMS)), batch
 
 
@@ -223,11 +225,12 @@ def combination(device: torch.device, dtype: torch.dtype, options: Options) -> l
     return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse), (2, feedback_near))]
 
 
-def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -> Options:
-    """The pinned launch options of the forward at D = width, for B T = rows (0: as many as may be)."""
+def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, past: int = 0) -> Options:
+    """The pinned launch options of the forward at D = width, for B T = rows (0: as many as may be) behind a capacity of `past`."""
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
     solve = solve_variant(arch, kind, width, "fwd", rows)
-    found = pinned(FORWARD[1:3], device, dtype, "fwd") | pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
+    found = pinned(FORWARD[1:2], device, dtype, "past" if past else "fwd") | pinned(FORWARD[2:3], device, dtype, "fwd")
+    found |= pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
     return found | pinned(APART, device, dtype, "fwd") if all_pinned(APART, arch, kind, "fwd") else found
 
 
@@ -237,7 +240,7 @@ class Plan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
-        opt = options or tiles(device, dtype, width, batch * tokens)
+        opt = options or tiles(device, dtype, width, batch * tokens, past)
         scores, solve = opt["feedback_scores"], opt["feedback_solve"]
         tile = solve["BT"]
         split = dtype != torch.float32

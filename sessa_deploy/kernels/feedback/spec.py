@@ -145,8 +145,8 @@ KERNELS = by_name((
             *integers("NP", "NT", "row0", "n_sync"),
             Param("scale", "fp32"),
         ),
-        ("BM", "BT", "BK", "NB", "GROUP", "BACKWARD"),
-        ("fwd", "bwd"),
+        ("BM", "BT", "BK", "NB", "GROUP", "BACKWARD", "PAST"),
+        ("fwd", "past", "bwd"),
         scalar_loads=8,
     ),
     Kernel(

@@ -86,16 +86,58 @@ def grouped_count(row_tiles, base, BM: tl.constexpr, BT: tl.constexpr, GROUP: tl
     return GROUP * (base * n + (GROUP * BM // BT) * n * (n + 1) // 2)
 
 
+@triton.jit
+def _score_tile(
+    pid, i_b, length, live, q, k, past_k, lse, bad, e, peak, total, T, P, D, C, R, NP, NT, row0, scale,
+    BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, NB: tl.constexpr, GROUP: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """The pid-th tile of `feedback_scores`, of a past of `live` column tiles, a multiple of NB."""
+    i_m, i_t = grouped_tile(pid, (live + row0 // BT) // NB, BM, NB * BT, GROUP)
+    i_t = i_t * NB
+    is_past = i_t < live
+    column = tl.where(is_past, i_t, i_t - live) * BT
+    i_t = tl.where(is_past, i_t, i_t - live + NP)
+    first = row0 + i_m * BM
+    limit = tl.where(is_past, length, T)
+    if (i_m * BM < R) & (i_t < NT) & (first < T) & (column < limit) & (is_past | (column < first + BM)):
+        p_k = k + i_b.to(tl.int64) * T * D + column.to(tl.int64) * D
+        if is_past:
+            p_k = past_k + i_b.to(tl.int64) * P * D + column.to(tl.int64) * D
+        p_q = q + i_b.to(tl.int64) * T * D + first.to(tl.int64) * D
+        acc = product_nt(tl.zeros([BM, NB * BT], dtype=tl.float32), p_q, p_k, T - first, limit - column, D, BM, NB * BT, BK) * scale
+        o_m, o_t = first + tl.arange(0, BM), column + tl.arange(0, NB * BT)
+        if BACKWARD:
+            end = T - tl.load(bad + i_b)
+            seen = (o_t < limit)[None, :] & (o_m < end)[:, None] & (is_past | ((o_t[None, :] < o_m[:, None]) & (o_t < end)[None, :]))
+            b_ref = tl.load(lse + i_b.to(tl.int64) * T + o_m, mask=o_m < end, other=0.0)
+            b_ref = tl.where(finite(b_ref), b_ref, 0.0)
+            b_e = tl.where(seen, tl.exp(acc - b_ref[:, None]) * 32768.0, 0.0).to(e.dtype.element_ty)
+            b_e = tl.reshape(b_e, [BM, NB, BT])
+        else:
+            seen = (o_t < limit)[None, :] & (o_m < T)[:, None] & (is_past | (o_t[None, :] < o_m[:, None]))
+            acc = tl.reshape(tl.where(seen, acc, float("-inf")), [BM, NB, BT])
+            b_peak = tl.max(acc, axis=2)
+            b_e = tl.exp(acc - tl.where(b_peak == float("-inf"), 0.0, b_peak)[:, :, None]).to(e.dtype.element_ty)
+        o_r = i_m * BM + tl.arange(0, BM)
+        p_stat = (i_b.to(tl.int64) * NT + i_t + tl.arange(0, NB))[None, :] * R + o_r[:, None]
+        if not BACKWARD:
+            tl.store(peak + p_stat, b_peak)
+        tl.store(total + p_stat, tl.sum(b_e.to(tl.float32), axis=2))
+        p_e = e + (i_b.to(tl.int64) * R + i_m * BM) * C + i_t * BT
+        tl.store(p_e + tl.arange(0, BM)[:, None] * C + tl.arange(0, NB * BT)[None, :], tl.reshape(b_e, [BM, NB * BT]))
+
+
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_scores"))
 def feedback_scores(
     q, k, past_k, past_length, lse, bad, e, peak, total, sync, T, P, D, C, R, NP, NT, row0, n_sync, scale,
     BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, NB: tl.constexpr, GROUP: tl.constexpr, BACKWARD: tl.constexpr,
+    PAST: tl.constexpr = False,
 ):  # fmt: skip
     """Routing weights of rows row0 .. row0 + R, not yet normalised, in the work type, and their sums per row and column tile.
 
     Forward: e = exp(score - peak), peak the row's maximum within the column tile, stored beside. Backward: e = 2^15 exp(score - lse), zero in
     rows and columns from the sequence's first bad row on (bad = T - row). A program makes NB column tiles; NP and NT are multiples of NB.
-    `total` sums the rounded values, so normalisation is exact.
+    `total` sums the rounded values, so normalisation is exact. PAST: the programs take the tiles that there are in turns, whatever the capacity.
     """
     i_b = tl.program_id(1)
     if (tl.program_id(0) == 0) & (i_b == 0):
@@ -103,42 +145,17 @@ def feedback_scores(
             o_i = i + tl.arange(0, 1024)
             tl.store(sync + o_i, tl.zeros([1024], dtype=tl.int32), mask=o_i < n_sync)
     length = tl.load(past_length + i_b)
-    live = tl.cdiv(tl.minimum(length, P), NB * BT) * NB  # column tiles of the past that there are; no program looks for those of an empty capacity
-    base = (live + row0 // BT) // NB
-    for pid in range(tl.program_id(0), grouped_count(tl.cdiv(tl.minimum(R, T - row0), BM), base, BM, NB * BT, GROUP), tl.num_programs(0)):
-        i_m, i_t = grouped_tile(i_b * 0 + pid, base, BM, NB * BT, GROUP)  # under the interpreter a range gives bare integers
-        i_t = i_t * NB
-        is_past = i_t < live
-        column = tl.where(is_past, i_t, i_t - live) * BT
-        i_t = tl.where(is_past, i_t, i_t - live + NP)
-        first = row0 + i_m * BM
-        limit = tl.where(is_past, length, T)
-        if (i_m * BM < R) & (i_t < NT) & (first < T) & (column < limit) & (is_past | (column < first + BM)):
-            p_k = k + i_b.to(tl.int64) * T * D + column.to(tl.int64) * D
-            if is_past:
-                p_k = past_k + i_b.to(tl.int64) * P * D + column.to(tl.int64) * D
-            p_q = q + i_b.to(tl.int64) * T * D + first.to(tl.int64) * D
-            acc = product_nt(tl.zeros([BM, NB * BT], dtype=tl.float32), p_q, p_k, T - first, limit - column, D, BM, NB * BT, BK) * scale
-            o_m, o_t = first + tl.arange(0, BM), column + tl.arange(0, NB * BT)
-            if BACKWARD:
-                end = T - tl.load(bad + i_b)
-                seen = (o_t < limit)[None, :] & (o_m < end)[:, None] & (is_past | ((o_t[None, :] < o_m[:, None]) & (o_t < end)[None, :]))
-                b_ref = tl.load(lse + i_b.to(tl.int64) * T + o_m, mask=o_m < end, other=0.0)
-                b_ref = tl.where(finite(b_ref), b_ref, 0.0)
-                b_e = tl.where(seen, tl.exp(acc - b_ref[:, None]) * 32768.0, 0.0).to(e.dtype.element_ty)
-                b_e = tl.reshape(b_e, [BM, NB, BT])
-            else:
-                seen = (o_t < limit)[None, :] & (o_m < T)[:, None] & (is_past | (o_t[None, :] < o_m[:, None]))
-                acc = tl.reshape(tl.where(seen, acc, float("-inf")), [BM, NB, BT])
-                b_peak = tl.max(acc, axis=2)
-                b_e = tl.exp(acc - tl.where(b_peak == float("-inf"), 0.0, b_peak)[:, :, None]).to(e.dtype.element_ty)
-            o_r = i_m * BM + tl.arange(0, BM)
-            p_stat = (i_b.to(tl.int64) * NT + i_t + tl.arange(0, NB))[None, :] * R + o_r[:, None]
-            if not BACKWARD:
-                tl.store(peak + p_stat, b_peak)
-            tl.store(total + p_stat, tl.sum(b_e.to(tl.float32), axis=2))
-            p_e = e + (i_b.to(tl.int64) * R + i_m * BM) * C + i_t * BT
-            tl.store(p_e + tl.arange(0, BM)[:, None] * C + tl.arange(0, NB * BT)[None, :], tl.reshape(b_e, [BM, NB * BT]))
+    if PAST:
+        live = tl.cdiv(tl.minimum(length, P), NB * BT) * NB
+        count = grouped_count(tl.cdiv(tl.minimum(R, T - row0), BM), (live + row0 // BT) // NB, BM, NB * BT, GROUP)
+        for pid in range(tl.program_id(0), count, tl.num_programs(0)):
+            _score_tile(
+                i_b * 0 + pid, i_b, length, live, q, k, past_k, lse, bad, e, peak, total, T, P, D, C, R, NP, NT, row0, scale, BM, BT, BK, NB, GROUP, BACKWARD
+            )  # fmt: skip
+    else:
+        _score_tile(
+            tl.program_id(0), i_b, length, NP, q, k, past_k, lse, bad, e, peak, total, T, P, D, C, R, NP, NT, row0, scale, BM, BT, BK, NB, GROUP, BACKWARD
+        )  # fmt: skip
 
 
 @triton.jit

@@ -81,7 +81,7 @@ def test_the_chain_computes_a_prefill() -> None:
     from bench_chain import Chain
 
     torch.manual_seed(0)
-    chain, lengths, tokens = Chain(SessaConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=40), DEVICE), [9, 0], 18
+    chain, lengths, tokens = Chain(SessaConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=40), DEVICE), [9], 18
     model, caches, ids = alike(chain), chain.caches(12, lengths), torch.randint(40, (len(lengths), tokens))
     x = model.embedding(ids).detach().half().to(DEVICE).flatten(0, 1)
     logits = chain.chunk(x, torch.tensor(lengths, dtype=torch.int32, device=DEVICE), caches).double().cpu()

@@ -35,10 +35,10 @@ def solve(x: Inputs) -> torch.Tensor:
     return fwd.forward(*x, need_lse=False, options=side(small_options(torch.float16), False))[0]
 
 
-@pytest.mark.parametrize("gap, kinds, turns", [(40, 0, True), (40, 0, False), (35, 3, True)], ids=["one, f turns", "one", "a third"])
+@pytest.mark.parametrize("gap, kinds, turns", [(40, 0, True), (35, 3, False)], ids=["one", "a third"])
 def test_rows_at_a_distance(gap: int, kinds: int, turns: bool) -> None:
     """To one row alone, or to all of a kind alike."""
     scale = 8 if DEVICE == "cuda" else 1
-    x = distant(200 * scale, gap * scale, kinds, turns)
+    x = distant(150 * scale, gap * scale, kinds, turns)
     exact, plain = reference.plain(*(t.double() if t.is_floating_point() else t for t in x)), reference.plain(*x)
     check(solve(x), exact, plain)

@@ -72,6 +72,15 @@ def test_past_and_lengths(tokens: int, dtype: str) -> None:
     verify(make("chain", 3, tokens, 20, 48, STORAGE[dtype]), backward=tokens == 17)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a plan is kept with the numbers that it was made with")
+def test_few_programs_walk_a_past_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = poison(make("random", 2, 20, 100, 16, torch.float16))
+    wanted = run(x)[0]
+    for name in ("PACK_PROGRAMS", "SCORE_PROGRAMS"):
+        monkeypatch.setattr(fwd, name, 1)
+    assert torch.equal(run(x)[0], wanted)
+
+
 def test_wide_tiles_follow_the_width_alone() -> None:
     assert [solve_variant(90, "bf16", width, "fwd") for width in (768, 1024, 4096)] == ["fwd", "wide", "wide"]
     assert solve_variant(90, "bf16", 1024, "bwd") == "wide"
