@@ -77,7 +77,8 @@ class Chain:
         cos, sin = (t.view(rows, -1) for t in layer.rotary(length, self.limbs, 1, early))
         for w, (k_f, v_f, k_b, s_b) in zip(self.layers, caches, strict=True):
             h = layer.norm_enter(x, *w["norm"], config.layer_norm_eps, *w["enter"], early, w.get("enter_scale"))
-            q, k, v, q_b, k_new, gamma = layer.project_gain(h, w["project"], w["biases"], cos, sin, *w["gamma"], config.gamma_max, early, w.get("project_scale"))
+            project = h, w["project"], w["biases"], cos, sin, *w["gamma"], config.gamma_max, early, w.get("project_scale")
+            q, k, v, q_b, k_new, gamma = layer.project_gain(*project)
             if self.separate:
                 o = causal.step(q.view(heads), k.view(heads), v.view(heads), k_f, v_f, length, early)
                 f = layer.linear(o.view(x.shape), *w["out"], early, w.get("out_scale"))

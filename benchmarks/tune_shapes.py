@@ -40,7 +40,7 @@ Change = dict[str, dict[str, Any]]
 def arrangements(back: bool) -> dict[str, Change]:
     """Label -> what it changes of today's options, {} for a kernel that is left out."""
     solve = "feedback_solve_transposed" if back else "feedback_solve"
-    found: dict[str, Change] = {"today": {}, "one combination": dict.fromkeys(forward.APART, {})}
+    found: dict[str, Change] = {"today": {}, "one combination": {name: {} for name in forward.APART}}
     for bn, more in ((64, {}), (128, {}), (64, {"STAGES": 2, "maxnreg": 128}), (64, {"num_warps": 16}), (128, {"num_warps": 16}),
                      (64, {"STAGES": 2, "num_warps": 4})):
         found[f"{bn} columns" + "".join(f" {k} {v}" for k, v in more.items())] = {solve: {"BN": bn, **more}}

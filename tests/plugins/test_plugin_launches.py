@@ -298,6 +298,7 @@ def test_the_plugin_launches_what_the_python_side_does(
 
     Steps, prefill, chunks and panels, for the attentions, the mixer and everything around them.
     """
+    from sessa_deploy.kernels.launch import table
     from sessa_deploy.kernels.launch.limits import STEP_PROGRAMS
 
     held = EACH * MULTIPROCESSORS if says else STEP_PROGRAMS
@@ -338,7 +339,7 @@ def test_both_attentions_of_a_chunk_run_side_by_side(launching: Built, says: boo
             elif what == "wait":
                 ended[words[0]] = ended.get(words[0], set()) | events[words[1]]
             else:
-                name, stream = f"{what} {turn}", words[5]
+                name, stream = f"{what} {turn}", words[6]
                 before = {x for x in all_of if x.endswith(str(turn - 1))}
                 needs = {"feedback_combine": {"feedback_scores"}, "layer_linear": {"causal_prefill"},
                          "feedback_solve": {"feedback_pack", "feedback_scores", "feedback_combine", "layer_linear"}}.get(what, set())
