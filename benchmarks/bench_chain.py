@@ -47,7 +47,7 @@ class Chain:
 
         self.random, self.limbs = random, torch.rand(4, config.head_dim // 2, device=self.device) / 64
         scale = d**-0.5
-        self.layers = [
+        self.layers: list[dict[str, Any]] = [
             {"norm": (random(d), random(d)), "enter": (random(2 * d, d, scale=scale), random(2 * d)), "project": random(5 * d, d, scale=scale),
              "biases": (random(d), random(d), random(d), random(2 * d)), "gamma": (random(d, kind=torch.float32, scale=scale),
              random(1, kind=torch.float32)), "out": (random(d, d, scale=scale), random(d)), "tail": (random(d, d, scale=scale), random(d))}
@@ -70,7 +70,8 @@ class Chain:
         cos, sin = (t.view(rows, -1) for t in layer.rotary(length, self.limbs, 1, early))
         for w, (k_f, v_f, k_b, s_b) in zip(self.layers, caches, strict=True):
             h = layer.norm_enter(x, *w["norm"], config.layer_norm_eps, *w["enter"], early, w.get("enter_scale"))
-            q, k, v, q_b, k_new, gamma = layer.project_gain(h, w["project"], w["biases"], cos, sin, *w["gamma"], config.gamma_max, early, w.get("project_scale"))
+            q, k, v, q_b, k_new, gamma = layer.project_gain(h, w["project"], w["biases"], cos, sin, *w["gamma"], config.gamma_max, early,
+                                                                w.get("project_scale"))
             if self.separate:
                 o = causal.step(q.view(heads), k.view(heads), v.view(heads), k_f, v_f, length, early)
                 f = layer.linear(o.view(x.shape), *w["out"], early, w.get("out_scale"))
