@@ -130,7 +130,8 @@ class Bench:
         return {key[6:]: value for key, value in change.items() if key.startswith("carve:")}
 
     def times(self, change: Change, forms: Sequence[str]) -> dict[str, list[float]]:
-        percents, found = self.set(change), {}
+        percents = self.set(change)
+        found: dict[str, list[float]] = {}
         for form in forms:
             if percents:
                 self.graph(form)

@@ -59,7 +59,7 @@ SHAPES = [
     (8, 2, 64, 70, [70, 13]),  # four query heads a key
     (2, 1, 128, 20, [20, *[3] * 32]),  # more sequences than are looked at together, two query heads a key
     (3, 3, 24, 33, [33, 1]),  # narrower than any tile
-    (9, 9, 128, 70, [70, 33]),  # wide rows in a short cache: more rows a split
+    (9, 9, 128, 40, [40, 3]),  # wide rows in a short cache: more rows a split
     (4, 4, 64, 700, [700, 400]),  # many splits and not so many: two ways to add them
     (1, 1, 16, 2100, [2100]),  # longer than all splits together have at least: each takes more
 ]
