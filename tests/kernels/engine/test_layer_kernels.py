@@ -132,6 +132,29 @@ def test_norm_and_entrance(rows: int, depth: int, dtype: torch.dtype) -> None:
     assert (found == layer.enter(normal, w, b)).double().mean() > 0.9  # the norm is rounded before the product: nearly all elements agree to the bit
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_among_16_has_the_bits_it_has_among_few(dtype: torch.dtype) -> None:
+    """Where all weights are read ahead, rows are multiplied 8 at a time; the numbers of both eights, and a NaN that stays in its row."""
+    depth = 80
+    x, h, w, b = (random(*shape, dtype=dtype, scale=0.3) for shape in ((16, depth), (16, 2 * depth), (2 * depth, depth), (2 * depth,)))
+    square, row, gain = w[:depth].contiguous(), b[:depth], random(depth, dtype=dtype, seed=1)
+
+    def tail(n: int, x: torch.Tensor) -> torch.Tensor:
+        return layer.tail(x[:n].contiguous(), h[:n].contiguous(), square, row, x[:n].contiguous())
+
+    def entered(n: int, x: torch.Tensor) -> torch.Tensor:
+        return layer.norm_enter(x[:n].contiguous(), gain, row, 1e-5, w, b)
+
+    bad = x.clone()
+    bad[11] = torch.nan
+    for operation in (tail, entered):
+        whole = operation(16, x)
+        assert torch.equal(operation(5, x), whole[:5]) and torch.equal(operation(13, x), whole[:13])
+        found = operation(16, bad)
+        assert torch.isnan(found[11]).all() and torch.equal(found[:11], whole[:11]) and torch.equal(found[12:], whole[12:])
+    close(tail(16, x), x.double() + (x * h[:, depth:]).double() @ square.double().T + row.double(), dtype, depth)
+
+
 @pytest.mark.parametrize("ahead", [1, 2, 4])
 @pytest.mark.parametrize("depth", [80, 1040])
 def test_weights_read_ahead_change_nothing(depth: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
