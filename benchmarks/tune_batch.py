@@ -24,7 +24,7 @@ import torch
 import tune_chain as tune
 from bench_chain import Chain, kernels
 from gpu import capture, copy_bandwidth, event_ms
-from tune_chain import COMBINE_ANY, COMBINE_WIDE, Change, apply, carve, carves, merged
+from tune_chain import COMBINE_ANY, COMBINE_WIDE, Change, apply, merged, shares
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.kernels.engine import mixer
@@ -86,13 +86,13 @@ def product(name: str, tile: tuple[int, ...], kinds: Sequence[str] = (".i8", ".f
 
 
 def dealt(percent: int) -> Trial:
-    return f"{percent}% to causal attention", {"share:": percent}
+    return f"{percent}% to causal attention", {"dealt:": percent}
 
 
 _shares = splits.shares
 
 
-def share(percent: int | None) -> None:
+def deal(percent: int | None) -> None:
     """Have so many programs of a device that does not hold all take causal attention; None: as in launch/splits.py."""
 
     def other(pieces_f: int, blocks: int, pieces_b: int, width_f: int, width_b: int, resident: int) -> tuple[int, int]:
@@ -124,25 +124,19 @@ class Bench:
 
         return capture([call])
 
-    def set(self, change: Change) -> dict[str, int]:
-        apply({k: v for k, v in change.items() if not k.startswith("share:")})
-        share(change.get("share:"))
-        return {key[6:]: value for key, value in change.items() if key.startswith("carve:")}
+    def set(self, change: Change) -> None:
+        apply({k: v for k, v in change.items() if not k.startswith("dealt:")})
+        deal(change.get("dealt:"))
 
     def times(self, change: Change, forms: Sequence[str]) -> dict[str, list[float]]:
-        percents = self.set(change)
+        self.set(change)
         found: dict[str, list[float]] = {}
         for form in forms:
-            if percents:
-                self.graph(form)
-                carve(percents)
             graph = self.graph(form)
             found[form] = []
             for lengths, repeats in zip(self.points, self.repeats, strict=True):
                 self.length.copy_(torch.tensor(lengths, dtype=torch.int32))
                 found[form].append(statistics.median(event_ms(graph.replay, repeats)[3:]))
-        if percents:
-            carve({})
         return found
 
     def try_out(self, name: str, change: Change, forms: Sequence[str], keep: bool = True) -> None:
@@ -239,7 +233,7 @@ def jobs_of(change: Change) -> dict[str, tuple[Change, str, str, bool]]:
     found: dict[str, tuple[Change, str, str, bool]] = {}
     for key, value in change.items():
         kind, _, name = key.partition(":")
-        if kind not in ("rows", "carve", "share"):
+        if kind not in ("rows", "share", "opens", "dealt"):
             plain = kind in ("layer_out", "layer_tail")  # which do not start early with so many rows
             found[f"{key} {value} {plain}"] = ({key: value}, kind, name, plain)
     return found
@@ -328,7 +322,7 @@ RAGGED: list[Trial] = [
     ("splits of 8 and 8 rows", {SMALL: {"TILES_F": 4}}),
     ("project: 16 columns, 256 deep", {"layer_project_gain:64": {"BN": 16, "BK": 256, "num_stages": 3}}),
     *(product(n, t, ("",)) for n, tiles in WIDE.items() for t in tiles),
-    carves({"layer_project_gain": 100, "mixer_step_partial": 100}),
+    shares({"layer_project_gain": 100, "mixer_step_partial": 100}),
 ]  # fmt: skip
 
 
