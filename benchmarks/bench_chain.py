@@ -76,17 +76,17 @@ class Chain:
         heads = (rows, 1, config.n_heads, config.head_dim)
         cos, sin = (t.view(rows, -1) for t in layer.rotary(length, self.limbs, 1, early))
         for w, (k_f, v_f, k_b, s_b) in zip(self.layers, caches, strict=True):
-            h = layer.norm_enter(x, *w["norm"], config.layer_norm_eps, *w["enter"], early, w.get("enter_scale"))
-            project = h, w["project"], w["biases"], cos, sin, *w["gamma"], config.gamma_max, early, w.get("project_scale")
-            q, k, v, q_b, k_new, gamma = layer.project_gain(*project)
+            h = layer.norm_enter(x, *w["norm"], config.layer_norm_eps, *w["enter"], early, scale=w.get("enter_scale"))
+            project = h, w["project"], w["biases"], cos, sin, *w["gamma"], config.gamma_max, early
+            q, k, v, q_b, k_new, gamma = layer.project_gain(*project, scale=w.get("project_scale"))
             if self.separate:
                 o = causal.step(q.view(heads), k.view(heads), v.view(heads), k_f, v_f, length, early)
-                f = layer.linear(o.view(x.shape), *w["out"], early, w.get("out_scale"))
+                f = layer.linear(o.view(x.shape), *w["out"], early, scale=w.get("out_scale"))
                 s = feedback.step(q_b[:, None], k_new[:, None], gamma[:, None], f[:, None], k_b, s_b, length, early)
             else:
                 q, k, v = (t.view(rows, config.n_heads, config.head_dim) for t in (q, k, v))
-                s = mixer.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, k_b, s_b, length, early, w.get("out_scale"), behind=True)
-            x = layer.tail(s.view(x.shape), h, *w["tail"], x, early, w.get("tail_scale"))
+                s = mixer.step(q, k, v, k_f, v_f, *w["out"], q_b, gamma, k_b, s_b, length, early, scale=w.get("out_scale"), behind=True)
+            x = layer.tail(s.view(x.shape), h, *w["tail"], x, early, scale=w.get("tail_scale"))
         return layer.linear(layer.norm(x, *self.last, config.layer_norm_eps, early), self.head, None, early, self.head_scale)
 
     def chunk(self, x: Tensor, length: Tensor, caches: list[list[Tensor]]) -> Tensor:
