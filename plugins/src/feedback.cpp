@@ -189,7 +189,8 @@ struct Forward final : Plan
         bool good = launch(*scores, {grid, p.batch, 1}, a, stream, error);
         for (size_t i = 0; good && i < combination.size(); ++i)
         {
-            good = launch(*combination[i], {blocks, p.batch, i == 0 ? 1 : 2}, b, stream, error); // the second has a program for each nearest tile
+            Arguments same = b; // a launch adds to them
+            good = launch(*combination[i], {blocks, p.batch, i == 0 ? 1 : 2}, same, stream, error); // the second has a program for each nearest tile
         }
         return good;
     }
