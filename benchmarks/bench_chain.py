@@ -54,7 +54,7 @@ class Chain:
 
         self.random, self.limbs = random, torch.rand(4, config.head_dim // 2, device=self.device) / 64
         scale = d**-0.5
-        self.layers: list[dict[str, Any]] = [
+        self.layers: list[Any] = [
             {"norm": (random(d), random(d)), "enter": (random(2 * d, d, scale=scale), random(2 * d)), "project": random(5 * d, d, scale=scale),
              "biases": (random(d), random(d), random(d), random(2 * d)), "gamma": (random(d, kind=torch.float32, scale=scale),
              random(1, kind=torch.float32)), "out": (random(d, d, scale=scale), random(d)), "tail": (random(d, d, scale=scale), random(d))}
