@@ -280,7 +280,7 @@ SHAPES = [
 
 
 CASES = [*((ph.HALF, 0, s, True) for s in SHAPES), *((ph.HALF, 0, s, False) for s in SHAPES if s[1] == 1), *((ph.FLOAT, 0, s, True) for s in SHAPES[::3]),
-         *((ph.BFLOAT, 0, s, True) for s in (SHAPES[8], SHAPES[11])),  # where two kernels stand in for the combination
+         *((ph.BFLOAT, 0, s, True) for s in (SHAPES[8], SHAPES[12])),  # where two kernels stand in for the combination
          *((ph.HALF, weights, s, True) for weights, s in ((3, SHAPES[0]), (17, SHAPES[1]), (17, SHAPES[4]), (3, SHAPES[5]), (3, SHAPES[8])))]  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def layer_norm_enter_rows(
     column = i_n.to(tl.int64)
     m_n = tl.arange(0, BN) < 2 * depth - i_n
     b_w = left(strip(weight + column * depth, m_n, depth, 0, depth, BN, BK, KS), BN, BK, KS)
-    b_bias = bias_of(bias + column, m_n, BN)
+    b_bias = bias_of(bias + column, m_n, ROWS, BN)
     o_k = tl.arange(0, BK // (32 * KS))[None, None, None, None, :, None] * KS + tl.arange(0, KS)[None, None, :, None, None, None]
     o_k = (o_k * 4 + tl.arange(0, 4)[:, None, None, None, None, None]) * 8 + tl.arange(0, 8)[None, None, None, None, None, :]
     m_k = o_k < depth
@@ -56,7 +56,8 @@ def layer_norm_enter_rows(
     b_high = tl.zeros([BN, 8], dtype=tl.float32)
     if rows > 8:
         b_high = tl.sum(tl.dot(b_w, _normal(x, 8, rows, b_gain, b_shift, m_k, depth, eps, BK, KS), input_precision="ieee"), 0)
-    b_y = half_gelu(with_bias(sixteen(b_low, b_high, BN), b_bias), i_n, depth, out.dtype.element_ty, BN)
+    b_y = with_bias(sixteen(b_low, b_high, BN), b_bias, bias + column, m_n, ROWS, BN)
+    b_y = half_gelu(b_y, i_n, depth, out.dtype.element_ty, BN)
     put(out + column, b_y, tl.arange(0, ROWS) < rows, m_n, 2 * depth, ROWS, BN)
 
 
