@@ -350,8 +350,7 @@ def enter(x: Tensor, weight: Tensor, bias: Tensor, early: int = 0, scale: Tensor
     """x (rows, D) weight (2D, D)^T + bias (2D,) with GELU on its left half."""
     rows, depth = x.shape
     out = torch.empty(rows, 2 * depth, dtype=x.dtype, device=x.device)
-    # one row has no variant: see `norm_enter`
-    _run_product(layer_enter, x, 2 * depth, early, (x,), weight, scale, bias, out, rows, depth, least=2)
+    _run_product(layer_enter, x, 2 * depth, early, (x,), weight, scale, bias, out, rows, depth, least=2)  # one row has no variant: see `norm_enter`
     return out
 
 
@@ -386,10 +385,7 @@ def project_gain(
     h: Tensor, weight: Tensor, biases: tuple[Tensor, Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, gamma_weight: Tensor, gamma_bias: Tensor,
     gamma_max: float, early: int = 0, scale: Tensor | None = None,
 ) -> Projected:
-    """Every projection of a, the left half of h (rows, 2D), and its gamma.
-
-    biases of q, k, v and both feedback halves; cos, sin (rows, d / 2), gamma_weight (D,), gamma_bias (1,) float32.
-    """
+    """Every projection of a, the left half of h (rows, 2D), and its gamma; cos, sin (rows, d / 2), gamma_weight (D,), gamma_bias (1,) are float32."""
     rows, depth = h.shape[0], h.shape[1] // 2
     kv = biases[1].numel()
     variant, weights, *matrix = _matrix(layer_project_gain, h, rows, weight, scale)
