@@ -112,7 +112,7 @@ def test_weights_of_8_bits_double_no_librarys_size() -> None:
     readers = {k.name for k in table.kernels().values() if "*weight" in {p.type for p in k.params}}
     for units, kind in ((int8, ".i8"), (fp8, ".f8")):
         assert {u.kernel for u in units} == readers and {u.dtype for u in units} == {"fp16" + kind, "bf16" + kind}
-        assert not {u.variant for u in units} & {"16"} and {u.kernel for u in units if u.variant == "any"} == {"layer_widen"}
+        assert not {u.variant for u in units} & {"16"} and {u.kernel for u in units if u.variant == "any"} == {"layer_widen", "mixer_rows_out"}
     assert {lower.served_by(lower.Unit("layer_out", a, "fp16.i8", "1"), ARCHS) or a for a in ARCHS} == {80, 87, 90, 100, 120}
     assert {u.arch for u in fp8} == {a for a in ARCHS if a >= FLOAT8_ARCH}
     assert not lower.units([80, 86, 87], weights=["fp8"])
@@ -212,7 +212,7 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
             assert [table.tiles(k.name, arch, k.dtypes[0], variant)["PDL"] for arch in held] == [how if may and arch >= 90 else 0 for arch in held]
     # who lets the next kernel in at once: of a single row, and ahead of none that reads what another has written before its own wait
     assert {k.name: k.opens for k in early if k.opens} == {
-        "layer_out": ("1",), "layer_tail": ("1",), "layer_norm_enter": ("1024",), "mixer_step_combine": ("any",)}
+        "layer_out": ("1",), "layer_tail": ("1",), "layer_norm_enter": ("1024",), "mixer_step_combine": ("1",)}
     # the small kernels of one row's layer have one share of shared memory, and no kernel another
     shared = {(k.name, v) for k in early for v in k.variants if table.shared_share(k.name, 90, k.dtypes[0], v)}
     assert {name for name, _ in shared} == {"layer_norm_enter", "layer_project_gain", "mixer_step_combine", "layer_out", "layer_tail", "layer_logits"}
