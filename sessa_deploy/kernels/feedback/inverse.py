@@ -7,7 +7,7 @@ of one sign, and their product, which is left out, added up along a chain.
 import triton
 import triton.language as tl
 
-from sessa_deploy.kernels.feedback.tiles import finite, pair_product
+from sessa_deploy.kernels.feedback.tiles import finite, pair_product, row_factors, row_sums
 from sessa_deploy.kernels.launch import table
 
 BLOCK = tl.constexpr(128)
@@ -81,34 +81,11 @@ def feedback_inverse(
     b_e16 = tl.load(p_own + (o_8[:, None, None] * 16 + o_16[None, :, None]) * C + o_8[:, None, None] * 16 + o_16[None, None, :])
     b_e21, b_e32 = below(p_own, C, 4, 16), below(p_own, C, 2, 32)
     b_e64 = tl.load(p_own + 64 * C + o_64[:, None] * C + o_64[None, :])
-    b_peak = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK], dtype=tl.float32)
-    for i_c in range(0, count, CHUNK):
-        o_c = i_c + tl.arange(0, CHUNK)
-        o_t = tl.where(o_c < past_tiles, o_c, o_c - past_tiles + NP).to(tl.int64)
-        m_c = (o_c < count)[:, None]
-        b_l = tl.load(total + o_t[:, None] * R + p_stat[None, :], mask=m_c, other=0.0)
-        if BACKWARD:
-            b_sum += tl.sum(b_l, axis=0)
-        else:
-            b_p = tl.load(peak + o_t[:, None] * R + p_stat[None, :], mask=m_c, other=float("-inf"))
-            b_new = tl.maximum(b_peak, tl.max(b_p, axis=0))
-            b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-            b_sum = b_sum * tl.exp(b_peak - b_base) + tl.sum(b_l * tl.exp(b_p - b_base[None, :]), axis=0)
-            b_peak = b_new
-    b_base = tl.where(b_peak == float("-inf"), 0.0, b_peak)
+    b_peak, b_sum = row_sums(peak, total, p_stat, past_tiles, count, R, NP, BLOCK, CHUNK, BACKWARD)
     p_row = i_b * R + i_r * BLOCK + o_r
-    b_factor = tl.where(b_sum > 0, b_gamma / b_sum, tl.where(b_sum == 0, 0.0 * b_gamma, float("nan")))
-    m_ok = finite(b_factor)
-    b_own = tl.where(m_ok, b_factor, 0.0)
-    if BACKWARD:
-        tl.store(factor + p_row, b_own)
-        tl.store(row_peak + p_row, tl.where(b_sum > 0, 1.0 / b_sum, 0.0))
-    else:
-        tl.store(factor + p_row, tl.where(m_ok, b_factor, float("nan")))
-        tl.store(row_peak + p_row, b_base)
-        tl.store(lse + i_b * T + row, tl.where(b_sum == 0, float("-inf"), b_peak + tl.log(b_sum)), mask=row < T)
-        b_own = tl.where(m_ok, b_own * tl.exp(tl.load(peak + p_stat + (NP + block).to(tl.int64) * R) - b_base), 0.0)
+    b_factor, b_own, b_base = row_factors(row_peak, factor, lse, b_gamma, b_peak, b_sum, p_row, i_b * T + row, row < T, BACKWARD)
+    if not BACKWARD:
+        b_own = tl.where(finite(b_factor), b_own * tl.exp(tl.load(peak + p_stat + (NP + block).to(tl.int64) * R) - b_base), 0.0)
 
     # 16-wide blocks: the sum of b^k, k < 16, by squaring
     b_b = tl.where(o_16[None, None, :] < o_16[None, :, None], routed(b_e16, tl.reshape(b_own, [8, 16])[:, :, None]), 0.0)

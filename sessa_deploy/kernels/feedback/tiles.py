@@ -210,6 +210,43 @@ def store_near(b_m, near, near_low, near_scale, p_tile, p_vector, AXIS: tl.const
     tl.store(near_scale + p_vector, b_c)
 
 
+@triton.jit
+def row_sums(peak, total, p_stat, past_tiles, count, R, NP, BT: tl.constexpr, CHUNK: tl.constexpr, BACKWARD: tl.constexpr):
+    """(maximum, sum of exponentials) of each of a block's BT rows over its first `count` tiles' own, at p_stat (BT,). Backward: the sum alone counts."""
+    b_peak = tl.full([BT], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BT], dtype=tl.float32)
+    for i_c in range(0, count, CHUNK):
+        o_c = i_c + tl.arange(0, CHUNK)
+        o_t = tl.where(o_c < past_tiles, o_c, o_c - past_tiles + NP).to(tl.int64)
+        m_c = (o_c < count)[:, None]
+        b_l = tl.load(total + o_t[:, None] * R + p_stat[None, :], mask=m_c, other=0.0)
+        if BACKWARD:
+            b_sum += tl.sum(b_l, axis=0)
+        else:
+            b_p = tl.load(peak + o_t[:, None] * R + p_stat[None, :], mask=m_c, other=float("-inf"))
+            b_new = tl.maximum(b_peak, tl.max(b_p, axis=0))
+            b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_sum = b_sum * tl.exp(b_peak - b_base) + tl.sum(b_l * tl.exp(b_p - b_base[None, :]), axis=0)
+            b_peak = b_new
+    return b_peak, b_sum
+
+
+@triton.jit
+def row_factors(row_peak, factor, lse, b_gamma, b_peak, b_sum, p_row, p_lse, m_t, BACKWARD: tl.constexpr):
+    """Stores what `feedback_combine` says of its rows; (gamma / sum, not finite for a bad row; the same with 0 there; the maximum, 0 where there is none)."""
+    b_base = tl.where(b_peak == float("-inf"), 0.0, b_peak)
+    b_factor = tl.where(b_sum > 0, b_gamma / b_sum, tl.where(b_sum == 0, 0.0 * b_gamma, float("nan")))
+    b_own = tl.where(finite(b_factor), b_factor, 0.0)
+    if BACKWARD:
+        tl.store(factor + p_row, b_own)
+        tl.store(row_peak + p_row, tl.where(b_sum > 0, 1.0 / b_sum, 0.0))
+    else:
+        tl.store(factor + p_row, tl.where(finite(b_factor), b_factor, float("nan")))
+        tl.store(row_peak + p_row, b_base)
+        tl.store(lse + p_lse, tl.where(b_sum == 0, float("-inf"), b_peak + tl.log(b_sum)), mask=m_t)
+    return b_factor, b_own, b_base
+
+
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_combine"))
 def feedback_combine(
     e, peak, total, gamma, past_length, row_peak, factor, lse, x, inverse, inverse_low, near, near_low, near_scale, T, C, R, NP, NT, row0, B, blocks,
@@ -227,34 +264,11 @@ def feedback_combine(
     past_tiles = tl.cdiv(tl.load(past_length + i_b), BT)
     count = past_tiles + block + 1
     p_stat = i_b * NT * R + i_r * BT + o_r
-    b_peak = tl.full([BT], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BT], dtype=tl.float32)
-    for i_c in range(0, count, CHUNK):
-        o_c = i_c + tl.arange(0, CHUNK)
-        o_t = tl.where(o_c < past_tiles, o_c, o_c - past_tiles + NP).to(tl.int64)
-        m_c = (o_c < count)[:, None]
-        b_l = tl.load(total + o_t[:, None] * R + p_stat[None, :], mask=m_c, other=0.0)
-        if BACKWARD:
-            b_sum += tl.sum(b_l, axis=0)
-        else:
-            b_p = tl.load(peak + o_t[:, None] * R + p_stat[None, :], mask=m_c, other=float("-inf"))
-            b_new = tl.maximum(b_peak, tl.max(b_p, axis=0))
-            b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-            b_sum = b_sum * tl.exp(b_peak - b_base) + tl.sum(b_l * tl.exp(b_p - b_base[None, :]), axis=0)
-            b_peak = b_new
+    b_peak, b_sum = row_sums(peak, total, p_stat, past_tiles, count, R, NP, BT, CHUNK, BACKWARD)
     row = row0 + i_r * BT + o_r
     b_gamma = tl.load(gamma + i_b * T + row, mask=row < T, other=0.0)
-    b_base = tl.where(b_peak == float("-inf"), 0.0, b_peak)
     p_row = i_b * R + i_r * BT + o_r
-    b_factor = tl.where(b_sum > 0, b_gamma / b_sum, tl.where(b_sum == 0, 0.0 * b_gamma, float("nan")))
-    b_scale = tl.where(finite(b_factor), b_factor, 0.0)
-    if BACKWARD:
-        tl.store(factor + p_row, b_scale)
-        tl.store(row_peak + p_row, tl.where(b_sum > 0, 1.0 / b_sum, 0.0))
-    else:
-        tl.store(factor + p_row, tl.where(finite(b_factor), b_factor, float("nan")))
-        tl.store(row_peak + p_row, b_base)
-        tl.store(lse + i_b * T + row, tl.where(b_sum == 0, float("-inf"), b_peak + tl.log(b_sum)), mask=row < T)
+    b_factor, b_scale, b_base = row_factors(row_peak, factor, lse, b_gamma, b_peak, b_sum, p_row, i_b * T + row, row < T, BACKWARD)
 
     m_ok = finite(b_factor)[:, None]
     p_e = e + (i_b * R + i_r * BT) * C + (NP + block) * BT + o_r[:, None] * C + o_r[None, :]
