@@ -37,12 +37,12 @@ DONE = Path(tempfile.gettempdir(), "tune_batch.compiled")
 LARGE, SMALL = "mixer_step_partial:2048.128", "mixer_step_partial:1024.64"
 BASE: Change = {}
 Trial = tuple[str, Change]
-CHUNKS = ((32, 0, 1, 4), (32, 64, 1, 4), (32, 32, 1, 4), (32, 32, 3, 4), (64, 32, 2, 4), (64, 16, 1, 2), (64, 16, 1, 4), (32, 16, 4, 2), (32, 64, 2, 8))
+CHUNKS = ((32, 0, 4), (32, 64, 4), (32, 32, 4), (64, 32, 4), (64, 16, 2), (64, 16, 4), (32, 16, 2), (32, 64, 8))
 
 
 def combined(variant: str) -> list[Trial]:
-    """Columns, splits at a time, stages and warps of the combination."""
-    return [(f"combine ({d}, {c}, {stages}, {w})", {variant: {"BLOCK_D": d, "CHUNK": c, "STAGES": stages, "num_warps": w}}) for d, c, stages, w in CHUNKS]
+    """Columns, splits at a time and warps of the combination."""
+    return [(f"combine ({d}, {c}, {w})", {variant: {"BLOCK_D": d, "CHUNK": c, "num_warps": w}}) for d, c, w in CHUNKS]
 
 
 FORM = {"ROWS_F": 2, "TILES_F": 4, "STAGES_F": 6, "ROWS_B": 4, "TILES_B": 2, "STAGES_B": 3, "HEADS_F": 8, "num_warps": 4}

@@ -125,12 +125,12 @@ def _sum(part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr):
+def _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):
     """`_sum` of CHUNK splits at a time, each place among them with a maximum and sums of its own until the end."""
     b_max = tl.full([CHUNK], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([CHUNK], dtype=tl.float32)
     b_acc = tl.zeros([CHUNK, BLOCK_D], dtype=tl.float32)
-    for start in tl.range(0, used, CHUNK, num_stages=STAGES):
+    for start in tl.range(0, used, CHUNK, num_stages=1):
         o_s = start + tl.arange(0, CHUNK)
         m_s = o_s < used
         o_part = o_first + o_s
@@ -148,19 +148,17 @@ def _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D: tl.constexpr, C
 
 
 @triton.jit
-def add_splits(
-    part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr = 0, CHUNK: tl.constexpr = 0, STAGES: tl.constexpr = 1
-):
+def add_splits(part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr = 0, CHUNK: tl.constexpr = 0):
     """Columns o_d of the softmax-weighted sum over `used` splits from o_first on, at most BLOCK_S, in an order that `used` alone decides.
 
-    part (.., width), stat (.., 2) = (maximum in log2 units, sum of weights), float32. CHUNK: splits that a program of BLOCK_D columns reads at a time,
-    STAGES of them on their way; 0 for all at once, which is soonest done and holds so many registers that few programs run side by side.
+    part (.., width), stat (.., 2) = (maximum in log2 units, sum of weights), float32. CHUNK: splits that a program of BLOCK_D columns reads at a time;
+    0 for all at once, which is soonest done and holds so many registers that few programs run side by side.
     """
     FEW: tl.constexpr = BLOCK_S // 8
     if used <= FEW:  # a short sequence in a large cache
         b_acc = _sum(part, stat, o_first, used, width, o_d, m_d, FEW)
     elif CHUNK > 0:
-        b_acc = _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D, CHUNK, STAGES)
+        b_acc = _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D, CHUNK)
     else:
         b_acc = _sum(part, stat, o_first, used, width, o_d, m_d, BLOCK_S)
     return b_acc

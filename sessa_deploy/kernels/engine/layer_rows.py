@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels.device import begin
 from sessa_deploy.kernels.device_rows import ROWS
-from sessa_deploy.kernels.engine.product import bias_of, half_gelu, left, put, right, sixteen, strip, with_bias
+from sessa_deploy.kernels.engine.product import bias_of, half_gelu, left, put, right, sixteen, strip, strip_columns, with_bias
 from sessa_deploy.kernels.engine.spec import ahead_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, available, launcher, pinned, weights_name
@@ -47,8 +47,7 @@ def layer_norm_enter_rows(
     m_n = tl.arange(0, BN) < 2 * depth - i_n
     b_w = left(strip(weight + column * depth, m_n, depth, 0, depth, BN, BK, KS), BN, BK, KS)
     b_bias = bias_of(bias + column, m_n, ROWS, BN)
-    o_k = tl.arange(0, BK // (32 * KS))[None, None, None, None, :, None] * KS + tl.arange(0, KS)[None, None, :, None, None, None]
-    o_k = (o_k * 4 + tl.arange(0, 4)[:, None, None, None, None, None]) * 8 + tl.arange(0, 8)[None, None, None, None, None, :]
+    o_k = strip_columns(BK, KS)
     m_k = o_k < depth
     b_gain, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
     begin(PDL)

@@ -64,11 +64,11 @@ def mixer_step_partial(
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_step_combine"))
 def mixer_step_combine(
     part_f, stat_f, part_b, stat_b, past_length, gamma, o, add, capacity, splits_f, rows_f, splits_b, rows_b, heads, units, width,
-    BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr = False,
+    BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (Hq * ceil(d / BLOCK_D) + ceil(D / BLOCK_D), B): o (B,Hq,d), and add (B,D) float32 = gamma times feedback attention's sum, 0 without a past.
 
-    heads = Hq. rows_f, rows_b: what a split takes at least. BLOCK_F, BLOCK_B cover every split; CHUNK, STAGES: see `add_splits`.
+    heads = Hq. rows_f, rows_b: what a split takes at least. BLOCK_F, BLOCK_B cover every split; CHUNK: see `add_splits`.
     """
     begin(PDL)
     i_b = tl.program_id(1).to(tl.int64)
@@ -81,14 +81,14 @@ def mixer_step_combine(
         o_d = (program % parts) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_d = o_d < head
         used = tl.maximum(splits_used(length, splits_f, rows_f), 1)
-        b_o = add_splits(part_f, stat_f, i_q * splits_f, used, head, o_d, m_d, BLOCK_F, BLOCK_D, CHUNK, STAGES)
+        b_o = add_splits(part_f, stat_f, i_q * splits_f, used, head, o_d, m_d, BLOCK_F, BLOCK_D, CHUNK)
         tl.store(o + i_q * head + o_d, b_o.to(o.dtype.element_ty), mask=m_d)
     else:
         o_d = (program - heads * parts) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_d = o_d < width
         b_gamma = tl.load(gamma + i_b)
         used = splits_used(length, splits_b, rows_b)
-        b_add = b_gamma * add_splits(part_b, stat_b, i_b * splits_b, used, width, o_d, m_d, BLOCK_B, BLOCK_D, CHUNK, STAGES)
+        b_add = b_gamma * add_splits(part_b, stat_b, i_b * splits_b, used, width, o_d, m_d, BLOCK_B, BLOCK_D, CHUNK)
         tl.store(add + i_b * width + o_d, tl.where(length > 0, b_add, 0.0), mask=m_d)
 
 

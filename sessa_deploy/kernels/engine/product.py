@@ -122,14 +122,20 @@ def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
 
 
 @triton.jit
+def strip_columns(BK: tl.constexpr, KS: tl.constexpr):
+    """Which of BK columns stands where in a `strip`, (4, 1, KS, 1, BK / (32 KS), 8)."""
+    o_k = tl.arange(0, BK // (32 * KS))[None, None, None, None, :, None] * KS + tl.arange(0, KS)[None, None, :, None, None, None]
+    return (o_k * 4 + tl.arange(0, 4)[:, None, None, None, None, None]) * 8 + tl.arange(0, 8)[None, None, None, None, None, :]
+
+
+@triton.jit
 def strip(x, m_r, row, start, depth, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
     """Columns [start, start + BK) of R rows of x as (4, 8, KS, R / 8, BK / (32 KS), 8); m_r: which rows there are.
 
     The first three axes are a lane's and a warp's number, so that a thread reads 16 bytes at a time and holds what its matrix instructions take (`left`):
     nothing goes through shared memory.
     """
-    o_k = tl.arange(0, BK // (32 * KS))[None, None, None, None, :, None] * KS + tl.arange(0, KS)[None, None, :, None, None, None]
-    o_k = (o_k * 4 + tl.arange(0, 4)[:, None, None, None, None, None]) * 8 + tl.arange(0, 8)[None, None, None, None, None, :]
+    o_k = strip_columns(BK, KS)
     o_r = tl.arange(0, R // 8)[None, None, None, :, None, None] * 8 + tl.arange(0, 8)[None, :, None, None, None, None]
     m_r = tl.reshape(tl.trans(tl.reshape(m_r, [R // 8, 8])), [1, 8, 1, R // 8, 1, 1])
     return tl.load(x + o_r * row + (start + o_k), mask=m_r & (o_k < depth - start), other=0.0)

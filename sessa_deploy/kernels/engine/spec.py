@@ -79,7 +79,7 @@ _MIXERS = (
     Kernel("mixer_step_combine", _MIXER,
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
             *integers("capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
-           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "STAGES", "PDL"), _COMBINES, dtypes=_HALF, scalar_loads=32, early=_COMBINES, opens=_ONE, shares=_ONE,
+           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "PDL"), _COMBINES, dtypes=_HALF, scalar_loads=32, early=_COMBINES, opens=_ONE, shares=_ONE,
            early_rows=64),
 )  # fmt: skip
 
