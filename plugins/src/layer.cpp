@@ -187,21 +187,16 @@ struct Enter final : Plan
     {
         auto const width = i32(p.width);
         one = rowsOf(p) == 1;
-        few = !one && rowsOf(p) <= kRows[1];
-        norm = few ? aheadCubin("layer_norm_enter_rows", arch, p, "any") : nullptr;
-        few = norm != nullptr;
-        if (few)
-        {
-            return true;
-        }
-        norm = one ? findCubinForWidth("layer_norm_enter", arch, productType(p).c_str(), width)
-                   : findCubinForWidth("layer_norm", arch, dtypeName(p.storage), width);
-        return norm != nullptr && (one || matrix.find("layer_enter", arch, p, rowsOf(p)));
+        both = one ? findCubinForWidth("layer_norm_enter", arch, productType(p).c_str(), width)
+            : rowsOf(p) <= kRows[1] ? aheadCubin("layer_norm_enter_rows", arch, p, "any")
+                                    : nullptr;
+        norm = one || both != nullptr ? nullptr : findCubinForWidth("layer_norm", arch, dtypeName(p.storage), width);
+        return both != nullptr || (norm != nullptr && matrix.find("layer_enter", arch, p, rowsOf(p)));
     }
 
     void layout(Problem const& p, Arena& arena, bool) override
     {
-        if (few)
+        if (both != nullptr)
         {
             return;
         }
@@ -211,12 +206,13 @@ struct Enter final : Plan
 
     std::vector<Cubin const*> cubins() const override
     {
-        std::vector<Cubin const*> all{norm};
-        if (!one && !few)
+        if (both != nullptr)
         {
-            auto const its = matrix.cubins();
-            all.insert(all.end(), its.begin(), its.end());
+            return {both};
         }
+        std::vector<Cubin const*> all{norm};
+        auto const its = matrix.cubins();
+        all.insert(all.end(), its.begin(), its.end());
         return all;
     }
 
@@ -224,17 +220,20 @@ struct Enter final : Plan
     {
         auto const width = i32(p.width);
         int64_t const rows = rowsOf(p);
-        Arguments first; // x and the norm's weights, and for one row all there is
+        Arguments first; // x and the norm's weights, and all there is where one kernel does both
         first.add(t.in[0]).add(t.in[1]).add(t.in[2]);
-        if (one)
+        if (both != nullptr)
         {
-            matrix.add(first, p, t, kWeight).add(t.in[4]).add(t.outs[0]).add(width).add(p.numbers.epsilon);
-            return launch(*norm, {ceilDiv(p.doubleWidth, norm->tile("BN")), 1, 1}, first, stream, error, rows);
-        }
-        if (few)
-        {
-            first.add(t.in[kWeight]).add(t.in[4]).add(t.outs[0]).add(i32(rows)).add(width).add(p.numbers.epsilon);
-            return launch(*norm, {ceilDiv(p.doubleWidth, norm->tile("BN")), 1, 1}, first, stream, error, rows);
+            if (one)
+            {
+                matrix.add(first, p, t, kWeight).add(t.in[4]).add(t.outs[0]);
+            }
+            else
+            {
+                first.add(t.in[kWeight]).add(t.in[4]).add(t.outs[0]).add(i32(rows));
+            }
+            first.add(width).add(p.numbers.epsilon);
+            return launch(*both, {ceilDiv(p.doubleWidth, both->tile("BN")), 1, 1}, first, stream, error, rows);
         }
         first.add(normal).add(width).add(p.numbers.epsilon);
         Arguments second;
@@ -244,7 +243,7 @@ struct Enter final : Plan
     }
 
     bool one{};
-    bool few{};
+    Cubin const* both{}; // norm and entrance in one
     Cubin const* norm{};
     Matrix matrix;
     char* normal{};
