@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sessa_deploy.checks import as_integer, integer
+from sessa_deploy.checks import as_integer, integer, outside_vocabulary
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.begun import Begun
@@ -378,11 +378,6 @@ class Backend(ABC):
     def _full(self, row: int, new: int) -> UserError:
         return UserError("the context is full", got=f"{int(self.length[row])} cached and {new} new tokens in sequence {row}",
                          allowed=f"a capacity of {self.capacity} tokens", fix="raise the capacity (--capacity) or shorten the prompt")
-
-
-def outside_vocabulary(token: object, vocab_size: int) -> UserError:
-    """What to tell a user of a token id that the model does not have."""
-    return UserError("a token id is outside the vocabulary", got=token, allowed=f"0..{vocab_size - 1}", fix="encode the prompt with the bundle's tokenizer")
 
 
 def last_rows(logits: NDArray[np.float32], new: NDArray[np.int32]) -> NDArray[np.float32]:

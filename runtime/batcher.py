@@ -16,9 +16,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from sessa_deploy.checks import as_flag, as_number, integer
+from sessa_deploy.checks import as_flag, as_number, check_tokens, integer
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.backend import Backend, outside_vocabulary
+from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.generation import check_fits
 from sessa_deploy.runtime.requests import Event, Handle, NotAccepting, QueueFull, Request
 from sessa_deploy.runtime.stats import Stats
@@ -146,10 +146,7 @@ class Batcher:
         return self._inflight > 0
 
     def _check(self, request: Request) -> None:
-        vocabulary = self.backend.config.vocab_size
-        wrong = [token for token in (*request.prompt, *request.stop_tokens, *request.logit_bias) if not 0 <= token < vocabulary]
-        if wrong:
-            raise outside_vocabulary(wrong[0], vocabulary)
+        check_tokens((*request.prompt, *request.stop_tokens, *request.logit_bias), self.backend.config.vocab_size)
         if request.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer", got="a bundle without one", allowed="stop_tokens")
         check_fits(len(request.prompt), max(1, request.max_new_tokens or 1), self.backend.capacity)

@@ -10,10 +10,10 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from sessa_deploy.checks import as_integer, integer
+from sessa_deploy.checks import as_integer, check_tokens, integer
 from sessa_deploy.contract import TOKENIZER_FILE
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.backend import Backend, outside_vocabulary
+from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.engines import open_backend
 from sessa_deploy.runtime.generation import Found, Row, Steps, check_fits, take_all, verify
@@ -282,9 +282,7 @@ class Session:
         slot = self._slots[row]
         if not ids and not slot.pending:
             raise UserError(f"prompt {row} is empty", allowed="at least one token", fix="pass some text")
-        wrong = [token for token in ids if not 0 <= token < self.config.vocab_size]
-        if wrong:
-            raise outside_vocabulary(wrong[0], self.config.vocab_size)
+        check_tokens(ids, self.config.vocab_size)
         check_fits(len(ids), new_tokens, self.capacity, len(slot.tokens))
         return ids
 

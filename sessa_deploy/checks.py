@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+from collections.abc import Iterable
 
 from sessa_deploy.errors import UserError
 
@@ -44,3 +45,15 @@ def integer(name: str, value: object, low: int, high: int | None = None, allowed
         raise UserError(f"{name} is out of range", got=repr(value), fix=fix,
                         allowed=allowed or (f"an integer >= {low}" if high is None else f"an integer in {low}..{high}"))
     return found
+
+
+def outside_vocabulary(token: object, vocab_size: int) -> UserError:
+    """What to tell a user of a token id that the model does not have."""
+    return UserError("a token id is outside the vocabulary", got=token, allowed=f"0..{vocab_size - 1}", fix="encode the prompt with the bundle's tokenizer")
+
+
+def check_tokens(tokens: Iterable[int], vocab_size: int) -> None:
+    """Raise UserError on the first id that the model does not have."""
+    wrong = next((token for token in tokens if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise outside_vocabulary(wrong, vocab_size)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sessa_deploy.checkpoint import load_checkpoint
 from sessa_deploy.checkpoint_layout import locate
+from sessa_deploy.checks import check_tokens
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import CACHE_FIELDS, SAMPLE_FILE, TOKENIZER_FILE, WEIGHT_FORMATS, cache_entries, past_name
 from sessa_deploy.errors import UserError
@@ -27,7 +28,7 @@ from sessa_deploy.export.parity.models import to_numpy
 from sessa_deploy.files import write_whole
 from sessa_deploy.model import SessaLM
 from sessa_deploy.reading import read_json, read_plain
-from sessa_deploy.runtime.backend import Backend, bounded_chunk, last_rows, outside_vocabulary
+from sessa_deploy.runtime.backend import Backend, bounded_chunk, last_rows
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.sampling import log_probabilities
 from sessa_deploy.runtime.scoring import score
@@ -139,9 +140,7 @@ def check_texts(bundle: Bundle, texts: Mapping[str, str]) -> None:
         if not text or len(ids) < 2:  # nothing precedes the first
             raise UserError("the text is too short to judge weights on", got=f"{name}, {len(text)} characters", allowed="2 tokens or more",
                             fix="name a longer text with --text FILE")
-        wrong = next((token for token in ids if token >= config.vocab_size), None)
-        if wrong is not None:
-            raise outside_vocabulary(wrong, config.vocab_size)
+        check_tokens(ids, config.vocab_size)
 
 
 def save_texts(texts: Mapping[str, str], folder: Path) -> None:
