@@ -76,8 +76,7 @@ def whole(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: We
         return None
     if weight is not None and not route.is_eager(weight):
         return None
-    cos, sin = (None, None) if rope is None else (rope[0].contiguous(), rope[1].contiguous())
-    return regions.whole(_form(layer), cos, sin, x, weights, weight)
+    return regions.whole(_form(layer), *_tables(rope), x, weights, weight)
 
 
 def _form(layer: Any) -> Form:
@@ -85,10 +84,13 @@ def _form(layer: Any) -> Form:
     return Form(mixer.n_heads, mixer.n_kv_heads, mixer.head_dim, layer._modules["ln"].eps, mixer.gamma_max)
 
 
+def _tables(rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if rope is None else (rope[0].contiguous(), rope[1].contiguous())
+
+
 def head(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: Weights) -> Head:
     """The layer from x (B,T,D) to its attentions' inputs. rope: float32 tables (B or 1,T,1,d/2), or None; weights: from `applies`."""
-    cos, sin = (None, None) if rope is None else (rope[0].contiguous(), rope[1].contiguous())
-    return regions.head(_form(layer), cos, sin, x, weights.head)
+    return regions.head(_form(layer), *_tables(rope), x, weights.head)
 
 
 def tail(s: Tensor, head: Head, weights: Weights) -> Tensor:
