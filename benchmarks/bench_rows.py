@@ -32,7 +32,7 @@ from torch import Tensor
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.kernels.engine import layer, mixer, mixer_rows
-from sessa_deploy.kernels.engine.spec import ahead_variant, mixer_rows_variant, mixer_variant, product_variant
+from sessa_deploy.kernels.engine.spec import ahead_variant, mixer_rows_variant, product_variant, step_variants
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import arch_of, launcher, pinned
 
@@ -128,7 +128,9 @@ def chain_jobs(models: list[str], rows: list[int]) -> list[tuple[str, str, Optio
     for name, count in itertools.product(models, rows):
         width, heads = MODELS[name]
         variant = product_variant(count)
-        mixers = [("mixer_step_partial", mixer_variant(width, width // heads, 1)), ("mixer_step_combine", "1"), ("layer_out", variant)]
+        alone, shared = (step_variants(batch, width, width // heads, 1)[0] for batch in (1, 2))
+        step = alone if table.has("mixer_step_partial", arch_of(0), "fp16", alone) else shared
+        mixers = [("mixer_step_partial", step), ("mixer_step_combine", "1"), ("layer_out", variant)]
         if count > 1:
             mixers = [("mixer_rows_partial", mixer_rows_variant(width, width // heads)), ("mixer_rows_combine", "any"),
                       ("mixer_rows_out", with_ahead("mixer_rows_out", "any", width))]

@@ -32,7 +32,7 @@ BEGUN = time.perf_counter()
 # "share:kernel" -> percent of shared memory, -1: as the driver likes ("share:": of every other kernel); "opens:kernel" -> whether it lets the next kernel
 # in before it waits
 Change = dict[str, Any]
-STEP = "mixer_step_partial:1024.64"
+STEP, ALONE = "mixer_step_partial:1024.64", "mixer_step_partial:1024.64.1"
 COMBINE, COMBINE_ANY, COMBINE_WIDE = (f"mixer_step_combine:{variant}" for variant in ("1", "any", "wide"))
 _early, _share, _tiles = table.early, table.shared_share, table.tiles
 _rows: dict[str, int] = {}
@@ -187,7 +187,7 @@ class Bench:
         print(f"{name}: early against plain: {wrong} of 6 differ in bits; against the tables' tiles: {worst:.2e} at most; finite {finite}", flush=True)
 
 
-PROJECT, ENTER, OUT, TAIL = "layer_project_gain:1", "layer_norm_enter:1024", "layer_out:1", "layer_tail:1"
+PROJECT, ENTER, OUT, TAIL = "layer_project_gain:1.1024", "layer_norm_enter:1024", "layer_out:1", "layer_tail:1"
 VARIANTS = {"mixer_step_partial": "1024.64", "mixer_step_combine": "any"} | dict([at.split(":") for at in (PROJECT, ENTER, OUT, TAIL)])
 NOT_EARLY = {"rows:mixer_step_partial": 0}
 FREE = {"share:": -1}
@@ -204,15 +204,15 @@ def shares(percents: dict[str, int]) -> tuple[str, Change]:
 
 HALF = {COMBINE: {"BLOCK_F": 64, "BLOCK_B": 128}}
 ATTENTIONS = [  # what is asked for before the wait, places for them, fewer splits, shorter ones
-    ("stages 8, 3", {STEP: {"STAGES_F": 8, "STAGES_B": 3}}),
-    ("2 rows of s, stages 4, 2", {STEP: {"STAGES_F": 4, "ROWS_B": 2, "TILES_B": 4, "STAGES_B": 2}}),
-    ("128 registers", {STEP: {"maxnreg": 128}}),
-    ("112 registers", {STEP: {"maxnreg": 112}}),
-    ("splits of 8 rows", {STEP: {"TILES_F": 4}}),
-    ("splits 64, 128, stages 12, 4", merged(HALF, {STEP: {"TILES_F": 16, "TILES_B": 4, "STAGES_F": 12, "STAGES_B": 4}})),
+    ("stages 8, 3", {ALONE: {"STAGES_F": 8, "STAGES_B": 3}}),
+    ("2 rows of s, stages 4, 2", {ALONE: {"STAGES_F": 4, "ROWS_B": 2, "TILES_B": 4, "STAGES_B": 2}}),
+    ("128 registers", {ALONE: {"maxnreg": 128}}),
+    ("112 registers", {ALONE: {"maxnreg": 112}}),
+    ("splits of 8 rows", {ALONE: {"TILES_F": 4}}),
+    ("splits 64, 128, stages 12, 4", merged(HALF, {ALONE: {"TILES_F": 16, "TILES_B": 4, "STAGES_F": 12, "STAGES_B": 4}})),
 ]  # fmt: skip
 SMALL: list[tuple[str, Change]] = [
-    opens("layer_norm_enter", "mixer_step_combine", "layer_out", "layer_tail", yes=False), opens("layer_project_gain"),
+    opens("layer_norm_enter", "mixer_step_combine", "layer_out", "layer_tail", yes=False), opens("layer_project_gain", yes=False),
     opens("layer_norm_enter", yes=False), opens("mixer_step_combine", yes=False),
     ("shared memory: as the driver likes", FREE), *(shares({"": n, "mixer_step_partial": -1}) for n in (20, 30, 40, 50)), shares({"": 30}),
     *((f"{name}: {columns} columns, {warps} warps", {at: {"BN": columns, "num_warps": warps}}) for name, at, tiles in (

@@ -22,7 +22,8 @@ struct Step final : Plan
     bool find(Problem const& p, int32_t arch) override
     {
         char const* dtype = dtypeName(p.storage);
-        partial = findCubin("mixer_step_partial", arch, dtype, variant(p).c_str());
+        partial = p.batch == 1 ? findCubin("mixer_step_partial", arch, dtype, (variant(p) + ".1").c_str()) : nullptr; // engine/spec.py, step_variants
+        partial = partial != nullptr ? partial : findCubin("mixer_step_partial", arch, dtype, variant(p).c_str());
         combine = findCubin("mixer_step_combine", arch, dtype, p.batch == 1 ? "1" : p.width > kMixerBroad ? "wide" : "any"); // engine/spec.py, combine_variant
         return partial != nullptr && combine != nullptr && out.find("layer_out", arch, p, p.batch);
     }

@@ -16,7 +16,7 @@ import pytest
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, SHARED_LIMIT, SHARED_SHARE
+from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, LAYER_WIDTHS, SHARED_LIMIT, SHARED_SHARE
 from sessa_deploy.kernels.launch.spec import OPENS, WAITS
 from sessa_deploy.plugins import lower
 
@@ -210,14 +210,16 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
                 arch: k.early_rows if may and arch >= 90 else 0 for arch in held}
             how = OPENS if variant in k.opens else WAITS
             assert [table.tiles(k.name, arch, k.dtypes[0], variant)["PDL"] for arch in held] == [how if may and arch >= 90 else 0 for arch in held]
-    # who lets the next kernel in at once: of a single row, and ahead of none that reads what another has written before its own wait
-    assert {k.name: k.opens for k in early if k.opens} == {
-        "layer_out": ("1",), "layer_tail": ("1",), "layer_norm_enter": ("1024",), "mixer_step_combine": ("1",)}
-    # the small kernels of one row's layer have one share of shared memory, and no kernel another
-    shared = {(k.name, v) for k in early for v in k.variants if table.shared_share(k.name, 90, k.dtypes[0], v)}
-    assert {name for name, _ in shared} == {"layer_norm_enter", "layer_project_gain", "mixer_step_combine", "layer_out", "layer_tail", "layer_logits"}
-    assert {v for name, v in shared if name not in ("layer_norm_enter", "mixer_step_combine")} == {"1"}
-    assert {table.shared_share(name, arch, "fp16", v) for name, v in shared for arch in (80, 90)} == {0, SHARED_SHARE}
+    # who lets the next kernel in at once: of a single row, and ahead of none that reads what a kernel of a layer has written before its own wait
+    assert {k.name: k.opens for k in early if k.opens} == {"layer_out": ("1",), "layer_tail": ("1",), "layer_norm_enter": ("1024",),
+                                                          "mixer_step_combine": ("1",), "layer_project_gain": ("1.1024",)}
+    # the kernels of one row's layer have one share of shared memory, and no kernel another
+    shared = {(k.name, v) for k in early for v in k.variants if table.has(k.name, 90, k.dtypes[0], v) and table.shared_share(k.name, 90, k.dtypes[0], v)}
+    assert shared == {("mixer_step_partial", "1024.64.1"), ("mixer_step_combine", "1"), ("layer_project_gain", "1.1024"),
+                      *((f"layer_{name}", "1") for name in ("project_gain", "out", "tail", "logits")),
+                      *(("layer_norm_enter", str(width)) for width in LAYER_WIDTHS)}  # fmt: skip
+    assert {table.shared_share(name, 90, "fp16", v) for name, v in shared} == {SHARED_SHARE}
+    assert not any(table.shared_share(name, 80, "fp16", v) for name, v in shared if table.has(name, 80, "fp16", v))
 
 
 def test_the_table_pins_every_unit() -> None:

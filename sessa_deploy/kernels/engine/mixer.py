@@ -16,10 +16,10 @@ from torch import Tensor
 from sessa_deploy.kernels.causal.step import share as share_causal
 from sessa_deploy.kernels.device import add_splits, begin, splits_used
 from sessa_deploy.kernels.engine.layer import out_add
-from sessa_deploy.kernels.engine.spec import combine_variant, mixer_variant
+from sessa_deploy.kernels.engine.spec import combine_variant, step_variants
 from sessa_deploy.kernels.feedback.step import share as share_feedback
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import address, launcher, pinned, workspace
+from sessa_deploy.kernels.launch.jit import address, available, launcher, pinned, workspace
 from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E, MIXER_BROAD, MIXER_MANY_B, MIXER_MANY_F, MIXER_SHORT
 from sessa_deploy.kernels.launch.splits import least_rows, shares, step_splits
 
@@ -39,8 +39,8 @@ def mixer_step_partial(
     The first programs_f, a multiple of the blocks of heads, compute what `causal_step_partial` does, the others what `feedback_step_partial` does; tiles and
     parameters are those kernels', *_F of causal attention, *_B of feedback attention; how many rows a split takes at least: `splits.least_rows`.
 
-    An early start is for the stream's next kernel behind `layer_project_gain`: the pasts and past_length are read before the wait, which that kernel does
-    not write, and all before it has ended where it lets this one in.
+    An early start is for the stream's next kernel behind `layer_project_gain`: the pasts and past_length are read before the wait, which no kernel of a layer
+    writes; what did write them, a step's first kernels (`layer_rotary` among them) have waited for before any of a layer begins.
     """
     program = tl.program_id(0)
     broad = (width > BROAD) & (capacity <= SHORT)
@@ -106,7 +106,8 @@ def step(
     batch, q_heads, head = q.shape
     heads, capacity, width, device, dtype = k.shape[1], past_k.shape[1], q_b.shape[1], q.device, q.dtype
     group, units = q_heads // heads, head // HEAD_MULTIPLE
-    partial = pinned(("mixer_step_partial",), device, dtype, mixer_variant(width, head, group), early if behind else 0)["mixer_step_partial"]
+    variant = next(v for v in step_variants(batch, width, head, group) if available("mixer_step_partial", device, dtype, v))
+    partial = pinned(("mixer_step_partial",), device, dtype, variant, early if behind else 0)["mixer_step_partial"]
     combine = pinned(("mixer_step_combine",), device, dtype, combine_variant(batch, width), early)["mixer_step_combine"]
     rows_f, rows_b = least_rows(partial["ROWS_F"] * partial["TILES_F"], partial["ROWS_B"] * partial["TILES_B"], capacity, width)
     splits_f = step_splits(capacity, rows_f, combine["BLOCK_F"])

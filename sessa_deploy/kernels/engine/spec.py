@@ -31,6 +31,7 @@ _PRODUCTS = (*map(str, PRODUCT_ROWS), "any")
 _FEW = _PRODUCTS[:-1]  # short enough to gain from an early start
 _ONE = _PRODUCTS[:1]
 _AHEAD = f"{PRODUCT_ROWS[1]}.{AHEAD_DEPTH}"  # of few rows, no deeper
+_ONE_AHEAD = f"{PRODUCT_ROWS[0]}.{AHEAD_DEPTH}"
 _EARLY_ROWS = PRODUCT_ROWS[-1]
 _TILES = ("BM", "BN", "BK", "KS", "AHEAD", "PDL")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
@@ -61,11 +62,12 @@ _LAYERS = (
            (*pointers("h"), *_MATRIX, *pointers("bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gamma_weight", type="*fp32"),
             Param("gamma_bias", "*fp32"), *pointers("q", "k", "v", "q_b", "k_b"), Param("gamma", "*fp32"), *_SIZES, Param("kv_width", "i32"),
             *integers("units"), Param("gamma_max", "fp32")),
-           _TILES, (*_PRODUCTS, _AHEAD), dtypes=_PRODUCT, scalar_loads=136, early=(*_FEW, _AHEAD), shares=_ONE, early_rows=_EARLY_ROWS,
-           optional=(_AHEAD,)),
+           _TILES, (*_PRODUCTS, _AHEAD, _ONE_AHEAD), dtypes=_PRODUCT, scalar_loads=136, early=(*_FEW, _AHEAD, _ONE_AHEAD), opens=(_ONE_AHEAD,),
+           shares=(*_ONE, _ONE_AHEAD), early_rows=_EARLY_ROWS, optional=(_AHEAD, _ONE_AHEAD)),
 )  # fmt: skip
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
+_ALONE = f"{_STEPS[0]}.1"  # of one sequence: the same program, which wishes for the share of shared memory that its neighbours have
 _COMBINES = ("1", "any", "wide")
 _FLOATS = pointers("part_f", "stat_f", "part_b", "stat_b", type="*fp32")
 
@@ -75,7 +77,7 @@ _MIXERS = (
             *integers("batch", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
            ("ROWS_F", "HEADS_F", "GROUP_F", "LANES_F", "STAGES_F", "TILES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "TILES_B", "OWN_B", "PDL"),
-           _STEPS, dtypes=_HALF, scalar_loads=16, early=_STEPS, early_rows=_EARLY_ROWS),
+           (*_STEPS, _ALONE), dtypes=_HALF, scalar_loads=16, early=(*_STEPS, _ALONE), shares=(_ALONE,), optional=(_ALONE,), early_rows=_EARLY_ROWS),
     Kernel("mixer_step_combine", _MIXER,
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
             *integers("capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
@@ -150,6 +152,13 @@ def mixer_variant(width: int, head: int, group: int) -> str:
     if not padded or head > MIXER_HEADS[-1]:
         raise ValueError(f"the mixer has no kernel for D = {width} and heads of {head}; the largest are {MIXER_WIDTHS[-1]} and {MIXER_HEADS[-1]}")
     return f"{padded}.{head_variant(head, group)}"
+
+
+def step_variants(batch: int, width: int, head: int, group: int) -> tuple[str, ...]:
+    """Variants of mixer_step_partial, the first of which that a device has is taken."""
+    variant = mixer_variant(width, head, group)
+    alone = f"{variant}.1"
+    return (alone, variant) if batch == 1 and alone in table.kernel("mixer_step_partial").optional else (variant,)
 
 
 def combine_variant(batch: int, width: int) -> str:

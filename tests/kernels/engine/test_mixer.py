@@ -10,7 +10,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from sessa_deploy.kernels.engine import mixer  # noqa: E402
-from sessa_deploy.kernels.engine.spec import mixer_variant  # noqa: E402
+from sessa_deploy.kernels.engine.spec import mixer_variant, step_variants  # noqa: E402
 from sessa_deploy.kernels.launch.jit import Workspace, interpreted  # noqa: E402
 from sessa_deploy.kernels.launch.splits import least_rows, shares  # noqa: E402
 
@@ -153,6 +153,11 @@ def test_shares_use_the_device_and_serve_every_split() -> None:
 def test_wide_rows_in_a_short_cache_have_fewer_splits() -> None:
     assert least_rows(16, 8, 1024, 1024) == least_rows(16, 8, 32768, 2048) == (16, 8)
     assert least_rows(16, 8, 1024, 1040) == (64, 16)
+
+
+def test_one_sequence_has_a_binary_of_its_own_where_one_was_measured() -> None:
+    assert step_variants(1, 1024, 64, 1) == step_variants(1, 768, 64, 1) == ("1024.64.1", "1024.64")
+    assert step_variants(2, 1024, 64, 1) == ("1024.64",) and step_variants(1, 2048, 128, 1) == ("2048.128",)
 
 
 def test_widths_without_a_kernel_are_named() -> None:
