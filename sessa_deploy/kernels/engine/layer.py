@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.device import begin, tanh, turn
-from sessa_deploy.kernels.engine import layer_rows
+from sessa_deploy.kernels.device import begin, turn
+from sessa_deploy.kernels.engine import layer_rows, layer_stream
+from sessa_deploy.kernels.engine.layer_stream import gamma_rows
 from sessa_deploy.kernels.engine.product import ahead, bias_of, half_gelu, normal, place, product, put, scale_of, scaled, tile_of, wide, with_bias
 from sessa_deploy.kernels.engine.spec import product_choice
 from sessa_deploy.kernels.launch import table
@@ -184,22 +185,6 @@ def _angles(cos, sin, m_m, first, pairs, BM: tl.constexpr, BN: tl.constexpr):
     return tl.load(cos + o_t, mask=m_m[:, None], other=0.0), tl.load(sin + o_t, mask=m_m[:, None], other=0.0)
 
 
-@triton.jit
-def _gamma_rows(a, a_row, weight, bias, gamma, first, rows, depth, gamma_max, ROWS: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
-    """gamma_max tanh(bias + a . weight) of ROWS rows of a, which lie a_row elements apart. Waits for the kernel ahead, with weights on their way."""
-    o_m, o_k = first + tl.arange(0, ROWS), tl.arange(0, BK)
-    m_m = o_m < rows
-    b_bias, b_w = tl.load(bias), tl.load(weight + o_k, mask=o_k < depth, other=0.0)
-    begin(PDL)
-    b_acc = tl.zeros([ROWS, BK], dtype=tl.float32)
-    for start in range(0, depth, BK):
-        m_k = o_k < depth - start
-        b_a = tl.load(a + o_m.to(tl.int64)[:, None] * a_row + start + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
-        b_acc += b_a.to(tl.float32) * b_w[None, :]
-        b_w = tl.load(weight + start + BK + o_k, mask=o_k < depth - start - BK, other=0.0)  # the next
-    tl.store(gamma + o_m, gamma_max * tanh(b_bias + tl.sum(b_acc, 1)), mask=m_m)
-
-
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_project_gain"))
 def layer_project_gain(
     h, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, gamma_weight, gamma_bias, q, k, v, q_b, k_b, gamma, rows, depth, kv_width, units, gamma_max,
@@ -214,7 +199,7 @@ def layer_project_gain(
     ROWS: tl.constexpr = 1 if BM <= SINGLE else BM
     gammas = tl.cdiv(rows, ROWS)
     if tl.program_id(0) < gammas:
-        _gamma_rows(h, 2 * depth, gamma_weight, gamma_bias, gamma, tl.program_id(0) * ROWS, rows, depth, gamma_max, ROWS, 1024 if ROWS == 1 else BK, PDL)
+        gamma_rows(h, 2 * depth, gamma_weight, gamma_bias, gamma, tl.program_id(0) * ROWS, rows, depth, gamma_max, ROWS, 1024 if ROWS == 1 else BK, PDL)
     else:
         _project_tile(
             h, 2 * depth, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, gammas,
@@ -334,6 +319,9 @@ def out_add(x: Tensor, weight: Tensor, bias: Tensor, add: Tensor, early: int = 0
     """x (rows, D) weight (D, D)^T + bias (D,), rounded, plus add (rows, D) float32."""
     rows, depth = x.shape
     out = torch.empty_like(x)
+    if layer_stream.takes("layer_out_stream", x, weight):
+        layer_stream.run(layer_stream.layer_out_stream, depth, early, x, weight, x, weight, weight if scale is None else scale, bias, add, out, depth)
+        return out
     _run_product(layer_out, x, depth, early, (x,), weight, scale, bias, add, out, rows, depth)
     return out
 
@@ -342,6 +330,9 @@ def tail(s: Tensor, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, early: i
     """x + (s * g) weight^T + bias for s, x (rows, D), g the right half of h (rows, 2D)."""
     rows, depth = s.shape
     out = torch.empty_like(x)
+    if layer_stream.takes("layer_tail_stream", s, weight):
+        layer_stream.run(layer_stream.layer_tail_stream, depth, early, s, weight, s, h, weight, weight if scale is None else scale, bias, x, out, depth)
+        return out
     _run_product(layer_tail, s, depth, early, (s, h), weight, scale, bias, x, out, rows, depth)
     return out
 
@@ -364,6 +355,10 @@ def norm_enter(
         return enter(norm(x, norm_weight, norm_bias, eps, early), weight, bias, early, scale)
     depth, variant, weights = x.shape[1], table.width_variant("layer_norm_enter", x.shape[1]), weights_name(weight.dtype)
     out = torch.empty(1, 2 * depth, dtype=x.dtype, device=x.device)
+    if layer_stream.takes("layer_enter_stream", x, weight):
+        its = x, norm_weight, norm_bias, weight, weight if scale is None else scale, bias, out, depth, eps
+        layer_stream.run(layer_stream.layer_enter_stream, 2 * depth, early, x, weight, *its)
+        return out
     grid = (triton.cdiv(2 * depth, _tiles(layer_norm_enter, x, variant, weights)["BN"]),)
     _run(layer_norm_enter, variant, grid, x, early, x, norm_weight, norm_bias, weight, weight if scale is None else scale, bias, out, depth, eps,
          weights=weights)
@@ -388,6 +383,12 @@ def project_gain(
     """Every projection of a, the left half of h (rows, 2D), and its gamma; cos, sin (rows, d / 2), gamma_weight (D,), gamma_bias (1,) are float32."""
     rows, depth = h.shape[0], h.shape[1] // 2
     kv = biases[1].numel()
+    if layer_stream.takes("layer_project_stream", h, weight):
+        q, k, v, q_b, k_b = (torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in (depth, kv, kv, depth, depth))
+        out = Projected(q, k, v, q_b, k_b, torch.empty(rows, dtype=torch.float32, device=h.device))
+        its = h, weight, weight if scale is None else scale, *biases, cos, sin, gamma_weight, gamma_bias, *out, depth, kv, cos.shape[1] // 4, gamma_max
+        layer_stream.run(layer_stream.layer_project_stream, (depth, kv, kv, depth, depth), early, h, weight, *its, first=1)
+        return out
     variant, weights, *matrix = _matrix(layer_project_gain, h, rows, weight, scale)
     tiles = _tiles(layer_project_gain, h, variant, weights)
     q, k, v, q_b, k_b = (torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in (depth, kv, kv, depth, depth))
