@@ -258,23 +258,30 @@ def _run_product(
     fn: Any, x: Tensor, columns: int, early: int, before: tuple[Tensor, ...], weight: Tensor, scale: Tensor | None, *after: Tensor | int, least: int = 1
 ) -> None:
     """A product's kernel over all tiles of (rows of x, columns). least: of rows for which it has a variant."""
-    variant, weights, *matrix = _matrix(fn, x, max(x.shape[0], least), weight, scale)
+    fn, variant, weights, *matrix = _matrix(fn, x, max(x.shape[0], least), weight, scale)
     tiles = _tiles(fn, x, variant, weights)
-    grid = (triton.cdiv(x.shape[0], tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
+    grid = (_programs(tiles, x.shape[0], triton.cdiv(columns, tiles["BN"])),)
     _run(fn, variant, grid, x, early, *before, *matrix, *after, weights=weights)
 
 
-def _matrix(fn: Any, x: Tensor, rows: int, weight: Tensor, scale: Tensor | None) -> tuple[str, str, Tensor, Tensor]:
-    """(variant, `jit.weights_name`, the two arguments of a matrix), widened where the kernel of so many rows reads none of 8 bits.
+def _programs(tiles: dict[str, Any], rows: int, columns: int) -> int:
+    """Programs for so many rows and tiles of columns."""
+    return int(triton.cdiv(rows, tiles.get("BM", 1)) * triton.cdiv(columns, tiles.get("EACH", 1)))
+
+
+def _matrix(fn: Any, x: Tensor, rows: int, weight: Tensor, scale: Tensor | None) -> tuple[Any, str, str, Tensor, Tensor]:
+    """(kernel, variant, `jit.weights_name`, the two arguments of a matrix), widened where the kernel of so many rows reads none of 8 bits.
 
     What stands for a scale where there is none is the weights' address.
     """
-    kind = weights_name(weight.dtype)
+    kind, stream = weights_name(weight.dtype), layer_stream.variant(fn, x, rows, weight)
+    if stream:
+        return layer_stream.KERNELS[fn.__name__], stream, kind, weight, weight if scale is None else scale
     variant, weights = product_choice(fn.__name__, rows, kind)
     variant = layer_rows.chosen(fn.__name__, variant, weights, weight.shape[1], x)
     if kind != weights:
         weight = widen(weight, x.dtype)
-    return variant, weights, weight, weight if scale is None else scale
+    return fn, variant, weights, weight, weight if scale is None else scale
 
 
 def widen(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -319,9 +326,6 @@ def out_add(x: Tensor, weight: Tensor, bias: Tensor, add: Tensor, early: int = 0
     """x (rows, D) weight (D, D)^T + bias (D,), rounded, plus add (rows, D) float32."""
     rows, depth = x.shape
     out = torch.empty_like(x)
-    if layer_stream.takes("layer_out_stream", x, weight):
-        layer_stream.run(layer_stream.layer_out_stream, depth, early, x, weight, x, weight, weight if scale is None else scale, bias, add, out, depth)
-        return out
     _run_product(layer_out, x, depth, early, (x,), weight, scale, bias, add, out, rows, depth)
     return out
 
@@ -330,9 +334,6 @@ def tail(s: Tensor, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, early: i
     """x + (s * g) weight^T + bias for s, x (rows, D), g the right half of h (rows, 2D)."""
     rows, depth = s.shape
     out = torch.empty_like(x)
-    if layer_stream.takes("layer_tail_stream", s, weight):
-        layer_stream.run(layer_stream.layer_tail_stream, depth, early, s, weight, s, h, weight, weight if scale is None else scale, bias, x, out, depth)
-        return out
     _run_product(layer_tail, s, depth, early, (s, h), weight, scale, bias, x, out, rows, depth)
     return out
 
@@ -353,15 +354,11 @@ def norm_enter(
         return layer_rows.norm_enter(x, norm_weight, norm_bias, eps, weight, bias, early)
     if x.shape[0] > 1:
         return enter(norm(x, norm_weight, norm_bias, eps, early), weight, bias, early, scale)
-    depth, variant, weights = x.shape[1], table.width_variant("layer_norm_enter", x.shape[1]), weights_name(weight.dtype)
-    out = torch.empty(1, 2 * depth, dtype=x.dtype, device=x.device)
-    if layer_stream.takes("layer_enter_stream", x, weight):
-        its = x, norm_weight, norm_bias, weight, weight if scale is None else scale, bias, out, depth, eps
-        layer_stream.run(layer_stream.layer_enter_stream, 2 * depth, early, x, weight, *its)
-        return out
-    grid = (triton.cdiv(2 * depth, _tiles(layer_norm_enter, x, variant, weights)["BN"]),)
-    _run(layer_norm_enter, variant, grid, x, early, x, norm_weight, norm_bias, weight, weight if scale is None else scale, bias, out, depth, eps,
-         weights=weights)
+    depth, weights, stream = x.shape[1], weights_name(weight.dtype), layer_stream.variant(layer_norm_enter, x, 1, weight)
+    fn, variant = (layer_stream.layer_norm_enter_stream, stream) if stream else (layer_norm_enter, table.width_variant("layer_norm_enter", depth))
+    out, tiles = torch.empty(1, 2 * depth, dtype=x.dtype, device=x.device), _tiles(fn, x, variant, weights)
+    grid = (_programs(tiles, 1, triton.cdiv(2 * depth, tiles["BN"])),)
+    _run(fn, variant, grid, x, early, x, norm_weight, norm_bias, weight, weight if scale is None else scale, bias, out, depth, eps, weights=weights)
     return out
 
 
@@ -383,17 +380,12 @@ def project_gain(
     """Every projection of a, the left half of h (rows, 2D), and its gamma; cos, sin (rows, d / 2), gamma_weight (D,), gamma_bias (1,) are float32."""
     rows, depth = h.shape[0], h.shape[1] // 2
     kv = biases[1].numel()
-    if layer_stream.takes("layer_project_stream", h, weight):
-        q, k, v, q_b, k_b = (torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in (depth, kv, kv, depth, depth))
-        out = Projected(q, k, v, q_b, k_b, torch.empty(rows, dtype=torch.float32, device=h.device))
-        its = h, weight, weight if scale is None else scale, *biases, cos, sin, gamma_weight, gamma_bias, *out, depth, kv, cos.shape[1] // 4, gamma_max
-        layer_stream.run(layer_stream.layer_project_stream, (depth, kv, kv, depth, depth), early, h, weight, *its, first=1)
-        return out
-    variant, weights, *matrix = _matrix(layer_project_gain, h, rows, weight, scale)
-    tiles = _tiles(layer_project_gain, h, variant, weights)
+    fn, variant, weights, *matrix = _matrix(layer_project_gain, h, rows, weight, scale)
+    tiles = _tiles(fn, h, variant, weights)
     q, k, v, q_b, k_b = (torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in (depth, kv, kv, depth, depth))
     out = Projected(q, k, v, q_b, k_b, torch.empty(rows, dtype=torch.float32, device=h.device))
-    grid = (gamma_programs(rows, tiles["BM"]) + triton.cdiv(rows, tiles["BM"]) * (3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])),)
-    _run(layer_project_gain, variant, grid, h, early, h, *matrix, *biases, cos, sin, gamma_weight, gamma_bias, *out,
+    columns = 3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])
+    grid = (gamma_programs(rows, tiles.get("BM", 1)) + _programs(tiles, rows, columns),)
+    _run(fn, variant, grid, h, early, h, *matrix, *biases, cos, sin, gamma_weight, gamma_bias, *out,
          rows, depth, kv, cos.shape[1] // 4, gamma_max, weights=weights)
     return out

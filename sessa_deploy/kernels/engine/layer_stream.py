@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from sessa_deploy.kernels.device import begin, tanh
 from sessa_deploy.kernels.engine.product import gelu, wide
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import address, available, launcher, pinned, weights_name
+from sessa_deploy.kernels.launch.jit import available, weights_name
 from sessa_deploy.kernels.launch.limits import LAYER_WIDTHS
 
 
@@ -57,8 +56,8 @@ def _scale(scale, weight, o_c, m_c):
     return b_scale
 
 
-@triton.jit(do_not_specialize=table.do_not_specialize("layer_enter_stream"))
-def layer_enter_stream(
+@triton.jit(do_not_specialize=table.do_not_specialize("layer_norm_enter_stream"))
+def layer_norm_enter_stream(
     x, norm_weight, norm_bias, weight, scale, bias, out, depth, eps, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EACH: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
@@ -102,7 +101,7 @@ def _total(b_x):
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_out_stream"))
 def layer_out_stream(
-    x, weight, scale, bias, add, out, depth, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EACH: tl.constexpr, PDL: tl.constexpr = False,
+    x, weight, scale, bias, add, out, rows, depth, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EACH: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (ceil(tiles / EACH),), BK >= D: `layer_out` of one row."""
     LANES: tl.constexpr = 4096 // weight.dtype.element_ty.primitive_bitwidth
@@ -128,7 +127,7 @@ def layer_out_stream(
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_tail_stream"))
 def layer_tail_stream(
-    s, h, weight, scale, bias, x, out, depth, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EACH: tl.constexpr, PDL: tl.constexpr = False,
+    s, h, weight, scale, bias, x, out, rows, depth, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EACH: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (ceil(tiles / EACH),), BK >= D: `layer_tail` of one row."""
     LANES: tl.constexpr = 4096 // weight.dtype.element_ty.primitive_bitwidth
@@ -162,9 +161,9 @@ def _part(i, n_q, n_k, depth, kv_width, BN: tl.constexpr):
     return part, (i - queries * n_q - keys * n_k) * BN, width, queries * depth + keys * kv_width
 
 
-@triton.jit(do_not_specialize=table.do_not_specialize("layer_project_stream"))
-def layer_project_stream(
-    h, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, gamma_weight, gamma_bias, q, k, v, q_b, k_b, gamma, depth, kv_width, units, gamma_max,
+@triton.jit(do_not_specialize=table.do_not_specialize("layer_project_gain_stream"))
+def layer_project_gain_stream(
+    h, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, gamma_weight, gamma_bias, q, k, v, q_b, k_b, gamma, rows, depth, kv_width, units, gamma_max,
     BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EACH: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (1 + ceil(tiles / EACH),), BK >= D: `layer_project_gain` of one row; the first program computes gamma, the others share the tiles.
@@ -218,19 +217,13 @@ def layer_project_stream(
     begin(PDL)
 
 
-# --- the same from PyTorch, see layer.py
+# Of layer.py's kernels, those that give way to these for one wide row. Their parameters are the same.
+KERNELS = {"layer_norm_enter": layer_norm_enter_stream, "layer_out": layer_out_stream, "layer_tail": layer_tail_stream,
+           "layer_project_gain": layer_project_gain_stream}  # fmt: skip
 
 
-def takes(kernel: str, x: Tensor, weight: Tensor) -> bool:
-    """Whether there is a kernel for the one row x (1, D) and this weight on their device."""
-    narrow, widest = LAYER_WIDTHS[:2]
-    return x.shape[0] == 1 and narrow < weight.shape[1] <= widest and available(kernel, x.device, x.dtype, str(widest), weights_name(weight.dtype))
-
-
-def run(fn: Any, columns: int | tuple[int, ...], early: int, like: Tensor, weight: Tensor, *arguments: Tensor | int | float, first: int = 0) -> None:
-    """Launch a kernel over tiles of `columns`, each of a tuple by themselves. first: programs beside those of the tiles."""
-    weights, name = weights_name(weight.dtype), fn.__name__
-    options = pinned((name,), like.device, like.dtype, str(LAYER_WIDTHS[1]), early, weights)[name]
-    tiles = sum(triton.cdiv(n, options["BN"]) for n in (columns if isinstance(columns, tuple) else (columns,)))
-    grid = (first + triton.cdiv(tiles, options["EACH"]),)
-    launcher(fn, like.device, like.dtype, options, weights)(grid, *(address(x) if isinstance(x, Tensor) else x for x in arguments))
+def variant(fn: Any, like: Tensor, rows: int, weight: Tensor) -> str:
+    """That of KERNELS in place of the kernel fn of layer.py, "" where the device of `like` has none for so many rows and this weight."""
+    (narrow, widest), stream = LAYER_WIDTHS[:2], KERNELS.get(fn.__name__)
+    fits = stream is not None and rows == 1 and narrow < weight.shape[1] <= widest
+    return str(widest) if fits and available(stream.__name__, like.device, like.dtype, str(widest), weights_name(weight.dtype)) else ""

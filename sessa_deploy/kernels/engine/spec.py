@@ -65,24 +65,16 @@ _LAYERS = (
            optional=(_AHEAD,)),
 )  # fmt: skip
 
-_TILED = ("BN", "BK", "STAGES", "EACH", "PDL")
-_DEPTH = (Param("depth", "i32", True),)
 _WIDE_ROW = _WIDTHS[1:2]
-_LAYER_STREAMS = (
-    Kernel("layer_enter_stream", f"{_LAYER}_stream",
-           (*pointers("x", "norm_weight", "norm_bias"), *_MATRIX, *pointers("bias", "out"), *_DEPTH, Param("eps", "fp32")),
-           _TILED, _WIDE_ROW, dtypes=_PRODUCT, scalar_loads=64, early=_WIDE_ROW, opens=_WIDE_ROW, optional=_WIDE_ROW),
-    Kernel("layer_out_stream", f"{_LAYER}_stream",
-           (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_DEPTH),
-           _TILED, _WIDE_ROW, dtypes=_PRODUCT, scalar_loads=64, early=_WIDE_ROW, opens=_WIDE_ROW, optional=_WIDE_ROW),
-    Kernel("layer_tail_stream", f"{_LAYER}_stream", (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_DEPTH),
-           _TILED, _WIDE_ROW, dtypes=_PRODUCT, scalar_loads=64, early=_WIDE_ROW, opens=_WIDE_ROW, optional=_WIDE_ROW),
-    Kernel("layer_project_stream", f"{_LAYER}_stream",
-           (*pointers("h"), *_MATRIX, *pointers("bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gamma_weight", type="*fp32"),
-            Param("gamma_bias", "*fp32"), *pointers("q", "k", "v", "q_b", "k_b"), Param("gamma", "*fp32"), *_DEPTH,
-            Param("kv_width", "i32"), *integers("units"), Param("gamma_max", "fp32")),
-           _TILED, _WIDE_ROW, dtypes=_PRODUCT, scalar_loads=64, early=_WIDE_ROW, optional=_WIDE_ROW),
-)  # fmt: skip
+
+
+def _stream(kernel: Kernel, opens: bool = True) -> Kernel:
+    """That of one wide row, see engine/layer_stream.py."""
+    return Kernel(f"{kernel.name}_stream", f"{_LAYER}_stream", kernel.params, ("BN", "BK", "STAGES", "EACH", "PDL"), _WIDE_ROW, dtypes=_PRODUCT,
+                  scalar_loads=64, early=_WIDE_ROW, opens=_WIDE_ROW if opens else (), optional=_WIDE_ROW, early_rows=1)
+
+
+_STREAMS = tuple(_stream(k, k.name != "layer_project_gain") for k in _LAYERS if k.name in ("layer_norm_enter", "layer_out", "layer_tail", "layer_project_gain"))
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
 _COMBINES = ("1", "any", "wide")
@@ -138,7 +130,7 @@ _DECODES = (
            early=_ANY, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
-KERNELS = by_name((*_LAYERS, *_LAYER_STREAMS, *_MIXERS, *_MIXER_ROWS, *_DECODES))
+KERNELS = by_name((*_LAYERS, *_STREAMS, *_MIXERS, *_MIXER_ROWS, *_DECODES))
 
 
 def product_variant(rows: int, weights: str = "") -> str:
