@@ -72,9 +72,10 @@ struct Step final : Plan
         Arguments third;
         out.add(third.add(o), p, t, kWeight).add(t.in[kBias]).add(add).add(t.out).add(i32(p.batch)).add(i32(p.width));
         int64_t const lanes = combine->tile("BLOCK_D");
-        int64_t const tiles = ceilDiv(p.batch, out.kernel().tile("BM")) * ceilDiv(p.width, out.kernel().tile("BN"));
+        int64_t const tiles = productPrograms(out.kernel(), p.batch, ceilDiv(p.width, out.kernel().tile("BN")));
         // It reads the pasts before it waits; behind the projections alone is it known that nobody writes them.
-        int64_t const rows = launchedLast(stream, "layer_project_gain") ? p.batch : kManyRows;
+        bool const behind = launchedLast(stream, "layer_project_gain") || launchedLast(stream, "layer_project_gain_stream");
+        int64_t const rows = behind ? p.batch : kManyRows;
         return launch(*partial, {programsF + programsB, 1, 1}, first, stream, error, rows)
             && launch(*combine, {p.heads * ceilDiv(p.headWidth, lanes) + ceilDiv(p.width, lanes), p.batch, 1}, second, stream, error, p.batch)
             && out.run(t, kWeight, tiles, third, stream, error, p.batch);

@@ -91,6 +91,21 @@ inline Cubin const* aheadCubin(char const* name, int32_t arch, Problem const& p,
                                                            : findCubin(name, arch, dtypeName(p.storage), (variant == "any" ? depth : variant + "." + depth).c_str());
 }
 
+// engine/layer_stream.py, variant: the binary in place of `name` for one wide row, whose parameters are the same; null where there is none.
+inline Cubin const* streamCubin(char const* name, int32_t arch, Problem const& p, int64_t rows)
+{
+    bool const wide = rows == 1 && p.width > kLayerWidths[0] && p.width <= kLayerWidths[1];
+    return wide ? findCubin((std::string(name) + "_stream").c_str(), arch, productType(p).c_str(), std::to_string(kLayerWidths[1]).c_str()) : nullptr;
+}
+
+// engine/layer.py, _programs: for so many rows and tiles of columns.
+inline int64_t productPrograms(Cubin const& kernel, int64_t rows, int64_t columns)
+{
+    int32_t const* const tall = kernel.findTile("BM");
+    int32_t const* const each = kernel.findTile("EACH");
+    return ceilDiv(rows, tall == nullptr ? 1 : *tall) * ceilDiv(columns, each == nullptr ? 1 : *each);
+}
+
 // causal/spec.py, head_variant; group: query heads of one key/value head.
 inline std::string headVariant(int64_t width, int64_t group)
 {
@@ -158,7 +173,8 @@ public:
         std::string const variant = productVariant(rows, p.weights);
         bool const many = p.weights != Weights::kStorage && variant == "any";
         std::string const most = std::to_string(*(std::end(kQuantisedRows) - 1));
-        mKernel = aheadCubin(name, arch, p, variant);
+        mKernel = streamCubin(name, arch, p, rows);
+        mKernel = mKernel != nullptr ? mKernel : aheadCubin(name, arch, p, variant);
         if (mKernel != nullptr)
         {
             mWiden = nullptr;
