@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels.device import begin, turn
-from sessa_deploy.kernels.engine import layer_rows, layer_stream
+from sessa_deploy.kernels.engine import layer_rows, layer_stream_rows
 from sessa_deploy.kernels.engine.layer_stream import gamma_rows
 from sessa_deploy.kernels.engine.product import ahead, bias_of, half_gelu, normal, place, product, put, scale_of, scaled, tile_of, wide, with_bias
 from sessa_deploy.kernels.engine.spec import product_choice
@@ -266,7 +266,7 @@ def _run_product(
 
 def _programs(tiles: dict[str, Any], rows: int, columns: int) -> int:
     """Programs for so many rows and tiles of columns."""
-    return int(triton.cdiv(rows, tiles.get("BM", 1)) * triton.cdiv(columns, tiles.get("EACH", 1)))
+    return int(triton.cdiv(rows, tiles["BM"]) * columns if "BM" in tiles else triton.cdiv(columns, tiles.get("EACH", 1)))
 
 
 def _matrix(fn: Any, x: Tensor, rows: int, weight: Tensor, scale: Tensor | None) -> tuple[Any, str, str, Tensor, Tensor]:
@@ -274,9 +274,9 @@ def _matrix(fn: Any, x: Tensor, rows: int, weight: Tensor, scale: Tensor | None)
 
     What stands for a scale where there is none is the weights' address.
     """
-    kind, stream = weights_name(weight.dtype), layer_stream.variant(fn, x, rows, weight)
-    if stream:
-        return layer_stream.KERNELS[fn.__name__], stream, kind, weight, weight if scale is None else scale
+    kind, (stream, variant) = weights_name(weight.dtype), layer_stream_rows.stream(fn.__name__, x, rows, weight)
+    if stream is not None:
+        return stream, variant, kind, weight, weight if scale is None else scale
     variant, weights = product_choice(fn.__name__, rows, kind)
     variant = layer_rows.chosen(fn.__name__, variant, weights, weight.shape[1], x)
     if kind != weights:
@@ -354,8 +354,10 @@ def norm_enter(
         return layer_rows.norm_enter(x, norm_weight, norm_bias, eps, weight, bias, early)
     if x.shape[0] > 1:
         return enter(norm(x, norm_weight, norm_bias, eps, early), weight, bias, early, scale)
-    depth, weights, stream = x.shape[1], weights_name(weight.dtype), layer_stream.variant(layer_norm_enter, x, 1, weight)
-    fn, variant = (layer_stream.layer_norm_enter_stream, stream) if stream else (layer_norm_enter, table.width_variant("layer_norm_enter", depth))
+    depth, weights = x.shape[1], weights_name(weight.dtype)
+    fn, variant = layer_stream_rows.stream("layer_norm_enter", x, 1, weight)
+    if fn is None:
+        fn, variant = layer_norm_enter, table.width_variant("layer_norm_enter", depth)
     out, tiles = torch.empty(1, 2 * depth, dtype=x.dtype, device=x.device), _tiles(fn, x, variant, weights)
     grid = (_programs(tiles, 1, triton.cdiv(2 * depth, tiles["BN"])),)
     _run(fn, variant, grid, x, early, x, norm_weight, norm_bias, weight, weight if scale is None else scale, bias, out, depth, eps, weights=weights)
@@ -385,7 +387,8 @@ def project_gain(
     q, k, v, q_b, k_b = (torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in (depth, kv, kv, depth, depth))
     out = Projected(q, k, v, q_b, k_b, torch.empty(rows, dtype=torch.float32, device=h.device))
     columns = 3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])
-    grid = (gamma_programs(rows, tiles.get("BM", 1)) + _programs(tiles, rows, columns),)
+    gammas = gamma_programs(rows, tiles["BM"]) if "BM" in tiles else 1
+    grid = (gammas + _programs(tiles, rows, columns),)
     _run(fn, variant, grid, h, early, h, *matrix, *biases, cos, sin, gamma_weight, gamma_bias, *out,
          rows, depth, kv, cos.shape[1] // 4, gamma_max, weights=weights)
     return out

@@ -6,17 +6,12 @@ alone, holds as much again: a product's weights come while the kernels before it
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from sessa_deploy.kernels.device import begin, tanh
 from sessa_deploy.kernels.engine.product import gelu, wide
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import available, weights_name
-from sessa_deploy.kernels.launch.limits import LAYER_WIDTHS
 
 
 @triton.jit
@@ -153,7 +148,7 @@ def layer_tail_stream(
 
 
 @triton.jit
-def _part(i, n_q, n_k, depth, kv_width, BN: tl.constexpr):
+def part_of(i, n_q, n_k, depth, kv_width, BN: tl.constexpr):
     """Of the i-th tile of columns: which of q, k, v, q_b, k_b it belongs to, its first column there, that output's width and how many columns are before."""
     part = (i >= n_q).to(tl.int32) + (i >= n_q + n_k).to(tl.int32) + (i >= n_q + 2 * n_k).to(tl.int32) + (i >= 2 * n_q + 2 * n_k).to(tl.int32)
     queries, keys = (part > 0).to(tl.int32) + (part > 3).to(tl.int32), tl.minimum(tl.maximum(part - 1, 0), 2)  # outputs of either width before it
@@ -185,7 +180,7 @@ def layer_project_gain_stream(
         pairs = units * 4
         b_x = tl.zeros([PAIRS, 1, BK // LANES, LANES], dtype=h.dtype.element_ty)
         for i in tl.range(first, tiles, programs, num_stages=STAGES):
-            part, column, width, above = _part(i, n_q, n_k, depth, kv_width, BN)
+            part, column, width, above = part_of(i, n_q, n_k, depth, kv_width, BN)
             b_w = tl.load(weight + (above + column + o_n) * depth + o_k, mask=m_k & (o_n < width - column), other=0.0)
             out, bias = q, bias_q
             if part == 1:
@@ -220,10 +215,3 @@ def layer_project_gain_stream(
 # Of layer.py's kernels, those that give way to these for one wide row. Their parameters are the same.
 KERNELS = {"layer_norm_enter": layer_norm_enter_stream, "layer_out": layer_out_stream, "layer_tail": layer_tail_stream,
            "layer_project_gain": layer_project_gain_stream}  # fmt: skip
-
-
-def variant(fn: Any, like: Tensor, rows: int, weight: Tensor) -> str:
-    """That of KERNELS in place of the kernel fn of layer.py, "" where the device of `like` has none for so many rows and this weight."""
-    (narrow, widest), stream = LAYER_WIDTHS[:2], KERNELS.get(fn.__name__)
-    fits = stream is not None and rows == 1 and narrow < weight.shape[1] <= widest
-    return str(widest) if fits and available(stream.__name__, like.device, like.dtype, str(widest), weights_name(weight.dtype)) else ""

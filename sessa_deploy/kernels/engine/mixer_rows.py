@@ -19,6 +19,7 @@ from sessa_deploy.kernels.causal.step_rows import combined
 from sessa_deploy.kernels.causal.step_rows import piece as piece_causal
 from sessa_deploy.kernels.device import begin
 from sessa_deploy.kernels.device_rows import ROWS
+from sessa_deploy.kernels.engine import layer_stream_rows
 from sessa_deploy.kernels.engine.layer_rows import chosen
 from sessa_deploy.kernels.engine.product import ahead, bias_of, product, scale_of, scaled, with_bias
 from sessa_deploy.kernels.engine.spec import mixer_rows_variant
@@ -146,6 +147,11 @@ def step(
         **pinned(("mixer_rows_out",), device, dtype, chosen("mixer_rows_out", "any", weights, width, q), early, weights), **(tiles or {}),
     }  # fmt: skip
     partial, combine, out = (options[f"mixer_rows_{name}"] for name in ("partial", "combine", "out"))
+    solve, stream = layer_stream_rows.stream("mixer_rows_out", q, tokens, weight)
+    if solve is None or "mixer_rows_out" in (tiles or {}):
+        solve = mixer_rows_out
+    else:
+        out = pinned((solve.__name__,), device, dtype, stream, early)[solve.__name__]
     rows_f, rows_b, f32, square = partial["ROWS_F"], partial["ROWS_B"], torch.float32, STEP_ROWS * STEP_ROWS
     splits_f, splits_b = step_splits(capacity, rows_f, combine["MOST_F"]), step_splits(capacity, rows_b, combine["MOST_B"])
     programs_f, n_f = (1 + splits_f) * triton.cdiv(q_heads, partial["HEADS_F"]), 1 + splits_f
@@ -166,8 +172,8 @@ def step(
         (1 + programs, batch), *parts, address(past_length), address(gamma), at["o"], at["add"], at["inverse"],
         tokens, capacity, splits_f, rows_f, splits_b, rows_b, q_heads, units, width,
     )  # fmt: skip
-    launcher(mixer_rows_out, device, dtype, out, weights)(
-        (triton.cdiv(width, out["BN"]), batch), at["o"], address(weight), address(weight if scale is None else scale), address(bias),
+    launcher(solve, device, dtype, out, weights)(
+        (triton.cdiv(triton.cdiv(width, out["BN"]), out.get("EACH", 1)), batch), at["o"], address(weight), address(weight if scale is None else scale), address(bias),
         at["add"], at["inverse"], address(s), tokens, width,
     )  # fmt: skip
     return s

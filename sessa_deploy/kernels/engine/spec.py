@@ -76,6 +76,15 @@ def _stream(kernel: Kernel, opens: bool = True) -> Kernel:
 
 _STREAMS = tuple(_stream(k, k.name != "layer_project_gain") for k in _LAYERS if k.name in ("layer_norm_enter", "layer_out", "layer_tail", "layer_project_gain"))
 
+_ROWS_TILES = ("BN", "BK", "KS", "STAGES", "EACH", "PDL")
+
+
+def _rows_stream(kernel: Kernel, name: str = "") -> Kernel:
+    """That of a few wide rows, see engine/layer_stream_rows.py."""
+    return Kernel(name or f"{kernel.name}_rows_stream", f"{_LAYER}_stream_rows", kernel.params, _ROWS_TILES, _WIDE_ROW, dtypes=_HALF, scalar_loads=64,
+                  early=_WIDE_ROW, optional=_WIDE_ROW)
+
+
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
 _COMBINES = ("1", "any", "wide")
 _FLOATS = pointers("part_f", "stat_f", "part_b", "stat_b", type="*fp32")
@@ -117,6 +126,11 @@ _MIXER_ROWS = (
            optional=(str(AHEAD_DEPTH),), early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
+_ROWS_STREAMS = (
+    *(_rows_stream(k) for k in _LAYERS if k.name in ("layer_tail", "layer_project_gain")),
+    *(_rows_stream(k, f"{k.name}_stream") for k in (*_LAYERS, *_MIXER_ROWS) if k.name in ("layer_norm_enter_rows", "mixer_rows_out")),
+)
+
 _LENGTHS = (Param("past_length", "*i32"), Param("new_length", "*i32"))
 
 # They see words and float32 logits only, whatever the storage type: one binary an architecture.
@@ -130,7 +144,7 @@ _DECODES = (
            early=_ANY, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
-KERNELS = by_name((*_LAYERS, *_STREAMS, *_MIXERS, *_MIXER_ROWS, *_DECODES))
+KERNELS = by_name((*_LAYERS, *_STREAMS, *_MIXERS, *_MIXER_ROWS, *_ROWS_STREAMS, *_DECODES))
 
 
 def product_variant(rows: int, weights: str = "") -> str:
