@@ -43,6 +43,16 @@ def _sums(b_w, b_x):
 
 
 @triton.jit
+def behind(p_x, m_x, i, first):
+    """What kernels ahead write, read in each turn i behind the wait, which stands in turn `first`. In a branch, which is always taken: the compiler asks for
+    what a loop reads some turns ahead, but not for what a branch in it reads."""
+    b_x = tl.zeros(p_x.shape, dtype=p_x.dtype.element_ty)
+    if i >= first:
+        b_x = tl.load(p_x, mask=m_x, other=0.0)
+    return b_x
+
+
+@triton.jit
 def _scale(scale, weight, o_c, m_c):
     if weight.dtype.element_ty.primitive_bitwidth == 8:
         b_scale = tl.load(scale + o_c, mask=m_c, other=0.0)
@@ -114,7 +124,7 @@ def layer_out_stream(
         if i == first:
             begin(PDL)
             b_x = _row(x, o_p, o_k, depth)
-        b_add = tl.load(add + column + o_c, mask=m_c, other=0.0)
+        b_add = behind(add + column + o_c, m_c, i, first)
         b_y = _sums(b_w, b_x) * b_scale + b_bias.to(tl.float32)
         tl.store(out + column + o_c, (b_y.to(out.dtype.element_ty).to(tl.float32) + b_add).to(out.dtype.element_ty), mask=m_c)
     begin(PDL)
@@ -141,7 +151,7 @@ def layer_tail_stream(
             begin(PDL)
             b_g = _row(h + depth, o_p, o_k, depth).to(tl.float32)
             b_x = (_row(s, o_p, o_k, depth).to(tl.float32) * b_g).to(s.dtype.element_ty)
-        b_add = tl.load(x + column + o_c, mask=m_c, other=0.0).to(tl.float32)
+        b_add = behind(x + column + o_c, m_c, i, first).to(tl.float32)
         b_y = _sums(b_w, b_x) * b_scale + b_bias.to(tl.float32)
         tl.store(out + column + o_c, (b_y + b_add).to(out.dtype.element_ty), mask=m_c)
     begin(PDL)
@@ -200,7 +210,7 @@ def layer_project_gain_stream(
                 b_x = _row(h, o_r, o_k, depth)
             m_t = m_c & (part < 2)
             o_t = (column // 2 + o_p) % pairs
-            b_cos, b_sin = tl.load(cos + o_t, mask=m_t, other=1.0), tl.load(sin + o_t, mask=m_t, other=0.0)
+            b_cos, b_sin = behind(cos + o_t, m_t, i, first), behind(sin + o_t, m_t, i, first)
             b_even, b_odd = tl.split(_sums(b_w, b_x))
             b_even, b_odd = b_even * b_scale + b_bias, b_odd * b_scale_odd + b_bias_odd
             if part < 2:

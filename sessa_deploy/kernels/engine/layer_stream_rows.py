@@ -11,7 +11,7 @@ from torch import Tensor
 from sessa_deploy.kernels.device import begin, turn
 from sessa_deploy.kernels.device_rows import ROWS
 from sessa_deploy.kernels.engine import layer_stream
-from sessa_deploy.kernels.engine.layer_stream import gamma_rows, part_of
+from sessa_deploy.kernels.engine.layer_stream import behind, gamma_rows, part_of
 from sessa_deploy.kernels.engine.product import half_gelu
 from sessa_deploy.kernels.feedback.step_rows import solved
 from sessa_deploy.kernels.launch import table
@@ -113,7 +113,7 @@ def layer_tail_rows_stream(
             b_g = _rows(h + depth, 2 * depth, rows, o_k, depth).to(tl.float32)
             b_x = _left((_rows(s, depth, rows, o_k, depth).to(tl.float32) * b_g).to(s.dtype.element_ty), BK, KS)
         o_y, m_y = o_t * depth + (column + o_n)[None, :], (o_t < rows) & m_n[None, :]
-        b_add = tl.load(x + o_y, mask=m_y, other=0.0)
+        b_add = behind(x + o_y, m_y, i, first)
         b_y = _sums(b_x, b_w) + b_bias.to(tl.float32)[None, :] + b_add.to(tl.float32)
         tl.store(out + o_y, b_y.to(out.dtype.element_ty), mask=m_y)
     begin(PDL)
@@ -139,8 +139,8 @@ def mixer_rows_out_stream(
             begin(PDL)
             b_x = _left(_rows(x, depth, tokens, o_k, depth), BK, KS)
         o_y, m_y = o_t[:, None] * depth + (column + o_n)[None, :], (o_t < tokens)[:, None] & m_n[None, :]
-        b_add = tl.load(add + o_y, mask=m_y, other=0.0)
-        b_inverse = tl.load(inverse + o_t[:, None] * ROWS + o_t[None, :])
+        b_add = behind(add + o_y, m_y, i, first)
+        b_inverse = behind(inverse + o_t[:, None] * ROWS + o_t[None, :], o_t[:, None] < ROWS, i, first)
         b_f = (_sums(b_x, b_w) + b_bias.to(tl.float32)[None, :]).to(out.dtype.element_ty).to(tl.float32)
         tl.store(out + o_y, solved(b_inverse, b_f + b_add, o_t).to(out.dtype.element_ty), mask=m_y)
     begin(PDL)
@@ -180,7 +180,7 @@ def layer_project_gain_rows_stream(
             o_p = tl.arange(0, BN // 2)
             m_p = (o_t < rows) & ((column + o_p * 2 < width) & (part < 2))[None, :]
             o_p = o_t * pairs + ((column // 2 + o_p) % pairs)[None, :]
-            b_cos, b_sin = tl.load(cos + o_p, mask=m_p, other=1.0), tl.load(sin + o_p, mask=m_p, other=0.0)
+            b_cos, b_sin = behind(cos + o_p, m_p, i, first), behind(sin + o_p, m_p, i, first)
             b_y = _sums(b_x, b_w) + b_bias[None, :]
             if part < 2:
                 b_y = turn(b_y, b_cos, b_sin, ROWS, BN)
