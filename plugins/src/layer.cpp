@@ -187,10 +187,13 @@ struct Enter final : Plan
     {
         auto const width = i32(p.width);
         one = rowsOf(p) == 1;
-        both = one              ? streamCubin("layer_norm_enter", arch, p, 1)
-            : rowsOf(p) <= kRows[1] ? aheadCubin("layer_norm_enter_rows", arch, p, "any")
-                                    : nullptr;
-        both = one && both == nullptr ? findCubinForWidth("layer_norm_enter", arch, productType(p).c_str(), width) : both;
+        both = streamCubin(one ? "layer_norm_enter_stream" : "layer_norm_enter_rows_stream", arch, p, rowsOf(p));
+        if (both == nullptr)
+        {
+            both = one                  ? findCubinForWidth("layer_norm_enter", arch, productType(p).c_str(), width)
+                : rowsOf(p) <= kRows[1] ? aheadCubin("layer_norm_enter_rows", arch, p, "any")
+                                        : nullptr;
+        }
         norm = one || both != nullptr ? nullptr : findCubinForWidth("layer_norm", arch, dtypeName(p.storage), width);
         return both != nullptr || (norm != nullptr && matrix.find("layer_enter", arch, p, rowsOf(p)));
     }
@@ -234,7 +237,7 @@ struct Enter final : Plan
                 first.add(t.in[kWeight]).add(t.in[4]).add(t.outs[0]).add(i32(rows));
             }
             first.add(width).add(p.numbers.epsilon);
-            return launch(*both, {productPrograms(*both, 1, ceilDiv(p.doubleWidth, both->tile("BN"))), 1, 1}, first, stream, error, rows);
+            return launch(*both, {productPrograms(*both, rows, ceilDiv(p.doubleWidth, both->tile("BN"))), 1, 1}, first, stream, error, rows);
         }
         first.add(normal).add(width).add(p.numbers.epsilon);
         Arguments second;
@@ -277,7 +280,7 @@ struct ProjectGain final : Product
         }
         a.add(i32(rowsOf(p))).add(i32(p.width)).add(i32(kvWidth)).add(i32(p.headWidth / kHeadMultiple)).add(p.numbers.gammaMax);
         int32_t const* const tile = matrix.kernel().findTile("BM");
-        int64_t const gains = tile == nullptr || *tile <= kSingle ? rowsOf(p) : ceilDiv(rowsOf(p), *tile);
+        int64_t const gains = tile == nullptr ? 1 : *tile <= kSingle ? rowsOf(p) : ceilDiv(rowsOf(p), *tile);
         return launchTiles(p, t, 3 * columnTiles(p.width) + 2 * columnTiles(kvWidth), a, stream, error, gains);
     }
 };
@@ -323,12 +326,14 @@ std::vector<Problem> everyRows(Storage storage)
         p.columns = 80;
         all.push_back(p);
     }
-    Problem wide = all.front(); // one wide row
+    Problem wide = all.front(); // one wide row, and a few
     wide.width = kLayerWidths[1];
     wide.headWidth = kHeadWidths[1];
     wide.heads = wide.kvHeads = wide.width / wide.headWidth;
     wide.doubleWidth = 2 * wide.width;
     wide.pairs = wide.headWidth / 2;
+    all.push_back(wide);
+    wide.tokens = kStepRows;
     all.push_back(wide);
     return all;
 }

@@ -91,11 +91,12 @@ inline Cubin const* aheadCubin(char const* name, int32_t arch, Problem const& p,
                                                            : findCubin(name, arch, dtypeName(p.storage), (variant == "any" ? depth : variant + "." + depth).c_str());
 }
 
-// engine/layer_stream.py, variant: the binary in place of `name` for one wide row, whose parameters are the same; null where there is none.
-inline Cubin const* streamCubin(char const* name, int32_t arch, Problem const& p, int64_t rows)
+// engine/layer_stream_rows.py, stream: the binary `name` for one or a few wide rows, in place of one with the same parameters; null where there is none.
+inline Cubin const* streamCubin(std::string const& name, int32_t arch, Problem const& p, int64_t rows)
 {
-    bool const wide = rows == 1 && p.width > kLayerWidths[0] && p.width <= kLayerWidths[1];
-    return wide ? findCubin((std::string(name) + "_stream").c_str(), arch, productType(p).c_str(), std::to_string(kLayerWidths[1]).c_str()) : nullptr;
+    bool const wide = p.width > kLayerWidths[0] && p.width <= kLayerWidths[1];
+    bool const few = rows == 1 || (rows <= kStepRows && p.weights == Weights::kStorage);
+    return wide && few ? findCubin(name.c_str(), arch, productType(p).c_str(), std::to_string(kLayerWidths[1]).c_str()) : nullptr;
 }
 
 // engine/layer.py, _programs: for so many rows and tiles of columns.
@@ -103,7 +104,7 @@ inline int64_t productPrograms(Cubin const& kernel, int64_t rows, int64_t column
 {
     int32_t const* const tall = kernel.findTile("BM");
     int32_t const* const each = kernel.findTile("EACH");
-    return ceilDiv(rows, tall == nullptr ? 1 : *tall) * ceilDiv(columns, each == nullptr ? 1 : *each);
+    return tall != nullptr ? ceilDiv(rows, *tall) * columns : ceilDiv(columns, each == nullptr ? 1 : *each);
 }
 
 // causal/spec.py, head_variant; group: query heads of one key/value head.
@@ -173,7 +174,7 @@ public:
         std::string const variant = productVariant(rows, p.weights);
         bool const many = p.weights != Weights::kStorage && variant == "any";
         std::string const most = std::to_string(*(std::end(kQuantisedRows) - 1));
-        mKernel = streamCubin(name, arch, p, rows);
+        mKernel = streamCubin(std::string(name) + (rows == 1 ? "_stream" : "_rows_stream"), arch, p, rows);
         mKernel = mKernel != nullptr ? mKernel : aheadCubin(name, arch, p, variant);
         if (mKernel != nullptr)
         {
