@@ -74,8 +74,7 @@ struct Step final : Plan
         int64_t const lanes = combine->tile("BLOCK_D");
         int64_t const tiles = productPrograms(out.kernel(), p.batch, ceilDiv(p.width, out.kernel().tile("BN")));
         // It reads the pasts before it waits; behind the projections alone is it known that nobody writes them.
-        bool const behind = launchedLast(stream, "layer_project_gain") || launchedLast(stream, "layer_project_gain_stream");
-        int64_t const rows = behind ? p.batch : kManyRows;
+        int64_t const rows = behindProjections(stream) ? p.batch : kManyRows;
         return launch(*partial, {programsF + programsB, 1, 1}, first, stream, error, rows)
             && launch(*combine, {p.heads * ceilDiv(p.headWidth, lanes) + ceilDiv(p.width, lanes), p.batch, 1}, second, stream, error, p.batch)
             && out.run(t, kWeight, tiles, third, stream, error, p.batch);

@@ -99,6 +99,13 @@ inline Cubin const* streamCubin(std::string const& name, int32_t arch, Problem c
     return wide && few ? findCubin(name.c_str(), arch, productType(p).c_str(), std::to_string(kLayerWidths[1]).c_str()) : nullptr;
 }
 
+// Whether the projections are what the stream was given last, whichever their kernel.
+inline bool behindProjections(CUstream_st* stream)
+{
+    return launchedLast(stream, "layer_project_gain") || launchedLast(stream, "layer_project_gain_stream")
+        || launchedLast(stream, "layer_project_gain_rows_stream");
+}
+
 // engine/layer.py, _programs: for so many rows and tiles of columns.
 inline int64_t productPrograms(Cubin const& kernel, int64_t rows, int64_t columns)
 {

@@ -121,7 +121,7 @@ struct MixerRows final : Plan
         int64_t const sums = ceilDiv(p.tokens * p.heads, combine->tile("NF")) * ceilDiv(p.headWidth, combine->tile("DF"))
             + ceilDiv(p.tokens, combine->tile("NB")) * ceilDiv(p.width, combine->tile("DB"));
         // It reads the pasts before it waits; behind the projections alone is it known that nobody writes them. Wide ones wait first, and gain nothing.
-        int64_t const rows = p.width <= kRowsWidths[0] && launchedLast(stream, "layer_project_gain") ? rowsOf(p) : kManyRows;
+        int64_t const rows = p.width <= kRowsWidths[0] && behindProjections(stream) ? rowsOf(p) : kManyRows;
         return launch(*partial, {programs + 1 + b.splits, p.batch, 1}, first, stream, error, rows)
             && launch(*combine, {1 + sums, p.batch, 1}, second, stream, error, rowsOf(p))
             && launch(*out, {productPrograms(*out, 1, ceilDiv(p.width, out->tile("BN"))), p.batch, 1}, third, stream, error, rowsOf(p));
