@@ -24,6 +24,11 @@ struct Step final : Plan
         char const* dtype = dtypeName(p.storage);
         partial = findCubin("mixer_step_partial", arch, dtype, variant(p).c_str());
         combine = findCubin("mixer_step_combine", arch, dtype, p.batch == 1 ? "1" : p.width > kMixerBroad ? "wide" : "any"); // engine/spec.py, combine_variant
+        if (Cubin const* const own = p.batch == 1 && p.width > kMixerBroad ? findCubin("mixer_step_combine", arch, dtype, kWideRow) : nullptr)
+        {
+            combine = own; // engine/spec.py, one_variant
+            partial = findCubin("mixer_step_partial", arch, dtype, (variant(p) + ".1").c_str());
+        }
         return partial != nullptr && combine != nullptr && out.find("layer_out", arch, p, p.batch);
     }
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from sessa_deploy.kernels.causal.step import share as share_causal
 from sessa_deploy.kernels.device import add_splits, begin, splits_used
 from sessa_deploy.kernels.engine.layer import out_add
-from sessa_deploy.kernels.engine.spec import combine_variant, mixer_variant
+from sessa_deploy.kernels.engine.spec import combine_variant, mixer_variant, one_variant
 from sessa_deploy.kernels.feedback.step import share as share_feedback
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import address, launcher, pinned, workspace
+from sessa_deploy.kernels.launch.jit import address, available, launcher, pinned, workspace
 from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E, MIXER_BROAD, MIXER_MANY_B, MIXER_MANY_F, MIXER_SHORT
 from sessa_deploy.kernels.launch.splits import least_rows, shares, step_splits
 
@@ -106,8 +106,11 @@ def step(
     batch, q_heads, head = q.shape
     heads, capacity, width, device, dtype = k.shape[1], past_k.shape[1], q_b.shape[1], q.device, q.dtype
     group, units = q_heads // heads, head // HEAD_MULTIPLE
-    partial = pinned(("mixer_step_partial",), device, dtype, mixer_variant(width, head, group), early if behind else 0)["mixer_step_partial"]
-    combine = pinned(("mixer_step_combine",), device, dtype, combine_variant(batch, width), early)["mixer_step_combine"]
+    own, adds = mixer_variant(width, head, group), combine_variant(batch, width)
+    if batch == 1 and width > MIXER_BROAD and available("mixer_step_combine", device, dtype, one_variant("mixer_step_combine", adds)):
+        own, adds = one_variant("mixer_step_partial", own), one_variant("mixer_step_combine", adds)
+    partial = pinned(("mixer_step_partial",), device, dtype, own, early if behind else 0)["mixer_step_partial"]
+    combine = pinned(("mixer_step_combine",), device, dtype, adds, early)["mixer_step_combine"]
     rows_f, rows_b = least_rows(partial["ROWS_F"] * partial["TILES_F"], partial["ROWS_B"] * partial["TILES_B"], capacity, width)
     splits_f = step_splits(capacity, rows_f, combine["BLOCK_F"])
     splits_b = step_splits(capacity, rows_b, combine["BLOCK_B"])
