@@ -74,7 +74,7 @@ _WIDE_ROW = _WIDTHS[1:2]
 def _stream(kernel: Kernel, opens: bool = True) -> Kernel:
     """That of one wide row, see engine/layer_stream.py."""
     return Kernel(f"{kernel.name}_stream", f"{_LAYER}_stream", kernel.params, ("BN", "BK", "STAGES", "EACH", "PDL"), _WIDE_ROW, dtypes=_PRODUCT,
-                  scalar_loads=64, early=_WIDE_ROW, opens=_WIDE_ROW if opens else (), optional=_WIDE_ROW, early_rows=1)
+                  scalar_loads=64, early=_WIDE_ROW, opens=_WIDE_ROW if opens else (), fills=_WIDE_ROW, optional=_WIDE_ROW, early_rows=1)
 
 
 _STREAMS = tuple(_stream(k, k.name != "layer_project_gain") for k in _LAYERS if k.name in ("layer_norm_enter", "layer_out", "layer_tail", "layer_project_gain"))
@@ -85,7 +85,7 @@ _ROWS_TILES = ("BN", "BK", "KS", "STAGES", "EACH", "PDL")
 def _rows_stream(kernel: Kernel, name: str = "") -> Kernel:
     """That of a few wide rows, see engine/layer_stream_rows.py."""
     return Kernel(name or f"{kernel.name}_rows_stream", f"{_LAYER}_stream_rows", kernel.params, _ROWS_TILES, _WIDE_ROW, dtypes=_HALF, scalar_loads=64,
-                  early=_WIDE_ROW, optional=_WIDE_ROW)
+                  early=_WIDE_ROW, fills=_WIDE_ROW, optional=_WIDE_ROW)
 
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
