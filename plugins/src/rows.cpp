@@ -77,7 +77,8 @@ struct MixerRows final : Plan
         char const* dtype = dtypeName(p.storage);
         std::string const variant = covering(kRowsWidths, p.width) + "." + covering(kRowsHeads, p.headWidth); // engine/spec.py, mixer_rows_variant
         partial = findCubin("mixer_rows_partial", arch, dtype, variant.c_str());
-        combine = findCubin("mixer_rows_combine", arch, dtype, "any");
+        combine = p.width > kRowsWidths[0] ? findCubin("mixer_rows_combine", arch, dtype, "wide") : nullptr; // engine/spec.py, rows_combine_variant
+        combine = combine != nullptr ? combine : findCubin("mixer_rows_combine", arch, dtype, "any");
         out = streamCubin("mixer_rows_out_stream", arch, p, p.tokens);
         out = out != nullptr ? out : aheadCubin("mixer_rows_out", arch, p, "any");
         out = out != nullptr ? out : findCubin("mixer_rows_out", arch, productType(p).c_str(), "any");

@@ -83,7 +83,6 @@ def norm_enter(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, we
         fn, variant = layer_norm_enter_rows, _VARIANT
     options = pinned((fn.__name__,), x.device, x.dtype, variant, early)[fn.__name__]
     out = torch.empty(rows, 2 * depth, dtype=x.dtype, device=x.device)
-    launcher(fn, x.device, x.dtype, options)(
-        (triton.cdiv(triton.cdiv(2 * depth, options["BN"]), options.get("EACH", 1)),), *map(address, (x, norm_weight, norm_bias, weight, bias, out)), rows, depth, eps
-    )
+    programs = triton.cdiv(triton.cdiv(2 * depth, options["BN"]), options.get("EACH", 1))
+    launcher(fn, x.device, x.dtype, options)((programs,), *map(address, (x, norm_weight, norm_bias, weight, bias, out)), rows, depth, eps)
     return out

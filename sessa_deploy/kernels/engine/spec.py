@@ -44,8 +44,7 @@ _LAYERS = (
     Kernel("layer_widen", _LAYER, (*_MATRIX[:1], *pointers("out"), Param("count", "i32", True)), ("BLOCK",), _ANY, dtypes=_QUANTISED),
     Kernel("layer_norm_enter", _LAYER,
            (*pointers("x", "norm_weight", "norm_bias"), *_MATRIX, *pointers("bias", "out"), Param("depth", "i32", True), Param("eps", "fp32")),
-           ("BN", "BK", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS, shares=_WIDTHS[:1],
-           fills=_WIDTHS[1:]),
+           ("BN", "BK", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS, shares=_WIDTHS, fills=_WIDTHS[1:]),
     Kernel("layer_norm_enter_rows", f"{_LAYER}_rows",
            (*pointers("x", "norm_weight", "norm_bias", "weight", "bias", "out"), Param("rows", "i32"), Param("depth", "i32", True), Param("eps", "fp32")),
            ("BN", "BK", "KS", "PDL"), _WIDTHS[:1], dtypes=_HALF, scalar_loads=32, early=_WIDTHS[:1], optional=_WIDTHS[:1]),
@@ -111,6 +110,7 @@ _MIXERS = (
 _ROWS = "sessa_deploy.kernels.engine.mixer_rows"
 _ROWS_STEPS = tuple(f"{w}.{h}" for w in ROWS_WIDTHS for h in ROWS_HEADS)
 _WIDE_ROWS = _ROWS_STEPS[len(ROWS_HEADS):]
+_ROWS_COMBINES = (*_ANY, "wide")
 _PARTS = pointers("part_f", "stat_f", "part_b", "stat_b", "scores", type="*fp32")
 
 _MIXER_ROWS = (
@@ -119,11 +119,12 @@ _MIXER_ROWS = (
             *integers("tokens", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
            ("ROWS_F", "HEADS_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "PDL"),
-           _ROWS_STEPS, dtypes=_HALF, scalar_loads=16, early=_ROWS_STEPS, optional=_WIDE_ROWS),
+           _ROWS_STEPS, dtypes=_HALF, scalar_loads=16, early=_ROWS_STEPS, fills=_WIDE_ROWS, optional=_WIDE_ROWS),
     Kernel("mixer_rows_combine", _ROWS,
            (*_PARTS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", "inverse", type="*fp32"),
             *integers("tokens", "capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
-           ("BLOCK_F", "BLOCK_B", "MOST_F", "MOST_B", "NF", "NB", "DF", "DB", "PDL"), _ANY, dtypes=_HALF, scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
+           ("BLOCK_F", "BLOCK_B", "MOST_F", "MOST_B", "NF", "NB", "DF", "DB", "PDL"), _ROWS_COMBINES, dtypes=_HALF, scalar_loads=64, early=_ROWS_COMBINES,
+           fills=_ROWS_COMBINES[1:], optional=_ROWS_COMBINES[1:], early_rows=_EARLY_ROWS),
     Kernel("mixer_rows_out", _ROWS,
            (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", "inverse", type="*fp32"), *pointers("out"), *integers("tokens"),
             Param("depth", "i32", True)),
@@ -192,6 +193,11 @@ def combine_variant(batch: int, width: int) -> str:
 def one_variant(kernel: str, variant: str) -> str:
     """The optional variant in place of `variant` of a mixer's step for one sequence of rows wider than MIXER_WIDTHS[0]."""
     return _WIDE if kernel == "mixer_step_combine" else f"{variant}.1"
+
+
+def rows_combine_variant(width: int) -> str:
+    """The variant of mixer_rows_combine; "wide" is optional, and "any" where there is none."""
+    return "wide" if width > ROWS_WIDTHS[0] else "any"
 
 
 def mixer_rows_variant(width: int, head: int) -> str:

@@ -17,7 +17,8 @@ FLOAT8_ARCH = 89  # the first that reads weights of E4M3
 # Percent of a multiprocessor's shared memory that the small kernels of one sequence's decode step ask the driver to set apart: all the same share, since one
 # whose share is another waits until the multiprocessor is empty, and cannot start beside its predecessor. What is left caches loads (measured on an H200).
 SHARED_SHARE = 30
-WIDE_SHARE = 100  # the same where rows are wider than AHEAD_DEPTH, whose attentions want all of it and are long: they wish for it too (measured on an H200)
+# The same where rows are wider than AHEAD_DEPTH, whose attentions want all of it and are long: they wish for it too. On WIDE_ARCH alone, where it was measured.
+WIDE_SHARE, WIDE_ARCH = 100, 90
 # Largest dynamic shared memory one block may ask for, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
