@@ -27,7 +27,8 @@ struct Step final : Plan
         if (Cubin const* const own = p.batch == 1 && p.width > kMixerBroad ? findCubin("mixer_step_combine", arch, dtype, kWideRow) : nullptr)
         {
             combine = own; // engine/spec.py, one_variant
-            partial = findCubin("mixer_step_partial", arch, dtype, (variant(p) + ".1").c_str());
+            Cubin const* const its = findCubin("mixer_step_partial", arch, dtype, (variant(p) + ".1").c_str());
+            partial = its != nullptr ? its : partial;
         }
         return partial != nullptr && combine != nullptr && out.find("layer_out", arch, p, p.batch);
     }

@@ -88,7 +88,8 @@ def _rows_stream(kernel: Kernel, name: str = "") -> Kernel:
 
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
-_WIDE_STEPS = tuple(f"{v}.1" for v in _STEPS if not v.startswith(f"{MIXER_WIDTHS[0]}."))  # of one sequence
+_OWN = f"{MIXER_WIDTHS[1]}.{MIXER_HEADS[1]}"  # whose one sequence has tiles of its own
+_WIDE_STEPS = (f"{_OWN}.1", *(v for v in _STEPS if v != _OWN and not v.startswith(f"{MIXER_WIDTHS[0]}.")))
 _COMBINES = ("1", "any", "wide", _WIDE)
 _FLOATS = pointers("part_f", "stat_f", "part_b", "stat_b", type="*fp32")
 
@@ -98,7 +99,7 @@ _MIXERS = (
             *integers("batch", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
            ("ROWS_F", "HEADS_F", "GROUP_F", "LANES_F", "STAGES_F", "TILES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "TILES_B", "OWN_B", "PDL"),
-           (*_STEPS, *_WIDE_STEPS), dtypes=_HALF, scalar_loads=16, early=(*_STEPS, *_WIDE_STEPS), fills=_WIDE_STEPS, optional=_WIDE_STEPS,
+           (*_STEPS, *_WIDE_STEPS[:1]), dtypes=_HALF, scalar_loads=16, early=(*_STEPS, *_WIDE_STEPS[:1]), fills=_WIDE_STEPS, optional=_WIDE_STEPS[:1],
            early_rows=_EARLY_ROWS),
     Kernel("mixer_step_combine", _MIXER,
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
@@ -192,7 +193,7 @@ def combine_variant(batch: int, width: int) -> str:
 
 def one_variant(kernel: str, variant: str) -> str:
     """The optional variant in place of `variant` of a mixer's step for one sequence of rows wider than MIXER_WIDTHS[0]."""
-    return _WIDE if kernel == "mixer_step_combine" else f"{variant}.1"
+    return _WIDE if kernel == "mixer_step_combine" else f"{variant}.1" if variant == _OWN else variant
 
 
 def rows_combine_variant(width: int) -> str:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 
-from sessa_deploy.kernels import device
-from sessa_deploy.kernels.engine import layer, layer_stream_rows, mixer_rows
-from sessa_deploy.kernels.launch import jit, table
-from sessa_deploy.kernels.launch.jit import interpreted
+triton = pytest.importorskip("triton")
+
+from sessa_deploy.kernels import device  # noqa: E402
+from sessa_deploy.kernels.engine import layer, layer_stream_rows, mixer_rows  # noqa: E402
+from sessa_deploy.kernels.launch import jit, table  # noqa: E402
+from sessa_deploy.kernels.launch.jit import interpreted  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 D, KV, HEAD, ROWS = 1040, 80, 80, 5
