@@ -16,7 +16,7 @@ import pytest
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, SHARED_LIMIT, SHARED_SHARE
+from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, SHARED_LIMIT, SHARED_SHARE, WIDE_SHARE
 from sessa_deploy.kernels.launch.spec import OPENS, WAITS
 from sessa_deploy.plugins import lower
 
@@ -38,15 +38,16 @@ def sample() -> list[lower.Unit]:
     for arch in (90, *(a for a in ARCHS if a != 90)):
         for unit in plain([arch]):
             forms.setdefault((unit.kernel, unit.dtype, unit.variant), []).append(arch)
-    chosen, turn = [], 0
-    for i, ((kernel, dtype, variant), archs) in enumerate(sorted(forms.items())):
+    chosen, turn, seen = [], 0, 0
+    for (kernel, dtype, variant), archs in sorted(forms.items()):
         others = [a for a in archs if a != 90]
-        alone = sum(name == kernel for name, _, _ in forms) == 1
-        if others and (i % 2 or alone):
+        alone = sum(name == kernel and set(its) > {90} for (name, _, _), its in forms.items()) == 1
+        if others and (seen % 2 or alone):
             chosen.append(lower.Unit(kernel, others[turn % len(others)], dtype, variant))
             turn += 1
-        if 90 in archs and (not i % 2 or alone or not others):
+        if 90 in archs and (not seen % 2 or alone or not others):
             chosen.append(lower.Unit(kernel, 90, dtype, variant))
+        seen += bool(others)
     return chosen
 
 
@@ -212,12 +213,42 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
             assert [table.tiles(k.name, arch, k.dtypes[0], variant)["PDL"] for arch in held] == [how if may and arch >= 90 else 0 for arch in held]
     # who lets the next kernel in at once: of a single row, and ahead of none that reads what another has written before its own wait
     assert {k.name: k.opens for k in early if k.opens} == {
-        "layer_out": ("1",), "layer_tail": ("1",), "layer_norm_enter": ("1024",), "mixer_step_combine": ("1",)}
-    # the small kernels of one row's layer have one share of shared memory, and no kernel another
-    shared = {(k.name, v) for k in early for v in k.variants if table.shared_share(k.name, 90, k.dtypes[0], v)}
-    assert {name for name, _ in shared} == {"layer_norm_enter", "layer_project_gain", "mixer_step_combine", "layer_out", "layer_tail", "layer_logits"}
-    assert {v for name, v in shared if name not in ("layer_norm_enter", "mixer_step_combine")} == {"1"}
-    assert {table.shared_share(name, arch, "fp16", v) for name, v in shared for arch in (80, 90)} == {0, SHARED_SHARE}
+        "layer_out": ("1", "1.wide"), "layer_tail": ("1", "1.wide"), "layer_norm_enter": ("1024", "2048", "4096"), "mixer_step_combine": ("1", "1.wide"),
+        **{f"layer_{name}_stream": ("2048",) for name in ("norm_enter", "out", "tail")}}
+    # the small kernels of one row's layer have one share of shared memory, and no kernel another; those of a wide row all of it, with their attentions
+    shares = {(k.name, v): table.shared_share(k.name, 90, k.dtypes[0], v) for k in early for v in k.variants}
+    small = {"layer_norm_enter", "layer_project_gain", "mixer_step_combine", "layer_out", "layer_tail", "layer_logits"}
+    assert {(name, "1024" if name == "layer_norm_enter" else "1") for name in small} == {one for one, share in shares.items() if share == SHARED_SHARE}
+    wide = {one for one, share in shares.items() if share == WIDE_SHARE}
+    assert {name for name, v in wide if v == "1.wide"} == small - {"layer_norm_enter"} and {n for n, v in wide} >= {"layer_norm_enter", "mixer_step_partial"}
+    assert all(share in (0, SHARED_SHARE, WIDE_SHARE) for share in shares.values()) and all(v == "wide" or not v.startswith(("1024", "any")) for _, v in wide)
+    assert {table.shared_share("layer_norm_enter", arch, "fp16", "2048") for arch in (80, 100)} == {0, SHARED_SHARE}
+
+
+AHEAD = """
+import re
+from triton.backends.compiler import GPUTarget
+import triton
+from sessa_deploy.plugins import lower
+for name, dtype in pairs:
+    source, options = lower.source(lower.Unit(name, 90, dtype, "2048"))
+    text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"]
+    behind = dict(re.findall(r"(%[\\w#]+) = tt[.](?:addptr|splat|broadcast) (%[\\w#]+)", text))
+    for pointer in re.findall(r"async_copy_global_to_local (%[\\w#]+),", text):
+        while pointer in behind:
+            pointer = behind[pointer]
+        print(name, pointer)
+"""
+
+
+def test_loops_read_nothing_but_weights_ahead_of_the_wait() -> None:
+    """What the compiler has a loop ask for some turns ahead is asked for before the wait for the kernel ahead, which stands in the first turn."""
+    pairs = [("layer_out_stream", "fp16.i8"), ("layer_project_gain_stream", "fp16"), ("mixer_rows_out_stream", "fp16"), ("layer_tail_rows_stream", "bf16")]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", f"pairs = {pairs}\n{AHEAD}"], capture_output=True, text=True, env=env)
+    found = {name: {line.split()[1] for line in done.stdout.splitlines() if line.startswith(f"{name} ")} for name, _ in pairs}
+    assert done.returncode == 0, done.stderr
+    assert all("%weight" in its <= {"%weight", "%scale", "%bias"} for its in found.values()), found
 
 
 def test_the_table_pins_every_unit() -> None:
