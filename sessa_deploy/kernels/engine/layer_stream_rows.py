@@ -195,7 +195,7 @@ KERNELS = {"layer_norm_enter_rows": layer_norm_enter_rows_stream, "layer_tail": 
 
 def stream(kernel: str, like: Tensor, rows: int, weight: Tensor) -> tuple[Any, str]:
     """(one of KERNELS or of layer_stream.KERNELS in place of `kernel`, its variant), or (None, "") where the device of `like` has none for so many rows."""
-    fn = (layer_stream.KERNELS if rows == 1 else KERNELS).get(kernel)
+    fn: Any = (layer_stream.KERNELS if rows == 1 else KERNELS).get(kernel)
     (narrow, widest), kind = LAYER_WIDTHS[:2], weights_name(weight.dtype)
     fits = fn is not None and rows <= ROWS.value and narrow < weight.shape[1] <= widest and (rows == 1 or not kind)
     return (fn, str(widest)) if fits and available(fn.__name__, like.device, like.dtype, str(widest), kind) else (None, "")
