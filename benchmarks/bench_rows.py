@@ -32,9 +32,10 @@ from torch import Tensor
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.kernels.engine import layer, mixer, mixer_rows
-from sessa_deploy.kernels.engine.spec import ahead_variant, mixer_rows_variant, mixer_variant, product_variant
+from sessa_deploy.kernels.engine.spec import ahead_variant, mixer_rows_variant, mixer_variant, one_variant, product_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import arch_of, launcher, pinned
+from sessa_deploy.kernels.launch.limits import MIXER_BROAD
 
 CAPACITY = 32768
 MODELS = {name: (SIZES[name][0], SIZES[name][2]) for name in ("350M", "1.1B")}  # d_model, heads; 24 layers
@@ -128,7 +129,9 @@ def chain_jobs(models: list[str], rows: list[int]) -> list[tuple[str, str, Optio
     for name, count in itertools.product(models, rows):
         width, heads = MODELS[name]
         variant = product_variant(count)
-        mixers = [("mixer_step_partial", mixer_variant(width, width // heads, 1)), ("mixer_step_combine", "1"), ("layer_out", variant)]
+        own = {k: (v, one_variant(k, v)) for k, v in (("mixer_step_partial", mixer_variant(width, width // heads, 1)), ("mixer_step_combine", "1"))}
+        mixers = [(k, one if width > MIXER_BROAD and table.has(k, arch_of(0), "fp16", one) else v) for k, (v, one) in own.items()]
+        mixers.append(("layer_out", with_ahead("layer_out", variant, width)))
         if count > 1:
             mixers = [("mixer_rows_partial", mixer_rows_variant(width, width // heads)), ("mixer_rows_combine", "any"),
                       ("mixer_rows_out", with_ahead("mixer_rows_out", "any", width))]

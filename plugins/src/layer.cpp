@@ -82,7 +82,7 @@ struct Product : Plan
     bool launchTiles(
         Problem const& p, Tensors const& t, int64_t tiles, Arguments& a, CUstream_st* stream, std::string& error, int64_t others = 0) const
     {
-        return matrix.run(t, weight, productPrograms(matrix.kernel(), rowsOf(p), tiles) + others, a, stream, error, rowsOf(p));
+        return matrix.run(t, weight, ceilDiv(rowsOf(p), matrix.kernel().tile("BM")) * tiles + others, a, stream, error, rowsOf(p));
     }
 
     char const* name;
@@ -187,13 +187,9 @@ struct Enter final : Plan
     {
         auto const width = i32(p.width);
         one = rowsOf(p) == 1;
-        both = streamCubin(one ? "layer_norm_enter_stream" : "layer_norm_enter_rows_stream", arch, p, rowsOf(p));
-        if (both == nullptr)
-        {
-            both = one                  ? findCubinForWidth("layer_norm_enter", arch, productType(p).c_str(), width)
-                : rowsOf(p) <= kRows[1] ? aheadCubin("layer_norm_enter_rows", arch, p, "any")
-                                        : nullptr;
-        }
+        both = one ? findCubinForWidth("layer_norm_enter", arch, productType(p).c_str(), width)
+            : rowsOf(p) <= kRows[1] ? aheadCubin("layer_norm_enter_rows", arch, p, "any")
+                                    : nullptr;
         norm = one || both != nullptr ? nullptr : findCubinForWidth("layer_norm", arch, dtypeName(p.storage), width);
         return both != nullptr || (norm != nullptr && matrix.find("layer_enter", arch, p, rowsOf(p)));
     }
@@ -237,12 +233,12 @@ struct Enter final : Plan
                 first.add(t.in[kWeight]).add(t.in[4]).add(t.outs[0]).add(i32(rows));
             }
             first.add(width).add(p.numbers.epsilon);
-            return launch(*both, {productPrograms(*both, rows, ceilDiv(p.doubleWidth, both->tile("BN"))), 1, 1}, first, stream, error, rows);
+            return launch(*both, {ceilDiv(p.doubleWidth, both->tile("BN")), 1, 1}, first, stream, error, rows);
         }
         first.add(normal).add(width).add(p.numbers.epsilon);
         Arguments second;
         matrix.add(second.add(normal), p, t, kWeight).add(t.in[4]).add(t.outs[0]).add(i32(rows)).add(width);
-        int64_t const tiles = productPrograms(matrix.kernel(), rows, ceilDiv(p.doubleWidth, matrix.kernel().tile("BN")));
+        int64_t const tiles = ceilDiv(rows, matrix.kernel().tile("BM")) * ceilDiv(p.doubleWidth, matrix.kernel().tile("BN"));
         return launch(*norm, {rows, 1, 1}, first, stream, error, rows) && matrix.run(t, kWeight, tiles, second, stream, error, rows);
     }
 
@@ -279,8 +275,8 @@ struct ProjectGain final : Product
             a.add(t.outs[i]);
         }
         a.add(i32(rowsOf(p))).add(i32(p.width)).add(i32(kvWidth)).add(i32(p.headWidth / kHeadMultiple)).add(p.numbers.gammaMax);
-        int32_t const* const tile = matrix.kernel().findTile("BM");
-        int64_t const gains = tile == nullptr ? 1 : *tile <= kSingle ? rowsOf(p) : ceilDiv(rowsOf(p), *tile);
+        int64_t const tile = matrix.kernel().tile("BM");
+        int64_t const gains = tile <= kSingle ? rowsOf(p) : ceilDiv(rowsOf(p), tile);
         return launchTiles(p, t, 3 * columnTiles(p.width) + 2 * columnTiles(kvWidth), a, stream, error, gains);
     }
 };
@@ -326,14 +322,12 @@ std::vector<Problem> everyRows(Storage storage)
         p.columns = 80;
         all.push_back(p);
     }
-    Problem wide = all.front(); // one wide row, and a few
+    Problem wide = all.front(); // one wide row
     wide.width = kLayerWidths[1];
     wide.headWidth = kHeadWidths[1];
     wide.heads = wide.kvHeads = wide.width / wide.headWidth;
     wide.doubleWidth = 2 * wide.width;
     wide.pairs = wide.headWidth / 2;
-    all.push_back(wide);
-    wide.tokens = kStepRows;
     all.push_back(wide);
     return all;
 }

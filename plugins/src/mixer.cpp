@@ -24,10 +24,12 @@ struct Step final : Plan
         char const* dtype = dtypeName(p.storage);
         partial = findCubin("mixer_step_partial", arch, dtype, variant(p).c_str());
         combine = findCubin("mixer_step_combine", arch, dtype, p.batch == 1 ? "1" : p.width > kMixerBroad ? "wide" : "any"); // engine/spec.py, combine_variant
-        if (Cubin const* const own = p.batch == 1 && p.width > kMixerBroad ? findCubin("mixer_step_combine", arch, dtype, kWideRow) : nullptr)
+        Cubin const* const own = p.width > kMixerBroad ? findCubin("mixer_step_combine", arch, dtype, kWideRow) : nullptr; // engine/spec.py, one_variant
+        most = own != nullptr ? kMixerMostB : 0;
+        if (own != nullptr && p.batch == 1)
         {
-            combine = own; // engine/spec.py, one_variant
             Cubin const* const its = findCubin("mixer_step_partial", arch, dtype, (variant(p) + ".1").c_str());
+            combine = own;
             partial = its != nullptr ? its : partial;
         }
         return partial != nullptr && combine != nullptr && out.find("layer_out", arch, p, p.batch);
@@ -47,7 +49,7 @@ struct Step final : Plan
         rowsF = partial->tile("ROWS_F") * partial->tile("TILES_F") * (broad ? kMixerManyF : 1);
         rowsB = partial->tile("ROWS_B") * partial->tile("TILES_B") * (broad ? kMixerManyB : 1);
         splitsF = stepSplits(p.capacity, rowsF, combine->tile("BLOCK_F"));
-        splitsB = stepSplits(p.capacity, rowsB, combine->tile("BLOCK_B"));
+        splitsB = stepSplits(p.capacity, rowsB, most > 0 ? most : combine->tile("BLOCK_B"));
         partF = arena.take(4 * p.batch * p.width * splitsF);
         statF = arena.take(8 * p.batch * p.heads * splitsF);
         partB = arena.take(4 * p.batch * p.width * splitsB);
@@ -78,9 +80,9 @@ struct Step final : Plan
         Arguments third;
         out.add(third.add(o), p, t, kWeight).add(t.in[kBias]).add(add).add(t.out).add(i32(p.batch)).add(i32(p.width));
         int64_t const lanes = combine->tile("BLOCK_D");
-        int64_t const tiles = productPrograms(out.kernel(), p.batch, ceilDiv(p.width, out.kernel().tile("BN")));
+        int64_t const tiles = ceilDiv(p.batch, out.kernel().tile("BM")) * ceilDiv(p.width, out.kernel().tile("BN"));
         // It reads the pasts before it waits; behind the projections alone is it known that nobody writes them.
-        int64_t const rows = behindProjections(stream) ? p.batch : kManyRows;
+        int64_t const rows = launchedLast(stream, "layer_project_gain") ? p.batch : kManyRows;
         return launch(*partial, {programsF + programsB, 1, 1}, first, stream, error, rows)
             && launch(*combine, {p.heads * ceilDiv(p.headWidth, lanes) + ceilDiv(p.width, lanes), p.batch, 1}, second, stream, error, p.batch)
             && out.run(t, kWeight, tiles, third, stream, error, p.batch);
@@ -106,6 +108,7 @@ struct Step final : Plan
     Cubin const* partial{};
     Cubin const* combine{};
     Matrix out;
+    int64_t most{}; // splits of feedback attention, where the tiles do not say it
     int64_t rowsF{}; // that a split takes at least
     int64_t rowsB{};
     int64_t splitsF{};

@@ -98,29 +98,6 @@ inline Cubin const* aheadCubin(char const* name, int32_t arch, Problem const& p,
                                                            : findCubin(name, arch, dtypeName(p.storage), (variant == "any" ? depth : variant + "." + depth).c_str());
 }
 
-// engine/layer_stream_rows.py, stream: the binary `name` for one or a few wide rows, in place of one with the same parameters; null where there is none.
-inline Cubin const* streamCubin(std::string const& name, int32_t arch, Problem const& p, int64_t rows)
-{
-    bool const wide = p.width > kLayerWidths[0] && p.width <= kLayerWidths[1];
-    bool const few = rows == 1 || (rows <= kStepRows && p.weights == Weights::kStorage);
-    return wide && few ? findCubin(name.c_str(), arch, productType(p).c_str(), std::to_string(kLayerWidths[1]).c_str()) : nullptr;
-}
-
-// Whether the projections are what the stream was given last, whichever their kernel.
-inline bool behindProjections(CUstream_st* stream)
-{
-    return launchedLast(stream, "layer_project_gain") || launchedLast(stream, "layer_project_gain_stream")
-        || launchedLast(stream, "layer_project_gain_rows_stream");
-}
-
-// engine/layer.py, _programs: for so many rows and tiles of columns.
-inline int64_t productPrograms(Cubin const& kernel, int64_t rows, int64_t columns)
-{
-    int32_t const* const tall = kernel.findTile("BM");
-    int32_t const* const each = kernel.findTile("EACH");
-    return tall != nullptr ? ceilDiv(rows, *tall) * columns : ceilDiv(columns, each == nullptr ? 1 : *each);
-}
-
 // causal/spec.py, head_variant; group: query heads of one key/value head.
 inline std::string headVariant(int64_t width, int64_t group)
 {
@@ -188,8 +165,7 @@ public:
         std::string const variant = productVariant(rows, p.weights);
         bool const many = p.weights != Weights::kStorage && variant == "any";
         std::string const most = std::to_string(*(std::end(kQuantisedRows) - 1));
-        mKernel = streamCubin(std::string(name) + (rows == 1 ? "_stream" : "_rows_stream"), arch, p, rows);
-        mKernel = mKernel != nullptr ? mKernel : aheadCubin(name, arch, p, variant);
+        mKernel = aheadCubin(name, arch, p, variant);
         if (mKernel != nullptr)
         {
             mWiden = nullptr;

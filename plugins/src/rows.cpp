@@ -77,11 +77,9 @@ struct MixerRows final : Plan
         char const* dtype = dtypeName(p.storage);
         std::string const variant = covering(kRowsWidths, p.width) + "." + covering(kRowsHeads, p.headWidth); // engine/spec.py, mixer_rows_variant
         partial = findCubin("mixer_rows_partial", arch, dtype, variant.c_str());
-        combine = p.width > kRowsWidths[0] ? findCubin("mixer_rows_combine", arch, dtype, "wide") : nullptr; // engine/spec.py, rows_combine_variant
-        combine = combine != nullptr ? combine : findCubin("mixer_rows_combine", arch, dtype, "any");
-        out = streamCubin("mixer_rows_out_stream", arch, p, p.tokens);
-        out = out != nullptr ? out : aheadCubin("mixer_rows_out", arch, p, "any");
-        out = out != nullptr ? out : findCubin("mixer_rows_out", arch, productType(p).c_str(), "any");
+        combine = findCubin("mixer_rows_combine", arch, dtype, "any");
+        Cubin const* const ahead = aheadCubin("mixer_rows_out", arch, p, "any");
+        out = ahead != nullptr ? ahead : findCubin("mixer_rows_out", arch, productType(p).c_str(), "any");
         return partial != nullptr && combine != nullptr && out != nullptr;
     }
 
@@ -122,10 +120,10 @@ struct MixerRows final : Plan
         int64_t const sums = ceilDiv(p.tokens * p.heads, combine->tile("NF")) * ceilDiv(p.headWidth, combine->tile("DF"))
             + ceilDiv(p.tokens, combine->tile("NB")) * ceilDiv(p.width, combine->tile("DB"));
         // It reads the pasts before it waits; behind the projections alone is it known that nobody writes them. Wide ones wait first, and gain nothing.
-        int64_t const rows = p.width <= kRowsWidths[0] && behindProjections(stream) ? rowsOf(p) : kManyRows;
+        int64_t const rows = p.width <= kRowsWidths[0] && launchedLast(stream, "layer_project_gain") ? rowsOf(p) : kManyRows;
         return launch(*partial, {programs + 1 + b.splits, p.batch, 1}, first, stream, error, rows)
             && launch(*combine, {1 + sums, p.batch, 1}, second, stream, error, rowsOf(p))
-            && launch(*out, {productPrograms(*out, 1, ceilDiv(p.width, out->tile("BN"))), p.batch, 1}, third, stream, error, rowsOf(p));
+            && launch(*out, {ceilDiv(p.width, out->tile("BN")), p.batch, 1}, third, stream, error, rowsOf(p));
     }
 
     Cubin const* partial{};

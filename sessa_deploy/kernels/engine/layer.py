@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.device import begin, turn
-from sessa_deploy.kernels.engine import layer_rows, layer_stream_rows
-from sessa_deploy.kernels.engine.layer_stream import gamma_rows
+from sessa_deploy.kernels.device import begin, tanh, turn
+from sessa_deploy.kernels.engine import layer_rows
 from sessa_deploy.kernels.engine.product import ahead, bias_of, half_gelu, normal, place, product, put, scale_of, scaled, tile_of, wide, with_bias
 from sessa_deploy.kernels.engine.spec import product_choice
 from sessa_deploy.kernels.launch import table
@@ -185,6 +184,22 @@ def _angles(cos, sin, m_m, first, pairs, BM: tl.constexpr, BN: tl.constexpr):
     return tl.load(cos + o_t, mask=m_m[:, None], other=0.0), tl.load(sin + o_t, mask=m_m[:, None], other=0.0)
 
 
+@triton.jit
+def _gamma_rows(a, a_row, weight, bias, gamma, first, rows, depth, gamma_max, ROWS: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
+    """gamma_max tanh(bias + a . weight) of ROWS rows of a, which lie a_row elements apart. Waits for the kernel ahead, with weights on their way."""
+    o_m, o_k = first + tl.arange(0, ROWS), tl.arange(0, BK)
+    m_m = o_m < rows
+    b_bias, b_w = tl.load(bias), tl.load(weight + o_k, mask=o_k < depth, other=0.0)
+    begin(PDL)
+    b_acc = tl.zeros([ROWS, BK], dtype=tl.float32)
+    for start in range(0, depth, BK):
+        m_k = o_k < depth - start
+        b_a = tl.load(a + o_m.to(tl.int64)[:, None] * a_row + start + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+        b_acc += b_a.to(tl.float32) * b_w[None, :]
+        b_w = tl.load(weight + start + BK + o_k, mask=o_k < depth - start - BK, other=0.0)  # the next
+    tl.store(gamma + o_m, gamma_max * tanh(b_bias + tl.sum(b_acc, 1)), mask=m_m)
+
+
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_project_gain"))
 def layer_project_gain(
     h, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, gamma_weight, gamma_bias, q, k, v, q_b, k_b, gamma, rows, depth, kv_width, units, gamma_max,
@@ -199,7 +214,7 @@ def layer_project_gain(
     ROWS: tl.constexpr = 1 if BM <= SINGLE else BM
     gammas = tl.cdiv(rows, ROWS)
     if tl.program_id(0) < gammas:
-        gamma_rows(h, 2 * depth, gamma_weight, gamma_bias, gamma, tl.program_id(0) * ROWS, rows, depth, gamma_max, ROWS, 1024 if ROWS == 1 else BK, PDL)
+        _gamma_rows(h, 2 * depth, gamma_weight, gamma_bias, gamma, tl.program_id(0) * ROWS, rows, depth, gamma_max, ROWS, 1024 if ROWS == 1 else BK, PDL)
     else:
         _project_tile(
             h, 2 * depth, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, gammas,
@@ -258,30 +273,23 @@ def _run_product(
     fn: Any, x: Tensor, columns: int, early: int, before: tuple[Tensor, ...], weight: Tensor, scale: Tensor | None, *after: Tensor | int, least: int = 1
 ) -> None:
     """A product's kernel over all tiles of (rows of x, columns). least: of rows for which it has a variant."""
-    fn, variant, weights, *matrix = _matrix(fn, x, max(x.shape[0], least), weight, scale)
+    variant, weights, *matrix = _matrix(fn, x, max(x.shape[0], least), weight, scale)
     tiles = _tiles(fn, x, variant, weights)
-    grid = (_programs(tiles, x.shape[0], triton.cdiv(columns, tiles["BN"])),)
+    grid = (triton.cdiv(x.shape[0], tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
     _run(fn, variant, grid, x, early, *before, *matrix, *after, weights=weights)
 
 
-def _programs(tiles: dict[str, Any], rows: int, columns: int) -> int:
-    """Programs for so many rows and tiles of columns."""
-    return int(triton.cdiv(rows, tiles["BM"]) * columns if "BM" in tiles else triton.cdiv(columns, tiles.get("EACH", 1)))
-
-
-def _matrix(fn: Any, x: Tensor, rows: int, weight: Tensor, scale: Tensor | None) -> tuple[Any, str, str, Tensor, Tensor]:
-    """(kernel, variant, `jit.weights_name`, the two arguments of a matrix), widened where the kernel of so many rows reads none of 8 bits.
+def _matrix(fn: Any, x: Tensor, rows: int, weight: Tensor, scale: Tensor | None) -> tuple[str, str, Tensor, Tensor]:
+    """(variant, `jit.weights_name`, the two arguments of a matrix), widened where the kernel of so many rows reads none of 8 bits.
 
     What stands for a scale where there is none is the weights' address.
     """
-    kind, (stream, variant) = weights_name(weight.dtype), layer_stream_rows.stream(fn.__name__, x, rows, weight)
-    if stream is not None:
-        return stream, variant, kind, weight, weight if scale is None else scale
+    kind = weights_name(weight.dtype)
     variant, weights = product_choice(fn.__name__, rows, kind)
     variant = layer_rows.chosen(fn.__name__, variant, weights, weight.shape[1], x)
     if kind != weights:
         weight = widen(weight, x.dtype)
-    return fn, variant, weights, weight, weight if scale is None else scale
+    return variant, weights, weight, weight if scale is None else scale
 
 
 def widen(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -354,13 +362,11 @@ def norm_enter(
         return layer_rows.norm_enter(x, norm_weight, norm_bias, eps, weight, bias, early)
     if x.shape[0] > 1:
         return enter(norm(x, norm_weight, norm_bias, eps, early), weight, bias, early, scale)
-    depth, weights = x.shape[1], weights_name(weight.dtype)
-    fn, variant = layer_stream_rows.stream("layer_norm_enter", x, 1, weight)
-    if fn is None:
-        fn, variant = layer_norm_enter, table.width_variant("layer_norm_enter", depth)
-    out, tiles = torch.empty(1, 2 * depth, dtype=x.dtype, device=x.device), _tiles(fn, x, variant, weights)
-    grid = (_programs(tiles, 1, triton.cdiv(2 * depth, tiles["BN"])),)
-    _run(fn, variant, grid, x, early, x, norm_weight, norm_bias, weight, weight if scale is None else scale, bias, out, depth, eps, weights=weights)
+    depth, variant, weights = x.shape[1], table.width_variant("layer_norm_enter", x.shape[1]), weights_name(weight.dtype)
+    out = torch.empty(1, 2 * depth, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(2 * depth, _tiles(layer_norm_enter, x, variant, weights)["BN"]),)
+    _run(layer_norm_enter, variant, grid, x, early, x, norm_weight, norm_bias, weight, weight if scale is None else scale, bias, out, depth, eps,
+         weights=weights)
     return out
 
 
@@ -382,13 +388,11 @@ def project_gain(
     """Every projection of a, the left half of h (rows, 2D), and its gamma; cos, sin (rows, d / 2), gamma_weight (D,), gamma_bias (1,) are float32."""
     rows, depth = h.shape[0], h.shape[1] // 2
     kv = biases[1].numel()
-    fn, variant, weights, *matrix = _matrix(layer_project_gain, h, rows, weight, scale)
-    tiles = _tiles(fn, h, variant, weights)
+    variant, weights, *matrix = _matrix(layer_project_gain, h, rows, weight, scale)
+    tiles = _tiles(layer_project_gain, h, variant, weights)
     q, k, v, q_b, k_b = (torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in (depth, kv, kv, depth, depth))
     out = Projected(q, k, v, q_b, k_b, torch.empty(rows, dtype=torch.float32, device=h.device))
-    columns = 3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])
-    gammas = gamma_programs(rows, tiles["BM"]) if "BM" in tiles else 1
-    grid = (gammas + _programs(tiles, rows, columns),)
-    _run(fn, variant, grid, h, early, h, *matrix, *biases, cos, sin, gamma_weight, gamma_bias, *out,
+    grid = (gamma_programs(rows, tiles["BM"]) + triton.cdiv(rows, tiles["BM"]) * (3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])),)
+    _run(layer_project_gain, variant, grid, h, early, h, *matrix, *biases, cos, sin, gamma_weight, gamma_bias, *out,
          rows, depth, kv, cos.shape[1] // 4, gamma_max, weights=weights)
     return out

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sessa_deploy.kernels.device import begin
 from sessa_deploy.kernels.device_rows import ROWS
-from sessa_deploy.kernels.engine import layer_stream_rows
 from sessa_deploy.kernels.engine.product import bias_of, half_gelu, left, put, right, sixteen, strip, strip_columns, with_bias
 from sessa_deploy.kernels.engine.spec import ahead_variant
 from sessa_deploy.kernels.launch import table
@@ -70,19 +69,15 @@ def chosen(kernel: str, variant: str, weights: str, depth: int, like: Tensor) ->
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether there is a kernel for the rows x (rows, D) and this weight on their device."""
     rows, depth = x.shape
-    if layer_stream_rows.stream(_NAME, x, rows, weight)[0] is not None:
-        return True
     return 1 < rows <= ROWS.value and depth <= AHEAD_DEPTH and not weights_name(weight.dtype) and available(_NAME, x.device, x.dtype, _VARIANT)
 
 
 def norm_enter(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor, early: int = 0) -> Tensor:
     """`layer.norm_enter` of rows that `takes` accepts."""
     rows, depth = x.shape
-    fn, variant = layer_stream_rows.stream(_NAME, x, rows, weight)
-    if fn is None:
-        fn, variant = layer_norm_enter_rows, _VARIANT
-    options = pinned((fn.__name__,), x.device, x.dtype, variant, early)[fn.__name__]
+    options = pinned((_NAME,), x.device, x.dtype, _VARIANT, early)[_NAME]
     out = torch.empty(rows, 2 * depth, dtype=x.dtype, device=x.device)
-    programs = triton.cdiv(triton.cdiv(2 * depth, options["BN"]), options.get("EACH", 1))
-    launcher(fn, x.device, x.dtype, options)((programs,), *map(address, (x, norm_weight, norm_bias, weight, bias, out)), rows, depth, eps)
+    launcher(layer_norm_enter_rows, x.device, x.dtype, options)(
+        (triton.cdiv(2 * depth, options["BN"]),), *map(address, (x, norm_weight, norm_bias, weight, bias, out)), rows, depth, eps
+    )
     return out

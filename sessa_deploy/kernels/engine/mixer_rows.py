@@ -19,14 +19,13 @@ from sessa_deploy.kernels.causal.step_rows import combined
 from sessa_deploy.kernels.causal.step_rows import piece as piece_causal
 from sessa_deploy.kernels.device import begin
 from sessa_deploy.kernels.device_rows import ROWS
-from sessa_deploy.kernels.engine import layer_stream_rows
 from sessa_deploy.kernels.engine.layer_rows import chosen
 from sessa_deploy.kernels.engine.product import ahead, bias_of, product, scale_of, scaled, with_bias
-from sessa_deploy.kernels.engine.spec import mixer_rows_variant, rows_combine_variant
+from sessa_deploy.kernels.engine.spec import mixer_rows_variant
 from sessa_deploy.kernels.feedback.step_rows import added, invert, solved
 from sessa_deploy.kernels.feedback.step_rows import piece as piece_feedback
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import address, available, launcher, pinned, weights_name, workspace
+from sessa_deploy.kernels.launch.jit import address, launcher, pinned, weights_name, workspace
 from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E, ROWS_WIDTHS
 from sessa_deploy.kernels.launch.splits import step_splits
 
@@ -141,19 +140,12 @@ def step(
     batch, tokens, q_heads, head = q.shape
     heads, capacity, width, device, dtype = k.shape[2], past_k.shape[1], q_b.shape[2], q.device, q.dtype
     group, units, weights = q_heads // heads, head // HEAD_MULTIPLE, weights_name(weight.dtype)
-    adds = rows_combine_variant(width)
-    adds = adds if available("mixer_rows_combine", device, dtype, adds) else "any"
     options = {
         **pinned(("mixer_rows_partial",), device, dtype, mixer_rows_variant(width, head), early if behind and width <= ROWS_WIDTHS[0] else 0),
-        **pinned(("mixer_rows_combine",), device, dtype, adds, early),
+        **pinned(("mixer_rows_combine",), device, dtype, "any", early),
         **pinned(("mixer_rows_out",), device, dtype, chosen("mixer_rows_out", "any", weights, width, q), early, weights), **(tiles or {}),
     }  # fmt: skip
     partial, combine, out = (options[f"mixer_rows_{name}"] for name in ("partial", "combine", "out"))
-    solve, stream = layer_stream_rows.stream("mixer_rows_out", q, tokens, weight)
-    if solve is None or "mixer_rows_out" in (tiles or {}):
-        solve = mixer_rows_out
-    else:
-        out = pinned((solve.__name__,), device, dtype, stream, early)[solve.__name__]
     rows_f, rows_b, f32, square = partial["ROWS_F"], partial["ROWS_B"], torch.float32, STEP_ROWS * STEP_ROWS
     splits_f, splits_b = step_splits(capacity, rows_f, combine["MOST_F"]), step_splits(capacity, rows_b, combine["MOST_B"])
     programs_f, n_f = (1 + splits_f) * triton.cdiv(q_heads, partial["HEADS_F"]), 1 + splits_f
@@ -174,9 +166,8 @@ def step(
         (1 + programs, batch), *parts, address(past_length), address(gamma), at["o"], at["add"], at["inverse"],
         tokens, capacity, splits_f, rows_f, splits_b, rows_b, q_heads, units, width,
     )  # fmt: skip
-    programs = triton.cdiv(triton.cdiv(width, out["BN"]), out.get("EACH", 1))
-    launcher(solve, device, dtype, out, weights)(
-        (programs, batch), at["o"], address(weight), address(weight if scale is None else scale), address(bias),
+    launcher(mixer_rows_out, device, dtype, out, weights)(
+        (triton.cdiv(width, out["BN"]), batch), at["o"], address(weight), address(weight if scale is None else scale), address(bias),
         at["add"], at["inverse"], address(s), tokens, width,
     )  # fmt: skip
     return s

@@ -366,12 +366,6 @@ def normal(b_x, b_w, b_b, m_d, width, eps):
 def half_gelu(b_y, first, depth, kind: tl.constexpr, BN: tl.constexpr):
     """b_y (BM,BN), columns from `first` on, with GELU on those left of `depth`, as a rounded product would give it."""
     if first < depth:
-        b_y = tl.where((first + tl.arange(0, BN) < depth)[None, :], gelu(b_y, kind), b_y)
+        b_h = b_y.to(kind).to(tl.float32)
+        b_y = tl.where((first + tl.arange(0, BN) < depth)[None, :], b_h * (0.5 + 0.5 * tl.erf(b_h * 0.7071067811865476)), b_y)
     return b_y
-
-
-@triton.jit
-def gelu(b_y, kind: tl.constexpr):
-    """GELU of b_y rounded, float32."""
-    b_h = b_y.to(kind).to(tl.float32)
-    return b_h * (0.5 + 0.5 * tl.erf(b_h * 0.7071067811865476))

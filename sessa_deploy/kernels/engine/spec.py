@@ -67,26 +67,6 @@ _LAYERS = (
            early_rows=_EARLY_ROWS, optional=(_AHEAD, _WIDE)),
 )  # fmt: skip
 
-_WIDE_ROW = _WIDTHS[1:2]
-
-
-def _stream(kernel: Kernel, opens: bool = True) -> Kernel:
-    """That of one wide row, see engine/layer_stream.py."""
-    return Kernel(f"{kernel.name}_stream", f"{_LAYER}_stream", kernel.params, ("BN", "BK", "STAGES", "EACH", "PDL"), _WIDE_ROW, dtypes=_PRODUCT,
-                  scalar_loads=64, early=_WIDE_ROW, opens=_WIDE_ROW if opens else (), fills=_WIDE_ROW, optional=_WIDE_ROW, early_rows=1)
-
-
-_STREAMS = tuple(_stream(k, k.name != "layer_project_gain") for k in _LAYERS if k.name in ("layer_norm_enter", "layer_out", "layer_tail", "layer_project_gain"))
-
-_ROWS_TILES = ("BN", "BK", "KS", "STAGES", "EACH", "PDL")
-
-
-def _rows_stream(kernel: Kernel, name: str = "") -> Kernel:
-    """That of a few wide rows, see engine/layer_stream_rows.py."""
-    return Kernel(name or f"{kernel.name}_rows_stream", f"{_LAYER}_stream_rows", kernel.params, _ROWS_TILES, _WIDE_ROW, dtypes=_HALF, scalar_loads=64,
-                  early=_WIDE_ROW, fills=_WIDE_ROW, optional=_WIDE_ROW)
-
-
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
 _OWN = f"{MIXER_WIDTHS[1]}.{MIXER_HEADS[1]}"  # whose one sequence has tiles of its own
 _WIDE_STEPS = (f"{_OWN}.1", *(v for v in _STEPS if v != _OWN and not v.startswith(f"{MIXER_WIDTHS[0]}.")))
@@ -111,7 +91,6 @@ _MIXERS = (
 _ROWS = "sessa_deploy.kernels.engine.mixer_rows"
 _ROWS_STEPS = tuple(f"{w}.{h}" for w in ROWS_WIDTHS for h in ROWS_HEADS)
 _WIDE_ROWS = _ROWS_STEPS[len(ROWS_HEADS):]
-_ROWS_COMBINES = (*_ANY, "wide")
 _PARTS = pointers("part_f", "stat_f", "part_b", "stat_b", "scores", type="*fp32")
 
 _MIXER_ROWS = (
@@ -120,23 +99,17 @@ _MIXER_ROWS = (
             *integers("tokens", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
            ("ROWS_F", "HEADS_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "PDL"),
-           _ROWS_STEPS, dtypes=_HALF, scalar_loads=16, early=_ROWS_STEPS, fills=_WIDE_ROWS, optional=_WIDE_ROWS),
+           _ROWS_STEPS, dtypes=_HALF, scalar_loads=16, early=_ROWS_STEPS, optional=_WIDE_ROWS),
     Kernel("mixer_rows_combine", _ROWS,
            (*_PARTS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", "inverse", type="*fp32"),
             *integers("tokens", "capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
-           ("BLOCK_F", "BLOCK_B", "MOST_F", "MOST_B", "NF", "NB", "DF", "DB", "PDL"), _ROWS_COMBINES, dtypes=_HALF, scalar_loads=64, early=_ROWS_COMBINES,
-           fills=_ROWS_COMBINES[1:], optional=_ROWS_COMBINES[1:], early_rows=_EARLY_ROWS),
+           ("BLOCK_F", "BLOCK_B", "MOST_F", "MOST_B", "NF", "NB", "DF", "DB", "PDL"), _ANY, dtypes=_HALF, scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
     Kernel("mixer_rows_out", _ROWS,
            (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", "inverse", type="*fp32"), *pointers("out"), *integers("tokens"),
             Param("depth", "i32", True)),
            ("BN", "BK", "KS", "AHEAD", "PDL"), (*_ANY, str(AHEAD_DEPTH)), dtypes=_PRODUCT, scalar_loads=32, early=(*_ANY, str(AHEAD_DEPTH)),
            optional=(str(AHEAD_DEPTH),), early_rows=_EARLY_ROWS),
 )  # fmt: skip
-
-_ROWS_STREAMS = (
-    *(_rows_stream(k) for k in _LAYERS if k.name in ("layer_tail", "layer_project_gain")),
-    *(_rows_stream(k, f"{k.name}_stream") for k in (*_LAYERS, *_MIXER_ROWS) if k.name in ("layer_norm_enter_rows", "mixer_rows_out")),
-)
 
 _LENGTHS = (Param("past_length", "*i32"), Param("new_length", "*i32"))
 
@@ -151,7 +124,7 @@ _DECODES = (
            early=_ANY, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
-KERNELS = by_name((*_LAYERS, *_STREAMS, *_MIXERS, *_MIXER_ROWS, *_ROWS_STREAMS, *_DECODES))
+KERNELS = by_name((*_LAYERS, *_MIXERS, *_MIXER_ROWS, *_DECODES))
 
 
 def product_variant(rows: int, weights: str = "") -> str:
@@ -194,11 +167,6 @@ def combine_variant(batch: int, width: int) -> str:
 def one_variant(kernel: str, variant: str) -> str:
     """The optional variant in place of `variant` of a mixer's step for one sequence of rows wider than MIXER_WIDTHS[0]."""
     return _WIDE if kernel == "mixer_step_combine" else f"{variant}.1" if variant == _OWN else variant
-
-
-def rows_combine_variant(width: int) -> str:
-    """The variant of mixer_rows_combine; "wide" is optional, and "any" where there is none."""
-    return "wide" if width > ROWS_WIDTHS[0] else "any"
 
 
 def mixer_rows_variant(width: int, head: int) -> str:

@@ -58,6 +58,7 @@ MIXER_HEADS = HEAD_WIDTHS[:2]
 # Wider rows than MIXER_BROAD in caches of at most MIXER_SHORT, which are those of a batch: a split takes this many times its tiles at least.
 MIXER_BROAD, MIXER_SHORT = MIXER_WIDTHS[0], 4096
 MIXER_MANY_F, MIXER_MANY_B = 4, 2  # of causal and of feedback attention
+MIXER_MOST_B = 96  # splits of feedback attention that such rows may have: with causal attention's, a program each, in place at once (measured on an H200)
 
 # --- a step of 2 to STEP_ROWS rows of a sequence; wider models take the kernels of prefill
 ROWS_WIDTHS = MIXER_WIDTHS[:2]
