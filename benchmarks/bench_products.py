@@ -16,9 +16,9 @@ import torch
 from gpu import copy_bandwidth
 from products import DTYPES, FORMATS, Case, Options, compile_all
 
-from sessa_deploy.kernels.engine.spec import product_choice
+from sessa_deploy.kernels.engine.spec import ahead_variant, product_choice
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import pinned
+from sessa_deploy.kernels.launch.jit import available, pinned
 
 KERNELS = ("layer_linear", "layer_out", "layer_tail", "layer_enter", "layer_project_gain", "layer_logits")
 
@@ -28,7 +28,10 @@ def chosen(kernel: str, rows: int, width: int, dtype: torch.dtype, weights: str)
     if kernel == "layer_enter" and rows == 1:
         kernel = "layer_norm_enter"
     variant, kind = (table.width_variant(kernel, width), weights) if kernel == "layer_norm_enter" else product_choice(kernel, rows, weights)
-    return kernel, kind, pinned((kernel,), torch.device("cuda", 0), dtype, variant, rows, kind)[kernel]
+    device = torch.device("cuda", 0)
+    other = ahead_variant(kernel, variant, kind, width) if kernel != "layer_norm_enter" else ""
+    variant = other if other and available(kernel, device, dtype, other, kind) else variant
+    return kernel, kind, pinned((kernel,), device, dtype, variant, rows, kind)[kernel]
 
 
 def main() -> int:

@@ -32,9 +32,10 @@ from torch import Tensor
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.kernels.engine import layer, mixer, mixer_rows
-from sessa_deploy.kernels.engine.spec import ahead_variant, mixer_rows_variant, product_variant, step_variants
+from sessa_deploy.kernels.engine.spec import WIDE_ROW, ahead_variant, mixer_rows_variant, product_variant, step_variants
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import arch_of, launcher, pinned
+from sessa_deploy.kernels.launch.limits import MIXER_BROAD
 
 CAPACITY = 32768
 MODELS = {name: (SIZES[name][0], SIZES[name][2]) for name in ("350M", "1.1B")}  # d_model, heads; 24 layers
@@ -130,7 +131,8 @@ def chain_jobs(models: list[str], rows: list[int]) -> list[tuple[str, str, Optio
         variant = product_variant(count)
         alone, shared = (step_variants(batch, width, width // heads, 1)[0] for batch in (1, 2))
         step = alone if table.has("mixer_step_partial", arch_of(0), "fp16", alone) else shared
-        mixers = [("mixer_step_partial", step), ("mixer_step_combine", "1"), ("layer_out", variant)]
+        adds = WIDE_ROW if width > MIXER_BROAD and table.has("mixer_step_combine", arch_of(0), "fp16", WIDE_ROW) else "1"
+        mixers = [("mixer_step_partial", step), ("mixer_step_combine", adds), ("layer_out", with_ahead("layer_out", variant, width))]
         if count > 1:
             mixers = [("mixer_rows_partial", mixer_rows_variant(width, width // heads)), ("mixer_rows_combine", "any"),
                       ("mixer_rows_out", with_ahead("mixer_rows_out", "any", width))]

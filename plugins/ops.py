@@ -277,7 +277,7 @@ def limits_h() -> str:
         "PackPrograms": limits.PACK_PROGRAMS, "ScorePrograms": limits.SCORE_PROGRAMS,
         "StepRows": contract.STEP_ROWS, "HeadMultiple": limits.HEAD_MULTIPLE, "Group": limits.GROUP, "Single": limits.SINGLE_ROWS,
         "Float8Arch": limits.FLOAT8_ARCH, "MixerBroad": limits.MIXER_BROAD, "MixerShort": limits.MIXER_SHORT,
-        "MixerManyF": limits.MIXER_MANY_F, "MixerManyB": limits.MIXER_MANY_B,
+        "MixerManyF": limits.MIXER_MANY_F, "MixerManyB": limits.MIXER_MANY_B, "MixerMostB": limits.MIXER_MOST_B,
     }  # fmt: skip
     lists = {
         "Archs": cuda_arch.ARCHS, "Rows": limits.PRODUCT_ROWS, "QuantisedRows": limits.QUANTISED_ROWS, "AheadDepths": (limits.AHEAD_DEPTH,),

@@ -25,6 +25,9 @@ struct Step final : Plan
         partial = p.batch == 1 ? findCubin("mixer_step_partial", arch, dtype, (variant(p) + ".1").c_str()) : nullptr; // engine/spec.py, step_variants
         partial = partial != nullptr ? partial : findCubin("mixer_step_partial", arch, dtype, variant(p).c_str());
         combine = findCubin("mixer_step_combine", arch, dtype, p.batch == 1 ? "1" : p.width > kMixerBroad ? "wide" : "any"); // engine/spec.py, combine_variant
+        Cubin const* const wide = p.width > kMixerBroad ? findCubin("mixer_step_combine", arch, dtype, kWideRow) : nullptr; // engine/mixer.py, step
+        most = wide != nullptr ? kMixerMostB : 0;
+        combine = wide != nullptr && p.batch == 1 ? wide : combine;
         return partial != nullptr && combine != nullptr && out.find("layer_out", arch, p, p.batch);
     }
 
@@ -42,7 +45,7 @@ struct Step final : Plan
         rowsF = partial->tile("ROWS_F") * partial->tile("TILES_F") * (broad ? kMixerManyF : 1);
         rowsB = partial->tile("ROWS_B") * partial->tile("TILES_B") * (broad ? kMixerManyB : 1);
         splitsF = stepSplits(p.capacity, rowsF, combine->tile("BLOCK_F"));
-        splitsB = stepSplits(p.capacity, rowsB, combine->tile("BLOCK_B"));
+        splitsB = stepSplits(p.capacity, rowsB, most > 0 ? most : combine->tile("BLOCK_B"));
         partF = arena.take(4 * p.batch * p.width * splitsF);
         statF = arena.take(8 * p.batch * p.heads * splitsF);
         partB = arena.take(4 * p.batch * p.width * splitsB);
@@ -101,6 +104,7 @@ struct Step final : Plan
     Cubin const* partial{};
     Cubin const* combine{};
     Matrix out;
+    int64_t most{}; // splits of feedback attention, where the tiles do not say it
     int64_t rowsF{}; // that a split takes at least
     int64_t rowsB{};
     int64_t splitsF{};

@@ -16,7 +16,7 @@ import pytest
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, LAYER_WIDTHS, SHARED_LIMIT, SHARED_SHARE
+from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, SHARED_LIMIT, SHARED_SHARE, WIDE_SHARE
 from sessa_deploy.kernels.launch.spec import OPENS, WAITS
 from sessa_deploy.plugins import lower
 
@@ -38,15 +38,16 @@ def sample() -> list[lower.Unit]:
     for arch in (90, *(a for a in ARCHS if a != 90)):
         for unit in plain([arch]):
             forms.setdefault((unit.kernel, unit.dtype, unit.variant), []).append(arch)
-    chosen, turn = [], 0
-    for i, ((kernel, dtype, variant), archs) in enumerate(sorted(forms.items())):
+    chosen, turn, seen = [], 0, 0
+    for (kernel, dtype, variant), archs in sorted(forms.items()):
         others = [a for a in archs if a != 90]
-        alone = sum(name == kernel for name, _, _ in forms) == 1
-        if others and (i % 2 or alone):
+        alone = sum(name == kernel and set(its) > {90} for (name, _, _), its in forms.items()) == 1
+        if others and (seen % 2 or alone):
             chosen.append(lower.Unit(kernel, others[turn % len(others)], dtype, variant))
             turn += 1
-        if 90 in archs and (not i % 2 or alone or not others):
+        if 90 in archs and (not seen % 2 or alone or not others):
             chosen.append(lower.Unit(kernel, 90, dtype, variant))
+        seen += bool(others)
     return chosen
 
 
@@ -211,15 +212,19 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
             how = OPENS if variant in k.opens else WAITS
             assert [table.tiles(k.name, arch, k.dtypes[0], variant)["PDL"] for arch in held] == [how if may and arch >= 90 else 0 for arch in held]
     # who lets the next kernel in at once: of a single row, and ahead of none that reads what a kernel of a layer has written before its own wait
-    assert {k.name: k.opens for k in early if k.opens} == {"layer_out": ("1",), "layer_tail": ("1",), "layer_norm_enter": ("1024",),
-                                                          "mixer_step_combine": ("1",), "layer_project_gain": ("1.1024",)}
-    # the kernels of one row's layer have one share of shared memory, and no kernel another
-    shared = {(k.name, v) for k in early for v in k.variants if table.has(k.name, 90, k.dtypes[0], v) and table.shared_share(k.name, 90, k.dtypes[0], v)}
-    assert shared == {("mixer_step_partial", "1024.64.1"), ("mixer_step_combine", "1"), ("layer_project_gain", "1.1024"),
-                      *((f"layer_{name}", "1") for name in ("project_gain", "out", "tail", "logits")),
-                      *(("layer_norm_enter", str(width)) for width in LAYER_WIDTHS)}  # fmt: skip
-    assert {table.shared_share(name, 90, "fp16", v) for name, v in shared} == {SHARED_SHARE}
-    assert not any(table.shared_share(name, 80, "fp16", v) for name, v in shared if table.has(name, 80, "fp16", v))
+    assert {k.name: k.opens for k in early if k.opens} == {
+        "layer_out": ("1", "1.wide"), "layer_tail": ("1", "1.wide"), "layer_norm_enter": ("1024", "2048", "4096"), "mixer_step_combine": ("1", "1.wide"),
+        "layer_project_gain": ("1.1024",)}
+    # the kernels of one row's layer have one share of shared memory, and no kernel another; those of a wide row all of it
+    held = [(k, v) for k in early for v in k.variants if table.has(k.name, 90, k.dtypes[0], v)]
+    shares = {(k.name, v): table.shared_share(k.name, 90, k.dtypes[0], v) for k, v in held}
+    small = {"layer_norm_enter", "layer_project_gain", "mixer_step_combine", "layer_out", "layer_tail", "layer_logits"}
+    assert {one for one, share in shares.items() if share == SHARED_SHARE} == {
+        ("mixer_step_partial", "1024.64.1"), ("layer_project_gain", "1.1024"), *((name, "1024" if name == "layer_norm_enter" else "1") for name in small)}
+    wide = {one for one, share in shares.items() if share == WIDE_SHARE}
+    assert {name for name, v in wide if v == "1.wide"} == small - {"layer_norm_enter"} and {n for n, v in wide} >= {"layer_norm_enter", "mixer_step_partial"}
+    assert all(share in (0, SHARED_SHARE, WIDE_SHARE) for share in shares.values()) and not [v for _, v in wide if v.startswith(("1024", "any"))]
+    assert {table.shared_share("layer_norm_enter", arch, "fp16", "2048") for arch in (80, 100)} == {0, SHARED_SHARE}
 
 
 def test_the_table_pins_every_unit() -> None:

@@ -275,13 +275,14 @@ SHAPES = [
     (1, 70, 1, 64, 2, 2), (2, 100, 0, 256, 4, 1), (1, 513, 0, 2048, 16, 4),  # prefill
     (2, 130, 300, 1024, 16, 4), (3, 17, 4096, 192, 8, 2), (1, 64, 65, 4096, 32, 8), (1, 9300, 40, 1024, 16, 4),  # chunks, the last with wide tiles
     (1, 34000, 40, 64, 2, 1),  # and one in panels
-    (3, 1, 1000, 2048, 16, 16),  # a step of wide rows in a short cache
+    (3, 1, 1000, 2048, 16, 16), (1, 1, 4096, 2048, 16, 4),  # steps of wide rows, in a short cache and of one sequence
 ]  # fmt: skip
 
 
 CASES = [*((ph.HALF, 0, s, True) for s in SHAPES), *((ph.HALF, 0, s, False) for s in SHAPES if s[1] == 1), *((ph.FLOAT, 0, s, True) for s in SHAPES[::3]),
          *((ph.BFLOAT, 0, s, True) for s in (SHAPES[8], SHAPES[12])),  # where two kernels stand in for the combination
-         *((ph.HALF, weights, s, True) for weights, s in ((3, SHAPES[0]), (17, SHAPES[1]), (17, SHAPES[4]), (3, SHAPES[5]), (3, SHAPES[8])))]  # fmt: skip
+         *((ph.HALF, weights, s, True) for weights, s in ((3, SHAPES[0]), (17, SHAPES[1]), (17, SHAPES[4]), (3, SHAPES[5]), (3, SHAPES[8]),
+           (3, SHAPES[-1])))]  # fmt: skip
 
 
 # The launcher is the same for all: of ONNX Runtime's shell every second case shows that it hands on what it is given.

@@ -61,9 +61,9 @@ def layer_norm_enter_rows(
 
 
 def chosen(kernel: str, variant: str, weights: str, depth: int, like: Tensor) -> str:
-    """`variant`, or that of rows so short that all their weights are read ahead, where the device and type of `like` have it."""
-    short = ahead_variant(kernel, variant, weights, depth)
-    return short if short and available(kernel, like.device, like.dtype, short) else variant
+    """`variant`, or that of `ahead_variant`, where the device and type of `like` have it."""
+    other = ahead_variant(kernel, variant, weights, depth)
+    return other if other and available(kernel, like.device, like.dtype, other, weights) else variant
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:

@@ -16,11 +16,11 @@ from torch import Tensor
 from sessa_deploy.kernels.causal.step import share as share_causal
 from sessa_deploy.kernels.device import add_splits, begin, splits_used
 from sessa_deploy.kernels.engine.layer import out_add
-from sessa_deploy.kernels.engine.spec import combine_variant, step_variants
+from sessa_deploy.kernels.engine.spec import WIDE_ROW, combine_variant, step_variants
 from sessa_deploy.kernels.feedback.step import share as share_feedback
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, available, launcher, pinned, workspace
-from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E, MIXER_BROAD, MIXER_MANY_B, MIXER_MANY_F, MIXER_SHORT
+from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E, MIXER_BROAD, MIXER_MANY_B, MIXER_MANY_F, MIXER_MOST_B, MIXER_SHORT
 from sessa_deploy.kernels.launch.splits import least_rows, shares, step_splits
 
 BROAD, SHORT, MANY_F, MANY_B = tl.constexpr(MIXER_BROAD), tl.constexpr(MIXER_SHORT), tl.constexpr(MIXER_MANY_F), tl.constexpr(MIXER_MANY_B)
@@ -108,10 +108,12 @@ def step(
     group, units = q_heads // heads, head // HEAD_MULTIPLE
     variant = next(v for v in step_variants(batch, width, head, group) if available("mixer_step_partial", device, dtype, v))
     partial = pinned(("mixer_step_partial",), device, dtype, variant, early if behind else 0)["mixer_step_partial"]
-    combine = pinned(("mixer_step_combine",), device, dtype, combine_variant(batch, width), early)["mixer_step_combine"]
+    broad = width > MIXER_BROAD and available("mixer_step_combine", device, dtype, WIDE_ROW)
+    adds = WIDE_ROW if broad and batch == 1 else combine_variant(batch, width)
+    combine = pinned(("mixer_step_combine",), device, dtype, adds, early)["mixer_step_combine"]
     rows_f, rows_b = least_rows(partial["ROWS_F"] * partial["TILES_F"], partial["ROWS_B"] * partial["TILES_B"], capacity, width)
     splits_f = step_splits(capacity, rows_f, combine["BLOCK_F"])
-    splits_b = step_splits(capacity, rows_b, combine["BLOCK_B"])
+    splits_b = step_splits(capacity, rows_b, MIXER_MOST_B if broad else combine["BLOCK_B"])
     blocks = triton.cdiv(heads, partial["HEADS_F"]) * triton.cdiv(group, partial["GROUP_F"])
     run = launcher(mixer_step_partial, device, dtype, partial)
     programs_f, programs_b = shares(batch * splits_f, blocks, batch * splits_b, heads * head, width, run.resident)

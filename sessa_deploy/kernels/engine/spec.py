@@ -32,6 +32,7 @@ _FEW = _PRODUCTS[:-1]  # short enough to gain from an early start
 _ONE = _PRODUCTS[:1]
 _AHEAD = f"{PRODUCT_ROWS[1]}.{AHEAD_DEPTH}"  # of few rows, no deeper
 _ONE_AHEAD = f"{PRODUCT_ROWS[0]}.{AHEAD_DEPTH}"
+WIDE_ROW = f"{PRODUCT_ROWS[0]}.wide"  # of one row that is wider than AHEAD_DEPTH
 _EARLY_ROWS = PRODUCT_ROWS[-1]
 _TILES = ("BM", "BN", "BK", "KS", "AHEAD", "PDL")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
@@ -44,31 +45,34 @@ _LAYERS = (
     Kernel("layer_widen", _LAYER, (*_MATRIX[:1], *pointers("out"), Param("count", "i32", True)), ("BLOCK",), _ANY, dtypes=_QUANTISED),
     Kernel("layer_norm_enter", _LAYER,
            (*pointers("x", "norm_weight", "norm_bias"), *_MATRIX, *pointers("bias", "out"), Param("depth", "i32", True), Param("eps", "fp32")),
-           ("BN", "BK", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS[:1], shares=_WIDTHS),
+           ("BN", "BK", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS, shares=_WIDTHS, fills=_WIDTHS[1:]),
     Kernel("layer_norm_enter_rows", f"{_LAYER}_rows",
            (*pointers("x", "norm_weight", "norm_bias", "weight", "bias", "out"), Param("rows", "i32"), Param("depth", "i32", True), Param("eps", "fp32")),
            ("BN", "BK", "KS", "PDL"), _WIDTHS[:1], dtypes=_HALF, scalar_loads=32, early=_WIDTHS[:1], optional=_WIDTHS[:1]),
     Kernel("layer_linear", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=128, early=_FEW, early_rows=1),
-    Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
-           dtypes=_PRODUCT, scalar_loads=16, early=_FEW, shares=_ONE, early_rows=_EARLY_ROWS),
-    Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, (*_PRODUCTS, _AHEAD), dtypes=_PRODUCT,
-           scalar_loads=32, early=(*_FEW, _AHEAD), opens=_ONE, shares=_ONE, optional=(_AHEAD,)),
-    Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES, _PRODUCTS,
-           dtypes=_PRODUCT, scalar_loads=32, early=_FEW, opens=_ONE, shares=_ONE, early_rows=1),
+    Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, (*_PRODUCTS, WIDE_ROW),
+           dtypes=_PRODUCT, scalar_loads=16, early=(*_FEW, WIDE_ROW), shares=_ONE, fills=(WIDE_ROW,), optional=(WIDE_ROW,), early_rows=_EARLY_ROWS),
+    Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, (*_PRODUCTS, _AHEAD, WIDE_ROW),
+           dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, _AHEAD, WIDE_ROW), opens=(*_ONE, WIDE_ROW), shares=_ONE, fills=(WIDE_ROW,), optional=(_AHEAD, WIDE_ROW)),
+    Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES,
+           (*_PRODUCTS, WIDE_ROW), dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, WIDE_ROW), opens=(*_ONE, WIDE_ROW), shares=_ONE, fills=(WIDE_ROW,),
+           optional=(WIDE_ROW,), early_rows=1),
     Kernel("layer_enter", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES), _TILES, _PRODUCTS[1:], dtypes=_PRODUCT,
            scalar_loads=32, early=_FEW[1:], early_rows=_EARLY_ROWS),
     Kernel("layer_project_gain", _LAYER,
            (*pointers("h"), *_MATRIX, *pointers("bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gamma_weight", type="*fp32"),
             Param("gamma_bias", "*fp32"), *pointers("q", "k", "v", "q_b", "k_b"), Param("gamma", "*fp32"), *_SIZES, Param("kv_width", "i32"),
             *integers("units"), Param("gamma_max", "fp32")),
-           _TILES, (*_PRODUCTS, _AHEAD, _ONE_AHEAD), dtypes=_PRODUCT, scalar_loads=136, early=(*_FEW, _AHEAD, _ONE_AHEAD), opens=(_ONE_AHEAD,),
-           shares=(*_ONE, _ONE_AHEAD), early_rows=_EARLY_ROWS, optional=(_AHEAD, _ONE_AHEAD)),
+           _TILES, (*_PRODUCTS, _AHEAD, _ONE_AHEAD, WIDE_ROW), dtypes=_PRODUCT, scalar_loads=136, early=(*_FEW, _AHEAD, _ONE_AHEAD, WIDE_ROW),
+           opens=(_ONE_AHEAD,), shares=(*_ONE, _ONE_AHEAD), fills=(WIDE_ROW,), early_rows=_EARLY_ROWS, optional=(_AHEAD, _ONE_AHEAD, WIDE_ROW)),
 )  # fmt: skip
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
-_ALONE = f"{_STEPS[0]}.1"  # of one sequence: the same program, which wishes for the share of shared memory that its neighbours have
-_COMBINES = ("1", "any", "wide")
+# Of one sequence. That of narrow rows is the same program, which wishes for the share of shared memory that its neighbours have.
+_ALONE, _WIDE_ALONE = f"{_STEPS[0]}.1", f"{MIXER_WIDTHS[1]}.{MIXER_HEADS[1]}.1"
+_WIDE_STEPS = tuple(v for v in _STEPS if not _WIDE_ALONE.startswith(f"{v}.") and not v.startswith(f"{MIXER_WIDTHS[0]}."))
+_COMBINES = ("1", "any", "wide", WIDE_ROW)
 _FLOATS = pointers("part_f", "stat_f", "part_b", "stat_b", type="*fp32")
 
 _MIXERS = (
@@ -77,12 +81,13 @@ _MIXERS = (
             *integers("batch", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
            ("ROWS_F", "HEADS_F", "GROUP_F", "LANES_F", "STAGES_F", "TILES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "TILES_B", "OWN_B", "PDL"),
-           (*_STEPS, _ALONE), dtypes=_HALF, scalar_loads=16, early=(*_STEPS, _ALONE), shares=(_ALONE,), optional=(_ALONE,), early_rows=_EARLY_ROWS),
+           (*_STEPS, _ALONE, _WIDE_ALONE), dtypes=_HALF, scalar_loads=16, early=(*_STEPS, _ALONE, _WIDE_ALONE), shares=(_ALONE,),
+           fills=(_WIDE_ALONE, *_WIDE_STEPS), optional=(_ALONE, _WIDE_ALONE), early_rows=_EARLY_ROWS),
     Kernel("mixer_step_combine", _MIXER,
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
             *integers("capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
-           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "PDL"), _COMBINES, dtypes=_HALF, scalar_loads=32, early=_COMBINES, opens=_ONE, shares=_ONE,
-           early_rows=64),
+           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "PDL"), _COMBINES, dtypes=_HALF, scalar_loads=32, early=_COMBINES, opens=(*_ONE, WIDE_ROW),
+           shares=_ONE, fills=(WIDE_ROW,), optional=(WIDE_ROW,), early_rows=64),
 )  # fmt: skip
 
 _ROWS = "sessa_deploy.kernels.engine.mixer_rows"
@@ -141,7 +146,9 @@ def product_choice(kernel: str, rows: int, weights: str) -> tuple[str, str]:
 
 
 def ahead_variant(kernel: str, variant: str, weights: str, depth: int) -> str:
-    """The optional variant in place of `variant` for rows so short that all their weights are read ahead; "" where there is none."""
+    """The optional variant in place of `variant` for rows so short that all their weights are read ahead, or for one wide row; "" where there is none."""
+    if variant == _ONE[0]:
+        return WIDE_ROW if depth > AHEAD_DEPTH and WIDE_ROW in table.kernel(kernel).optional else ""
     short = f"{variant}.{AHEAD_DEPTH}" if variant != "any" else str(AHEAD_DEPTH)
     return short if not weights and depth <= AHEAD_DEPTH and short in table.kernel(kernel).optional else ""
 

@@ -106,10 +106,10 @@ def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, var
 
 
 @lru_cache(maxsize=64)
-def available(name: str, device: torch.device, dtype: torch.dtype, variant: str) -> bool:
-    """Whether a device has this variant, where its kernel may lack it (`Kernel.optional`)."""
+def available(name: str, device: torch.device, dtype: torch.dtype, variant: str, weights: str = "") -> bool:
+    """Whether a device has this variant, where its kernel may lack it (`Kernel.optional`). weights: of `weights_name`."""
     arch = max((a for a in ARCHS if a <= arch_of(device.index or 0)), default=0)
-    return variant not in table.kernel(name).optional or table.has(name, arch, dtype_name(dtype), variant)
+    return variant not in table.kernel(name).optional or table.has(name, arch, dtype_name(dtype) + weights, variant)
 
 
 def aligned(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

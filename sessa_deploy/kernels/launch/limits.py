@@ -18,6 +18,8 @@ FLOAT8_ARCH = 89  # the first that reads weights of E4M3
 # whose share is another waits until the multiprocessor is empty, and cannot start beside its predecessor. What is left caches loads. On an H200 this is
 # the largest that makes it set 100 KiB apart (measured there).
 SHARED_SHARE = 43
+# The same where rows are wider than AHEAD_DEPTH, whose attentions want all of it and are long: they wish for it too. On WIDE_ARCH alone, where it was measured.
+WIDE_SHARE, WIDE_ARCH = 100, 90
 # Largest dynamic shared memory one block may ask for, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
@@ -57,6 +59,7 @@ MIXER_HEADS = HEAD_WIDTHS[:2]
 # Wider rows than MIXER_BROAD in caches of at most MIXER_SHORT, which are those of a batch: a split takes this many times its tiles at least.
 MIXER_BROAD, MIXER_SHORT = MIXER_WIDTHS[0], 4096
 MIXER_MANY_F, MIXER_MANY_B = 4, 2  # of causal and of feedback attention
+MIXER_MOST_B = 96  # splits of feedback attention that such rows may have: with causal attention's, a program each, in place at once (measured on an H200)
 
 # --- a step of 2 to STEP_ROWS rows of a sequence; wider models take the kernels of prefill
 ROWS_WIDTHS = MIXER_WIDTHS[:2]

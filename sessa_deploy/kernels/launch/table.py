@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy.cuda_arch import ARCHS
-from sessa_deploy.kernels.launch.limits import DEPENDENT_ARCH, SHARED_SHARE
+from sessa_deploy.kernels.launch.limits import DEPENDENT_ARCH, SHARED_SHARE, WIDE_ARCH, WIDE_SHARE
 from sessa_deploy.kernels.launch.spec import OPENS, WAITS, Kernel, resolve
 
 TUNED_WITH = (3, 6)  # the Triton that tiles were measured with
@@ -118,7 +118,9 @@ def early(name: str, arch: int, dtype: str, variant: str) -> int:
 
 def shared_share(name: str, arch: int, dtype: str, variant: str) -> int:
     """Percent of shared memory that a binary wishes for, see `limits.SHARED_SHARE`; 0 where the driver chooses."""
-    return SHARED_SHARE if variant in kernel(name).shares and early(name, arch, dtype, variant) else 0
+    fills = variant in kernel(name).fills and arch == WIDE_ARCH
+    share = WIDE_SHARE if fills else SHARED_SHARE if variant in kernel(name).shares else 0
+    return share if early(name, arch, dtype, variant) else 0
 
 
 def tuned(name: str, arch: int, dtype: str, variant: str) -> bool:

@@ -10,8 +10,10 @@ import torch
 triton = pytest.importorskip("triton")
 
 from sessa_deploy.kernels.engine import mixer  # noqa: E402
-from sessa_deploy.kernels.engine.spec import mixer_variant, step_variants  # noqa: E402
+from sessa_deploy.kernels.engine.spec import WIDE_ROW, ahead_variant, mixer_variant, step_variants  # noqa: E402
+from sessa_deploy.kernels.launch import table  # noqa: E402
 from sessa_deploy.kernels.launch.jit import Workspace, interpreted  # noqa: E402
+from sessa_deploy.kernels.launch.limits import MIXER_MOST_B  # noqa: E402
 from sessa_deploy.kernels.launch.splits import least_rows, shares  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
@@ -60,6 +62,7 @@ SHAPES = [
     (2, 1, 128, 20, [20, *[3] * 32]),  # more sequences than are looked at together, two query heads a key
     (3, 3, 24, 33, [33, 1]),  # narrower than any tile
     (9, 9, 128, 40, [40, 3]),  # wide rows in a short cache: more rows a split
+    (9, 3, 128, 40, [33]),  # and of one sequence, which has tiles of its own
     (4, 4, 64, 700, [700, 400]),  # many splits and not so many: two ways to add them
     (1, 1, 16, 2100, [2100]),  # longer than all splits together have at least: each takes more
 ]
@@ -157,7 +160,18 @@ def test_wide_rows_in_a_short_cache_have_fewer_splits() -> None:
 
 def test_one_sequence_has_a_binary_of_its_own_where_one_was_measured() -> None:
     assert step_variants(1, 1024, 64, 1) == step_variants(1, 768, 64, 1) == ("1024.64.1", "1024.64")
-    assert step_variants(2, 1024, 64, 1) == ("1024.64",) and step_variants(1, 2048, 128, 1) == ("2048.128",)
+    assert step_variants(1, 2048, 128, 1) == ("2048.128.1", "2048.128")
+    assert step_variants(2, 1024, 64, 1) == ("1024.64",) and step_variants(1, 2048, 64, 1) == ("2048.64",)
+
+
+def test_one_wide_row_has_variants_of_its_own_and_the_splits_of_a_batch() -> None:
+    assert [ahead_variant(k, "1", w, 1040) for k, w in (("layer_out", ""), ("layer_tail", ".i8"), ("layer_logits", ".f8"))] == [WIDE_ROW] * 3
+    assert ahead_variant("layer_out", "1", "", 1024) == ahead_variant("layer_linear", "1", "", 2048) == ahead_variant("layer_out", "64", "", 2048) == ""
+    one, many = (table.tiles("mixer_step_combine", 90, "fp16", v) for v in (WIDE_ROW, "wide"))
+    assert one["BLOCK_F"] == many["BLOCK_F"] and min(one["BLOCK_B"], many["BLOCK_B"]) >= MIXER_MOST_B
+    alone, batch = (table.tiles("mixer_step_partial", 90, "fp16", v) for v in ("2048.128.1", "2048.128"))
+    for rows, tiles in (("ROWS_F", "TILES_F"), ("ROWS_B", "TILES_B")):
+        assert alone[rows] * alone[tiles] == batch[rows] * batch[tiles]
 
 
 def test_widths_without_a_kernel_are_named() -> None:
