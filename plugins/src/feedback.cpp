@@ -109,9 +109,10 @@ struct Forward final : Plan
         x = arena.take(4 * p.batch * rows * tile);
         inverse = split ? arena.take(2 * p.batch * rows * tile) : x;
         inverseLow = split ? arena.take(2 * p.batch * rows * tile) : x;
-        near = arena.take(2 * work * p.batch * rows * tile); // products with the two nearest blocks
+        int64_t const kept = combination.size() > 1 ? 3 : 2; // products with the two nearest blocks; behind them the inverse itself, as one half
+        near = arena.take(kept * work * p.batch * rows * tile);
         nearLow = arena.take(2 * work * p.batch * rows * tile);
-        nearScale = arena.take(2 * 4 * p.batch * rows);
+        nearScale = arena.take(kept * 4 * p.batch * rows);
         w = arena.take(work * p.batch * columns * p.width);
         wLow = split ? arena.take(work * p.batch * columns * p.width) : w;
         scales = arena.take(4 * p.batch * tiles * tilesN);

@@ -29,7 +29,6 @@ def small_options(dtype: torch.dtype, tile: int = 16, rows: int = 32) -> dict[st
         "feedback_pack": dict(BT=tile, BN=32, SPLIT=split),
         "feedback_solve": solve,
         "feedback_solve_transposed": solve,
-        "feedback_first_bad": dict(BT=16, BN=32),
         "feedback_grad_pack": dict(BT=16, BN=32, SPLIT=split, FULL=scaled),
         "feedback_grad_products": dict(BM=rows, BT=tile, BK=16, NB=2, GROUP=2, SPLIT=split, FULL=scaled),
         "feedback_grad_scores": dict(BM=rows, BT=tile, CHUNK=4, TILES=2, SPLIT=split, SCALED=scaled),

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sessa_deploy.kernels.feedback import halves
 from sessa_deploy.kernels.feedback.inverse import feedback_inverse, feedback_near
 from sessa_deploy.kernels.feedback.spec import all_pinned, solve_variant
 from sessa_deploy.kernels.feedback.tiles import (
@@ -189,8 +190,8 @@ def live_grid(rows: int, past_tiles: int, before: int, batch: int, options: dict
     return min(score_grid(rows, past_tiles + before, batch, options)[0], max(score_grid(rows, before, batch, options)[0], SCORE_PROGRAMS)), batch
 
 
-def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n: int, split: bool) -> dict[str, tuple[int, torch.dtype]]:
-    """Buffers of the forward (elements, dtype): work is the type of routing tiles, pair that of a block inverse's two halves."""
+def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n: int, split: bool, kept: int) -> dict[str, tuple[int, torch.dtype]]:
+    """Buffers of the forward (elements, dtype): work is the type of routing tiles, pair that of a block inverse's two halves. kept: of `kept_blocks`."""
     rows, columns = shape.batch * shape.rows, shape.batch * shape.columns
     single = torch.float32
     sizes = {
@@ -202,14 +203,14 @@ def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n:
         "lse": (shape.batch * shape.tokens, single),
         "x": (rows * shape.tile, single),
         "inverse": (rows * shape.tile, pair),
-        "near": (2 * rows * shape.tile, work),
-        "near_scale": (2 * rows, single),
+        "near": (kept * rows * shape.tile, work),
+        "near_scale": (kept * rows, single),
         "w": (columns * shape.width, work),
         "scales": (shape.batch * shape.tiles * tiles_n, single),
         "sync": (shape.panels + shape.batch * tiles_n, torch.int32),
     }
     if split:
-        sizes |= {"inverselow": sizes["inverse"], "nearlow": sizes["near"], "wlow": sizes["w"]}
+        sizes |= {"inverselow": sizes["inverse"], "nearlow": (2 * rows * shape.tile, work), "wlow": sizes["w"]}
     return sizes
 
 
@@ -218,11 +219,17 @@ KERNELS = (feedback_pack, feedback_scores, feedback_combine, feedback_solve)
 APART = ("feedback_inverse", "feedback_near")  # in place of feedback_combine, where options hold them
 
 
+def kept_blocks(options: Options) -> int:
+    """Tiles that the combination leaves of each row block in `near`: products with the two nearest blocks, and the inverse itself where kernels stand in."""
+    return 3 if APART[0] in options else 2
+
+
 def combination(device: torch.device, dtype: torch.dtype, options: Options) -> list[tuple[int, Launcher]]:
     """What goes between scores and solve: each kernel's programs a block, and its launcher."""
     if APART[0] not in options:
         return [(1, launcher(feedback_combine, device, dtype, options["feedback_combine"]))]
-    return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse), (2, feedback_near))]
+    near = next(options[name].get("NEAR", 2) for name in ("feedback_solve", "feedback_solve_transposed") if name in options)
+    return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse), (near, feedback_near))]
 
 
 def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, past: int = 0) -> Options:
@@ -248,10 +255,11 @@ class Plan:
         shape = plan(batch, tokens, past, width, scores, work.itemsize, panel_bytes)
         past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
         tiles_n = -(-width // solve["BN"])
-        sizes = workspace_sizes(shape, work, pair, tiles_n, split)
+        sizes = workspace_sizes(shape, work, pair, tiles_n, split, kept_blocks(opt))
         self.workspace = Workspace(sizes)
         self.low = "low" if split else ""
-        self.run_pack, self.run_scores, self.run_solve = (launcher(k, device, dtype, opt[k.__name__]) for k in (*KERNELS[:2], KERNELS[3]))
+        solver = halves.feedback_solve if "BK" in solve else KERNELS[3]
+        self.run_pack, self.run_scores, self.run_solve = (launcher(k, device, dtype, opt[k.__name__]) for k in (*KERNELS[:2], solver))
         self.combination = combination(device, dtype, opt)
         self.pack = ((min(past_tiles, PACK_PROGRAMS), tiles_n, batch), (past, width, columns)) if past_tiles else None
         self.panels: list[tuple[Any, ...]] = []

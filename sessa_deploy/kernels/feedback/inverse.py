@@ -7,10 +7,11 @@ of one sign, and their product, which is left out, added up along a chain.
 import triton
 import triton.language as tl
 
-from sessa_deploy.kernels.feedback.tiles import finite, pair_product, row_factors, row_sums
+from sessa_deploy.kernels.feedback.tiles import finite, pair_product, power_scale, row_factors, row_sums
 from sessa_deploy.kernels.launch import table
 
 BLOCK = tl.constexpr(128)
+INVERSE = tl.constexpr(2)  # where the inverse stands behind the two nearest blocks in near and near_scale
 
 
 @triton.jit
@@ -102,6 +103,10 @@ def feedback_inverse(
     p_i = p_row[:, None] * BLOCK + o_r[None, :]
     tl.store(inverse + p_i, b_h)
     tl.store(inverse_low + p_i, b_l)
+    deep = INVERSE * (B * R).to(tl.int64)
+    c, inv = power_scale(tl.max(tl.abs(b_x)))
+    tl.store(near + deep * BLOCK + p_i, (b_x * c).to(near.dtype.element_ty))
+    tl.store(near_scale + deep + p_row, tl.full([BLOCK], 1.0, dtype=tl.float32) * inv)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_near"))
@@ -128,9 +133,9 @@ def feedback_near(
             b_own = b_factor * tl.exp(tl.load(peak + (i_b * NT + NP + block - 1 - d) * R + i_r * BLOCK + o_r) - tl.load(row_peak + p_row))
             b_eh, b_el = pair_of(routed(b_e, tl.where(finite(b_factor), b_own, 0.0)[:, None]))
             b_m = pair_product(b_h, b_l, b_eh, b_el)
+        deep = d * (B * R).to(tl.int64)
         b_c = tl.max(tl.abs(b_m), axis=1)
         b_c = tl.where(finite(b_c) & (b_c > 1e-30), b_c, 1.0)
         b_m = (b_m * (1.0 / b_c)[:, None]).to(near.dtype.element_ty)
-        deep = (B * R).to(tl.int64)
-        tl.store(near + d * deep * BLOCK + p_i, tl.trans(b_m) if BACKWARD else b_m)
-        tl.store(near_scale + d * deep + p_row, b_c)
+        tl.store(near + deep * BLOCK + p_i, tl.trans(b_m) if BACKWARD else b_m)
+        tl.store(near_scale + deep + p_row, b_c)

@@ -55,11 +55,13 @@ def test_inverses_keep_sixteen_bits_without_a_bias() -> None:
     device = torch.empty(0, device=DEVICE).device
     one, e = torch.ones(128, device=device), torch.diag(torch.ones(127, device=device), -1).half()
     length = torch.zeros(1, dtype=torch.int32, device=device)
-    out, (high, low) = [torch.empty_like(one) for _ in range(4)], (torch.empty_like(e, dtype=torch.bfloat16) for _ in range(2))
+    out, (high, low) = [torch.empty_like(one) for _ in range(3)], (torch.empty_like(e, dtype=torch.bfloat16) for _ in range(2))
+    near, scale = torch.empty(3, 128, 128, dtype=e.dtype, device=device), torch.empty(3, 128, device=device)
     run = launcher(inverse.feedback_inverse, device, torch.bfloat16, INVERSE)
-    run((1, 1, 1), *map(address, (e, 0 * one, one, 0.999 * one, length, *out[:3], one, high, low, e, e, out[3])), 128, 128, 128, 0, 1, 0, 1, 1)
+    run((1, 1, 1), *map(address, (e, 0 * one, one, 0.999 * one, length, *out, one, high, low, near, e, scale)), 128, 128, 128, 0, 1, 0, 1, 1)
     exact = torch.linalg.inv(torch.eye(128).double() - 0.999 * e.double().cpu())
     assert float((high.double() + low.double()).cpu().sub(exact).abs().max()) < 2**-13
+    assert float((near[2].double() * scale[2].double()[:, None]).cpu().sub(exact).abs().max()) < 2**-11  # what the solves read
 
 
 def test_a_combination_without_low_halves_serves_solves_that_read_none() -> None:
