@@ -61,9 +61,11 @@ struct Forward final : Plan
     bool find(Problem const& p, int32_t arch) override
     {
         char const* dtype = dtypeName(p.storage);
-        narrow = findCubin("feedback_solve", arch, dtype, "fwd");
-        // feedback/spec.py, solve_variant
-        bool const wide = rowsOf(p) * p.width >= kWideWork && findCubin("feedback_solve", arch, dtype, "wide") != nullptr;
+        // feedback/spec.py, solver and solve_variant
+        char const* const halves = "feedback_solve_halves";
+        char const* const solver = findCubin(halves, arch, dtype, "fwd") != nullptr ? halves : "feedback_solve";
+        narrow = findCubin(solver, arch, dtype, "fwd");
+        bool const wide = rowsOf(p) * p.width >= kWideWork && findCubin(solver, arch, dtype, "wide") != nullptr;
         pack = findCubin("feedback_pack", arch, dtype, wide ? "wide" : "fwd");
         scores = findCubin("feedback_scores", arch, dtype, p.capacity > 0 ? "past" : "fwd");
         combination = {findCubin("feedback_inverse", arch, dtype, "fwd"), findCubin("feedback_near", arch, dtype, "fwd")};
@@ -71,7 +73,7 @@ struct Forward final : Plan
         {
             combination = {findCubin("feedback_combine", arch, dtype, "fwd")};
         }
-        solve = wide ? findCubin("feedback_solve", arch, dtype, "wide") : narrow;
+        solve = wide ? findCubin(solver, arch, dtype, "wide") : narrow;
         return pack != nullptr && scores != nullptr && combination[0] != nullptr && solve != nullptr;
     }
 

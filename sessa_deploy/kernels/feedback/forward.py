@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback import halves
+from sessa_deploy.kernels.feedback.halves import feedback_solve_halves
 from sessa_deploy.kernels.feedback.inverse import feedback_inverse, feedback_near
-from sessa_deploy.kernels.feedback.spec import all_pinned, solve_variant
+from sessa_deploy.kernels.feedback.spec import all_pinned, solve_variant, solver
 from sessa_deploy.kernels.feedback.tiles import (
     apply_inverse,
     feedback_combine,
@@ -216,6 +216,7 @@ def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n:
 
 FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_solve")
 KERNELS = (feedback_pack, feedback_scores, feedback_combine, feedback_solve)
+SOLVES = (feedback_solve_halves, feedback_solve)  # the first that options hold
 APART = ("feedback_inverse", "feedback_near")  # in place of feedback_combine, where options hold them
 
 
@@ -228,8 +229,7 @@ def combination(device: torch.device, dtype: torch.dtype, options: Options) -> l
     """What goes between scores and solve: each kernel's programs a block, and its launcher."""
     if APART[0] not in options:
         return [(1, launcher(feedback_combine, device, dtype, options["feedback_combine"]))]
-    near = next(options[name].get("NEAR", 2) for name in ("feedback_solve", "feedback_solve_transposed") if name in options)
-    return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse), (near, feedback_near))]
+    return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse), (2, feedback_near))]
 
 
 def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, past: int = 0) -> Options:
@@ -237,7 +237,7 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, p
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
     solve = solve_variant(arch, kind, width, "fwd", rows)
     found = pinned(FORWARD[1:2], device, dtype, "past" if past else "fwd") | pinned(FORWARD[2:3], device, dtype, "fwd")
-    found |= pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
+    found |= pinned((FORWARD[0], solver(arch, kind, "fwd")), device, dtype, solve)
     return found | pinned(APART, device, dtype, "fwd") if all_pinned(APART, arch, kind, "fwd") else found
 
 
@@ -248,7 +248,8 @@ class Plan:
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
         opt = options or tiles(device, dtype, width, batch * tokens, past)
-        scores, solve = opt["feedback_scores"], opt["feedback_solve"]
+        solving = next(k for k in SOLVES if k.__name__ in opt)
+        scores, solve = opt["feedback_scores"], opt[solving.__name__]
         tile = solve["BT"]
         split = dtype != torch.float32
         work, pair = (torch.float16, torch.bfloat16) if split else (torch.float32, torch.float32)
@@ -258,8 +259,7 @@ class Plan:
         sizes = workspace_sizes(shape, work, pair, tiles_n, split, kept_blocks(opt))
         self.workspace = Workspace(sizes)
         self.low = "low" if split else ""
-        solver = halves.feedback_solve if "BK" in solve else KERNELS[3]
-        self.run_pack, self.run_scores, self.run_solve = (launcher(k, device, dtype, opt[k.__name__]) for k in (*KERNELS[:2], solver))
+        self.run_pack, self.run_scores, self.run_solve = (launcher(k, device, dtype, opt[k.__name__]) for k in (*KERNELS[:2], solving))
         self.combination = combination(device, dtype, opt)
         self.pack = ((min(past_tiles, PACK_PROGRAMS), tiles_n, batch), (past, width, columns)) if past_tiles else None
         self.panels: list[tuple[Any, ...]] = []

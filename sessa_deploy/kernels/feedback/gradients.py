@@ -135,10 +135,10 @@ def sum_tiles(p_sums, count, past_tiles, NP, R, BT: tl.constexpr, CHUNK: tl.cons
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_grad_scores"))
 def feedback_grad_scores(
-    e, r, r_scales, r_sums, factor, inverse_sum, grad, grad_scales, dgamma, past_length, bad, T, C, R, NP, NT, row0,
-    BM: tl.constexpr, BT: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
+    e, r, r_scales, r_sums, factor, inverse_sum, grad, grad_scales, dgamma, past_length, bad, T, C, R, NP, NT, row0, each,
+    BM: tl.constexpr, BT: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, groups of TILES column tiles, B): grad = factor e (r - delta) in place of r, delta = dgamma = sum_j e r / row sum.
+    """Grid (row blocks, groups of `each` column tiles, B): grad = factor e (r - delta) in place of r, delta = dgamma = sum_j e r / row sum.
 
     In the column that has most of the weight, r - delta = (r sum_rest e - sum_rest e r) / row sum, over the others: nothing cancels.
     SCALED (float16 storage): r is float32, and grad beside it has a power of two per tile; else grad is in the storage type as it is.
@@ -146,7 +146,7 @@ def feedback_grad_scores(
     i_r, i_c, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     past_tiles = tl.cdiv(tl.load(past_length + i_b), BT)
     count = past_tiles + row0 // BT + i_r + 1
-    if i_c * TILES < count:
+    if i_c * each < count:
         o_r, o_t = tl.arange(0, BT), tl.arange(0, BT)
         p_row = i_b * R + i_r * BT + o_r
         p_sums = r_sums + i_b * NT * R + i_r * BT + o_r
@@ -160,7 +160,7 @@ def feedback_grad_scores(
         if i_c == 0:
             tl.store(dgamma + i_b * T + row, b_delta, mask=row < T)
         b_factor = tl.load(factor + p_row)
-        for i in range(i_c * TILES, tl.minimum((i_c + 1) * TILES, count)):
+        for i in range(i_c * each, tl.minimum((i_c + 1) * each, count)):
             i_t = tl.where(i < past_tiles, i, i - past_tiles + NP)
             p_tile = (i_b * R + i_r * BT) * C + i_t * BT + o_r[:, None] * C + o_t[None, :]
             b_e = tl.load(e + p_tile).to(tl.float32)

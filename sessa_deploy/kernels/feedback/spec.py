@@ -30,6 +30,41 @@ _COMBINE = (
     *integers("NP", "NT", "row0", "B", "blocks"),
 )
 
+_SOLVE = (
+    *pointers("e", type="*work"),
+    *pointers("peak", "row_peak", "factor", type="*fp32"),
+    *pointers("inverse", "inverse_low", type="*half_pair"),
+    *pointers("near", "near_low", type="*work"),
+    *pointers("near_scale", type="*fp32"),
+    *pointers("f", "s", "s_low"),
+    *pointers("w", "w_low", type="*work"),
+    Param("scales", "*fp32"),
+    Param("past_length", "*i32"),
+    Param("sync", "*i32"),
+    *integers("T"),
+    *(Param(n, "i32", True) for n in ("D", "C", "R")),
+    *integers("NP", "NT", "row0", "B", "panel", "panels", "keep"),
+)
+
+_TRANSPOSED = (
+    *pointers("e", type="*work"),
+    *pointers("factor", type="*fp32"),
+    *pointers("inverse", "inverse_low", type="*half_pair"),
+    *pointers("near", "near_low", type="*work"),
+    *pointers("near_scale", type="*fp32"),
+    *pointers("ds", "u", "u_low"),
+    *pointers("w", "w_low", type="*work"),
+    Param("scales", "*fp32"),
+    *pointers("carry", type="*fp32"),
+    *pointers("dpast_s"),
+    Param("past_length", "*i32"),
+    Param("bad", "*i32"),
+    Param("sync", "*i32"),
+    *integers("T", "P"),
+    *(Param(n, "i32", True) for n in ("D", "C", "R")),
+    *integers("NP", "row0", "blocks", "B", "panel", "panels", "add"),
+)
+
 KERNELS = by_name((
     Kernel(
         "feedback_step_partial",
@@ -160,21 +195,7 @@ KERNELS = by_name((
     Kernel(
         "feedback_solve",
         f"{_PACKAGE}.forward",
-        (
-            *pointers("e", type="*work"),
-            *pointers("peak", "row_peak", "factor", type="*fp32"),
-            *pointers("inverse", "inverse_low", type="*half_pair"),
-            *pointers("near", "near_low", type="*work"),
-            *pointers("near_scale", type="*fp32"),
-            *pointers("f", "s", "s_low"),
-            *pointers("w", "w_low", type="*work"),
-            Param("scales", "*fp32"),
-            Param("past_length", "*i32"),
-            Param("sync", "*i32"),
-            *integers("T"),
-            *(Param(n, "i32", True) for n in ("D", "C", "R")),
-            *integers("NP", "NT", "row0", "B", "panel", "panels", "keep"),
-        ),
+        _SOLVE,
         ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"),
         ("fwd", "wide"),
         scalar_loads=64,
@@ -183,28 +204,31 @@ KERNELS = by_name((
     Kernel(
         "feedback_solve_transposed",
         f"{_PACKAGE}.backward",
-        (
-            *pointers("e", type="*work"),
-            *pointers("factor", type="*fp32"),
-            *pointers("inverse", "inverse_low", type="*half_pair"),
-            *pointers("near", "near_low", type="*work"),
-            *pointers("near_scale", type="*fp32"),
-            *pointers("ds", "u", "u_low"),
-            *pointers("w", "w_low", type="*work"),
-            Param("scales", "*fp32"),
-            *pointers("carry", type="*fp32"),
-            *pointers("dpast_s"),
-            Param("past_length", "*i32"),
-            Param("bad", "*i32"),
-            Param("sync", "*i32"),
-            *integers("T", "P"),
-            *(Param(n, "i32", True) for n in ("D", "C", "R")),
-            *integers("NP", "row0", "blocks", "B", "panel", "panels", "add"),
-        ),
+        _TRANSPOSED,
         ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"),
         ("bwd", "wide"),
         lowered=False,
         optional=("wide",),
+    ),
+    Kernel(
+        "feedback_solve_halves",
+        f"{_PACKAGE}.halves",
+        _SOLVE,
+        ("BT", "BN", "BK", "STAGES", "TWO"),
+        ("fwd", "wide"),
+        dtypes=("bf16",),
+        scalar_loads=64,
+        optional=("fwd", "wide"),
+    ),
+    Kernel(
+        "feedback_solve_halves_transposed",
+        f"{_PACKAGE}.halves",
+        _TRANSPOSED,
+        ("BT", "BN", "BK", "STAGES", "TWO"),
+        ("bwd", "wide"),
+        lowered=False,
+        dtypes=("bf16",),
+        optional=("bwd", "wide"),
     ),
     Kernel(
         "feedback_inverse", f"{_PACKAGE}.inverse", _COMBINE, ("CHUNK", "BACKWARD"), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd")
@@ -266,9 +290,9 @@ KERNELS = by_name((
             Param("bad", "*i32"),
             *integers("T"),
             *(Param(n, "i32", True) for n in ("C", "R")),
-            *integers("NP", "NT", "row0"),
+            *integers("NP", "NT", "row0", "each"),
         ),
-        ("BM", "BT", "CHUNK", "TILES", "SPLIT", "SCALED"),
+        ("BM", "BT", "CHUNK", "SPLIT", "SCALED"),
         ("bwd",),
         lowered=False,
     ),
@@ -337,13 +361,19 @@ KERNELS = by_name((
 FEW_WORK = 2 << 20  # below which the gradients' tiles are small, or there are fewer than multiprocessors
 
 
+def solver(arch: int, dtype: str, side: str) -> str:
+    """The kernel that solves, of a side ("fwd" or "bwd"): the one in halves where its tiles are pinned for exactly this architecture."""
+    plain, halves = ("feedback_solve", "feedback_solve_halves") if side == "fwd" else ("feedback_solve_transposed", "feedback_solve_halves_transposed")
+    return halves if all_pinned((halves,), arch, dtype, side) else plain
+
+
 def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0) -> str:
     """"wide" or `side` ("fwd" or "bwd"): wide tiles read less for a product, narrow ones make a shorter chain, which few columns of D expose.
 
     Without rows (B T) it depends on D alone. A tile's width changes nothing in a row's sums but the power of two that s has between blocks, and that no bit
     unless a value is 2^29 times smaller than the largest of its tile.
     """
-    name = "feedback_solve" if side == "fwd" else "feedback_solve_transposed"
+    name = solver(arch, dtype, side)
     resolved = max((a for a in ARCHS if a <= arch and table.has(name, a, dtype, side)), default=arch)
     if not table.has(name, resolved, dtype, "wide"):
         return side
