@@ -12,7 +12,7 @@ from feedback_cases import DEVICE, make, side, small_options, with_stand_ins
 from sessa_deploy.kernels.feedback import backward as bwd
 from sessa_deploy.kernels.feedback import forward as fwd
 from sessa_deploy.kernels.feedback import inverse
-from sessa_deploy.kernels.feedback.spec import FEW_WORK, all_pinned, solve_variant, together_variant
+from sessa_deploy.kernels.feedback.spec import FEW_WORK, all_pinned, solve_variant, solver, together_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, launcher
 
@@ -31,6 +31,23 @@ def test_a_bad_row_spoils_no_earlier_one() -> None:
     q, k, gamma, f, *behind = x
     for name, grad in zip(("dq", "dk", "dgamma", "df"), bwd.backward(ds, q, k, gamma, f, s, lse, low, *behind, options=side(small, True)), strict=False):
         assert torch.isfinite(grad).all() and grad[:, : first_bad - 1].any() and not grad[:, first_bad:].any(), name
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["forward", "backward"])
+def test_a_solve_in_halves_has_the_bits_of_one_in_one(back: bool) -> None:
+    x = make("random", 1, 300, 0, 24, torch.bfloat16)
+    q, k, gamma, f, *behind = x
+    small = with_stand_ins(small_options(torch.bfloat16, 128, 128))
+    ahead = side(small, False) or fwd.tiles(torch.device(DEVICE), torch.bfloat16, 24, 300)
+    s, lse, low = fwd.forward(*x, options=ahead)
+    options, name = (side(small, True) or bwd.tiles(torch.device(DEVICE), torch.bfloat16, 24, 300), bwd.SOLVES[0]) if back else (ahead, fwd.SOLVES[0])
+    other = {**options, name.__name__: {**options[name.__name__], "TWO": not options[name.__name__]["TWO"]}}
+
+    def run(options: dict[str, dict[str, object]]) -> list[torch.Tensor | None]:
+        return [*(bwd.backward(f, q, k, gamma, f, s, lse, low, *behind, options=options) if back else fwd.forward(*x, options=options))]
+
+    for a, b in zip(run(options), run(other), strict=True):
+        assert a is not None and b is not None and torch.equal(a, b)
 
 
 def test_both_gradients_go_together_without_a_past_in_one_panel() -> None:
@@ -66,6 +83,10 @@ def test_inverses_keep_sixteen_bits_without_a_bias() -> None:
 
 def test_a_combination_without_low_halves_serves_solves_that_read_none() -> None:
     for way, solve in (("fwd", "feedback_solve"), ("bwd", "feedback_solve_transposed")):
+        halves = solve.replace("solve", "solve_halves")
+        assert [solver(*of, way) for of in ((90, "bf16"), (90, "fp16"), (80, "bf16"), (100, "bf16"))] == [halves, solve, solve, solve]
+        for variant in (way, "wide"):
+            assert table.tiles(halves, 90, "bf16", variant)["BN"] == table.tiles("feedback_pack", 90, "bf16", variant.replace("bwd", "fwd"))["BN"]
         assert [all_pinned(fwd.APART, *of, way) for of in ((90, "bf16"), (90, "fp16"), (80, "bf16"), (100, "bf16"))] == [True, False, False, False]
         for variant in (way, "wide"):
             tiles = table.tiles(solve, 90, "bf16", variant)
