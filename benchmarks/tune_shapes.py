@@ -63,7 +63,7 @@ _MADE: dict[str, dict[str, Any]] = {}
 def options(back: bool, shape: tuple[int, ...], change: Change) -> Options:
     """Today's options with `change`; equal ones are one object, whose identity stands for a binary."""
     side = backward if back else forward
-    base = side.tiles(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, shape[2], shape[0] * shape[1])
+    base = side.tiles(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, shape[2], shape[0] * shape[1], batch=shape[0])
     merged = {name: {**base.get(name, {}), **o} for name, o in {**base, **change}.items()}
     kept = {name: o for name, o in merged.items() if change.get(name) != {} or name not in OURS}
     return {name: _MADE.setdefault(f"{name} {sorted(o.items())}", o) for name, o in kept.items()}

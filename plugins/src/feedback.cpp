@@ -63,9 +63,12 @@ struct Forward final : Plan
         char const* dtype = dtypeName(p.storage);
         // feedback/spec.py, solver and solve_variant
         char const* const halves = "feedback_solve_halves";
-        char const* const solver = findCubin(halves, arch, dtype, "fwd") != nullptr ? halves : "feedback_solve";
+        bool const halved = findCubin(halves, arch, dtype, "fwd") != nullptr;
+        char const* const solver = halved ? halves : "feedback_solve";
+        bool const few = halved && rowsOf(p) * p.width < kFewWork && findCubin(solver, arch, dtype, "few") != nullptr;
+        bool const many = halved ? p.batch * p.width >= kWideColumns : rowsOf(p) * p.width >= kWideWork;
+        bool const wide = !few && many && findCubin(solver, arch, dtype, "wide") != nullptr;
         narrow = findCubin(solver, arch, dtype, "fwd");
-        bool const wide = rowsOf(p) * p.width >= kWideWork && findCubin(solver, arch, dtype, "wide") != nullptr;
         pack = findCubin("feedback_pack", arch, dtype, wide ? "wide" : "fwd");
         scores = findCubin("feedback_scores", arch, dtype, p.capacity > 0 ? "past" : "fwd");
         combination = {findCubin("feedback_inverse", arch, dtype, "fwd"), findCubin("feedback_near", arch, dtype, "fwd")};
@@ -73,7 +76,7 @@ struct Forward final : Plan
         {
             combination = {findCubin("feedback_combine", arch, dtype, "fwd")};
         }
-        solve = wide ? findCubin(solver, arch, dtype, "wide") : narrow;
+        solve = few || wide ? findCubin(solver, arch, dtype, few ? "few" : "wide") : narrow;
         return pack != nullptr && scores != nullptr && combination[0] != nullptr && solve != nullptr;
     }
 
@@ -223,8 +226,10 @@ std::vector<Problem> everyFeedback(Storage storage)
         p.width = width;
         all.push_back(p);
     };
-    add(kStepRows + 1, 256); // narrow tiles of the solve
+    add(kStepRows + 1, 256); // narrow tiles of the solve, which in halves are those of few
+    add(kFewWork / 256, 256);
     add(kWideWork / 256, 256);
+    all.back().batch = kWideColumns / 256;
     add(kStepRows + 1, 256);
     all.back().capacity = 0;
     for (int64_t const width : kRowsWidths)

@@ -137,19 +137,22 @@ KERNELS = (
 SOLVES = (feedback_solve_halves_transposed, feedback_solve_transposed)  # the first that options hold
 
 
-def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -> Options:
-    """The pinned launch options of the backward at D = width, for B T = rows (0: as many as may be)."""
+def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, batch: int = 1) -> Options:
+    """The pinned launch options of the backward of `batch` sequences at D = width, for B T = rows (0: as many as may be)."""
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
-    solve = solve_variant(arch, kind, width, "bwd", rows)
-    found = pinned(BACKWARD[:2] + BACKWARD[3:], device, dtype, "bwd") | pinned((solver(arch, kind, "bwd"),), device, dtype, solve)
+    solve = solve_variant(arch, kind, width, "bwd", rows, batch)
+    found = pinned(BACKWARD[:2] + BACKWARD[3:], device, dtype, "bwd") | pinned((solver(arch, kind, "bwd", width),), device, dtype, solve)
     found |= pinned(APART, device, dtype, "bwd") if all_pinned(APART, arch, kind, "bwd") else {}
     variant = together_variant(arch, kind, rows * width)
     return found if variant is None else found | pinned((TOGETHER,), device, dtype, variant)
 
 
-def tiles_each(count: int) -> int:
-    """Column tiles that a program of feedback_grad_scores takes of `count`: each adds up the sums of all of them, and many a program leave few programs."""
-    return min(max(count // 16, 1), 4)
+def tiles_each(rows: int, columns: int) -> int:
+    """Column tiles that a program of feedback_grad_scores takes, of a routing matrix of so many tiles, batch and all.
+
+    Each program adds up the sums of its rows over all of them: many tiles a program save that, and leave few programs.
+    """
+    return 8 if rows * columns >= 1536 else 2  # measured on an H200
 
 
 class Plan:
@@ -158,7 +161,7 @@ class Plan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
-        opt = options or tiles(device, dtype, width, batch * tokens)
+        opt = options or tiles(device, dtype, width, batch * tokens, batch)
         split, full = dtype != torch.float32, dtype == torch.float16
         solving = next(k for k in SOLVES if k.__name__ in opt)
         scores, solve, pack, products, _, by_q, by_k = (opt[n] for n in (BACKWARD[0], solving.__name__, *BACKWARD[3:]))
@@ -215,7 +218,7 @@ class Plan:
             row0 = (panels - 1 - panel) * rows
             blocks = -(-min(rows, tokens - row0) // tile)
             before = past_tiles + row0 // tile
-            each = tiles_each(before + blocks)
+            each = tiles_each(batch * blocks, before + blocks)
             add = int(panel > 0)
             sides = (tokens, past, width, columns, rows, past_tiles)
             self.panels.append((

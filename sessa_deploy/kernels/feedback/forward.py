@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels.feedback.halves import feedback_solve_halves
 from sessa_deploy.kernels.feedback.inverse import feedback_inverse, feedback_near
-from sessa_deploy.kernels.feedback.spec import all_pinned, solve_variant, solver
+from sessa_deploy.kernels.feedback.spec import all_pinned, pack_variant, solve_variant, solver
 from sessa_deploy.kernels.feedback.tiles import (
     apply_inverse,
     feedback_combine,
@@ -232,12 +232,12 @@ def combination(device: torch.device, dtype: torch.dtype, options: Options) -> l
     return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse), (2, feedback_near))]
 
 
-def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, past: int = 0) -> Options:
-    """The pinned launch options of the forward at D = width, for B T = rows (0: as many as may be) behind a capacity of `past`."""
+def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, past: int = 0, batch: int = 1) -> Options:
+    """The pinned launch options of the forward of `batch` sequences at D = width, for B T = rows (0: as many as may be) behind a capacity of `past`."""
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
-    solve = solve_variant(arch, kind, width, "fwd", rows)
+    solve = solve_variant(arch, kind, width, "fwd", rows, batch)
     found = pinned(FORWARD[1:2], device, dtype, "past" if past else "fwd") | pinned(FORWARD[2:3], device, dtype, "fwd")
-    found |= pinned((FORWARD[0], solver(arch, kind, "fwd")), device, dtype, solve)
+    found |= pinned(FORWARD[:1], device, dtype, pack_variant(solve)) | pinned((solver(arch, kind, "fwd", width),), device, dtype, solve)
     return found | pinned(APART, device, dtype, "fwd") if all_pinned(APART, arch, kind, "fwd") else found
 
 
@@ -247,7 +247,7 @@ class Plan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
-        opt = options or tiles(device, dtype, width, batch * tokens, past)
+        opt = options or tiles(device, dtype, width, batch * tokens, past, batch)
         solving = next(k for k in SOLVES if k.__name__ in opt)
         scores, solve = opt["feedback_scores"], opt[solving.__name__]
         tile = solve["BT"]

@@ -1,8 +1,8 @@
 """The solves in bfloat16 behind `feedback_inverse` and `feedback_near`: see README.md, "Kernels that stand in for others".
 
 With TWO a program's columns are two halves, so that a product's sums take half the registers beside the accumulators, and a multiprocessor runs two programs:
-what one does at its ends hides behind the other's products. The bits are those of one half. Products are over BK columns of a routing tile at a time, whatever
-else there is. The inverse is one float16 over a power of two, and so is what it multiplies.
+what one does at its ends hides behind the other's products. The bits are those of one half: products are over BK columns of a routing tile at a time in both.
+The inverse is one float16 over a power of two, and so is what it multiplies.
 """
 
 import triton
@@ -131,26 +131,27 @@ def feedback_solve_halves(
 
     start = row0 + i_r * BT
     m_f = (start + o_r < T)[:, None]
-    p_f = (i_b * T + start) * D + o_w
-    p_i = (i_b * R + i_r * BT) * BT + o_r[:, None] * BT
+    p_f = (i_b * T + start) * D
+    o_i = o_r[:, None] * BT + o_r[None, :]
+    p_i = (i_b * R + i_r * BT) * BT
     deep = (B * R).to(tl.int64)
-    b_inverse = tl.load(near + INVERSE * deep * BT + p_i + o_r[None, :])
+    b_inverse = tl.load(near + INVERSE * deep * BT + p_i + o_i)
     m_row = finite(b_factor)[:, None]
     # a bound of what x can be is as good as its largest magnitude
     b_top = row_top(larger(tl.abs(b_a), tl.abs(b_b))) if TWO else row_top(b_a)
-    b_f = tl.load(f + p_f, mask=m_f & m_a, other=0.0).to(tl.float32)
-    b_top += row_top(b_f)
-    b_a += b_f
+    b_f = tl.load(f + p_f + o_w, mask=m_f & m_a, other=0.0)
+    b_top += row_top(b_f.to(tl.float32))
+    b_a += b_f.to(tl.float32)
     if TWO:
-        b_f = tl.load(f + p_f + H, mask=m_f & m_b, other=0.0).to(tl.float32)
-        b_top += row_top(b_f)
-        b_b += b_f
+        b_f = tl.load(f + p_f + o_w + H, mask=m_f & m_b, other=0.0)
+        b_top += row_top(b_f.to(tl.float32))
+        b_b += b_f.to(tl.float32)
     amax = tl.reduce(b_top, 0, larger)
     bad = (bad_rows > 0) | (not finite(amax))
     if bad:  # rare
-        b_a = cleaned(b_a, m_row, s + p_f, m_f & m_a)
+        b_a = cleaned(b_a, m_row, s + p_f + o_w, m_f & m_a)
         if TWO:
-            b_b = cleaned(b_b, m_row, s + p_f + H, m_f & m_b)
+            b_b = cleaned(b_b, m_row, s + p_f + o_w + H, m_f & m_b)
         amax = top(b_a, b_b, TWO)
     c, inv = power_scale(amax)
     b_r = (tl.load(near_scale + INVERSE * deep + p_row) * inv)[:, None]
@@ -159,23 +160,37 @@ def feedback_solve_halves(
         b_b = tl.dot(b_inverse, (b_b * c).to(tl.float16)) * b_r
     if bad:
         tl.debug_barrier()
-        b_a = poisoned(b_a, s + p_f, m_f & m_a, o_r)
+        b_a = poisoned(b_a, s + p_f + o_w, m_f & m_a, o_r)
         if TWO:
-            b_b = poisoned(b_b, s + p_f + H, m_f & m_b, o_r)
-    nearest = tl.minimum(block, 2)
-    for d in tl.range(0, nearest, num_stages=1):
-        back = nearest - d  # 2, then 1
-        i_t = NP + block - back
-        p_near = near + (back - 1) * deep * BT + p_i + o_p[None, :]
-        b_0, b_1 = tl.load(p_near), tl.load(p_near + BK)
-        b_s = tl.load(near_scale + (back - 1) * deep + p_row)
-        if ready < block - back + 1:
-            ready = wait_for(p_done, block - back + 1)
-        b_s = (b_s * tl.load(p_scale + i_t * tiles_n))[:, None]
-        p_tile = p_w + i_t.to(tl.int64) * BT * D + o_f
-        b_a = near_parts(b_a, b_0, b_1, p_tile, BK * D, m_a, b_s)
-        if TWO:
-            b_b = near_parts(b_b, b_0, b_1, p_tile + H, BK * D, m_b, b_s)
+            b_b = poisoned(b_b, s + p_f + o_w + H, m_f & m_b, o_r)
+    o_i = o_r[:, None] * BT + o_p[None, :]
+    if TWO:  # as above: fewer registers, where the way from block to block is not what the solve waits for
+        i = tl.maximum(block - 2, 0)
+        while i < block:
+            if ready <= i:
+                ready = wait_for(p_done, i + 1)
+            stop = tl.minimum(ready, block)
+            for j in tl.range(i * PARTS, stop * PARTS, num_stages=STAGES):
+                at = (block - 1 - j // PARTS) * deep
+                b_e = tl.load(near + at * BT + p_i + j % PARTS * BK + o_i)
+                p_tile = p_w + ((NP + j // PARTS).to(tl.int64) * BT + j % PARTS * BK) * D + o_f
+                b_s = tl.load(near_scale + at + p_row) * tl.load(p_scale + (NP + j // PARTS) * tiles_n)
+                b_a = part(b_a, b_e, p_tile, m_a, b_s[:, None])
+                b_b = part(b_b, b_e, p_tile + H, m_b, b_s[:, None])
+            i = stop
+    else:
+        nearest = tl.minimum(block, 2)
+        for d in tl.range(0, nearest, num_stages=1):
+            back = nearest - d  # 2, then 1
+            i_t = NP + block - back
+            p_near = near + (back - 1) * deep * BT + p_i + o_i
+            b_0, b_1 = tl.load(p_near), tl.load(p_near + BK)
+            b_s = tl.load(near_scale + (back - 1) * deep + p_row)
+            if ready < block - back + 1:
+                ready = wait_for(p_done, block - back + 1)
+            b_s = (b_s * tl.load(p_scale + i_t * tiles_n))[:, None]
+            p_tile = p_w + i_t.to(tl.int64) * BT * D + o_f
+            b_a = near_parts(b_a, b_0, b_1, p_tile, BK * D, m_a, b_s)
     c, inv = power_scale(top(b_a, b_b, TWO))
     p_tile = p_w + (NP + block).to(tl.int64) * BT * D + o_w
     tl.store(p_tile, (b_a * c).to(tl.float16), mask=m_a)
@@ -184,9 +199,9 @@ def feedback_solve_halves(
     tl.store(p_scale + (NP + block) * tiles_n, inv)
     tl.debug_barrier()
     tl.atomic_xchg(p_done, block + 1, sem="release", scope="gpu")
-    store_rounded(b_a, s + p_f, s_low + p_f, m_f & m_a, m_f & m_a & (keep != 0))
+    store_rounded(b_a, s + p_f + o_w, s_low + p_f + o_w, m_f & m_a, m_f & m_a & (keep != 0))
     if TWO:
-        store_rounded(b_b, s + p_f + H, s_low + p_f + H, m_f & m_b, m_f & m_b & (keep != 0))
+        store_rounded(b_b, s + p_f + o_w + H, s_low + p_f + o_w + H, m_f & m_b, m_f & m_b & (keep != 0))
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_solve_halves_transposed"))
@@ -263,20 +278,34 @@ def feedback_solve_halves_transposed(
         b_a = tl.dot(b_inverse, (b_a * c).to(tl.float16)) * inv
         if TWO:
             b_b = tl.dot(b_inverse, (b_b * c).to(tl.float16)) * inv
-        nearest = tl.minimum(rank, 2)
-        for d in tl.range(0, nearest, num_stages=1):
-            back = nearest - d  # 2, then 1
-            i_l = i_r + back
-            p_near = near + (back - 1) * deep * BT + p_i + o_p[:, None] * BT
-            b_0, b_1 = tl.trans(tl.load(p_near)), tl.trans(tl.load(p_near + BK * BT))
-            b_s = tl.load(near_scale + (back - 1) * deep + p_row)
-            if ready < rank - back + 1:
-                ready = wait_for(p_done, rank - back + 1)
-            b_s = (b_s * tl.load(p_scale + i_l * tiles_n))[:, None]
-            p_tile = p_w + i_l.to(tl.int64) * BT * D + o_f
-            b_a = near_parts(b_a, b_0, b_1, p_tile, BK * D, m_a, b_s)
-            if TWO:
-                b_b = near_parts(b_b, b_0, b_1, p_tile + H, BK * D, m_b, b_s)
+        if TWO:
+            i = tl.maximum(rank - 2, 0)
+            while i < rank:
+                if ready <= i:
+                    ready = wait_for(p_done, i + 1)
+                stop = tl.minimum(ready, rank)
+                for j in tl.range(i * PARTS, stop * PARTS, num_stages=STAGES):
+                    back = rank - j // PARTS  # 2, then 1
+                    at = (back - 1) * deep
+                    b_e = tl.trans(tl.load(near + (at + j % PARTS * BK) * BT + p_i + o_p[:, None] * BT))
+                    p_tile = p_w + ((i_r + back).to(tl.int64) * BT + j % PARTS * BK) * D + o_f
+                    b_s = tl.load(near_scale + at + p_row) * tl.load(p_scale + (i_r + back) * tiles_n)
+                    b_a = part(b_a, b_e, p_tile, m_a, b_s[:, None])
+                    b_b = part(b_b, b_e, p_tile + H, m_b, b_s[:, None])
+                i = stop
+        else:
+            nearest = tl.minimum(rank, 2)
+            for d in tl.range(0, nearest, num_stages=1):
+                back = nearest - d  # 2, then 1
+                i_l = i_r + back
+                p_near = near + (back - 1) * deep * BT + p_i + o_p[:, None] * BT
+                b_0, b_1 = tl.trans(tl.load(p_near)), tl.trans(tl.load(p_near + BK * BT))
+                b_s = tl.load(near_scale + (back - 1) * deep + p_row)
+                if ready < rank - back + 1:
+                    ready = wait_for(p_done, rank - back + 1)
+                b_s = (b_s * tl.load(p_scale + i_l * tiles_n))[:, None]
+                p_tile = p_w + i_l.to(tl.int64) * BT * D + o_f
+                b_a = near_parts(b_a, b_0, b_1, p_tile, BK * D, m_a, b_s)
         b_factor = tl.load(factor + p_row)[:, None]
         c, inv = power_scale(top(b_a * b_factor, b_b * b_factor, TWO))
         p_tile = p_w + i_r.to(tl.int64) * BT * D + o_w

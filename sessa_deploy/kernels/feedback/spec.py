@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import FEEDBACK_WIDTHS, ROWS_WIDTHS, WIDE, WIDE_WORK
+from sessa_deploy.kernels.launch.limits import FEEDBACK_WIDTHS, FEW_WORK, ROWS_WIDTHS, WIDE, WIDE_COLUMNS, WIDE_WORK
 from sessa_deploy.kernels.launch.spec import Kernel, Param, by_name, integers, pointers
 
 _PACKAGE = "sessa_deploy.kernels.feedback"
@@ -215,20 +215,20 @@ KERNELS = by_name((
         f"{_PACKAGE}.halves",
         _SOLVE,
         ("BT", "BN", "BK", "STAGES", "TWO"),
-        ("fwd", "wide"),
+        ("fwd", "few", "wide"),
         dtypes=("bf16",),
         scalar_loads=64,
-        optional=("fwd", "wide"),
+        optional=("fwd", "few", "wide"),
     ),
     Kernel(
         "feedback_solve_halves_transposed",
         f"{_PACKAGE}.halves",
         _TRANSPOSED,
         ("BT", "BN", "BK", "STAGES", "TWO"),
-        ("bwd", "wide"),
+        ("bwd", "few", "wide"),
         lowered=False,
         dtypes=("bf16",),
-        optional=("bwd", "wide"),
+        optional=("bwd", "few", "wide"),
     ),
     Kernel(
         "feedback_inverse", f"{_PACKAGE}.inverse", _COMBINE, ("CHUNK", "BACKWARD"), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd")
@@ -357,27 +357,38 @@ KERNELS = by_name((
 ))  # fmt: skip
 
 
-# B T D, measured on an H200 in bf16
-FEW_WORK = 2 << 20  # below which the gradients' tiles are small, or there are fewer than multiprocessors
+HALVES = ("feedback_solve_halves", "feedback_solve_halves_transposed")
+WIDE_BACKWARD = 2048  # D from which the backward's solve is not the one in halves (measured on an H200)
 
 
-def solver(arch: int, dtype: str, side: str) -> str:
-    """The kernel that solves, of a side ("fwd" or "bwd"): the one in halves where its tiles are pinned for exactly this architecture."""
-    plain, halves = ("feedback_solve", "feedback_solve_halves") if side == "fwd" else ("feedback_solve_transposed", "feedback_solve_halves_transposed")
-    return halves if all_pinned((halves,), arch, dtype, side) else plain
+def solver(arch: int, dtype: str, side: str, width: int = 0) -> str:
+    """The kernel that solves at D = width, of a side ("fwd" or "bwd"): the one in halves where its tiles are pinned for exactly this architecture.
 
-
-def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0) -> str:
-    """"wide" or `side` ("fwd" or "bwd"): wide tiles read less for a product, narrow ones make a shorter chain, which few columns of D expose.
-
-    Without rows (B T) it depends on D alone. A tile's width changes nothing in a row's sums but the power of two that s has between blocks, and that no bit
-    unless a value is 2^29 times smaller than the largest of its tile.
+    Not in the backward of wide rows, where the other is 7% faster (1, 8192, 2048). The bits differ: it never depends on B or T.
     """
-    name = solver(arch, dtype, side)
+    plain, halves = ("feedback_solve", HALVES[0]) if side == "fwd" else ("feedback_solve_transposed", HALVES[1])
+    return halves if all_pinned((halves,), arch, dtype, side) and (side == "fwd" or width < WIDE_BACKWARD) else plain
+
+
+def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0, batch: int = 1) -> str:
+    """"wide", "few" or `side` ("fwd" or "bwd"): wide tiles read less for a product, narrow ones make a shorter chain, which few columns of D expose; few are
+    those of a chain that leaves multiprocessors idle. rows: B T; 0: it depends on D alone.
+
+    A tile's width changes nothing in a row's sums but the power of two that s has between blocks, and that no bit unless a value is 2^29 times smaller than
+    the largest of its tile.
+    """
+    name = solver(arch, dtype, side, width)
     resolved = max((a for a in ARCHS if a <= arch and table.has(name, a, dtype, side)), default=arch)
-    if not table.has(name, resolved, dtype, "wide"):
-        return side
-    return "wide" if (rows * width >= WIDE_WORK if rows else width >= WIDE) else side
+    if name in HALVES:
+        chosen = "few" if 0 < rows * width < FEW_WORK else "wide" if batch * width >= WIDE_COLUMNS else side
+    else:
+        chosen = "wide" if (rows * width >= WIDE_WORK if rows else width >= WIDE) else side
+    return chosen if table.has(name, resolved, dtype, chosen) else side
+
+
+def pack_variant(solve: str) -> str:
+    """The variant of feedback_pack that goes with one of the forward's solve: of as many columns."""
+    return solve if solve == "wide" else "fwd"
 
 
 def all_pinned(names: tuple[str, ...], arch: int, dtype: str, variant: str) -> bool:

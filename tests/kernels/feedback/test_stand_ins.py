@@ -12,7 +12,7 @@ from feedback_cases import DEVICE, make, side, small_options, with_stand_ins
 from sessa_deploy.kernels.feedback import backward as bwd
 from sessa_deploy.kernels.feedback import forward as fwd
 from sessa_deploy.kernels.feedback import inverse
-from sessa_deploy.kernels.feedback.spec import FEW_WORK, all_pinned, solve_variant, solver, together_variant
+from sessa_deploy.kernels.feedback.spec import FEW_WORK, all_pinned, pack_variant, solve_variant, solver, together_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, launcher
 
@@ -81,8 +81,6 @@ def test_a_combination_without_low_halves_serves_solves_that_read_none() -> None
     for way, solve in (("fwd", "feedback_solve"), ("bwd", "feedback_solve_transposed")):
         halves = solve.replace("solve", "solve_halves")
         assert [solver(*of, way) for of in ((90, "bf16"), (90, "fp16"), (80, "bf16"), (100, "bf16"))] == [halves, solve, solve, solve]
-        for variant in (way, "wide"):
-            assert table.tiles(halves, 90, "bf16", variant)["BN"] == table.tiles("feedback_pack", 90, "bf16", variant.replace("bwd", "fwd"))["BN"]
         assert [all_pinned(fwd.APART, *of, way) for of in ((90, "bf16"), (90, "fp16"), (80, "bf16"), (100, "bf16"))] == [True, False, False, False]
         for variant in (way, "wide"):
             tiles = table.tiles(solve, 90, "bf16", variant)
@@ -99,7 +97,15 @@ def test_what_was_not_timed_stands_in_for_nothing(monkeypatch: pytest.MonkeyPatc
 
 def test_wide_tiles_follow_the_work_where_both_were_timed() -> None:
     few, many = 2048, 16 * 1024
-    assert [solve_variant(90, "bf16", 768, "fwd", rows) for rows in (few, many)] == ["fwd", "wide"]
-    assert [solve_variant(90, "bf16", 1024, "bwd", rows) for rows in (few, many)] == ["bwd", "wide"]
     assert [solve_variant(90, "fp16", 1024, "fwd", rows) for rows in (0, few, many)] == ["wide", "fwd", "wide"]
     assert solve_variant(80, "bf16", 4096, "fwd", many) == "fwd"  # which has one width
+
+
+def test_tiles_of_the_solve_in_halves_follow_its_chains() -> None:
+    for way in ("fwd", "bwd"):
+        cases = ((768, 2048, 1), (512, 8192, 4), (1024, 16384, 1), (1536, 8192, 2), (1024, 32768, 4), (768, 16384, 16))
+        assert [solve_variant(90, "bf16", width, way, rows, batch) for width, rows, batch in cases] == ["few", way, way, way, "wide", "wide"]
+    assert [solver(90, "bf16", "bwd", width) for width in (1536, 2048)] == ["feedback_solve_halves_transposed", "feedback_solve_transposed"]
+    assert solve_variant(90, "bf16", 2048, "bwd", 8192) == "wide"
+    for variant in ("fwd", "few", "wide"):
+        assert table.tiles("feedback_solve_halves", 90, "bf16", variant)["BN"] == table.tiles("feedback_pack", 90, "bf16", pack_variant(variant))["BN"]
