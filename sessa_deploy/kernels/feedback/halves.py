@@ -42,7 +42,7 @@ def part(acc, b_e, p_w, m_n, b_r):
 
 @triton.jit
 def near_parts(acc, b_0, b_1, p_w, step, m_n, b_r):
-    """acc + r (near @ w), near in two halves of its columns; both loads of w first, so that one waits for one."""
+    """acc + r (near @ w), near in two halves of its columns; both parts of w are asked for at once."""
     b_w0 = tl.load(p_w, mask=m_n, other=0.0, cache_modifier=".cg")
     b_w1 = tl.load(p_w + step, mask=m_n, other=0.0, cache_modifier=".cg")
     acc += tl.dot(b_0, b_w0) * b_r
