@@ -93,6 +93,6 @@ def head(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: Wei
     return regions.head(_form(layer), *_tables(rope), x, weights.head)
 
 
-def tail(s: Tensor, head: Head, weights: Weights) -> Tensor:
-    """The layer's y (B,T,D) of the feedback branch's s (B,T,D)."""
-    return regions.tail(head.x, s, head.g, weights.out, weights.head.out_bias)
+def tail(layer: Any, s: Tensor, head: Head, rope: tuple[Tensor, Tensor] | None, weights: Weights) -> Tensor:
+    """The layer's y (B,T,D) of the feedback branch's s (B,T,D). rope, weights: those of `head`."""
+    return regions.tail(_form(layer), None if rope is None else rope[0], s, head, weights)

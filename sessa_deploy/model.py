@@ -232,7 +232,7 @@ class SessaLayer(nn.Module):
             head = fused_layer.head(self, x, rope, weights)
             f = self.mixer.out_proj(ops.attend(head.q, head.k, head.v, past_length, past).reshape(x.shape))
             s = ops.solve(head.q_b, head.k_b, head.gamma, f, past_length, past)
-            return fused_layer.tail(s, head, weights), Rows(head.k, head.v, head.k_b, s)
+            return fused_layer.tail(self, s, head, rope, weights), Rows(head.k, head.v, head.k_b, s)
         a, g = self.W_in(self.ln(x)).split(x.shape[-1], dim=-1)
         new = self.mixer.step(F.gelu(a), past_length, past, rope)
         return x + self.W_out(new.s * g), new

@@ -1,0 +1,53 @@
+"""The passes of a layer's regions for one shape and one set of types: grids and numbers, worked out once for every layer and step alike."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from sessa_deploy.kernels.launch.jit import Pass
+from sessa_deploy.kernels.launch.passes import ROWS, cdiv, more, tiles
+from sessa_deploy.kernels.training import elementwise
+from sessa_deploy.kernels.training.form import Form, layout
+
+
+class Plan:
+    """What calls of one shape (B,T,D) share. period: rows of the rotary tables, 0 for none; types: that of activations, then those of x and of the norm's
+    weight and bias, which select binaries."""
+
+    def __init__(self, form: Form, shape: torch.Size, period: int, device: torch.device, types: tuple[torch.dtype, ...]) -> None:
+        batch, tokens, width = shape
+        n, d8, kv = batch * tokens, width // 8, form.kv_heads * form.head_dim
+        self.shape, self.rows, self.width, self.dtype = shape, n, width, types[0]
+        self.heads = [form.heads, form.kv_heads, form.kv_heads]
+        self.heads_shape = (batch, tokens, sum(self.heads), form.head_dim)
+        inner = sum(self.heads) * form.head_dim
+        self.parts = [inner, width, width]  # columns of the products of a: q, k and v in one, the feedback branch's q and k
+        self.joined = sum(self.parts)
+        self.split = [width, kv, kv, 2 * width]  # the same by their weights
+        norm, flat, turn, turned, residual = tiles("row", width), tiles("flat"), tiles("turn"), inner - kv, tiles("residual")
+        by_rows = (cdiv(n, flat["BT"]),)
+        self.norm = Pass(elementwise.fused_norm, (cdiv(n, norm["BT"]),), (n, d8, form.eps), norm)
+        self.gelu_gain = Pass(elementwise.fused_gelu_gain, by_rows, (n, d8, form.gamma_max), flat)
+        turns = (n, period, form.head_dim // 8, turned // 8, inner // 8)
+        self.rotate = Pass(elementwise.fused_rotate, (cdiv(n, turn["BT"]), cdiv(turned, turn["BD"])), turns, turn) if period else None
+        self.gate = Pass(elementwise.fused_gate, (*by_rows, cdiv(width, flat["BD"])), (n, d8, 2 * d8), flat)
+        self.residual = Pass(elementwise.fused_residual, (cdiv(n * width, residual["BT"]),), (n * d8,), residual)
+
+        columns = layout(width, kv)
+        first, total8 = columns.first, columns.total // 8
+        self.chunks, self.total, self.sizes = cdiv(n, ROWS), columns.total, list(columns.sizes)
+        gate, flat, add = more("gate sums", ROWS=ROWS), more("flat sums", ROWS=ROWS), tiles("total")
+        gather, norm = more("gather", TURN=period > 0, ROWS=ROWS), more("row sums", width, ROWS=ROWS)
+        by_chunks = (self.chunks, cdiv(width, gate["BD"]))
+        self.gate_grad = Pass(elementwise.fused_gate_grad, by_chunks, (n, d8, 2 * d8, total8, (first.in_bias + width) // 8), gate)
+        turns = (n, period or 1, form.head_dim // 8, d8, kv // 8, total8)
+        self.gather = Pass(elementwise.fused_gather, (self.chunks, 3 * cdiv(width, gather["BD"]) + 2 * cdiv(kv, gather["BD"])), turns, gather)
+        by_chunks = (self.chunks, cdiv(width, flat["BD"]))
+        self.gelu_gain_grad = Pass(elementwise.fused_gelu_gain_grad, by_chunks, (n, d8, total8, first.in_bias // 8, form.gamma_max), flat)
+        self.norm_grad = Pass(elementwise.fused_norm_grad, (self.chunks,), (n, d8, total8, first.norm_weight // 8), norm)
+        self.add = Pass(elementwise.fused_total, (cdiv(columns.total, add["BD"]),), (self.chunks, total8), add)
+
+
+planned = lru_cache(maxsize=256)(Plan)
