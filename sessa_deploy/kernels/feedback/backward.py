@@ -6,7 +6,9 @@ Row panels go from the last to the first; what a panel adds to rows of earlier p
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -227,11 +229,12 @@ _plan = lru_cache(maxsize=256)(Plan)
 def backward(
     ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, s_low: Tensor | None,
     past_k: Tensor, past_s: Tensor, past_length: Tensor,
-    options: Options | None = None, panel_bytes: int = PANEL_BYTES, made: Plan | None = None,
+    options: Options | None = None, panel_bytes: int = PANEL_BYTES, made: Plan | None = None, beside: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dgamma, df, dpast_k, dpast_s) of the forward that gave s (B,T,D), lse (B,T) and s_low (B,T,D). Shapes and dtypes as the inputs'.
 
     Rows from a sequence's first one with NaN or Inf in q, k or s on get gradient 0 and contribute none. options, made: as in the forward.
+    beside: a context in which what follows df is queued, see `training.beside`; the caller joins it before dq, dk or dgamma are read.
     """
     ds, q, k, gamma, s, past_k, past_s, lse = (aligned(x) for x in (ds, q, k, gamma, s, past_k, past_s, lse))
     s_low = None if s_low is None else aligned(s_low)
@@ -241,6 +244,8 @@ def backward(
     p = made or (Plan(*shape, options, panel_bytes) if options else _plan(*shape, None, panel_bytes))
     if past_length.dtype != torch.int32:
         past_length = past_length.to(torch.int32)
+    if len(p.panels) > 1:  # which share a workspace
+        beside = None
     dq, dk, df = torch.empty_like(q), torch.empty_like(k), torch.empty_like(q)
     dgamma, dpast_k, dpast_s = torch.empty_like(gamma), torch.empty_like(past_k), torch.empty_like(past_s)
     at, _memory = p.workspace.take(device)
@@ -269,12 +274,15 @@ def backward(
             by_solve[0], e, factor, inverse, inverse_low, near, near_low, near_scale, a_ds, a_df, rest, w, w_low, at["scales"], at["carry"], a_dpast_s,
             a_length, bad, ticket, *by_solve[1],
         )  # fmt: skip
-        pack(by_pack[0], a_df, rest, a_past_s, a_length, bad, u, u_low, u_scale, *by_pack[1])
-        products(by_products[0], u, u_low, u_scale, s_all, s_all_low, s_scale, a_length, bad, e, r, r_scales, at["r_sums"], *by_products[1])
-        grad_of_scores(by_grad[0], e, r, r_scales, at["r_sums"], factor, inverse_sum, grad, grad_scales, a_dgamma, a_length, bad, *by_grad[1])
-        if p.run_together is not None:
-            p.run_together(by_q[0], grad, grad_scales, a_q, a_k, a_length, bad, a_dq, a_dk, *by_q[1])
-            continue
-        p.run["feedback_grad_q"](by_q[0], grad, grad_scales, a_k, a_past_k, a_length, bad, a_dq, *by_q[1])
-        p.run["feedback_grad_k"](by_k[0], grad, grad_scales, a_q, a_length, bad, at["carry_k"], a_dk, a_dpast_k, *by_k[1])
+        with beside or nullcontext():
+            pack(by_pack[0], a_df, rest, a_past_s, a_length, bad, u, u_low, u_scale, *by_pack[1])
+            products(by_products[0], u, u_low, u_scale, s_all, s_all_low, s_scale, a_length, bad, e, r, r_scales, at["r_sums"], *by_products[1])
+            grad_of_scores(by_grad[0], e, r, r_scales, at["r_sums"], factor, inverse_sum, grad, grad_scales, a_dgamma, a_length, bad, *by_grad[1])
+            if p.run_together is not None:
+                p.run_together(by_q[0], grad, grad_scales, a_q, a_k, a_length, bad, a_dq, a_dk, *by_q[1])
+                continue
+            p.run["feedback_grad_q"](by_q[0], grad, grad_scales, a_k, a_past_k, a_length, bad, a_dq, *by_q[1])
+            p.run["feedback_grad_k"](by_k[0], grad, grad_scales, a_q, a_length, bad, at["carry_k"], a_dk, a_dpast_k, *by_k[1])
+    if beside is not None:
+        beside.keep(_memory, sync)
     return dq, dk, dgamma, df, dpast_k, dpast_s

@@ -6,6 +6,8 @@ Rows go in panels so that the workspace is panel x (P + T) in the work type (flo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -273,27 +275,29 @@ _plan = lru_cache(maxsize=256)(Plan)
 
 
 def forward(
-    q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool = True,
-    options: Options | None = None, panel_bytes: int = PANEL_BYTES, made: Plan | None = None,
+    q: Tensor, k: Tensor, gamma: Tensor, f: Tensor | Callable[[], Tensor], past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool = True,
+    options: Options | None = None, panel_bytes: int = PANEL_BYTES, made: Plan | None = None, beside: Any = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """s (B,T,D) in the storage dtype; lse (B,T) float32 and, with 16-bit storage, what rounding took from s (B,T,D), None unless wanted.
 
     need_lse: whether a backward will follow, which takes both. Shapes and meaning as in `ops.feedback_attention`.
+    f may be a function that makes it, called when the routing is queued; beside: a context in which the routing is queued, such as another stream, and whose
+    `join` comes before the solve.
     options: launch options by kernel name in place of the pinned ones (tuning, small tiles under the interpreter); made: the plan of such a call.
     """
-    q, k, gamma, f, past_k, past_s = (aligned(x) for x in (q, k, gamma, f, past_k, past_s))
+    q, k, gamma, past_k, past_s = (aligned(x) for x in (q, k, gamma, past_k, past_s))
     batch, tokens, width = q.shape
     device = q.device
     shape = (device, q.dtype, batch, tokens, past_k.shape[1], width)
     p = made or (Plan(*shape, options, panel_bytes) if options else _plan(*shape, None, panel_bytes))
     if past_length.dtype != torch.int32:
         past_length = past_length.to(torch.int32)
-    s = torch.empty_like(f)
+    s = torch.empty_like(q)
     lse = torch.empty(batch, tokens, dtype=torch.float32, device=device) if need_lse else None
     at, _memory = p.workspace.take(device)
-    low = torch.empty_like(f) if need_lse and p.low else None
-    a_s, a_f, a_q, a_k, a_gamma, a_length = (address(x) for x in (s, f, q, k, gamma, past_length))
-    a_past_k, a_past_s = (address(past_k), address(past_s)) if p.pack else (a_k, a_f)
+    low = torch.empty_like(q) if need_lse and p.low else None
+    a_s, a_q, a_k, a_gamma, a_length = (address(x) for x in (s, q, k, gamma, past_length))
+    a_past_k, a_past_s = (address(past_k), address(past_s)) if p.pack else (a_k, a_s)
     a_lse = at["lse"] if lse is None else address(lse)
     e, peak, total, sync, w, scales = (at[n] for n in ("e", "peak", "total", "sync", "w", "scales"))
     row_peak, factor, inverse, near, near_scale = (at[n] for n in ("row_peak", "factor", "inverse", "near", "near_scale"))
@@ -301,12 +305,19 @@ def forward(
     if p.pack:
         p.run_pack(p.pack[0], a_past_s, a_length, w, w_low, scales, *p.pack[1])
     for score_programs, score_sizes, combine_programs, combine_sizes, solve_programs, solve_sizes in p.panels:
-        p.run_scores(score_programs, a_q, a_k, a_past_k, a_length, a_lse, sync, e, peak, total, sync, *score_sizes)
-        for each, run in p.combination:
-            run(
-                (*combine_programs, each), e, peak, total, a_gamma, a_length, row_peak, factor, a_lse, at["x"], inverse, inverse_low, near, near_low,
-                near_scale, *combine_sizes,
-            )  # fmt: skip
+        with beside or nullcontext():
+            p.run_scores(score_programs, a_q, a_k, a_past_k, a_length, a_lse, sync, e, peak, total, sync, *score_sizes)
+            for each, run in p.combination:
+                run(
+                    (*combine_programs, each), e, peak, total, a_gamma, a_length, row_peak, factor, a_lse, at["x"], inverse, inverse_low, near, near_low,
+                    near_scale, *combine_sizes,
+                )  # fmt: skip
+        if not isinstance(f, Tensor):
+            f = f()
+        if beside is not None:
+            beside.join()
+        f = aligned(f)
+        a_f = address(f)
         p.run_solve(
             solve_programs, e, peak, row_peak, factor, inverse, inverse_low, near, near_low, near_scale, a_f, a_s, a_s if low is None else address(low), w,
             w_low, scales, a_length, sync, *solve_sizes, int(low is not None),

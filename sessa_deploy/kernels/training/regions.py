@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels import ops, route
 from sessa_deploy.kernels.launch.jit import aligned
+from sessa_deploy.kernels.training.beside import Beside
 from sessa_deploy.kernels.training.form import Form, HeadWeights, Sums, Weights
 
 if TYPE_CHECKING:
@@ -61,7 +62,13 @@ def storage_type(x: Tensor) -> torch.dtype:
 
 def head(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: HeadWeights) -> Head:
     """From x (B,T,D) to the attentions' inputs, without a backward. cos, sin: contiguous float32 tables (B or 1,T,1,d/2), or None."""
-    return _head_forward(_plan(form, cos, x, weights), cos, sin, x, weights)[0]
+    p = _plan(form, cos, x, weights)
+    kept, biases, _ = _enter_forward(p, cos, sin, x, weights)
+    # the feedback branch's products are separate because feedback attention wants rows of its own
+    (w_qkv, *w), (b_qkv, *b) = torch.split_with_sizes(kept.w, p.parts), torch.split_with_sizes(biases, p.parts)
+    q, k, v = _qkv_forward(p, kept.a, w_qkv, b_qkv, cos, sin)
+    q_b, k_b = (F.linear(kept.a, *pair).view(p.shape) for pair in zip(w, b, strict=True))
+    return Head(q, k, v, q_b, k_b, kept.gamma, kept.h, x)
 
 
 def tail(form: Form, cos: Tensor | None, s: Tensor, head: Head, weights: Weights) -> Tensor:
@@ -78,10 +85,10 @@ def _plan(form: Form, cos: Tensor | None, x: Tensor, weights: HeadWeights) -> Pl
     return planned(form, x.shape, 0 if cos is None else cos.shape[0] * x.shape[1], x.device, types)
 
 
-def _head_forward(
+def _enter_forward(
     p: Plan, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: HeadWeights, others: tuple[Tensor, ...] = ()
-) -> tuple[Head, Kept, tuple[Tensor, ...]]:
-    """(the result, what the backward needs, `others` in the type of activations)."""
+) -> tuple[Kept, Tensor, tuple[Tensor, ...]]:
+    """From x to a and gamma: (what the backward needs, the projections' biases, `others` in the type of activations)."""
     dtype, device, n, width = p.dtype, x.device, p.rows, p.width
     rows, norm_weight = aligned(x), aligned(weights.norm_weight)
     y, stats = torch.empty((n, width), dtype=dtype, device=device), torch.empty((2, n), dtype=torch.float32, device=device)
@@ -91,15 +98,15 @@ def _head_forward(
     gamma_weight, gamma_bias = aligned(weights.gamma_weight, torch.float32), aligned(weights.gamma_bias, torch.float32)
     a, gamma = torch.empty_like(y), torch.empty(p.shape[:2], dtype=torch.float32, device=device)
     p.gelu_gain(h, gamma_weight, gamma_bias, a, gamma)
-    # the feedback branch's products are separate because feedback attention wants rows of its own
-    (w_qkv, w_q, w_k), (b_qkv, b_q, b_k) = torch.split_with_sizes(w, p.parts), torch.split_with_sizes(b, p.parts)
-    qkv = F.linear(a, w_qkv, b_qkv)
+    return Kept(rows, y, stats, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin), b, tuple(others)
+
+
+def _qkv_forward(p: Plan, a: Tensor, weight: Tensor, bias: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, ...]:
+    """q (B,T,Hq,d), k, v (B,T,Hkv,d), q and k rotated."""
+    qkv = F.linear(a, weight, bias)
     if p.rotate is not None:
         p.rotate(qkv, cos, sin)
-    q_b, k_b = F.linear(a, w_q, b_q).view(p.shape), F.linear(a, w_k, b_k).view(p.shape)
-    q, k, v = torch.split_with_sizes(qkv.view(p.heads_shape), p.heads, 2)
-    kept = Kept(rows, y, stats, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin)
-    return Head(q, k, v, q_b, k_b, gamma, h, x), kept, tuple(others)
+    return torch.split_with_sizes(qkv.view(p.heads_shape), p.heads, 2)  # type: ignore[no-any-return]
 
 
 def _products(weights: HeadWeights, others: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -119,7 +126,7 @@ def _products(weights: HeadWeights, others: tuple[Tensor, ...], dtype: torch.dty
 
 
 def _head_backward(
-    p: Plan, types: Any, needs: HeadWeights, kept: Kept, dh: Tensor, partial: Tensor, grads: tuple[Tensor, ...], dx: Tensor
+    p: Plan, types: Any, needs: HeadWeights, kept: Kept, dh: Tensor, partial: Tensor, grads: tuple[Tensor, ...], dx: Tensor, weight_grad: Any
 ) -> tuple[Any, ...]:
     """Gradients of x and of the weights that need one. types: the weights', a HeadWeights; dh, partial: the tail's; grads: of q, k, v, q_b, k_b and gamma."""
     x, y, stats, h, a, gamma, in_weight, w, norm_weight, gamma_weight, cos, sin = kept
@@ -130,10 +137,10 @@ def _head_backward(
     p.gather(*[aligned(g, dtype) for g in parts], joined, *turns, partial)
     da = torch.mm(joined, w)
     projected = needs.q_weight or needs.k_weight or needs.v_weight or needs.fb_weight
-    dw: Any = torch.split_with_sizes(weight_grad(joined, a, types.q_weight), p.split) if projected else (None,) * 4
+    dw: Any = torch.split_with_sizes(weight_grad("joined", joined, a, types.q_weight), p.split) if projected else (None,) * 4
     p.gelu_gain_grad(h, da, gamma, aligned(dgamma, torch.float32), gamma_weight, dh, partial)
     dy = torch.mm(dh, in_weight)
-    dw_in = weight_grad(dh, y, types.in_weight) if needs.in_weight else None
+    dw_in = weight_grad("in", dh, y, types.in_weight) if needs.in_weight else None
     dx_rows = torch.empty(p.shape, dtype=x.dtype, device=device)
     p.norm_grad(x, norm_weight, stats, dy, dx, dx_rows, partial)
     exact, rounded = torch.empty(p.total, dtype=torch.float32, device=device), torch.empty(p.total, dtype=dtype, device=device)
@@ -147,12 +154,6 @@ def _head_backward(
         dw[2], sums.v_bias, dw[3], sums.fb_bias, sums.out_bias,
     )  # fmt: skip
     return dx_rows, *(out if all(needs) else [g if need else None for g, need in zip(out, needs, strict=True)])
-
-
-def _solve_forward(o: Tensor, weight: Tensor | None, q_b: Tensor, k_b: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """s (B,T,D), its log-sum-exp and rest, of the forward attention's rows o (N,D)."""
-    f = o if weight is None else F.linear(o, weight)
-    return route.feedback_forward(q_b, k_b, gamma, f.view(q_b.shape), *ops.no_past(q_b, True), need_lse=True)
 
 
 def _tail_forward(p: Plan, x: Tensor, s: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,22 +177,42 @@ def _tail_backward(p: Plan, s: Tensor, h: Tensor, weight: Tensor, rows: Tensor) 
     return ds, dh, partial
 
 
+BESIDE = frozenset(("routing", "pairs", "out", "project", "joined", "in"))
+
+
 class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx, form, cos, sin, x, out_proj, *weights):  # type: ignore[no-untyped-def]
         first, out = HeadWeights(*weights[:-1]), weights[-1]
         p = _plan(form, cos, x, first)
         others = (out, first.out_bias) if out_proj is None else (out, first.out_bias, out_proj)
-        head, kept, (out, bias, *projects) = _head_forward(p, cos, sin, x, first, others)
-        o, attention = ops.attention_forward(head.q, head.k, head.v)
-        o, project = aligned(o, p.dtype).view(p.rows, p.width), projects[0] if projects else None
-        s, lse, rest = _solve_forward(o, project, head.q_b, head.k_b, head.gamma)
-        out = aligned(out)
-        y, gated = _tail_forward(p, kept.x, s, head.h, out, bias)
-        ctx.save_for_backward(*kept, head.q, head.k, head.v, head.q_b, head.k_b, o, project, s, lse, rest, out, gated, *attention.tensors)
+        kept, biases, (out, bias, *projects) = _enter_forward(p, cos, sin, x, first, others)
+        out, project, a = aligned(out), projects[0] if projects else None, kept.a
+        beside = Beside(x.device) if "routing" in BESIDE else None
+        (w_qkv, w_q, w_k), (b_qkv, b_q, b_k) = torch.split_with_sizes(kept.w, p.parts), torch.split_with_sizes(biases, p.parts)
+        if beside is None:
+            q_b, k_b = F.linear(a, w_q, b_q).view(p.shape), F.linear(a, w_k, b_k).view(p.shape)
+        else:
+            q_b, k_b = torch.empty(p.shape, dtype=p.dtype, device=x.device), torch.empty(p.shape, dtype=p.dtype, device=x.device)
+            with beside:
+                torch.addmm(b_q, a, w_q.t(), out=q_b.view(a.shape))
+                torch.addmm(b_k, a, w_k.t(), out=k_b.view(a.shape))
+        made = []
+
+        def attend():  # type: ignore[no-untyped-def]  # the forward branch's f, beside the feedback branch's routing
+            q, k, v = _qkv_forward(p, a, w_qkv, b_qkv, cos, sin)
+            o, attention = ops.attention_forward(q, k, v)
+            o = aligned(o, p.dtype).view(p.rows, p.width)
+            made.append((q, k, v, o, attention))
+            return (o if project is None else F.linear(o, project)).view(p.shape)
+
+        s, lse, rest = route.feedback_forward(q_b, k_b, kept.gamma, attend, *ops.no_past(q_b, True), need_lse=True, beside=beside)
+        ((q, k, v, o, attention),) = made
+        y, gated = _tail_forward(p, kept.x, s, kept.h, out, bias)
+        ctx.save_for_backward(*kept, q, k, v, q_b, k_b, o, project, s, lse, rest, out, gated, *attention.tensors)
         ctx.plan, ctx.attention, ctx.types = p, attention.without(), [None if p is None else p.dtype for p in (out_proj, *weights)]
         ctx.set_materialize_grads(False)
-        return y, head.k, head.v, head.k_b, s
+        return y, k, v, k_b, s
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -201,18 +222,28 @@ class _Whole(torch.autograd.Function):
         q, k, v, q_b, k_b, o, project, s, lse, rest, out, gated, *attention = saved[12:]
         dy = torch.zeros_like(kept.x, dtype=torch.promote_types(kept.x.dtype, p.dtype)) if dy is None else aligned(dy)
         rows = aligned(dy, p.dtype).view(p.rows, p.width)
-        dout = weight_grad(rows, gated, types[-1]) if needs[-1] else None
+        beside = Beside(dy.device) if BESIDE else None
+
+        def weights(name, dy, x, dtype):  # type: ignore[no-untyped-def]
+            return weight_grad(dy, x, dtype, beside if name in BESIDE else None)
+
         ds, dh, partial = _tail_backward(p, s, kept.h, out, rows)
+        dout = weights("out", rows, gated, types[-1]) if needs[-1] else None
         ds = ds if ds_more is None else ds + ds_more
         # s stands for f: where f is not finite, s is not
-        dq_b, dk_b, dgamma, df, *_ = route.feedback_backward(ds, q_b, k_b, kept.gamma, s, s, lse, rest, *ops.no_past(q_b, True))
+        feedback = (ds, q_b, k_b, kept.gamma, s, s, lse, rest, *ops.no_past(q_b, True))
+        dq_b, dk_b, dgamma, df, *_ = route.feedback_backward(*feedback, beside=beside if "pairs" in BESIDE else None)
         df = df.view(p.rows, p.width)
         do = (df if project is None else torch.mm(df, project)).view(q.shape)
-        dproject = weight_grad(df, o, types[0]) if needs[0] else None
+        dproject = weights("project", df, o, types[0]) if needs[0] else None
         dq, dk, dv = ops.attention_backward(do, q, k, v, ctx.attention, attention)
+        if "pairs" in BESIDE:
+            beside.join()
         dk, dv, dk_b = (g if more is None else g + more for g, more in ((dk, dk_more), (dv, dv_more), (dk_b, dk_b_more)))
         grads = (dq, dk, dv, dq_b, dk_b, dgamma)
-        dx, *first = _head_backward(p, HeadWeights(*types[1:-1]), HeadWeights(*needs[1:-1]), kept, dh, partial, grads, dy)
+        dx, *first = _head_backward(p, HeadWeights(*types[1:-1]), HeadWeights(*needs[1:-1]), kept, dh, partial, grads, dy, weights)
+        if beside is not None:
+            beside.join()
         return None, None, None, dx, dproject, *first, dout
 
 
@@ -228,8 +259,21 @@ def whole(
     return found
 
 
-def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """dy^T x (columns, depth) for dy (N,columns), x (N,depth), as a parameter of `dtype` takes it: float32 beside 16-bit activations as it was summed."""
-    if dtype == torch.float32 and dy.dtype != dtype:
-        return torch.mm(dy.t(), x, out_dtype=dtype) if dy.is_cuda else torch.mm(dy.t().float(), x.float())
-    return torch.mm(dy.t(), x)
+def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype, beside: Beside | None = None) -> Tensor:
+    """dy^T x (columns, depth) for dy (N,columns), x (N,depth), as a parameter of `dtype` takes it: float32 beside 16-bit activations as it was summed.
+
+    beside: the stream it is queued on, joined before dy or x are given up.
+    """
+    wider = dtype == torch.float32 and dy.dtype != dtype
+    if beside is None:
+        if wider:
+            return torch.mm(dy.t(), x, out_dtype=dtype) if dy.is_cuda else torch.mm(dy.t().float(), x.float())
+        return torch.mm(dy.t(), x)
+    out = torch.empty((dy.shape[1], x.shape[1]), dtype=dtype if wider else x.dtype, device=x.device)
+    with beside:
+        if wider and dy.is_cuda:
+            torch.mm(dy.t(), x, out_dtype=dtype, out=out)
+        else:
+            torch.mm(dy.t().to(out.dtype), x.to(out.dtype), out=out)
+    beside.keep(dy, x)
+    return out
