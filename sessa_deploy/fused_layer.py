@@ -18,6 +18,9 @@ from sessa_deploy.kernels.training import regions
 from sessa_deploy.kernels.training.form import Form, HeadWeights, Weights
 from sessa_deploy.kernels.training.regions import Head
 
+_FLOATS = frozenset(route.FLOATS)
+_PROJECTED = [i for i, name in enumerate((*HeadWeights._fields, "out")) if not name.startswith(("norm", "gamma"))]
+
 
 def _unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module does what its class says and nothing else."""
@@ -45,38 +48,47 @@ def applies(layer: Any, x: Tensor) -> Weights | None:
     """
     if not (x.is_cuda and x.dim() == 3 and x.numel() and x.dtype in route.FLOATS and route.uses_triton(x)):
         return None
-    mixer = layer._modules["mixer"]
+    modules, mixer = layer._modules, layer._modules["mixer"]
     inner = mixer._modules
-    linear = (*(layer._modules[name] for name in ("W_in", "W_out")), *(inner[name] for name in ("q_proj", "k_proj", "v_proj", "proj_fb", "gamma_ctx")))
-    if mixer.head_dim % 8 or mixer.head_dim > 1024 or not (_unhooked(layer._modules["ln"], nn.LayerNorm) and all(_unhooked(m, nn.Linear) for m in linear)):
+    # loops in lists and no generators: every layer of every step comes by here before its first kernel
+    linear = [modules["W_in"], modules["W_out"], inner["q_proj"], inner["k_proj"], inner["v_proj"], inner["proj_fb"], inner["gamma_ctx"]]
+    if mixer.head_dim % 8 or mixer.head_dim > 1024 or not (_unhooked(modules["ln"], nn.LayerNorm) and all([_unhooked(m, nn.Linear) for m in linear])):
         return None
     weights = parameters(layer)
-    every = (*weights.head, weights.out)
+    every = [*weights.head, weights.out]
     autocast = torch.is_autocast_enabled("cuda")
     dtype = regions.storage_type(x)
-    if any(p is None or p.dtype not in route.FLOATS for p in every) or dtype not in route.FLOATS or not route.is_eager(x, *every):
+    if any([p is None for p in every]) or dtype not in route.FLOATS or not route.is_eager(x, *every):
+        return None
+    types = [p.dtype for p in every]
+    if not _FLOATS.issuperset(types):
         return None
     # without autocast the parameters of the norm and of gamma may be float32 beside 16-bit activations, those of the projections not
-    same = x.dtype in (torch.float32, dtype) if autocast else all(p.dtype == dtype for p in (*weights.head.projections(), weights.out))
-    return weights if same else None
+    if autocast:
+        return weights if x.dtype in (torch.float32, dtype) else None
+    return weights if all([types[i] == dtype for i in _PROJECTED]) else None
 
 
 def trains(layer: Any, x: Tensor, weights: Weights, past: Sequence[Tensor] | None) -> bool:
     """Whether a gradient will be wanted of what the layer gives for x behind this past."""
+    if not torch.is_grad_enabled():
+        return False
+    if x.requires_grad:
+        return True
     out_proj = layer._modules["mixer"]._modules["out_proj"].parameters()
-    return torch.is_grad_enabled() and any(p.requires_grad for p in (x, *weights.head, weights.out, *out_proj, *(past or ())))
+    return any(p.requires_grad for p in (*weights.head, weights.out, *out_proj, *(past or ())))
 
 
-def whole(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: Weights) -> tuple[Tensor, ...] | None:
-    """y (B,T,D) and the rows k, v, k_b, s of a layer without a past, as one autograd node; None where out_proj is not a plain map. x, rope, weights: as `head`
-    takes them."""
+def whole(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: Weights, rows: bool = True) -> tuple[Tensor, ...] | None:
+    """y (B,T,D) and, with `rows`, the rows k, v, k_b, s of a layer without a past, as one autograd node; None where out_proj is not a plain map. x, rope,
+    weights: as `head` takes them."""
     out_proj = layer._modules["mixer"]._modules["out_proj"]
     weight = out_proj._parameters.get("weight")
     if not (_unhooked(out_proj, nn.Identity) if weight is None else _unhooked(out_proj, nn.Linear) and weight.dtype == weights.out.dtype):
         return None
     if weight is not None and not route.is_eager(weight):
         return None
-    return regions.whole(_form(layer), *_tables(rope), x, weights, weight)
+    return regions.whole(_form(layer), *_tables(rope), x, weights, weight, rows)
 
 
 def _form(layer: Any) -> Form:

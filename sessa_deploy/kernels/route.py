@@ -17,6 +17,7 @@ from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import FEEDBACK_MAX_WIDTH, FEEDBACK_MULTIPLE, HEAD_MAX_WIDTH, HEAD_MULTIPLE, MAX_GRID, ROWS_HEADS, ROWS_WIDTHS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # storage types that have kernels
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # not asked in a call: torch.compile cannot trace the question
 
 
@@ -60,7 +61,7 @@ def is_eager(*tensors: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+        and _PLAIN.issuperset([type(x) for x in tensors])
     )
 
 

@@ -93,8 +93,14 @@ def _enter_forward(
     rows, norm_weight = aligned(x), aligned(weights.norm_weight)
     y, stats = torch.empty((n, width), dtype=dtype, device=device), torch.empty((2, n), dtype=torch.float32, device=device)
     p.norm(rows, norm_weight, aligned(weights.norm_bias), y, stats)
-    in_weight, in_bias, w, b, *others = _products(weights, others, dtype)  # type: ignore[assignment]  # the device has begun meanwhile
-    h = F.linear(y, in_weight, in_bias)
+    if any([x.dtype != dtype for x in (weights.in_weight, *others)]):  # all of one type, see `fused_layer.applies`
+        in_weight, in_bias, w, b, *others = _cast(weights, others, dtype)  # type: ignore[assignment]  # the device has begun meanwhile
+        h = F.linear(y, in_weight, in_bias)
+    else:
+        in_weight = aligned(weights.in_weight)
+        h = F.linear(y, in_weight, weights.in_bias)
+        w = torch.cat((weights.q_weight, weights.k_weight, weights.v_weight, weights.fb_weight))
+        b = torch.cat((weights.q_bias, weights.k_bias, weights.v_bias, weights.fb_bias))
     gamma_weight, gamma_bias = aligned(weights.gamma_weight, torch.float32), aligned(weights.gamma_bias, torch.float32)
     a, gamma = torch.empty_like(y), torch.empty(p.shape[:2], dtype=torch.float32, device=device)
     p.gelu_gain(h, gamma_weight, gamma_bias, a, gamma)
@@ -109,14 +115,12 @@ def _qkv_forward(p: Plan, a: Tensor, weight: Tensor, bias: Tensor, cos: Tensor |
     return torch.split_with_sizes(qkv.view(p.heads_shape), p.heads, 2)  # type: ignore[no-any-return]
 
 
-def _products(weights: HeadWeights, others: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _cast(weights: HeadWeights, others: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """(W_in's weight, its bias, one copy of the projections' weights in the order q, k, v and the feedback branch's q and k, of their biases, others...), all
     in `dtype`."""
     w = (weights.q_weight, weights.k_weight, weights.v_weight, weights.fb_weight)
     b = (weights.q_bias, weights.k_bias, weights.v_bias, weights.fb_bias)
     parts = (weights.in_weight, weights.in_bias, *w, *b, *others)
-    if all([p.dtype == dtype for p in parts]):
-        return aligned(weights.in_weight), aligned(weights.in_bias), torch.cat(w), torch.cat(b), *others
     counts = [p.numel() for p in parts]
     memory = torch.empty(sum(counts), dtype=dtype, device=weights.in_weight.device)
     torch._foreach_copy_([x.view(p.shape) for x, p in zip(memory.split(counts), parts, strict=True)], parts)  # one launch, whatever the types
@@ -182,7 +186,7 @@ BESIDE = frozenset(("routing", "pairs", "out", "project", "joined", "in"))
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, form, cos, sin, x, out_proj, *weights):  # type: ignore[no-untyped-def]
+    def forward(ctx, form, cos, sin, rows, x, out_proj, *weights):  # type: ignore[no-untyped-def]
         first, out = HeadWeights(*weights[:-1]), weights[-1]
         p = _plan(form, cos, x, first)
         others = (out, first.out_bias) if out_proj is None else (out, first.out_bias, out_proj)
@@ -212,12 +216,13 @@ class _Whole(torch.autograd.Function):
         ctx.save_for_backward(*kept, q, k, v, q_b, k_b, o, project, s, lse, rest, out, gated, *attention.tensors)
         ctx.plan, ctx.attention, ctx.types = p, attention.without(), [None if p is None else p.dtype for p in (out_proj, *weights)]
         ctx.set_materialize_grads(False)
-        return y, k, v, k_b, s
+        return (y, k, v, k_b, s) if rows else y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dk_more, dv_more, dk_b_more, ds_more):  # type: ignore[no-untyped-def]
-        p, types, needs, saved = ctx.plan, ctx.types, ctx.needs_input_grad[4:], ctx.saved_tensors
+    def backward(ctx, dy, *more):  # type: ignore[no-untyped-def]
+        p, types, needs, saved = ctx.plan, ctx.types, ctx.needs_input_grad[5:], ctx.saved_tensors
+        dk_more, dv_more, dk_b_more, ds_more = more or (None,) * 4
         kept = Kept(*saved[:12])
         q, k, v, q_b, k_b, o, project, s, lse, rest, out, gated, *attention = saved[12:]
         dy = torch.zeros_like(kept.x, dtype=torch.promote_types(kept.x.dtype, p.dtype)) if dy is None else aligned(dy)
@@ -244,19 +249,19 @@ class _Whole(torch.autograd.Function):
         dx, *first = _head_backward(p, HeadWeights(*types[1:-1]), HeadWeights(*needs[1:-1]), kept, dh, partial, grads, dy, weights)
         if beside is not None:
             beside.join()
-        return None, None, None, dx, dproject, *first, dout
+        return None, None, None, None, dx, dproject, *first, dout
 
 
 def whole(
-    form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: Weights, out_proj: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A layer without a past, for a backward: its y (B,T,D), and its rows k, v (B,T,Hkv,d), k_b, s (B,T,D). cos, sin, x, weights: as `head` takes them;
-    out_proj: its weight, None where it is the identity.
+    form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: Weights, out_proj: Tensor | None, rows: bool = True
+) -> tuple[Tensor, ...]:
+    """A layer without a past, for a backward: its y (B,T,D) and, with `rows`, its rows k, v (B,T,Hkv,d), k_b, s (B,T,D). cos, sin, x, weights: as `head` takes
+    them; out_proj: its weight, None where it is the identity.
 
     W_out's bias is added to the same rows as x, so its gradient is that of x's residual summed over them.
     """
-    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _Whole.apply(form, cos, sin, x, out_proj, *weights.head, weights.out)
-    return found
+    found = _Whole.apply(form, cos, sin, rows, x, out_proj, *weights.head, weights.out)
+    return found if rows else (found,)
 
 
 def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype, beside: Beside | None = None) -> Tensor:
