@@ -24,7 +24,8 @@ _PROJECTED = [i for i, name in enumerate((*HeadWeights._fields, "out")) if not n
 
 def _unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module does what its class says and nothing else."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    have = module.__dict__
+    return type(module) is kind and not (have["_forward_hooks"] or have["_forward_pre_hooks"] or have["_backward_hooks"] or have["_backward_pre_hooks"])
 
 
 def parameters(layer: Any) -> Weights:

@@ -16,12 +16,13 @@ class Plan:
     """What calls of one shape (B,T,D) share. period: rows of the rotary tables, 0 for none; types: that of activations, then those of x and of the norm's
     weight and bias, which select binaries."""
 
-    def __init__(self, form: Form, shape: torch.Size, period: int, device: torch.device, types: tuple[torch.dtype, ...]) -> None:
-        batch, tokens, width = shape
+    def __init__(self, form: Form, shape: tuple[int, ...], period: int, device: torch.device, types: tuple[torch.dtype, ...]) -> None:
+        batch, tokens, width = shape = tuple(shape)
         n, d8, kv = batch * tokens, width // 8, form.kv_heads * form.head_dim
         self.shape, self.rows, self.width, self.dtype = shape, n, width, types[0]
         self.heads = [form.heads, form.kv_heads, form.kv_heads]
         self.heads_shape = (batch, tokens, sum(self.heads), form.head_dim)
+        self.q_shape = (batch, tokens, form.heads, form.head_dim)
         inner = sum(self.heads) * form.head_dim
         self.parts = [inner, width, width]  # columns of the products of a: q, k and v in one, the feedback branch's q and k
         self.joined = sum(self.parts)

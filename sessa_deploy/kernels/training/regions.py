@@ -67,7 +67,7 @@ def head(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights:
     # the feedback branch's products are separate because feedback attention wants rows of its own
     (w_qkv, *w), (b_qkv, *b) = torch.split_with_sizes(kept.w, p.parts), torch.split_with_sizes(biases, p.parts)
     q, k, v = _qkv_forward(p, kept.a, w_qkv, b_qkv, cos, sin)
-    q_b, k_b = (F.linear(kept.a, *pair).view(p.shape) for pair in zip(w, b, strict=True))
+    q_b, k_b = (F.linear(kept.a, *pair).view(*p.shape) for pair in zip(w, b, strict=True))
     return Head(q, k, v, q_b, k_b, kept.gamma, kept.h, x)
 
 
@@ -112,7 +112,7 @@ def _qkv_forward(p: Plan, a: Tensor, weight: Tensor, bias: Tensor, cos: Tensor |
     qkv = F.linear(a, weight, bias)
     if p.rotate is not None:
         p.rotate(qkv, cos, sin)
-    return torch.split_with_sizes(qkv.view(p.heads_shape), p.heads, 2)  # type: ignore[no-any-return]
+    return torch.split_with_sizes(qkv.view(*p.heads_shape), p.heads, 2)  # type: ignore[no-any-return]
 
 
 def _cast(weights: HeadWeights, others: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -164,7 +164,7 @@ def _tail_forward(p: Plan, x: Tensor, s: Tensor, h: Tensor, weight: Tensor, bias
     """(y (B,T,D), the rows s g (N,D))."""
     gated = torch.empty((p.rows, p.width), dtype=s.dtype, device=s.device)
     p.gate(s, h[:, p.width :], gated)
-    y = F.linear(gated, weight, bias).view(p.shape)
+    y = F.linear(gated, weight, bias).view(*p.shape)
     if y.dtype == x.dtype:
         return y.add_(x), gated
     out = torch.empty(p.shape, dtype=torch.promote_types(x.dtype, y.dtype), device=x.device)
@@ -195,7 +195,7 @@ class _Whole(torch.autograd.Function):
         beside = Beside(x.device) if "routing" in BESIDE else None
         (w_qkv, w_q, w_k), (b_qkv, b_q, b_k) = torch.split_with_sizes(kept.w, p.parts), torch.split_with_sizes(biases, p.parts)
         if beside is None:
-            q_b, k_b = F.linear(a, w_q, b_q).view(p.shape), F.linear(a, w_k, b_k).view(p.shape)
+            q_b, k_b = F.linear(a, w_q, b_q).view(*p.shape), F.linear(a, w_k, b_k).view(*p.shape)
         else:
             q_b, k_b = torch.empty(p.shape, dtype=p.dtype, device=x.device), torch.empty(p.shape, dtype=p.dtype, device=x.device)
             with beside:
@@ -208,7 +208,7 @@ class _Whole(torch.autograd.Function):
             o, attention = ops.attention_forward(q, k, v)
             o = aligned(o, p.dtype).view(p.rows, p.width)
             made.append((q, k, v, o, attention))
-            return (o if project is None else F.linear(o, project)).view(p.shape)
+            return (o if project is None else F.linear(o, project)).view(*p.shape)
 
         s, lse, rest = route.feedback_forward(q_b, k_b, kept.gamma, attend, *ops.no_past(q_b, True), need_lse=True, beside=beside)
         ((q, k, v, o, attention),) = made
@@ -239,7 +239,7 @@ class _Whole(torch.autograd.Function):
         feedback = (ds, q_b, k_b, kept.gamma, s, s, lse, rest, *ops.no_past(q_b, True))
         dq_b, dk_b, dgamma, df, *_ = route.feedback_backward(*feedback, beside=beside if "pairs" in BESIDE else None)
         df = df.view(p.rows, p.width)
-        do = (df if project is None else torch.mm(df, project)).view(q.shape)
+        do = (df if project is None else torch.mm(df, project)).view(*p.q_shape)
         dproject = weights("project", df, o, types[0]) if needs[0] else None
         dq, dk, dv = ops.attention_backward(do, q, k, v, ctx.attention, attention)
         if "pairs" in BESIDE:
