@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sessa_deploy.kernels import route
 from sessa_deploy.kernels.training import regions
+from sessa_deploy.kernels.training import whole as training
 from sessa_deploy.kernels.training.form import Form, HeadWeights, Weights
 from sessa_deploy.kernels.training.regions import Head
 
@@ -65,9 +66,10 @@ def applies(layer: Any, x: Tensor) -> Weights | None:
     if not _FLOATS.issuperset(types):
         return None
     # without autocast the parameters of the norm and of gamma may be float32 beside 16-bit activations, those of the projections not
-    if autocast:
-        return weights if x.dtype in (torch.float32, dtype) else None
-    return weights if all([types[i] == dtype for i in _PROJECTED]) else None
+    one = types[_PROJECTED[0]]
+    if not all([types[i] == one for i in _PROJECTED]) or not (x.dtype in (torch.float32, dtype) if autocast else one == dtype):
+        return None
+    return weights
 
 
 def trains(layer: Any, x: Tensor, weights: Weights, past: Sequence[Tensor] | None) -> bool:
@@ -89,7 +91,7 @@ def whole(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: We
         return None
     if weight is not None and not route.is_eager(weight):
         return None
-    return regions.whole(_form(layer), *_tables(rope), x, weights, weight, rows)
+    return training.whole(_form(layer), *_tables(rope), x, weights, weight, rows)
 
 
 def _form(layer: Any) -> Form:

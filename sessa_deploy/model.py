@@ -36,6 +36,9 @@ class Rows(NamedTuple):
     s: Tensor
 
 
+NO_ROWS: Rows = ()  # type: ignore[assignment]  # where nobody asks for them
+
+
 class Ops(NamedTuple):
     """The two ops that a mixer calls: the kernels', or others of the same arguments where implementations are compared."""
 
@@ -219,14 +222,14 @@ class SessaLayer(nn.Module):
         self.mixer = SessaMixer(d_model, n_heads, n_kv_heads, gamma_max, use_forward_rope)
         self.W_out = nn.Linear(d_model, d_model)
 
-    def step(self, x: Tensor, past_length: Tensor | None, past: Rows | None, rope: Rope, rows: bool = True) -> tuple[Tensor, Rows | tuple[()]]:
-        """y (B,T,D) and the layer's new rows, for x behind the given past (None, None: no past). rows: whether they are wanted; () may stand for them if not."""
+    def step(self, x: Tensor, past_length: Tensor | None, past: Rows | None, rope: Rope, rows: bool = True) -> tuple[Tensor, Rows]:
+        """y (B,T,D) and the layer's new rows, for x behind the given past (None, None: no past). rows: whether they are wanted; else () may be in their place."""
         ops = self.mixer.ops
         weights = fused_layer.applies(self, x) if ops is KERNELS else None
         if weights is not None and fused_layer.trains(self, x, weights, past):
             whole = fused_layer.whole(self, x, rope, weights, rows) if past is None else None
             if whole is not None:
-                return whole[0], Rows(*whole[1:]) if rows else ()
+                return whole[0], Rows(*whole[1:]) if rows else NO_ROWS
             weights = None
         if weights is not None:
             head = fused_layer.head(self, x, rope, weights)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,15 +64,9 @@ def is_eager(*tensors: Tensor) -> bool:
 
 
 def feedback_forward(
-    q: Tensor, k: Tensor, gamma: Tensor, f: Tensor | Callable[[], Tensor], past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool,
-    beside: Any = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """s (B,T,D); lse (B,T) and the rest of s (B,T,D), see `keeps_rest`, where a backward will want them. Inputs within the contract of `ops`.
-
-    f may be a function that makes it, and beside where the kernels queue what comes before it, as in `feedback.forward`.
-    """
-    if not isinstance(f, Tensor) and not (need_lse and q.numel() and uses_triton(q)):
-        f = f()
+    q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """s (B,T,D); lse (B,T) and the rest of s (B,T,D), see `keeps_rest`, where a backward will want them. Inputs within the contract of `ops`."""
     if q.numel() == 0:
         return torch.empty_like(f), gamma.new_empty(gamma.shape), torch.empty_like(f) if keeps_rest(q) else None
     if not uses_triton(q):
@@ -89,21 +81,21 @@ def feedback_forward(
         return step_rows.step(q, k, gamma, f, past_k, past_s, past_length), None, None
     from sessa_deploy.kernels.feedback import forward
 
-    return forward.forward(q, k, gamma, f, past_k, past_s, past_length, need_lse, beside=beside)
+    return forward.forward(q, k, gamma, f, past_k, past_s, past_length, need_lse)
 
 
 def feedback_backward(
     ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, rest: Tensor | None,
-    past_k: Tensor, past_s: Tensor, past_length: Tensor, beside: Any = None,
+    past_k: Tensor, past_s: Tensor, past_length: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, gamma, f, past_k and past_s, of what `feedback_forward` took and gave. beside: as in `feedback.backward`."""
+    """Gradients of q, k, gamma, f, past_k and past_s, of what `feedback_forward` took and gave."""
     ds = ds.contiguous()
     if q.numel() == 0:
         return q.clone(), k.clone(), gamma.clone(), f.clone(), torch.zeros_like(past_k), torch.zeros_like(past_s)
     if uses_triton(q):
         from sessa_deploy.kernels.feedback import backward
 
-        return backward.backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length, beside=beside)
+        return backward.backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length)
     return blocked.feedback_backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length)
 
 

@@ -146,13 +146,21 @@ class Workspace:
             self.offsets[name] = self.bytes
             self.bytes += -(-count * dtype.itemsize // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
 
-    def take(self, device: torch.device) -> tuple[dict[str, Address], Tensor]:
-        """Addresses of the buffers, uninitialised, and their memory, to be kept until the launches are queued."""
-        memory = self._empty(self.bytes, dtype=self._byte, device=device)
+    def allocate(self, device: torch.device) -> Tensor:
+        """Memory for the buffers, uninitialised, to be kept until the launches are queued."""
+        return self._empty(self.bytes, dtype=self._byte, device=device)
+
+    def at(self, memory: Tensor) -> dict[str, Address]:
+        """Addresses of the buffers in what `allocate` gave."""
         if interpreted():
-            return {n: memory[o : o + self.buffers[n][0] * self.buffers[n][1].itemsize].view(self.buffers[n][1]) for n, o in self.offsets.items()}, memory
+            return {n: memory[o : o + self.buffers[n][0] * self.buffers[n][1].itemsize].view(self.buffers[n][1]) for n, o in self.offsets.items()}
         base = memory.data_ptr()
-        return {n: base + o for n, o in self.offsets.items()}, memory
+        return {n: base + o for n, o in self.offsets.items()}
+
+    def take(self, device: torch.device) -> tuple[dict[str, Address], Tensor]:
+        """(`at`, `allocate`) of one call."""
+        memory = self.allocate(device)
+        return self.at(memory), memory
 
 
 def workspace(device: torch.device, buffers: dict[str, tuple[int, torch.dtype]]) -> tuple[dict[str, Address], Tensor]:

@@ -2,24 +2,54 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from sessa_deploy.kernels.launch.jit import Pass
+from sessa_deploy.kernels.launch.limits import WORKSPACE_ALIGNMENT
 from sessa_deploy.kernels.launch.passes import ROWS, cdiv, more, tiles
 from sessa_deploy.kernels.training import elementwise
 from sessa_deploy.kernels.training.form import Form, layout
 
 
-class Plan:
-    """What calls of one shape (B,T,D) share. period: rows of the rotary tables, 0 for none; types: that of activations, then those of x and of the norm's
-    weight and bias, which select binaries."""
+class Memory:
+    """One allocation for tensors of fixed shapes, from which their views are made where they are needed: an allocation costs the host as much as a launch."""
 
-    def __init__(self, form: Form, shape: tuple[int, ...], period: int, device: torch.device, types: tuple[torch.dtype, ...]) -> None:
+    def __init__(self, parts: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        self._parts: dict[str, tuple[int, int, torch.dtype, tuple[int, ...]]] = {}
+        self.bytes = 0
+        for name, (shape, dtype) in parts.items():
+            size = math.prod(shape) * dtype.itemsize
+            self._parts[name] = (self.bytes, self.bytes + size, dtype, shape)
+            self.bytes += -(-size // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
+
+    def allocate(self, device: torch.device) -> Tensor:
+        """Memory for them, uninitialised."""
+        return torch.empty(self.bytes, dtype=torch.uint8, device=device)
+
+    def views(self, memory: Tensor) -> list[Tensor]:
+        """The tensors, in the order in which they were named."""
+        return [memory[begin:end].view(dtype).view(shape) for begin, end, dtype, shape in self._parts.values()]
+
+    def view(self, memory: Tensor, name: str) -> Tensor:
+        """One of them."""
+        begin, end, dtype, shape = self._parts[name]
+        return memory[begin:end].view(dtype).view(shape)
+
+
+class Plan:
+    """What calls of one shape (B,T,D) share. period: rows of the rotary tables, 0 for none; types: that of activations, then those of x, of the norm's weight and
+    bias, which select binaries, and of the products' weights; others: how many weights of products there are beside the projections' and W_in's."""
+
+    def __init__(self, form: Form, shape: tuple[int, ...], period: int, device: torch.device, types: tuple[torch.dtype, ...], others: int = 0) -> None:
         batch, tokens, width = shape = tuple(shape)
         n, d8, kv = batch * tokens, width // 8, form.kv_heads * form.head_dim
-        self.shape, self.rows, self.width, self.dtype = shape, n, width, types[0]
+        self.shape, self.rows, self.width, self.device = shape, n, width, device
+        self.dtype, self.x_dtype = types[:2]
+        self.y_dtype = torch.promote_types(*types[:2])
         self.heads = [form.heads, form.kv_heads, form.kv_heads]
         self.heads_shape = (batch, tokens, sum(self.heads), form.head_dim)
         self.q_shape = (batch, tokens, form.heads, form.head_dim)
@@ -27,6 +57,14 @@ class Plan:
         self.parts = [inner, width, width]  # columns of the products of a: q, k and v in one, the feedback branch's q and k
         self.joined = sum(self.parts)
         self.split = [width, kv, kv, 2 * width]  # the same by their weights
+        self.shapes = [(2 * width, width), (2 * width,), (width, width), (width,), (width, width)][: 2 + others]  # W_in, its bias, W_out, its bias, out_proj
+        self.sizes_of = [math.prod(x) for x in self.shapes]
+        self.casts = types[4] != self.dtype
+        dtype, f32, each = self.dtype, torch.float32, ((n, width), self.dtype)
+        copied = self.joined * (width + 1) + (sum(self.sizes_of) if self.casts else 0)
+        # see regions.Entered
+        self.entered = {"y": each, "stats": ((2, n), f32), "h": ((n, 2 * width), dtype), "a": each, "gamma": (shape[:2], f32), "qkv": ((n, inner), dtype),
+                        "q_b": (shape, dtype), "k_b": (shape, dtype), "copy": ((copied,), dtype)}  # fmt: skip
         norm, flat, turn, turned, residual = tiles("row", width), tiles("flat"), tiles("turn"), inner - kv, tiles("residual")
         by_rows = (cdiv(n, flat["BT"]),)
         self.norm = Pass(elementwise.fused_norm, (cdiv(n, norm["BT"]),), (n, d8, form.eps), norm)
