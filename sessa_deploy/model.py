@@ -223,7 +223,7 @@ class SessaLayer(nn.Module):
         self.W_out = nn.Linear(d_model, d_model)
 
     def step(self, x: Tensor, past_length: Tensor | None, past: Rows | None, rope: Rope, rows: bool = True) -> tuple[Tensor, Rows]:
-        """y (B,T,D) and the layer's new rows, for x behind the given past (None, None: no past). rows: whether they are wanted; else () may be in their place."""
+        """y (B,T,D) and the layer's new rows, for x behind the given past (None, None: no past). rows: whether they are wanted; if not, () may be given."""
         ops = self.mixer.ops
         weights = fused_layer.applies(self, x) if ops is KERNELS else None
         if weights is not None and fused_layer.trains(self, x, weights, past):

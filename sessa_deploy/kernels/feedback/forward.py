@@ -272,15 +272,13 @@ class Plan:
 _plan = lru_cache(maxsize=256)(Plan)
 
 
-def plan_of(q: Tensor, past: int, options: Options | None = None, panel_bytes: int = PANEL_BYTES) -> Plan:
-    """The plan of calls with q (B,T,D) and a past of so many rows, kept where the options are the pinned ones."""
-    shape = (q.device, q.dtype, *q.shape[:2], past, q.shape[2])
-    return Plan(*shape, options, panel_bytes) if options else _plan(*shape, None, panel_bytes)
-
-
-def plan_of_shape(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, width: int) -> Plan:
-    """The plan of calls without a past."""
-    return _plan(device, dtype, batch, tokens, 0, width, None, PANEL_BYTES)
+def plan_of(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], past: int = 0, options: Options | None = None, panel_bytes: int = PANEL_BYTES
+) -> Plan:
+    """The plan of calls with q (B,T,D) of this shape and a past of so many rows, kept where the options are the pinned ones."""
+    batch, tokens, width = shape
+    where = (device, dtype, batch, tokens, past, width)
+    return Plan(*where, options, panel_bytes) if options else _plan(*where, None, panel_bytes)
 
 
 class Call:
@@ -336,7 +334,7 @@ def forward(
     options: launch options by kernel name in place of the pinned ones (tuning, small tiles under the interpreter); made: the plan of such a call.
     """
     q, k, gamma, f, past_k, past_s = (aligned(x) for x in (q, k, gamma, f, past_k, past_s))
-    p = made or plan_of(q, past_k.shape[1], options, panel_bytes)
+    p = made or plan_of(q.device, q.dtype, q.shape, past_k.shape[1], options, panel_bytes)
     if past_length.dtype != torch.int32:
         past_length = past_length.to(torch.int32)
     s = torch.empty_like(f)

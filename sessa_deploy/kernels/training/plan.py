@@ -41,8 +41,11 @@ class Memory:
 
 
 class Plan:
-    """What calls of one shape (B,T,D) share. period: rows of the rotary tables, 0 for none; types: that of activations, then those of x, of the norm's weight and
-    bias, which select binaries, and of the products' weights; others: how many weights of products there are beside the projections' and W_in's."""
+    """What calls of one shape (B,T,D) share.
+
+    period: rows of the rotary tables, 0 for none; types: that of activations, then those of x, of the norm's weight and bias, which select binaries, and of
+    the products' weights; others: how many parameters of products there are beside the projections' and W_in's.
+    """
 
     def __init__(self, form: Form, shape: tuple[int, ...], period: int, device: torch.device, types: tuple[torch.dtype, ...], others: int = 0) -> None:
         batch, tokens, width = shape = tuple(shape)
@@ -81,8 +84,8 @@ class Plan:
         gather, norm = more("gather", TURN=period > 0, ROWS=ROWS), more("row sums", width, ROWS=ROWS)
         by_chunks = (self.chunks, cdiv(width, gate["BD"]))
         self.gate_grad = Pass(elementwise.fused_gate_grad, by_chunks, (n, d8, 2 * d8, total8, (first.in_bias + width) // 8), gate)
-        turns = (n, period or 1, form.head_dim // 8, d8, kv // 8, total8)
-        self.gather = Pass(elementwise.fused_gather, (self.chunks, 3 * cdiv(width, gather["BD"]) + 2 * cdiv(kv, gather["BD"])), turns, gather)
+        back = (n, period or 1, form.head_dim // 8, d8, kv // 8, total8)
+        self.gather = Pass(elementwise.fused_gather, (self.chunks, 3 * cdiv(width, gather["BD"]) + 2 * cdiv(kv, gather["BD"])), back, gather)
         by_chunks = (self.chunks, cdiv(width, flat["BD"]))
         self.gelu_gain_grad = Pass(elementwise.fused_gelu_gain_grad, by_chunks, (n, d8, total8, first.in_bias // 8, form.gamma_max), flat)
         self.norm_grad = Pass(elementwise.fused_norm_grad, (self.chunks,), (n, d8, total8, first.norm_weight // 8), norm)

@@ -46,7 +46,8 @@ def head(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights:
     p = plan(form, cos, x, weights)
     made = Entered(*(torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in p.entered.values()))
     enter(p, made, aligned(x), norms(weights), cos, sin, weights, (), Beside(x.device))
-    return Head(*Entered.heads(made.qkv, p), made.q_b, made.k_b, made.gamma, made.h, x)
+    q, k, v = Entered.heads(made.qkv, p)
+    return Head(q, k, v, made.q_b, made.k_b, made.gamma, made.h, x)
 
 
 def tail(form: Form, cos: Tensor | None, s: Tensor, head: Head, weights: Weights) -> Tensor:

@@ -64,34 +64,35 @@ class Pieces:
     def __init__(self, p: Plan, projects: bool) -> None:
         from sessa_deploy.kernels.training.plan import Memory
 
-        f32, i32, byte, rows, shape = torch.float32, torch.int32, torch.uint8, (p.rows, p.width), p.shape
-        on = _kernels(p)
+        f32, i32, byte, rows, shape, dtype = torch.float32, torch.int32, torch.uint8, (p.rows, p.width), p.shape, p.dtype
         self.forward: Any = None
         self.backward: Any = None
-        if on:
+        forward_bytes = backward_bytes = sync = 0
+        if _kernels(p):
             from sessa_deploy.kernels.feedback import backward, forward
 
-            self.forward = forward.plan_of_shape(p.device, p.dtype, *shape)
-            self.backward = backward.plan_of_shape(p.device, p.dtype, *shape)
-        work = [x.workspace.bytes if on else 0 for x in (self.forward, self.backward)]
-        dtype = p.dtype
-        self.rest = on and bool(self.forward.low)
-        # not qkv: PyTorch looks whether what its attention keeps was written to since, and tells views of one allocation not apart
-        kept = {name: part for name, part in p.entered.items() if name != "qkv"} | {"s": (shape, dtype), "lse": (shape[:2], f32), "gated": (rows, dtype)} | ({"rest": (shape, dtype)} if self.rest else {})
+            self.forward, self.backward = forward.plan_of(p.device, dtype, shape), backward.plan_of(p.device, dtype, shape)
+            forward_bytes, backward_bytes, sync = self.forward.workspace.bytes, self.backward.workspace.bytes, self.backward.sync
+        self.rest = self.forward is not None and bool(self.forward.low)
+        wide, projected = ((p.rows, 2 * p.width), dtype), (shape if projects else (0,), dtype)
+        by_rows, cast = (rows, dtype), (rows if p.y_dtype != dtype else (0, p.width), dtype)
+        # not qkv: PyTorch looks whether what its attention keeps was written to since, and does not tell views of one allocation apart
+        kept = {name: part for name, part in p.entered.items() if name != "qkv"}
+        kept |= {"s": (shape, dtype), "lse": (shape[:2], f32), "gated": by_rows} | ({"rest": (shape, dtype)} if self.rest else {})
         self.kept = Memory(kept)
-        self.passing = Memory({"f": (shape if projects else (0,), dtype), "sums": (rows if p.y_dtype != dtype else (0,), dtype), "workspace": ((work[0],), byte)})
-        cast = rows if p.y_dtype != dtype else (0, p.width)
-        self.early = Memory({"rows": (cast, dtype), "gated": (rows, dtype), "s": (shape, dtype), "f": (shape if projects else (0,), dtype),
-                             "workspace": ((work[1],), byte), "sync": ((self.backward.sync if on else 0,), i32)})  # fmt: skip
-        self.between = Memory({"h": ((p.rows, 2 * p.width), dtype), "partial": ((p.chunks, p.total), f32), "o": (shape, dtype), "q_b": (shape, dtype),
-                               "k_b": (shape, dtype), "gamma": (shape[:2], f32)})  # fmt: skip
-        self.late = Memory({"joined": ((p.rows, p.joined), dtype), "da": (rows, dtype), "dy": (rows, dtype)})
+        self.passing = Memory({"f": projected, "sums": cast, "workspace": ((forward_bytes,), byte)})
+        self.early = Memory({"rows": cast, "gated": by_rows, "s": (shape, dtype), "f": projected, "workspace": ((backward_bytes,), byte),
+                             "sync": ((sync,), i32)})  # fmt: skip
+        self.between = Memory({"h": wide, "partial": ((p.chunks, p.total), f32), "o": (shape, dtype), "q_b": (shape, dtype), "k_b": (shape, dtype),
+                               "gamma": (shape[:2], f32)})  # fmt: skip
+        self.late = Memory({"joined": ((p.rows, p.joined), dtype), "da": by_rows, "dy": by_rows})
         self.weights = [*p.split, 2 * p.width, p.width, p.width][: 6 + projects]  # rows of the gradients of q, k, v, fb, W_in, W_out, out_proj
 
     def views(self, kept: Tensor, qkv: Tensor) -> Kept:
         """Of the memory that the backward needs."""
-        *entered, q_b, k_b, copy, s, lse, gated = (found := self.kept.views(kept))[:11]
-        return Kept(Entered(*entered[:5], qkv, q_b, k_b, copy), s, lse, gated, found[11] if self.rest else None)
+        found = self.kept.views(kept)
+        y, stats, h, a, gamma, q_b, k_b, copy, s, lse, gated = found[:11]
+        return Kept(Entered(y, stats, h, a, gamma, qkv, q_b, k_b, copy), s, lse, gated, found[11] if self.rest else None)
 
 
 def _kernels(p: Plan) -> bool:
