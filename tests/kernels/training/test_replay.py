@@ -176,7 +176,8 @@ def test_no_step_is_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"y": y.detach().clone(), "x": leaf.grad.clone()} | {n: p.grad.clone() for n, p in of.named_parameters() if p.grad is not None}
 
     kinds = [("W_in", False, True, False, layer), ("out_proj", False, True, False, layer), ("none", False, True, False, layer),
-             ("none", True, True, False, layer), ("none", False, False, False, layer), ("none", False, True, True, layer), ("none", False, True, False, others)]  # fmt: skip
+             ("none", True, True, False, layer), ("none", False, False, False, layer), ("none", False, True, True, layer),
+             ("none", False, True, False, others)]  # fmt: skip
     want = []
     for kind in kinds:
         monkeypatch.setattr(whole, "replays", lambda device: None)
