@@ -7,8 +7,8 @@ of the forward attention, the gradients of weights and those of q_b and k_b besi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -100,7 +100,7 @@ def _kernels(p: Plan) -> bool:
     return p.device.type == "cuda"
 
 
-_pieces = lru_cache(maxsize=256)(Pieces)
+_pieces = functools.lru_cache(maxsize=256)(Pieces)
 
 
 def _queue(name: str, p: Plan, tensors: tuple[Tensor | None, ...], work: Callable[[], None], wanted: tuple[bool, ...] = ()) -> None:
@@ -124,18 +124,25 @@ class _Whole(torch.autograd.Function):
         kept, passing = pieces.kept.allocate(device), pieces.passing.allocate(device)
         qkv = torch.empty((p.rows, p.parts[0]), dtype=p.dtype, device=device)
 
-        def solve(made: Kept) -> Any:
+        @functools.cache
+        def made() -> Kept:
+            return pieces.views(kept, qkv)
+
+        @functools.cache
+        def passed() -> list[Tensor]:
+            return pieces.passing.views(passing)
+
+        @functools.cache
+        def solving() -> Any:
             if pieces.forward is None:
                 return None
             from sessa_deploy.kernels.feedback import forward
 
-            e = made.entered
-            return forward.Call(pieces.forward, e.q_b, e.k_b, e.gamma, *ops.no_past(e.q_b, True), made.s, made.lse, made.rest, pieces.passing.views(passing)[2])
+            m, e = made(), made().entered
+            return forward.Call(pieces.forward, e.q_b, e.k_b, e.gamma, *ops.no_past(e.q_b, True), m.s, m.lse, m.rest, passed()[2])
 
         def start() -> None:
-            made = pieces.views(kept, qkv)
-            call, beside = solve(made), Beside(device)
-            enter(p, made.entered, x, norm, cos, sin, first, others, beside, None if call is None else call.route)
+            enter(p, made().entered, x, norm, cos, sin, first, others, Beside(device), None if solving() is None else solving().route)
 
         _queue("start", p, (x, *norm, cos, sin, kept, qkv, passing, *first[2:4], *first[6:], out, out_proj), start)
         q, k, v = Entered.heads(qkv, p)
@@ -144,20 +151,19 @@ class _Whole(torch.autograd.Function):
         y = torch.empty(p.shape, dtype=p.y_dtype, device=device)
 
         def end() -> None:
-            made, (projected, sums, _) = pieces.views(kept, qkv), pieces.passing.views(passing)
-            _, _, (_, _, weight, bias, *project) = products(p, made.entered.copy, parameters)
+            m, (projected, sums, _) = made(), passed()
+            _, _, (_, _, weight, bias, *project) = products(p, m.entered.copy, parameters)
             f = o.view(*p.shape)
             if project:
                 f = projected
                 torch.mm(o.view(p.rows, p.width), project[0].t(), out=f.view(p.rows, p.width))
-            call = solve(made)
-            if call is not None:
-                call.solve(f)
+            if solving() is not None:
+                solving().solve(f)
             else:
-                e = made.entered
-                for to, value in zip((made.s, made.lse), route.feedback_forward(e.q_b, e.k_b, e.gamma, f, *ops.no_past(f, True), need_lse=True), strict=False):
+                e = m.entered
+                for to, value in zip((m.s, m.lse), route.feedback_forward(e.q_b, e.k_b, e.gamma, f, *ops.no_past(f, True), need_lse=True), strict=False):
                     to.copy_(value)  # type: ignore[arg-type]
-            leave(p, x, made.s, made.entered.h, weight, bias, made.gated, sums if sums.numel() else y.view(p.rows, p.width), y)
+            leave(p, x, m.s, m.entered.h, weight, bias, m.gated, sums if sums.numel() else y.view(p.rows, p.width), y)
 
         _queue("end", p, (x, kept, qkv, passing, o, y, *parameters), end)
         ctx.save_for_backward(x, norm.weight, norm.gamma_weight, cos, sin, kept, qkv, o, *parameters, *attention.tensors)
@@ -186,12 +192,16 @@ class _Whole(torch.autograd.Function):
         wanted = tuple([bool(x) for x in (projected, wants.in_weight, needs[-1], needs[0])])
         between = pieces.between.allocate(device)
 
+        @functools.cache
+        def views() -> tuple[Kept, Between]:
+            return pieces.views(kept, qkv), Between(*pieces.between.views(between))
+
         def gradients() -> tuple[Tensor | None, ...]:
             """Of the projections, W_in, W_out and out_proj, as far as they are wanted."""
             found = () if dw is None else torch.split_with_sizes(dw, [p.joined, *pieces.weights[4:]])
             return tuple([x if want else None for x, want in zip(found, wanted, strict=False)]) if found else (None,) * 4
 
-        _first_piece(p, pieces, (dy, kept, qkv, o, ds_more, *parameters), between, gradients, (dw, wanted))
+        _first_piece(p, pieces, (dy, kept, qkv, o, ds_more, *parameters), (between, dw), views, gradients, wanted)
         to = pieces.between
         do = to.view(between, "o").view(*p.q_shape)
         q, k, v = Entered.heads(qkv, p)
@@ -203,8 +213,8 @@ class _Whole(torch.autograd.Function):
         exact, rounded = torch.empty(p.total, dtype=torch.float32, device=device), torch.empty(p.total, dtype=p.dtype, device=device)
 
         def end() -> None:
-            made, to = pieces.views(kept, qkv).entered, Between(*pieces.between.views(between))
-            joined, da, dnorm = pieces.late.views(late)
+            (kept_views, to), (joined, da, dnorm) = views(), pieces.late.views(late)
+            made = kept_views.entered
             w, _, (in_weight, *_) = products(p, made.copy, parameters)
             dprojected, din, *_ = gradients()
             beside = Beside(device)
@@ -237,17 +247,20 @@ class _Whole(torch.autograd.Function):
         return None, None, None, None, dx, of_project[0] if needs[0] else None, *found
 
 
-def _first_piece(p: Plan, pieces: Pieces, inputs: tuple[Any, ...], between: Tensor, gradients: Callable[[], tuple[Any, ...]], made: tuple[Any, ...]) -> None:
-    """Queue the backward up to the gradients of the forward attention's o and of feedback attention's inputs, into `between`.
+def _first_piece(
+    p: Plan, pieces: Pieces, inputs: tuple[Any, ...], outputs: tuple[Any, ...], views: Callable[[], tuple[Kept, Between]],
+    gradients: Callable[[], tuple[Any, ...]], wanted: tuple[bool, ...],
+) -> None:  # fmt: skip
+    """Queue the backward up to the gradients of the forward attention's o and of feedback attention's inputs.
 
-    inputs: the gradient of y, what the forward kept, o, the gradient of s itself, and parameters; made: the memory of weights' gradients, and which of them are
-    wanted, as `gradients` gives them.
+    inputs: the gradient of y, what the forward kept, o, the gradient of s itself, and parameters; outputs: memory of what goes to the next piece and of the
+    weights' gradients, which `views` and `gradients` show; wanted: which of the latter are.
     """
-    dy, kept, qkv, o, ds_more, *parameters = inputs
+    dy, _, _, o, ds_more, *parameters = inputs
     n, width, early = p.rows, p.width, pieces.early.allocate(p.device)
 
     def start() -> None:
-        made, mine, to = pieces.views(kept, qkv), Early(*pieces.early.views(early)), Between(*pieces.between.views(between))
+        (made, to), mine = views(), Early(*pieces.early.views(early))
         _, _, (_, _, weight, _, *project) = products(p, made.entered.copy, parameters)
         _, _, dout, *dproject = gradients()
         beside = Beside(p.device)
@@ -270,7 +283,7 @@ def _first_piece(p: Plan, pieces: Pieces, inputs: tuple[Any, ...], between: Tens
                 weight_grad(dproject[0], df, o.view(n, width), beside)
         beside.join()
 
-    _queue("start of the backward", p, (*inputs, early, between, made[0]), start, made[1])
+    _queue("start of the backward", p, (*inputs, early, *outputs), start, wanted)
 
 
 def _solve_backward(pieces: Pieces, made: Kept, mine: Early, to: Between, df: Tensor, beside: Beside) -> None:
