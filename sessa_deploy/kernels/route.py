@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,27 @@ def feedback_backward(
 
         return backward.backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length)
     return blocked.feedback_backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length)
+
+
+def feedback_plans(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """The plans of the kernels' forward and backward for q (B,T,D) of this shape without a past, for callers that own the memory."""
+    from sessa_deploy.kernels.feedback import backward, forward
+
+    return forward.plan_of(device, dtype, shape), backward.plan_of(device, dtype, shape)
+
+
+def feedback_call(*arguments: Any) -> Any:
+    """`feedback.forward.Call`."""
+    from sessa_deploy.kernels.feedback import forward
+
+    return forward.Call(*arguments)
+
+
+def feedback_queue_backward(*arguments: Any) -> None:
+    """`feedback.backward.queue`."""
+    from sessa_deploy.kernels.feedback import backward
+
+    backward.queue(*arguments)
 
 
 def causal_kernels_take(q: Tensor) -> bool:

@@ -6,9 +6,10 @@ Row panels go from the last to the first; what a panel adds to rows of earlier p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -226,17 +227,6 @@ class Plan:
 _plan = lru_cache(maxsize=256)(Plan)
 
 
-class Gradients(NamedTuple):
-    """What the backward writes."""
-
-    q: Tensor
-    k: Tensor
-    gamma: Tensor
-    f: Tensor
-    past_k: Tensor
-    past_s: Tensor
-
-
 def plan_of(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], past: int = 0, options: Options | None = None, panel_bytes: int = PANEL_BYTES
 ) -> Plan:
@@ -248,10 +238,11 @@ def plan_of(
 
 def queue(
     p: Plan, ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, s: Tensor, lse: Tensor, s_low: Tensor | None, past_k: Tensor, past_s: Tensor,
-    past_length: Tensor, to: Gradients, memory: Tensor, sync: Tensor, after_f: AbstractContextManager[Any] | None = None,
+    past_length: Tensor, to: Sequence[Tensor], memory: Tensor, sync: Tensor, after_f: AbstractContextManager[Any] | None = None,
 ) -> None:  # fmt: skip
-    """Queue all of it. memory: of the plan's workspace; sync: p.sync zeros, int32. Every tensor is `aligned`, and held by the caller until all is queued.
+    """Queue all of it. to: what is written, gradients of q, k, gamma, f, past_k and past_s; memory: of the plan's workspace; sync: p.sync zeros, int32.
 
+    Every tensor is `aligned`, and held by the caller until all is queued.
     after_f: a context such as another stream, in which what follows the gradient of f is queued if there is one panel; nothing else reads `memory` before it
     is joined.
     """
@@ -306,7 +297,7 @@ def backward(
     p = made or plan_of(q.device, q.dtype, q.shape, past_k.shape[1], options, panel_bytes)
     if past_length.dtype != torch.int32:
         past_length = past_length.to(torch.int32)
-    to = Gradients(torch.empty_like(q), torch.empty_like(k), torch.empty_like(gamma), torch.empty_like(q), torch.empty_like(past_k), torch.empty_like(past_s))
+    dq, dk, dgamma, df, dpast_k, dpast_s = (torch.empty_like(x) for x in (q, k, gamma, q, past_k, past_s))
     memory, sync = p.workspace.allocate(q.device), torch.zeros(p.sync, dtype=torch.int32, device=q.device)
-    queue(p, ds, q, k, gamma, s, lse, s_low, past_k, past_s, past_length, to, memory, sync)
-    return to.q, to.k, to.gamma, to.f, to.past_k, to.past_s
+    queue(p, ds, q, k, gamma, s, lse, s_low, past_k, past_s, past_length, (dq, dk, dgamma, df, dpast_k, dpast_s), memory, sync)
+    return dq, dk, dgamma, df, dpast_k, dpast_s

@@ -69,9 +69,7 @@ class Pieces:
         self.backward: Any = None
         forward_bytes = backward_bytes = sync = 0
         if _kernels(p):
-            from sessa_deploy.kernels.feedback import backward, forward
-
-            self.forward, self.backward = forward.plan_of(p.device, dtype, shape), backward.plan_of(p.device, dtype, shape)
+            self.forward, self.backward = route.feedback_plans(p.device, dtype, shape)
             forward_bytes, backward_bytes, sync = self.forward.workspace.bytes, self.backward.workspace.bytes, self.backward.sync
         self.rest = self.forward is not None and bool(self.forward.low)
         wide, projected = ((p.rows, 2 * p.width), dtype), (shape if projects else (0,), dtype)
@@ -136,10 +134,8 @@ class _Whole(torch.autograd.Function):
         def solving() -> Any:
             if pieces.forward is None:
                 return None
-            from sessa_deploy.kernels.feedback import forward
-
             m, e = made(), made().entered
-            return forward.Call(pieces.forward, e.q_b, e.k_b, e.gamma, *ops.no_past(e.q_b, True), m.s, m.lse, m.rest, passed()[2])
+            return route.feedback_call(pieces.forward, e.q_b, e.k_b, e.gamma, *ops.no_past(e.q_b, True), m.s, m.lse, m.rest, passed()[2])
 
         def start() -> None:
             enter(p, made().entered, x, norm, cos, sin, first, others, Beside(device), None if solving() is None else solving().route)
@@ -289,16 +285,14 @@ def _first_piece(
 def _solve_backward(pieces: Pieces, made: Kept, mine: Early, to: Between, df: Tensor, beside: Beside) -> None:
     """Feedback attention backward: gradients of q_b, k_b and gamma into `to`, that of f into df."""
     e = made.entered
-    past, into = ops.no_past(e.q_b, True), (to.q_b, to.k_b, to.gamma, df)
+    inputs, s, past = (mine.s, e.q_b, e.k_b, e.gamma), made.s, ops.no_past(e.q_b, True)
+    into = (to.q_b, to.k_b, to.gamma, df, *past[:2])  # gradients of the past have no rows
     if pieces.backward is None:  # s stands for f: where f is not finite, s is not
-        for out, grad in zip(into, route.feedback_backward(mine.s, e.q_b, e.k_b, e.gamma, made.s, made.s, made.lse, made.rest, *past), strict=False):
+        for out, grad in zip(into, route.feedback_backward(*inputs, s, s, made.lse, made.rest, *past), strict=True):
             out.copy_(grad)
         return
-    from sessa_deploy.kernels.feedback import backward
-
     mine.sync.zero_()
-    gradients = backward.Gradients(*into, *past[:2])  # those of the past have no rows
-    backward.queue(pieces.backward, mine.s, e.q_b, e.k_b, e.gamma, made.s, made.lse, made.rest, *past, gradients, mine.workspace, mine.sync, beside)
+    route.feedback_queue_backward(pieces.backward, *inputs, s, made.lse, made.rest, *past, into, mine.workspace, mine.sync, beside)
 
 
 def weight_grad(out: Tensor, dy: Tensor, x: Tensor, beside: Beside) -> None:
