@@ -45,7 +45,9 @@ def head(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights:
     """From x (B,T,D) to the attentions' inputs, without a backward. cos, sin: contiguous float32 tables (B or 1,T,1,d/2), or None."""
     p = plan(form, cos, x, weights)
     made = Entered(*(torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in p.entered.values()))
-    enter(p, made, aligned(x), norms(weights), cos, sin, weights, (), Beside(x.device))
+    beside = Beside(x.device)
+    enter(p, made, aligned(x), norms(weights), cos, sin, weights, (), beside)
+    beside.join()
     q, k, v = Entered.heads(made.qkv, p)
     return Head(q, k, v, made.q_b, made.k_b, made.gamma, made.h, x)
 
@@ -123,7 +125,7 @@ def enter(
     beside: Beside, route: Callable[[], None] | None = None,
 ) -> None:  # fmt: skip
     """From aligned x (B,T,D) to the attentions' inputs, into `to`. others: further parameters of products; route: queues what q_b and k_b are for, and they, on
-    the stream `beside`."""
+    the stream `beside`, which the caller joins."""
     p.norm(x, norms.weight, norms.bias, to.y, to.stats)
     parameters = (weights.in_weight, weights.in_bias, *others)
     joined, biases, made = products(p, to.copy, direct(p, *parameters))
@@ -148,7 +150,6 @@ def enter(
     if p.rotate is not None:
         assert cos is not None and sin is not None
         p.rotate(to.qkv, cos, sin)
-    beside.join()
 
 
 def leave(p: Plan, x: Tensor, s: Tensor, h: Tensor, weight: Tensor, bias: Tensor, gated: Tensor, rows: Tensor, y: Tensor) -> None:

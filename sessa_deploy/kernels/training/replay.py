@@ -22,6 +22,7 @@ SEEN = 3  # times that work is queued plainly before it is captured: it compiles
 MOST = 512  # graphs of a stream; beyond, what is new is queued plainly
 STREAMS = 8  # that have graphs
 _REMEMBERED = 4096  # keys whose times are counted
+_ONE_AT_A_TIME = threading.Lock()  # captures
 
 
 class Replays:
@@ -33,7 +34,6 @@ class Replays:
     def __init__(self, device: torch.device) -> None:
         self._graphs: dict[Hashable, Any] = {}
         self._seen: dict[Hashable, int] = {}
-        self._lock = threading.Lock()
         self._device = device
         self._on = os.environ.get("SESSA_REPLAY") != "0"
         self._stream: Any = None
@@ -66,7 +66,7 @@ class Replays:
 
     def _capture(self, key: Hashable, work: Callable[[], None]) -> None:
         try:
-            with self._lock:
+            with _ONE_AT_A_TIME:
                 graph = self._captured(work)
         except RuntimeError:  # what cannot be captured here is queued as ever
             self._on = False

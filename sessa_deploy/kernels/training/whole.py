@@ -137,8 +137,13 @@ class _Whole(torch.autograd.Function):
             m, e = made(), made().entered
             return route.feedback_call(pieces.forward, e.q_b, e.k_b, e.gamma, *ops.no_past(e.q_b, True), m.s, m.lse, m.rest, passed()[2])
 
+        pending: list[Beside] = []
+
         def start() -> None:
-            enter(p, made().entered, x, norm, cos, sin, first, others, Beside(device), None if solving() is None else solving().route)
+            beside = Beside(device)
+            enter(p, made().entered, x, norm, cos, sin, first, others, beside, None if solving() is None else solving().route)
+            beside.rest()
+            pending.append(beside)
 
         _queue("start", p, (x, *norm, cos, sin, kept, qkv, passing, *first[2:4], *first[6:], out, out_proj), start)
         q, k, v = Entered.heads(qkv, p)
@@ -153,6 +158,8 @@ class _Whole(torch.autograd.Function):
             if project:
                 f = projected
                 torch.mm(o.view(p.rows, p.width), project[0].t(), out=f.view(p.rows, p.width))
+            for beside in pending:
+                beside.join()
             if solving() is not None:
                 solving().solve(f)
             else:
@@ -197,7 +204,7 @@ class _Whole(torch.autograd.Function):
             found = () if dw is None else torch.split_with_sizes(dw, [p.joined, *pieces.weights[4:]])
             return tuple([x if want else None for x, want in zip(found, wanted, strict=False)]) if found else (None,) * 4
 
-        _first_piece(p, pieces, (dy, kept, qkv, o, ds_more, *parameters), (between, dw), views, gradients, wanted)
+        pending = _first_piece(p, pieces, (dy, kept, qkv, o, ds_more, *parameters), (between, dw), views, gradients, wanted)
         to = pieces.between
         do = to.view(between, "o").view(*p.q_shape)
         q, k, v = Entered.heads(qkv, p)
@@ -214,6 +221,8 @@ class _Whole(torch.autograd.Function):
             w, _, (in_weight, *_) = products(p, made.copy, parameters)
             dprojected, din, *_ = gradients()
             beside = Beside(device)
+            for before, _ in pending:
+                before.join()
             if dk_b_more is not None:
                 to.k_b.add_(dk_b_more)
             turns = (norm_weight, norm_weight) if cos is None else (cos, sin)  # not read where nothing turns
@@ -246,14 +255,16 @@ class _Whole(torch.autograd.Function):
 def _first_piece(
     p: Plan, pieces: Pieces, inputs: tuple[Any, ...], outputs: tuple[Any, ...], views: Callable[[], tuple[Kept, Between]],
     gradients: Callable[[], tuple[Any, ...]], wanted: tuple[bool, ...],
-) -> None:  # fmt: skip
+) -> list[tuple[Beside, Tensor]]:  # fmt: skip
     """Queue the backward up to the gradients of the forward attention's o and of feedback attention's inputs.
 
     inputs: the gradient of y, what the forward kept, o, the gradient of s itself, and parameters; outputs: memory of what goes to the next piece and of the
-    weights' gradients, which `views` and `gradients` show; wanted: which of the latter are.
+    weights' gradients, which `views` and `gradients` show; wanted: which of the latter are. Returns what is to be joined before the next piece, and the memory
+    that it uses.
     """
     dy, _, _, o, ds_more, *parameters = inputs
     n, width, early = p.rows, p.width, pieces.early.allocate(p.device)
+    pending: list[tuple[Beside, Tensor]] = []
 
     def start() -> None:
         (made, to), mine = views(), Early(*pieces.early.views(early))
@@ -277,9 +288,12 @@ def _first_piece(
             torch.mm(df, project[0], out=to.o.view(n, width))
             if dproject[0] is not None:
                 weight_grad(dproject[0], df, o.view(n, width), beside)
-        beside.join()
+        beside.rest()
+        if beside.pending:
+            pending.append((beside, early))
 
     _queue("start of the backward", p, (*inputs, early, *outputs), start, wanted)
+    return pending
 
 
 def _solve_backward(pieces: Pieces, made: Kept, mine: Early, to: Between, df: Tensor, beside: Beside) -> None:
