@@ -19,12 +19,13 @@ class Memory:
     """One allocation for tensors of fixed shapes, from which their views are made where they are needed: an allocation costs the host as much as a launch."""
 
     def __init__(self, parts: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-        self._parts: dict[str, tuple[int, int, torch.dtype, tuple[int, ...]]] = {}
+        self._parts: dict[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]] = {}
         self.bytes = 0
         for name, (shape, dtype) in parts.items():
-            size = math.prod(shape) * dtype.itemsize
-            self._parts[name] = (self.bytes, self.bytes + size, dtype, shape)
-            self.bytes += -(-size // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
+            stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+            self._parts[name] = (dtype, tuple(shape), stride, self.bytes // dtype.itemsize)
+            self.bytes += -(-math.prod(shape) * dtype.itemsize // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
+        self._types = tuple({dtype for _, dtype in parts.values()})
 
     def allocate(self, device: torch.device) -> Tensor:
         """Memory for them, uninitialised."""
@@ -32,12 +33,13 @@ class Memory:
 
     def views(self, memory: Tensor) -> list[Tensor]:
         """The tensors, in the order in which they were named."""
-        return [memory[begin:end].view(dtype).view(shape) for begin, end, dtype, shape in self._parts.values()]
+        typed = {dtype: memory.view(dtype) for dtype in self._types}
+        return [typed[dtype].as_strided(shape, stride, at) for dtype, shape, stride, at in self._parts.values()]
 
     def view(self, memory: Tensor, name: str) -> Tensor:
         """One of them."""
-        begin, end, dtype, shape = self._parts[name]
-        return memory[begin:end].view(dtype).view(shape)
+        dtype, shape, stride, at = self._parts[name]
+        return memory.view(dtype).as_strided(shape, stride, at)
 
 
 class Plan:

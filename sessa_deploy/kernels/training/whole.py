@@ -101,13 +101,13 @@ def _kernels(p: Plan) -> bool:
 _pieces = functools.lru_cache(maxsize=256)(Pieces)
 
 
-def _queue(name: str, p: Plan, tensors: tuple[Tensor | None, ...], work: Callable[[], None], wanted: tuple[bool, ...] = ()) -> None:
-    """Queue a piece: what it does is decided by its name, the plan, the places of the tensors, and what is wanted of it."""
+def _queue(name: str, p: Plan, settings: tuple[Any, ...], tensors: tuple[Tensor | None, ...], work: Callable[[], None]) -> None:
+    """Queue a piece: what it does is decided by its name, the plan, settings, and the places of the tensors."""
     kept = replays(p.device)
     if kept is None:
         work()
     else:
-        kept.run((name, p, wanted, flags(), places(tensors)), work)
+        kept.run((name, p, settings, places(tensors)), work)
 
 
 class _Whole(torch.autograd.Function):
@@ -116,7 +116,7 @@ class _Whole(torch.autograd.Function):
         first, out = HeadWeights(*weights[:-1]), weights[-1]
         others = (out, first.out_bias) if out_proj is None else (out, first.out_bias, out_proj)
         p = plan(form, cos, x, first, len(others))
-        pieces, device = _pieces(p, out_proj is not None), p.device
+        pieces, device, settings = _pieces(p, out_proj is not None), p.device, flags()
         x, norm = aligned(x), norms(first)
         parameters = direct(p, first.in_weight, first.in_bias, *others)
         kept, passing = pieces.kept.allocate(device), pieces.passing.allocate(device)
@@ -145,7 +145,7 @@ class _Whole(torch.autograd.Function):
             beside.rest()
             pending.append(beside)
 
-        _queue("start", p, (x, *norm, cos, sin, kept, qkv, passing, *first[2:4], *first[6:], out, out_proj), start)
+        _queue("start", p, settings, (x, *norm, cos, sin, kept, qkv, passing, *first[2:4], *first[6:], out, out_proj), start)
         q, k, v = Entered.heads(qkv, p)
         o, attention = ops.attention_forward(q, k, v)
         o = aligned(o, p.dtype)
@@ -168,7 +168,7 @@ class _Whole(torch.autograd.Function):
                     to.copy_(value)  # type: ignore[arg-type]
             leave(p, x, m.s, m.entered.h, weight, bias, m.gated, sums if sums.numel() else y.view(p.rows, p.width), y)
 
-        _queue("end", p, (x, kept, qkv, passing, o, y, *parameters), end)
+        _queue("end", p, settings, (x, kept, qkv, passing, o, y, *parameters), end)
         ctx.save_for_backward(x, norm.weight, norm.gamma_weight, cos, sin, kept, qkv, o, *parameters, *attention.tensors)
         ctx.plan, ctx.pieces, ctx.attention = p, pieces, attention.without()
         ctx.types = [None if w is None else w.dtype for w in (out_proj, *weights)]
@@ -193,7 +193,7 @@ class _Whole(torch.autograd.Function):
         if projected or wants.in_weight or needs[0] or needs[-1]:
             dw = torch.empty((sum(pieces.weights), width), dtype=types[-1] if types[-1] == torch.float32 else p.dtype, device=device)
         wanted = tuple([bool(x) for x in (projected, wants.in_weight, needs[-1], needs[0])])
-        between = pieces.between.allocate(device)
+        between, settings = pieces.between.allocate(device), (wanted, *flags())
 
         @functools.cache
         def views() -> tuple[Kept, Between]:
@@ -204,7 +204,7 @@ class _Whole(torch.autograd.Function):
             found = () if dw is None else torch.split_with_sizes(dw, [p.joined, *pieces.weights[4:]])
             return tuple([x if want else None for x, want in zip(found, wanted, strict=False)]) if found else (None,) * 4
 
-        pending = _first_piece(p, pieces, (dy, kept, qkv, o, ds_more, *parameters), (between, dw), views, gradients, wanted)
+        pending = _first_piece(p, pieces, (dy, kept, qkv, o, ds_more, *parameters), (between, dw), views, gradients, settings)
         to = pieces.between
         do = to.view(between, "o").view(*p.q_shape)
         q, k, v = Entered.heads(qkv, p)
@@ -238,8 +238,8 @@ class _Whole(torch.autograd.Function):
             p.add(to.partial, exact, rounded)
             beside.join()
 
-        _queue("end of the backward", p, (x, dy, dq, dk, dv, kept, qkv, between, late, dw, dx, exact, rounded, gamma_weight, norm_weight, cos, sin, dk_b_more,
-                                          *parameters), end, wanted)  # fmt: skip
+        _queue("end of the backward", p, settings, (x, dy, dq, dk, dv, kept, qkv, between, late, dw, dx, exact, rounded, gamma_weight, norm_weight, cos, sin,
+                                                    dk_b_more, *parameters), end)  # fmt: skip
         # each in the type of its parameter, as far as that is one of the two
         pairs = zip(Sums._fields, torch.split_with_sizes(exact, p.sizes), torch.split_with_sizes(rounded, p.sizes), strict=True)
         sums = Sums(*[r if getattr(kinds, name) == p.dtype else e for name, e, r in pairs])
@@ -254,13 +254,13 @@ class _Whole(torch.autograd.Function):
 
 def _first_piece(
     p: Plan, pieces: Pieces, inputs: tuple[Any, ...], outputs: tuple[Any, ...], views: Callable[[], tuple[Kept, Between]],
-    gradients: Callable[[], tuple[Any, ...]], wanted: tuple[bool, ...],
+    gradients: Callable[[], tuple[Any, ...]], settings: tuple[Any, ...],
 ) -> list[tuple[Beside, Tensor]]:  # fmt: skip
     """Queue the backward up to the gradients of the forward attention's o and of feedback attention's inputs.
 
     inputs: the gradient of y, what the forward kept, o, the gradient of s itself, and parameters; outputs: memory of what goes to the next piece and of the
-    weights' gradients, which `views` and `gradients` show; wanted: which of the latter are. Returns what is to be joined before the next piece, and the memory
-    that it uses.
+    weights' gradients, which `views` and `gradients` show, as far as they are wanted. Returns what is to be joined before the next piece, and the memory that
+    it uses.
     """
     dy, _, _, o, ds_more, *parameters = inputs
     n, width, early = p.rows, p.width, pieces.early.allocate(p.device)
@@ -292,7 +292,7 @@ def _first_piece(
         if beside.pending:
             pending.append((beside, early))
 
-    _queue("start of the backward", p, (*inputs, early, *outputs), start, wanted)
+    _queue("start of the backward", p, settings, (*inputs, early, *outputs), start)
     return pending
 
 
