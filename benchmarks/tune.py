@@ -36,7 +36,7 @@ SPACE: dict[str, dict[str, tuple[int, ...]]] = {
     "feedback_solve": SOLVE,
     "feedback_solve_transposed": SOLVE,
     "feedback_grad_products": TILES,
-    "feedback_grad_scores": {"TILES": (2, 4, 8), "num_warps": (4, 8)},
+    "feedback_grad_scores": {"CHUNK": (8, 32), "num_warps": (4, 8)},
     "feedback_grad_q": GEMM,
     "feedback_grad_k": GEMM,
 }

@@ -30,7 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from sessa_deploy.kernels.feedback import backward, forward
-from sessa_deploy.kernels.launch.jit import Options, launcher
+from sessa_deploy.kernels.feedback.spec import solver
+from sessa_deploy.kernels.launch.jit import Options, arch_of, launcher
 
 OURS = (*forward.APART, backward.TOGETHER)  # kernels that stand in for others
 PATIENCE = 20.0  # seconds after which an arrangement hangs
@@ -39,17 +40,17 @@ Change = dict[str, dict[str, Any]]
 
 def arrangements(back: bool) -> dict[str, Change]:
     """Label -> what it changes of today's options, {} for a kernel that is left out."""
-    solve = "feedback_solve_transposed" if back else "feedback_solve"
-    found: dict[str, Change] = {"today": {}, "one combination": {name: {} for name in forward.APART}}
-    for bn, more in ((64, {}), (128, {}), (64, {"STAGES": 2, "maxnreg": 128}), (64, {"num_warps": 16}), (128, {"num_warps": 16}),
-                     (64, {"STAGES": 2, "num_warps": 4})):
-        found[f"{bn} columns" + "".join(f" {k} {v}" for k, v in more.items())] = {solve: {"BN": bn, **more}}
+    solve = solver(arch_of(0), "bf16", "bwd" if back else "fwd")
+    found: dict[str, Change] = {"today": {}}
+    for bn, two, more in ((32, False, {}), (64, False, {}), (128, False, {}), (128, True, {}), (64, False, {"STAGES": 3, "maxnreg": 128}),
+                          (64, False, {"STAGES": 3, "num_warps": 4, "maxnreg": 168})):
+        found[f"{bn} columns{' in two' * two}" + "".join(f" {k} {v}" for k, v in more.items())] = {solve: {"BN": bn, "TWO": two, **more}}
     if back:
         found["two gradients"] = {backward.TOGETHER: {}}
         for bn, stages in ((128, 4), (256, 3)):
             gemm = {"BT": 128, "BN": bn, "BK": 64, "STAGES": stages, "SCALED": False, "num_warps": 8, "num_stages": 1}
             found[f"both gradients {bn}/{stages}"] = {backward.TOGETHER: gemm}
-        for what in ({"maxnreg": 128}, {"num_warps": 16}, {"maxnreg": 128, "TILES": 8}):
+        for what in ({"maxnreg": 128}, {"num_warps": 16}):
             found[f"grad_scores {what}"] = {"feedback_grad_scores": what}
     else:
         found["scores 64"] = {"feedback_scores": {"BM": 64, "num_warps": 4}}
@@ -62,7 +63,7 @@ _MADE: dict[str, dict[str, Any]] = {}
 def options(back: bool, shape: tuple[int, ...], change: Change) -> Options:
     """Today's options with `change`; equal ones are one object, whose identity stands for a binary."""
     side = backward if back else forward
-    base = side.tiles(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, shape[2], shape[0] * shape[1])
+    base = side.tiles(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, shape[2], shape[0] * shape[1], batch=shape[0])
     merged = {name: {**base.get(name, {}), **o} for name, o in {**base, **change}.items()}
     kept = {name: o for name, o in merged.items() if change.get(name) != {} or name not in OURS}
     return {name: _MADE.setdefault(f"{name} {sorted(o.items())}", o) for name, o in kept.items()}
@@ -70,9 +71,9 @@ def options(back: bool, shape: tuple[int, ...], change: Change) -> Options:
 
 def compiled(name: str, choice: dict[str, Any]) -> str:
     """Compile one binary into Triton's cache, in a process of its own. Returns what went wrong."""
-    from sessa_deploy.kernels.feedback import gradients, inverse, tiles
+    from sessa_deploy.kernels.feedback import gradients, halves, inverse, tiles
 
-    module = next(m for m in (forward, backward, gradients, inverse, tiles) if hasattr(m, name))
+    module = next(m for m in (forward, backward, gradients, halves, inverse, tiles) if hasattr(m, name))
     try:
         launcher(getattr(module, name), torch.device("cuda", 0), torch.bfloat16, choice)
     except Exception as error:

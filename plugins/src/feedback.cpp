@@ -61,9 +61,14 @@ struct Forward final : Plan
     bool find(Problem const& p, int32_t arch) override
     {
         char const* dtype = dtypeName(p.storage);
-        narrow = findCubin("feedback_solve", arch, dtype, "fwd");
-        // feedback/spec.py, solve_variant
-        bool const wide = rowsOf(p) * p.width >= kWideWork && findCubin("feedback_solve", arch, dtype, "wide") != nullptr;
+        // feedback/spec.py, solver and solve_variant
+        char const* const halves = "feedback_solve_halves";
+        bool const halved = findCubin(halves, arch, dtype, "fwd") != nullptr;
+        char const* const solver = halved ? halves : "feedback_solve";
+        bool const few = halved && rowsOf(p) * p.width < kFewWork && findCubin(solver, arch, dtype, "few") != nullptr;
+        bool const many = halved ? p.batch * p.width >= kWideColumns : rowsOf(p) * p.width >= kWideWork;
+        bool const wide = !few && many && findCubin(solver, arch, dtype, "wide") != nullptr;
+        narrow = findCubin(solver, arch, dtype, "fwd");
         pack = findCubin("feedback_pack", arch, dtype, wide ? "wide" : "fwd");
         scores = findCubin("feedback_scores", arch, dtype, p.capacity > 0 ? "past" : "fwd");
         combination = {findCubin("feedback_inverse", arch, dtype, "fwd"), findCubin("feedback_near", arch, dtype, "fwd")};
@@ -71,7 +76,7 @@ struct Forward final : Plan
         {
             combination = {findCubin("feedback_combine", arch, dtype, "fwd")};
         }
-        solve = wide ? findCubin("feedback_solve", arch, dtype, "wide") : narrow;
+        solve = few || wide ? findCubin(solver, arch, dtype, few ? "few" : "wide") : narrow;
         return pack != nullptr && scores != nullptr && combination[0] != nullptr && solve != nullptr;
     }
 
@@ -109,9 +114,10 @@ struct Forward final : Plan
         x = arena.take(4 * p.batch * rows * tile);
         inverse = split ? arena.take(2 * p.batch * rows * tile) : x;
         inverseLow = split ? arena.take(2 * p.batch * rows * tile) : x;
-        near = arena.take(2 * work * p.batch * rows * tile); // products with the two nearest blocks
+        int64_t const kept = combination.size() > 1 ? 3 : 2; // products with the two nearest blocks; behind them the inverse itself, as one half
+        near = arena.take(kept * work * p.batch * rows * tile);
         nearLow = arena.take(2 * work * p.batch * rows * tile);
-        nearScale = arena.take(2 * 4 * p.batch * rows);
+        nearScale = arena.take(kept * 4 * p.batch * rows);
         w = arena.take(work * p.batch * columns * p.width);
         wLow = split ? arena.take(work * p.batch * columns * p.width) : w;
         scales = arena.take(4 * p.batch * tiles * tilesN);
@@ -220,8 +226,10 @@ std::vector<Problem> everyFeedback(Storage storage)
         p.width = width;
         all.push_back(p);
     };
-    add(kStepRows + 1, 256); // narrow tiles of the solve
+    add(kStepRows + 1, 256); // narrow tiles of the solve, which in halves are those of few
+    add(kFewWork / 256, 256);
     add(kWideWork / 256, 256);
+    all.back().batch = kWideColumns / 256;
     add(kStepRows + 1, 256);
     all.back().capacity = 0;
     for (int64_t const width : kRowsWidths)

@@ -225,6 +225,10 @@ std::vector<Problem> everyMixer(Storage storage)
     p.headWidth = 64;
     p.heads = p.kvHeads = 4;
     p.tokens = kWideWork / p.width;
+    p.batch = kWideColumns / p.width;
+    all.push_back(p);
+    p.batch = 1; // and those in between
+    p.tokens = kFewWork / p.width;
     all.push_back(p);
     return all;
 }

@@ -29,10 +29,9 @@ def small_options(dtype: torch.dtype, tile: int = 16, rows: int = 32) -> dict[st
         "feedback_pack": dict(BT=tile, BN=32, SPLIT=split),
         "feedback_solve": solve,
         "feedback_solve_transposed": solve,
-        "feedback_first_bad": dict(BT=16, BN=32),
         "feedback_grad_pack": dict(BT=16, BN=32, SPLIT=split, FULL=scaled),
         "feedback_grad_products": dict(BM=rows, BT=tile, BK=16, NB=2, GROUP=2, SPLIT=split, FULL=scaled),
-        "feedback_grad_scores": dict(BM=rows, BT=tile, CHUNK=4, TILES=2, SPLIT=split, SCALED=scaled),
+        "feedback_grad_scores": dict(BM=rows, BT=tile, CHUNK=4, SPLIT=split, SCALED=scaled),
         "feedback_grad_q": gemm,
         "feedback_grad_k": gemm,
         "feedback_scores": dict(BM=rows, BT=tile, BK=16, NB=2, GROUP=2),
@@ -44,7 +43,9 @@ def with_stand_ins(options: dict[str, dict[str, Any]] | None) -> dict[str, dict[
     """`options` of bfloat16 and blocks of 128 rows with the kernels that stand in for others; None, the pinned ones, on a GPU."""
     if options is None:
         return None
-    return {**options, "feedback_inverse": dict(CHUNK=4), "feedback_near": {}, "feedback_grad_qk": options["feedback_grad_q"]}
+    solve = dict(BT=128, BN=32, BK=64, STAGES=1)
+    solves = {"feedback_solve_halves": {**solve, "TWO": True}, "feedback_solve_halves_transposed": {**solve, "TWO": False}}
+    return {**options, **solves, "feedback_inverse": dict(CHUNK=4), "feedback_near": {}, "feedback_grad_qk": options["feedback_grad_q"]}
 
 
 def side(options: dict[str, dict[str, Any]] | None, backward: bool) -> dict[str, dict[str, Any]] | None:

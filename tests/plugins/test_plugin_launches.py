@@ -231,7 +231,7 @@ def launches(
             o = causal()  # kept until the end, so that no other tensor takes its place
             feedback(layer.linear(o.view(n, width), square.weight, row, scale=square.scale).view(batch, tokens, width))
             # The plugin begins with what of feedback attention needs no f, on a stream of its own.
-            solve = next((i for i, (name, *_) in enumerate(noted) if name == "feedback_solve"), 0)
+            solve = next((i for i, (name, *_) in enumerate(noted) if name.startswith("feedback_solve")), 0)
             ahead = [x for x in noted[:solve] if x[0].startswith("feedback_")]
             noted[:solve] = ahead + [x for x in noted[:solve] if x not in ahead]
 

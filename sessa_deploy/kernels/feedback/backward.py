@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback.forward import APART, combination, plan, score_grid
+from sessa_deploy.kernels.feedback.forward import APART, combination, kept_blocks, plan, score_grid
 from sessa_deploy.kernels.feedback.gradients import (
-    feedback_first_bad,
     feedback_grad_k,
     feedback_grad_pack,
     feedback_grad_products,
@@ -26,7 +25,8 @@ from sessa_deploy.kernels.feedback.gradients import (
     feedback_grad_qk,
     feedback_grad_scores,
 )
-from sessa_deploy.kernels.feedback.spec import all_pinned, solve_variant, together_variant
+from sessa_deploy.kernels.feedback.halves import feedback_solve_halves_transposed
+from sessa_deploy.kernels.feedback.spec import all_pinned, solve_variant, solver, together_variant
 from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, near_product, store_split, wait_for
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
@@ -125,26 +125,37 @@ def feedback_solve_transposed(
 
 
 BACKWARD = (
-    "feedback_first_bad", "feedback_scores", "feedback_combine", "feedback_solve_transposed", "feedback_grad_pack",
-    "feedback_grad_products", "feedback_grad_scores", "feedback_grad_q", "feedback_grad_k",
+    "feedback_scores", "feedback_combine", "feedback_solve_transposed", "feedback_grad_pack", "feedback_grad_products",
+    "feedback_grad_scores", "feedback_grad_q", "feedback_grad_k",
 )  # fmt: skip
 
 TOGETHER = "feedback_grad_qk"  # in place of feedback_grad_q and feedback_grad_k, where options hold it: for one panel without a past
 
 KERNELS = (
-    feedback_first_bad, feedback_scores, feedback_combine, feedback_solve_transposed, feedback_grad_pack,
-    feedback_grad_products, feedback_grad_scores, feedback_grad_q, feedback_grad_k,
+    feedback_scores, feedback_combine, feedback_solve_transposed, feedback_grad_pack, feedback_grad_products,
+    feedback_grad_scores, feedback_grad_q, feedback_grad_k,
 )  # fmt: skip
 
 
-def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0) -> Options:
-    """The pinned launch options of the backward at D = width, for B T = rows (0: as many as may be)."""
+SOLVES = (feedback_solve_halves_transposed, feedback_solve_transposed)  # the first that options hold
+
+
+def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, batch: int = 1) -> Options:
+    """The pinned launch options of the backward of `batch` sequences at D = width, for B T = rows (0: as many as may be)."""
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
-    solve = solve_variant(arch, kind, width, "bwd", rows)
-    found = pinned(BACKWARD[:3] + BACKWARD[4:], device, dtype, "bwd") | pinned(BACKWARD[3:4], device, dtype, solve)
+    solve = solve_variant(arch, kind, width, "bwd", rows, batch)
+    found = pinned(BACKWARD[:2] + BACKWARD[3:], device, dtype, "bwd") | pinned((solver(arch, kind, "bwd", width),), device, dtype, solve)
     found |= pinned(APART, device, dtype, "bwd") if all_pinned(APART, arch, kind, "bwd") else {}
     variant = together_variant(arch, kind, rows * width)
     return found if variant is None else found | pinned((TOGETHER,), device, dtype, variant)
+
+
+def tiles_each(rows: int, columns: int) -> int:
+    """Column tiles that a program of feedback_grad_scores takes, of a routing matrix of so many tiles, batch and all.
+
+    Each program adds up the sums of its rows over all of them: many tiles a program save that, and leave few programs.
+    """
+    return 8 if rows * columns >= 1536 else 2  # measured on an H200
 
 
 class Plan:
@@ -153,9 +164,10 @@ class Plan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
-        opt = options or tiles(device, dtype, width, batch * tokens)
+        opt = options or tiles(device, dtype, width, batch * tokens, batch)
         split, full = dtype != torch.float32, dtype == torch.float16
-        scores, solve, pack, products, by_score, by_q, by_k = (opt[n] for n in (BACKWARD[1], *BACKWARD[3:]))
+        solving = next(k for k in SOLVES if k.__name__ in opt)
+        scores, solve, pack, products, _, by_q, by_k = (opt[n] for n in (BACKWARD[0], solving.__name__, *BACKWARD[3:]))
         tile = solve["BT"]
         work, pair, single = (torch.float16, torch.bfloat16, torch.float32) if split else (torch.float32,) * 3
         product = torch.float16 if split and not full else single  # of u . s
@@ -175,8 +187,8 @@ class Plan:
             "factor": (every, single),
             "x": (every * tile, single),
             "inverse": (every * tile, pair),
-            "near": (2 * every * tile, work),
-            "near_scale": (2 * every, single),
+            "near": (kept_blocks(opt) * every * tile, work),
+            "near_scale": (kept_blocks(opt) * every, single),
             "w": (every * width, work),
             "scales": (every // tile * tiles_n, single),
             "r_scales": (every // tile * all_tiles, single),
@@ -189,7 +201,7 @@ class Plan:
             "carry_k": (batch * columns * width if panels > 1 else 0, single),
         }
         if split:
-            sizes |= {"inverselow": sizes["inverse"], "nearlow": sizes["near"], "wlow": sizes["w"]}
+            sizes |= {"inverselow": sizes["inverse"], "nearlow": (2 * every * tile, work), "wlow": sizes["w"]}
             sizes["rest"] = (batch * tokens * width, dtype)  # what rounding took from u
         if full:
             sizes |= {"ulow": sizes["u"], "slow": sizes["s"]}
@@ -197,27 +209,28 @@ class Plan:
         self.low, self.full = "low" if split else "", "low" if full else ""
         self.past_tiles = past_tiles
         self.sync = batch + panels + panels * batch * tiles_n
-        kernels = KERNELS[:2] + KERNELS[3:7] + (() if together else KERNELS[7:])
+        kernels = KERNELS[:1] + KERNELS[3:6] + (() if together else KERNELS[6:])
+        self.run_solve = launcher(solving, device, dtype, solve)
         self.run = {k.__name__: launcher(k, device, dtype, opt[k.__name__]) for k in kernels}
         self.combination = combination(device, dtype, opt)
         self.run_together = launcher(feedback_grad_qk, device, dtype, opt[TOGETHER]) if together else None
-        self.bad_programs = (-(-tokens // opt["feedback_first_bad"]["BT"]), batch)
         self.panels: list[tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]] = []
-        self.pack_s = ((columns // pack["BT"], batch), (tokens, past, width, columns, past_tiles * tile, 0))
+        self.pack_s = ((columns // pack["BT"], batch), (tokens, past, width, columns, past_tiles * tile, 0, 1))
         scale = 1 / math.sqrt(width)
         for panel in range(panels):
             row0 = (panels - 1 - panel) * rows
             blocks = -(-min(rows, tokens - row0) // tile)
             before = past_tiles + row0 // tile
+            each = tiles_each(batch * blocks, before + blocks)
             add = int(panel > 0)
             sides = (tokens, past, width, columns, rows, past_tiles)
             self.panels.append((
                 (score_grid(blocks * tile, before, batch, scores), (*sides, all_tiles, row0, 0, scale)),
                 ((blocks, batch), (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks)),
                 (((blocks + before) * batch * tiles_n,), (*sides, row0, blocks, batch, panel, panels, add)),
-                ((rows // pack["BT"], batch), (tokens, past, width, rows, 0, row0)),
+                ((rows // pack["BT"], batch), (tokens, past, width, rows, 0, row0, 0)),
                 (score_grid(blocks * tile, before, batch, products), (tokens, width, columns, rows, past_tiles, all_tiles, row0)),
-                ((blocks, -(-(before + blocks) // by_score["TILES"]), batch), (tokens, columns, rows, past_tiles, all_tiles, row0)),
+                ((blocks, -(-(before + blocks) // each), batch), (tokens, columns, rows, past_tiles, all_tiles, row0, each)),
                 ((-(-width // opt[TOGETHER]["BN"]), 2 * blocks, batch), (tokens, width, columns, rows, all_tiles, blocks, scale)) if together
                 else ((-(-width // by_q["BN"]), blocks, batch), (*sides, all_tiles, row0, scale)),
                 ((-(-width // by_k["BN"]), before + blocks, batch), (*sides, all_tiles, row0, blocks, add, scale)),
@@ -257,9 +270,8 @@ def queue(
     u, u_low, u_scale, s_all, s_all_low, s_scale = [at[n] for n in ("u", "u" + p.full, "u_scale", "s", "s" + p.full, "s_scale")]
     grad = at["grad"] if p.full else r if isinstance(r, int) else r.view(q.dtype)
     rest = at["rest"] if p.low else a_df
-    first_bad, scores, solve, pack, products, grad_of_scores = [p.run[name] for name in (*BACKWARD[:2], *BACKWARD[3:7])]
-    first_bad(p.bad_programs, a_q, a_k, a_s, bad, *q.shape[1:])
-    pack(p.pack_s[0], a_s, a_s if s_low is None else address(s_low), a_past_s, a_length, bad, s_all, s_all_low, s_scale, *p.pack_s[1])
+    scores, pack, products, grad_of_scores = [p.run[name] for name in (BACKWARD[0], *BACKWARD[3:6])]
+    pack(p.pack_s[0], a_s, a_s if s_low is None else address(s_low), a_past_s, a_length, a_q, a_k, a_lse, bad, s_all, s_all_low, s_scale, *p.pack_s[1])
     apart = after_f if after_f is not None and len(p.panels) == 1 else nullcontext()
     for by_scores, by_combine, by_solve, by_pack, by_products, by_grad, by_q, by_k in p.panels:
         scores(by_scores[0], a_q, a_k, a_past_k, a_length, a_lse, bad, e, sums, sums, ticket, *by_scores[1])
@@ -268,12 +280,12 @@ def queue(
                 (*by_combine[0], each), e, sums, sums, a_gamma, a_length, inverse_sum, factor, a_lse, at["x"], inverse, inverse_low, near, near_low,
                 near_scale, *by_combine[1],
             )  # fmt: skip
-        solve(
+        p.run_solve(
             by_solve[0], e, factor, inverse, inverse_low, near, near_low, near_scale, a_ds, a_df, rest, w, w_low, at["scales"], at["carry"], a_dpast_s,
             a_length, bad, ticket, *by_solve[1],
         )  # fmt: skip
         with apart:
-            pack(by_pack[0], a_df, rest, a_past_s, a_length, bad, u, u_low, u_scale, *by_pack[1])
+            pack(by_pack[0], a_df, rest, a_past_s, a_length, a_q, a_k, a_lse, bad, u, u_low, u_scale, *by_pack[1])
             products(by_products[0], u, u_low, u_scale, s_all, s_all_low, s_scale, a_length, bad, e, r, r_scales, at["r_sums"], *by_products[1])
             grad_of_scores(by_grad[0], e, r, r_scales, at["r_sums"], factor, inverse_sum, grad, grad_scales, a_dgamma, a_length, bad, *by_grad[1])
             if p.run_together is not None:

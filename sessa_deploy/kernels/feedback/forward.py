@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sessa_deploy.kernels.feedback.halves import feedback_solve_halves
 from sessa_deploy.kernels.feedback.inverse import feedback_inverse, feedback_near
-from sessa_deploy.kernels.feedback.spec import all_pinned, solve_variant
+from sessa_deploy.kernels.feedback.spec import all_pinned, pack_variant, solve_variant, solver
 from sessa_deploy.kernels.feedback.tiles import (
     apply_inverse,
     feedback_combine,
@@ -189,8 +190,8 @@ def live_grid(rows: int, past_tiles: int, before: int, batch: int, options: dict
     return min(score_grid(rows, past_tiles + before, batch, options)[0], max(score_grid(rows, before, batch, options)[0], SCORE_PROGRAMS)), batch
 
 
-def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n: int, split: bool) -> dict[str, tuple[int, torch.dtype]]:
-    """Buffers of the forward (elements, dtype): work is the type of routing tiles, pair that of a block inverse's two halves."""
+def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n: int, split: bool, kept: int) -> dict[str, tuple[int, torch.dtype]]:
+    """Buffers of the forward (elements, dtype): work is the type of routing tiles, pair that of a block inverse's two halves. kept: of `kept_blocks`."""
     rows, columns = shape.batch * shape.rows, shape.batch * shape.columns
     single = torch.float32
     sizes = {
@@ -202,20 +203,26 @@ def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n:
         "lse": (shape.batch * shape.tokens, single),
         "x": (rows * shape.tile, single),
         "inverse": (rows * shape.tile, pair),
-        "near": (2 * rows * shape.tile, work),
-        "near_scale": (2 * rows, single),
+        "near": (kept * rows * shape.tile, work),
+        "near_scale": (kept * rows, single),
         "w": (columns * shape.width, work),
         "scales": (shape.batch * shape.tiles * tiles_n, single),
         "sync": (shape.panels + shape.batch * tiles_n, torch.int32),
     }
     if split:
-        sizes |= {"inverselow": sizes["inverse"], "nearlow": sizes["near"], "wlow": sizes["w"]}
+        sizes |= {"inverselow": sizes["inverse"], "nearlow": (2 * rows * shape.tile, work), "wlow": sizes["w"]}
     return sizes
 
 
 FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_solve")
 KERNELS = (feedback_pack, feedback_scores, feedback_combine, feedback_solve)
+SOLVES = (feedback_solve_halves, feedback_solve)  # the first that options hold
 APART = ("feedback_inverse", "feedback_near")  # in place of feedback_combine, where options hold them
+
+
+def kept_blocks(options: Options) -> int:
+    """Tiles that the combination leaves of each row block in `near`: products with the two nearest blocks, and the inverse itself where kernels stand in."""
+    return 3 if APART[0] in options else 2
 
 
 def combination(device: torch.device, dtype: torch.dtype, options: Options) -> list[tuple[int, Launcher]]:
@@ -225,12 +232,12 @@ def combination(device: torch.device, dtype: torch.dtype, options: Options) -> l
     return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse), (2, feedback_near))]
 
 
-def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, past: int = 0) -> Options:
-    """The pinned launch options of the forward at D = width, for B T = rows (0: as many as may be) behind a capacity of `past`."""
+def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, past: int = 0, batch: int = 1) -> Options:
+    """The pinned launch options of the forward of `batch` sequences at D = width, for B T = rows (0: as many as may be) behind a capacity of `past`."""
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
-    solve = solve_variant(arch, kind, width, "fwd", rows)
+    solve = solve_variant(arch, kind, width, "fwd", rows, batch)
     found = pinned(FORWARD[1:2], device, dtype, "past" if past else "fwd") | pinned(FORWARD[2:3], device, dtype, "fwd")
-    found |= pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
+    found |= pinned(FORWARD[:1], device, dtype, pack_variant(solve)) | pinned((solver(arch, kind, "fwd", width),), device, dtype, solve)
     return found | pinned(APART, device, dtype, "fwd") if all_pinned(APART, arch, kind, "fwd") else found
 
 
@@ -240,18 +247,19 @@ class Plan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, past: int, width: int, options: Options | None, panel_bytes: int
     ) -> None:
-        opt = options or tiles(device, dtype, width, batch * tokens, past)
-        scores, solve = opt["feedback_scores"], opt["feedback_solve"]
+        opt = options or tiles(device, dtype, width, batch * tokens, past, batch)
+        solving = next(k for k in SOLVES if k.__name__ in opt)
+        scores, solve = opt["feedback_scores"], opt[solving.__name__]
         tile = solve["BT"]
         split = dtype != torch.float32
         work, pair = (torch.float16, torch.bfloat16) if split else (torch.float32, torch.float32)
         shape = plan(batch, tokens, past, width, scores, work.itemsize, panel_bytes)
         past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
         tiles_n = -(-width // solve["BN"])
-        sizes = workspace_sizes(shape, work, pair, tiles_n, split)
+        sizes = workspace_sizes(shape, work, pair, tiles_n, split, kept_blocks(opt))
         self.workspace = Workspace(sizes)
         self.low = "low" if split else ""
-        self.run_pack, self.run_scores, self.run_solve = (launcher(k, device, dtype, opt[k.__name__]) for k in (*KERNELS[:2], KERNELS[3]))
+        self.run_pack, self.run_scores, self.run_solve = (launcher(k, device, dtype, opt[k.__name__]) for k in (*KERNELS[:2], solving))
         self.combination = combination(device, dtype, opt)
         self.pack = ((min(past_tiles, PACK_PROGRAMS), tiles_n, batch), (past, width, columns)) if past_tiles else None
         self.panels: list[tuple[Any, ...]] = []

@@ -7,35 +7,17 @@ from sessa_deploy.kernels.feedback.tiles import apart, grouped_tile, power_scale
 from sessa_deploy.kernels.launch import table
 
 
-@triton.jit(do_not_specialize=table.do_not_specialize("feedback_first_bad"))
-def feedback_first_bad(q, k, s, bad, T, D, BT: tl.constexpr, BN: tl.constexpr):
-    """Grid (row blocks, B): bad[b] = T - first row that holds NaN or Inf in q, k or s (0: none); the caller zeroes bad."""
-    i_b = tl.program_id(1)
-    o_t, o_n = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BN)
-    offset = i_b.to(tl.int64) * T * D + o_t.to(tl.int64)[:, None] * D + o_n[None, :]
-    b_max = tl.zeros([BT, BN], dtype=tl.float32)
-    for i_n in range(0, D, BN):
-        mask = (o_t < T)[:, None] & (o_n < D - i_n)[None, :]
-        b_q = tl.load(q + offset + i_n, mask=mask, other=0.0).to(tl.float32)
-        b_k = tl.load(k + offset + i_n, mask=mask, other=0.0).to(tl.float32)
-        b_s = tl.load(s + offset + i_n, mask=mask, other=0.0).to(tl.float32)
-        # 0 * x is NaN exactly where x is NaN or Inf
-        b_max += 0.0 * b_q + 0.0 * b_k + 0.0 * b_s
-    b_bad = tl.max(tl.where(b_max == 0.0, 0, 1), axis=1)
-    left = tl.max(tl.where(b_bad == 1, T - o_t, 0), axis=0)
-    if left > 0:
-        tl.atomic_max(bad + i_b, left, sem="relaxed")
-
-
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_grad_pack"))
 def feedback_grad_pack(
-    x, x_low, past, past_length, bad, y, y_low, y_scale, T, P, D, C, first, row0,
+    x, x_low, past, past_length, q, k, lse, bad, y, y_low, y_scale, T, P, D, C, first, row0, look,
     BT: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Grid (C / BT, B): y (B,C,D) = rows [past | x + x_low from row0 on], the latter from column `first` on, zeros where no live row is.
 
     With SPLIT each row as a float16 over a power of two, 1 / which goes to y_scale (B,C), and with FULL what that leaves in y_low. 8 times finer
     than bfloat16 rows, and of one scale over D, so that a product takes it out once.
+    look: bad[b] becomes T - the first row that holds NaN or Inf in x, q or k (0: none), those of the latter among rows whose lse is NaN; the caller zeroes
+    bad. Rows from there on are then packed as they are; else they are zeros.
     """
     i_b = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BT
@@ -43,7 +25,9 @@ def feedback_grad_pack(
     is_past = column < first
     p_x = x + i_b * T * D
     o_x = o_c - first + row0
-    limit = T - tl.load(bad + i_b)
+    limit = T
+    if look == 0:
+        limit = T - tl.load(bad + i_b)
     if is_past:
         p_x = past + i_b * P * D
         o_x = o_c
@@ -60,9 +44,11 @@ def feedback_grad_pack(
             b_x = tl.load(p_x + offset + i_n, mask=m_x & m_n, other=0.0).to(tl.float32)
             amax = tl.maximum(amax, tl.max(tl.abs(b_x), axis=1))
     c, inv = power_scale(amax)
+    b_bad = tl.zeros([BT, BN], dtype=tl.float32)
     for i_n in range(0, D, BN):
         m_n = (o_n < D - i_n)[None, :]
         b_x = tl.load(p_x + offset + i_n, mask=m_x & m_n, other=0.0).to(tl.float32)
+        b_bad += 0.0 * b_x  # NaN exactly where x is NaN or Inf
         if SPLIT:
             b_x = (b_x + tl.load(p_l + i_n, mask=m_l & m_n, other=0.0).to(tl.float32)) * c[:, None]
         b_y = b_x.to(y.dtype.element_ty)
@@ -70,6 +56,17 @@ def feedback_grad_pack(
         if FULL:
             tl.store(y_low + p_y + i_n, (b_x - b_y.to(tl.float32)).to(y.dtype.element_ty), mask=m_n)
     tl.store(y_scale + i_b * C + o_c, inv)
+    if (look != 0) & (is_past == 0):
+        m_t = o_x < T
+        b_lse = tl.load(lse + i_b * T + o_x, mask=m_t, other=0.0)
+        if tl.max(tl.where(b_lse == b_lse, 0, 1), axis=0) > 0:
+            for i_n in range(0, D, BN):
+                m_n = m_t[:, None] & (o_n < D - i_n)[None, :]
+                b_bad += 0.0 * tl.load(q + i_b * T * D + offset + i_n, mask=m_n, other=0.0).to(tl.float32)
+                b_bad += 0.0 * tl.load(k + i_b * T * D + offset + i_n, mask=m_n, other=0.0).to(tl.float32)
+        left = tl.max(tl.where(tl.max(tl.where(b_bad == 0.0, 0, 1), axis=1) > 0, T - o_x, 0), axis=0)
+        if left > 0:
+            tl.atomic_max(bad + i_b, left, sem="relaxed")
 
 
 MAIN = tl.constexpr(0.75 * 32768.0)  # e beyond which a column has most of its row's weight: at most one a row
@@ -138,10 +135,10 @@ def sum_tiles(p_sums, count, past_tiles, NP, R, BT: tl.constexpr, CHUNK: tl.cons
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_grad_scores"))
 def feedback_grad_scores(
-    e, r, r_scales, r_sums, factor, inverse_sum, grad, grad_scales, dgamma, past_length, bad, T, C, R, NP, NT, row0,
-    BM: tl.constexpr, BT: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
+    e, r, r_scales, r_sums, factor, inverse_sum, grad, grad_scales, dgamma, past_length, bad, T, C, R, NP, NT, row0, each,
+    BM: tl.constexpr, BT: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, groups of TILES column tiles, B): grad = factor e (r - delta) in place of r, delta = dgamma = sum_j e r / row sum.
+    """Grid (row blocks, groups of `each` column tiles, B): grad = factor e (r - delta) in place of r, delta = dgamma = sum_j e r / row sum.
 
     In the column that has most of the weight, r - delta = (r sum_rest e - sum_rest e r) / row sum, over the others: nothing cancels.
     SCALED (float16 storage): r is float32, and grad beside it has a power of two per tile; else grad is in the storage type as it is.
@@ -149,7 +146,7 @@ def feedback_grad_scores(
     i_r, i_c, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     past_tiles = tl.cdiv(tl.load(past_length + i_b), BT)
     count = past_tiles + row0 // BT + i_r + 1
-    if i_c * TILES < count:
+    if i_c * each < count:
         o_r, o_t = tl.arange(0, BT), tl.arange(0, BT)
         p_row = i_b * R + i_r * BT + o_r
         p_sums = r_sums + i_b * NT * R + i_r * BT + o_r
@@ -163,7 +160,7 @@ def feedback_grad_scores(
         if i_c == 0:
             tl.store(dgamma + i_b * T + row, b_delta, mask=row < T)
         b_factor = tl.load(factor + p_row)
-        for i in range(i_c * TILES, tl.minimum((i_c + 1) * TILES, count)):
+        for i in range(i_c * each, tl.minimum((i_c + 1) * each, count)):
             i_t = tl.where(i < past_tiles, i, i - past_tiles + NP)
             p_tile = (i_b * R + i_r * BT) * C + i_t * BT + o_r[:, None] * C + o_t[None, :]
             b_e = tl.load(e + p_tile).to(tl.float32)

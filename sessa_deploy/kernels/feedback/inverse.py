@@ -7,10 +7,11 @@ of one sign, and their product, which is left out, added up along a chain.
 import triton
 import triton.language as tl
 
-from sessa_deploy.kernels.feedback.tiles import finite, pair_product, row_factors, row_sums
+from sessa_deploy.kernels.feedback.tiles import finite, pair_product, power_scale, row_factors, row_sums
 from sessa_deploy.kernels.launch import table
 
 BLOCK = tl.constexpr(128)
+INVERSE = tl.constexpr(2)  # where the inverse stands behind the two nearest blocks in near and near_scale
 
 
 @triton.jit
@@ -35,13 +36,6 @@ def routed(b_e, b_own):
 
 
 @triton.jit
-def lower_rows(b_v, N: tl.constexpr, H: tl.constexpr):
-    """Of each 2H entries of b_v (2 N H,) the last H, as (N,H)."""
-    _, b_low = tl.split(tl.permute(tl.reshape(b_v, [N, 2, H]), [0, 2, 1]))
-    return b_low
-
-
-@triton.jit
 def joined(b_11, b_21, b_22, N: tl.constexpr, H: tl.constexpr):
     """(N,2H,2H) of their quarters (N,H,H), the upper right one zero."""
     b_rows = tl.join(tl.join(b_11, b_21), tl.join(tl.zeros([N, H, H], dtype=tl.float32), b_22))  # (n, row, column, lower row, right column)
@@ -60,6 +54,15 @@ def below(p_e, C, N: tl.constexpr, H: tl.constexpr):
     """(N,H,H) blocks under the diagonal halves of the 2H-wide blocks of the tile at p_e."""
     o_n, o_h = tl.arange(0, N), tl.arange(0, H)
     return tl.load(p_e + (o_n[:, None, None] * 2 * H + H + o_h[None, :, None]) * C + o_n[:, None, None] * 2 * H + o_h[None, None, :])
+
+
+@triton.jit
+def store_quarter(b_x, c, high, low, half, p_i):
+    """Store a quarter of an inverse as a pair, and times c as one float16."""
+    b_h, b_l = pair_of(b_x)
+    tl.store(high + p_i, b_h)
+    tl.store(low + p_i, b_l)
+    tl.store(half + p_i, (b_x * c).to(half.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_inverse"))
@@ -87,21 +90,34 @@ def feedback_inverse(
     if not BACKWARD:
         b_own = tl.where(finite(b_factor), b_own * tl.exp(tl.load(peak + p_stat + (NP + block).to(tl.int64) * R) - b_base), 0.0)
 
+    p_own = x + i_b * R + i_r * BLOCK  # through memory: each product below wants the rows' factors laid out in another way
+    tl.store(p_own + o_r, b_own)
+    tl.debug_barrier()
+    o_2 = tl.arange(0, 2)
+    b_own16 = tl.load(p_own + o_8[:, None] * 16 + o_16[None, :])
+    b_own21 = tl.load(p_own + tl.arange(0, 4)[:, None] * 32 + 16 + o_16[None, :])
+    b_own32 = tl.load(p_own + o_2[:, None] * 64 + 32 + tl.arange(0, 32)[None, :])
+    b_own64 = tl.load(p_own + 64 + o_64)
+
     # 16-wide blocks: the sum of b^k, k < 16, by squaring
-    b_b = tl.where(o_16[None, None, :] < o_16[None, :, None], routed(b_e16, tl.reshape(b_own, [8, 16])[:, :, None]), 0.0)
+    b_b = tl.where(o_16[None, None, :] < o_16[None, :, None], routed(b_e16, b_own16[:, :, None]), 0.0)
     b_x = b_b + tl.where((o_16[None, :, None] == o_16[None, None, :]) & (o_8[:, None, None] >= 0), 1.0, 0.0)
     for _ in tl.static_range(3):
         b_b = product(b_b, b_b)
         b_x += product(b_x, b_b)
-    b_x = merged(b_x, routed(b_e21, lower_rows(b_own, 4, 16)[:, :, None]), 4, 16)
-    b_x = merged(b_x, routed(b_e32, lower_rows(b_own, 2, 32)[:, :, None]), 2, 32)
+    b_x = merged(b_x, routed(b_e21, b_own21[:, :, None]), 4, 16)
+    b_x = merged(b_x, routed(b_e32, b_own32[:, :, None]), 2, 32)
     b_11, b_22 = tl.split(tl.permute(b_x, [1, 2, 0]))
-    b_21 = product(b_22, product(routed(b_e64, tl.reshape(lower_rows(b_own, 1, 64), [64])[:, None]), b_11))
-    b_x = tl.reshape(joined(b_11[None, :, :], b_21[None, :, :], b_22[None, :, :], 1, 64), [BLOCK, BLOCK])
-    b_h, b_l = pair_of(b_x)
-    p_i = p_row[:, None] * BLOCK + o_r[None, :]
-    tl.store(inverse + p_i, b_h)
-    tl.store(inverse_low + p_i, b_l)
+    b_21 = product(b_22, product(routed(b_e64, b_own64[:, None]), b_11))
+    deep = INVERSE * (B * R).to(tl.int64)
+    c, inv = power_scale(tl.maximum(tl.max(tl.abs(b_11)), tl.maximum(tl.max(tl.abs(b_21)), tl.max(tl.abs(b_22)))))
+    tl.store(near_scale + deep + p_row, tl.full([BLOCK], 1.0, dtype=tl.float32) * inv)
+    p_i = (i_b * R + i_r * BLOCK) * BLOCK + o_64[:, None] * BLOCK + o_64[None, :]
+    p_half = near + deep * BLOCK
+    store_quarter(b_11, c, inverse, inverse_low, p_half, p_i)
+    store_quarter(tl.zeros([64, 64], dtype=tl.float32), c, inverse, inverse_low, p_half, p_i + 64)
+    store_quarter(b_21, c, inverse, inverse_low, p_half, p_i + 64 * BLOCK)
+    store_quarter(b_22, c, inverse, inverse_low, p_half, p_i + 64 * BLOCK + 64)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_near"))
@@ -128,9 +144,9 @@ def feedback_near(
             b_own = b_factor * tl.exp(tl.load(peak + (i_b * NT + NP + block - 1 - d) * R + i_r * BLOCK + o_r) - tl.load(row_peak + p_row))
             b_eh, b_el = pair_of(routed(b_e, tl.where(finite(b_factor), b_own, 0.0)[:, None]))
             b_m = pair_product(b_h, b_l, b_eh, b_el)
+        deep = d * (B * R).to(tl.int64)
         b_c = tl.max(tl.abs(b_m), axis=1)
         b_c = tl.where(finite(b_c) & (b_c > 1e-30), b_c, 1.0)
         b_m = (b_m * (1.0 / b_c)[:, None]).to(near.dtype.element_ty)
-        deep = (B * R).to(tl.int64)
-        tl.store(near + d * deep * BLOCK + p_i, tl.trans(b_m) if BACKWARD else b_m)
-        tl.store(near_scale + d * deep + p_row, b_c)
+        tl.store(near + deep * BLOCK + p_i, tl.trans(b_m) if BACKWARD else b_m)
+        tl.store(near_scale + deep + p_row, b_c)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import FEEDBACK_WIDTHS, ROWS_WIDTHS, WIDE, WIDE_WORK
+from sessa_deploy.kernels.launch.limits import FEEDBACK_WIDTHS, FEW_WORK, ROWS_WIDTHS, WIDE, WIDE_COLUMNS, WIDE_WORK
 from sessa_deploy.kernels.launch.spec import Kernel, Param, by_name, integers, pointers
 
 _PACKAGE = "sessa_deploy.kernels.feedback"
@@ -28,6 +28,41 @@ _COMBINE = (
     *integers("T"),
     *(Param(n, "i32", True) for n in ("C", "R")),
     *integers("NP", "NT", "row0", "B", "blocks"),
+)
+
+_SOLVE = (
+    *pointers("e", type="*work"),
+    *pointers("peak", "row_peak", "factor", type="*fp32"),
+    *pointers("inverse", "inverse_low", type="*half_pair"),
+    *pointers("near", "near_low", type="*work"),
+    *pointers("near_scale", type="*fp32"),
+    *pointers("f", "s", "s_low"),
+    *pointers("w", "w_low", type="*work"),
+    Param("scales", "*fp32"),
+    Param("past_length", "*i32"),
+    Param("sync", "*i32"),
+    *integers("T"),
+    *(Param(n, "i32", True) for n in ("D", "C", "R")),
+    *integers("NP", "NT", "row0", "B", "panel", "panels", "keep"),
+)
+
+_TRANSPOSED = (
+    *pointers("e", type="*work"),
+    *pointers("factor", type="*fp32"),
+    *pointers("inverse", "inverse_low", type="*half_pair"),
+    *pointers("near", "near_low", type="*work"),
+    *pointers("near_scale", type="*fp32"),
+    *pointers("ds", "u", "u_low"),
+    *pointers("w", "w_low", type="*work"),
+    Param("scales", "*fp32"),
+    *pointers("carry", type="*fp32"),
+    *pointers("dpast_s"),
+    Param("past_length", "*i32"),
+    Param("bad", "*i32"),
+    Param("sync", "*i32"),
+    *integers("T", "P"),
+    *(Param(n, "i32", True) for n in ("D", "C", "R")),
+    *integers("NP", "row0", "blocks", "B", "panel", "panels", "add"),
 )
 
 KERNELS = by_name((
@@ -160,21 +195,7 @@ KERNELS = by_name((
     Kernel(
         "feedback_solve",
         f"{_PACKAGE}.forward",
-        (
-            *pointers("e", type="*work"),
-            *pointers("peak", "row_peak", "factor", type="*fp32"),
-            *pointers("inverse", "inverse_low", type="*half_pair"),
-            *pointers("near", "near_low", type="*work"),
-            *pointers("near_scale", type="*fp32"),
-            *pointers("f", "s", "s_low"),
-            *pointers("w", "w_low", type="*work"),
-            Param("scales", "*fp32"),
-            Param("past_length", "*i32"),
-            Param("sync", "*i32"),
-            *integers("T"),
-            *(Param(n, "i32", True) for n in ("D", "C", "R")),
-            *integers("NP", "NT", "row0", "B", "panel", "panels", "keep"),
-        ),
+        _SOLVE,
         ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"),
         ("fwd", "wide"),
         scalar_loads=64,
@@ -183,53 +204,50 @@ KERNELS = by_name((
     Kernel(
         "feedback_solve_transposed",
         f"{_PACKAGE}.backward",
-        (
-            *pointers("e", type="*work"),
-            *pointers("factor", type="*fp32"),
-            *pointers("inverse", "inverse_low", type="*half_pair"),
-            *pointers("near", "near_low", type="*work"),
-            *pointers("near_scale", type="*fp32"),
-            *pointers("ds", "u", "u_low"),
-            *pointers("w", "w_low", type="*work"),
-            Param("scales", "*fp32"),
-            *pointers("carry", type="*fp32"),
-            *pointers("dpast_s"),
-            Param("past_length", "*i32"),
-            Param("bad", "*i32"),
-            Param("sync", "*i32"),
-            *integers("T", "P"),
-            *(Param(n, "i32", True) for n in ("D", "C", "R")),
-            *integers("NP", "row0", "blocks", "B", "panel", "panels", "add"),
-        ),
+        _TRANSPOSED,
         ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"),
         ("bwd", "wide"),
         lowered=False,
         optional=("wide",),
     ),
     Kernel(
+        "feedback_solve_halves",
+        f"{_PACKAGE}.halves",
+        _SOLVE,
+        ("BT", "BN", "BK", "STAGES", "TWO"),
+        ("fwd", "few", "wide"),
+        dtypes=("bf16",),
+        scalar_loads=64,
+        optional=("fwd", "few", "wide"),
+    ),
+    Kernel(
+        "feedback_solve_halves_transposed",
+        f"{_PACKAGE}.halves",
+        _TRANSPOSED,
+        ("BT", "BN", "BK", "STAGES", "TWO"),
+        ("bwd", "few", "wide"),
+        lowered=False,
+        dtypes=("bf16",),
+        optional=("bwd", "few", "wide"),
+    ),
+    Kernel(
         "feedback_inverse", f"{_PACKAGE}.inverse", _COMBINE, ("CHUNK", "BACKWARD"), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd")
     ),
     Kernel("feedback_near", f"{_PACKAGE}.inverse", _COMBINE, ("BACKWARD",), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd")),
-    Kernel(
-        "feedback_first_bad",
-        f"{_PACKAGE}.gradients",
-        (*pointers("q", "k", "s"), Param("bad", "*i32"), *integers("T"), Param("D", "i32", True)),
-        ("BT", "BN"),
-        ("bwd",),
-        lowered=False,
-    ),
     Kernel(
         "feedback_grad_pack",
         f"{_PACKAGE}.gradients",
         (
             *pointers("x", "x_low", "past"),
             Param("past_length", "*i32"),
+            *pointers("q", "k"),
+            Param("lse", "*fp32"),
             Param("bad", "*i32"),
             *pointers("y", "y_low", type="*work"),
             Param("y_scale", "*fp32"),
             *integers("T", "P"),
             *(Param(n, "i32", True) for n in ("D", "C")),
-            *integers("first", "row0"),
+            *integers("first", "row0", "look"),
         ),
         ("BT", "BN", "SPLIT", "FULL"),
         ("bwd",),
@@ -272,9 +290,9 @@ KERNELS = by_name((
             Param("bad", "*i32"),
             *integers("T"),
             *(Param(n, "i32", True) for n in ("C", "R")),
-            *integers("NP", "NT", "row0"),
+            *integers("NP", "NT", "row0", "each"),
         ),
-        ("BM", "BT", "CHUNK", "TILES", "SPLIT", "SCALED"),
+        ("BM", "BT", "CHUNK", "SPLIT", "SCALED"),
         ("bwd",),
         lowered=False,
     ),
@@ -339,21 +357,38 @@ KERNELS = by_name((
 ))  # fmt: skip
 
 
-# B T D, measured on an H200 in bf16
-FEW_WORK = 2 << 20  # below which the gradients' tiles are small, or there are fewer than multiprocessors
+HALVES = ("feedback_solve_halves", "feedback_solve_halves_transposed")
+WIDE_BACKWARD = 2048  # D from which the backward's solve is not the one in halves (measured on an H200)
 
 
-def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0) -> str:
-    """"wide" or `side` ("fwd" or "bwd"): wide tiles read less for a product, narrow ones make a shorter chain, which few columns of D expose.
+def solver(arch: int, dtype: str, side: str, width: int = 0) -> str:
+    """The kernel that solves at D = width, of a side ("fwd" or "bwd"): the one in halves where its tiles are pinned for exactly this architecture.
 
-    Without rows (B T) it depends on D alone. A tile's width changes nothing in a row's sums but the power of two that s has between blocks, and that no bit
-    unless a value is 2^29 times smaller than the largest of its tile.
+    Not in the backward of wide rows, where the other is 7% faster (1, 8192, 2048). The bits differ: it never depends on B or T.
     """
-    name = "feedback_solve" if side == "fwd" else "feedback_solve_transposed"
+    plain, halves = ("feedback_solve", HALVES[0]) if side == "fwd" else ("feedback_solve_transposed", HALVES[1])
+    return halves if all_pinned((halves,), arch, dtype, side) and (side == "fwd" or width < WIDE_BACKWARD) else plain
+
+
+def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0, batch: int = 1) -> str:
+    """"wide", "few" or `side` ("fwd" or "bwd"): wide tiles read less for a product, narrow ones make a shorter chain, which few columns of D expose; few are
+    those of a chain that leaves multiprocessors idle. rows: B T; 0: it depends on D alone.
+
+    A tile's width changes nothing in a row's sums but the power of two that s has between blocks, and that no bit unless a value is 2^29 times smaller than
+    the largest of its tile.
+    """
+    name = solver(arch, dtype, side, width)
     resolved = max((a for a in ARCHS if a <= arch and table.has(name, a, dtype, side)), default=arch)
-    if not table.has(name, resolved, dtype, "wide"):
-        return side
-    return "wide" if (rows * width >= WIDE_WORK if rows else width >= WIDE) else side
+    if name in HALVES:
+        chosen = "few" if 0 < rows * width < FEW_WORK else "wide" if batch * width >= WIDE_COLUMNS else side
+    else:
+        chosen = "wide" if (rows * width >= WIDE_WORK if rows else width >= WIDE) else side
+    return chosen if table.has(name, resolved, dtype, chosen) else side
+
+
+def pack_variant(solve: str) -> str:
+    """The variant of feedback_pack that goes with one of the forward's solve: of as many columns."""
+    return solve if solve == "wide" else "fwd"
 
 
 def all_pinned(names: tuple[str, ...], arch: int, dtype: str, variant: str) -> bool:

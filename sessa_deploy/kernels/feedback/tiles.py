@@ -9,6 +9,7 @@ import triton.language as tl
 
 from sessa_deploy.kernels.launch import table
 
+LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp four for the sake of numbers below the normal ones
 SUB = tl.constexpr(16)  # edge of the blocks that are inverted by forward substitution
 
 
@@ -111,13 +112,18 @@ def _score_tile(
             seen = (o_t < limit)[None, :] & (o_m < end)[:, None] & (is_past | ((o_t[None, :] < o_m[:, None]) & (o_t < end)[None, :]))
             b_ref = tl.load(lse + i_b.to(tl.int64) * T + o_m, mask=o_m < end, other=0.0)
             b_ref = tl.where(finite(b_ref), b_ref, 0.0)
-            b_e = tl.where(seen, tl.exp(acc - b_ref[:, None]) * 32768.0, 0.0).to(e.dtype.element_ty)
+            b_e = (tl.exp2(tl.where(seen, acc - b_ref[:, None], float("-inf")) * LOG2E) * 32768.0).to(e.dtype.element_ty)
             b_e = tl.reshape(b_e, [BM, NB, BT])
         else:
+            tl.static_assert(NB * BT >= BM)
+            if (column <= first) & (first < column + NB * BT) & (is_past == 0):
+                # q_t . k_t is not finite where q_t or k_t is not
+                b_own = tl.sum(tl.where(o_t[None, :] == o_m[:, None], acc, 0.0), axis=1)
+                tl.store(lse + i_b.to(tl.int64) * T + o_m, 0.0 * b_own, mask=o_m < T)
             seen = (o_t < limit)[None, :] & (o_m < T)[:, None] & (is_past | (o_t[None, :] < o_m[:, None]))
             acc = tl.reshape(tl.where(seen, acc, float("-inf")), [BM, NB, BT])
             b_peak = tl.max(acc, axis=2)
-            b_e = tl.exp(acc - tl.where(b_peak == float("-inf"), 0.0, b_peak)[:, :, None]).to(e.dtype.element_ty)
+            b_e = tl.exp2((acc - tl.where(b_peak == float("-inf"), 0.0, b_peak)[:, :, None]) * LOG2E).to(e.dtype.element_ty)
         o_r = i_m * BM + tl.arange(0, BM)
         p_stat = (i_b.to(tl.int64) * NT + i_t + tl.arange(0, NB))[None, :] * R + o_r[:, None]
         if not BACKWARD:
@@ -135,8 +141,9 @@ def feedback_scores(
 ):  # fmt: skip
     """Routing weights of rows row0 .. row0 + R, not yet normalised, in the work type, and their sums per row and column tile.
 
-    Forward: e = exp(score - peak), peak the row's maximum within the column tile, stored beside. Backward: e = 2^15 exp(score - lse), zero in
-    rows and columns from the sequence's first bad row on (bad = T - row). A program makes NB column tiles; NP and NT are multiples of NB.
+    Forward: e = exp(score - peak), peak the row's maximum within the column tile, stored beside; lse is 0, or NaN where q or k may hold NaN or Inf.
+    Backward: e = 2^15 exp(score - lse), zero in rows and columns from the sequence's first bad row on (bad = T - row). A program makes NB column tiles;
+    NP and NT are multiples of NB.
     `total` sums the rounded values, so normalisation is exact. PAST: the programs take the tiles that there are in turns, whatever the capacity.
     """
     i_b = tl.program_id(1)
@@ -243,7 +250,8 @@ def row_factors(row_peak, factor, lse, b_gamma, b_peak, b_sum, p_row, p_lse, m_t
     else:
         tl.store(factor + p_row, tl.where(finite(b_factor), b_factor, float("nan")))
         tl.store(row_peak + p_row, b_base)
-        tl.store(lse + p_lse, tl.where(b_sum == 0, float("-inf"), b_peak + tl.log(b_sum)), mask=m_t)
+        b_mark = tl.load(lse + p_lse, mask=m_t, other=0.0)
+        tl.store(lse + p_lse, b_mark + tl.where(b_sum == 0, float("-inf"), b_peak + tl.log(b_sum)), mask=m_t)
     return b_factor, b_own, b_base
 
 

@@ -12,7 +12,7 @@ from feedback_cases import DEVICE, make, side, small_options, with_stand_ins
 from sessa_deploy.kernels.feedback import backward as bwd
 from sessa_deploy.kernels.feedback import forward as fwd
 from sessa_deploy.kernels.feedback import inverse
-from sessa_deploy.kernels.feedback.spec import FEW_WORK, all_pinned, solve_variant, together_variant
+from sessa_deploy.kernels.feedback.spec import FEW_WORK, all_pinned, pack_variant, solve_variant, solver, together_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, launcher
 
@@ -31,6 +31,19 @@ def test_a_bad_row_spoils_no_earlier_one() -> None:
     q, k, gamma, f, *behind = x
     for name, grad in zip(("dq", "dk", "dgamma", "df"), bwd.backward(ds, q, k, gamma, f, s, lse, low, *behind, options=side(small, True)), strict=False):
         assert torch.isfinite(grad).all() and grad[:, : first_bad - 1].any() and not grad[:, first_bad:].any(), name
+
+
+def test_a_solve_in_halves_has_the_bits_of_one_in_one() -> None:
+    x = make("random", 1, 200, 40, 24, torch.bfloat16)
+    q, k, gamma, f, *behind = x
+    small, device = with_stand_ins(small_options(torch.bfloat16, 128, 128)), torch.device(DEVICE)
+    ahead, back = side(small, False) or fwd.tiles(device, x[0].dtype, 24, 200, 40), side(small, True) or bwd.tiles(device, x[0].dtype, 24, 200)
+    found = []
+    for two in (True, False):
+        options, transposed = ({**o, name: {**o[name], "TWO": two}} for o, name in ((ahead, fwd.SOLVES[0].__name__), (back, bwd.SOLVES[0].__name__)))
+        s, lse, low = fwd.forward(*x, options=options)
+        found.append((s, low, *bwd.backward(f, q, k, gamma, f, s, lse, low, *behind, options=transposed)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_both_gradients_go_together_without_a_past_in_one_panel() -> None:
@@ -55,15 +68,19 @@ def test_inverses_keep_sixteen_bits_without_a_bias() -> None:
     device = torch.empty(0, device=DEVICE).device
     one, e = torch.ones(128, device=device), torch.diag(torch.ones(127, device=device), -1).half()
     length = torch.zeros(1, dtype=torch.int32, device=device)
-    out, (high, low) = [torch.empty_like(one) for _ in range(4)], (torch.empty_like(e, dtype=torch.bfloat16) for _ in range(2))
+    out, (high, low) = [torch.empty_like(one) for _ in range(3)], (torch.empty_like(e, dtype=torch.bfloat16) for _ in range(2))
+    near, scale = torch.empty(3, 128, 128, dtype=e.dtype, device=device), torch.empty(3, 128, device=device)
     run = launcher(inverse.feedback_inverse, device, torch.bfloat16, INVERSE)
-    run((1, 1, 1), *map(address, (e, 0 * one, one, 0.999 * one, length, *out[:3], one, high, low, e, e, out[3])), 128, 128, 128, 0, 1, 0, 1, 1)
+    run((1, 1, 1), *map(address, (e, 0 * one, one, 0.999 * one, length, *out, one, high, low, near, e, scale)), 128, 128, 128, 0, 1, 0, 1, 1)
     exact = torch.linalg.inv(torch.eye(128).double() - 0.999 * e.double().cpu())
     assert float((high.double() + low.double()).cpu().sub(exact).abs().max()) < 2**-13
+    assert float((near[2].double() * scale[2].double()[:, None]).cpu().sub(exact).abs().max()) < 2**-11  # what the solves read
 
 
 def test_a_combination_without_low_halves_serves_solves_that_read_none() -> None:
     for way, solve in (("fwd", "feedback_solve"), ("bwd", "feedback_solve_transposed")):
+        halves = solve.replace("solve", "solve_halves")
+        assert [solver(*of, way) for of in ((90, "bf16"), (90, "fp16"), (80, "bf16"), (100, "bf16"))] == [halves, solve, solve, solve]
         assert [all_pinned(fwd.APART, *of, way) for of in ((90, "bf16"), (90, "fp16"), (80, "bf16"), (100, "bf16"))] == [True, False, False, False]
         for variant in (way, "wide"):
             tiles = table.tiles(solve, 90, "bf16", variant)
@@ -80,7 +97,15 @@ def test_what_was_not_timed_stands_in_for_nothing(monkeypatch: pytest.MonkeyPatc
 
 def test_wide_tiles_follow_the_work_where_both_were_timed() -> None:
     few, many = 2048, 16 * 1024
-    assert [solve_variant(90, "bf16", 768, "fwd", rows) for rows in (few, many)] == ["fwd", "wide"]
-    assert [solve_variant(90, "bf16", 1024, "bwd", rows) for rows in (few, many)] == ["bwd", "wide"]
     assert [solve_variant(90, "fp16", 1024, "fwd", rows) for rows in (0, few, many)] == ["wide", "fwd", "wide"]
     assert solve_variant(80, "bf16", 4096, "fwd", many) == "fwd"  # which has one width
+
+
+def test_tiles_of_the_solve_in_halves_follow_its_chains() -> None:
+    for way in ("fwd", "bwd"):
+        cases = ((768, 2048, 1), (512, 8192, 4), (1024, 16384, 1), (1536, 8192, 2), (1024, 32768, 4), (768, 16384, 16))
+        assert [solve_variant(90, "bf16", width, way, rows, batch) for width, rows, batch in cases] == ["few", way, way, way, "wide", "wide"]
+    assert [solver(90, "bf16", "bwd", width) for width in (1536, 2048)] == ["feedback_solve_halves_transposed", "feedback_solve_transposed"]
+    assert solve_variant(90, "bf16", 2048, "bwd", 8192) == "wide"
+    for variant in ("fwd", "few", "wide"):
+        assert table.tiles("feedback_solve_halves", 90, "bf16", variant)["BN"] == table.tiles("feedback_pack", 90, "bf16", pack_variant(variant))["BN"]
