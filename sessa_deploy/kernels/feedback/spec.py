@@ -10,6 +10,7 @@ from sessa_deploy.kernels.launch.spec import Kernel, Param, by_name, integers, p
 _PACKAGE = "sessa_deploy.kernels.feedback"
 _WIDTHS = tuple(map(str, FEEDBACK_WIDTHS))
 _ROWS_STEPS = tuple(map(str, ROWS_WIDTHS))
+HALVES = ("feedback_solve_halves", "feedback_solve_halves_transposed")  # which stand in for the solves
 _HALF = ("fp16", "bf16")  # storage that matrix instructions take
 
 _STRIDES = (Param("stride_kb", "i64", True), Param("stride_kr", "i32", True), Param("stride_sb", "i64", True), Param("stride_sr", "i32", True))
@@ -211,23 +212,11 @@ KERNELS = by_name((
         optional=("wide",),
     ),
     Kernel(
-        "feedback_solve_halves",
-        f"{_PACKAGE}.halves",
-        _SOLVE,
-        ("BT", "BN", "BK", "STAGES", "TWO"),
-        ("fwd", "few", "wide"),
-        dtypes=("bf16",),
-        scalar_loads=64,
+        HALVES[0], f"{_PACKAGE}.halves", _SOLVE, ("BT", "BN", "BK", "STAGES", "TWO"), ("fwd", "few", "wide"), dtypes=("bf16",), scalar_loads=64,
         optional=("fwd", "few", "wide"),
     ),
     Kernel(
-        "feedback_solve_halves_transposed",
-        f"{_PACKAGE}.halves",
-        _TRANSPOSED,
-        ("BT", "BN", "BK", "STAGES", "TWO"),
-        ("bwd", "few", "wide"),
-        lowered=False,
-        dtypes=("bf16",),
+        HALVES[1], f"{_PACKAGE}.halves", _TRANSPOSED, ("BT", "BN", "BK", "STAGES", "TWO"), ("bwd", "few", "wide"), lowered=False, dtypes=("bf16",),
         optional=("bwd", "few", "wide"),
     ),
     Kernel(
@@ -357,7 +346,6 @@ KERNELS = by_name((
 ))  # fmt: skip
 
 
-HALVES = ("feedback_solve_halves", "feedback_solve_halves_transposed")
 WIDE_BACKWARD = 2048  # D from which the backward's solve is not the one in halves (measured on an H200)
 
 
