@@ -138,6 +138,15 @@ def resident_blocks(function: int, threads: int, shared: int) -> int:
     return blocks.value
 
 
+def new_stream() -> int:
+    """A stream in the current context that nobody else has, for the life of the process. Raises RuntimeError where the driver gives none."""
+    stream = ctypes.c_void_p()
+    create = getattr(open_driver(), "cuStreamCreate", None)
+    if create is None or create(ctypes.byref(stream), _NON_BLOCKING) or not stream.value:
+        raise RuntimeError("sessa: the driver gives no stream")
+    return stream.value
+
+
 def prefer_shared(function: int, percent: int) -> None:
     """Ask the driver to set apart `percent` of a multiprocessor's shared memory while a loaded kernel runs. A wish: a driver without it goes without.
 

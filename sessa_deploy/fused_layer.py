@@ -15,13 +15,18 @@ from torch import Tensor, nn
 
 from sessa_deploy.kernels import route
 from sessa_deploy.kernels.training import regions
+from sessa_deploy.kernels.training import whole as training
 from sessa_deploy.kernels.training.form import Form, HeadWeights, Weights
 from sessa_deploy.kernels.training.regions import Head
+
+_FLOATS = frozenset(route.FLOATS)
+_PROJECTED = [i for i, name in enumerate((*HeadWeights._fields, "out")) if not name.startswith(("norm", "gamma"))]
 
 
 def _unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module does what its class says and nothing else."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    have = module.__dict__
+    return type(module) is kind and not (have["_forward_hooks"] or have["_forward_pre_hooks"] or have["_backward_hooks"] or have["_backward_pre_hooks"])
 
 
 def parameters(layer: Any) -> Weights:
@@ -45,38 +50,48 @@ def applies(layer: Any, x: Tensor) -> Weights | None:
     """
     if not (x.is_cuda and x.dim() == 3 and x.numel() and x.dtype in route.FLOATS and route.uses_triton(x)):
         return None
-    mixer = layer._modules["mixer"]
+    modules, mixer = layer._modules, layer._modules["mixer"]
     inner = mixer._modules
-    linear = (*(layer._modules[name] for name in ("W_in", "W_out")), *(inner[name] for name in ("q_proj", "k_proj", "v_proj", "proj_fb", "gamma_ctx")))
-    if mixer.head_dim % 8 or mixer.head_dim > 1024 or not (_unhooked(layer._modules["ln"], nn.LayerNorm) and all(_unhooked(m, nn.Linear) for m in linear)):
+    # loops in lists and no generators: every layer of every step comes by here before its first kernel
+    linear = [modules["W_in"], modules["W_out"], inner["q_proj"], inner["k_proj"], inner["v_proj"], inner["proj_fb"], inner["gamma_ctx"]]
+    if mixer.head_dim % 8 or mixer.head_dim > 1024 or not (_unhooked(modules["ln"], nn.LayerNorm) and all([_unhooked(m, nn.Linear) for m in linear])):
         return None
     weights = parameters(layer)
-    every = (*weights.head, weights.out)
+    every = [*weights.head, weights.out]
     autocast = torch.is_autocast_enabled("cuda")
     dtype = regions.storage_type(x)
-    if any(p is None or p.dtype not in route.FLOATS for p in every) or dtype not in route.FLOATS or not route.is_eager(x, *every):
+    if any([p is None for p in every]) or dtype not in route.FLOATS or not route.is_eager(x, *every):
+        return None
+    types = [p.dtype for p in every]
+    if not _FLOATS.issuperset(types):
         return None
     # without autocast the parameters of the norm and of gamma may be float32 beside 16-bit activations, those of the projections not
-    same = x.dtype in (torch.float32, dtype) if autocast else all(p.dtype == dtype for p in (*weights.head.projections(), weights.out))
-    return weights if same else None
+    one = types[_PROJECTED[0]]
+    if not all([types[i] == one for i in _PROJECTED]) or not (x.dtype in (torch.float32, dtype) if autocast else one == dtype):
+        return None
+    return weights
 
 
 def trains(layer: Any, x: Tensor, weights: Weights, past: Sequence[Tensor] | None) -> bool:
     """Whether a gradient will be wanted of what the layer gives for x behind this past."""
+    if not torch.is_grad_enabled():
+        return False
+    if x.requires_grad:
+        return True
     out_proj = layer._modules["mixer"]._modules["out_proj"].parameters()
-    return torch.is_grad_enabled() and any(p.requires_grad for p in (x, *weights.head, weights.out, *out_proj, *(past or ())))
+    return any(p.requires_grad for p in (*weights.head, weights.out, *out_proj, *(past or ())))
 
 
-def whole(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: Weights) -> tuple[Tensor, ...] | None:
-    """y (B,T,D) and the rows k, v, k_b, s of a layer without a past, as one autograd node; None where out_proj is not a plain map. x, rope, weights: as `head`
-    takes them."""
+def whole(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: Weights, rows: bool = True) -> tuple[Tensor, ...] | None:
+    """y (B,T,D) and, with `rows`, the rows k, v, k_b, s of a layer without a past, as one autograd node; None where out_proj is not a plain map. x, rope,
+    weights: as `head` takes them."""
     out_proj = layer._modules["mixer"]._modules["out_proj"]
     weight = out_proj._parameters.get("weight")
     if not (_unhooked(out_proj, nn.Identity) if weight is None else _unhooked(out_proj, nn.Linear) and weight.dtype == weights.out.dtype):
         return None
     if weight is not None and not route.is_eager(weight):
         return None
-    return regions.whole(_form(layer), *_tables(rope), x, weights, weight)
+    return training.whole(_form(layer), *_tables(rope), x, weights, weight, rows)
 
 
 def _form(layer: Any) -> Form:
@@ -93,6 +108,6 @@ def head(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: Wei
     return regions.head(_form(layer), *_tables(rope), x, weights.head)
 
 
-def tail(s: Tensor, head: Head, weights: Weights) -> Tensor:
-    """The layer's y (B,T,D) of the feedback branch's s (B,T,D)."""
-    return regions.tail(head.x, s, head.g, weights.out, weights.head.out_bias)
+def tail(layer: Any, s: Tensor, head: Head, rope: tuple[Tensor, Tensor] | None, weights: Weights) -> Tensor:
+    """The layer's y (B,T,D) of the feedback branch's s (B,T,D). rope, weights: those of `head`."""
+    return regions.tail(_form(layer), None if rope is None else rope[0], s, head, weights)

@@ -36,6 +36,9 @@ class Rows(NamedTuple):
     s: Tensor
 
 
+NO_ROWS: Rows = ()  # type: ignore[assignment]  # where nobody asks for them
+
+
 class Ops(NamedTuple):
     """The two ops that a mixer calls: the kernels', or others of the same arguments where implementations are compared."""
 
@@ -219,27 +222,27 @@ class SessaLayer(nn.Module):
         self.mixer = SessaMixer(d_model, n_heads, n_kv_heads, gamma_max, use_forward_rope)
         self.W_out = nn.Linear(d_model, d_model)
 
-    def step(self, x: Tensor, past_length: Tensor | None, past: Rows | None, rope: Rope) -> tuple[Tensor, Rows]:
-        """y (B,T,D) and the layer's new rows, for x behind the given past (None, None: no past)."""
+    def step(self, x: Tensor, past_length: Tensor | None, past: Rows | None, rope: Rope, rows: bool = True) -> tuple[Tensor, Rows]:
+        """y (B,T,D) and the layer's new rows, for x behind the given past (None, None: no past). rows: whether they are wanted; if not, () may be given."""
         ops = self.mixer.ops
         weights = fused_layer.applies(self, x) if ops is KERNELS else None
         if weights is not None and fused_layer.trains(self, x, weights, past):
-            whole = fused_layer.whole(self, x, rope, weights) if past is None else None
+            whole = fused_layer.whole(self, x, rope, weights, rows) if past is None else None
             if whole is not None:
-                return whole[0], Rows(*whole[1:])
+                return whole[0], Rows(*whole[1:]) if rows else NO_ROWS
             weights = None
         if weights is not None:
             head = fused_layer.head(self, x, rope, weights)
             f = self.mixer.out_proj(ops.attend(head.q, head.k, head.v, past_length, past).reshape(x.shape))
             s = ops.solve(head.q_b, head.k_b, head.gamma, f, past_length, past)
-            return fused_layer.tail(s, head, weights), Rows(head.k, head.v, head.k_b, s)
+            return fused_layer.tail(self, s, head, rope, weights), Rows(head.k, head.v, head.k_b, s)
         a, g = self.W_in(self.ln(x)).split(x.shape[-1], dim=-1)
         new = self.mixer.step(F.gelu(a), past_length, past, rope)
         return x + self.W_out(new.s * g), new
 
     def forward(self, x: Tensor) -> Tensor:
         """y (B,T,D) of a whole sequence x (B,T,D)."""
-        return self.step(x, None, None, self.mixer.rope(x, None))[0]
+        return self.step(x, None, None, self.mixer.rope(x, None), False)[0]
 
     def init_cache(self, batch_size: int, capacity: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SessaCache:
         """An empty cache for `batch_size` sequences of at most `capacity` tokens, by default on the layer's device in its dtype."""
@@ -335,9 +338,9 @@ class SessaLM(nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float(), *out
 
     def body(
-        self, input_ids: Tensor, past_length: Tensor | None, new_length: Tensor | None, past: Sequence[Tensor] | None
+        self, input_ids: Tensor, past_length: Tensor | None, new_length: Tensor | None, past: Sequence[Tensor] | None, rows: bool = True
     ) -> tuple[Tensor, list[Tensor]]:
-        """`graph` up to the last layer: its y (B,T,D), and the new rows."""
+        """`graph` up to the last layer: its y (B,T,D), and the new rows, which may be left out where `rows` is False."""
         x = self.embedding(input_ids)
         tokens, first = input_ids.shape[1], self.layers[0].mixer
         rope = None
@@ -346,8 +349,8 @@ class SessaLM(nn.Module):
         valid = None if new_length is None else valid_rows(tokens, new_length)
         out: list[Tensor] = []
         for i, layer in enumerate(self.layers):
-            rows = None if past is None else Rows(*past[4 * i : 4 * i + 4])
-            x, new = layer.step(x, past_length, rows, rope)
+            old = None if past is None else Rows(*past[4 * i : 4 * i + 4])
+            x, new = layer.step(x, past_length, old, rope, rows)
             for field in new:
                 out.append(field if valid is None else torch.where(valid.view(*valid.shape, *(1,) * (field.dim() - 2)), field, torch.zeros_like(field)))
         return x, out
@@ -357,7 +360,7 @@ class SessaLM(nn.Module):
         scalar for training, which keeps no logits in float32 (float64 in a float64 model)."""
         if targets is None:
             return self.graph(input_ids, None, None, None, all_logits=True)[0]
-        return self.nats(self.body(input_ids, None, None, None)[0], targets)
+        return self.nats(self.body(input_ids, None, None, None, rows=False)[0], targets)
 
     def nats(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean nats of targets (B,T) behind the last layer's y (B,T,D)."""

@@ -99,7 +99,8 @@ def tables_from_zero(tokens: int, head_dim: int, device: torch.device) -> tuple[
     """
     kept = _TABLES.setdefault((head_dim, device), [])
     if kept and kept[-1][0].shape[1] >= tokens:
-        return kept[-1][0][:, :tokens], kept[-1][1][:, :tokens]
+        cos, sin = kept[-1]
+        return (cos, sin) if cos.shape[1] == tokens else (cos[:, :tokens], sin[:, :tokens])
     rows = max(_FIRST_ROWS, 1 << (tokens - 1).bit_length())
     with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be saved for a backward
         cos, sin = rope_tables(torch.arange(rows, device=device)[None], head_dim, torch.float32)

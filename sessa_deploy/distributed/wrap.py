@@ -95,12 +95,12 @@ def change_layers(model: nn.Module, compiled: bool, recomputed: bool) -> None:
 
 
 def _step(step: Callable[..., Any], x: Tensor, past_length: Any, past: Any, rope: Any) -> Tensor:
-    y: Tensor = step(x, past_length, past, rope)[0]
+    y: Tensor = step(x, past_length, past, rope, False)[0]
     return y
 
 
 def _without_rows(step: Callable[..., Any], changed: Callable[..., Tensor], recomputed: bool) -> Callable[..., Any]:
-    def call(x: Tensor, past_length: Any, past: Any, rope: Any) -> tuple[Tensor, tuple[()]]:
+    def call(x: Tensor, past_length: Any, past: Any, rope: Any, rows: bool = False) -> tuple[Tensor, tuple[()]]:
         if not torch.is_grad_enabled():  # held-out text comes in other shapes, each of which would be compiled
             return _step(step, x, past_length, past, rope), ()
         if recomputed:  # nothing in a layer is random

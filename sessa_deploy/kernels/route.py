@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import FEEDBACK_MAX_WIDTH, FEEDBACK_MULTIPLE, HEAD_MAX_WIDTH, HEAD_MULTIPLE, MAX_GRID, ROWS_HEADS, ROWS_WIDTHS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # storage types that have kernels
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # not asked in a call: torch.compile cannot trace the question
 
 
@@ -58,7 +60,7 @@ def is_eager(*tensors: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+        and _PLAIN.issuperset([type(x) for x in tensors])
     )
 
 
@@ -96,6 +98,27 @@ def feedback_backward(
 
         return backward.backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length)
     return blocked.feedback_backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length)
+
+
+def feedback_plans(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """The plans of the kernels' forward and backward for q (B,T,D) of this shape without a past, for callers that own the memory."""
+    from sessa_deploy.kernels.feedback import backward, forward
+
+    return forward.plan_of(device, dtype, shape), backward.plan_of(device, dtype, shape)
+
+
+def feedback_call(*arguments: Any) -> Any:
+    """`feedback.forward.Call`."""
+    from sessa_deploy.kernels.feedback import forward
+
+    return forward.Call(*arguments)
+
+
+def feedback_queue_backward(*arguments: Any) -> None:
+    """`feedback.backward.queue`."""
+    from sessa_deploy.kernels.feedback import backward
+
+    backward.queue(*arguments)
 
 
 def causal_kernels_take(q: Tensor) -> bool:

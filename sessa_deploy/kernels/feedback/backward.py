@@ -6,7 +6,10 @@ Row panels go from the last to the first; what a panel adds to rows of earlier p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -237,39 +240,39 @@ class Plan:
 _plan = lru_cache(maxsize=256)(Plan)
 
 
-def backward(
-    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, s_low: Tensor | None,
-    past_k: Tensor, past_s: Tensor, past_length: Tensor,
-    options: Options | None = None, panel_bytes: int = PANEL_BYTES, made: Plan | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dgamma, df, dpast_k, dpast_s) of the forward that gave s (B,T,D), lse (B,T) and s_low (B,T,D). Shapes and dtypes as the inputs'.
+def plan_of(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], past: int = 0, options: Options | None = None, panel_bytes: int = PANEL_BYTES
+) -> Plan:
+    """The plan of calls with q (B,T,D) of this shape and a past of so many rows, kept where the options are the pinned ones."""
+    batch, tokens, width = shape
+    where = (device, dtype, batch, tokens, past, width)
+    return Plan(*where, options, panel_bytes) if options else _plan(*where, None, panel_bytes)
 
-    Rows from a sequence's first one with NaN or Inf in q, k or s on get gradient 0 and contribute none. options, made: as in the forward.
+
+def queue(
+    p: Plan, ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, s: Tensor, lse: Tensor, s_low: Tensor | None, past_k: Tensor, past_s: Tensor,
+    past_length: Tensor, to: Sequence[Tensor], memory: Tensor, sync: Tensor, after_f: AbstractContextManager[Any] | None = None,
+) -> None:  # fmt: skip
+    """Queue all of it. to: what is written, gradients of q, k, gamma, f, past_k and past_s; memory: of the plan's workspace; sync: p.sync zeros, int32.
+
+    Every tensor is `aligned`, and held by the caller until all is queued.
+    after_f: a context such as another stream, in which what follows the gradient of f is queued if there is one panel; nothing else reads `memory` before it
+    is joined.
     """
-    ds, q, k, gamma, s, past_k, past_s, lse = (aligned(x) for x in (ds, q, k, gamma, s, past_k, past_s, lse))
-    s_low = None if s_low is None else aligned(s_low)
-    batch, tokens, width = q.shape
-    device = q.device
-    shape = (device, q.dtype, batch, tokens, past_k.shape[1], width)
-    p = made or (Plan(*shape, options, panel_bytes) if options else _plan(*shape, None, panel_bytes))
-    if past_length.dtype != torch.int32:
-        past_length = past_length.to(torch.int32)
-    dq, dk, df = torch.empty_like(q), torch.empty_like(k), torch.empty_like(q)
-    dgamma, dpast_k, dpast_s = torch.empty_like(gamma), torch.empty_like(past_k), torch.empty_like(past_s)
-    at, _memory = p.workspace.take(device)
-    sync = torch.zeros(p.sync, dtype=torch.int32, device=device)
-    bad, ticket = address(sync), address(sync[batch:])
-    a_ds, a_q, a_k, a_gamma, a_s, a_lse, a_length = (address(x) for x in (ds, q, k, gamma, s, lse, past_length))
-    a_dq, a_dk, a_df, a_dgamma, a_dpast_k, a_dpast_s = (address(x) for x in (dq, dk, df, dgamma, dpast_k, dpast_s))
+    at = p.workspace.at(memory)
+    bad, ticket = address(sync), address(sync[q.shape[0] :])
+    a_ds, a_q, a_k, a_gamma, a_s, a_lse, a_length = [address(x) for x in (ds, q, k, gamma, s, lse, past_length)]
+    a_dq, a_dk, a_dgamma, a_df, a_dpast_k, a_dpast_s = [address(x) for x in to]
     a_past_k, a_past_s = (address(past_k), address(past_s)) if p.past_tiles else (a_k, a_s)
-    e, r, sums, inverse_sum, factor, r_scales, grad_scales = (at[n] for n in ("e", "r", "sums", "inverse_sum", "factor", "r_scales", "grad_scales"))
-    inverse, near, near_scale, w = (at[n] for n in ("inverse", "near", "near_scale", "w"))
+    e, r, sums, inverse_sum, factor, r_scales, grad_scales = [at[n] for n in ("e", "r", "sums", "inverse_sum", "factor", "r_scales", "grad_scales")]
+    inverse, near, near_scale, w = [at[n] for n in ("inverse", "near", "near_scale", "w")]
     inverse_low, near_low, w_low = at["inverse" + p.low], at["near" + p.low], at["w" + p.low]
-    u, u_low, u_scale, s_all, s_all_low, s_scale = (at[n] for n in ("u", "u" + p.full, "u_scale", "s", "s" + p.full, "s_scale"))
+    u, u_low, u_scale, s_all, s_all_low, s_scale = [at[n] for n in ("u", "u" + p.full, "u_scale", "s", "s" + p.full, "s_scale")]
     grad = at["grad"] if p.full else r if isinstance(r, int) else r.view(q.dtype)
     rest = at["rest"] if p.low else a_df
-    scores, pack, products, grad_of_scores = (p.run[name] for name in (BACKWARD[0], *BACKWARD[3:6]))
+    scores, pack, products, grad_of_scores = [p.run[name] for name in (BACKWARD[0], *BACKWARD[3:6])]
     pack(p.pack_s[0], a_s, a_s if s_low is None else address(s_low), a_past_s, a_length, a_q, a_k, a_lse, bad, s_all, s_all_low, s_scale, *p.pack_s[1])
+    apart = after_f if after_f is not None and len(p.panels) == 1 else nullcontext()
     for by_scores, by_combine, by_solve, by_pack, by_products, by_grad, by_q, by_k in p.panels:
         scores(by_scores[0], a_q, a_k, a_past_k, a_length, a_lse, bad, e, sums, sums, ticket, *by_scores[1])
         for each, run in p.combination:
@@ -281,12 +284,32 @@ def backward(
             by_solve[0], e, factor, inverse, inverse_low, near, near_low, near_scale, a_ds, a_df, rest, w, w_low, at["scales"], at["carry"], a_dpast_s,
             a_length, bad, ticket, *by_solve[1],
         )  # fmt: skip
-        pack(by_pack[0], a_df, rest, a_past_s, a_length, a_q, a_k, a_lse, bad, u, u_low, u_scale, *by_pack[1])
-        products(by_products[0], u, u_low, u_scale, s_all, s_all_low, s_scale, a_length, bad, e, r, r_scales, at["r_sums"], *by_products[1])
-        grad_of_scores(by_grad[0], e, r, r_scales, at["r_sums"], factor, inverse_sum, grad, grad_scales, a_dgamma, a_length, bad, *by_grad[1])
-        if p.run_together is not None:
-            p.run_together(by_q[0], grad, grad_scales, a_q, a_k, a_length, bad, a_dq, a_dk, *by_q[1])
-            continue
-        p.run["feedback_grad_q"](by_q[0], grad, grad_scales, a_k, a_past_k, a_length, bad, a_dq, *by_q[1])
-        p.run["feedback_grad_k"](by_k[0], grad, grad_scales, a_q, a_length, bad, at["carry_k"], a_dk, a_dpast_k, *by_k[1])
+        with apart:
+            pack(by_pack[0], a_df, rest, a_past_s, a_length, a_q, a_k, a_lse, bad, u, u_low, u_scale, *by_pack[1])
+            products(by_products[0], u, u_low, u_scale, s_all, s_all_low, s_scale, a_length, bad, e, r, r_scales, at["r_sums"], *by_products[1])
+            grad_of_scores(by_grad[0], e, r, r_scales, at["r_sums"], factor, inverse_sum, grad, grad_scales, a_dgamma, a_length, bad, *by_grad[1])
+            if p.run_together is not None:
+                p.run_together(by_q[0], grad, grad_scales, a_q, a_k, a_length, bad, a_dq, a_dk, *by_q[1])
+                continue
+            p.run["feedback_grad_q"](by_q[0], grad, grad_scales, a_k, a_past_k, a_length, bad, a_dq, *by_q[1])
+            p.run["feedback_grad_k"](by_k[0], grad, grad_scales, a_q, a_length, bad, at["carry_k"], a_dk, a_dpast_k, *by_k[1])
+
+
+def backward(
+    ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, s_low: Tensor | None,
+    past_k: Tensor, past_s: Tensor, past_length: Tensor,
+    options: Options | None = None, panel_bytes: int = PANEL_BYTES, made: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dgamma, df, dpast_k, dpast_s) of the forward that gave s (B,T,D), lse (B,T) and s_low (B,T,D). Shapes and dtypes as the inputs'.
+
+    Rows from a sequence's first one with NaN or Inf in q, k or s on get gradient 0 and contribute none. options, made: as in the forward.
+    """
+    ds, q, k, gamma, s, past_k, past_s, lse = (aligned(x) for x in (ds, q, k, gamma, s, past_k, past_s, lse))
+    s_low = None if s_low is None else aligned(s_low)
+    p = made or plan_of(q.device, q.dtype, q.shape, past_k.shape[1], options, panel_bytes)
+    if past_length.dtype != torch.int32:
+        past_length = past_length.to(torch.int32)
+    dq, dk, dgamma, df, dpast_k, dpast_s = (torch.empty_like(x) for x in (q, k, gamma, q, past_k, past_s))
+    memory, sync = p.workspace.allocate(q.device), torch.zeros(p.sync, dtype=torch.int32, device=q.device)
+    queue(p, ds, q, k, gamma, s, lse, s_low, past_k, past_s, past_length, (dq, dk, dgamma, df, dpast_k, dpast_s), memory, sync)
     return dq, dk, dgamma, df, dpast_k, dpast_s

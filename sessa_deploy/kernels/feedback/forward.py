@@ -280,6 +280,58 @@ class Plan:
 _plan = lru_cache(maxsize=256)(Plan)
 
 
+def plan_of(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], past: int = 0, options: Options | None = None, panel_bytes: int = PANEL_BYTES
+) -> Plan:
+    """The plan of calls with q (B,T,D) of this shape and a past of so many rows, kept where the options are the pinned ones."""
+    batch, tokens, width = shape
+    where = (device, dtype, batch, tokens, past, width)
+    return Plan(*where, options, panel_bytes) if options else _plan(*where, None, panel_bytes)
+
+
+class Call:
+    """The launches of one forward: `route`, which needs no f, then `solve`. What is written: s, lse and low, as `forward` gives them.
+
+    memory: of the plan's workspace. Every tensor is `aligned`, and held by the caller until all of it is queued.
+    """
+
+    def __init__(
+        self, p: Plan, q: Tensor, k: Tensor, gamma: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, s: Tensor, lse: Tensor | None,
+        low: Tensor | None, memory: Tensor,
+    ) -> None:  # fmt: skip
+        at = p.workspace.at(memory)
+        a_s, a_q, a_k, a_gamma, a_length = [address(x) for x in (s, q, k, gamma, past_length)]
+        a_past_k, a_past_s = (address(past_k), address(past_s)) if p.pack else (a_k, a_s)
+        a_lse, a_low = at["lse"] if lse is None else address(lse), a_s if low is None else address(low)
+        e, peak, total, sync, w, scales = [at[n] for n in ("e", "peak", "total", "sync", "w", "scales")]
+        row_peak, factor, inverse, near, near_scale = [at[n] for n in ("row_peak", "factor", "inverse", "near", "near_scale")]
+        inverse_low, near_low, w_low = at["inverse" + p.low], at["near" + p.low], at["w" + p.low]
+        self._plan, self._keep = p, int(low is not None)
+        self._pack = (a_past_s, a_length, w, w_low, scales)
+        self._scores = (a_q, a_k, a_past_k, a_length, a_lse, sync, e, peak, total, sync)
+        self._combine = (e, peak, total, a_gamma, a_length, row_peak, factor, a_lse, at["x"], inverse, inverse_low, near, near_low, near_scale)
+        self._first = (e, peak, row_peak, factor, inverse, inverse_low, near, near_low, near_scale)
+        self._last = (a_s, a_low, w, w_low, scales, a_length, sync)
+
+    def route(self, panel: int = 0) -> None:
+        """Queue what a panel's solve needs beside f; the first panel's before `solve`."""
+        p = self._plan
+        if p.pack and panel == 0:
+            p.run_pack(p.pack[0], *self._pack, *p.pack[1])
+        score_programs, score_sizes, combine_programs, combine_sizes, _, _ = p.panels[panel]
+        p.run_scores(score_programs, *self._scores, *score_sizes)
+        for each, run in p.combination:
+            run((*combine_programs, each), *self._combine, *combine_sizes)
+
+    def solve(self, f: Tensor) -> None:
+        """Queue the rest, for f (B,T,D)."""
+        a_f = address(f)
+        for panel, (*_, programs, sizes) in enumerate(self._plan.panels):
+            if panel:
+                self.route(panel)
+            self._plan.run_solve(programs, *self._first, a_f, *self._last, *sizes, self._keep)
+
+
 def forward(
     q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool = True,
     options: Options | None = None, panel_bytes: int = PANEL_BYTES, made: Plan | None = None,
@@ -290,33 +342,13 @@ def forward(
     options: launch options by kernel name in place of the pinned ones (tuning, small tiles under the interpreter); made: the plan of such a call.
     """
     q, k, gamma, f, past_k, past_s = (aligned(x) for x in (q, k, gamma, f, past_k, past_s))
-    batch, tokens, width = q.shape
-    device = q.device
-    shape = (device, q.dtype, batch, tokens, past_k.shape[1], width)
-    p = made or (Plan(*shape, options, panel_bytes) if options else _plan(*shape, None, panel_bytes))
+    p = made or plan_of(q.device, q.dtype, q.shape, past_k.shape[1], options, panel_bytes)
     if past_length.dtype != torch.int32:
         past_length = past_length.to(torch.int32)
     s = torch.empty_like(f)
-    lse = torch.empty(batch, tokens, dtype=torch.float32, device=device) if need_lse else None
-    at, _memory = p.workspace.take(device)
-    low = torch.empty_like(f) if need_lse and p.low else None
-    a_s, a_f, a_q, a_k, a_gamma, a_length = (address(x) for x in (s, f, q, k, gamma, past_length))
-    a_past_k, a_past_s = (address(past_k), address(past_s)) if p.pack else (a_k, a_f)
-    a_lse = at["lse"] if lse is None else address(lse)
-    e, peak, total, sync, w, scales = (at[n] for n in ("e", "peak", "total", "sync", "w", "scales"))
-    row_peak, factor, inverse, near, near_scale = (at[n] for n in ("row_peak", "factor", "inverse", "near", "near_scale"))
-    inverse_low, near_low, w_low = at["inverse" + p.low], at["near" + p.low], at["w" + p.low]
-    if p.pack:
-        p.run_pack(p.pack[0], a_past_s, a_length, w, w_low, scales, *p.pack[1])
-    for score_programs, score_sizes, combine_programs, combine_sizes, solve_programs, solve_sizes in p.panels:
-        p.run_scores(score_programs, a_q, a_k, a_past_k, a_length, a_lse, sync, e, peak, total, sync, *score_sizes)
-        for each, run in p.combination:
-            run(
-                (*combine_programs, each), e, peak, total, a_gamma, a_length, row_peak, factor, a_lse, at["x"], inverse, inverse_low, near, near_low,
-                near_scale, *combine_sizes,
-            )  # fmt: skip
-        p.run_solve(
-            solve_programs, e, peak, row_peak, factor, inverse, inverse_low, near, near_low, near_scale, a_f, a_s, a_s if low is None else address(low), w,
-            w_low, scales, a_length, sync, *solve_sizes, int(low is not None),
-        )  # fmt: skip
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if need_lse else None
+    memory, low = p.workspace.allocate(q.device), torch.empty_like(f) if need_lse and p.low else None
+    call = Call(p, q, k, gamma, past_k, past_s, past_length, s, lse, low, memory)
+    call.route()
+    call.solve(f)
     return s, lse, low

@@ -146,13 +146,21 @@ class Workspace:
             self.offsets[name] = self.bytes
             self.bytes += -(-count * dtype.itemsize // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
 
-    def take(self, device: torch.device) -> tuple[dict[str, Address], Tensor]:
-        """Addresses of the buffers, uninitialised, and their memory, to be kept until the launches are queued."""
-        memory = self._empty(self.bytes, dtype=self._byte, device=device)
+    def allocate(self, device: torch.device) -> Tensor:
+        """Memory for the buffers, uninitialised, to be kept until the launches are queued."""
+        return self._empty(self.bytes, dtype=self._byte, device=device)
+
+    def at(self, memory: Tensor) -> dict[str, Address]:
+        """Addresses of the buffers in what `allocate` gave."""
         if interpreted():
-            return {n: memory[o : o + self.buffers[n][0] * self.buffers[n][1].itemsize].view(self.buffers[n][1]) for n, o in self.offsets.items()}, memory
+            return {n: memory[o : o + self.buffers[n][0] * self.buffers[n][1].itemsize].view(self.buffers[n][1]) for n, o in self.offsets.items()}
         base = memory.data_ptr()
-        return {n: base + o for n, o in self.offsets.items()}, memory
+        return {n: base + o for n, o in self.offsets.items()}
+
+    def take(self, device: torch.device) -> tuple[dict[str, Address], Tensor]:
+        """(`at`, `allocate`) of one call."""
+        memory = self.allocate(device)
+        return self.at(memory), memory
 
 
 def workspace(device: torch.device, buffers: dict[str, tuple[int, torch.dtype]]) -> tuple[dict[str, Address], Tensor]:
@@ -190,7 +198,7 @@ class Launcher:
             self.kernel[grid](*arguments, **self.options)
             return
         stream = self._stream(self.index)
-        x, y, z = (*grid, 1, 1)[:3]
+        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         if self._current() == self.index:
             self._launch(stream, x, y, z, *arguments)
         else:
@@ -220,21 +228,37 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], optio
 
     Tensors: contiguous rows, 16-byte aligned. options: tiles and warps, one object for all calls alike, whose identity stands for them.
     """
-    key: list[Any] = [kernel.__name__, arguments[0].device.index, id(options)]
-    values: list[Any] = []
-    as_it_is = interpreted()
-    for x in arguments:
-        if x.__class__ is int or x.__class__ is float:
-            values.append(x)
-        else:
-            key.append(x.dtype)
-            values.append(x if as_it_is else x.data_ptr())
-    found = _LAUNCHERS.get(tuple(key))
+    _untabled(kernel, arguments, options)(grid, *[x if x.__class__ is int or x.__class__ is float else address(x) for x in arguments])
+
+
+def _untabled(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launcher:
+    """The launcher of a kernel that is in no table, for arguments of these types."""
+    types = tuple([x.dtype for x in arguments if not (x.__class__ is int or x.__class__ is float)])
+    key = (kernel.__name__, arguments[0].device.index, id(options), types)
+    found = _LAUNCHERS.get(key)
     if found is None:
         # No integer selects a binary (do_not_specialize), and every pointer is promised 16-byte alignment.
         examples = [x.dtype if hasattr(x, "data_ptr") else 1.0 if isinstance(x, float) else 16 for x in arguments]
-        found = _LAUNCHERS[tuple(key)] = Launcher(kernel, arguments[0].device, examples, options)
-    found(grid, *values)
+        found = _LAUNCHERS[key] = Launcher(kernel, arguments[0].device, examples, options)
+    return found
+
+
+class Pass:
+    """A launch of a kernel that is in no table without its tensors: grid, numbers and options. A call takes the tensors, of the same types and device in all
+    calls, as in `launch`, and looks nothing up: what is repeated for every layer of every step."""
+
+    __slots__ = ("_grid", "_kernel", "_launcher", "_numbers", "_options")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self._kernel, self._numbers, self._options = kernel, numbers, options
+        self._grid = (*grid, 1, 1)[:3]
+        self._launcher: Launcher | None = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        run = self._launcher
+        if run is None:
+            run = self._launcher = _untabled(self._kernel, (*tensors, *self._numbers), self._options)
+        run(self._grid, *[address(x) for x in tensors], *self._numbers)
 
 
 def _bind(kernel: Any, binary: Any, constants: list[Any]) -> Call:

@@ -36,8 +36,8 @@ def gelu_parts(x):
 
 
 @triton.jit(do_not_specialize=["N", "d8", "eps"])
-def fused_norm(x, weight, bias, y, mean, rstd, N, d8, eps, BT: tl.constexpr, BD: tl.constexpr):
-    """Grid (row tiles,), BD >= D: y = LayerNorm(x) weight + bias; mean and rstd (N,) float32 for the backward."""
+def fused_norm(x, weight, bias, y, stats, N, d8, eps, BT: tl.constexpr, BD: tl.constexpr):
+    """Grid (row tiles,), BD >= D: y = LayerNorm(x) weight + bias; stats (2,N) float32, mean and 1 / deviation, for the backward."""
     D = d8 * 8
     o_r, o_d = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64), tl.arange(0, BD)
     m_r, m_d = o_r < N, o_d < D
@@ -51,12 +51,12 @@ def fused_norm(x, weight, bias, y, mean, rstd, N, d8, eps, BT: tl.constexpr, BD:
     b_b = tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_y = b_c * b_rstd[:, None] * b_w[None, :] + b_b[None, :]
     tl.store(y + o_x, b_y.to(y.dtype.element_ty), mask=m_x)
-    tl.store(mean + o_r, b_mean, mask=m_r)
-    tl.store(rstd + o_r, b_rstd, mask=m_r)
+    tl.store(stats + o_r, b_mean, mask=m_r)
+    tl.store(stats + N + o_r, b_rstd, mask=m_r)
 
 
 @triton.jit(do_not_specialize=["N", "d8", "w8", "at8"])
-def fused_norm_grad(x, weight, mean, rstd, dy, residual, dx, partial, N, d8, w8, at8, BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
+def fused_norm_grad(x, weight, stats, dy, residual, dx, partial, N, d8, w8, at8, BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
     """Grid (chunks,), BD >= D: dx of the norm plus residual; partial[:, 8 at8 :] gets the gradients of weight and bias and the residual's sums (D each)."""
     D = d8 * 8
     o_d = tl.arange(0, BD)
@@ -73,8 +73,8 @@ def fused_norm_grad(x, weight, mean, rstd, dy, residual, dx, partial, N, d8, w8,
         b_x = tl.load(x + o_x, mask=m_x, other=0.0).to(tl.float32)
         b_dy = tl.load(dy + o_x, mask=m_x, other=0.0).to(tl.float32)
         b_res = tl.load(residual + o_x, mask=m_x, other=0.0).to(tl.float32)
-        b_rstd = tl.load(rstd + o_r, mask=m_r, other=0.0)
-        b_n = (b_x - tl.load(mean + o_r, mask=m_r, other=0.0)[:, None]) * b_rstd[:, None]
+        b_rstd = tl.load(stats + N + o_r, mask=m_r, other=0.0)
+        b_n = (b_x - tl.load(stats + o_r, mask=m_r, other=0.0)[:, None]) * b_rstd[:, None]
         b_g = b_dy * b_w[None, :]
         b_dx = (b_g - (tl.sum(b_g, axis=1) / D)[:, None] - b_n * (tl.sum(b_g * b_n, axis=1) / D)[:, None]) * b_rstd[:, None]
         tl.store(dx + o_x, (b_dx + b_res).to(dx.dtype.element_ty), mask=m_x)

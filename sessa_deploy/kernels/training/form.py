@@ -38,10 +38,6 @@ class HeadWeights(NamedTuple):
     fb_bias: Tensor
     out_bias: Tensor
 
-    def projections(self) -> tuple[Tensor, ...]:
-        """Those of the matrix products."""
-        return tuple(p for name, p in zip(self._fields, self, strict=True) if not name.startswith(("norm", "gamma")))
-
 
 class Weights(NamedTuple):
     """What the regions of a layer need: `head` and W_out's weight (D,D)."""

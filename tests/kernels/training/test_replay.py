@@ -1,0 +1,230 @@
+"""Pieces of a training step that are replayed where they come again: which those are, and that nothing they depend on is left out of what they are known by."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+pytest.importorskip("triton")
+
+from feedback_cases import DEVICE
+
+from sessa_deploy import SessaLayer, fused_layer
+from sessa_deploy.kernels import ops
+from sessa_deploy.kernels.training import regions, replay, whole
+from sessa_deploy.kernels.training.plan import Memory
+from sessa_deploy.rope import rope_tables
+
+
+class Graph:
+    """A CUDA graph whose capture runs nothing, and whose replay says so."""
+
+    current: Any = None
+    refuses = False
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local" and pool == "pool"
+        Graph.current = self
+
+    def capture_end(self) -> None:
+        Graph.current = None
+        if Graph.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def replay(self) -> None:
+        assert Graph.current is None
+        self.replays += 1
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The GPU as `Replays` sees it: `capturing` is whether somebody captures the current stream."""
+    seen = SimpleNamespace(capturing=False, streams=itertools.count(100))
+    monkeypatch.setattr(Graph, "refuses", False)
+    monkeypatch.setattr(replay, "new_stream", lambda: next(seen.streams))
+    monkeypatch.setattr(replay.Replays, "_warm_up", lambda self: None)
+    for name, value in {"CUDAGraph": Graph, "graph_pool_handle": lambda: "pool", "stream": lambda s: nullcontext(),
+                        "ExternalStream": lambda number, device: SimpleNamespace(cuda_stream=number, device_index=device.index)}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: seen.capturing, raising=False)
+    return seen
+
+
+def test_what_comes_again_is_captured_and_replayed(graphs: SimpleNamespace) -> None:
+    kept, ran = replay.Replays(torch.device("cuda", 0)), list[str]()
+    for _ in range(replay.SEEN):
+        kept.run(("a", 1), lambda: ran.append("a"))
+        kept.run(("b", len(ran)), lambda: ran.append("b"))  # never the same again
+    assert ran == ["a", "b"] * replay.SEEN and not kept._graphs
+    for _ in range(4):
+        kept.run(("a", 1), lambda: ran.append("captured"))
+    assert ran[2 * replay.SEEN :] == ["captured"] and [g.replays for g in kept._graphs.values()] == [4]
+    graphs.capturing = True  # a graph of somebody else's: what it holds is queued into it
+    kept.run(("a", 1), lambda: ran.append("theirs"))
+    assert ran[-1] == "theirs" and kept._graphs["a", 1].replays == 4
+
+
+def test_what_cannot_be_captured_is_queued_as_ever(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, ran = replay.Replays(torch.device("cuda", 0)), list[int]()
+    monkeypatch.setattr(Graph, "refuses", True)
+    for i in range(replay.SEEN + 3):
+        kept.run("a", functools.partial(ran.append, i))
+    # the one that was tried ran twice: in the capture, which does nothing on a GPU, and behind it
+    assert ran == [0, 1, 2, 3, 3, 4, 5] and not kept._graphs
+    monkeypatch.setattr(Graph, "refuses", False)
+    monkeypatch.setenv("SESSA_REPLAY", "0")
+    off = replay.Replays(torch.device("cuda", 0))
+    for _ in range(9):
+        off.run("a", lambda: ran.append(9))
+    assert ran[-9:] == [9] * 9 and not off._graphs
+
+
+def test_graphs_and_keys_are_bounded(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MOST", 2)
+    monkeypatch.setattr(replay, "_REMEMBERED", 5)
+    kept = replay.Replays(torch.device("cuda", 0))
+    for key in range(3):
+        for _ in range(replay.SEEN + 1):
+            kept.run(key, lambda: None)
+    assert len(kept._graphs) == 2
+    more = replay.Replays(torch.device("cuda", 0))
+    for key in range(100):
+        more.run(key, lambda: None)
+    assert len(more._seen) <= 5
+
+
+class Again:
+    """Stands in for `Replays`: what is known by a key that was there before is the work of the first time, with the tensors of the first time."""
+
+    def __init__(self) -> None:
+        self.first: dict[Any, Any] = {}
+        self.hits = 0
+
+    def run(self, key: Any, work: Any) -> None:
+        self.hits += key in self.first
+        self.first.setdefault(key, work)()
+
+
+class Places:
+    """Memory that is given out in the same order in every step, as an allocator does in a training loop."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.given: dict[Any, Tensor] = {}
+        self.count = itertools.count()
+        plain, forward, backward = torch.empty, ops.attention_forward, ops.attention_backward
+
+        def empty(*size: Any, **kind: Any) -> Tensor:
+            key = (next(self.count), str(size), str(kind))
+            if key not in self.given:
+                self.given[key] = plain(*size, **kind)
+            return self.given[key]
+
+        def placed(x: Tensor) -> Tensor:
+            return empty(tuple(x.shape), dtype=x.dtype, device=x.device).copy_(x)
+
+        def attend(*inputs: Tensor) -> Any:
+            o, attention = forward(*inputs)
+            return placed(o), attention
+
+        monkeypatch.setattr(torch, "empty", empty)
+        monkeypatch.setattr(ops, "attention_forward", attend)
+        monkeypatch.setattr(ops, "attention_backward", lambda *inputs: tuple(placed(g) for g in backward(*inputs)))
+
+    def again(self) -> None:
+        """A new step: what was given out holds NaN."""
+        self.count = itertools.count()
+        for x in self.given.values():
+            x.view(torch.uint8).fill_(0xFF)
+
+
+def test_no_step_is_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of one layer at the same addresses, changed in turns in everything that decides what is queued: each gives its own gradients."""
+    torch.manual_seed(0)
+    layer, others = (SessaLayer(32, 2, 1).to(DEVICE) for _ in range(2))
+    x, dy, ds, dk_b = torch.randn(4, 1, 5, 32, device=DEVICE)
+    tables, dk = rope_tables(torch.arange(5, device=DEVICE)[None], 16, torch.float32), torch.randn(1, 5, 1, 16, device=DEVICE)
+    monkeypatch.setattr(fused_layer, "applies", lambda layer, x: fused_layer.parameters(layer))
+    monkeypatch.setattr(regions, "storage_type", lambda x: torch.bfloat16 if torch.is_autocast_enabled(DEVICE) else x.dtype)
+    monkeypatch.setattr(ops, "_TRAINING_BACKENDS", [SDPBackend.MATH])
+    monkeypatch.setattr(ops, "_wants_other_backend", lambda *_: True)
+    known, places = Again(), Places(monkeypatch)
+
+    def step(frozen: str, cast: bool, rope: bool, rows: bool, of: SessaLayer) -> dict[str, Tensor]:
+        places.again()
+        of.zero_grad()
+        for name, p in of.named_parameters():
+            p.requires_grad_(frozen not in name.split("."))
+        leaf = x.detach().requires_grad_()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=cast):
+            y, new = of.step(leaf, None, None, tables if rope else None, rows)
+        if rows:
+            torch.autograd.backward([y, new.s, new.k_b, new.k_f], [dy, ds, dk_b, dk])
+        else:
+            y.backward(dy)
+        assert leaf.grad is not None
+        return {"y": y.detach().clone(), "x": leaf.grad.clone()} | {n: p.grad.clone() for n, p in of.named_parameters() if p.grad is not None}
+
+    kinds = [("W_in", False, True, False, layer), ("out_proj", False, True, False, layer), ("none", False, True, False, layer),
+             ("none", True, True, False, layer), ("none", False, False, False, layer), ("none", False, True, True, layer),
+             ("none", False, True, False, others)]  # fmt: skip
+    want = []
+    for kind in kinds:
+        monkeypatch.setattr(whole, "replays", lambda device: None)
+        want.append(step(*kind))
+    monkeypatch.setattr(whole, "replays", lambda device: known)
+    for _ in range(2):
+        for kind, expected in zip(kinds, want, strict=True):
+            got = step(*kind)
+            assert got.keys() == expected.keys()
+            for name, g in expected.items():
+                assert torch.equal(got[name], g), f"{name} of {kind[:4]}"
+    assert known.hits >= 4 * len(kinds)  # in the second round all pieces were there before
+
+
+def test_views_of_one_allocation() -> None:
+    memory = Memory({"a": ((3, 5), torch.bfloat16), "nothing": ((0, 4), torch.float32), "b": ((2,), torch.float32)})
+    held = memory.allocate(torch.device("cpu"))
+    a, nothing, b = memory.views(held)
+    assert a.shape == (3, 5) and nothing.shape == (0, 4) and b.dtype == torch.float32 and b.data_ptr() % 256 == held.data_ptr() % 256
+    a.fill_(1.0)
+    b.fill_(2.0)
+    assert torch.equal(memory.view(held, "a"), a) and bool((a == 1).all()) and bool((memory.view(held, "b") == 2).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_replays_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, x, dy = SessaLayer(256, 4).cuda().bfloat16(), *torch.randn(2, 2, 300, 256, device="cuda").bfloat16()
+    monkeypatch.setattr(ops, "_TRAINING_BACKENDS", [SDPBackend.MATH])
+    monkeypatch.setattr(ops, "_wants_other_backend", lambda *_: True)
+
+    def step() -> list[Tensor]:
+        layer.zero_grad()
+        leaf = x.detach().requires_grad_()
+        y = layer(leaf)
+        y.backward(dy)
+        return [y.detach().clone(), *(x.grad.clone() for x in (leaf, *layer.parameters()) if x.grad is not None)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole, "replays", lambda device: None)
+        want = step()
+    held = []
+    for i in range(40):
+        if i > 15:  # elsewhere from now on
+            held.append(torch.full((1 << 16 + i % 5,), torch.nan, device="cuda"))
+            held = held[-3:]
+        assert all(torch.equal(got, w) for got, w in zip(step(), want, strict=True)), f"step {i}"
+    graphs = [len(kept._graphs) for kept in replay._KEPT.values()]
+    assert any(graphs) and all(kept._on for kept in replay._KEPT.values())
