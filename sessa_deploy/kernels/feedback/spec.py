@@ -207,9 +207,9 @@ KERNELS = by_name((
         optional=("wide",),
     ),
     Kernel(
-        "feedback_inverse", f"{_PACKAGE}.inverse", _COMBINE, ("CHUNK", "BACKWARD"), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd")
+        "feedback_inverse", f"{_PACKAGE}.inverse", _COMBINE, ("CHUNK", "BACKWARD", "HALF"), ("fwd", "bwd"), dtypes=_HALF, scalar_loads=128, optional=("fwd", "bwd")
     ),
-    Kernel("feedback_near", f"{_PACKAGE}.inverse", _COMBINE, ("BACKWARD",), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd")),
+    Kernel("feedback_near", f"{_PACKAGE}.inverse", _COMBINE, ("BACKWARD", "LOW"), ("fwd", "bwd"), dtypes=_HALF, scalar_loads=128, optional=("fwd", "bwd")),
     Kernel(
         "feedback_first_bad",
         f"{_PACKAGE}.gradients",
