@@ -129,16 +129,16 @@ struct Forward final : Plan
 
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
-        return runAhead(p, t, stream, error, false) && runRest(p, t, stream, error);
+        return runAhead(p, t, stream, error) && runRest(p, t, stream, error);
     }
 
     // Of the first panel all but the solve, the only kernel that reads f.
-    bool runAhead(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error, bool beside) const override
+    bool runAhead(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         Arguments packing;
         packing.add(t.in[kPastS]).add(t.in[kPastLength]).add(w).add(wLow).add(scales).add(i32(p.capacity)).add(i32(p.width)).add(i32(columns));
-        return route(p, t, 0, stream, error, beside)
-            && (pastTiles == 0 || launch(*pack, {std::min(pastTiles, kPackPrograms), tilesN, p.batch}, packing, stream, error));
+        return (pastTiles == 0 || launch(*pack, {std::min(pastTiles, kPackPrograms), tilesN, p.batch}, packing, stream, error))
+            && route(p, t, 0, stream, error);
     }
 
     bool runRest(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
@@ -163,8 +163,8 @@ struct Forward final : Plan
         return ceilDiv(std::min(rows, p.tokens - panel * rows), solve->tile("BT"));
     }
 
-    // The routing tiles of a panel and the inverses of its blocks. beside: the tiles by programs that take half of the places they could have.
-    bool route(Problem const& p, Tensors const& t, int64_t panel, CUstream_st* stream, std::string& error, bool beside = false) const
+    // The routing tiles of a panel and the inverses of its blocks.
+    bool route(Problem const& p, Tensors const& t, int64_t panel, CUstream_st* stream, std::string& error) const
     {
         int64_t const tile = solve->tile("BT");
         int64_t const row0 = panel * rows;
@@ -176,9 +176,7 @@ struct Forward final : Plan
             int64_t const rowTiles = ceilDiv(std::min(rows, p.tokens - row0), scoreRows);
             return groupedSize(rowTiles, (past + row0 / tile) / group, scoreRows, tile * group, scores->tile("GROUP"));
         };
-        int64_t const all = std::min(programs(pastTiles), std::max(programs(0), kScorePrograms));
-        int64_t const half = beside && pastTiles > 0 ? residentPrograms(*scores) / 2 / p.batch : 0; // without a past each tile has its own program
-        int64_t const grid = half > 0 ? std::min(all, half) : all;
+        int64_t const grid = std::min(programs(pastTiles), std::max(programs(0), kScorePrograms));
         Arguments a;
         a.add(t.in[kQ]).add(t.in[kK]).add(pastTiles > 0 ? t.in[kPastK] : t.in[kK]).add(t.in[kPastLength]).add(lse).add(sync).add(e).add(peak);
         a.add(total).add(sync);

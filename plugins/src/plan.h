@@ -231,9 +231,8 @@ public:
     // After `layout`.
     virtual bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const = 0;
 
-    // `run` in two parts, the first of which is what does not need an operand that another plan computes (feedback attention's f). beside: leave room for
-    // another stream's work, launched behind this.
-    virtual bool runAhead(Problem const&, Tensors const&, CUstream_st*, std::string&, bool) const
+    // `run` in two parts, the first of which is what does not need an operand that another plan computes (feedback attention's f).
+    virtual bool runAhead(Problem const&, Tensors const&, CUstream_st*, std::string&) const
     {
         return true;
     }

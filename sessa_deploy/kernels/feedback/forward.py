@@ -298,15 +298,15 @@ def forward(
     e, peak, total, sync, w, scales = (at[n] for n in ("e", "peak", "total", "sync", "w", "scales"))
     row_peak, factor, inverse, near, near_scale = (at[n] for n in ("row_peak", "factor", "inverse", "near", "near_scale"))
     inverse_low, near_low, w_low = at["inverse" + p.low], at["near" + p.low], at["w" + p.low]
-    for panel, (score_programs, score_sizes, combine_programs, combine_sizes, solve_programs, solve_sizes) in enumerate(p.panels):
+    if p.pack:
+        p.run_pack(p.pack[0], a_past_s, a_length, w, w_low, scales, *p.pack[1])
+    for score_programs, score_sizes, combine_programs, combine_sizes, solve_programs, solve_sizes in p.panels:
         p.run_scores(score_programs, a_q, a_k, a_past_k, a_length, a_lse, sync, e, peak, total, sync, *score_sizes)
         for each, run in p.combination:
             run(
                 (*combine_programs, each), e, peak, total, a_gamma, a_length, row_peak, factor, a_lse, at["x"], inverse, inverse_low, near, near_low,
                 near_scale, *combine_sizes,
             )  # fmt: skip
-        if p.pack and panel == 0:
-            p.run_pack(p.pack[0], a_past_s, a_length, w, w_low, scales, *p.pack[1])
         p.run_solve(
             solve_programs, e, peak, row_peak, factor, inverse, inverse_low, near, near_low, near_scale, a_f, a_s, a_s if low is None else address(low), w,
             w_low, scales, a_length, sync, *solve_sizes, int(low is not None),
