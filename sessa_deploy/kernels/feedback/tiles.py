@@ -9,8 +9,8 @@ import triton.language as tl
 
 from sessa_deploy.kernels.launch import table
 
+LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp four for the sake of numbers below the normal ones
 SUB = tl.constexpr(16)  # edge of the blocks that are inverted by forward substitution
-LOG2E = tl.constexpr(1.4426950408889634)  # exp2 instead of exp, which takes three more instructions for results too small for the work type
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def _score_tile(
             seen = (o_t < limit)[None, :] & (o_m < end)[:, None] & (is_past | ((o_t[None, :] < o_m[:, None]) & (o_t < end)[None, :]))
             b_ref = tl.load(lse + i_b.to(tl.int64) * T + o_m, mask=o_m < end, other=0.0)
             b_ref = tl.where(finite(b_ref), b_ref, 0.0)
-            b_e = tl.where(seen, tl.exp2((acc - b_ref[:, None]) * LOG2E) * 32768.0, 0.0).to(e.dtype.element_ty)
+            b_e = (tl.exp2(tl.where(seen, acc - b_ref[:, None], float("-inf")) * LOG2E) * 32768.0).to(e.dtype.element_ty)
             b_e = tl.reshape(b_e, [BM, NB, BT])
         else:
             if (column + NB * BT > limit) | (first + BM > T) | ((column + NB * BT > first) & (is_past == 0)):  # of most tiles every element counts
