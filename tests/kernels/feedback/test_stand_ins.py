@@ -62,12 +62,14 @@ def test_inverses_keep_sixteen_bits_without_a_bias() -> None:
     assert float((high.double() + low.double()).cpu().sub(exact).abs().max()) < 2**-13
 
 
-def test_a_combination_without_low_halves_serves_solves_that_read_none() -> None:
+def test_the_combination_in_two_kernels_leaves_what_the_solves_read() -> None:
     for way, solve in (("fwd", "feedback_solve"), ("bwd", "feedback_solve_transposed")):
-        assert [all_pinned(fwd.APART, *of, way) for of in ((90, "bf16"), (90, "fp16"), (80, "bf16"), (100, "bf16"))] == [True, False, False, False]
+        assert [all_pinned(fwd.APART, *of, way) for of in ((90, "bf16"), (90, "fp16"), (80, "bf16"), (100, "bf16"))] == [True, way == "fwd", False, False]
         for variant in (way, "wide"):
             tiles = table.tiles(solve, 90, "bf16", variant)
             assert tiles["BT"] == 128 and not tiles["FULL"] and not tiles["LOW"]
+    near, solve = (table.tiles(name, 90, "fp16", "fwd") for name in ("feedback_near", "feedback_solve"))
+    assert near["LOW"] and solve["FULL"] and table.tiles("feedback_inverse", 90, "fp16", "fwd")["HALF"]
 
 
 def test_what_was_not_timed_stands_in_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
