@@ -40,11 +40,11 @@ def small_options(dtype: torch.dtype, tile: int = 16, rows: int = 32) -> dict[st
     }
 
 
-def with_stand_ins(options: dict[str, dict[str, Any]] | None, half: bool = False) -> dict[str, dict[str, Any]] | None:
-    """`options` of 16-bit storage and blocks of 128 rows with the kernels that stand in for others; None, the pinned ones, on a GPU. half: of float16."""
+def with_stand_ins(options: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
+    """`options` of bfloat16 and blocks of 128 rows with the kernels that stand in for others; None, the pinned ones, on a GPU."""
     if options is None:
         return None
-    return {**options, "feedback_inverse": dict(CHUNK=4, HALF=half), "feedback_near": dict(LOW=half), "feedback_grad_qk": options["feedback_grad_q"]}
+    return {**options, "feedback_inverse": dict(CHUNK=4), "feedback_near": {}, "feedback_grad_qk": options["feedback_grad_q"]}
 
 
 def side(options: dict[str, dict[str, Any]] | None, backward: bool) -> dict[str, dict[str, Any]] | None:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels.feedback.inverse import feedback_inverse, feedback_near
+from sessa_deploy.kernels.feedback.inverse_half import feedback_inverse_half, feedback_near_half
 from sessa_deploy.kernels.feedback.spec import all_pinned, solve_variant
 from sessa_deploy.kernels.feedback.tiles import (
     apply_inverse,
@@ -216,10 +217,13 @@ def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n:
 FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_solve")
 KERNELS = (feedback_pack, feedback_scores, feedback_combine, feedback_solve)
 APART = ("feedback_inverse", "feedback_near")  # in place of feedback_combine, where options hold them
+APART_HALF = ("feedback_inverse_half", "feedback_near_half")  # likewise, in float16
 
 
 def combination(device: torch.device, dtype: torch.dtype, options: Options) -> list[tuple[int, Launcher]]:
     """What goes between scores and solve: each kernel's programs a block, and its launcher."""
+    if APART_HALF[0] in options:
+        return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse_half), (2, feedback_near_half))]
     if APART[0] not in options:
         return [(1, launcher(feedback_combine, device, dtype, options["feedback_combine"]))]
     return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse), (2, feedback_near))]
@@ -231,7 +235,8 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, p
     solve = solve_variant(arch, kind, width, "fwd", rows)
     found = pinned(FORWARD[1:2], device, dtype, "past" if past else "fwd") | pinned(FORWARD[2:3], device, dtype, "fwd")
     found |= pinned((FORWARD[0], FORWARD[3]), device, dtype, solve)
-    return found | pinned(APART, device, dtype, "fwd") if all_pinned(APART, arch, kind, "fwd") else found
+    apart = next((names for names in (APART, APART_HALF) if all_pinned(names, arch, kind, "fwd")), ())
+    return found | pinned(apart, device, dtype, "fwd")
 
 
 class Plan:

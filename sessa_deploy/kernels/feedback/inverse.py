@@ -1,8 +1,7 @@
-"""Inverses of blocks in registers, and what they make of the nearest routing tiles: the combination in two kernels, for 16-bit storage and blocks of 128 rows.
+"""Inverses of blocks in registers, and what they make of the nearest routing tiles: the combination in two kernels, for bfloat16 and blocks of 128 rows.
 
-Products are of pairs on tensor cores, three each. bfloat16 pairs have 16 bits with float32's range. float16 pairs (HALF) have 22 down to 2^-25, which
-float16 storage needs; their range suffices where no |gamma| is above 1: a block's inverse then holds nothing larger than 1, nor does any product on the way.
-A pair's high half is rounded: where it was cut off, low halves were of one sign, and their product, which is left out, added up along a chain.
+Products are of bfloat16 pairs on tensor cores, three each, 16 bits with float32's range. A pair's high half is rounded: where it was cut off, low halves were
+of one sign, and their product, which is left out, added up along a chain.
 """
 
 import triton
@@ -22,21 +21,10 @@ def pair_of(b_x):
 
 
 @triton.jit
-def half_pair_of(b_x):
-    """b_x as a float16 pair."""
-    b_h = b_x.to(tl.float16)
-    return b_h, (b_x - b_h.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
-def product(b_a, b_b, HALF: tl.constexpr = False):
-    """a @ b of float32 operands, 16 bits of each, with HALF 22."""
-    if HALF:
-        b_ah, b_al = half_pair_of(b_a)
-        b_bh, b_bl = half_pair_of(b_b)
-    else:
-        b_ah, b_al = pair_of(b_a)
-        b_bh, b_bl = pair_of(b_b)
+def product(b_a, b_b):
+    """a @ b of float32 operands, 16 bits of each."""
+    b_ah, b_al = pair_of(b_a)
+    b_bh, b_bl = pair_of(b_b)
     return pair_product(b_ah, b_al, b_bh, b_bl)
 
 
@@ -61,10 +49,10 @@ def joined(b_11, b_21, b_22, N: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def merged(b_x, b_21, N: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr):
+def merged(b_x, b_21, N: tl.constexpr, H: tl.constexpr):
     """Inverses (N,2H,2H) of blocks whose diagonal halves have the inverses b_x (2 N,H,H), b_21 (N,H,H) below them: x21 = x22 (b21 x11)."""
     b_11, b_22 = tl.split(tl.permute(tl.reshape(b_x, [N, 2, H, H]), [0, 2, 3, 1]))
-    return joined(b_11, product(b_22, product(b_21, b_11, HALF), HALF), b_22, N, H)
+    return joined(b_11, product(b_22, product(b_21, b_11)), b_22, N, H)
 
 
 @triton.jit
@@ -74,27 +62,10 @@ def below(p_e, C, N: tl.constexpr, H: tl.constexpr):
     return tl.load(p_e + (o_n[:, None, None] * 2 * H + H + o_h[None, :, None]) * C + o_n[:, None, None] * 2 * H + o_h[None, None, :])
 
 
-@triton.jit
-def inverted(b_e16, b_e21, b_e32, b_e64, b_own, HALF: tl.constexpr):
-    """(I - b)^-1 (BLOCK,BLOCK) as a bfloat16 pair, b the tile of which b_e16 .. b_e64 are the diagonal blocks and those under the diagonal, by row factors."""
-    o_8, o_16 = tl.arange(0, 8), tl.arange(0, 16)
-    # 16-wide blocks: the sum of b^k, k < 16, by squaring
-    b_b = tl.where(o_16[None, None, :] < o_16[None, :, None], routed(b_e16, tl.reshape(b_own, [8, 16])[:, :, None]), 0.0)
-    b_x = b_b + tl.where((o_16[None, :, None] == o_16[None, None, :]) & (o_8[:, None, None] >= 0), 1.0, 0.0)
-    for _ in tl.static_range(3):
-        b_b = product(b_b, b_b, HALF)
-        b_x += product(b_x, b_b, HALF)
-    b_x = merged(b_x, routed(b_e21, lower_rows(b_own, 4, 16)[:, :, None]), 4, 16, HALF)
-    b_x = merged(b_x, routed(b_e32, lower_rows(b_own, 2, 32)[:, :, None]), 2, 32, HALF)
-    b_11, b_22 = tl.split(tl.permute(b_x, [1, 2, 0]))
-    b_21 = product(b_22, product(routed(b_e64, tl.reshape(lower_rows(b_own, 1, 64), [64])[:, None]), b_11, HALF), HALF)
-    return pair_of(tl.reshape(joined(b_11[None, :, :], b_21[None, :, :], b_22[None, :, :], 1, 64), [BLOCK, BLOCK]))
-
-
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_inverse"))
 def feedback_inverse(
     e, peak, total, gamma, past_length, row_peak, factor, lse, x, inverse, inverse_low, near, near_low, near_scale, T, C, R, NP, NT, row0, B, blocks,
-    CHUNK: tl.constexpr, BACKWARD: tl.constexpr, HALF: tl.constexpr = False,
+    CHUNK: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """The first half of `feedback_combine`: row statistics, and the inverses of blocks. x and near are not used."""
     i_r, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -116,13 +87,18 @@ def feedback_inverse(
     if not BACKWARD:
         b_own = tl.where(finite(b_factor), b_own * tl.exp(tl.load(peak + p_stat + (NP + block).to(tl.int64) * R) - b_base), 0.0)
 
-    if HALF:
-        if tl.max(tl.abs(b_gamma), axis=0) <= 1.0:
-            b_h, b_l = inverted(b_e16, b_e21, b_e32, b_e64, b_own, True)
-        else:
-            b_h, b_l = inverted(b_e16, b_e21, b_e32, b_e64, b_own, False)
-    else:
-        b_h, b_l = inverted(b_e16, b_e21, b_e32, b_e64, b_own, False)
+    # 16-wide blocks: the sum of b^k, k < 16, by squaring
+    b_b = tl.where(o_16[None, None, :] < o_16[None, :, None], routed(b_e16, tl.reshape(b_own, [8, 16])[:, :, None]), 0.0)
+    b_x = b_b + tl.where((o_16[None, :, None] == o_16[None, None, :]) & (o_8[:, None, None] >= 0), 1.0, 0.0)
+    for _ in tl.static_range(3):
+        b_b = product(b_b, b_b)
+        b_x += product(b_x, b_b)
+    b_x = merged(b_x, routed(b_e21, lower_rows(b_own, 4, 16)[:, :, None]), 4, 16)
+    b_x = merged(b_x, routed(b_e32, lower_rows(b_own, 2, 32)[:, :, None]), 2, 32)
+    b_11, b_22 = tl.split(tl.permute(b_x, [1, 2, 0]))
+    b_21 = product(b_22, product(routed(b_e64, tl.reshape(lower_rows(b_own, 1, 64), [64])[:, None]), b_11))
+    b_x = tl.reshape(joined(b_11[None, :, :], b_21[None, :, :], b_22[None, :, :], 1, 64), [BLOCK, BLOCK])
+    b_h, b_l = pair_of(b_x)
     p_i = p_row[:, None] * BLOCK + o_r[None, :]
     tl.store(inverse + p_i, b_h)
     tl.store(inverse_low + p_i, b_l)
@@ -131,9 +107,9 @@ def feedback_inverse(
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_near"))
 def feedback_near(
     e, peak, total, gamma, past_length, row_peak, factor, lse, x, inverse, inverse_low, near, near_low, near_scale, T, C, R, NP, NT, row0, B, blocks,
-    BACKWARD: tl.constexpr, LOW: tl.constexpr = False,
+    BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """The second half, grid (blocks, B, 2): near[d] of a block; without LOW its high half alone, which is all that the solves read of it in bfloat16."""
+    """The second half, grid (blocks, B, 2): near[d] of a block, its high half alone, which is all that the solves read of it in bfloat16."""
     i_r, i_b, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     block = row0 // BLOCK + i_r
     sides = blocks - 1 - i_r if BACKWARD else block
@@ -154,12 +130,7 @@ def feedback_near(
             b_m = pair_product(b_h, b_l, b_eh, b_el)
         b_c = tl.max(tl.abs(b_m), axis=1)
         b_c = tl.where(finite(b_c) & (b_c > 1e-30), b_c, 1.0)
-        b_m = b_m * (1.0 / b_c)[:, None]
-        b_high = b_m.to(near.dtype.element_ty)
+        b_m = (b_m * (1.0 / b_c)[:, None]).to(near.dtype.element_ty)
         deep = (B * R).to(tl.int64)
-        p_n = d * deep * BLOCK + p_i
-        tl.store(near + p_n, tl.trans(b_high) if BACKWARD else b_high)
-        if LOW:
-            b_low = (b_m - b_high.to(tl.float32)).to(near.dtype.element_ty)
-            tl.store(near_low + p_n, tl.trans(b_low) if BACKWARD else b_low)
+        tl.store(near + d * deep * BLOCK + p_i, tl.trans(b_m) if BACKWARD else b_m)
         tl.store(near_scale + d * deep + p_row, b_c)

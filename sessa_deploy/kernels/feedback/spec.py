@@ -207,9 +207,11 @@ KERNELS = by_name((
         optional=("wide",),
     ),
     Kernel(
-        "feedback_inverse", f"{_PACKAGE}.inverse", _COMBINE, ("CHUNK", "BACKWARD", "HALF"), ("fwd", "bwd"), dtypes=_HALF, scalar_loads=128, optional=("fwd", "bwd")
+        "feedback_inverse", f"{_PACKAGE}.inverse", _COMBINE, ("CHUNK", "BACKWARD"), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd")
     ),
-    Kernel("feedback_near", f"{_PACKAGE}.inverse", _COMBINE, ("BACKWARD", "LOW"), ("fwd", "bwd"), dtypes=_HALF, scalar_loads=128, optional=("fwd", "bwd")),
+    Kernel("feedback_near", f"{_PACKAGE}.inverse", _COMBINE, ("BACKWARD",), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd")),
+    Kernel("feedback_inverse_half", f"{_PACKAGE}.inverse_half", _COMBINE, ("CHUNK",), ("fwd",), dtypes=("fp16",), scalar_loads=128, optional=("fwd",)),
+    Kernel("feedback_near_half", f"{_PACKAGE}.inverse_half", _COMBINE, (), ("fwd",), dtypes=("fp16",), scalar_loads=128, optional=("fwd",)),
     Kernel(
         "feedback_first_bad",
         f"{_PACKAGE}.gradients",

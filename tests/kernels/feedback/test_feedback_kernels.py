@@ -23,7 +23,9 @@ from sessa_deploy.kernels.launch.limits import PANEL_BYTES
 def run(x: Inputs, ds: torch.Tensor | None = None, panel_bytes: int = PANEL_BYTES, tile: int = 16, stand_ins: bool = False) -> tuple[torch.Tensor, ...]:
     """s, and with ds the six gradients; tile: rows of a block under the interpreter; stand_ins: with the kernels that stand in for others."""
     options = small_options(x[0].dtype, tile, max(tile, 32))
-    options = with_stand_ins(options, x[0].dtype == torch.float16) if stand_ins else options
+    if stand_ins and options is not None:
+        half = x[0].dtype == torch.float16
+        options = {**options, "feedback_inverse_half": dict(CHUNK=4), "feedback_near_half": {}} if half else with_stand_ins(options)
     s, lse, low = fwd.forward(*x, need_lse=True, options=side(options, False), panel_bytes=panel_bytes)
     assert lse is not None
     if ds is None:

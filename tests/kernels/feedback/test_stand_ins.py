@@ -62,14 +62,19 @@ def test_inverses_keep_sixteen_bits_without_a_bias() -> None:
     assert float((high.double() + low.double()).cpu().sub(exact).abs().max()) < 2**-13
 
 
-def test_the_combination_in_two_kernels_leaves_what_the_solves_read() -> None:
+def test_a_combination_without_low_halves_serves_solves_that_read_none() -> None:
     for way, solve in (("fwd", "feedback_solve"), ("bwd", "feedback_solve_transposed")):
-        assert [all_pinned(fwd.APART, *of, way) for of in ((90, "bf16"), (90, "fp16"), (80, "bf16"), (100, "bf16"))] == [True, way == "fwd", False, False]
+        assert [all_pinned(fwd.APART, *of, way) for of in ((90, "bf16"), (90, "fp16"), (80, "bf16"), (100, "bf16"))] == [True, False, False, False]
         for variant in (way, "wide"):
             tiles = table.tiles(solve, 90, "bf16", variant)
             assert tiles["BT"] == 128 and not tiles["FULL"] and not tiles["LOW"]
-    near, solve = (table.tiles(name, 90, "fp16", "fwd") for name in ("feedback_near", "feedback_solve"))
-    assert near["LOW"] and solve["FULL"] and table.tiles("feedback_inverse", 90, "fp16", "fwd")["HALF"]
+
+
+def test_float16_has_a_combination_in_two_kernels_forward_alone() -> None:
+    assert [all_pinned(fwd.APART_HALF, *of, "fwd") for of in ((90, "fp16"), (90, "bf16"), (80, "fp16"), (100, "fp16"))] == [True, False, False, False]
+    assert all(table.tiles("feedback_solve", 90, "fp16", variant)["BT"] == 128 for variant in ("fwd", "wide"))
+    options = fwd.tiles(torch.device(DEVICE), torch.float16, 64)
+    assert [run.kernel.__name__ for _, run in fwd.combination(torch.empty(0, device=DEVICE).device, torch.float16, options)] == list(fwd.APART_HALF)
 
 
 def test_what_was_not_timed_stands_in_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
