@@ -96,18 +96,19 @@ def feedback_inverse_half(
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_near_half"))
 def feedback_near_half(
     e, peak, total, gamma, past_length, row_peak, factor, lse, x, inverse, inverse_low, near, near_low, near_scale, T, C, R, NP, NT, row0, B, blocks,
+    BT: tl.constexpr,
 ):  # fmt: skip
     """The second half, grid (blocks, B, 2): near[d] of a block, as a float16 pair."""
     i_r, i_b, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    block = row0 // BLOCK + i_r
+    block = row0 // BT + i_r
     if block > d:
-        o_r = tl.arange(0, BLOCK)
-        p_row = i_b * R + i_r * BLOCK + o_r
-        p_i = p_row[:, None] * BLOCK + o_r[None, :]
+        o_r = tl.arange(0, BT)
+        p_row = i_b * R + i_r * BT + o_r
+        p_i = p_row[:, None] * BT + o_r[None, :]
         b_h, b_l = tl.load(inverse + p_i), tl.load(inverse_low + p_i)
-        b_e = tl.load(e + p_row[:, None] * C + (NP + block - 1 - d) * BLOCK + o_r[None, :])
+        b_e = tl.load(e + p_row[:, None] * C + (NP + block - 1 - d) * BT + o_r[None, :])
         b_factor = tl.load(factor + p_row)
-        b_own = b_factor * tl.exp(tl.load(peak + (i_b * NT + NP + block - 1 - d) * R + i_r * BLOCK + o_r) - tl.load(row_peak + p_row))
+        b_own = b_factor * tl.exp(tl.load(peak + (i_b * NT + NP + block - 1 - d) * R + i_r * BT + o_r) - tl.load(row_peak + p_row))
         b_eh, b_el = pair_of(routed(b_e, tl.where(finite(b_factor), b_own, 0.0)[:, None]))
         b_m = pair_product(b_h, b_l, b_eh, b_el)
         b_c = tl.max(tl.abs(b_m), axis=1)
@@ -115,6 +116,6 @@ def feedback_near_half(
         b_m = b_m * (1.0 / b_c)[:, None]
         b_high = b_m.to(near.dtype.element_ty)
         deep = d * (B * R).to(tl.int64)
-        tl.store(near + deep * BLOCK + p_i, b_high)
-        tl.store(near_low + deep * BLOCK + p_i, (b_m - b_high.to(tl.float32)).to(near.dtype.element_ty))
+        tl.store(near + deep * BT + p_i, b_high)
+        tl.store(near_low + deep * BT + p_i, (b_m - b_high.to(tl.float32)).to(near.dtype.element_ty))
         tl.store(near_scale + deep + p_row, b_c)

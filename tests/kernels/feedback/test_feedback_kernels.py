@@ -25,7 +25,7 @@ def run(x: Inputs, ds: torch.Tensor | None = None, panel_bytes: int = PANEL_BYTE
     options = small_options(x[0].dtype, tile, max(tile, 32))
     if stand_ins and options is not None:
         half = x[0].dtype == torch.float16
-        options = {**options, "feedback_inverse_half": dict(CHUNK=4), "feedback_near_half": {}} if half else with_stand_ins(options)
+        options = {**options, "feedback_inverse_half": dict(CHUNK=4), "feedback_near_half": dict(BT=128)} if half else with_stand_ins(options)
     s, lse, low = fwd.forward(*x, need_lse=True, options=side(options, False), panel_bytes=panel_bytes)
     assert lse is not None
     if ds is None:
