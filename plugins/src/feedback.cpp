@@ -71,7 +71,9 @@ struct Forward final : Plan
         narrow = findCubin(solver, arch, dtype, "fwd");
         pack = findCubin("feedback_pack", arch, dtype, wide ? "wide" : "fwd");
         scores = findCubin("feedback_scores", arch, dtype, p.capacity > 0 ? "past" : "fwd");
-        combination = {findCubin("feedback_inverse", arch, dtype, "fwd"), findCubin("feedback_near", arch, dtype, "fwd")};
+        bool const half = p.storage == Storage::kHalf;
+        combination = {findCubin(half ? "feedback_inverse_half" : "feedback_inverse", arch, dtype, "fwd"),
+            findCubin(half ? "feedback_near_half" : "feedback_near", arch, dtype, "fwd")};
         if (combination[0] == nullptr || combination[1] == nullptr) // which stand in for the combination where their tiles are pinned
         {
             combination = {findCubin("feedback_combine", arch, dtype, "fwd")};

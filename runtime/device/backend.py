@@ -1,6 +1,7 @@
 """A session on the GPU, whichever engine runs the graph: caches that never leave it, and each decode step one captured CUDA graph.
 
-A step enqueues: ids and lengths to the device, the engine, append, argmax, and a last kernel that advances the lengths and writes the ids to the host.
+A step enqueues: ids and lengths to the device, the engine, append, argmax, and a last kernel that advances the lengths and writes the ids to the host. A
+long prompt's new rows are not appended: the engine is given their places in the caches as its outputs.
 Lengths are read on the device, so steps of one extent (how many sequences, how many new rows of each) are the same work on the same addresses, whatever the
 sequences hold: it is recorded once and replayed. The host reads the ids, or the logits where somebody samples.
 The last kernel also leaves the ids where the engine reads its own, so that the next greedy step can be enqueued before the host has seen them. Two such
@@ -32,8 +33,8 @@ class DeviceBackend(Backend):
     and implements `_run`; while the buffers are None it counts as closed.
 
     recorded_tokens: steps of all sequences over at most so many tokens are replayed as a CUDA graph. warm_runs: of one extent, before it is recorded, on the
-    thread that records: what an engine allocates or loads at its first run must be there by then. row_alignment: bytes at whose multiples a
-    sequence's cache rows must begin for the engine to run that sequence alone.
+    thread that records: what an engine allocates or loads at its first run must be there by then. row_alignment: bytes at whose multiples the engine's
+    inputs and outputs must begin: a sequence's cache rows for it to run that sequence alone, and the row behind them for it to lay new ones there.
     """
 
     looks_ahead = True
@@ -209,7 +210,7 @@ class DeviceBackend(Backend):
 
     def _enqueue(self, ids: NDArray[np.int64], new: NDArray[np.int32], length: NDArray[np.int32], row: int | None = None) -> None:
         """One step over ids (N,T) on the stream, T within what a step takes; its sequences stand at `length` (N,) before it."""
-        buffers, step = self._own(), Extent(len(ids), ids.shape[1], row)
+        buffers, step = self._own(), self._extent(ids.shape[1], length, row)
         self._cuda.enter()
         self._slot = None
         self._land()
@@ -222,6 +223,12 @@ class DeviceBackend(Backend):
         # after the launch, so that the host's time is the device's too
         self._on_device, self._new_there = (length + new).tobytes(), new.tobytes()
         self.bytes_moved += int(new.sum()) * buffers.row_bytes
+
+    def _extent(self, tokens: int, length: NDArray[np.int32], row: int | None) -> Extent:
+        """The step of `tokens` new rows of sequences that stand at `length` (N,); a large one of one sequence lays them behind its cached rows itself."""
+        step, at = Extent(len(length), tokens, row), int(length[0])
+        recorded = row is None and tokens <= self.recorded_tokens  # whose addresses do not move
+        return step._replace(behind=at) if not recorded and self._own().fits_behind(step, at, self.row_alignment) else step
 
     def _launch(self, step: Extent, slot: int, fed: bool) -> None:
         """Enqueue a step, fed by what was put or by what is on the device; its tokens go to a slot."""

@@ -30,14 +30,19 @@ _NAN_WORD = {"fp32": 0x7FC00000, "fp16": 0x7E007E00, "bf16": 0x7FC07FC0}
 _WORD, _ALIGNMENT = 4, 16
 _TENSOR_ALIGNMENT = 256  # bytes, of an input or output of an engine
 _MOST_FRESH = 2 << 30  # bytes of new rows that a step may make
+_LEAST_BEHIND = 1 << 20  # bytes of a cache's new rows from which copying them takes longer than telling the engine another address
 
 
 class Extent(NamedTuple):
-    """What a step computes: `tokens` new rows of each of `batch` sequences. row: that sequence alone, on its own rows of the caches; None: all of them."""
+    """What a step computes: `tokens` new rows of each of `batch` sequences. row: that sequence alone, on its own rows of the caches; None: all of them.
+
+    behind: the engine lays the new rows of its one sequence right behind so many cached ones; None: into buffers of their own, and `finish` appends them.
+    """
 
     batch: int
     tokens: int
     row: int | None = None
+    behind: int | None = None
 
 
 class Entry:
@@ -123,10 +128,20 @@ class Buffers:
         cuda.wait()
         self._kernels = {name: cuda.kernel(k.data, k.entry, k.warps, k.shared, k.params, k.early) for name, k in kernels.items()}
 
-    def addresses(self, row: int | None = None) -> dict[str, int]:
+    def addresses(self, step: Extent) -> dict[str, int]:
         """Graph name -> device address, of every input and output; of a step of one sequence alone its caches'."""
-        pairs = {e.past: self._cache(e, row) for e in self.entries} | {e.new: e.fresh for e in self.entries}
-        return {INPUT_IDS: self.ids, PAST_LENGTH: self.length, NEW_LENGTH: self.new, LOGITS: self.logits, **pairs}
+        pasts = {e.past: self._cache(e, step.row) for e in self.entries}
+        return {INPUT_IDS: self.ids, PAST_LENGTH: self.length, NEW_LENGTH: self.new, LOGITS: self.logits, **pasts, **self.new_addresses(step)}
+
+    def new_addresses(self, step: Extent) -> dict[str, int]:
+        """Graph name -> device address of where a step's new rows go."""
+        return {e.new: e.fresh if step.behind is None else self._cache(e, step.row) + step.behind * e.row for e in self.entries}
+
+    def fits_behind(self, step: Extent, length: int, alignment: int) -> bool:
+        """Whether a step's new rows may and should be laid right behind the `length` rows of its one sequence: no kernel reads a cache beyond that length, so
+        that nothing is read which the step writes. alignment: bytes that the engine asks of an output's address."""
+        worth = step.tokens * self.row_bytes >= _LEAST_BEHIND * len(self.entries)
+        return step.batch == 1 and worth and length + step.tokens <= self.capacity and all(length * e.row % alignment == 0 for e in self.entries)
 
     def shapes(self, step: Extent) -> dict[str, tuple[int, ...]]:
         """Graph name -> shape of every input of a step."""
@@ -162,7 +177,7 @@ class Buffers:
         self.cuda.to_device(self.new, self._host_moved[slot].ctypes.data, 4 * self.batch)
 
     def finish(self, step: Extent, slot: int = 0) -> None:
-        """Enqueue what follows the engine: append its new rows, pick the most likely tokens, advance the lengths.
+        """Enqueue what follows the engine: append new rows that do not lie where they belong, pick the most likely tokens, advance the lengths.
 
         The last kernel writes the tokens to the host's memory itself: a copy of its own would cost a decode step some microseconds. It also lays them where
         the engine takes its ids from, which is what a step of one row each that is fed nothing goes on from. With all logits and more than `picked_rows`
@@ -171,8 +186,9 @@ class Buffers:
         ptr, batch = "ptr", step.batch
         lengths = ((ptr, self.length), (ptr, self.new))
         table = self._table + (0 if step.row is None else (1 + step.row) * self._table_size)
-        self.cuda.launch(self._kernels[APPEND], (step.tokens, batch, len(self.entries)),
-                         ((ptr, table), *lengths, ("i32", step.tokens), ("i32", self.capacity)))
+        # The next kernel begins before it waits for what is before this one, so that this one is launched in any case: at a capacity of 0 it copies nothing.
+        programs, capacity = ((step.tokens, batch, len(self.entries)), self.capacity) if step.behind is None else ((1, 1, 1), 0)
+        self.cuda.launch(self._kernels[APPEND], programs, ((ptr, table), *lengths, ("i32", programs[0]), ("i32", capacity)))
         rows = batch * (step.tokens if self._all_logits and step.tokens <= self.picked_rows else 1)
         self.cuda.launch(self._kernels[ARGMAX], (rows, self._splits, 1),
                          ((ptr, self.logits), (ptr, self._best), (ptr, self._where), ("i32", self.config.vocab_size)))

@@ -60,7 +60,7 @@ class OrtCudaBackend(DeviceBackend):
         super().__init__(bundle.config, batch, capacity, graph)
         self.seconds: dict[str, float] = {}
         self._weights: dict[str, Any] = {}
-        self._bindings: dict[Extent, Any] = {}
+        self._bindings: dict[Extent, tuple[Any, int | None]] = {}  # step -> its binding, and what its new rows lie behind there
         self._clock = time.perf_counter()
         self._runtime = load()
         _check_version(self._runtime)
@@ -94,7 +94,7 @@ class OrtCudaBackend(DeviceBackend):
             self._options.add_run_config_entry(key, value)
 
     def _run(self, step: Extent) -> None:
-        binding = self._bindings.get(step) or self._bind(step)
+        binding = self._bind(step)
         try:
             self.session.run_with_iobinding(binding, self._options)
         except Exception as error:  # its exception classes differ between versions
@@ -102,15 +102,24 @@ class OrtCudaBackend(DeviceBackend):
 
     def _bind(self, step: Extent) -> Any:
         """The step's inputs and outputs, by address; the latest few are kept."""
-        buffers, binding = self._own(), self.session.io_binding()
+        buffers, key = self._own(), step._replace(behind=None)
+        binding, behind = self._bindings.get(key, (None, None))
+        if binding is not None and behind == step.behind:
+            return binding
+        self._bindings.pop(key, None)  # nobody's, should that fail halfway
         kinds = {INPUT_IDS: np.int64, PAST_LENGTH: np.int32, NEW_LENGTH: np.int32, LOGITS: np.float32}
-        addresses = buffers.addresses(step.row)
-        for shapes, bind in ((buffers.shapes(step), binding.bind_input), (buffers.output_shapes(step), binding.bind_output)):
-            for name, shape in shapes.items():
-                bind(name, "cuda", 0, kinds.get(name, self._kind), list(shape), addresses[name])
+        shapes = buffers.output_shapes(step)
+        if binding is None:
+            binding, addresses = self.session.io_binding(), buffers.addresses(step)
+            for name, shape in buffers.shapes(step).items():
+                binding.bind_input(name, "cuda", 0, kinds.get(name, self._kind), list(shape), addresses[name])
+        else:
+            addresses = buffers.new_addresses(step)
+        for name in shapes.keys() & addresses.keys():
+            binding.bind_output(name, "cuda", 0, kinds.get(name, self._kind), list(shapes[name]), addresses[name])
         while len(self._bindings) >= _MOST_BINDINGS:
             del self._bindings[next(iter(self._bindings))]
-        self._bindings[step] = binding
+        self._bindings[key] = binding, step.behind
         return binding
 
     def _row_chunk(self) -> int:

@@ -33,6 +33,8 @@ class TrtBackend(DeviceBackend):
     engine_name = "TensorRT"
     row_alignment = 256  # of an engine's inputs
     _cache: Any = None  # of kernels compiled on this card
+    _prefill_row: int | None
+    _prefill_behind: int | None
 
     def __init__(self, bundle: Bundle, batch: int = 1, capacity: int | None = None, graph: bool = True, plugin: Path | None = None,
                  kernels: Path | None = None, cuda: Any = None) -> None:
@@ -68,7 +70,7 @@ class TrtBackend(DeviceBackend):
             self._config, self._cache = trt_api.runtime_config(self._trt, self.engine, self._kept)
             size = trt_api.scratch_size(self.engine)
             scratch = self._cuda.allocate(size)
-            self._prefill_row: int | None = None  # whose cache addresses that context has
+            self._prefill_row, self._prefill_behind = None, None  # whose cache addresses that context has, and what its new rows lie behind
             self._scratch = scratch, size
             self._prefill, self._decode = (self._context(*of) for of in ((trt_plan.PREFILL, self.info.max_prompt), (trt_plan.DECODE, 1)))
 
@@ -85,9 +87,13 @@ class TrtBackend(DeviceBackend):
             if step.row != self._prefill_row:
                 self._prefill_row = -1  # nobody's, should that fail halfway
                 self._bind(context, step)
-                self._prefill_row = step.row
+                self._prefill_row, self._prefill_behind = step.row, step.behind
             elif not context.set_input_shape(INPUT_IDS, (step.batch, step.tokens)):
                 raise self._failure(f"a prefill step of {step.tokens} tokens")
+            if step.behind != self._prefill_behind:
+                self._prefill_behind = -1
+                self._address(context, self._own().new_addresses(step))
+                self._prefill_behind = step.behind
         if not context.execute_async_v3(self._cuda.stream):
             raise self._failure("a step")
 
@@ -130,7 +136,10 @@ class TrtBackend(DeviceBackend):
         for name, shape in buffers.shapes(step).items():
             if not context.set_input_shape(name, shape):
                 raise self._failure(f"the shape {shape} of {name}")
-        for name, address in buffers.addresses(step.row).items():
+        self._address(context, buffers.addresses(step))
+
+    def _address(self, context: Any, addresses: dict[str, int]) -> None:
+        for name, address in addresses.items():
             if not context.set_tensor_address(name, address):
                 raise self._failure(f"the address of {name}")
 

@@ -342,14 +342,15 @@ def test_both_attentions_of_a_chunk_run_side_by_side(launching: Built, says: boo
             else:
                 name, stream = f"{what} {turn}", words[6]
                 before = {x for x in all_of if x.endswith(str(turn - 1))}
-                needs = {"feedback_combine": {"feedback_scores"}, "layer_linear": {"causal_prefill"},
-                         "feedback_solve": {"feedback_pack", "feedback_scores", "feedback_combine", "layer_linear"}}.get(what, set())
+                needs = {"feedback_inverse_half": {"feedback_scores"}, "feedback_near_half": {"feedback_inverse_half"}, "layer_linear": {"causal_prefill"},
+                         "feedback_solve": {"feedback_pack", "feedback_near_half", "layer_linear"}}.get(what, set())
                 assert ended[stream] >= before | {f"{x} {turn}" for x in needs}, name
                 ended[stream].add(name)
                 all_of.add(name)
                 streams[what] = stream
-    assert len(all_of) == 12 and {streams[x] for x in ("causal_prefill", "layer_linear", "feedback_solve")} == {"0"}
-    assert ({streams[x] for x in ("feedback_pack", "feedback_scores", "feedback_combine")} == {"0"}) == (not says) and len(set(streams.values())) == 1 + says
+    assert len(all_of) == 14 and {streams[x] for x in ("causal_prefill", "layer_linear", "feedback_solve")} == {"0"}
+    ahead = ("feedback_pack", "feedback_scores", "feedback_inverse_half", "feedback_near_half")
+    assert ({streams[x] for x in ahead} == {"0"}) == (not says) and len(set(streams.values())) == 1 + says
 
 
 def test_rows_that_start_early_have_binaries_that_can() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels.feedback.halves import feedback_solve_halves
 from sessa_deploy.kernels.feedback.inverse import feedback_inverse, feedback_near
+from sessa_deploy.kernels.feedback.inverse_half import feedback_inverse_half, feedback_near_half
 from sessa_deploy.kernels.feedback.spec import all_pinned, pack_variant, solve_variant, solver
 from sessa_deploy.kernels.feedback.tiles import (
     apply_inverse,
@@ -218,6 +219,7 @@ FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_sol
 KERNELS = (feedback_pack, feedback_scores, feedback_combine, feedback_solve)
 SOLVES = (feedback_solve_halves, feedback_solve)  # the first that options hold
 APART = ("feedback_inverse", "feedback_near")  # in place of feedback_combine, where options hold them
+APART_HALF = ("feedback_inverse_half", "feedback_near_half")  # likewise, in float16
 
 
 def kept_blocks(options: Options) -> int:
@@ -227,6 +229,8 @@ def kept_blocks(options: Options) -> int:
 
 def combination(device: torch.device, dtype: torch.dtype, options: Options) -> list[tuple[int, Launcher]]:
     """What goes between scores and solve: each kernel's programs a block, and its launcher."""
+    if APART_HALF[0] in options:
+        return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse_half), (2, feedback_near_half))]
     if APART[0] not in options:
         return [(1, launcher(feedback_combine, device, dtype, options["feedback_combine"]))]
     return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse), (2, feedback_near))]
@@ -238,7 +242,8 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, p
     solve = solve_variant(arch, kind, width, "fwd", rows, batch)
     found = pinned(FORWARD[1:2], device, dtype, "past" if past else "fwd") | pinned(FORWARD[2:3], device, dtype, "fwd")
     found |= pinned(FORWARD[:1], device, dtype, pack_variant(solve)) | pinned((solver(arch, kind, "fwd", width),), device, dtype, solve)
-    return found | pinned(APART, device, dtype, "fwd") if all_pinned(APART, arch, kind, "fwd") else found
+    apart = next((names for names in (APART, APART_HALF) if all_pinned(names, arch, kind, "fwd")), ())
+    return found | pinned(apart, device, dtype, "fwd")
 
 
 class Plan:

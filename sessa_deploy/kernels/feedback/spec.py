@@ -223,6 +223,8 @@ KERNELS = by_name((
         "feedback_inverse", f"{_PACKAGE}.inverse", _COMBINE, ("CHUNK", "BACKWARD"), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd")
     ),
     Kernel("feedback_near", f"{_PACKAGE}.inverse", _COMBINE, ("BACKWARD",), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd")),
+    Kernel("feedback_inverse_half", f"{_PACKAGE}.inverse_half", _COMBINE, ("CHUNK",), ("fwd",), dtypes=("fp16",), scalar_loads=128, optional=("fwd",)),
+    Kernel("feedback_near_half", f"{_PACKAGE}.inverse_half", _COMBINE, ("BT",), ("fwd",), dtypes=("fp16",), scalar_loads=128, optional=("fwd",)),
     Kernel(
         "feedback_grad_pack",
         f"{_PACKAGE}.gradients",

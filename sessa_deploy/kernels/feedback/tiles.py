@@ -120,8 +120,10 @@ def _score_tile(
                 # q_t . k_t is not finite where q_t or k_t is not
                 b_own = tl.sum(tl.where(o_t[None, :] == o_m[:, None], acc, 0.0), axis=1)
                 tl.store(lse + i_b.to(tl.int64) * T + o_m, 0.0 * b_own, mask=o_m < T)
-            seen = (o_t < limit)[None, :] & (o_m < T)[:, None] & (is_past | (o_t[None, :] < o_m[:, None]))
-            acc = tl.reshape(tl.where(seen, acc, float("-inf")), [BM, NB, BT])
+            if (column + NB * BT > limit) | (first + BM > T) | ((column + NB * BT > first) & (is_past == 0)):  # of most tiles every element counts
+                seen = (o_t < limit)[None, :] & (o_m < T)[:, None] & (is_past | (o_t[None, :] < o_m[:, None]))
+                acc = tl.where(seen, acc, float("-inf"))
+            acc = tl.reshape(acc, [BM, NB, BT])
             b_peak = tl.max(acc, axis=2)
             b_e = tl.exp2((acc - tl.where(b_peak == float("-inf"), 0.0, b_peak)[:, :, None]) * LOG2E).to(e.dtype.element_ty)
         o_r = i_m * BM + tl.arange(0, BM)

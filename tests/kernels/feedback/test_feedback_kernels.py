@@ -23,7 +23,9 @@ from sessa_deploy.kernels.launch.limits import PANEL_BYTES
 def run(x: Inputs, ds: torch.Tensor | None = None, panel_bytes: int = PANEL_BYTES, tile: int = 16, stand_ins: bool = False) -> tuple[torch.Tensor, ...]:
     """s, and with ds the six gradients; tile: rows of a block under the interpreter; stand_ins: with the kernels that stand in for others."""
     options = small_options(x[0].dtype, tile, max(tile, 32))
-    options = with_stand_ins(options) if stand_ins else options
+    if stand_ins and options is not None:
+        half = x[0].dtype == torch.float16
+        options = {**options, "feedback_inverse_half": dict(CHUNK=4), "feedback_near_half": dict(BT=128)} if half else with_stand_ins(options)
     s, lse, low = fwd.forward(*x, need_lse=True, options=side(options, False), panel_bytes=panel_bytes)
     assert lse is not None
     if ds is None:
@@ -59,6 +61,15 @@ def test_bfloat16_blocks_of_128_rows_hand_on_one_half(routing: str) -> None:
 @pytest.mark.parametrize("routing", ["random", "chain", "large"])
 def test_kernels_that_stand_in_for_others(routing: str) -> None:
     verify(make(routing, 1, 400, 0, 16, torch.bfloat16), backward=True, tile=128, stand_ins=True)
+
+
+@pytest.mark.parametrize("routing, gain", [("chain", 0.999), ("alternating", -0.999), ("random", 2.5)])
+def test_float16_has_its_own_forward_of_them(routing: str, gain: float) -> None:
+    """Where gains are above 1, float16 could not hold every inverse, and its kernel takes bfloat16 pairs."""
+    x = make(routing, 1, 400, 0, 16, torch.float16, sign=gain / 0.999)
+    if routing == "random":
+        x[2].mul_(gain)
+    verify(x, backward=False, tile=128, stand_ins=True)
 
 
 @pytest.mark.parametrize("past, panel_bytes", [(100, PANEL_BYTES), (0, 4 * 384 * 128)], ids=("past", "panels"))

@@ -87,6 +87,13 @@ def test_a_combination_without_low_halves_serves_solves_that_read_none() -> None
             assert tiles["BT"] == 128 and not tiles["FULL"] and not tiles["LOW"]
 
 
+def test_float16_has_a_combination_in_two_kernels_forward_alone() -> None:
+    assert [all_pinned(fwd.APART_HALF, *of, "fwd") for of in ((90, "fp16"), (90, "bf16"), (80, "fp16"), (100, "fp16"))] == [True, False, False, False]
+    assert all(table.tiles("feedback_solve", 90, "fp16", variant)["BT"] == 128 for variant in ("fwd", "wide"))
+    options = fwd.tiles(torch.device(DEVICE), torch.float16, 64)
+    assert [run.kernel.__name__ for _, run in fwd.combination(torch.empty(0, device=DEVICE).device, torch.float16, options)] == list(fwd.APART_HALF)
+
+
 def test_what_was_not_timed_stands_in_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     few = FEW_WORK - 1
     assert together_variant(90, "bf16", few) == "few" and together_variant(90, "bf16") == together_variant(90, "bf16", FEW_WORK) == "bwd"

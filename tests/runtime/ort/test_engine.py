@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from fake_cuda import HostCuda
 from fake_onnxruntime import BATCH, CAPACITY, described
-from ragged_steps import drive
+from ragged_steps import check_laid, drive
 
 from sessa_deploy.cuda import Device
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime import engines
 from sessa_deploy.runtime.bundle import Bundle
+from sessa_deploy.runtime.device import buffers
 from sessa_deploy.runtime.ort import engine, prepared
 from sessa_deploy.runtime.ort.backend import OrtBackend
 from sessa_deploy.runtime.ort.engine import OrtCudaBackend
@@ -47,6 +48,15 @@ def test_steps_equal_the_plain_graph_s(build: Build, bundles: Callable[..., Bund
     assert session.options.use_deterministic_compute is True and session.options.entries["session.use_device_allocator_for_initializers"] == "1"
     backend.close()
     assert cuda.closed and cuda.graphs == {} and backend.session is None
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_long_prompt_s_rows_are_laid_in_the_caches(build: Build, bundles: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    assert not buffers.Buffers.fits_behind(build(batch=batch, chunk=48)[0]._own(), buffers.Extent(1, 40), 0, 16)  # a short one's rows are copied
+    monkeypatch.setattr(buffers, "_LEAST_BEHIND", 1)
+    backend = build(batch=batch, chunk=48)[0]
+    check_laid(backend, OrtBackend(bundles("fp32"), batch=batch, capacity=CAPACITY, threads=1), batch - 1, 16)
+    assert len(backend._bindings) <= 8, "one of an extent, whatever its rows lie behind"
 
 
 def test_every_number_of_rows_has_its_own_graph(build: Build) -> None:

@@ -13,12 +13,13 @@ import fake_tensorrt
 import numpy as np
 import pytest
 from fake_tensorrt import HostCuda, fake_cubins
-from ragged_steps import drive
+from ragged_steps import check_laid, drive
 
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.plugins import library
 from sessa_deploy.runtime import engines
 from sessa_deploy.runtime.bundle import Bundle, add_files, write_bundle
+from sessa_deploy.runtime.device import buffers
 from sessa_deploy.runtime.device.kernels import images
 from sessa_deploy.runtime.ort.backend import OrtBackend
 from sessa_deploy.runtime.session import Session
@@ -140,6 +141,14 @@ def test_one_sequence_alone_equals_onnx_runtime_s(
     trt = sys.modules["tensorrt"] or sys.modules["tensorrt_rtx"]
     assert backend._runs_rows() == (alignment == 256) and trt.calls.contexts[0].shapes["past_length"] == (BATCH,)
     assert cuda.replays == (3 if alignment == 256 else 3 + 4)
+
+
+@pytest.mark.parametrize("build", ["10.9.0"], indirect=True)
+def test_a_long_prompt_s_rows_are_laid_in_the_caches(build: Callable[..., Any], bundles: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "_LEAST_BEHIND", 1)
+    monkeypatch.setattr(sys.modules[__name__], "CHUNK", CAPACITY)
+    backend = build()[0]
+    check_laid(backend, OrtBackend(bundles("fp32"), batch=BATCH, capacity=CAPACITY, threads=1), 1, 256)
 
 
 def test_a_greedy_step_is_one_copy_in_and_none_out(build: Callable[..., Any]) -> None:
