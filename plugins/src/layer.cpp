@@ -276,7 +276,7 @@ struct ProjectGain final : Product
         }
         a.add(i32(rowsOf(p))).add(i32(p.width)).add(i32(kvWidth)).add(i32(p.headWidth / kHeadMultiple)).add(p.numbers.gammaMax);
         int64_t const tile = matrix.kernel().tile("BM");
-        int64_t const gains = tile <= kSingle ? rowsOf(p) : ceilDiv(rowsOf(p), tile);
+        int64_t const gains = matrix.shared() ? 0 : tile <= kSingle ? rowsOf(p) : ceilDiv(rowsOf(p), tile);
         return launchTiles(p, t, 3 * columnTiles(p.width) + 2 * columnTiles(kvWidth), a, stream, error, gains);
     }
 };
@@ -312,7 +312,7 @@ template <Op const& op>
 std::vector<Problem> everyRows(Storage storage)
 {
     std::vector<Problem> all;
-    for (int64_t const tokens : {kRows[0], kRows[1], kRows[2], kRows[2] + 1})
+    for (int64_t const tokens : {kRows[0], kRows[1], kRows[2], kRows[2] + 1, kManyProduct + 1})
     {
         Problem p = smallest(op, storage);
         p.tokens = tokens;

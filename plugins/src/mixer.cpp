@@ -209,7 +209,7 @@ std::vector<Problem> everyMixer(Storage storage)
                 p.headWidth = head;
                 p.heads = width / head;
                 p.kvHeads = p.heads / group;
-                for (int64_t const rows : {kRows[0], kRows[1], kRows[2], kRows[2] + 1})
+                for (int64_t const rows : {kRows[0], kRows[1], kRows[2], kRows[2] + 1, kManyProduct + 1})
                 {
                     p.batch = rows;
                     p.tokens = 1;

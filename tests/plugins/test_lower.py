@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,9 @@ def cubin(**change: Any) -> lower.Cubin:
      ({"vector_loads": 0}, "no 16-byte load"), ({"params": [{}] * 14}, "declares 15 parameters"), ({"global_scratch": 64}, "global scratch")],
 )  # fmt: skip
 def test_problems_are_named(change: dict[str, Any], says: str) -> None:
-    assert lower.problems(cubin(), 15, 0, 2) == []
-    found = lower.problems(cubin(**change), 15, 0, 2)
+    kernel = replace(table.kernel("feedback_step_partial"), scalar_loads=2)
+    assert lower.problems(cubin(), 15, 0, kernel) == []
+    found = lower.problems(cubin(**change), 15, 0, kernel)
     assert len(found) == 1 and says in found[0]
 
 

@@ -11,6 +11,7 @@ from sessa_deploy.kernels.launch.limits import (
     AHEAD_DEPTH,
     GROUP,
     LAYER_WIDTHS,
+    MANY_ROWS,
     MIXER_HEADS,
     MIXER_WIDTHS,
     PRODUCT_ROWS,
@@ -34,6 +35,7 @@ _AHEAD = f"{PRODUCT_ROWS[1]}.{AHEAD_DEPTH}"  # of few rows, no deeper
 _EARLY_ROWS = PRODUCT_ROWS[-1]
 _TILES = ("BM", "BN", "BK", "KS", "AHEAD", "PDL")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
+_DESCRIPTOR = 128  # bytes that one takes of a program's memory
 
 _LAYERS = (
     Kernel("layer_rotary", _LAYER, (Param("past_length", "*i32"), *pointers("limbs", "cos", "sin", type="*fp32"), *integers("tokens", "pairs")),
@@ -64,6 +66,17 @@ _LAYERS = (
            _TILES, (*_PRODUCTS, _AHEAD), dtypes=_PRODUCT, scalar_loads=136, early=(*_FEW, _AHEAD), shares=_ONE, early_rows=_EARLY_ROWS,
            optional=(_AHEAD,)),
 )  # fmt: skip
+
+
+
+def _many(name: str, descriptors: int, *more: str) -> Kernel:
+    """The product of that name for many rows, by so many descriptors: engine/layer_many.py."""
+    params = next(k.params for k in _LAYERS if k.name == name)
+    constexprs = ("BM", "BN", "BK", "PARTS", *more)
+    return Kernel(f"{name}_many", f"{_LAYER}_many", params, constexprs, _ANY, dtypes=_HALF, scalar_loads=256, optional=_ANY, scratch=descriptors * _DESCRIPTOR)
+
+
+_LAYERS_MANY = (_many("layer_linear", 3), _many("layer_enter", 3), _many("layer_tail", 5), _many("layer_project_gain", 7, "ROWS"))
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
 _COMBINES = ("1", "any", "wide")
@@ -119,7 +132,7 @@ _DECODES = (
            early=_ANY, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
-KERNELS = by_name((*_LAYERS, *_MIXERS, *_MIXER_ROWS, *_DECODES))
+KERNELS = by_name((*_LAYERS, *_LAYERS_MANY, *_MIXERS, *_MIXER_ROWS, *_DECODES))
 
 
 def product_variant(rows: int, weights: str = "") -> str:
@@ -136,6 +149,12 @@ def product_choice(kernel: str, rows: int, weights: str) -> tuple[str, str]:
     if not weights or variant != "any":
         return variant, weights
     return (str(QUANTISED_ROWS[-1]), weights) if kernel == "layer_logits" else (variant, "")
+
+
+def many_kernel(kernel: str, rows: int, weights: str) -> str:
+    """The kernel by tensor descriptors that takes a product's place for so many rows of 16-bit weights; "" where there is none."""
+    name = f"{kernel}_many"
+    return name if rows > MANY_ROWS and not weights and name in KERNELS else ""
 
 
 def ahead_variant(kernel: str, variant: str, weights: str, depth: int) -> str:
