@@ -5,6 +5,8 @@ Standard library only.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sessa_deploy.kernels.causal.spec import head_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import (
@@ -71,7 +73,7 @@ _LAYERS = (
 
 def _many(name: str, descriptors: int, *more: str) -> Kernel:
     """The product of that name for many rows, by so many descriptors: engine/layer_many.py."""
-    params = next(k.params for k in _LAYERS if k.name == name)
+    params = tuple(replace(p, type="*storage") if p.type == "*weight" else p for k in _LAYERS if k.name == name for p in k.params)
     constexprs = ("BM", "BN", "BK", "PARTS", *more)
     return Kernel(f"{name}_many", f"{_LAYER}_many", params, constexprs, _ANY, dtypes=_HALF, scalar_loads=256, optional=_ANY, scratch=descriptors * _DESCRIPTOR)
 
