@@ -16,18 +16,21 @@ import torch
 from gpu import copy_bandwidth
 from products import DTYPES, FORMATS, Case, Options, compile_all
 
-from sessa_deploy.kernels.engine.spec import product_choice
+from sessa_deploy.kernels.engine.spec import many_kernel, product_choice
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import pinned
+from sessa_deploy.kernels.launch.jit import available, pinned
 
 KERNELS = ("layer_linear", "layer_out", "layer_tail", "layer_enter", "layer_project_gain", "layer_logits")
 
 
 def chosen(kernel: str, rows: int, width: int, dtype: torch.dtype, weights: str) -> tuple[str, str, Options]:
-    """(kernel, weights that it reads, options) as the plugin launches it: one row has a kernel of its own at the entrance."""
+    """(kernel, weights that it reads, options) as the plugin launches it: one row has a kernel of its own at the entrance, and many rows have of most."""
     if kernel == "layer_enter" and rows == 1:
         kernel = "layer_norm_enter"
     variant, kind = (table.width_variant(kernel, width), weights) if kernel == "layer_norm_enter" else product_choice(kernel, rows, weights)
+    many = many_kernel(kernel, rows, kind)
+    if many and available(many, torch.device("cuda", 0), dtype, "any"):
+        kernel, variant = many, "any"
     return kernel, kind, pinned((kernel,), torch.device("cuda", 0), dtype, variant, rows, kind)[kernel]
 
 
