@@ -59,6 +59,7 @@ class Case:
         self.wide = torch.empty(self.columns if widened or kernel == "layer_widen" else 1, width, device="cuda", dtype=dtype)
         self.out = make(rows, self.columns, kind=float32 if kernel == "layer_logits" else dtype)
         self.cos, self.sin, self.add = make(rows, 32, kind=float32), make(rows, 32, kind=float32), make(rows, width, kind=float32)
+        self.gated = self.x * self.h[:, width:]
         self.parts, self.gains, self.gamma = [make(rows, width) for _ in range(5)], make(width, kind=float32), make(rows, kind=float32)
 
     @property
@@ -83,6 +84,8 @@ class Case:
                 return x, self.bias, self.bias[self.width :], w, scale, bias, out, self.width, EPS
             case "layer_logits":
                 return x, w, scale, out, *sizes, self.columns
+            case "layer_tail" if self.many:  # of what layer_gate has made; what it takes is not counted
+                return self.gated, w, scale, bias, x, out, *sizes
             case "layer_tail":
                 return x, h, w, scale, bias, x, out, *sizes
         biases = [bias[i * self.width :] for i in (0, 1, 2, 3)]

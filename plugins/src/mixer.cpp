@@ -24,7 +24,7 @@ struct Step final : Plan
         char const* dtype = dtypeName(p.storage);
         partial = findCubin("mixer_step_partial", arch, dtype, variant(p).c_str());
         combine = findCubin("mixer_step_combine", arch, dtype, p.batch == 1 ? "1" : p.width > kMixerBroad ? "wide" : "any"); // engine/spec.py, combine_variant
-        return partial != nullptr && combine != nullptr && out.find("layer_out", arch, p, p.batch);
+        return partial != nullptr && combine != nullptr && out.find("layer_out", arch, p, p.batch, p.width);
     }
 
     std::vector<Cubin const*> cubins() const override

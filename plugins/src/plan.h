@@ -153,8 +153,8 @@ private:
 class Matrix
 {
 public:
-    // widens: false for a kernel that reads 8 bits whatever the rows. False where the binaries are missing.
-    bool find(char const* name, int32_t arch, Problem const& p, int64_t rows, bool widens = true)
+    // columns: of the product. widens: false for a kernel that reads 8 bits whatever the rows. False where the binaries are missing.
+    bool find(char const* name, int32_t arch, Problem const& p, int64_t rows, int64_t columns, bool widens = true)
     {
         std::string const variant = productVariant(rows, p.weights);
         bool const many = p.weights != Weights::kStorage && variant == "any";
@@ -167,9 +167,9 @@ public:
             return true;
         }
         bool const widened = many && widens;
-        bool const wide = widened || p.weights == Weights::kStorage;
+        bool const takes = rows > kManyProduct && columns % kWidthMultiple == 0 && (widened || p.weights == Weights::kStorage);
         mWiden = widened ? findCubin("layer_widen", arch, productType(p).c_str(), "any") : nullptr;
-        mKernel = wide && rows > kManyProduct ? findCubin((std::string(name) + "_many").c_str(), arch, dtypeName(p.storage), "any") : nullptr;
+        mKernel = takes ? findCubin((std::string(name) + "_many").c_str(), arch, dtypeName(p.storage), "any") : nullptr;
         mShared = mKernel != nullptr;
         if (!mShared)
         {

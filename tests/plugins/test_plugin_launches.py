@@ -313,8 +313,8 @@ def test_the_plugin_launches_what_the_python_side_does(
         assert mine[4] == pytest.approx(theirs[4], rel=1e-6), mine[0]
         if storage != ph.FLOAT or not mine[0].startswith(("feedback_combine", "feedback_solve")):  # in float32 the plugin keeps x and its inverse in one place
             assert mine[5] == theirs[5], mine[0]
-    many = {name for name, *_ in found if name.endswith("_many")}
-    assert len(many) == (4 if shape[0] * shape[1] > MANY_ROWS and storage != ph.FLOAT else 0)
+    many = {name for name, *_ in found if name.endswith(("_many", "_gate"))}
+    assert len(many) == (5 if shape[0] * shape[1] > MANY_ROWS and storage != ph.FLOAT else 0)
     if shape[1] == 34000 and storage == ph.HALF:
         assert [name for name, *_ in found].count("feedback_solve") > 2 * 2, "rows in panels"
     behind = [(found[i - 1][0], early) for i, (name, _, _, early, *_) in enumerate(found) if name in ("mixer_step_partial", "mixer_rows_partial")]

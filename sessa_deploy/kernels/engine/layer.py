@@ -250,7 +250,7 @@ def _run_product(
 ) -> None:
     """A product's kernel over all tiles of (rows of x, columns). least: of rows for which it has a variant."""
     variant, weights, *matrix = _matrix(fn, x, max(x.shape[0], least), weight, scale)
-    if many := layer_many.takes(fn.__name__, x.shape[0], weights, x):
+    if many := layer_many.takes(fn.__name__, x.shape[0], columns, weights, x):
         layer_many.run(many, x.shape[0], (columns,), x, *before, *matrix, *after)
         return
     tiles = _tiles(fn, x, variant, weights)
@@ -321,7 +321,8 @@ def tail(s: Tensor, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, early: i
     """x + (s * g) weight^T + bias for s, x (rows, D), g the right half of h (rows, 2D)."""
     rows, depth = s.shape
     out = torch.empty_like(x)
-    _run_product(layer_tail, s, depth, early, (s, h), weight, scale, bias, x, out, rows, depth)
+    before = (layer_many.gated(s, h),) if layer_many.takes("layer_tail", rows, depth, "", s) else (s, h)
+    _run_product(layer_tail, s, depth, early, before, weight, scale, bias, x, out, rows, depth)
     return out
 
 
@@ -372,7 +373,7 @@ def project_gain(
     q, k, v, q_b, k_b = (torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in widths)
     out = Projected(q, k, v, q_b, k_b, torch.empty(rows, dtype=torch.float32, device=h.device))
     arguments: tuple[Any, ...] = h, *matrix, *biases, cos, sin, gamma_weight, gamma_bias, *out, rows, depth, kv, cos.shape[1] // 4, gamma_max
-    if many := layer_many.takes("layer_project_gain", rows, weights, h):
+    if many := layer_many.takes("layer_project_gain", rows, depth, weights, h):
         layer_many.run(many, rows, widths, h, *arguments)
         return out
     tiles = _tiles(layer_project_gain, h, variant, weights)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from sessa_deploy.contract import WIDTH_MULTIPLE
 from sessa_deploy.kernels.causal.spec import head_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import (
@@ -73,12 +74,17 @@ _LAYERS = (
 
 def _many(name: str, descriptors: int, *more: str) -> Kernel:
     """The product of that name for many rows, by so many descriptors: engine/layer_many.py."""
-    params = tuple(replace(p, type="*storage") if p.type == "*weight" else p for k in _LAYERS if k.name == name for p in k.params)
+    own = next(k.params for k in _LAYERS if k.name == name) if name != "layer_tail" else _TAIL_MANY
+    params = tuple(replace(p, type="*storage") if p.type == "*weight" else p for p in own)
     constexprs = ("BM", "BN", "BK", "PARTS", *more)
     return Kernel(f"{name}_many", f"{_LAYER}_many", params, constexprs, _ANY, dtypes=_HALF, scalar_loads=256, optional=_ANY, scratch=descriptors * _DESCRIPTOR)
 
 
-_LAYERS_MANY = (_many("layer_linear", 3), _many("layer_enter", 3), _many("layer_tail", 5), _many("layer_project_gain", 7, "ROWS"))
+_TAIL_MANY = (*pointers("x"), *_MATRIX, *pointers("bias", "add", "out"), *_SIZES)
+_LAYERS_MANY = (
+    Kernel("layer_gate", f"{_LAYER}_many", (*pointers("s", "h", "out"), *_SIZES), ("BT", "BD"), _ANY, dtypes=_HALF, optional=_ANY),
+    *(_many(f"layer_{name}", 3) for name in ("linear", "enter", "tail")), _many("layer_project_gain", 7, "ROWS"),
+)
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
 _COMBINES = ("1", "any", "wide")
@@ -153,10 +159,10 @@ def product_choice(kernel: str, rows: int, weights: str) -> tuple[str, str]:
     return (str(QUANTISED_ROWS[-1]), weights) if kernel == "layer_logits" else (variant, "")
 
 
-def many_kernel(kernel: str, rows: int, weights: str) -> str:
+def many_kernel(kernel: str, rows: int, columns: int, weights: str) -> str:
     """The kernel by tensor descriptors that takes a product's place for so many rows of 16-bit weights; "" where there is none."""
     name = f"{kernel}_many"
-    return name if rows > MANY_ROWS and not weights and name in KERNELS else ""
+    return name if rows > MANY_ROWS and columns % WIDTH_MULTIPLE == 0 and not weights and name in KERNELS else ""
 
 
 def ahead_variant(kernel: str, variant: str, weights: str, depth: int) -> str:

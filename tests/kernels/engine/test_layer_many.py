@@ -93,5 +93,5 @@ def test_where_they_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond so many rows, of weights of 16 bits, where a kernel and the architecture's tiles are there."""
     monkeypatch.undo()
     most = spec.MANY_ROWS
-    assert spec.many_kernel("layer_tail", most + 1, "") == "layer_tail_many" and not spec.many_kernel("layer_tail", most, "")
-    assert not spec.many_kernel("layer_tail", most + 1, ".i8") and not spec.many_kernel("layer_out", most + 1, "")
+    assert spec.many_kernel("layer_tail", most + 1, 64, "") == "layer_tail_many" and not spec.many_kernel("layer_tail", most, 64, "")
+    assert not spec.many_kernel("layer_tail", most + 1, 64, ".i8") and not spec.many_kernel("layer_out", most + 1, 64, "")
