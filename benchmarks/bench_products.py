@@ -16,7 +16,7 @@ import torch
 from gpu import copy_bandwidth
 from products import DTYPES, FORMATS, Case, Options, compile_all
 
-from sessa_deploy.kernels.engine.spec import many_kernel, product_choice
+from sessa_deploy.kernels.engine.spec import many_kernel, many_variant, product_choice
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import available, pinned
 
@@ -28,9 +28,10 @@ def chosen(kernel: str, rows: int, width: int, dtype: torch.dtype, weights: str)
     if kernel == "layer_enter" and rows == 1:
         kernel = "layer_norm_enter"
     variant, kind = (table.width_variant(kernel, width), weights) if kernel == "layer_norm_enter" else product_choice(kernel, rows, weights)
-    many = many_kernel(kernel, rows, kind)
+    columns = width * {"layer_enter": 2, "layer_project_gain": 5}.get(kernel, 1)
+    many = many_kernel(kernel, rows, columns, kind)
     if many and available(many, torch.device("cuda", 0), dtype, "any"):
-        kernel, variant = many, "any"
+        kernel, variant = many, many_variant(many, rows, columns)
     return kernel, kind, pinned((kernel,), torch.device("cuda", 0), dtype, variant, rows, kind)[kernel]
 
 

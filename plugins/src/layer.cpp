@@ -350,7 +350,7 @@ template <Op const& op>
 std::vector<Problem> everyRows(Storage storage)
 {
     std::vector<Problem> all;
-    for (int64_t const tokens : {kRows[0], kRows[1], kRows[2], kRows[2] + 1, kManyProduct + 1})
+    for (int64_t const tokens : {kRows[0], kRows[1], kRows[2], kRows[2] + 1, kManyProduct + 1, kManyWork / 16})
     {
         Problem p = smallest(op, storage);
         p.tokens = tokens;

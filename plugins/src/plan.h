@@ -91,6 +91,13 @@ inline Cubin const* aheadCubin(char const* name, int32_t arch, Problem const& p,
                                                            : findCubin(name, arch, dtypeName(p.storage), (variant == "any" ? depth : variant + "." + depth).c_str());
 }
 
+// engine/spec.py, many_variant; null where there is none.
+inline Cubin const* manyCubin(std::string const& name, int32_t arch, Problem const& p, int64_t elements)
+{
+    Cubin const* const small = elements < kManyWork ? findCubin(name.c_str(), arch, dtypeName(p.storage), "small") : nullptr;
+    return small != nullptr ? small : findCubin(name.c_str(), arch, dtypeName(p.storage), "any");
+}
+
 // causal/spec.py, head_variant; group: query heads of one key/value head.
 inline std::string headVariant(int64_t width, int64_t group)
 {
@@ -169,7 +176,7 @@ public:
         bool const widened = many && widens;
         bool const takes = rows > kManyProduct && columns % kWidthMultiple == 0 && (widened || p.weights == Weights::kStorage);
         mWiden = widened ? findCubin("layer_widen", arch, productType(p).c_str(), "any") : nullptr;
-        mKernel = takes ? findCubin((std::string(name) + "_many").c_str(), arch, dtypeName(p.storage), "any") : nullptr;
+        mKernel = takes ? manyCubin(std::string(name) + "_many", arch, p, rows * columns) : nullptr;
         mShared = mKernel != nullptr;
         if (!mShared)
         {

@@ -276,7 +276,7 @@ SHAPES = [
     (1, 70, 1, 64, 2, 2), (2, 100, 0, 256, 4, 1), (1, 513, 0, 2048, 16, 4),  # prefill
     (2, 130, 300, 1024, 16, 4), (3, 17, 4096, 192, 8, 2), (1, 64, 65, 4096, 32, 8), (1, 9300, 40, 1024, 16, 4),  # chunks, the last with wide tiles
     (1, 34000, 40, 64, 2, 1),  # and one in panels
-    (1, 1025, 8, 320, 5, 5), (3, 700, 9, 1040, 13, 1), (3, 341, 9, 96, 3, 1),  # products by tensor descriptors, and just too few rows for them
+    (1, 1025, 8, 320, 5, 5), (3, 1100, 9, 1040, 13, 1), (2, 256, 9, 96, 3, 1),  # products by tensor descriptors, and just too few rows for them
     (3, 1, 1000, 2048, 16, 16),  # a step of wide rows in a short cache
 ]  # fmt: skip
 

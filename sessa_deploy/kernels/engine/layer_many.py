@@ -16,7 +16,7 @@ from torch import Tensor
 from sessa_deploy.kernels.device import turn
 from sessa_deploy.kernels.engine.product import half_gelu, place
 from sessa_deploy.kernels.engine.projection import angles, gamma_rows
-from sessa_deploy.kernels.engine.spec import many_kernel
+from sessa_deploy.kernels.engine.spec import many_kernel, many_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, available, launcher, pinned
 from sessa_deploy.kernels.launch.limits import MANY_PROGRAMS
@@ -253,7 +253,7 @@ def takes(kernel: str, rows: int, columns: int, weights: str, like: Tensor) -> s
 
 def run(name: str, rows: int, widths: tuple[int, ...], like: Tensor, *arguments: Any) -> None:
     """Launch one that `takes` gave. widths: of each output."""
-    options = pinned((name,), like.device, like.dtype, "any")[name]
+    options = pinned((name,), like.device, like.dtype, many_variant(name, rows, sum(widths)))[name]
     call = launcher(_KERNELS[name], like.device, like.dtype, options)
     tiles = triton.cdiv(rows, options["BM"]) * sum(triton.cdiv(width, options["BN"]) for width in widths)
     call((min(tiles, call.resident, MANY_PROGRAMS),), *(address(x) if isinstance(x, Tensor) else x for x in arguments))

@@ -15,6 +15,7 @@ from sessa_deploy.kernels.launch.limits import (
     GROUP,
     LAYER_WIDTHS,
     MANY_ROWS,
+    MANY_WORK,
     MIXER_HEADS,
     MIXER_WIDTHS,
     PRODUCT_ROWS,
@@ -76,8 +77,9 @@ def _many(name: str, descriptors: int, *more: str) -> Kernel:
     """The product of that name for many rows, by so many descriptors: engine/layer_many.py."""
     own = next(k.params for k in _LAYERS if k.name == name) if name != "layer_tail" else _TAIL_MANY
     params = tuple(replace(p, type="*storage") if p.type == "*weight" else p for p in own)
-    constexprs = ("BM", "BN", "BK", "PARTS", *more)
-    return Kernel(f"{name}_many", f"{_LAYER}_many", params, constexprs, _ANY, dtypes=_HALF, scalar_loads=256, optional=_ANY, scratch=descriptors * _DESCRIPTOR)
+    constexprs, variants = ("BM", "BN", "BK", "PARTS", *more), ("small", "any") if name in ("layer_linear", "layer_tail") else _ANY
+    return Kernel(f"{name}_many", f"{_LAYER}_many", params, constexprs, variants, dtypes=_HALF, scalar_loads=256, optional=variants,
+                  scratch=descriptors * _DESCRIPTOR)
 
 
 _TAIL_MANY = (*pointers("x"), *_MATRIX, *pointers("bias", "add", "out"), *_SIZES)
@@ -163,6 +165,11 @@ def many_kernel(kernel: str, rows: int, columns: int, weights: str) -> str:
     """The kernel by tensor descriptors that takes a product's place for so many rows of 16-bit weights; "" where there is none."""
     name = f"{kernel}_many"
     return name if rows > MANY_ROWS and columns % WIDTH_MULTIPLE == 0 and not weights and name in KERNELS else ""
+
+
+def many_variant(name: str, rows: int, columns: int) -> str:
+    """The variant of a kernel that `many_kernel` names, for a result of this size. The bits are the same in each: only tiles differ, and no order of sums."""
+    return "small" if rows * columns < MANY_WORK and "small" in KERNELS[name].variants else "any"
 
 
 def ahead_variant(kernel: str, variant: str, weights: str, depth: int) -> str:
