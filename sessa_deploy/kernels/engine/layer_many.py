@@ -63,22 +63,6 @@ def _parts(b_y, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _biases(bias, first, width, BC: tl.constexpr, PARTS: tl.constexpr):
-    """The bias of each part of a tile's columns, `first` the first: all on their way together."""
-    o_n = first + tl.arange(0, BC)
-    b_0 = tl.load(bias + o_n, mask=o_n < width, other=0.0)
-    parts = (b_0,)
-    if PARTS > 1:
-        b_1 = tl.load(bias + BC + o_n, mask=BC + o_n < width, other=0.0)
-        parts = (b_0, b_1)  # type: ignore[assignment]
-    if PARTS > 2:
-        b_2 = tl.load(bias + 2 * BC + o_n, mask=2 * BC + o_n < width, other=0.0)
-        b_3 = tl.load(bias + 3 * BC + o_n, mask=3 * BC + o_n < width, other=0.0)
-        parts = (b_0, b_1, b_2, b_3)  # type: ignore[assignment]
-    return parts
-
-
-@triton.jit
 def _rows_of(x, rows, row, first, width, BM: tl.constexpr, BC: tl.constexpr):
     """A tile (BM,BC) of x (rows, width)."""
     o_m, o_n = tl.arange(0, BM), first + tl.arange(0, BC)
@@ -112,7 +96,7 @@ def _finish(
     bias = biases[0]
     if KIND == PROJECT:
         bias = tl.where(which == 4, biases[3] + depth, tl.where(which == 3, biases[3], tl.where(which == 2, biases[2], tl.where(which == 1, biases[1], bias))))
-    b_parts, b_biases = _parts(b_acc, BM, BN, PARTS), _biases(bias, column, width, BC, PARTS)
+    b_parts = _parts(b_acc, BM, BN, PARTS)
     o_n = tl.arange(0, BC)
     if KIND == TAIL:
         b_adds = _adds(more[0], rows, row, column, width, BM, BC, PARTS)
@@ -125,7 +109,7 @@ def _finish(
         b_y = b_parts[i]
         if scale.to(tl.int64) != weight.to(tl.int64):  # what `layer_widen` made of 8 bits
             b_y = b_y * tl.load(scale + above + first + o_n, mask=o_n < width - first, other=1.0)[None, :]
-        b_y += b_biases[i].to(tl.float32)[None, :]
+        b_y += tl.load(bias + first + o_n, mask=o_n < width - first, other=0.0).to(tl.float32)[None, :]
         if KIND == ENTER:
             b_y = half_gelu(b_y, first, depth, kind, BC)
         if KIND == TAIL:
