@@ -16,7 +16,7 @@ import torch
 from gpu import copy_bandwidth
 from products import DTYPES, FORMATS, Case, Options, compile_all
 
-from sessa_deploy.kernels.engine.spec import ahead_variant, product_choice
+from sessa_deploy.kernels.engine.spec import ahead_variant, many_kernel, many_variant, product_choice
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import available, pinned
 
@@ -24,13 +24,17 @@ KERNELS = ("layer_linear", "layer_out", "layer_tail", "layer_enter", "layer_proj
 
 
 def chosen(kernel: str, rows: int, width: int, dtype: torch.dtype, weights: str) -> tuple[str, str, Options]:
-    """(kernel, weights that it reads, options) as the plugin launches it: one row has a kernel of its own at the entrance."""
+    """(kernel, weights that it reads, options) as the plugin launches it: one row has a kernel of its own at the entrance, and many rows have of most."""
     if kernel == "layer_enter" and rows == 1:
         kernel = "layer_norm_enter"
     variant, kind = (table.width_variant(kernel, width), weights) if kernel == "layer_norm_enter" else product_choice(kernel, rows, weights)
     device = torch.device("cuda", 0)
     other = ahead_variant(kernel, variant, kind, width) if kernel != "layer_norm_enter" else ""
     variant = other if other and available(kernel, device, dtype, other, kind) else variant
+    columns = width * {"layer_enter": 2, "layer_project_gain": 5}.get(kernel, 1)
+    many = many_kernel(kernel, rows, columns, kind)
+    if many and available(many, device, dtype, "any"):
+        kernel, variant = many, many_variant(many, rows, columns)
     return kernel, kind, pinned((kernel,), device, dtype, variant, rows, kind)[kernel]
 
 

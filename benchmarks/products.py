@@ -14,8 +14,9 @@ from gpu import capture, event_ms
 from torch import Tensor
 
 from sessa_deploy.contract import WEIGHT_FORMATS
-from sessa_deploy.kernels.engine import layer
+from sessa_deploy.kernels.engine import layer, layer_many
 from sessa_deploy.kernels.launch.jit import address, launcher, pinned, weights_name
+from sessa_deploy.kernels.launch.limits import MANY_PROGRAMS
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FORMATS = {"": "", **{name: weights_name(getattr(torch, f.torch)) for name, f in WEIGHT_FORMATS.items()}}  # format -> as the tables call it
@@ -38,6 +39,8 @@ class Case:
     def __init__(
         self, kernel: str, rows: int, width: int, vocabulary: int, dtype: torch.dtype, weights: str = "", cold: bool = True, widened: bool = False
     ) -> None:
+        self.many = kernel.endswith("_many")
+        kernel = kernel.removesuffix("_many")
         self.kernel, self.rows, self.width, self.dtype = kernel, rows, width, dtype
         times = {"layer_enter": 2, "layer_norm_enter": 2, "layer_project_gain": 5, "layer_widen": 5}
         self.columns = times.get(kernel, 1) * width if kernel != "layer_logits" else vocabulary
@@ -56,6 +59,7 @@ class Case:
         self.wide = torch.empty(self.columns if widened or kernel == "layer_widen" else 1, width, device="cuda", dtype=dtype)
         self.out = make(rows, self.columns, kind=float32 if kernel == "layer_logits" else dtype)
         self.cos, self.sin, self.add = make(rows, 32, kind=float32), make(rows, 32, kind=float32), make(rows, width, kind=float32)
+        self.gated = self.x * self.h[:, width:]
         self.parts, self.gains, self.gamma = [make(rows, width) for _ in range(5)], make(width, kind=float32), make(rows, kind=float32)
 
     @property
@@ -80,23 +84,28 @@ class Case:
                 return x, self.bias, self.bias[self.width :], w, scale, bias, out, self.width, EPS
             case "layer_logits":
                 return x, w, scale, out, *sizes, self.columns
+            case "layer_tail" if self.many:  # of what layer_gate has made; what it takes is not counted
+                return self.gated, w, scale, bias, x, out, *sizes
             case "layer_tail":
                 return x, h, w, scale, bias, x, out, *sizes
         biases = [bias[i * self.width :] for i in (0, 1, 2, 3)]
         return h, w, scale, *biases, self.cos, self.sin, self.gains, self.gains, *self.parts, self.gamma, *sizes, self.width, 8, 0.999
 
-    def grid(self, tiles: Options) -> tuple[int, ...]:
+    def grid(self, tiles: Options, held: int) -> tuple[int, ...]:
+        """held: programs that the device holds at once."""
         if self.kernel == "layer_widen":
             return (triton.cdiv(self.columns * self.width, tiles["BLOCK"]),)
         tall = triton.cdiv(self.rows, tiles.get("BM", 1))
-        if self.kernel == "layer_project_gain":
-            return (layer.gamma_programs(self.rows, tiles["BM"]) + 5 * tall * triton.cdiv(self.width, tiles["BN"]),)
-        return (tall * triton.cdiv(self.columns, tiles["BN"]),)
+        projects = self.kernel == "layer_project_gain"
+        across = 5 * triton.cdiv(self.width, tiles["BN"]) if projects else triton.cdiv(self.columns, tiles["BN"])
+        if self.many:
+            return (min(tall * across, held, MANY_PROGRAMS),)
+        return ((layer.gamma_programs(self.rows, tiles["BM"]) if projects else 0) + tall * across,)
 
     def calls(self, options: Options) -> list[Callable[[], None]]:
         """A launch for each copy of the weights."""
-        call = launcher(getattr(layer, self.kernel), self.x.device, self.dtype, options, "" if self.widened else self.name)
-        grid = self.grid(options)
+        call = launcher(_function(self.kernel + "_many" * self.many), self.x.device, self.dtype, options, "" if self.widened else self.name)
+        grid = self.grid(options, call.resident)
 
         def product(w: Tensor) -> None:
             call(grid, *(address(a) if isinstance(a, Tensor) else a for a in self.arguments(w)))
@@ -144,13 +153,17 @@ class Case:
         return y + self.x.to(kind) if self.kernel == "layer_tail" else y
 
 
+def _function(kernel: str) -> Any:
+    return getattr(layer_many if kernel.endswith("_many") else layer, kernel)
+
+
 Job = tuple[str, torch.dtype, str, Options]  # kernel, storage type, `jit.weights_name`, options
 
 
 def _compile(job: Job) -> str:
     kernel, dtype, weights, options = job
     try:
-        launcher(getattr(layer, kernel), torch.device("cuda", 0), dtype, options, weights)
+        launcher(_function(kernel), torch.device("cuda", 0), dtype, options, weights)
     except Exception as error:
         return f"{kernel}{weights} {options}: {type(error).__name__}: {error}"[:200]
     return ""

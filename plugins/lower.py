@@ -30,7 +30,7 @@ from sessa_deploy.errors import SessaError
 from sessa_deploy.files import scratch, write_whole
 from sessa_deploy.kernels.launch import jit, table
 from sessa_deploy.kernels.launch.limits import ALIGNMENT, SHARED_LIMIT
-from sessa_deploy.kernels.launch.spec import resolve
+from sessa_deploy.kernels.launch.spec import Kernel, resolve
 from sessa_deploy.process import ending_cleanly
 
 SCHEMA = 1
@@ -189,26 +189,26 @@ def compile_unit(unit: Unit, out: Path) -> Cubin:
         shared_share=table.shared_share(unit.kernel, unit.arch, unit.dtype, unit.variant),
     )  # fmt: skip
     allowed = table.spills(unit.kernel, unit.arch, unit.dtype, unit.variant, jit.triton_version())
-    cubin.problems = problems(cubin, declared, allowed, description.scalar_loads, description.wide)
+    cubin.problems = problems(cubin, declared, allowed, description)
     return cubin
 
 
-def problems(cubin: Cubin, declared: int, spills: int, scalar_loads: int, wide: bool = True) -> list[str]:
-    """What is wrong with a binary, each as one line: shared memory, spills, scalar loads, parameters, scratch."""
+def problems(cubin: Cubin, declared: int, spills: int, kernel: Kernel) -> list[str]:
+    """What is wrong with a binary of a kernel, each as one line: shared memory, spills, scalar loads, parameters, scratch."""
     limit = shared_limit(Unit(cubin.kernel, cubin.arch, cubin.dtype, cubin.variant))
     found = []
     if cubin.shared > limit:
         found.append(f"needs {cubin.shared} bytes of shared memory, sm_{cubin.arch} or one it serves has {limit}: pin a smaller tile or fewer stages")
     if cubin.spill_bytes > spills:
         found.append(f"spills {cubin.spill_bytes} bytes, its entry states {spills}: pin a smaller tile or more warps")
-    if cubin.scalar_loads > scalar_loads:
-        found.append(f"has {cubin.scalar_loads} loads narrower than 16 bytes, at most {scalar_loads} are expected: an alignment promise is missing")
-    if wide and cubin.vector_loads == 0:
+    if cubin.scalar_loads > kernel.scalar_loads:
+        found.append(f"has {cubin.scalar_loads} loads narrower than 16 bytes, at most {kernel.scalar_loads} are expected: an alignment promise is missing")
+    if kernel.wide and cubin.vector_loads == 0:
         found.append("has no 16-byte load at all")
     if declared != len(cubin.params):
         found.append(f"declares {declared} parameters, the metadata lists {len(cubin.params)}: another Triton version appends others")
-    if cubin.global_scratch:
-        found.append(f"wants {cubin.global_scratch} bytes of Triton's global scratch, which the plugin does not provide")
+    if cubin.global_scratch != kernel.scratch:
+        found.append(f"wants {cubin.global_scratch} bytes of Triton's global scratch a program, its kernel's description says {kernel.scratch}")
     return found
 
 
@@ -248,12 +248,12 @@ def lower(
 
 
 def _rows(cubins: Sequence[Cubin]) -> Iterator[str]:
-    """SESSA_CUBIN(index, file, kernel, arch, dtype, variant, entry, warps, shared, params, early rows, shared share, tiles...) for the C++ preprocessor."""
+    """SESSA_CUBIN(index, file, kernel, arch, dtype, variant, entry, warps, shared, scratch, params, early rows, shared share, tiles...), for C++."""
     yield "// Written by sessa_deploy.plugins.lower: the binaries beside this file. Tiles are name, value pairs.\n"
     for i, c in enumerate(cubins):
         tiles = ", ".join(f'{{"{k}", {int(v)}}}' for k, v in c.tiles.items() if isinstance(v, int))
         what = f'"{c.file}", "{c.kernel}", {c.arch}, "{c.dtype}", "{c.variant}", "{c.entry}"'
-        yield f"SESSA_CUBIN({i}, {what}, {c.num_warps}, {c.shared}, {len(c.params)}, {c.early_rows}, {c.shared_share}, {tiles})\n"
+        yield f"SESSA_CUBIN({i}, {what}, {c.num_warps}, {c.shared}, {c.global_scratch}, {len(c.params)}, {c.early_rows}, {c.shared_share}, {tiles})\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

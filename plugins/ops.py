@@ -277,6 +277,8 @@ def limits_h() -> str:
         "WideColumns": limits.WIDE_COLUMNS, "FewWork": limits.FEW_WORK,
         "PackPrograms": limits.PACK_PROGRAMS, "ScorePrograms": limits.SCORE_PROGRAMS,
         "StepRows": contract.STEP_ROWS, "HeadMultiple": limits.HEAD_MULTIPLE, "Group": limits.GROUP, "Single": limits.SINGLE_ROWS,
+        "WidthMultiple": contract.WIDTH_MULTIPLE, "ManyProduct": limits.MANY_ROWS, "ManyWork": limits.MANY_WORK,
+        "ManyPrograms": limits.MANY_PROGRAMS,
         "Float8Arch": limits.FLOAT8_ARCH, "MixerBroad": limits.MIXER_BROAD, "MixerShort": limits.MIXER_SHORT,
         "MixerManyF": limits.MIXER_MANY_F, "MixerManyB": limits.MIXER_MANY_B, "MixerMostB": limits.MIXER_MOST_B,
     }  # fmt: skip

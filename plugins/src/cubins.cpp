@@ -24,8 +24,8 @@ namespace sessa
 namespace
 {
 
-#define SESSA_CUBIN(index, file, kernel, arch, dtype, variant, entry, warps, shared, params, early, share, ...)               \
-    Cubin{kernel, arch, dtype, variant, entry, warps, shared, params, early, share, {{__VA_ARGS__}}, sessa_cubin_##index,     \
+#define SESSA_CUBIN(index, file, kernel, arch, dtype, variant, entry, warps, shared, scratch, params, early, share, ...)               \
+    Cubin{kernel, arch, dtype, variant, entry, warps, shared, scratch, params, early, share, {{__VA_ARGS__}}, sessa_cubin_##index,     \
         static_cast<size_t>(sessa_cubin_##index##_end - sessa_cubin_##index)},
 Cubin const kCubins[] = {
 #include "cubins.inc"

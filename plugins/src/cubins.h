@@ -24,7 +24,8 @@ struct Cubin
     char const* variant; // key of the pinned tiles
     char const* entry;   // symbol of the kernel
     int32_t warps;
-    int32_t shared; // bytes of dynamic shared memory
+    int32_t shared;  // bytes of dynamic shared memory
+    int32_t scratch; // bytes of global memory that a program makes tensor descriptors in, at Triton's first hidden pointer
     int32_t params; // number of parameters, Triton's two hidden pointers included
     int32_t earlyRows; // rows B T up to which it may start before its predecessor ends (launch/table.py, early); 0: never
     int32_t sharedShare; // percent of a multiprocessor's shared memory that it wishes for (launch/table.py, shared_share); 0: what the driver chooses

@@ -269,7 +269,12 @@ try
     constexpr int64_t kGridX = 2147483647;
     constexpr int64_t kGridYZ = 65535;
     Kernel kernel;
-    arguments.add<void*>(nullptr).add<void*>(nullptr); // Triton's global and profile scratch: the kernels use neither
+    if (cubin.scratch > 0 && arguments.scratch() == nullptr)
+    {
+        error = std::string(cubin.kernel) + " makes tensor descriptors, and was given no memory for them";
+        return false;
+    }
+    arguments.add(arguments.scratch()).add<void*>(nullptr); // Triton's global scratch and that of its profiler, which no kernel uses
     auto& values = arguments.values();
     if (static_cast<int32_t>(values.size()) != cubin.params)
     {

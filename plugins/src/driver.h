@@ -21,7 +21,7 @@ bool loadCubin(Cubin const& cubin, std::string& error) noexcept;
 // How many programs of `cubin`, which is loaded, the current context's device holds at once; 0 if the driver does not say.
 int64_t residentPrograms(Cubin const& cubin) noexcept;
 
-// Argument values of one launch, in the kernel's order; Triton's two hidden pointers are added by `launch`.
+// Argument values of one launch, in the kernel's order; Triton's two hidden pointers are added by `launch`, the first of them from `scratch`.
 class Arguments
 {
 public:
@@ -35,6 +35,17 @@ public:
         return *this;
     }
 
+    // Where the programs make tensor descriptors, Cubin::scratch bytes each.
+    void scratch(char* memory) noexcept
+    {
+        mScratch = memory;
+    }
+
+    char* scratch() const noexcept
+    {
+        return mScratch;
+    }
+
     std::vector<uint64_t>& values() noexcept
     {
         return mValues;
@@ -42,6 +53,7 @@ public:
 
 private:
     std::vector<uint64_t> mValues;
+    char* mScratch{};
 };
 
 constexpr int64_t kManyRows = INT64_MAX;

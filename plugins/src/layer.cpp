@@ -49,7 +49,7 @@ struct Product : Plan
 
     bool find(Problem const& p, int32_t arch) override
     {
-        return matrix.find(name, arch, p, rowsOf(p), widens);
+        return matrix.find(name, arch, p, rowsOf(p), columns(p), widens);
     }
 
     std::vector<Cubin const*> cubins() const override
@@ -163,6 +163,7 @@ struct Logits final : Product
     }
 };
 
+// Of many rows the gate goes ahead of the product: kernels/engine/layer_many.py.
 struct Tail final : Product
 {
     Tail()
@@ -170,12 +171,49 @@ struct Tail final : Product
     {
     }
 
+    bool find(Problem const& p, int32_t arch) override
+    {
+        bool const found = Product::find(p, arch);
+        gate = matrix.shared() ? findCubin("layer_gate", arch, dtypeName(p.storage), "any") : nullptr;
+        return found && (gate != nullptr || !matrix.shared());
+    }
+
+    std::vector<Cubin const*> cubins() const override
+    {
+        std::vector<Cubin const*> all = Product::cubins();
+        all.insert(all.end(), gate == nullptr ? 0 : 1, gate);
+        return all;
+    }
+
+    void layout(Problem const& p, Arena& arena, bool bound) override
+    {
+        gated = gate == nullptr ? nullptr : arena.take(storageBytes(p) * rowsOf(p) * p.width);
+        Product::layout(p, arena, bound);
+    }
+
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
         Arguments a; // s, h, weight, bias, x
-        addMatrix(a.add(t.in[1]).add(t.in[2]), p, t).add(t.in[4]).add(t.in[0]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width));
+        if (gate == nullptr)
+        {
+            a.add(t.in[1]).add(t.in[2]);
+        }
+        else
+        {
+            Arguments first;
+            first.add(t.in[1]).add(t.in[2]).add(gated).add(i32(rowsOf(p))).add(i32(p.width));
+            if (!launch(*gate, {ceilDiv(rowsOf(p), gate->tile("BT")), ceilDiv(p.width, gate->tile("BD")), 1}, first, stream, error))
+            {
+                return false;
+            }
+            a.add(gated);
+        }
+        addMatrix(a, p, t).add(t.in[4]).add(t.in[0]).add(t.outs[0]).add(i32(rowsOf(p))).add(i32(p.width));
         return launchTiles(p, t, columnTiles(p.width), a, stream, error);
     }
+
+    Cubin const* gate{};
+    char* gated{};
 };
 
 // One row goes through a kernel of its own, which norms it too; so do a few where there is one for them.
@@ -191,7 +229,7 @@ struct Enter final : Plan
             : rowsOf(p) <= kRows[1] ? aheadCubin("layer_norm_enter_rows", arch, p, "any")
                                     : nullptr;
         norm = one || both != nullptr ? nullptr : findCubinForWidth("layer_norm", arch, dtypeName(p.storage), width);
-        return both != nullptr || (norm != nullptr && matrix.find("layer_enter", arch, p, rowsOf(p)));
+        return both != nullptr || (norm != nullptr && matrix.find("layer_enter", arch, p, rowsOf(p), p.doubleWidth));
     }
 
     void layout(Problem const& p, Arena& arena, bool) override
@@ -276,7 +314,7 @@ struct ProjectGain final : Product
         }
         a.add(i32(rowsOf(p))).add(i32(p.width)).add(i32(kvWidth)).add(i32(p.headWidth / kHeadMultiple)).add(p.numbers.gammaMax);
         int64_t const tile = matrix.kernel().tile("BM");
-        int64_t const gains = tile <= kSingle ? rowsOf(p) : ceilDiv(rowsOf(p), tile);
+        int64_t const gains = matrix.shared() ? 0 : tile <= kSingle ? rowsOf(p) : ceilDiv(rowsOf(p), tile);
         return launchTiles(p, t, 3 * columnTiles(p.width) + 2 * columnTiles(kvWidth), a, stream, error, gains);
     }
 };
@@ -312,7 +350,7 @@ template <Op const& op>
 std::vector<Problem> everyRows(Storage storage)
 {
     std::vector<Problem> all;
-    for (int64_t const tokens : {kRows[0], kRows[1], kRows[2], kRows[2] + 1})
+    for (int64_t const tokens : {kRows[0], kRows[1], kRows[2], kRows[2] + 1, kManyProduct + 1, kManyWork / 16})
     {
         Problem p = smallest(op, storage);
         p.tokens = tokens;

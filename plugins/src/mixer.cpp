@@ -28,7 +28,7 @@ struct Step final : Plan
         Cubin const* const wide = p.width > kMixerBroad ? findCubin("mixer_step_combine", arch, dtype, kWideRow) : nullptr; // engine/mixer.py, step
         most = wide != nullptr ? kMixerMostB : 0;
         combine = wide != nullptr && p.batch == 1 ? wide : combine;
-        return partial != nullptr && combine != nullptr && out.find("layer_out", arch, p, p.batch);
+        return partial != nullptr && combine != nullptr && out.find("layer_out", arch, p, p.batch, p.width);
     }
 
     std::vector<Cubin const*> cubins() const override
@@ -214,7 +214,7 @@ std::vector<Problem> everyMixer(Storage storage)
                 p.headWidth = head;
                 p.heads = width / head;
                 p.kvHeads = p.heads / group;
-                for (int64_t const rows : {kRows[0], kRows[1], kRows[2], kRows[2] + 1})
+                for (int64_t const rows : {kRows[0], kRows[1], kRows[2], kRows[2] + 1, kManyProduct + 1})
                 {
                     p.batch = rows;
                     p.tokens = 1;

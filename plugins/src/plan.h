@@ -98,6 +98,13 @@ inline Cubin const* aheadCubin(char const* name, int32_t arch, Problem const& p,
                                                            : findCubin(name, arch, dtypeName(p.storage), (variant == "any" ? depth : variant + "." + depth).c_str());
 }
 
+// engine/spec.py, many_variant; null where there is none.
+inline Cubin const* manyCubin(std::string const& name, int32_t arch, Problem const& p, int64_t elements)
+{
+    Cubin const* const small = elements < kManyWork ? findCubin(name.c_str(), arch, dtypeName(p.storage), "small") : nullptr;
+    return small != nullptr ? small : findCubin(name.c_str(), arch, dtypeName(p.storage), "any");
+}
+
 // causal/spec.py, head_variant; group: query heads of one key/value head.
 inline std::string headVariant(int64_t width, int64_t group)
 {
@@ -155,31 +162,46 @@ private:
     int64_t mUsed{0};
 };
 
-// A matrix product with its weights. Those of 8 bits are widened into the workspace before a product of many rows: engine/spec.py, product_choice.
+// A matrix product with its weights. Those of 8 bits are widened into the workspace before a product of many rows: engine/spec.py, product_choice. Of still
+// more rows, where the architecture has one, by a kernel whose programs, as many as the device holds, share the tiles: engine/spec.py, many_kernel.
 class Matrix
 {
 public:
-    // widens: false for a kernel that reads 8 bits whatever the rows. False where the binaries are missing.
-    bool find(char const* name, int32_t arch, Problem const& p, int64_t rows, bool widens = true)
+    // columns: of the product. widens: false for a kernel that reads 8 bits whatever the rows. False where the binaries are missing.
+    bool find(char const* name, int32_t arch, Problem const& p, int64_t rows, int64_t columns, bool widens = true)
     {
         std::string const variant = productVariant(rows, p.weights);
         bool const many = p.weights != Weights::kStorage && variant == "any";
         std::string const most = std::to_string(*(std::end(kQuantisedRows) - 1));
         mKernel = aheadCubin(name, arch, p, variant);
+        mWiden = nullptr;
+        mShared = false;
         if (mKernel != nullptr)
         {
-            mWiden = nullptr;
             return true;
         }
-        mWiden = many && widens ? findCubin("layer_widen", arch, productType(p).c_str(), "any") : nullptr;
-        mKernel = many && widens ? findCubin(name, arch, dtypeName(p.storage), "any")
-                                 : findCubin(name, arch, productType(p).c_str(), many ? most.c_str() : variant.c_str());
-        return mKernel != nullptr && (mWiden != nullptr || !many || !widens);
+        bool const widened = many && widens;
+        bool const takes = rows > kManyProduct && columns % kWidthMultiple == 0 && (widened || p.weights == Weights::kStorage);
+        mWiden = widened ? findCubin("layer_widen", arch, productType(p).c_str(), "any") : nullptr;
+        mKernel = takes ? manyCubin(std::string(name) + "_many", arch, p, rows * columns) : nullptr;
+        mShared = mKernel != nullptr;
+        if (!mShared)
+        {
+            mKernel = widened ? findCubin(name, arch, dtypeName(p.storage), "any")
+                              : findCubin(name, arch, productType(p).c_str(), many ? most.c_str() : variant.c_str());
+        }
+        return mKernel != nullptr && (mWiden != nullptr || !widened);
     }
 
     Cubin const& kernel() const
     {
         return *mKernel;
+    }
+
+    // Whether the programs share the tiles, and what else there is to do.
+    bool shared() const
+    {
+        return mShared;
     }
 
     std::vector<Cubin const*> cubins() const
@@ -192,6 +214,7 @@ public:
     {
         mCount = columns * p.width;
         mWide = mWiden == nullptr ? nullptr : arena.take(storageBytes(p) * mCount);
+        mScratch = mShared ? arena.take(kManyPrograms * mKernel->scratch) : nullptr;
     }
 
     // Two arguments of the kernel: the matrix, which is operand `at`, and its scales; what stands for those that there are not is the matrix' address.
@@ -201,7 +224,7 @@ public:
         return arguments.add(matrix).add(p.weights == Weights::kStorage ? matrix : t.in[p.op->inputs - 1]);
     }
 
-    // `programs` of the kernel, behind the widening of operand `at` where it needs one.
+    // `programs` of the kernel, or those that share as many tiles, behind the widening of operand `at` where it needs one.
     bool run(Tensors const& t, int32_t at, int64_t programs, Arguments& a, CUstream_st* stream, std::string& error, int64_t rows) const
     {
         if (mWiden != nullptr)
@@ -213,13 +236,17 @@ public:
                 return false;
             }
         }
-        return launch(*mKernel, {programs, 1, 1}, a, stream, error, rows);
+        a.scratch(mScratch);
+        int64_t const most = mShared ? std::min(heldPrograms(*mKernel), kManyPrograms) : programs;
+        return launch(*mKernel, {std::min(programs, most), 1, 1}, a, stream, error, rows);
     }
 
 private:
     Cubin const* mKernel{};
     Cubin const* mWiden{};
+    bool mShared{};
     char* mWide{};
+    char* mScratch{};
     int64_t mCount{};
 };
 

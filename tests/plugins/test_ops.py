@@ -28,8 +28,8 @@ compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on thi
 def rules(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """rules.cpp, built: the library's own source without TensorRT, with the binary of a kernel that lacks tiles."""
     folder = tmp_path_factory.mktemp("rules")
-    (folder / "cubins.inc").write_text('SESSA_CUBIN(0, "x", "causal_step_partial", 80, "fp16", "64", "e", 4, 0, 1, 0, 0, {"BLOCK_R", 16})\n'
-                                       'SESSA_CUBIN(0, "x", "causal_step_combine", 80, "fp16", "any", "e", 4, 0, 1, 0, 0, {"BLOCK_S", 128})\n')
+    (folder / "cubins.inc").write_text('SESSA_CUBIN(0, "x", "causal_step_partial", 80, "fp16", "64", "e", 4, 0, 0, 1, 0, 0, {"BLOCK_R", 16})\n'
+                                       'SESSA_CUBIN(0, "x", "causal_step_combine", 80, "fp16", "any", "e", 4, 0, 0, 1, 0, 0, {"BLOCK_S", 128})\n')
     files = [str(ph.HERE / "rules.cpp"), *(str(ph.SOURCES / "src" / n) for n in ("causal.cpp", "rows.cpp", "driver.cpp"))]
     command = ["g++", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", *ph.include_flags(folder), *files, "-ldl", "-o"]
     subprocess.run([*command, str(folder / "rules.so")], check=True)

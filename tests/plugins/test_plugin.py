@@ -22,7 +22,8 @@ from plugin_harness import BFLOAT, CAUSAL, FEEDBACK, FLOAT, HALF, NAMES, OPERAND
 from sessa_deploy import cuda_arch
 from sessa_deploy.contract import STEP_ROWS
 from sessa_deploy.errors import UserError
-from sessa_deploy.kernels.launch.limits import STEP_MAX_SPLITS
+from sessa_deploy.kernels.launch import table
+from sessa_deploy.kernels.launch.limits import MANY_PROGRAMS, MANY_ROWS, STEP_MAX_SPLITS
 from sessa_deploy.plugins import library, ops
 
 
@@ -125,9 +126,11 @@ def test_workspace(launching: Built) -> None:
 @pytest.mark.trt
 @pytest.mark.slow
 def test_workspace_of_a_layer(launching: Built) -> None:
-    """To the byte: what the kernels of a step of the mixer leave one another, what its chunks do, the normed rows of the entrance."""
+    """To the byte: what the kernels of a step of the mixer leave one another, what its chunks do, the normed rows of the entrance, the gated ones of the end,
+    and where the programs of a product of many rows make their descriptors."""
     harness, heads, d, p = launching[2], 12, 768, 4096
-    mixer, enter, feedback = (create(launching, op, storage=HALF) for op in (ph.At.Mixer, ph.At.NormEnter, FEEDBACK))
+    mixer, enter, tail, feedback = (create(launching, op, storage=HALF) for op in (ph.At.Mixer, ph.At.NormEnter, ph.At.Tail, FEEDBACK))
+    descriptors = MANY_PROGRAMS * table.kernel("layer_linear_many").scratch
 
     def needs(batch: int, tokens: int, capacity: int) -> int:
         return int(harness.harness_workspace(mixer, ph.At.Mixer, HALF, sizes(batch, tokens, capacity, d, heads, heads, d // heads)))
@@ -135,12 +138,16 @@ def test_workspace_of_a_layer(launching: Built) -> None:
     causal_splits, splits = 128, STEP_MAX_SPLITS
     parts = 4 * d * causal_splits + 8 * heads * causal_splits + 4 * d * splits + 8 * splits
     assert needs(2, 1, p) == 2 * (parts + 2 * d + 4 * d)
-    chunk = harness.harness_workspace(feedback, FEEDBACK, HALF, sizes(2, 512, p, d)) + 2 * (2 * 512 * d * 2)
+    chunk = harness.harness_workspace(feedback, FEEDBACK, HALF, sizes(2, 512, p, d)) + 2 * (2 * 512 * d * 2) + descriptors
     assert needs(2, 512, p) == chunk
     for smaller in ((1, 512, p), (2, 511, p), (2, 512, p - 1), (2, 1, p), (1, 64, 1)):
         assert needs(*smaller) <= chunk
-    assert harness.harness_workspace(enter, ph.At.NormEnter, HALF, sizes(3, 5, 1, d)) == 3 * 5 * d * 2
-    for plugin in (mixer, enter, feedback):
+    assert harness.harness_workspace(enter, ph.At.NormEnter, HALF, sizes(4, 5, 1, d)) == 4 * 5 * d * 2
+    for rows in (MANY_ROWS, 2 * MANY_ROWS):
+        many = rows > MANY_ROWS
+        assert harness.harness_workspace(enter, ph.At.NormEnter, HALF, sizes(1, rows, 1, d)) == rows * d * 2 + many * descriptors
+        assert harness.harness_workspace(tail, ph.At.Tail, HALF, sizes(1, rows, 1, d)) == many * (rows * d * 2 + descriptors)
+    for plugin in (mixer, enter, tail, feedback):
         harness.harness_destroy(plugin)
 
 

@@ -64,7 +64,7 @@ static rc note(struct function* f, unsigned const* grid, unsigned const* block, 
     while (known[i].name && strcmp(known[i].name, f->name)) ++i;
     if (!known[i].name || block[1] != 1 || block[2] != 1) return 1;
     printf("%s %u %u %u %u %d %d %llx", f->name, grid[0], grid[1], grid[2], block[0], early, f->share, (unsigned long long)q);
-    for (p = 0; p < known[i].params; ++p) printf(" %llx", *(unsigned long long*)a[p]);
+    for (p = 0; p <= known[i].params; ++p) printf(" %llx", *(unsigned long long*)a[p]);
     printf("\n");
     return 0;
 }
@@ -115,9 +115,10 @@ def read(line: str) -> Launch:
     """A launch as the driver wrote it."""
     from sessa_deploy.kernels.launch import table
 
-    name, x, y, z, threads, early, share, _stream, *words = line.split()
+    name, x, y, z, threads, early, share, _stream, *words, scratch = line.split()
     kinds = [p.type for p in table.kernel(name).params]
     assert len(words) == len(kinds)
+    assert int(scratch, 16) % 128 == 0 and (int(scratch, 16) > 0) == (table.kernel(name).scratch > 0), name
     scalars, pointers = list[float](), list[int]()
     for kind, word in zip(kinds, words, strict=True):
         raw = int(word, 16).to_bytes(8, "little")
@@ -146,7 +147,7 @@ def launches(
     from sessa_deploy.kernels.causal import prefill as causal_prefill
     from sessa_deploy.kernels.causal import step as causal_step
     from sessa_deploy.kernels.causal import step_rows as causal_rows
-    from sessa_deploy.kernels.engine import layer, layer_rows, mixer_rows
+    from sessa_deploy.kernels.engine import layer, layer_many, layer_rows, mixer_rows
     from sessa_deploy.kernels.engine import mixer as mixer_step
     from sessa_deploy.kernels.feedback import forward as feedback_fwd
     from sessa_deploy.kernels.feedback import step as feedback_step
@@ -177,7 +178,7 @@ def launches(
         # a step's attentions alone start early only where the Python side says behind what
         return {name: {**o, "PDL": o["PDL"] and early > 0} if name in ("mixer_step_partial", "mixer_rows_partial") else o for name, o in found.items()}
 
-    for module in (causal_prefill, causal_rows, causal_step, feedback_fwd, feedback_rows, feedback_step, layer, layer_rows, mixer_rows, mixer_step):
+    for module in (causal_prefill, causal_rows, causal_step, feedback_fwd, feedback_rows, feedback_step, layer, layer_many, layer_rows, mixer_rows, mixer_step):
         monkeypatch.setattr(module, "launcher", Writer)
         monkeypatch.setattr(module, "pinned", pinned)
     kept: list[torch.Tensor] = []  # workspaces and widened weights, so that no other tensor takes their place
@@ -275,6 +276,7 @@ SHAPES = [
     (1, 70, 1, 64, 2, 2), (2, 100, 0, 256, 4, 1), (1, 513, 0, 2048, 16, 4),  # prefill
     (2, 130, 300, 1024, 16, 4), (3, 17, 4096, 192, 8, 2), (1, 64, 65, 4096, 32, 8), (1, 9300, 40, 1024, 16, 4),  # chunks, the last with wide tiles
     (1, 34000, 40, 64, 2, 1),  # and one in panels
+    (1, 1025, 8, 320, 5, 5), (3, 1100, 9, 1040, 13, 1), (2, 256, 9, 96, 3, 1),  # products by tensor descriptors, and just too few rows for them
     (3, 1, 1000, 2048, 16, 16), (1, 1, 4096, 2048, 16, 4),  # steps of wide rows, in a short cache and of one sequence
 ]  # fmt: skip
 
@@ -282,7 +284,7 @@ SHAPES = [
 CASES = [*((ph.HALF, 0, s, True) for s in SHAPES), *((ph.HALF, 0, s, False) for s in SHAPES if s[1] == 1), *((ph.FLOAT, 0, s, True) for s in SHAPES[::3]),
          *((ph.BFLOAT, 0, s, True) for s in (SHAPES[8], SHAPES[12])),  # where two kernels stand in for the combination
          *((ph.HALF, weights, s, True) for weights, s in ((3, SHAPES[0]), (17, SHAPES[1]), (17, SHAPES[4]), (3, SHAPES[5]), (3, SHAPES[8]),
-           (3, SHAPES[-1])))]  # fmt: skip
+                                                        (3, SHAPES[-1]), (3, SHAPES[-5])))]  # fmt: skip
 
 
 # The launcher is the same for all: of ONNX Runtime's shell every second case shows that it hands on what it is given.
@@ -300,7 +302,7 @@ def test_the_plugin_launches_what_the_python_side_does(
     Steps, prefill, chunks and panels, for the attentions, the mixer and everything around them.
     """
     from sessa_deploy.kernels.launch import table
-    from sessa_deploy.kernels.launch.limits import STEP_PROGRAMS
+    from sessa_deploy.kernels.launch.limits import MANY_ROWS, STEP_PROGRAMS
 
     held = EACH * MULTIPROCESSORS if says else STEP_PROGRAMS
     wanted = launches(monkeypatch, storage, weights, held, *shape)
@@ -311,6 +313,8 @@ def test_the_plugin_launches_what_the_python_side_does(
         assert mine[4] == pytest.approx(theirs[4], rel=1e-6), mine[0]
         if storage != ph.FLOAT or not mine[0].startswith(("feedback_combine", "feedback_solve")):  # in float32 the plugin keeps x and its inverse in one place
             assert mine[5] == theirs[5], mine[0]
+    many = {name for name, *_ in found if name.endswith(("_many", "_gate"))}
+    assert len(many) == (5 if shape[0] * shape[1] > MANY_ROWS and storage != ph.FLOAT else 0)
     if shape[1] == 34000 and storage == ph.HALF:
         assert [name for name, *_ in found].count("feedback_solve") > 2 * 2, "rows in panels"
     behind = [(found[i - 1][0], early) for i, (name, _, _, early, *_) in enumerate(found) if name in ("mixer_step_partial", "mixer_rows_partial")]

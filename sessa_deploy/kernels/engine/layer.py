@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.device import begin, tanh, turn
-from sessa_deploy.kernels.engine import layer_rows
+from sessa_deploy.kernels.device import begin, turn
+from sessa_deploy.kernels.engine import layer_many, layer_rows
 from sessa_deploy.kernels.engine.product import ahead, bias_of, half_gelu, normal, place, product, put, scale_of, scaled, tile_of, wide, with_bias
+from sessa_deploy.kernels.engine.projection import angles, gamma_rows
 from sessa_deploy.kernels.engine.spec import product_choice
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, launcher, pinned, weights_name
@@ -175,31 +176,6 @@ def layer_tail(
     put(out + row * depth + column, b_y + b_x.to(tl.float32), m_m, m_n, depth, BM, BN)
 
 
-@triton.jit
-def _angles(cos, sin, m_m, first, pairs, BM: tl.constexpr, BN: tl.constexpr):
-    """cos and sin (BM, BN / 2) of a tile; cos, sin: from its first row, first: its first column."""
-    o_p = tl.arange(0, BN // 2)
-    o_p = tl.max_contiguous(tl.multiple_of((first // 2 + o_p) % pairs, 4), 4)  # what the remainder hides: pairs and first / 2 are multiples of 4
-    o_t = tl.arange(0, BM)[:, None] * pairs + o_p[None, :]
-    return tl.load(cos + o_t, mask=m_m[:, None], other=0.0), tl.load(sin + o_t, mask=m_m[:, None], other=0.0)
-
-
-@triton.jit
-def _gamma_rows(a, a_row, weight, bias, gamma, first, rows, depth, gamma_max, ROWS: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
-    """gamma_max tanh(bias + a . weight) of ROWS rows of a, which lie a_row elements apart. Waits for the kernel ahead, with weights on their way."""
-    o_m, o_k = first + tl.arange(0, ROWS), tl.arange(0, BK)
-    m_m = o_m < rows
-    b_bias, b_w = tl.load(bias), tl.load(weight + o_k, mask=o_k < depth, other=0.0)
-    begin(PDL)
-    b_acc = tl.zeros([ROWS, BK], dtype=tl.float32)
-    for start in range(0, depth, BK):
-        m_k = o_k < depth - start
-        b_a = tl.load(a + o_m.to(tl.int64)[:, None] * a_row + start + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
-        b_acc += b_a.to(tl.float32) * b_w[None, :]
-        b_w = tl.load(weight + start + BK + o_k, mask=o_k < depth - start - BK, other=0.0)  # the next
-    tl.store(gamma + o_m, gamma_max * tanh(b_bias + tl.sum(b_acc, 1)), mask=m_m)
-
-
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_project_gain"))
 def layer_project_gain(
     h, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, gamma_weight, gamma_bias, q, k, v, q_b, k_b, gamma, rows, depth, kv_width, units, gamma_max,
@@ -214,7 +190,7 @@ def layer_project_gain(
     ROWS: tl.constexpr = 1 if BM <= SINGLE else BM
     gammas = tl.cdiv(rows, ROWS)
     if tl.program_id(0) < gammas:
-        _gamma_rows(h, 2 * depth, gamma_weight, gamma_bias, gamma, tl.program_id(0) * ROWS, rows, depth, gamma_max, ROWS, 1024 if ROWS == 1 else BK, PDL)
+        gamma_rows(h, 2 * depth, gamma_weight, gamma_bias, gamma, tl.program_id(0) * ROWS, rows, depth, gamma_max, ROWS, 1024 if ROWS == 1 else BK, PDL)
     else:
         _project_tile(
             h, 2 * depth, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, gammas,
@@ -246,12 +222,12 @@ def _project_tile(
     b_scale, b_bias = scale_of(scale, weight, above + column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     begin(PDL)
     if BM * BN <= HELD:
-        b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m & turns, i_n * BN, pairs, BM, BN)
+        b_cos, b_sin = angles(cos + row * pairs, sin + row * pairs, m_m & turns, i_n * BN, pairs, BM, BN)
     b_y = product(a + row * a_row, a, weight + (above + column) * depth, b_w, rows - i_m * BM, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS, AHEAD)
     b_y = with_bias(scaled(b_y, b_scale, scale, weight, above + column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN)
     if turns:
         if BM * BN > HELD:
-            b_cos, b_sin = _angles(cos + row * pairs, sin + row * pairs, m_m, i_n * BN, pairs, BM, BN)
+            b_cos, b_sin = angles(cos + row * pairs, sin + row * pairs, m_m, i_n * BN, pairs, BM, BN)
         b_y = turn(b_y, b_cos, b_sin, BM, BN)
     put(out + row * width + column, b_y, m_m, m_n, width, BM, BN)
 
@@ -274,6 +250,9 @@ def _run_product(
 ) -> None:
     """A product's kernel over all tiles of (rows of x, columns). least: of rows for which it has a variant."""
     variant, weights, *matrix = _matrix(fn, x, max(x.shape[0], least), weight, scale)
+    if many := layer_many.takes(fn.__name__, x.shape[0], columns, weights, x):
+        layer_many.run(many, x.shape[0], (columns,), x, *before, *matrix, *after)
+        return
     tiles = _tiles(fn, x, variant, weights)
     grid = (triton.cdiv(x.shape[0], tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
     _run(fn, variant, grid, x, early, *before, *matrix, *after, weights=weights)
@@ -342,7 +321,8 @@ def tail(s: Tensor, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, early: i
     """x + (s * g) weight^T + bias for s, x (rows, D), g the right half of h (rows, 2D)."""
     rows, depth = s.shape
     out = torch.empty_like(x)
-    _run_product(layer_tail, s, depth, early, (s, h), weight, scale, bias, x, out, rows, depth)
+    before = (layer_many.gated(s, h),) if layer_many.takes("layer_tail", rows, depth, "", s) else (s, h)
+    _run_product(layer_tail, s, depth, early, before, weight, scale, bias, x, out, rows, depth)
     return out
 
 
@@ -389,10 +369,14 @@ def project_gain(
     rows, depth = h.shape[0], h.shape[1] // 2
     kv = biases[1].numel()
     variant, weights, *matrix = _matrix(layer_project_gain, h, rows, weight, scale)
-    tiles = _tiles(layer_project_gain, h, variant, weights)
-    q, k, v, q_b, k_b = (torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in (depth, kv, kv, depth, depth))
+    widths = (depth, kv, kv, depth, depth)
+    q, k, v, q_b, k_b = (torch.empty(rows, n, dtype=h.dtype, device=h.device) for n in widths)
     out = Projected(q, k, v, q_b, k_b, torch.empty(rows, dtype=torch.float32, device=h.device))
+    arguments: tuple[Any, ...] = h, *matrix, *biases, cos, sin, gamma_weight, gamma_bias, *out, rows, depth, kv, cos.shape[1] // 4, gamma_max
+    if many := layer_many.takes("layer_project_gain", rows, depth, weights, h):
+        layer_many.run(many, rows, widths, h, *arguments)
+        return out
+    tiles = _tiles(layer_project_gain, h, variant, weights)
     grid = (gamma_programs(rows, tiles["BM"]) + triton.cdiv(rows, tiles["BM"]) * (3 * triton.cdiv(depth, tiles["BN"]) + 2 * triton.cdiv(kv, tiles["BN"])),)
-    _run(layer_project_gain, variant, grid, h, early, h, *matrix, *biases, cos, sin, gamma_weight, gamma_bias, *out,
-         rows, depth, kv, cos.shape[1] // 4, gamma_max, weights=weights)
+    _run(layer_project_gain, variant, grid, h, early, *arguments, weights=weights)
     return out

@@ -5,12 +5,17 @@ Standard library only.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from sessa_deploy.contract import WIDTH_MULTIPLE
 from sessa_deploy.kernels.causal.spec import head_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import (
     AHEAD_DEPTH,
     GROUP,
     LAYER_WIDTHS,
+    MANY_ROWS,
+    MANY_WORK,
     MIXER_HEADS,
     MIXER_WIDTHS,
     PRODUCT_ROWS,
@@ -36,6 +41,7 @@ WIDE_ROW = f"{PRODUCT_ROWS[0]}.wide"  # of one row that is wider than AHEAD_DEPT
 _EARLY_ROWS = PRODUCT_ROWS[-1]
 _TILES = ("BM", "BN", "BK", "KS", "AHEAD", "PDL")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
+_DESCRIPTOR = 128  # bytes that one takes of a program's memory
 
 _LAYERS = (
     Kernel("layer_rotary", _LAYER, (Param("past_length", "*i32"), *pointers("limbs", "cos", "sin", type="*fp32"), *integers("tokens", "pairs")),
@@ -67,6 +73,23 @@ _LAYERS = (
            _TILES, (*_PRODUCTS, _AHEAD, _ONE_AHEAD, WIDE_ROW), dtypes=_PRODUCT, scalar_loads=136, early=(*_FEW, _AHEAD, _ONE_AHEAD, WIDE_ROW),
            opens=(_ONE_AHEAD,), shares=(*_ONE, _ONE_AHEAD), fills=(WIDE_ROW,), early_rows=_EARLY_ROWS, optional=(_AHEAD, _ONE_AHEAD, WIDE_ROW)),
 )  # fmt: skip
+
+
+
+def _many(name: str, descriptors: int, *more: str) -> Kernel:
+    """The product of that name for many rows, by so many descriptors: engine/layer_many.py."""
+    own = next(k.params for k in _LAYERS if k.name == name) if name != "layer_tail" else _TAIL_MANY
+    params = tuple(replace(p, type="*storage") if p.type == "*weight" else p for p in own)
+    constexprs, variants = ("BM", "BN", "BK", "PARTS", *more), ("small", "any") if name in ("layer_linear", "layer_tail") else _ANY
+    return Kernel(f"{name}_many", f"{_LAYER}_many", params, constexprs, variants, dtypes=_HALF, scalar_loads=256, optional=variants,
+                  scratch=descriptors * _DESCRIPTOR)
+
+
+_TAIL_MANY = (*pointers("x"), *_MATRIX, *pointers("bias", "add", "out"), *_SIZES)
+_LAYERS_MANY = (
+    Kernel("layer_gate", f"{_LAYER}_many", (*pointers("s", "h", "out"), *_SIZES), ("BT", "BD"), _ANY, dtypes=_HALF, optional=_ANY),
+    *(_many(f"layer_{name}", 3) for name in ("linear", "enter", "tail")), _many("layer_project_gain", 7, "ROWS"),
+)
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
 # Of one sequence. That of narrow rows is the same program, which wishes for the share of shared memory that its neighbours have.
@@ -126,7 +149,7 @@ _DECODES = (
            early=_ANY, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
-KERNELS = by_name((*_LAYERS, *_MIXERS, *_MIXER_ROWS, *_DECODES))
+KERNELS = by_name((*_LAYERS, *_LAYERS_MANY, *_MIXERS, *_MIXER_ROWS, *_DECODES))
 
 
 def product_variant(rows: int, weights: str = "") -> str:
@@ -143,6 +166,17 @@ def product_choice(kernel: str, rows: int, weights: str) -> tuple[str, str]:
     if not weights or variant != "any":
         return variant, weights
     return (str(QUANTISED_ROWS[-1]), weights) if kernel == "layer_logits" else (variant, "")
+
+
+def many_kernel(kernel: str, rows: int, columns: int, weights: str) -> str:
+    """The kernel by tensor descriptors that takes a product's place for so many rows of 16-bit weights; "" where there is none."""
+    name = f"{kernel}_many"
+    return name if rows > MANY_ROWS and columns % WIDTH_MULTIPLE == 0 and not weights and name in KERNELS else ""
+
+
+def many_variant(name: str, rows: int, columns: int) -> str:
+    """The variant of a kernel that `many_kernel` names, for a result of this size. The bits are the same in each: only tiles differ, and no order of sums."""
+    return "small" if rows * columns < MANY_WORK and "small" in KERNELS[name].variants else "any"
 
 
 def ahead_variant(kernel: str, variant: str, weights: str, depth: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from sessa_deploy.cuda import prefer_shared, resident_blocks
@@ -30,7 +30,7 @@ _TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "i32": "int3
 SHARE = "shared_share"  # of the options: what the driver is told and Triton is not
 Options = dict[str, dict[str, Any]]
 Address = Any  # an integer, or a tensor under the interpreter
-Call = Callable[..., None]  # of (stream, grid x, y, z, *arguments)
+Call = Callable[..., None]  # of (stream, grid x, y, z, address of Triton's global scratch or None, *arguments)
 
 
 @lru_cache(maxsize=1)
@@ -183,6 +183,8 @@ class Launcher:
                 self._binary = binary.result() if hasattr(binary, "result") else binary
                 if SHARE in options:
                     prefer_shared(self._binary.function, options[SHARE])
+                self._scratch = self._binary.metadata.global_scratch_size
+                self._bytes = partial(torch.empty, dtype=torch.uint8, device=device)
                 self._launch = _bind(kernel, self._binary, [options[name] for name in kernel.arg_names[len(examples) :]])
 
     @cached_property
@@ -199,11 +201,13 @@ class Launcher:
             return
         stream = self._stream(self.index)
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        memory = self._bytes(x * y * z * self._scratch) if self._scratch else None  # kept until the launch is queued
+        scratch = None if memory is None else memory.data_ptr()
         if self._current() == self.index:
-            self._launch(stream, x, y, z, *arguments)
+            self._launch(stream, x, y, z, scratch, *arguments)
         else:
             with self._on(self.index):
-                self._launch(stream, x, y, z, *arguments)
+                self._launch(stream, x, y, z, scratch, *arguments)
 
 
 _LAUNCHERS: dict[tuple[Any, ...], Launcher] = {}  # each keeps its options, whose identity is in the key
@@ -264,24 +268,24 @@ class Pass:
 def _bind(kernel: Any, binary: Any, constants: list[Any]) -> Call:
     """A function that launches the loaded binary on the current device; constants: its constexprs in order.
 
-    Raises ValueError if the kernel wants Triton's scratch memory.
+    Raises ValueError if the kernel wants the profiler's scratch memory.
     """
     run, function = binary.run, binary.function
-    if binary.metadata.global_scratch_size or binary.metadata.profile_scratch_size:
-        raise ValueError(f"sessa: {kernel.__name__} wants Triton's scratch memory, which its launch does not provide")
+    if binary.metadata.profile_scratch_size:
+        raise ValueError(f"sessa: {kernel.__name__} wants scratch memory of Triton's profiler, which its launch does not provide")
     # What CudaLauncher.__call__ passes on: cooperative and dependent launch, then metadata and three hooks' arguments beside two scratch buffers.
     first, launch_binary = (function, run.launch_cooperative_grid, run.launch_pdl), run.launch
     if triton_version() == (3, 6):  # one function a signature, compiled for it
-        fixed: tuple[Any, ...] = (*first, None, None, binary.packed_metadata, None, None, None)
+        fixed: tuple[Any, ...] = (None, binary.packed_metadata, None, None, None)
 
-        def call(stream: int, x: int, y: int, z: int, *arguments: Any) -> None:
-            launch_binary(x, y, z, stream, *fixed, *arguments, *constants)
+        def call(stream: int, x: int, y: int, z: int, scratch: int | None, *arguments: Any) -> None:
+            launch_binary(x, y, z, stream, *first, scratch, *fixed, *arguments, *constants)
 
     else:  # 3.7: one function for all, which is told the signature
-        fixed = (*first, binary.packed_metadata, None, None, None, None, None, run.arg_annotations, run.kernel_signature)
+        begun, fixed = (*first, binary.packed_metadata, None, None, None), (None, run.arg_annotations, run.kernel_signature)
 
-        def call(stream: int, x: int, y: int, z: int, *arguments: Any) -> None:
-            launch_binary(x, y, z, stream, *fixed, (*arguments, *constants))
+        def call(stream: int, x: int, y: int, z: int, scratch: int | None, *arguments: Any) -> None:
+            launch_binary(x, y, z, stream, *begun, scratch, *fixed, (*arguments, *constants))
 
     return call
 

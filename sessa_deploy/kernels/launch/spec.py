@@ -36,7 +36,8 @@ class Kernel:
     dtypes: the storage dtypes it is compiled for, those of QUANTISED weights too; a kernel that sees no storage type has ("fp32",). scalar_loads: how many
     global loads narrower than 16 bytes its PTX may hold (a length, a bias, a statistic); lowering refuses more. wide: it must hold 16-byte loads too;
     not so where nobody promises that a row begins aligned. optional: variants that an architecture has only where its own tiles are pinned, since the shared
-    memory of others is too small; who launches them asks (`jit.available`) and has another way.
+    memory of others is too small; who launches them asks (`jit.available`) and has another way. scratch: bytes of global memory that each program is given for
+    the tensor descriptors it makes, of which Triton says how many (128 each).
     """
 
     name: str
@@ -53,6 +54,7 @@ class Kernel:
     shares: tuple[str, ...] = ()
     fills: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    scratch: int = 0
     early_rows: int = 16  # kernels of more rows are longer, and hold places that their predecessors need (measured on an H200)
 
     def __post_init__(self) -> None:

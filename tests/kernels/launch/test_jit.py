@@ -75,9 +75,10 @@ refused(lambda: rows.poison_rows(x[None], torch.zeros(1, dtype=torch.int32)))
     assert done.stdout.splitlines() == [f"the kernels cannot use this Triton: got 3.8.0; allowed: 3.6 and 3.7; fix: {FIX}"] * 3, done.stderr
 
 
-def test_a_launch_passes_what_tritons_own_launcher_passes() -> None:
+def test_a_launch_passes_what_tritons_own_launcher_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """`bind` calls the private function below Triton's launcher: argument by argument what that one gives it, for the installed version."""
     from triton.backends.nvidia.driver import CudaLauncher
+    from triton.runtime import _allocation
 
     calls: list[tuple[Any, ...]] = []
     run = SimpleNamespace(
@@ -86,17 +87,22 @@ def test_a_launch_passes_what_tritons_own_launcher_passes() -> None:
     )  # fmt: skip
     metadata = SimpleNamespace(global_scratch_size=0, profile_scratch_size=0)
     binary = SimpleNamespace(run=run, function=77, metadata=metadata, packed_metadata=(4, 1, 1024))
-    jit._bind(SimpleNamespace(__name__="kernel"), binary, [128, True])(9, 3, 2, 1, 4096, 8192, 0.5)
+    jit._bind(SimpleNamespace(__name__="kernel"), binary, [128, True])(9, 3, 2, 1, None, 4096, 8192, 0.5)
     CudaLauncher.__call__(run, 3, 2, 1, 9, 77, binary.packed_metadata, None, None, None, 4096, 8192, 0.5, 128, True)
-    assert len(calls) == 2 and calls[0] == calls[1]
-    metadata.global_scratch_size = 64
+    run.global_scratch_size = 64  # memory for tensor descriptors
+    jit._bind(SimpleNamespace(__name__="kernel"), binary, [128, True])(9, 3, 2, 1, 1 << 20, 4096, 8192, 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(_allocation, "_allocator", SimpleNamespace(get=lambda: lambda size, align, stream: (1 << 20, size, stream)[size != 384]))
+        CudaLauncher.__call__(run, 3, 2, 1, 9, 77, binary.packed_metadata, None, None, None, 4096, 8192, 0.5, 128, True)
+    assert len(calls) == 4 and calls[0] == calls[1] and calls[2] == calls[3] and calls[2].count(1 << 20) == 1
+    metadata.profile_scratch_size = 64
     with pytest.raises(ValueError, match="scratch"):
         jit._bind(SimpleNamespace(__name__="kernel"), binary, [])
 
 
 def test_the_driver_is_told_of_shared_memory_and_triton_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a kernel is loaded; a driver that refuses, or knows no such attribute, fails nothing."""
-    binary, told, answers = SimpleNamespace(function=77), list[tuple[int, int, int]](), iter((0, 801, 0))
+    binary, told, answers = SimpleNamespace(function=77, metadata=SimpleNamespace(global_scratch_size=0)), list[tuple[int, int, int]](), iter((0, 801, 0))
 
     def attribute(function: Any, what: int, percent: int) -> int:
         told.append((function.value, what, percent))
