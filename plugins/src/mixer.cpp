@@ -23,7 +23,9 @@ struct Step final : Plan
     {
         char const* dtype = dtypeName(p.storage);
         partial = findCubin("mixer_step_partial", arch, dtype, variant(p).c_str());
-        combine = findCubin("mixer_step_combine", arch, dtype, p.batch == 1 ? "1" : p.width > kMixerBroad ? "wide" : "any"); // engine/spec.py, combine_variant
+        shared = p.batch > 1 && p.width <= kMixerBroad; // engine/spec.py, combination
+        combine = shared ? findCubin("mixer_batch_combine", arch, dtype, headVariant(p.headWidth, 1).c_str())
+                         : findCubin("mixer_step_combine", arch, dtype, p.batch == 1 ? "1" : "wide");
         return partial != nullptr && combine != nullptr && out.find("layer_out", arch, p, p.batch);
     }
 
@@ -67,17 +69,33 @@ struct Step final : Plan
         first.add(partF).add(statF).add(partB).add(statB).add(i32(p.batch)).add(i32(splitsF)).add(i32(splitsB)).add(i32(p.capacity)).add(i32(p.kvHeads));
         first.add(i32(group)).add(units).add(i32(p.width)).add(scaleLog2(p.headWidth, 0.0F)).add(scaleLog2(p.width, 0.0F)).add(i32(programsF));
         Arguments second;
-        second.add(partF).add(statF).add(partB).add(statB).add(t.in[kPastLength]).add(t.in[kGamma]).add(o).add(add).add(i32(p.capacity));
-        second.add(i32(splitsF)).add(i32(rowsF)).add(i32(splitsB)).add(i32(rowsB)).add(i32(p.heads)).add(units).add(i32(p.width));
+        second.add(partF).add(statF).add(partB).add(statB).add(t.in[kPastLength]).add(t.in[kGamma]).add(o).add(add);
+        if (shared)
+        {
+            second.add(i32(p.batch));
+        }
+        second.add(i32(p.capacity)).add(i32(splitsF)).add(i32(rowsF)).add(i32(splitsB)).add(i32(rowsB)).add(i32(p.heads)).add(units).add(i32(p.width));
         Arguments third;
         out.add(third.add(o), p, t, kWeight).add(t.in[kBias]).add(add).add(t.out).add(i32(p.batch)).add(i32(p.width));
-        int64_t const lanes = combine->tile("BLOCK_D");
         int64_t const tiles = ceilDiv(p.batch, out.kernel().tile("BM")) * ceilDiv(p.width, out.kernel().tile("BN"));
         // It reads the pasts before it waits; behind the projections alone is it known that nobody writes them.
         int64_t const rows = launchedLast(stream, "layer_project_gain") ? p.batch : kManyRows;
         return launch(*partial, {programsF + programsB, 1, 1}, first, stream, error, rows)
-            && launch(*combine, {p.heads * ceilDiv(p.headWidth, lanes) + ceilDiv(p.width, lanes), p.batch, 1}, second, stream, error, p.batch)
+            && launch(*combine, combination(p), second, stream, error, p.batch)
             && out.run(t, kWeight, tiles, third, stream, error, p.batch);
+    }
+
+    // Programs that add splits: those of one sequence's columns for each, or as many as share the tasks of all (mixer_batch.py, tasks).
+    Grid combination(Problem const& p) const
+    {
+        int64_t const lanes = combine->tile("BLOCK_D");
+        int64_t const most = p.heads * ceilDiv(p.headWidth, lanes) + ceilDiv(p.width, lanes);
+        if (!shared)
+        {
+            return {most, p.batch, 1};
+        }
+        int64_t const few = ceilDiv(p.heads, combine->tile("HEADS")) + ceilDiv(p.width, combine->tile("SPAN"));
+        return {std::min(p.batch * std::max(few, most), heldPrograms(*combine)), 1, 1};
     }
 
     // launch/splits.py, shares: programs for causal and for feedback attention.
@@ -99,6 +117,7 @@ struct Step final : Plan
 
     Cubin const* partial{};
     Cubin const* combine{};
+    bool shared{}; // among the sequences: the programs that add splits
     Matrix out;
     int64_t rowsF{}; // that a split takes at least
     int64_t rowsB{};

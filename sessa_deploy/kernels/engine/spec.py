@@ -46,7 +46,7 @@ _LAYERS = (
            ("BN", "BK", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS[:1], shares=_WIDTHS),
     Kernel("layer_norm_enter_rows", f"{_LAYER}_rows",
            (*pointers("x", "norm_weight", "norm_bias", "weight", "bias", "out"), Param("rows", "i32"), Param("depth", "i32", True), Param("eps", "fp32")),
-           ("BN", "BK", "KS", "PDL"), _WIDTHS[:1], dtypes=_HALF, scalar_loads=32, early=_WIDTHS[:1], optional=_WIDTHS[:1]),
+           ("BM", "BN", "BK", "KS", "AHEAD", "PDL"), _WIDTHS[:1], dtypes=_HALF, scalar_loads=32, early=_WIDTHS[:1], optional=_WIDTHS[:1]),
     Kernel("layer_linear", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=128, early=_FEW, early_rows=1),
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
@@ -66,7 +66,7 @@ _LAYERS = (
 )  # fmt: skip
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
-_COMBINES = ("1", "any", "wide")
+_COMBINES = ("1", "wide")
 _FLOATS = pointers("part_f", "stat_f", "part_b", "stat_b", type="*fp32")
 
 _MIXERS = (
@@ -81,6 +81,15 @@ _MIXERS = (
             *integers("capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
            ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "PDL"), _COMBINES, dtypes=_HALF, scalar_loads=32, early=_COMBINES, opens=_ONE, shares=_ONE,
            early_rows=64),
+)  # fmt: skip
+
+_BATCHES = tuple(map(str, MIXER_HEADS))
+_MIXER_BATCH = (
+    Kernel("mixer_batch_combine", f"{_MIXER.removesuffix('mixer')}mixer_batch",
+           (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
+            *integers("batch", "capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
+           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "HEADS", "LANES", "SPAN", "PDL"), _BATCHES, dtypes=_HALF, scalar_loads=128, early=_BATCHES,
+           early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
 _ROWS = "sessa_deploy.kernels.engine.mixer_rows"
@@ -119,7 +128,7 @@ _DECODES = (
            early=_ANY, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
-KERNELS = by_name((*_LAYERS, *_MIXERS, *_MIXER_ROWS, *_DECODES))
+KERNELS = by_name((*_LAYERS, *_MIXERS, *_MIXER_BATCH, *_MIXER_ROWS, *_DECODES))
 
 
 def product_variant(rows: int, weights: str = "") -> str:
@@ -152,9 +161,11 @@ def mixer_variant(width: int, head: int, group: int) -> str:
     return f"{padded}.{head_variant(head, group)}"
 
 
-def combine_variant(batch: int, width: int) -> str:
-    """The variant of mixer_step_combine: that of one sequence has few programs, each of which is to end soon; wide rows have many."""
-    return "1" if batch == 1 else "wide" if width > MIXER_WIDTHS[0] else "any"
+def combination(batch: int, width: int, head: int) -> tuple[str, str]:
+    """(kernel, variant) that adds the splits of a mixer's step: one sequence has few programs, each of which is to end soon; wide rows have many."""
+    if batch > 1 and width <= MIXER_WIDTHS[0]:
+        return "mixer_batch_combine", head_variant(head)
+    return "mixer_step_combine", "1" if batch == 1 else "wide"
 
 
 def mixer_rows_variant(width: int, head: int) -> str:
