@@ -62,7 +62,8 @@ ATTENTIONS = [
     attention(64, 32, HEADS_F=4, ROWS_F=4, STAGES_F=4), attention(32, 16, STAGES_F=4), attention(32, 16, STAGES_F=8),
 ]  # fmt: skip
 EARLY: list[Trial] = [(f"{name} early, 64 rows", {f"rows:layer_{name}": 64}) for name in ("out", "tail")]
-EARLY += [(f"{name} not early", {f"rows:{name}": 0}) for name in ("layer_norm", "layer_enter", "layer_project_gain", "mixer_step_combine", "layer_logits")]
+NEVER = ("layer_norm", "layer_enter", "layer_project_gain", "mixer_step_combine", "mixer_batch_combine", "layer_logits")
+EARLY += [(f"{name} not early", {f"rows:{name}": 0}) for name in NEVER]
 # BM, BN, BK, KS, warps, stages
 PRODUCTS: dict[str, list[tuple[int, ...]]] = {
     "project_gain": [(64, 64, 128, 1, 4, 4), (64, 64, 128, 1, 4, 3), (64, 32, 128, 1, 4, 4), (64, 32, 128, 1, 4, 5), (64, 64, 128, 1, 8, 4),

@@ -33,7 +33,7 @@ BEGUN = time.perf_counter()
 # in before it waits
 Change = dict[str, Any]
 STEP = "mixer_step_partial:1024.64"
-COMBINE, COMBINE_ANY, COMBINE_WIDE = (f"mixer_step_combine:{variant}" for variant in ("1", "any", "wide"))
+COMBINE, COMBINE_ANY, COMBINE_WIDE = "mixer_step_combine:1", "mixer_batch_combine:64", "mixer_step_combine:wide"  # of one sequence, of several, of wide rows
 _early, _share, _tiles = table.early, table.shared_share, table.tiles
 _rows: dict[str, int] = {}
 _shares: dict[str, int] = {}
@@ -188,7 +188,7 @@ class Bench:
 
 
 PROJECT, ENTER, OUT, TAIL = "layer_project_gain:1", "layer_norm_enter:1024", "layer_out:1", "layer_tail:1"
-VARIANTS = {"mixer_step_partial": "1024.64", "mixer_step_combine": "any"} | dict([at.split(":") for at in (PROJECT, ENTER, OUT, TAIL)])
+VARIANTS = {"mixer_step_partial": "1024.64", "mixer_step_combine": "1"} | dict([at.split(":") for at in (PROJECT, ENTER, OUT, TAIL)])
 NOT_EARLY = {"rows:mixer_step_partial": 0}
 FREE = {"share:": -1}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels.device import begin
 from sessa_deploy.kernels.device_rows import ROWS
-from sessa_deploy.kernels.engine.product import bias_of, both_halves, half_gelu, left, place, put, right, strip, strip_columns, with_bias
+from sessa_deploy.kernels.engine.product import bias_of, half_gelu, left, put, right, sixteen, strip, strip_columns, with_bias
 from sessa_deploy.kernels.engine.spec import ahead_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, available, launcher, pinned, weights_name
@@ -22,17 +22,12 @@ _NAME, _VARIANT = "layer_norm_enter_rows", str(AHEAD_DEPTH)
 
 
 @triton.jit
-def _normal(
-    x, first, rows, gain, shift, b_gain, b_shift, o_k, m_k, depth, eps, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr
-):
-    """Rows [first, first + R) of x, normalised and rounded, as the right operand."""
-    b_x = strip(x + first * depth, first + tl.arange(0, R) < rows, depth, 0, depth, R, BK, KS).to(tl.float32)
+def _normal(x, first, rows, b_gain, b_shift, m_k, depth, eps, BK: tl.constexpr, KS: tl.constexpr):
+    """Rows [first, first + 8) of x, normalised and rounded, as the right operand."""
+    b_x = strip(x + first * depth, first + tl.arange(0, 8) < rows, depth, 0, depth, 8, BK, KS).to(tl.float32)
     b_x = tl.where(m_k, b_x - _total(b_x) / depth, 0.0)
-    b_scale = 1.0 / tl.sqrt(_total(b_x * b_x) / depth + eps)
-    if AHEAD == 0:
-        b_gain, b_shift = tl.load(gain + o_k, mask=m_k, other=0.0), tl.load(shift + o_k, mask=m_k, other=0.0)
-    b_x = b_x * b_scale * b_gain.to(tl.float32) + b_shift.to(tl.float32)
-    return right(b_x.to(x.dtype.element_ty), R, BK, KS)
+    b_x = b_x * (1.0 / tl.sqrt(_total(b_x * b_x) / depth + eps)) * b_gain.to(tl.float32) + b_shift.to(tl.float32)
+    return right(b_x.to(x.dtype.element_ty), 8, BK, KS)
 
 
 @triton.jit
@@ -44,30 +39,25 @@ def _total(b_x):
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_norm_enter_rows"))
 def layer_norm_enter_rows(
-    x, norm_weight, norm_bias, weight, bias, out, rows, depth, eps,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    x, norm_weight, norm_bias, weight, bias, out, rows, depth, eps, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (tiles,), each of BM rows and BN columns, BK >= D: `layer_norm` and `layer_enter`."""
-    R: tl.constexpr = BM // 2
-    i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(2 * depth, BN), BM)
-    x, out, rows, i_n = x + i_m * BM * depth, out + i_m * BM * 2 * depth, rows - i_m * BM, i_n * BN
+    """Grid (ceil(2D / BN),), BK >= D, at most ROWS rows: `layer_norm` and `layer_enter`."""
+    i_n = tl.program_id(0) * BN
     column = i_n.to(tl.int64)
     m_n = tl.arange(0, BN) < 2 * depth - i_n
     b_w = left(strip(weight + column * depth, m_n, depth, 0, depth, BN, BK, KS), BN, BK, KS)
-    b_bias = bias_of(bias + column, m_n, BM, BN)
+    b_bias = bias_of(bias + column, m_n, ROWS, BN)
     o_k = strip_columns(BK, KS)
     m_k = o_k < depth
-    b_gain, b_shift = 0.0, 0.0
-    if AHEAD > 0:
-        b_gain, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
+    b_gain, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
     begin(PDL)
-    b_low = tl.sum(tl.dot(b_w, _normal(x, 0, rows, norm_weight, norm_bias, b_gain, b_shift, o_k, m_k, depth, eps, R, BK, KS, AHEAD), input_precision="ieee"), 0)
-    b_high = tl.zeros([BN, R], dtype=tl.float32)
-    if rows > R:
-        b_high = tl.sum(tl.dot(b_w, _normal(x, R, rows, norm_weight, norm_bias, b_gain, b_shift, o_k, m_k, depth, eps, R, BK, KS, AHEAD), input_precision="ieee"), 0)
-    b_y = with_bias(both_halves(b_low, b_high, R, BN), b_bias, bias + column, m_n, BM, BN)
+    b_low = tl.sum(tl.dot(b_w, _normal(x, 0, rows, b_gain, b_shift, m_k, depth, eps, BK, KS), input_precision="ieee"), 0)
+    b_high = tl.zeros([BN, 8], dtype=tl.float32)
+    if rows > 8:
+        b_high = tl.sum(tl.dot(b_w, _normal(x, 8, rows, b_gain, b_shift, m_k, depth, eps, BK, KS), input_precision="ieee"), 0)
+    b_y = with_bias(sixteen(b_low, b_high, BN), b_bias, bias + column, m_n, ROWS, BN)
     b_y = half_gelu(b_y, i_n, depth, out.dtype.element_ty, BN)
-    put(out + column, b_y, tl.arange(0, BM) < rows, m_n, 2 * depth, BM, BN)
+    put(out + column, b_y, tl.arange(0, ROWS) < rows, m_n, 2 * depth, ROWS, BN)
 
 
 def chosen(kernel: str, variant: str, weights: str, depth: int, like: Tensor) -> str:
@@ -88,6 +78,6 @@ def norm_enter(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, we
     options = pinned((_NAME,), x.device, x.dtype, _VARIANT, early)[_NAME]
     out = torch.empty(rows, 2 * depth, dtype=x.dtype, device=x.device)
     launcher(layer_norm_enter_rows, x.device, x.dtype, options)(
-        (triton.cdiv(rows, options["BM"]) * triton.cdiv(2 * depth, options["BN"]),), *map(address, (x, norm_weight, norm_bias, weight, bias, out)), rows, depth, eps
+        (triton.cdiv(2 * depth, options["BN"]),), *map(address, (x, norm_weight, norm_bias, weight, bias, out)), rows, depth, eps
     )
     return out

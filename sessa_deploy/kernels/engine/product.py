@@ -157,46 +157,44 @@ def right(b_w, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
 
 @triton.jit
 def _strip_product(
-    x, gate, weight, b_w, rows, m_n, depth, row, gate_row,
-    GATED: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr,
-):  # fmt: skip
-    """`product` of up to 2 R rows whose weights came ahead; R at a time, 8 being the short side of a matrix instruction."""
-    b_low, b_high = tl.zeros([KS, BN, R], dtype=tl.float32), tl.zeros([KS, BN, R], dtype=tl.float32)
-    b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, 0, GATED, R, BN, BK, KS)
+    x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
+):
+    """`product` of up to 16 rows whose weights came ahead; 8 at a time, which are the short side of a matrix instruction."""
+    b_low, b_high = tl.zeros([KS, BN, 8], dtype=tl.float32), tl.zeros([KS, BN, 8], dtype=tl.float32)
+    b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, 0, GATED, BN, BK, KS)
     for start in tl.range(BK, depth, BK, num_stages=1):
         b_w = strip(weight, m_n, depth, start, depth, BN, BK, KS)
-        b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start, GATED, R, BN, BK, KS)
-    return both_halves(tl.sum(b_low, 0), tl.sum(b_high, 0), R, BN)
+        b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start, GATED, BN, BK, KS)
+    return sixteen(tl.sum(b_low, 0), tl.sum(b_high, 0), BN)
 
 
 @triton.jit
 def _add(
-    b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start,
-    GATED: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr,
-):  # fmt: skip
-    """Adds columns [start, start + BK) to both sums (KS,BN,R), each of R rows; the second where there are any."""
+    b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
+):
+    """Adds columns [start, start + BK) to both sums (KS,BN,8), each of 8 rows; the second where there are any."""
     b_a = left(wide(b_w, x.dtype.element_ty), BN, BK, KS)
-    b_low = tl.dot(b_a, _some(x, gate, 0, rows, row, gate_row, start, depth, GATED, R, BK, KS), b_low, input_precision="ieee")
-    if rows > R:
-        b_high = tl.dot(b_a, _some(x, gate, R, rows, row, gate_row, start, depth, GATED, R, BK, KS), b_high, input_precision="ieee")
+    b_low = tl.dot(b_a, _eight(x, gate, 0, rows, row, gate_row, start, depth, GATED, BK, KS), b_low, input_precision="ieee")
+    if rows > 8:
+        b_high = tl.dot(b_a, _eight(x, gate, 8, rows, row, gate_row, start, depth, GATED, BK, KS), b_high, input_precision="ieee")
     return b_low, b_high
 
 
 @triton.jit
-def _some(x, gate, first, rows, row, gate_row, start, depth, GATED: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """Rows [first, first + R) of x, those below `rows`, as the right operand of `_strip_product`."""
-    m_m = first + tl.arange(0, R) < rows
-    b_x = strip(x + first * row, m_m, row, start, depth, R, BK, KS)
+def _eight(x, gate, first, rows, row, gate_row, start, depth, GATED: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """Rows [first, first + 8) of x, those below `rows`, as the right operand of `_strip_product`."""
+    m_m = first + tl.arange(0, 8) < rows
+    b_x = strip(x + first * row, m_m, row, start, depth, 8, BK, KS)
     if GATED:
-        b_g = strip(gate + first * gate_row, m_m, gate_row, start, depth, R, BK, KS)
+        b_g = strip(gate + first * gate_row, m_m, gate_row, start, depth, 8, BK, KS)
         b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
-    return right(b_x, R, BK, KS)
+    return right(b_x, 8, BK, KS)
 
 
 @triton.jit
-def both_halves(b_low, b_high, R: tl.constexpr, BN: tl.constexpr):
-    """(2 R,BN) of (BN,R) twice."""
-    return tl.reshape(tl.permute(tl.join(b_low, b_high), [2, 1, 0]), [2 * R, BN])
+def sixteen(b_low, b_high, BN: tl.constexpr):
+    """(16,BN) of (BN,8) twice."""
+    return tl.reshape(tl.permute(tl.join(b_low, b_high), [2, 1, 0]), [16, BN])
 
 
 @triton.jit
@@ -241,7 +239,8 @@ def product(
         tl.static_assert(KS == 1, "large tiles have depth enough for every warp")
         b_acc = _large_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK)
     elif AHEAD > 0:
-        b_acc = _strip_product(x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED, BM // 2, BN, BK, KS)
+        tl.static_assert(BM == 16, "weights ahead are for at most 16 rows")
+        b_acc = _strip_product(x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED, BN, BK, KS)
     else:
         b_acc = _tile_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS)
     return b_acc

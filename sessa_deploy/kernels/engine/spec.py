@@ -46,7 +46,7 @@ _LAYERS = (
            ("BN", "BK", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS[:1], shares=_WIDTHS),
     Kernel("layer_norm_enter_rows", f"{_LAYER}_rows",
            (*pointers("x", "norm_weight", "norm_bias", "weight", "bias", "out"), Param("rows", "i32"), Param("depth", "i32", True), Param("eps", "fp32")),
-           ("BM", "BN", "BK", "KS", "AHEAD", "PDL"), _WIDTHS[:1], dtypes=_HALF, scalar_loads=32, early=_WIDTHS[:1], optional=_WIDTHS[:1]),
+           ("BN", "BK", "KS", "PDL"), _WIDTHS[:1], dtypes=_HALF, scalar_loads=32, early=_WIDTHS[:1], optional=_WIDTHS[:1]),
     Kernel("layer_linear", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=128, early=_FEW, early_rows=1),
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
