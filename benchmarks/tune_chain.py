@@ -241,7 +241,7 @@ def one_sequence(config: SessaConfig, copy: float, until: float) -> None:
         print(f"kernels at 4128, early {early}: " + "; ".join(f"{k} {us:.1f} x{n}" for k, (us, n) in kernels(bench.graph(early)).items()), flush=True)
 
 
-E32, P32, O32, T32 = (f"layer_{n}:64" for n in ("enter", "project_gain", "out", "tail"))
+E32, P32, O32, T32 = "layer_enter:64", "layer_project_gain:64.1024", "layer_out:64", "layer_tail:64.1024"
 THIRTY_TWO: list[tuple[str, Change]] = [
     ("8 columns, 4 parts", {}), ("16 columns, 4 parts", {"BN": 16}), ("8 columns, 8 parts", {"BK": 512, "KS": 8, "num_warps": 8, "num_stages": 3}),
 ]  # fmt: skip

@@ -30,7 +30,7 @@ _WIDTHS = tuple(map(str, LAYER_WIDTHS))
 _PRODUCTS = (*map(str, PRODUCT_ROWS), "any")
 _FEW = _PRODUCTS[:-1]  # short enough to gain from an early start
 _ONE = _PRODUCTS[:1]
-_AHEAD = f"{PRODUCT_ROWS[1]}.{AHEAD_DEPTH}"  # of few rows, no deeper
+_AHEAD, _SHORT = (f"{rows}.{AHEAD_DEPTH}" for rows in PRODUCT_ROWS[1:])  # of few rows, and of some, no deeper
 _EARLY_ROWS = PRODUCT_ROWS[-1]
 _TILES = ("BM", "BN", "BK", "KS", "AHEAD", "PDL")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
@@ -51,8 +51,8 @@ _LAYERS = (
            dtypes=_PRODUCT, scalar_loads=128, early=_FEW, early_rows=1),
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=16, early=_FEW, shares=_ONE, early_rows=_EARLY_ROWS),
-    Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, (*_PRODUCTS, _AHEAD), dtypes=_PRODUCT,
-           scalar_loads=32, early=(*_FEW, _AHEAD), opens=_ONE, shares=_ONE, optional=(_AHEAD,)),
+    Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, (*_PRODUCTS, _AHEAD, _SHORT),
+           dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, _AHEAD, _SHORT), opens=_ONE, shares=_ONE, optional=(_AHEAD, _SHORT), always_early=(_SHORT,)),
     Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=32, early=_FEW, opens=_ONE, shares=_ONE, early_rows=1),
     Kernel("layer_enter", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES), _TILES, _PRODUCTS[1:], dtypes=_PRODUCT,
@@ -61,8 +61,8 @@ _LAYERS = (
            (*pointers("h"), *_MATRIX, *pointers("bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gamma_weight", type="*fp32"),
             Param("gamma_bias", "*fp32"), *pointers("q", "k", "v", "q_b", "k_b"), Param("gamma", "*fp32"), *_SIZES, Param("kv_width", "i32"),
             *integers("units"), Param("gamma_max", "fp32")),
-           _TILES, (*_PRODUCTS, _AHEAD), dtypes=_PRODUCT, scalar_loads=136, early=(*_FEW, _AHEAD), shares=_ONE, early_rows=_EARLY_ROWS,
-           optional=(_AHEAD,)),
+           _TILES, (*_PRODUCTS, _AHEAD, _SHORT), dtypes=_PRODUCT, scalar_loads=136, early=(*_FEW, _AHEAD, _SHORT), shares=_ONE, early_rows=_EARLY_ROWS,
+           optional=(_AHEAD, _SHORT)),
 )  # fmt: skip
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
@@ -148,7 +148,7 @@ def product_choice(kernel: str, rows: int, weights: str) -> tuple[str, str]:
 
 
 def ahead_variant(kernel: str, variant: str, weights: str, depth: int) -> str:
-    """The optional variant in place of `variant` for rows so short that all their weights are read ahead; "" where there is none."""
+    """The optional variant in place of `variant` for rows so short that all their weights are read ahead, or other tiles pay; "" where there is none."""
     short = f"{variant}.{AHEAD_DEPTH}" if variant != "any" else str(AHEAD_DEPTH)
     return short if not weights and depth <= AHEAD_DEPTH and short in table.kernel(kernel).optional else ""
 

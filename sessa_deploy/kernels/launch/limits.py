@@ -44,7 +44,8 @@ GROUP = 4  # query heads of one key/value head that a program of the decode step
 LAYER_WIDTHS = (1024, 2048, MAX_WIDTH)  # a row that a program holds whole is padded to the next of these
 LAYER_MAX_DEPTH = 65536  # of a matrix product, which holds no row
 PRODUCT_ROWS = (1, 16, 64)  # rows (B T) up to which a product takes small tiles; beyond the last: "any"
-AHEAD_DEPTH = 1024  # depth of a product of 2 to 16 rows up to which its weights are all read before the wait, where an architecture has tiles for it
+# Depth of a product of 2 to 64 rows up to which an architecture may have tiles of their own; of 2 to 16 rows, all weights are then read before the wait.
+AHEAD_DEPTH = 1024
 QUANTISED_ROWS = PRODUCT_ROWS[::2]  # the same where weights are 8 bits: each number more is some seventy binaries
 SINGLE_ROWS = 32  # rows of a tile up to which a row of the projections has a program of its own for gamma
 ROTARY_LIMBS = 4  # of a frequency, see rope.py
