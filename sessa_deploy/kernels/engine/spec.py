@@ -85,7 +85,7 @@ _MIXERS = (
 
 _BATCHES = tuple(map(str, MIXER_HEADS))
 _MIXER_BATCH = (
-    Kernel("mixer_batch_combine", f"{_MIXER.removesuffix('mixer')}mixer_batch",
+    Kernel("mixer_batch_combine", f"{_MIXER}_batch",
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
             *integers("batch", "capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
            ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "HEADS", "LANES", "SPAN", "PDL"), _BATCHES, dtypes=_HALF, scalar_loads=128, early=_BATCHES,
