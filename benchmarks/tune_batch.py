@@ -63,8 +63,7 @@ ATTENTIONS = [
     attention(64, 32, HEADS_F=4, ROWS_F=4, STAGES_F=4), attention(32, 16, STAGES_F=4), attention(32, 16, STAGES_F=8),
 ]  # fmt: skip
 EARLY: list[Trial] = [(f"{name} early, 64 rows", {f"rows:layer_{name}": 64}) for name in ("out", "tail")]
-NEVER = ("layer_norm", "layer_enter", "layer_project_gain", "mixer_step_combine", "mixer_batch_combine", "layer_logits")
-EARLY += [(f"{name} not early", {f"rows:{name}": 0}) for name in NEVER]
+EARLY += [(f"{n} not early", {f"rows:{n}": 0}) for n in ("layer_norm", "layer_enter", "layer_project_gain", "mixer_step_combine", "layer_logits")]
 # BM, BN, BK, KS, warps, stages
 PRODUCTS: dict[str, list[tuple[int, ...]]] = {
     "project_gain": [(64, 64, 128, 1, 4, 4), (64, 64, 128, 1, 4, 3), (64, 32, 128, 1, 4, 4), (64, 32, 128, 1, 4, 5), (64, 64, 128, 1, 8, 4),
@@ -90,7 +89,7 @@ def product(name: str, tile: tuple[int, ...], kinds: Sequence[str] = (".i8", ".f
 def short(name: str, tile: tuple[int, ...]) -> Trial:
     """The same of 16 bits for the rows of 350M, for which two products have tiles of their own."""
     said, change = product(name, tile, ("",))
-    return said, {key.replace(":64", SHORT.get(name, ":64")): entry for key, entry in change.items()}
+    return said, {f"layer_{name}" + SHORT.get(name, ":64"): entry for entry in change.values()}
 
 
 def dealt(percent: int) -> Trial:
@@ -328,7 +327,6 @@ RAGGED: list[Trial] = [
     ("splits of 32 and 16 rows", {SMALL: {"TILES_F": 16, "TILES_B": 4}}),
     ("splits of 16 and 4 rows", {SMALL: {"TILES_B": 1}}),
     ("splits of 8 and 8 rows", {SMALL: {"TILES_F": 4}}),
-    short("project_gain", (32, 16, 256, 1, 4, 3)),
     *(short(n, t) for n, tiles in WIDE.items() for t in tiles),
     shares({"layer_project_gain": 100, "mixer_step_partial": 100}),
 ]  # fmt: skip

@@ -21,17 +21,17 @@ struct Step final : Plan
 {
     bool find(Problem const& p, int32_t arch) override
     {
+        bool const several = p.batch > 1 && p.width <= kMixerBroad; // engine/spec.py, batch_variant
+        shared = several ? findCubin("mixer_batch_combine", arch, dtypeName(p.storage), headVariant(p.headWidth, 1).c_str()) : nullptr;
         char const* dtype = dtypeName(p.storage);
         partial = findCubin("mixer_step_partial", arch, dtype, variant(p).c_str());
-        shared = p.batch > 1 && p.width <= kMixerBroad; // engine/spec.py, combination
-        combine = shared ? findCubin("mixer_batch_combine", arch, dtype, headVariant(p.headWidth, 1).c_str())
-                         : findCubin("mixer_step_combine", arch, dtype, p.batch == 1 ? "1" : "wide");
+        combine = findCubin("mixer_step_combine", arch, dtype, p.batch == 1 ? "1" : p.width > kMixerBroad ? "wide" : "any"); // engine/spec.py, combine_variant
         return partial != nullptr && combine != nullptr && out.find("layer_out", arch, p, p.batch);
     }
 
     std::vector<Cubin const*> cubins() const override
     {
-        std::vector<Cubin const*> all{partial, combine};
+        std::vector<Cubin const*> all{partial, shared != nullptr ? shared : combine};
         auto const its = out.cubins();
         all.insert(all.end(), its.begin(), its.end());
         return all;
@@ -70,7 +70,7 @@ struct Step final : Plan
         first.add(i32(group)).add(units).add(i32(p.width)).add(scaleLog2(p.headWidth, 0.0F)).add(scaleLog2(p.width, 0.0F)).add(i32(programsF));
         Arguments second;
         second.add(partF).add(statF).add(partB).add(statB).add(t.in[kPastLength]).add(t.in[kGamma]).add(o).add(add);
-        if (shared)
+        if (shared != nullptr)
         {
             second.add(i32(p.batch));
         }
@@ -81,21 +81,21 @@ struct Step final : Plan
         // It reads the pasts before it waits; behind the projections alone is it known that nobody writes them.
         int64_t const rows = launchedLast(stream, "layer_project_gain") ? p.batch : kManyRows;
         return launch(*partial, {programsF + programsB, 1, 1}, first, stream, error, rows)
-            && launch(*combine, combination(p), second, stream, error, p.batch)
+            && launch(shared != nullptr ? *shared : *combine, combination(p), second, stream, error, p.batch)
             && out.run(t, kWeight, tiles, third, stream, error, p.batch);
     }
 
     // Programs that add splits: those of one sequence's columns for each, or as many as share the tasks of all (mixer_batch.py, tasks).
     Grid combination(Problem const& p) const
     {
-        int64_t const lanes = combine->tile("BLOCK_D");
+        int64_t const lanes = (shared != nullptr ? shared : combine)->tile("BLOCK_D");
         int64_t const most = p.heads * ceilDiv(p.headWidth, lanes) + ceilDiv(p.width, lanes);
-        if (!shared)
+        if (shared == nullptr)
         {
             return {most, p.batch, 1};
         }
-        int64_t const few = ceilDiv(p.heads, combine->tile("HEADS")) + ceilDiv(p.width, combine->tile("SPAN"));
-        return {std::min(p.batch * std::max(few, most), heldPrograms(*combine)), 1, 1};
+        int64_t const few = ceilDiv(p.heads, shared->tile("HEADS")) + ceilDiv(p.width, shared->tile("SPAN"));
+        return {std::min(p.batch * std::max(few, most), heldPrograms(*shared)), 1, 1};
     }
 
     // launch/splits.py, shares: programs for causal and for feedback attention.
@@ -115,9 +115,9 @@ struct Step final : Plan
         }
     }
 
+    Cubin const* shared{}; // in place of `combine`, where several sequences share its programs
     Cubin const* partial{};
     Cubin const* combine{};
-    bool shared{}; // among the sequences: the programs that add splits
     Matrix out;
     int64_t rowsF{}; // that a split takes at least
     int64_t rowsB{};

@@ -16,8 +16,8 @@ from torch import Tensor
 from sessa_deploy.kernels.causal.step import share as share_causal
 from sessa_deploy.kernels.device import add_splits, begin, splits_used
 from sessa_deploy.kernels.engine.layer import out_add
-from sessa_deploy.kernels.engine.mixer_batch import mixer_batch_combine, tasks
-from sessa_deploy.kernels.engine.spec import combination, mixer_variant
+from sessa_deploy.kernels.engine.mixer_batch import mixer_batch_combine, tasks, variant_for
+from sessa_deploy.kernels.engine.spec import combine_variant, mixer_variant
 from sessa_deploy.kernels.feedback.step import share as share_feedback
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, launcher, pinned, workspace
@@ -108,8 +108,7 @@ def step(
     heads, capacity, width, device, dtype = k.shape[1], past_k.shape[1], q_b.shape[1], q.device, q.dtype
     group, units = q_heads // heads, head // HEAD_MULTIPLE
     partial = pinned(("mixer_step_partial",), device, dtype, mixer_variant(width, head, group), early if behind else 0)["mixer_step_partial"]
-    name, variant = combination(batch, width, head)
-    combine = pinned((name,), device, dtype, variant, early)[name]
+    combine = pinned(("mixer_step_combine",), device, dtype, combine_variant(batch, width), early)["mixer_step_combine"]
     rows_f, rows_b = least_rows(partial["ROWS_F"] * partial["TILES_F"], partial["ROWS_B"] * partial["TILES_B"], capacity, width)
     splits_f = step_splits(capacity, rows_f, combine["BLOCK_F"])
     splits_b = step_splits(capacity, rows_b, combine["BLOCK_B"])
@@ -127,11 +126,12 @@ def step(
         (programs_f + programs_b,), *map(address, (q, k, v, past_k, past_v, q_b, past_kb, past_s, past_length)), *parts,
         batch, splits_f, splits_b, capacity, heads, group, units, width, head**-0.5 * LOG2E, width**-0.5 * LOG2E, programs_f,
     )  # fmt: skip
-    lengths = capacity, splits_f, rows_f, splits_b, rows_b, q_heads, units, width
-    if name == "mixer_batch_combine":
-        run = launcher(mixer_batch_combine, device, dtype, combine)
-        run((min(batch * tasks(q_heads, head, width, combine), run.resident),), *parts, *map(address, (past_length, gamma, o, add)), batch, *lengths)
+    operands, sizes = (*parts, *map(address, (past_length, gamma, o, add))), (capacity, splits_f, rows_f, splits_b, rows_b, q_heads, units, width)
+    if shared := variant_for(q, width):
+        tiles = pinned(("mixer_batch_combine",), device, dtype, shared, early)["mixer_batch_combine"]
+        run = launcher(mixer_batch_combine, device, dtype, tiles)
+        run((min(batch * tasks(q_heads, head, width, tiles), run.resident),), *operands, batch, *sizes)
     else:
         grid = (q_heads * triton.cdiv(head, combine["BLOCK_D"]) + triton.cdiv(width, combine["BLOCK_D"]), batch)
-        launcher(mixer_step_combine, device, dtype, combine)(grid, *parts, *map(address, (past_length, gamma, o, add)), *lengths)
+        launcher(mixer_step_combine, device, dtype, combine)(grid, *operands, *sizes)
     return out_add(o, weight, bias, add, early, scale)

@@ -10,9 +10,12 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from sessa_deploy.kernels.device import _SEQUENCES, _sum, add_splits, begin, splits_used
+from sessa_deploy.kernels.engine.spec import batch_variant
 from sessa_deploy.kernels.launch import table
+from sessa_deploy.kernels.launch.jit import available
 
 
 @triton.jit
@@ -109,6 +112,12 @@ def mixer_batch_combine(
         else:
             _columns(part_b, stat_b, add, i_b, b_gamma, (i - short_f) * SPAN + tl.arange(0, SPAN), splits_b, used_b, width, FEW_B)
     begin(PDL)  # of a program that had nothing to do
+
+
+def variant_for(q: Tensor, width: int) -> str:
+    """The variant for queries q (B,Hq,d) of a step, "" where their device has this kernel not for them."""
+    variant = batch_variant(q.shape[0], width, q.shape[2])
+    return variant if variant and available("mixer_batch_combine", q.device, q.dtype, variant) else ""
 
 
 def tasks(heads: int, head: int, width: int, tiles: dict[str, Any]) -> int:

@@ -30,10 +30,11 @@ _WIDTHS = tuple(map(str, LAYER_WIDTHS))
 _PRODUCTS = (*map(str, PRODUCT_ROWS), "any")
 _FEW = _PRODUCTS[:-1]  # short enough to gain from an early start
 _ONE = _PRODUCTS[:1]
-_AHEAD, _SHORT = (f"{rows}.{AHEAD_DEPTH}" for rows in PRODUCT_ROWS[1:])  # of few rows, and of some, no deeper
+_AHEAD = f"{PRODUCT_ROWS[1]}.{AHEAD_DEPTH}"  # of few rows, no deeper
 _EARLY_ROWS = PRODUCT_ROWS[-1]
 _TILES = ("BM", "BN", "BK", "KS", "AHEAD", "PDL")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
+_SHORT = f"{PRODUCT_ROWS[2]}.{AHEAD_DEPTH}"  # of more rows than a few, no deeper than those
 
 _LAYERS = (
     Kernel("layer_rotary", _LAYER, (Param("past_length", "*i32"), *pointers("limbs", "cos", "sin", type="*fp32"), *integers("tokens", "pairs")),
@@ -66,7 +67,7 @@ _LAYERS = (
 )  # fmt: skip
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
-_COMBINES = ("1", "wide")
+_COMBINES = ("1", "any", "wide")
 _FLOATS = pointers("part_f", "stat_f", "part_b", "stat_b", type="*fp32")
 
 _MIXERS = (
@@ -89,7 +90,7 @@ _MIXER_BATCH = (
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
             *integers("batch", "capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
            ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "HEADS", "LANES", "SPAN", "PDL"), _BATCHES, dtypes=_HALF, scalar_loads=128, early=_BATCHES,
-           early_rows=_EARLY_ROWS),
+           optional=_BATCHES, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
 _ROWS = "sessa_deploy.kernels.engine.mixer_rows"
@@ -161,11 +162,9 @@ def mixer_variant(width: int, head: int, group: int) -> str:
     return f"{padded}.{head_variant(head, group)}"
 
 
-def combination(batch: int, width: int, head: int) -> tuple[str, str]:
-    """(kernel, variant) that adds the splits of a mixer's step: one sequence has few programs, each of which is to end soon; wide rows have many."""
-    if batch > 1 and width <= MIXER_WIDTHS[0]:
-        return "mixer_batch_combine", head_variant(head)
-    return "mixer_step_combine", "1" if batch == 1 else "wide"
+def combine_variant(batch: int, width: int) -> str:
+    """The variant of mixer_step_combine: that of one sequence has few programs, each of which is to end soon; wide rows have many."""
+    return "1" if batch == 1 else "wide" if width > MIXER_WIDTHS[0] else "any"
 
 
 def mixer_rows_variant(width: int, head: int) -> str:
@@ -174,3 +173,8 @@ def mixer_rows_variant(width: int, head: int) -> str:
     if not padded or head > ROWS_HEADS[-1]:
         raise ValueError(f"a step of several rows has no kernel for D = {width} and heads of {head}; the largest are {ROWS_WIDTHS[-1]} and {ROWS_HEADS[-1]}")
     return f"{padded}.{table.width_variant('causal_rows_partial', head)}"
+
+
+def batch_variant(batch: int, width: int, head: int) -> str:
+    """The optional variant of mixer_batch_combine, which takes the place of mixer_step_combine for several sequences of rows not wide; "" where none does."""
+    return head_variant(head) if batch > 1 and width <= MIXER_WIDTHS[0] else ""
