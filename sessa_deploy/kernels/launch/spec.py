@@ -33,8 +33,7 @@ class Kernel:
     variants: the keys of its pinned tiles, one binary for each (a number stands for a width, "bwd" for the backward). early: those whose binary may start
     before its predecessor ends, by the constexpr "PDL", which is no tile; opens: those of them that let the next kernel in at once (OPENS), which must read
     nothing but weights before its own wait; shares: those of them that wish for `limits.SHARED_SHARE` of shared memory; early_rows: up to how many rows
-    (B T) the plugin has it do so; always_early: those of them that do so whatever their rows. lowered: whether the plugin runs it; it never runs a "bwd"
-    variant.
+    (B T) the plugin has it do so. lowered: whether the plugin runs it; it never runs a "bwd" variant.
     dtypes: the storage dtypes it is compiled for, those of QUANTISED weights too; a kernel that sees no storage type has ("fp32",). scalar_loads: how many
     global loads narrower than 16 bytes its PTX may hold (a length, a bias, a statistic); lowering refuses more. wide: it must hold 16-byte loads too;
     not so where nobody promises that a row begins aligned. optional: variants that an architecture has only where its own tiles are pinned, since the shared
@@ -51,20 +50,20 @@ class Kernel:
     scalar_loads: int = 0
     wide: bool = True
     early: tuple[str, ...] = ()
+    always_early: tuple[str, ...] = ()  # those of them that the plugin has do so whatever their rows
     opens: tuple[str, ...] = ()
     shares: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    always_early: tuple[str, ...] = ()
     early_rows: int = 16  # kernels of more rows are longer, and hold places that their predecessors need (measured on an H200)
-
-    def rows_of(self, variant: str) -> int:
-        """`early_rows` of a variant that may start early."""
-        return PRODUCT_ROWS[-1] if variant in self.always_early else self.early_rows
 
     def __post_init__(self) -> None:
         for p in self.params:
             if not p.type.startswith("*") and p.type not in SCALARS:
                 raise ValueError(f"{self.name}.{p.name}: type {p.type!r} is neither a pointer nor one of {SCALARS}")
+
+    def rows_of(self, variant: str) -> int:
+        """`early_rows` of a variant that may start early."""
+        return PRODUCT_ROWS[-1] if variant in self.always_early else self.early_rows
 
 
 def pointers(*names: str, type: str = "*storage") -> tuple[Param, ...]:
