@@ -37,6 +37,7 @@ DONE = Path(tempfile.gettempdir(), "tune_batch.compiled")
 LARGE, SMALL = "mixer_step_partial:2048.128", "mixer_step_partial:1024.64"
 BASE: Change = {}
 Trial = tuple[str, Change]
+SHORT = dict.fromkeys(("project_gain", "tail"), ":64.1024")
 CHUNKS = ((32, 0, 4), (32, 64, 4), (32, 32, 4), (64, 32, 4), (64, 16, 2), (64, 16, 4), (32, 16, 2), (32, 64, 8))
 
 
@@ -62,7 +63,7 @@ ATTENTIONS = [
     attention(64, 32, HEADS_F=4, ROWS_F=4, STAGES_F=4), attention(32, 16, STAGES_F=4), attention(32, 16, STAGES_F=8),
 ]  # fmt: skip
 EARLY: list[Trial] = [(f"{name} early, 64 rows", {f"rows:layer_{name}": 64}) for name in ("out", "tail")]
-EARLY += [(f"{name} not early", {f"rows:{name}": 0}) for name in ("layer_norm", "layer_enter", "layer_project_gain", "mixer_step_combine", "layer_logits")]
+EARLY += [(f"{n} not early", {f"rows:{n}": 0}) for n in ("layer_norm", "layer_enter", "layer_project_gain", "mixer_step_combine", "layer_logits")]
 # BM, BN, BK, KS, warps, stages
 PRODUCTS: dict[str, list[tuple[int, ...]]] = {
     "project_gain": [(64, 64, 128, 1, 4, 4), (64, 64, 128, 1, 4, 3), (64, 32, 128, 1, 4, 4), (64, 32, 128, 1, 4, 5), (64, 64, 128, 1, 8, 4),
@@ -83,6 +84,12 @@ def product(name: str, tile: tuple[int, ...], kinds: Sequence[str] = (".i8", ".f
     bm, bn, bk, ks, warps, stages = tile
     entry = {"BM": bm, "BN": bn, "BK": bk, "KS": ks, "num_warps": warps, "num_stages": stages}
     return f"{name} {tile}", {f"layer_{name}:64{kind}": entry for kind in kinds}
+
+
+def short(name: str, tile: tuple[int, ...]) -> Trial:
+    """The same of 16 bits for the rows of 350M, for which two products have tiles of their own."""
+    said, change = product(name, tile, ("",))
+    return said, {f"layer_{name}" + SHORT.get(name, ":64"): entry for entry in change.values()}
 
 
 def dealt(percent: int) -> Trial:
@@ -234,7 +241,7 @@ def jobs_of(change: Change) -> dict[str, tuple[Change, str, str, bool]]:
     for key, value in change.items():
         kind, _, name = key.partition(":")
         if kind not in ("rows", "share", "opens", "dealt"):
-            plain = kind in ("layer_out", "layer_tail")  # which do not start early with so many rows
+            plain = kind in ("layer_out", "layer_tail") and not key.endswith(".1024")  # which do not start early with so many rows
             found[f"{key} {value} {plain}"] = ({key: value}, kind, name, plain)
     return found
 
@@ -243,7 +250,8 @@ def compile_all(workers: int, seconds: float) -> None:
     """One job a binary, what is needed most first; DONE then says which there are."""
     jobs: dict[str, tuple[Change, str, str, bool]] = {}
     many = [(f"layer_{n}", v) for n in ("enter", "project_gain", "out", "tail", "logits") for v in ("64", "64.i8", "64.f8")]
-    many += [("layer_norm", "1024"), ("layer_norm", "2048"), *((k, v) for k, _, v in (x.partition(":") for x in (LARGE, SMALL, COMBINE_ANY, COMBINE_WIDE)))]
+    many += [(f"layer_{n}", at[1:]) for n, at in SHORT.items()] + [("layer_norm", "1024"), ("layer_norm", "2048")]
+    many += [(kernel, variant) for kernel, _, variant in (x.partition(":") for x in (LARGE, SMALL, COMBINE_ANY, COMBINE_WIDE))]
     single = [(f"layer_{n}", v) for n in ("project_gain", "out", "tail", "logits") for v in ("1", "1.i8")]
     single += [("layer_norm_enter", v) for v in ("1024", "2048", "2048.i8")] + [("mixer_step_combine", "1")]
     for name, variant in many:
@@ -316,12 +324,10 @@ def large(copy: float, until: float) -> None:
 RAGGED: list[Trial] = [
     *combined(COMBINE_ANY),
     *map(dealt, (44, 47, 53, 56)),
-    ("tail early, 64 rows", {"rows:layer_tail": 64}),
     ("splits of 32 and 16 rows", {SMALL: {"TILES_F": 16, "TILES_B": 4}}),
     ("splits of 16 and 4 rows", {SMALL: {"TILES_B": 1}}),
     ("splits of 8 and 8 rows", {SMALL: {"TILES_F": 4}}),
-    ("project: 16 columns, 256 deep", {"layer_project_gain:64": {"BN": 16, "BK": 256, "num_stages": 3}}),
-    *(product(n, t, ("",)) for n, tiles in WIDE.items() for t in tiles),
+    *(short(n, t) for n, tiles in WIDE.items() for t in tiles),
     shares({"layer_project_gain": 100, "mixer_step_partial": 100}),
 ]  # fmt: skip
 

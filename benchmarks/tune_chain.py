@@ -33,7 +33,7 @@ BEGUN = time.perf_counter()
 # in before it waits
 Change = dict[str, Any]
 STEP, ALONE = "mixer_step_partial:1024.64", "mixer_step_partial:1024.64.1"
-COMBINE, COMBINE_ANY, COMBINE_WIDE = (f"mixer_step_combine:{variant}" for variant in ("1", "any", "wide"))
+COMBINE, COMBINE_ANY, COMBINE_WIDE = "mixer_step_combine:1", "mixer_batch_combine:64", "mixer_step_combine:wide"  # of one sequence, of several, of wide rows
 _early, _share, _tiles = table.early, table.shared_share, table.tiles
 _rows: dict[str, int] = {}
 _shares: dict[str, int] = {}
@@ -188,7 +188,7 @@ class Bench:
 
 
 PROJECT, ENTER, OUT, TAIL = "layer_project_gain:1.1024", "layer_norm_enter:1024", "layer_out:1", "layer_tail:1"
-VARIANTS = {"mixer_step_partial": "1024.64", "mixer_step_combine": "any"} | dict([at.split(":") for at in (PROJECT, ENTER, OUT, TAIL)])
+VARIANTS = {"mixer_step_partial": "1024.64", "mixer_step_combine": "1"} | dict([at.split(":") for at in (PROJECT, ENTER, OUT, TAIL)])
 NOT_EARLY = {"rows:mixer_step_partial": 0}
 FREE = {"share:": -1}
 
@@ -241,7 +241,7 @@ def one_sequence(config: SessaConfig, copy: float, until: float) -> None:
         print(f"kernels at 4128, early {early}: " + "; ".join(f"{k} {us:.1f} x{n}" for k, (us, n) in kernels(bench.graph(early)).items()), flush=True)
 
 
-E32, P32, O32, T32 = (f"layer_{n}:64" for n in ("enter", "project_gain", "out", "tail"))
+E32, P32, O32, T32 = "layer_enter:64", "layer_project_gain:64.1024", "layer_out:64", "layer_tail:64.1024"
 THIRTY_TWO: list[tuple[str, Change]] = [
     ("8 columns, 4 parts", {}), ("16 columns, 4 parts", {"BN": 16}), ("8 columns, 8 parts", {"BK": 512, "KS": 8, "num_warps": 8, "num_stages": 3}),
 ]  # fmt: skip

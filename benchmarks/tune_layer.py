@@ -68,7 +68,7 @@ def launched(kernel: str, variant: str, rows: int, entry: dict[str, int]) -> dic
     if kernel == "layer_widen":
         return dict(entry)
     early = variant in table.kernel(kernel).early or kernel == "layer_norm_enter"
-    return {**entry, "PDL": early, **({"launch_pdl": True} if early and rows <= table.kernel(kernel).early_rows else {})}
+    return {**entry, "PDL": early, **({"launch_pdl": True} if early and rows <= table.kernel(kernel).rows_of(variant) else {})}
 
 
 def key(kernel: str, variant: str, width: int) -> str:

@@ -345,7 +345,7 @@ std::vector<Problem> everyWidth(Storage storage)
     return all;
 }
 
-// Every number of rows that selects a product's tiles.
+// Every number of rows that selects a product's tiles, and depths on either side of what selects others (engine/spec.py, ahead_variant).
 template <Op const& op>
 std::vector<Problem> everyRows(Storage storage)
 {
@@ -358,6 +358,10 @@ std::vector<Problem> everyRows(Storage storage)
         p.doubleWidth = 32;
         p.pairs = 8;
         p.columns = 80;
+        all.push_back(p);
+        p.width = *(std::end(kAheadDepths) - 1) + 16;
+        p.doubleWidth = 2 * p.width;
+        p.heads = p.width / p.headWidth;
         all.push_back(p);
     }
     Problem wide = all.front(); // one wide row

@@ -21,6 +21,8 @@ struct Step final : Plan
 {
     bool find(Problem const& p, int32_t arch) override
     {
+        bool const several = p.batch > 1 && p.width <= kMixerBroad; // engine/spec.py, batch_variant
+        shared = several ? findCubin("mixer_batch_combine", arch, dtypeName(p.storage), headVariant(p.headWidth, 1).c_str()) : nullptr;
         char const* dtype = dtypeName(p.storage);
         partial = p.batch == 1 ? findCubin("mixer_step_partial", arch, dtype, (variant(p) + ".1").c_str()) : nullptr; // engine/spec.py, step_variants
         partial = partial != nullptr ? partial : findCubin("mixer_step_partial", arch, dtype, variant(p).c_str());
@@ -33,7 +35,7 @@ struct Step final : Plan
 
     std::vector<Cubin const*> cubins() const override
     {
-        std::vector<Cubin const*> all{partial, combine};
+        std::vector<Cubin const*> all{partial, shared != nullptr ? shared : combine};
         auto const its = out.cubins();
         all.insert(all.end(), its.begin(), its.end());
         return all;
@@ -71,17 +73,33 @@ struct Step final : Plan
         first.add(partF).add(statF).add(partB).add(statB).add(i32(p.batch)).add(i32(splitsF)).add(i32(splitsB)).add(i32(p.capacity)).add(i32(p.kvHeads));
         first.add(i32(group)).add(units).add(i32(p.width)).add(scaleLog2(p.headWidth, 0.0F)).add(scaleLog2(p.width, 0.0F)).add(i32(programsF));
         Arguments second;
-        second.add(partF).add(statF).add(partB).add(statB).add(t.in[kPastLength]).add(t.in[kGamma]).add(o).add(add).add(i32(p.capacity));
-        second.add(i32(splitsF)).add(i32(rowsF)).add(i32(splitsB)).add(i32(rowsB)).add(i32(p.heads)).add(units).add(i32(p.width));
+        second.add(partF).add(statF).add(partB).add(statB).add(t.in[kPastLength]).add(t.in[kGamma]).add(o).add(add);
+        if (shared != nullptr)
+        {
+            second.add(i32(p.batch));
+        }
+        second.add(i32(p.capacity)).add(i32(splitsF)).add(i32(rowsF)).add(i32(splitsB)).add(i32(rowsB)).add(i32(p.heads)).add(units).add(i32(p.width));
         Arguments third;
         out.add(third.add(o), p, t, kWeight).add(t.in[kBias]).add(add).add(t.out).add(i32(p.batch)).add(i32(p.width));
-        int64_t const lanes = combine->tile("BLOCK_D");
         int64_t const tiles = ceilDiv(p.batch, out.kernel().tile("BM")) * ceilDiv(p.width, out.kernel().tile("BN"));
         // It reads the pasts before it waits; behind the projections alone is it known that nobody writes them.
         int64_t const rows = launchedLast(stream, "layer_project_gain") ? p.batch : kManyRows;
         return launch(*partial, {programsF + programsB, 1, 1}, first, stream, error, rows)
-            && launch(*combine, {p.heads * ceilDiv(p.headWidth, lanes) + ceilDiv(p.width, lanes), p.batch, 1}, second, stream, error, p.batch)
+            && launch(shared != nullptr ? *shared : *combine, combination(p), second, stream, error, p.batch)
             && out.run(t, kWeight, tiles, third, stream, error, p.batch);
+    }
+
+    // Programs that add splits: those of one sequence's columns for each, or as many as share the tasks of all (mixer_batch.py, tasks).
+    Grid combination(Problem const& p) const
+    {
+        int64_t const lanes = (shared != nullptr ? shared : combine)->tile("BLOCK_D");
+        int64_t const most = p.heads * ceilDiv(p.headWidth, lanes) + ceilDiv(p.width, lanes);
+        if (shared == nullptr)
+        {
+            return {most, p.batch, 1};
+        }
+        int64_t const few = ceilDiv(p.heads, shared->tile("HEADS")) + ceilDiv(p.width, shared->tile("SPAN"));
+        return {std::min(p.batch * std::max(few, most), heldPrograms(*shared)), 1, 1};
     }
 
     // launch/splits.py, shares: programs for causal and for feedback attention.
@@ -101,6 +119,7 @@ struct Step final : Plan
         }
     }
 
+    Cubin const* shared{}; // in place of `combine`, where several sequences share its programs
     Cubin const* partial{};
     Cubin const* combine{};
     Matrix out;

@@ -85,17 +85,16 @@ inline std::string productVariant(int64_t rows, Weights weights)
 
 constexpr char const* kWideRow = "1.wide"; // the variant for one row that is wider than kAheadDepths
 
-// engine/spec.py, ahead_variant: the binary in place of `variant` for rows so short that all their weights are read ahead, or for one wide row; null where
-// there is none.
+// engine/spec.py, ahead_variant: the binary in place of `variant` for rows so short that all their weights are read ahead, or other tiles pay, or for one wide
+// row; null where there is none.
 inline Cubin const* aheadCubin(char const* name, int32_t arch, Problem const& p, std::string const& variant)
 {
-    if (variant == std::to_string(kRows[0]))
-    {
-        return covering(kAheadDepths, p.width).empty() ? findCubin(name, arch, productType(p).c_str(), kWideRow) : nullptr;
-    }
     std::string const depth = covering(kAheadDepths, p.width);
-    return p.weights != Weights::kStorage || depth.empty() ? nullptr
-                                                           : findCubin(name, arch, dtypeName(p.storage), (variant == "any" ? depth : variant + "." + depth).c_str());
+    if (depth.empty())
+    {
+        return variant == std::to_string(kRows[0]) ? findCubin(name, arch, productType(p).c_str(), kWideRow) : nullptr;
+    }
+    return p.weights != Weights::kStorage ? nullptr : findCubin(name, arch, dtypeName(p.storage), (variant == "any" ? depth : variant + "." + depth).c_str());
 }
 
 // engine/spec.py, many_variant; null where there is none.

@@ -210,7 +210,7 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
             assert may or variant == "any"
             held = [arch for arch in ARCHS if variant not in k.optional or table.has(k.name, arch, k.dtypes[0], variant)]
             assert 90 in held and {arch: table.early(k.name, arch, k.dtypes[0], variant) for arch in held} == {
-                arch: k.early_rows if may and arch >= 90 else 0 for arch in held}
+                arch: k.rows_of(variant) if may and arch >= 90 else 0 for arch in held}
             how = OPENS if variant in k.opens else WAITS
             assert [table.tiles(k.name, arch, k.dtypes[0], variant)["PDL"] for arch in held] == [how if may and arch >= 90 else 0 for arch in held]
     # who lets the next kernel in at once: of a single row, and ahead of none that reads what a kernel of a layer has written before its own wait

@@ -164,7 +164,7 @@ def launches(
         def __init__(self, kernel: Any, device: Any, dtype: Any, options: dict[str, Any], weights: str = "") -> None:
             self.name, self.each = kernel.__name__, (32 * options["num_warps"], options[jit.SHARE])
             # whether kernels start early the Python side leaves to the plugin: the rule is the number of rows and that the binary can
-            self.early = bool(options.get("PDL")) and batch * tokens <= table.kernel(self.name).early_rows
+            self.early = bool(options.get("PDL")) and batch * tokens <= options["early rows"]
 
         def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
             kinds = [p.type for p in table.kernel(self.name).params]
@@ -174,7 +174,8 @@ def launches(
 
     def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str, early: int = 0, weights: str = "") -> dict[str, Any]:
         kind = jit.dtype_name(dtype) + weights
-        found = {name: {**table.options(name, 90, kind, variant), jit.SHARE: table.shared_share(name, 90, kind, variant)} for name in names}
+        extra = {name: {jit.SHARE: table.shared_share(name, 90, kind, variant), "early rows": table.early(name, 90, kind, variant)} for name in names}
+        found = {name: {**table.options(name, 90, kind, variant), **extra[name]} for name in names}
         # a step's attentions alone start early only where the Python side says behind what
         return {name: {**o, "PDL": o["PDL"] and early > 0} if name in ("mixer_step_partial", "mixer_rows_partial") else o for name, o in found.items()}
 

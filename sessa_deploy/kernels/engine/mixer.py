@@ -16,6 +16,7 @@ from torch import Tensor
 from sessa_deploy.kernels.causal.step import share as share_causal
 from sessa_deploy.kernels.device import add_splits, begin, splits_used
 from sessa_deploy.kernels.engine.layer import out_add
+from sessa_deploy.kernels.engine.mixer_batch import mixer_batch_combine, tasks, variant_for
 from sessa_deploy.kernels.engine.spec import WIDE_ROW, combine_variant, step_variants
 from sessa_deploy.kernels.feedback.step import share as share_feedback
 from sessa_deploy.kernels.launch import table
@@ -128,8 +129,12 @@ def step(
         (programs_f + programs_b,), *map(address, (q, k, v, past_k, past_v, q_b, past_kb, past_s, past_length)), *parts,
         batch, splits_f, splits_b, capacity, heads, group, units, width, head**-0.5 * LOG2E, width**-0.5 * LOG2E, programs_f,
     )  # fmt: skip
-    grid = (q_heads * triton.cdiv(head, combine["BLOCK_D"]) + triton.cdiv(width, combine["BLOCK_D"]), batch)
-    launcher(mixer_step_combine, device, dtype, combine)(
-        grid, *parts, *map(address, (past_length, gamma, o, add)), capacity, splits_f, rows_f, splits_b, rows_b, q_heads, units, width,
-    )  # fmt: skip
+    operands, sizes = (*parts, *map(address, (past_length, gamma, o, add))), (capacity, splits_f, rows_f, splits_b, rows_b, q_heads, units, width)
+    if shared := variant_for(q, width):
+        tiles = pinned(("mixer_batch_combine",), device, dtype, shared, early)["mixer_batch_combine"]
+        run = launcher(mixer_batch_combine, device, dtype, tiles)
+        run((min(batch * tasks(q_heads, head, width, tiles), run.resident),), *operands, batch, *sizes)
+    else:
+        grid = (q_heads * triton.cdiv(head, combine["BLOCK_D"]) + triton.cdiv(width, combine["BLOCK_D"]), batch)
+        launcher(mixer_step_combine, device, dtype, combine)(grid, *operands, *sizes)
     return out_add(o, weight, bias, add, early, scale)

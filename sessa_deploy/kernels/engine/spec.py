@@ -41,6 +41,7 @@ WIDE_ROW = f"{PRODUCT_ROWS[0]}.wide"  # of one row that is wider than AHEAD_DEPT
 _EARLY_ROWS = PRODUCT_ROWS[-1]
 _TILES = ("BM", "BN", "BK", "KS", "AHEAD", "PDL")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
+_SHORT = f"{PRODUCT_ROWS[2]}.{AHEAD_DEPTH}"  # of more rows than a few, no deeper than those
 _DESCRIPTOR = 128  # bytes that one takes of a program's memory
 
 _LAYERS = (
@@ -59,8 +60,9 @@ _LAYERS = (
            dtypes=_PRODUCT, scalar_loads=128, early=_FEW, early_rows=1),
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, (*_PRODUCTS, WIDE_ROW),
            dtypes=_PRODUCT, scalar_loads=16, early=(*_FEW, WIDE_ROW), shares=_ONE, fills=(WIDE_ROW,), optional=(WIDE_ROW,), early_rows=_EARLY_ROWS),
-    Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, (*_PRODUCTS, _AHEAD, WIDE_ROW),
-           dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, _AHEAD, WIDE_ROW), opens=(*_ONE, WIDE_ROW), shares=_ONE, fills=(WIDE_ROW,), optional=(_AHEAD, WIDE_ROW)),
+    Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, (*_PRODUCTS, _AHEAD, _SHORT, WIDE_ROW),
+           dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, _AHEAD, _SHORT, WIDE_ROW), opens=(*_ONE, WIDE_ROW), shares=_ONE, fills=(WIDE_ROW,),
+           optional=(_AHEAD, _SHORT, WIDE_ROW), always_early=(_SHORT,)),
     Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES,
            (*_PRODUCTS, WIDE_ROW), dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, WIDE_ROW), opens=(*_ONE, WIDE_ROW), shares=_ONE, fills=(WIDE_ROW,),
            optional=(WIDE_ROW,), early_rows=1),
@@ -70,8 +72,9 @@ _LAYERS = (
            (*pointers("h"), *_MATRIX, *pointers("bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gamma_weight", type="*fp32"),
             Param("gamma_bias", "*fp32"), *pointers("q", "k", "v", "q_b", "k_b"), Param("gamma", "*fp32"), *_SIZES, Param("kv_width", "i32"),
             *integers("units"), Param("gamma_max", "fp32")),
-           _TILES, (*_PRODUCTS, _AHEAD, _ONE_AHEAD, WIDE_ROW), dtypes=_PRODUCT, scalar_loads=136, early=(*_FEW, _AHEAD, _ONE_AHEAD, WIDE_ROW),
-           opens=(_ONE_AHEAD,), shares=(*_ONE, _ONE_AHEAD), fills=(WIDE_ROW,), early_rows=_EARLY_ROWS, optional=(_AHEAD, _ONE_AHEAD, WIDE_ROW)),
+           _TILES, (*_PRODUCTS, _AHEAD, _ONE_AHEAD, _SHORT, WIDE_ROW), dtypes=_PRODUCT, scalar_loads=136,
+           early=(*_FEW, _AHEAD, _ONE_AHEAD, _SHORT, WIDE_ROW), opens=(_ONE_AHEAD,), shares=(*_ONE, _ONE_AHEAD), fills=(WIDE_ROW,),
+           early_rows=_EARLY_ROWS, optional=(_AHEAD, _ONE_AHEAD, _SHORT, WIDE_ROW)),
 )  # fmt: skip
 
 
@@ -113,6 +116,15 @@ _MIXERS = (
            shares=_ONE, fills=(WIDE_ROW,), optional=(WIDE_ROW,), early_rows=64),
 )  # fmt: skip
 
+_BATCHES = tuple(map(str, MIXER_HEADS))
+_MIXER_BATCH = (
+    Kernel("mixer_batch_combine", f"{_MIXER}_batch",
+           (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
+            *integers("batch", "capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
+           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "HEADS", "LANES", "SPAN", "PDL"), _BATCHES, dtypes=_HALF, scalar_loads=128, early=_BATCHES,
+           optional=_BATCHES, early_rows=_EARLY_ROWS),
+)  # fmt: skip
+
 _ROWS = "sessa_deploy.kernels.engine.mixer_rows"
 _ROWS_STEPS = tuple(f"{w}.{h}" for w in ROWS_WIDTHS for h in ROWS_HEADS)
 _WIDE_ROWS = _ROWS_STEPS[len(ROWS_HEADS):]
@@ -149,7 +161,7 @@ _DECODES = (
            early=_ANY, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
-KERNELS = by_name((*_LAYERS, *_LAYERS_MANY, *_MIXERS, *_MIXER_ROWS, *_DECODES))
+KERNELS = by_name((*_LAYERS, *_LAYERS_MANY, *_MIXERS, *_MIXER_BATCH, *_MIXER_ROWS, *_DECODES))
 
 
 def product_variant(rows: int, weights: str = "") -> str:
@@ -180,9 +192,9 @@ def many_variant(name: str, rows: int, columns: int) -> str:
 
 
 def ahead_variant(kernel: str, variant: str, weights: str, depth: int) -> str:
-    """The optional variant in place of `variant` for rows so short that all their weights are read ahead, or for one wide row; "" where there is none."""
-    if variant == _ONE[0]:
-        return WIDE_ROW if depth > AHEAD_DEPTH and WIDE_ROW in table.kernel(kernel).optional else ""
+    """The optional variant in place of `variant` for rows so short that all their weights are read ahead, or other tiles pay, or for one wide row; "" if none."""
+    if variant == _ONE[0] and depth > AHEAD_DEPTH:
+        return WIDE_ROW if WIDE_ROW in table.kernel(kernel).optional else ""
     short = f"{variant}.{AHEAD_DEPTH}" if variant != "any" else str(AHEAD_DEPTH)
     return short if not weights and depth <= AHEAD_DEPTH and short in table.kernel(kernel).optional else ""
 
@@ -213,3 +225,8 @@ def mixer_rows_variant(width: int, head: int) -> str:
     if not padded or head > ROWS_HEADS[-1]:
         raise ValueError(f"a step of several rows has no kernel for D = {width} and heads of {head}; the largest are {ROWS_WIDTHS[-1]} and {ROWS_HEADS[-1]}")
     return f"{padded}.{table.width_variant('causal_rows_partial', head)}"
+
+
+def batch_variant(batch: int, width: int, head: int) -> str:
+    """The optional variant of mixer_batch_combine, which takes the place of mixer_step_combine for several sequences of rows not wide; "" where none does."""
+    return head_variant(head) if batch > 1 and width <= MIXER_WIDTHS[0] else ""

@@ -49,7 +49,8 @@ GROUP = 4  # query heads of one key/value head that a program of the decode step
 LAYER_WIDTHS = (1024, 2048, MAX_WIDTH)  # a row that a program holds whole is padded to the next of these
 LAYER_MAX_DEPTH = 65536  # of a matrix product, which holds no row
 PRODUCT_ROWS = (1, 16, 64)  # rows (B T) up to which a product takes small tiles; beyond the last: "any"
-AHEAD_DEPTH = 1024  # depth of a product of 2 to 16 rows up to which its weights are all read before the wait, where an architecture has tiles for it
+# Depth of a product of up to 64 rows up to which an architecture may have tiles of their own; of up to 16 rows, all weights are then read before the wait.
+AHEAD_DEPTH = 1024
 MANY_ROWS = 512  # rows beyond which a product goes by tensor descriptors, where an architecture has tiles for it
 MANY_WORK = 3 << 20  # elements of its result below which large tiles, of 128 x 256, would leave multiprocessors without one
 MANY_PROGRAMS = 512  # that share its tiles at most, each of which is given memory for its descriptors

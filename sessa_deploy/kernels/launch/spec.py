@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sessa_deploy.kernels.launch.limits import PRODUCT_ROWS
+
 DTYPES = ("fp32", "fp16", "bf16")
 QUANTISED = {".i8": "i8", ".f8": "fp8e4nv"}  # what a storage dtype's name ends in where weights are 8 bits -> their type: "fp16.i8"
 SCALARS = ("i32", "i64", "fp32")
@@ -50,6 +52,7 @@ class Kernel:
     scalar_loads: int = 0
     wide: bool = True
     early: tuple[str, ...] = ()
+    always_early: tuple[str, ...] = ()  # those of them that the plugin has do so whatever their rows
     opens: tuple[str, ...] = ()
     shares: tuple[str, ...] = ()
     fills: tuple[str, ...] = ()
@@ -61,6 +64,10 @@ class Kernel:
         for p in self.params:
             if not p.type.startswith("*") and p.type not in SCALARS:
                 raise ValueError(f"{self.name}.{p.name}: type {p.type!r} is neither a pointer nor one of {SCALARS}")
+
+    def rows_of(self, variant: str) -> int:
+        """`early_rows` of a variant that may start early."""
+        return PRODUCT_ROWS[-1] if variant in self.always_early else self.early_rows
 
 
 def pointers(*names: str, type: str = "*storage") -> tuple[Param, ...]:

@@ -113,7 +113,7 @@ def tiles(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
 
 def early(name: str, arch: int, dtype: str, variant: str) -> int:
     """Rows (B T) up to which the plugin lets this binary start before its predecessor has ended; 0 where it cannot."""
-    return kernel(name).early_rows if kernel(name).early and tiles(name, arch, dtype, variant)["PDL"] else 0
+    return kernel(name).rows_of(variant) if kernel(name).early and tiles(name, arch, dtype, variant)["PDL"] else 0
 
 
 def shared_share(name: str, arch: int, dtype: str, variant: str) -> int:

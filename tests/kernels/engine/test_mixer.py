@@ -130,6 +130,61 @@ def test_a_step_that_starts_early_reads_only_its_pasts_before_it_waits(shape: tu
     assert 0 < sum(programs) < len(waited) and all(waited[: sum(programs)])
 
 
+@pytest.mark.skipif(not interpreted(), reason="the interpreter alone shows who reads what before the wait")
+def test_programs_that_share_tasks_and_start_early_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The combination of a batch: each of few programs takes tasks of long and of short sequences; before it waits there are lengths and gamma, no splits."""
+    from triton.runtime import interpreter
+
+    from sessa_deploy.kernels import device
+    from sessa_deploy.kernels.engine import mixer_batch
+
+    a = case(2, 2, 16, 270, [3, 0, 270])
+    plain, take, pinned, seat = mixer.step(**a), Workspace.take, mixer.pinned, interpreter.interpreter_builder.set_grid_idx
+    memory, splits, waited = list[torch.Tensor](), list[torch.Tensor](), list[int]()
+
+    def taken(self: Workspace, device: torch.device) -> Any:
+        at, its = take(self, device)
+        memory.append(its)
+        return at, its
+
+    def begins(*at: int) -> None:
+        seat(*at)
+        if combining:
+            waited.append(0)
+            memory[0].fill_(255)
+
+    def waits() -> None:
+        waited[-1] += 1
+        memory[0].copy_(splits[0])
+
+    combining = False
+
+    def few(*sizes: Any) -> int:
+        nonlocal combining
+        combining = True
+        splits.append(memory[0].clone())
+        return 1  # a program for each sequence
+
+    def early(names: tuple[str, ...], *rest: Any) -> dict[str, Any]:
+        return {name: {**o, "PDL": True} if name == "mixer_batch_combine" else o for name, o in pinned(names, *rest).items()}
+
+    def projected(*operands: Any) -> torch.Tensor:
+        nonlocal combining
+        combining = False
+        return out_add(*operands)
+
+    out_add = mixer.out_add
+    assert mixer_batch.tasks(2, 16, 32, pinned(("mixer_batch_combine",), a["q"].device, torch.float16, "64")["mixer_batch_combine"]) > 1, "several turns"
+    for name, value in (("pinned", early), ("tasks", few), ("out_add", projected)):
+        monkeypatch.setattr(mixer, name, value)
+    monkeypatch.setattr(Workspace, "take", taken)
+    monkeypatch.setattr(device, "gdc_wait", waits)
+    monkeypatch.setattr(device, "gdc_launch_dependents", lambda: None)
+    monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", begins)
+    assert torch.equal(mixer.step(**a), plain)
+    assert len(waited) == 3 and all(waited)
+
+
 def test_a_sequence_does_not_depend_on_its_batch() -> None:
     a = case(4, 4, 64, 90, [90, 3, 17])
     both, alone = mixer.step(**a), mixer.step(**{n: x if n in ("weight", "bias") else x[1:] for n, x in a.items()})
