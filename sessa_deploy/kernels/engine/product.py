@@ -48,7 +48,7 @@ def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
         o_k = tl.arange(0, AHEAD * BK)
         b_w = tl.load(weight + tl.arange(0, BN)[:, None] * depth + o_k[None, :], mask=m_n[:, None] & (o_k < depth)[None, :], other=0.0)
     elif BM > SHORT:
-        b_w = matrix_strip(weight, tl.sum(m_n.to(tl.int32), 0), depth, 0, False, BN, BK, KS)
+        b_w = matrix_strip(weight, m_n, depth, 0, False, BN, (2 if AHEAD == 3 else 1) * BK, KS)
     else:
         tl.static_assert(AHEAD == 1, "of several rows' weights one step comes ahead")
         b_w = strip(weight, m_n, depth, 0, depth, BN, BK, KS)
@@ -173,7 +173,7 @@ def product(
         tl.static_assert(KS == 1, "large tiles have depth enough for every warp")
         b_acc = _large_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK)
     elif (BM > SHORT) & (AHEAD > 0):
-        b_acc = strips_product(x, gate, weight, b_w, rows, tl.sum(m_n.to(tl.int32), 0), depth, row, gate_row, GATED, BM, BN, BK, KS, AHEAD)
+        b_acc = strips_product(x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS, AHEAD)
     elif AHEAD > 0:
         tl.static_assert(BM == 16, "weights ahead are for at most 16 rows")
         b_acc = _strip_product(x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED, BN, BK, KS)

@@ -23,12 +23,12 @@ def _units(C: tl.constexpr, KS: tl.constexpr):
 
 
 @triton.jit
-def matrix_strip(weight, columns, depth, start, EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """Columns [start, start + BK) of BN rows of a matrix as words, (4, 8, KS, BN / 8, C, 4). Rows from `columns` on repeat the last one."""
+def matrix_strip(weight, m_n, depth, start, EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """Columns [start, start + BK) of BN rows of a matrix as words, (4, 8, KS, BN / 8, C, 4). Rows that there are not, m_n, repeat the first."""
     EACH: tl.constexpr = BYTES * 8 // weight.dtype.element_ty.primitive_bitwidth
     o_k = _units(BK // (4 * EACH * KS), KS)[:, :, :, :, :, None] * EACH
     o_n = tl.arange(0, BN // 8)[None, None, None, :, None, None] * 8 + tl.arange(0, 8)[None, :, None, None, None, None]
-    o_n = tl.minimum(o_n, columns - 1)
+    o_n = tl.where(tl.reshape(tl.trans(tl.reshape(m_n, [BN // 8, 8])), [1, 8, 1, BN // 8, 1, 1]), o_n, 0)
     p_w = _words(weight + start + o_n * depth + o_k) + tl.arange(0, 4)[None, None, None, None, None, :]
     if EVEN:
         b_w = tl.load(p_w, eviction_policy="evict_first")
@@ -76,7 +76,7 @@ def strips_dot(
 
 @triton.jit
 def strips_product(
-    x, gate, weight, b_w, rows, columns, depth, row, gate_row,
+    x, gate, weight, b_w, rows, m_n, depth, row, gate_row,
     GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """(BM,BN) float32, see `product.product`. b_w: the first BK columns."""
@@ -88,20 +88,33 @@ def strips_product(
     if AHEAD == 2:
         b_x, b_g = _both(x, gate, rows, row, gate_row, depth, 0, GATED, EACH, False, BM, BK, KS)
         for start in tl.range(BK, full, BK, num_stages=1):
-            b_next = matrix_strip(weight, columns, depth, start, True, BN, BK, KS)
+            b_next = matrix_strip(weight, m_n, depth, start, True, BN, BK, KS)
             b_y, b_h = _both(x, gate, rows, row, gate_row, depth, start, GATED, EACH, True, BM, BK, KS)
             b_acc = strips_dot(b_w, b_x, b_g, b_acc, kind, type, GATED, BM, BN, BK, KS)
             b_w, b_x, b_g = b_next, b_y, b_h
+    elif AHEAD == 3:
+        C: tl.constexpr = BK // (4 * EACH * KS)
+        b_w, b_second = tl.split(tl.permute(tl.reshape(b_w, [4, 8, KS, BN // 8, 2, C, 4]), [0, 1, 2, 3, 5, 6, 4]))
+        for start in tl.range(2 * BK, full, BK, num_stages=1):
+            b_next = matrix_strip(weight, m_n, depth, start, True, BN, BK, KS)
+            b_y, b_h = _both(x, gate, rows, row, gate_row, depth, start - 2 * BK, GATED, EACH, True, BM, BK, KS)
+            b_acc = strips_dot(b_w, b_y, b_h, b_acc, kind, type, GATED, BM, BN, BK, KS)
+            b_w, b_second = b_second, b_next
+        last = tl.maximum(full - 2 * BK, 0)
+        b_x, b_g = _both(x, gate, rows, row, gate_row, depth, last, GATED, EACH, False, BM, BK, KS)
+        b_acc = strips_dot(b_w, b_x, b_g, b_acc, kind, type, GATED, BM, BN, BK, KS)
+        b_w = b_second
+        b_x, b_g = _both(x, gate, rows, row, gate_row, depth, last + BK, GATED, EACH, False, BM, BK, KS)
     else:
         for start in tl.range(BK, full, BK, num_stages=1):
-            b_next = matrix_strip(weight, columns, depth, start, True, BN, BK, KS)
+            b_next = matrix_strip(weight, m_n, depth, start, True, BN, BK, KS)
             b_y, b_h = _both(x, gate, rows, row, gate_row, depth, start - BK, GATED, EACH, True, BM, BK, KS)
             b_acc = strips_dot(b_w, b_y, b_h, b_acc, kind, type, GATED, BM, BN, BK, KS)
             b_w = b_next
         b_x, b_g = _both(x, gate, rows, row, gate_row, depth, tl.maximum(full - BK, 0), GATED, EACH, False, BM, BK, KS)
     b_acc = strips_dot(b_w, b_x, b_g, b_acc, kind, type, GATED, BM, BN, BK, KS)
-    if tl.maximum(full, BK) < depth:
-        b_w = matrix_strip(weight, columns, depth, full, False, BN, BK, KS)
+    if tl.maximum(full, (2 if AHEAD == 3 else 1) * BK) < depth:
+        b_w = matrix_strip(weight, m_n, depth, full, False, BN, BK, KS)
         b_x, b_g = _both(x, gate, rows, row, gate_row, depth, full, GATED, EACH, False, BM, BK, KS)
         b_acc = strips_dot(b_w, b_x, b_g, b_acc, kind, type, GATED, BM, BN, BK, KS)
     return tl.trans(tl.sum(b_acc, 0))
