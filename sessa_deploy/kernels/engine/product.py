@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sessa_deploy.kernels.engine.product_direct import direct_product
 from sessa_deploy.kernels.engine.product_strips import matrix_strip, strips_product
 from sessa_deploy.kernels.engine.widen import wide
 from sessa_deploy.kernels.launch.limits import PRODUCT_ROWS
@@ -48,7 +49,7 @@ def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
         o_k = tl.arange(0, AHEAD * BK)
         b_w = tl.load(weight + tl.arange(0, BN)[:, None] * depth + o_k[None, :], mask=m_n[:, None] & (o_k < depth)[None, :], other=0.0)
     elif BM > SHORT:
-        b_w = matrix_strip(weight, m_n, depth, 0, False, BN, (2 if AHEAD == 3 else 1) * BK, KS)
+        b_w = matrix_strip(weight, m_n, depth, 0, False, BN, (2 if (AHEAD == 13) | (AHEAD == 2) else 1) * BK, KS)
     else:
         tl.static_assert(AHEAD == 1, "of several rows' weights one step comes ahead")
         b_w = strip(weight, m_n, depth, 0, depth, BN, BK, KS)
@@ -172,6 +173,8 @@ def product(
     elif BM > FEW:
         tl.static_assert(KS == 1, "large tiles have depth enough for every warp")
         b_acc = _large_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK)
+    elif (BM > SHORT) & (AHEAD > 10):
+        b_acc = direct_product(x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS, AHEAD - 10)
     elif (BM > SHORT) & (AHEAD > 0):
         b_acc = strips_product(x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS, AHEAD)
     elif AHEAD > 0:
