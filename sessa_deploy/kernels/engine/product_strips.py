@@ -36,7 +36,7 @@ def matrix_strip(weight, m_n, depth, start, EVEN: tl.constexpr, BN: tl.constexpr
     o_n = tl.arange(0, BN // 8)[None, None, None, :, None] * 8 + tl.arange(0, 8)[None, :, None, None, None]
     o_n = tl.where(tl.reshape(tl.trans(tl.reshape(m_n, [BN // 8, 8])), [1, 8, 1, BN // 8, 1]), o_n, 0)
     p_w = weight + start + o_n * depth + o_k
-    if EVEN & BITS:
+    if BITS & EVEN:
         b_0, b_1, b_2, b_3 = tl.inline_asm_elementwise(_LOAD, "=r,=r,=r,=r,l", [p_w], (tl.int32, tl.int32, tl.int32, tl.int32), True, 1)
         b_w = tl.reshape(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), [4, 8, KS, BN // 8, C, 4])
     else:
