@@ -49,7 +49,7 @@ def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
         o_k = tl.arange(0, AHEAD * BK)
         b_w = tl.load(weight + tl.arange(0, BN)[:, None] * depth + o_k[None, :], mask=m_n[:, None] & (o_k < depth)[None, :], other=0.0)
     elif BM > SHORT:
-        b_w = matrix_strip(weight, m_n, depth, 0, False, BN, (2 if (AHEAD == 13) | (AHEAD == 2) else 1) * BK, KS)
+        b_w = matrix_strip(weight, m_n, depth, 0, 0, False, BN, (2 if (AHEAD == 13) | (AHEAD == 2) else 1) * BK, KS)
     else:
         tl.static_assert(AHEAD == 1, "of several rows' weights one step comes ahead")
         b_w = strip(weight, m_n, depth, 0, depth, BN, BK, KS)

@@ -13,7 +13,8 @@ import triton.language as tl
 from sessa_deploy.kernels.engine.widen import BITS, words_wide
 
 BYTES = tl.constexpr(16)  # that a thread reads at a time
-_LOAD = tl.constexpr("ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];")
+# Where $5 is not 0; what else comes is not looked at.
+_LOAD = tl.constexpr("{ .reg .pred p; setp.ne.b32 p, $5, 0; @p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4]; }")
 
 
 @triton.jit
@@ -24,11 +25,11 @@ def _units(C: tl.constexpr, KS: tl.constexpr):
 
 
 @triton.jit
-def matrix_strip(weight, m_n, depth, start, EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+def matrix_strip(weight, m_n, depth, start, full, EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
     """Columns [start, start + BK) of BN rows of a matrix as words, (4, 8, KS, BN / 8, C, 4). Rows that there are not, m_n, repeat the first.
 
-    The first three axes are a lane's and a warp's number. EVEN: all of these columns there are. Then the loads are written out, since Triton would have those
-    of a loop come through shared memory.
+    The first three axes are a lane's and a warp's number. EVEN: columns are read below `full` alone, all of them or none, by loads that are written
+    out, since Triton would have those of a loop come through shared memory.
     """
     EACH: tl.constexpr = BYTES * 8 // weight.dtype.element_ty.primitive_bitwidth
     C: tl.constexpr = BK // (4 * EACH * KS)
@@ -37,7 +38,7 @@ def matrix_strip(weight, m_n, depth, start, EVEN: tl.constexpr, BN: tl.constexpr
     o_n = tl.where(tl.reshape(tl.trans(tl.reshape(m_n, [BN // 8, 8])), [1, 8, 1, BN // 8, 1]), o_n, 0)
     p_w = weight + start + o_n * depth + o_k
     if BITS & EVEN:
-        b_0, b_1, b_2, b_3 = tl.inline_asm_elementwise(_LOAD, "=r,=r,=r,=r,l", [p_w], (tl.int32, tl.int32, tl.int32, tl.int32), True, 1)
+        b_0, b_1, b_2, b_3 = tl.inline_asm_elementwise(_LOAD, "=r,=r,=r,=r,l,r", [p_w, (start < full).to(tl.int32)], (tl.int32, tl.int32, tl.int32, tl.int32), True, 1)
         b_w = tl.reshape(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), [4, 8, KS, BN // 8, C, 4])
     else:
         p_w = p_w.to(tl.pointer_type(tl.int32), bitcast=True)[:, :, :, :, :, None] + tl.arange(0, 4)[None, None, None, None, None, :]
@@ -92,29 +93,20 @@ def strips_product(
     EACH: tl.constexpr = BYTES * 8 // type.primitive_bitwidth
     b_acc = tl.zeros([KS, BN, BM], dtype=tl.float32)
     full = depth // BK * BK
-    last = tl.maximum(full - AHEAD * BK, 0)
     if AHEAD == 2:  # one value from one turn of the loop to the next: Triton reads no rows ahead in a loop that keeps one for longer
-        b_pair = tl.permute(tl.reshape(b_w, [4, 8, KS, BN // 8, 2, BK // (4 * EACH * KS), 4]), [0, 1, 2, 3, 5, 6, 4])
-        for start in range(0, full - 2 * BK, BK):
-            b_first, b_second = tl.split(b_pair)
-            b_x = _rows(x, gate, rows, row, gate_row, depth, start, GATED, EACH, True, BM, BK, KS)
-            b_next = matrix_strip(weight, m_n, depth, start + 2 * BK, True, BN, BK, KS)
-            b_acc = _dot(b_first, b_x, b_acc, type, BN, BK, KS)
-            b_pair = tl.join(b_second, b_next)
-        b_first, b_w = tl.split(b_pair)
-        b_x = _rows(x, gate, rows, row, gate_row, depth, last, GATED, EACH, False, BM, BK, KS)
-        b_acc = _dot(b_first, b_x, b_acc, type, BN, BK, KS)
-        last += BK
-    else:
-        for start in range(0, full - BK, BK):
-            b_x = _rows(x, gate, rows, row, gate_row, depth, start, GATED, EACH, True, BM, BK, KS)
-            b_next = matrix_strip(weight, m_n, depth, start + BK, True, BN, BK, KS)
-            b_acc = _dot(b_w, b_x, b_acc, type, BN, BK, KS)
-            b_w = b_next
-    b_x = _rows(x, gate, rows, row, gate_row, depth, last, GATED, EACH, False, BM, BK, KS)
-    b_acc = _dot(b_w, b_x, b_acc, type, BN, BK, KS)
-    if tl.maximum(full, AHEAD * BK) < depth:
-        b_w = matrix_strip(weight, m_n, depth, full, False, BN, BK, KS)
+        b_w = tl.permute(tl.reshape(b_w, [4, 8, KS, BN // 8, 2, BK // (4 * EACH * KS), 4]), [0, 1, 2, 3, 5, 6, 4])
+    for start in range(0, full, BK):
+        b_x = _rows(x, gate, rows, row, gate_row, depth, start, GATED, EACH, True, BM, BK, KS)
+        b_next = matrix_strip(weight, m_n, depth, start + AHEAD * BK, full, True, BN, BK, KS)
+        if AHEAD == 2:
+            b_now, b_second = tl.split(b_w)
+            b_next = tl.join(b_second, b_next)
+        else:
+            b_now = b_w
+        b_acc = _dot(b_now, b_x, b_acc, type, BN, BK, KS)
+        b_w = b_next
+    if full < depth:
+        b_last = matrix_strip(weight, m_n, depth, full, full, False, BN, BK, KS)
         b_x = _rows(x, gate, rows, row, gate_row, depth, full, GATED, EACH, False, BM, BK, KS)
-        b_acc = _dot(b_w, b_x, b_acc, type, BN, BK, KS)
+        b_acc = _dot(b_last, b_x, b_acc, type, BN, BK, KS)
     return tl.trans(tl.sum(b_acc, 0))
