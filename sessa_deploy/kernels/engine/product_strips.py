@@ -38,7 +38,10 @@ def matrix_strip(weight, m_n, depth, start, full, EVEN: tl.constexpr, BN: tl.con
     o_n = tl.where(tl.reshape(tl.trans(tl.reshape(m_n, [BN // 8, 8])), [1, 8, 1, BN // 8, 1]), o_n, 0)
     p_w = weight + start + o_n * depth + o_k
     if BITS & EVEN:
-        b_0, b_1, b_2, b_3 = tl.inline_asm_elementwise(_LOAD, "=r,=r,=r,=r,l,r", [p_w, (start < full).to(tl.int32)], (tl.int32, tl.int32, tl.int32, tl.int32), True, 1)
+        there = (start < full).to(tl.int32)
+        b_0, b_1, b_2, b_3 = tl.inline_asm_elementwise(
+            _LOAD, "=r,=r,=r,=r,l,r", [p_w, there], (tl.int32, tl.int32, tl.int32, tl.int32), True, 1
+        )  # fmt: skip
         b_w = tl.reshape(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), [4, 8, KS, BN // 8, C, 4])
     else:
         p_w = p_w.to(tl.pointer_type(tl.int32), bitcast=True)[:, :, :, :, :, None] + tl.arange(0, 4)[None, None, None, None, None, :]
