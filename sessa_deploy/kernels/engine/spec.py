@@ -52,7 +52,7 @@ _LAYERS = (
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=16, early=_FEW, shares=_ONE, early_rows=_EARLY_ROWS),
     Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, (*_PRODUCTS, _AHEAD), dtypes=_PRODUCT,
-           scalar_loads=32, early=(*_FEW, _AHEAD), opens=_ONE, shares=_ONE, optional=(_AHEAD,)),
+           scalar_loads=32, early=(*_FEW, _AHEAD), opens=_ONE, shares=_ONE, optional=(_AHEAD,), early_rows_8=_EARLY_ROWS),
     Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=32, early=_FEW, opens=_ONE, shares=_ONE, early_rows=1),
     Kernel("layer_enter", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES), _TILES, _PRODUCTS[1:], dtypes=_PRODUCT,
