@@ -163,7 +163,7 @@ def launches(
         def __init__(self, kernel: Any, device: Any, dtype: Any, options: dict[str, Any], weights: str = "") -> None:
             self.name, self.each = kernel.__name__, (32 * options["num_warps"], options[jit.SHARE])
             # whether kernels start early the Python side leaves to the plugin: the rule is the number of rows and that the binary can
-            self.early = bool(options.get("PDL")) and batch * tokens <= table.kernel(self.name).early_rows
+            self.early = bool(options.get("PDL")) and batch * tokens <= options["early"]
 
         def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
             kinds = [p.type for p in table.kernel(self.name).params]
@@ -173,7 +173,8 @@ def launches(
 
     def pinned(names: tuple[str, ...], device: Any, dtype: Any, variant: str, early: int = 0, weights: str = "") -> dict[str, Any]:
         kind = jit.dtype_name(dtype) + weights
-        found = {name: {**table.options(name, 90, kind, variant), jit.SHARE: table.shared_share(name, 90, kind, variant)} for name in names}
+        found = {name: {**table.options(name, 90, kind, variant), jit.SHARE: table.shared_share(name, 90, kind, variant),
+                        "early": table.early(name, 90, kind, variant)} for name in names}  # fmt: skip
         # a step's attentions alone start early only where the Python side says behind what
         return {name: {**o, "PDL": o["PDL"] and early > 0} if name in ("mixer_step_partial", "mixer_rows_partial") else o for name, o in found.items()}
 
@@ -361,5 +362,6 @@ def test_rows_that_start_early_have_binaries_that_can() -> None:
             waits = bool(kernel.early) and table.tiles(kernel.name, 90, kernel.dtypes[0], variant)["PDL"]
             assert waits or table.early(kernel.name, 90, kernel.dtypes[0], variant) == 0
         if kernel.early and {"16", "64", "any"} <= set(kernel.variants):
-            found = {product_variant(rows) for rows in range(1, kernel.early_rows + 1)}
-            assert found & set(kernel.variants) <= set(kernel.early), kernel.name
+            for weights, most in (("", kernel.early_rows), (".i8", kernel.early_rows_8 or kernel.early_rows)):
+                found = {product_variant(rows, weights) for rows in range(1, most + 1)}
+                assert found & set(kernel.variants) <= set(kernel.early), kernel.name
