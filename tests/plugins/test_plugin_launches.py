@@ -368,5 +368,6 @@ def test_rows_that_start_early_have_binaries_that_can() -> None:
             waits = bool(kernel.early) and table.tiles(kernel.name, 90, kernel.dtypes[0], variant)["PDL"]
             assert waits or table.early(kernel.name, 90, kernel.dtypes[0], variant) == 0
         if kernel.early and {"16", "64", "any"} <= set(kernel.variants):
-            found = {product_variant(rows) for rows in range(1, kernel.early_rows + 1)}
-            assert found & set(kernel.variants) <= set(kernel.early), kernel.name
+            for weights, most in (("", kernel.early_rows), (".i8", kernel.early_rows_8 or kernel.early_rows)):
+                found = {product_variant(rows, weights) for rows in range(1, most + 1)}
+                assert found & set(kernel.variants) <= set(kernel.early), kernel.name

@@ -62,7 +62,7 @@ _LAYERS = (
            dtypes=_PRODUCT, scalar_loads=16, early=(*_FEW, WIDE_ROW), shares=_ONE, fills=(WIDE_ROW,), optional=(WIDE_ROW,), early_rows=_EARLY_ROWS),
     Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, (*_PRODUCTS, _AHEAD, _SHORT, WIDE_ROW),
            dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, _AHEAD, _SHORT, WIDE_ROW), opens=(*_ONE, WIDE_ROW), shares=_ONE, fills=(WIDE_ROW,),
-           optional=(_AHEAD, _SHORT, WIDE_ROW), always_early=(_SHORT,)),
+           optional=(_AHEAD, _SHORT, WIDE_ROW), always_early=(_SHORT,), early_rows_8=_EARLY_ROWS),
     Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES,
            (*_PRODUCTS, WIDE_ROW), dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, WIDE_ROW), opens=(*_ONE, WIDE_ROW), shares=_ONE, fills=(WIDE_ROW,),
            optional=(WIDE_ROW,), early_rows=1),

@@ -16,7 +16,7 @@ from typing import Any
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch.limits import DEPENDENT_ARCH, SHARED_SHARE, WIDE_ARCH, WIDE_SHARE
-from sessa_deploy.kernels.launch.spec import OPENS, WAITS, Kernel, resolve
+from sessa_deploy.kernels.launch.spec import DTYPES, OPENS, WAITS, Kernel, resolve
 
 TUNED_WITH = (3, 6)  # the Triton that tiles were measured with
 NOT_TILES = ("arch", "dtype", "variant", "tuned", "num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "spills")
@@ -113,7 +113,9 @@ def tiles(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
 
 def early(name: str, arch: int, dtype: str, variant: str) -> int:
     """Rows (B T) up to which the plugin lets this binary start before its predecessor has ended; 0 where it cannot."""
-    return kernel(name).rows_of(variant) if kernel(name).early and tiles(name, arch, dtype, variant)["PDL"] else 0
+    k = kernel(name)
+    rows = (dtype not in DTYPES and k.early_rows_8) or k.rows_of(variant)
+    return rows if k.early and tiles(name, arch, dtype, variant)["PDL"] else 0
 
 
 def shared_share(name: str, arch: int, dtype: str, variant: str) -> int:

@@ -14,6 +14,7 @@ import torch
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import jit, table
 from sessa_deploy.kernels.launch.limits import SHARED_SHARE
+from sessa_deploy.kernels.launch.spec import QUANTISED
 
 
 @pytest.fixture
@@ -76,12 +77,16 @@ def test_an_early_start_belongs_to_a_call(monkeypatch: pytest.MonkeyPatch) -> No
     device = torch.device("cuda", 0)
     jit.pinned.cache_clear()
     try:
-        def starts(name: str, variant: str, early: int) -> bool:
-            return bool(jit.pinned((name,), device, torch.float16, variant, early)[name].get("launch_pdl"))
+        def starts(name: str, variant: str, early: int, weights: str = "") -> bool:
+            return bool(jit.pinned((name,), device, torch.float16, variant, early, weights)[name].get("launch_pdl"))
 
         assert [starts("layer_norm", "1024", rows) for rows in (0, 1, 64, 65)] == [False, True, True, False]
         assert [starts("layer_out", "1", rows) for rows in (0, 1, 2)] == [False, True, False]
         assert [starts("mixer_step_partial", "1024.64", rows) for rows in (0, 1, 64, 65)] == [False, True, True, False]
+        assert [starts("layer_tail", "64", rows) for rows in (16, 17)] == [True, False]
+        for kind in QUANTISED:  # with weights of 8 bits a tail of more rows starts early, an output projection does not
+            assert [starts("layer_tail", "64", rows, kind) for rows in (0, 17, 64, 65)] == [False, True, True, False]
+            assert [starts("layer_out", "64", rows, kind) for rows in (1, 2)] == [True, False]
         assert "launch_pdl" not in jit.pinned(("layer_norm",), device, torch.float16, "1024")["layer_norm"]
         shares = [jit.pinned((name,), device, torch.float16, variant)[name].get(jit.SHARE) for name, variant in (("layer_out", "1"), ("layer_out", "any"))]
         assert shares == [SHARED_SHARE, None]  # whoever asks: a share is the binary's
