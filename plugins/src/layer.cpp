@@ -364,13 +364,6 @@ std::vector<Problem> everyRows(Storage storage)
         p.heads = p.width / p.headWidth;
         all.push_back(p);
     }
-    Problem wide = all.front(); // one wide row
-    wide.width = kLayerWidths[1];
-    wide.headWidth = kHeadWidths[1];
-    wide.heads = wide.kvHeads = wide.width / wide.headWidth;
-    wide.doubleWidth = 2 * wide.width;
-    wide.pairs = wide.headWidth / 2;
-    all.push_back(wide);
     return all;
 }
 

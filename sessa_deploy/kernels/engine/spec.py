@@ -192,7 +192,7 @@ def many_variant(name: str, rows: int, columns: int) -> str:
 
 
 def ahead_variant(kernel: str, variant: str, weights: str, depth: int) -> str:
-    """The optional variant in place of `variant` for rows so short that all their weights are read ahead, or other tiles pay, or for one wide row; "" if none."""
+    """The optional variant in place of `variant` for rows so short that all weights are read ahead or other tiles pay, or for a wide row; "" if none."""
     if variant == _ONE[0] and depth > AHEAD_DEPTH:
         return WIDE_ROW if WIDE_ROW in table.kernel(kernel).optional else ""
     short = f"{variant}.{AHEAD_DEPTH}" if variant != "any" else str(AHEAD_DEPTH)
