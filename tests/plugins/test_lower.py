@@ -22,6 +22,7 @@ from sessa_deploy.kernels.launch.spec import OPENS, WAITS
 from sessa_deploy.plugins import lower
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.timeout(900)  # the first that asks for `lowered` waits for some 240 binaries, a second each on a quiet core
 
 
 def plain(archs: Sequence[int]) -> list[lower.Unit]:
