@@ -15,17 +15,22 @@ INVERSE = tl.constexpr(2)  # where the inverse stands behind the two nearest blo
 
 
 @triton.jit
-def pair_of(b_x):
-    """b_x as a bfloat16 pair. Rounded by integers, half up: converting a single value is sixteen times slower."""
-    b_h = ((b_x.to(tl.int32, bitcast=True) + 32768) & -65536).to(tl.float32, bitcast=True)
-    return b_h.to(tl.bfloat16), (b_x - b_h).to(tl.bfloat16)
+def pair_of(b_x, HALF: tl.constexpr = False):
+    """b_x as a bfloat16 pair, with HALF a float16 pair. Rounded by integers, half up: converting a single value to bfloat16 is sixteen times slower."""
+    if HALF:
+        b_high = b_x.to(tl.float16)
+        b_low = (b_x - b_high.to(tl.float32)).to(tl.float16)
+    else:
+        b_h = ((b_x.to(tl.int32, bitcast=True) + 32768) & -65536).to(tl.float32, bitcast=True)
+        b_high, b_low = b_h.to(tl.bfloat16), (b_x - b_h).to(tl.bfloat16)
+    return b_high, b_low
 
 
 @triton.jit
-def product(b_a, b_b):
-    """a @ b of float32 operands, 16 bits of each."""
-    b_ah, b_al = pair_of(b_a)
-    b_bh, b_bl = pair_of(b_b)
+def product(b_a, b_b, HALF: tl.constexpr = False):
+    """a @ b of float32 operands, 16 bits of each, with HALF 22."""
+    b_ah, b_al = pair_of(b_a, HALF)
+    b_bh, b_bl = pair_of(b_b, HALF)
     return pair_product(b_ah, b_al, b_bh, b_bl)
 
 
@@ -43,10 +48,36 @@ def joined(b_11, b_21, b_22, N: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def merged(b_x, b_21, N: tl.constexpr, H: tl.constexpr):
+def merged(b_x, b_21, N: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr = False):
     """Inverses (N,2H,2H) of blocks whose diagonal halves have the inverses b_x (2 N,H,H), b_21 (N,H,H) below them: x21 = x22 (b21 x11)."""
     b_11, b_22 = tl.split(tl.permute(tl.reshape(b_x, [N, 2, H, H]), [0, 2, 3, 1]))
-    return joined(b_11, product(b_22, product(b_21, b_11)), b_22, N, H)
+    return joined(b_11, product(b_22, product(b_21, b_11, HALF), HALF), b_22, N, H)
+
+
+@triton.jit
+def inverted(b_e16, b_e21, b_e32, b_e64, b_own16, b_own21, b_own32, b_own64, HALF: tl.constexpr = False):
+    """Quarters (64,64) of (I - b)^-1: upper left, lower left, lower right. b: the tile of which b_e16 .. b_e64 are the diagonal blocks and those under them,
+    times their rows' factors b_own16 .. b_own64."""
+    o_8, o_16 = tl.arange(0, 8), tl.arange(0, 16)
+    # 16-wide blocks: the sum of b^k, k < 16, by squaring
+    b_b = tl.where(o_16[None, None, :] < o_16[None, :, None], routed(b_e16, b_own16[:, :, None]), 0.0)
+    b_x = b_b + tl.where((o_16[None, :, None] == o_16[None, None, :]) & (o_8[:, None, None] >= 0), 1.0, 0.0)
+    for _ in tl.static_range(3):
+        b_b = product(b_b, b_b, HALF)
+        b_x += product(b_x, b_b, HALF)
+    b_x = merged(b_x, routed(b_e21, b_own21[:, :, None]), 4, 16, HALF)
+    b_x = merged(b_x, routed(b_e32, b_own32[:, :, None]), 2, 32, HALF)
+    b_11, b_22 = tl.split(tl.permute(b_x, [1, 2, 0]))
+    return b_11, product(b_22, product(routed(b_e64, b_own64[:, None]), b_11, HALF), HALF), b_22
+
+
+@triton.jit
+def routed_pair(p_e, p_peak, row_peak, factor, p_row):
+    """The routing tile at p_e by its rows' factors, its peaks at p_peak, as a bfloat16 pair."""
+    b_e = tl.load(p_e)
+    b_factor = tl.load(factor + p_row)
+    b_own = b_factor * tl.exp(tl.load(p_peak) - tl.load(row_peak + p_row))
+    return pair_of(routed(b_e, tl.where(finite(b_factor), b_own, 0.0)[:, None]))
 
 
 @triton.jit
@@ -99,16 +130,7 @@ def feedback_inverse(
     b_own32 = tl.load(p_own + o_2[:, None] * 64 + 32 + tl.arange(0, 32)[None, :])
     b_own64 = tl.load(p_own + 64 + o_64)
 
-    # 16-wide blocks: the sum of b^k, k < 16, by squaring
-    b_b = tl.where(o_16[None, None, :] < o_16[None, :, None], routed(b_e16, b_own16[:, :, None]), 0.0)
-    b_x = b_b + tl.where((o_16[None, :, None] == o_16[None, None, :]) & (o_8[:, None, None] >= 0), 1.0, 0.0)
-    for _ in tl.static_range(3):
-        b_b = product(b_b, b_b)
-        b_x += product(b_x, b_b)
-    b_x = merged(b_x, routed(b_e21, b_own21[:, :, None]), 4, 16)
-    b_x = merged(b_x, routed(b_e32, b_own32[:, :, None]), 2, 32)
-    b_11, b_22 = tl.split(tl.permute(b_x, [1, 2, 0]))
-    b_21 = product(b_22, product(routed(b_e64, b_own64[:, None]), b_11))
+    b_11, b_21, b_22 = inverted(b_e16, b_e21, b_e32, b_e64, b_own16, b_own21, b_own32, b_own64)
     deep = INVERSE * (B * R).to(tl.int64)
     c, inv = power_scale(tl.maximum(tl.max(tl.abs(b_11)), tl.maximum(tl.max(tl.abs(b_21)), tl.max(tl.abs(b_22)))))
     tl.store(near_scale + deep + p_row, tl.full([BLOCK], 1.0, dtype=tl.float32) * inv)
@@ -139,10 +161,8 @@ def feedback_near(
             b_eh, b_el = pair_of(tl.load(p_e + (1 + d) * BLOCK * C).to(tl.float32))
             b_m = pair_product(tl.trans(b_h), tl.trans(b_l), tl.trans(b_eh), tl.trans(b_el))  # transposed: its scales are those of rows
         else:
-            b_e = tl.load(p_e - (1 + d) * BLOCK)
-            b_factor = tl.load(factor + p_row)
-            b_own = b_factor * tl.exp(tl.load(peak + (i_b * NT + NP + block - 1 - d) * R + i_r * BLOCK + o_r) - tl.load(row_peak + p_row))
-            b_eh, b_el = pair_of(routed(b_e, tl.where(finite(b_factor), b_own, 0.0)[:, None]))
+            p_peak = peak + (i_b * NT + NP + block - 1 - d) * R + i_r * BLOCK + o_r
+            b_eh, b_el = routed_pair(p_e - (1 + d) * BLOCK, p_peak, row_peak, factor, p_row)
             b_m = pair_product(b_h, b_l, b_eh, b_el)
         deep = d * (B * R).to(tl.int64)
         b_c = tl.max(tl.abs(b_m), axis=1)

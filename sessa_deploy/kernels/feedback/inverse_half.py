@@ -7,28 +7,9 @@ block's inverse then holds nothing larger than 1, nor does any product on the wa
 import triton
 import triton.language as tl
 
-from sessa_deploy.kernels.feedback.inverse import BLOCK, below, joined, pair_of, routed
+from sessa_deploy.kernels.feedback.inverse import BLOCK, below, inverted, joined, pair_of, routed_pair
 from sessa_deploy.kernels.feedback.tiles import finite, pair_product, row_factors, row_sums
 from sessa_deploy.kernels.launch import table
-
-
-@triton.jit
-def _pair(b_x, HALF: tl.constexpr):
-    """b_x as a float16 pair, or without HALF a bfloat16 pair."""
-    if HALF:
-        b_h = b_x.to(tl.float16)
-        b_l = (b_x - b_h.to(tl.float32)).to(tl.float16)
-    else:
-        b_h, b_l = pair_of(b_x)
-    return b_h, b_l
-
-
-@triton.jit
-def _product(b_a, b_b, HALF: tl.constexpr):
-    """a @ b of float32 operands, 22 bits of each, or without HALF 16."""
-    b_ah, b_al = _pair(b_a, HALF)
-    b_bh, b_bl = _pair(b_b, HALF)
-    return pair_product(b_ah, b_al, b_bh, b_bl)
 
 
 @triton.jit
@@ -39,26 +20,10 @@ def _lower(b_v, N: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def _merged(b_x, b_21, N: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr):
-    """inverse.merged"""
-    b_11, b_22 = tl.split(tl.permute(tl.reshape(b_x, [N, 2, H, H]), [0, 2, 3, 1]))
-    return joined(b_11, _product(b_22, _product(b_21, b_11, HALF), HALF), b_22, N, H)
-
-
-@triton.jit
-def _inverted(b_e16, b_e21, b_e32, b_e64, b_own, HALF: tl.constexpr):
-    """(I - b)^-1 (BLOCK,BLOCK) as a bfloat16 pair; b: the tile of which b_e16 .. b_e64 are the diagonal blocks and those under them, by row factors."""
-    o_8, o_16 = tl.arange(0, 8), tl.arange(0, 16)
-    # 16-wide blocks: the sum of b^k, k < 16, by squaring
-    b_b = tl.where(o_16[None, None, :] < o_16[None, :, None], routed(b_e16, tl.reshape(b_own, [8, 16])[:, :, None]), 0.0)
-    b_x = b_b + tl.where((o_16[None, :, None] == o_16[None, None, :]) & (o_8[:, None, None] >= 0), 1.0, 0.0)
-    for _ in tl.static_range(3):
-        b_b = _product(b_b, b_b, HALF)
-        b_x += _product(b_x, b_b, HALF)
-    b_x = _merged(b_x, routed(b_e21, _lower(b_own, 4, 16)[:, :, None]), 4, 16, HALF)
-    b_x = _merged(b_x, routed(b_e32, _lower(b_own, 2, 32)[:, :, None]), 2, 32, HALF)
-    b_11, b_22 = tl.split(tl.permute(b_x, [1, 2, 0]))
-    b_21 = _product(b_22, _product(routed(b_e64, tl.reshape(_lower(b_own, 1, 64), [64])[:, None]), b_11, HALF), HALF)
+def _inverse(b_e16, b_e21, b_e32, b_e64, b_own, HALF: tl.constexpr):
+    """`inverted`, whole, as a bfloat16 pair; b_own (BLOCK,)."""
+    b_own16, b_own21, b_own32, b_own64 = tl.reshape(b_own, [8, 16]), _lower(b_own, 4, 16), _lower(b_own, 2, 32), tl.reshape(_lower(b_own, 1, 64), [64])
+    b_11, b_21, b_22 = inverted(b_e16, b_e21, b_e32, b_e64, b_own16, b_own21, b_own32, b_own64, HALF)
     return pair_of(tl.reshape(joined(b_11[None, :, :], b_21[None, :, :], b_22[None, :, :], 1, 64), [BLOCK, BLOCK]))
 
 
@@ -85,9 +50,9 @@ def feedback_inverse_half(
     b_factor, b_own, b_base = row_factors(row_peak, factor, lse, b_gamma, b_peak, b_sum, p_row, i_b * T + row, row < T, False)
     b_own = tl.where(finite(b_factor), b_own * tl.exp(tl.load(peak + p_stat + (NP + block).to(tl.int64) * R) - b_base), 0.0)
     if tl.max(tl.abs(b_gamma), axis=0) <= 1.0:
-        b_h, b_l = _inverted(b_e16, b_e21, b_e32, b_e64, b_own, True)
+        b_h, b_l = _inverse(b_e16, b_e21, b_e32, b_e64, b_own, True)
     else:
-        b_h, b_l = _inverted(b_e16, b_e21, b_e32, b_e64, b_own, False)
+        b_h, b_l = _inverse(b_e16, b_e21, b_e32, b_e64, b_own, False)
     p_i = p_row[:, None] * BLOCK + o_r[None, :]
     tl.store(inverse + p_i, b_h)
     tl.store(inverse_low + p_i, b_l)
@@ -106,10 +71,9 @@ def feedback_near_half(
         p_row = i_b * R + i_r * BT + o_r
         p_i = p_row[:, None] * BT + o_r[None, :]
         b_h, b_l = tl.load(inverse + p_i), tl.load(inverse_low + p_i)
-        b_e = tl.load(e + p_row[:, None] * C + (NP + block - 1 - d) * BT + o_r[None, :])
-        b_factor = tl.load(factor + p_row)
-        b_own = b_factor * tl.exp(tl.load(peak + (i_b * NT + NP + block - 1 - d) * R + i_r * BT + o_r) - tl.load(row_peak + p_row))
-        b_eh, b_el = pair_of(routed(b_e, tl.where(finite(b_factor), b_own, 0.0)[:, None]))
+        p_e = e + p_row[:, None] * C + (NP + block - 1 - d) * BT + o_r[None, :]
+        p_peak = peak + (i_b * NT + NP + block - 1 - d) * R + i_r * BT + o_r
+        b_eh, b_el = routed_pair(p_e, p_peak, row_peak, factor, p_row)
         b_m = pair_product(b_h, b_l, b_eh, b_el)
         b_c = tl.max(tl.abs(b_m), axis=1)
         b_c = tl.where(finite(b_c) & (b_c > 1e-30), b_c, 1.0)
