@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback.forward import APART, combination, kept_blocks, plan, score_grid
+from sessa_deploy.kernels.feedback.forward import APART, combination, kept_blocks, plan, planner, score_grid
 from sessa_deploy.kernels.feedback.gradients import (
     feedback_grad_k,
     feedback_grad_pack,
@@ -27,7 +26,7 @@ from sessa_deploy.kernels.feedback.gradients import (
 )
 from sessa_deploy.kernels.feedback.halves import feedback_solve_halves_transposed
 from sessa_deploy.kernels.feedback.spec import all_pinned, solve_variant, solver, together_variant
-from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, near_product, store_split, wait_for
+from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, near_product, store_split, take_ticket, wait_for
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
 from sessa_deploy.kernels.launch.limits import PANEL_BYTES
@@ -45,10 +44,7 @@ def feedback_solve_transposed(
     to carry (B,C,D) float32, or to dpast_s once the first panel is done. add: carry holds what later panels left. See `feedback_solve`.
     """
     tiles_n = tl.cdiv(D, BN)
-    ticket = tl.atomic_add(sync + panel, 1, sem="relaxed", scope="gpu")
-    i_n = ticket % tiles_n
-    i_b = ((ticket // tiles_n) % B).to(tl.int64)
-    rank = ticket // (tiles_n * B)
+    i_n, i_b, rank = take_ticket(sync + panel, tiles_n, B)
     inside = rank < blocks
     i_r = blocks - 1 - rank
     # column tile: the panel's own blocks downwards, then everything before them downwards
@@ -237,16 +233,7 @@ class Plan:
             ))  # fmt: skip
 
 
-_plan = lru_cache(maxsize=256)(Plan)
-
-
-def plan_of(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], past: int = 0, options: Options | None = None, panel_bytes: int = PANEL_BYTES
-) -> Plan:
-    """The plan of calls with q (B,T,D) of this shape and a past of so many rows, kept where the options are the pinned ones."""
-    batch, tokens, width = shape
-    where = (device, dtype, batch, tokens, past, width)
-    return Plan(*where, options, panel_bytes) if options else _plan(*where, None, panel_bytes)
+plan_of = planner(Plan)
 
 
 def queue(

@@ -6,9 +6,10 @@ Rows go in panels so that the workspace is panel x (P + T) in the work type (flo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -27,6 +28,7 @@ from sessa_deploy.kernels.feedback.tiles import (
     grouped_size,
     near_product,
     store_split,
+    take_ticket,
     wait_for,
 )
 from sessa_deploy.kernels.launch import table
@@ -63,10 +65,7 @@ def feedback_solve(
     two nearest. keep: s_low receives what rounding to storage took from s.
     """
     tiles_n = tl.cdiv(D, BN)
-    ticket = tl.atomic_add(sync + panel, 1, sem="relaxed", scope="gpu")
-    i_n = ticket % tiles_n
-    i_b = ((ticket // tiles_n) % B).to(tl.int64)
-    i_r = ticket // (tiles_n * B)
+    i_n, i_b, i_r = take_ticket(sync + panel, tiles_n, B)
     block = row0 // BT + i_r
     p_done = sync + panels + i_b * tiles_n + i_n
     past_tiles = tl.cdiv(tl.load(past_length + i_b), BT)
@@ -282,16 +281,25 @@ class Plan:
             ))  # fmt: skip
 
 
-_plan = lru_cache(maxsize=256)(Plan)
+P = TypeVar("P")
 
 
-def plan_of(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], past: int = 0, options: Options | None = None, panel_bytes: int = PANEL_BYTES
-) -> Plan:
-    """The plan of calls with q (B,T,D) of this shape and a past of so many rows, kept where the options are the pinned ones."""
-    batch, tokens, width = shape
-    where = (device, dtype, batch, tokens, past, width)
-    return Plan(*where, options, panel_bytes) if options else _plan(*where, None, panel_bytes)
+def planner(made: Callable[..., P]) -> Callable[..., P]:
+    """Plans of a class, which keeps those where the options are the pinned ones."""
+    kept = lru_cache(maxsize=256)(made)
+
+    def plan_of(
+        device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], past: int = 0, options: Options | None = None, panel_bytes: int = PANEL_BYTES
+    ) -> P:
+        """The plan of calls with q (B,T,D) of this shape and a past of so many rows."""
+        batch, tokens, width = shape
+        where = (device, dtype, batch, tokens, past, width)
+        return made(*where, options, panel_bytes) if options else kept(*where, None, panel_bytes)
+
+    return plan_of
+
+
+plan_of = planner(Plan)
 
 
 class Call:

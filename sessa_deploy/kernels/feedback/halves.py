@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sessa_deploy.kernels.feedback.inverse import INVERSE
-from sessa_deploy.kernels.feedback.tiles import finite, power_scale, wait_for
+from sessa_deploy.kernels.feedback.tiles import finite, power_scale, take_ticket, wait_for
 from sessa_deploy.kernels.launch import table
 
 
@@ -86,10 +86,7 @@ def feedback_solve_halves(
     PARTS: tl.constexpr = BT // BK
     tl.static_assert(PARTS == 2)
     tiles_n = tl.cdiv(D, BN)
-    ticket = tl.atomic_add(sync + panel, 1, sem="relaxed", scope="gpu")
-    i_n = ticket % tiles_n
-    i_b = ((ticket // tiles_n) % B).to(tl.int64)
-    i_r = ticket // (tiles_n * B)
+    i_n, i_b, i_r = take_ticket(sync + panel, tiles_n, B)
     block = row0 // BT + i_r
     p_done = sync + panels + i_b * tiles_n + i_n
     past_tiles = tl.cdiv(tl.load(past_length + i_b), BT)
@@ -215,10 +212,7 @@ def feedback_solve_halves_transposed(
     PARTS: tl.constexpr = BT // BK
     tl.static_assert(PARTS == 2)
     tiles_n = tl.cdiv(D, BN)
-    ticket = tl.atomic_add(sync + panel, 1, sem="relaxed", scope="gpu")
-    i_n = ticket % tiles_n
-    i_b = ((ticket // tiles_n) % B).to(tl.int64)
-    rank = ticket // (tiles_n * B)
+    i_n, i_b, rank = take_ticket(sync + panel, tiles_n, B)
     inside = rank < blocks
     i_r = blocks - 1 - rank
     # column tile: the panel's own blocks downwards, then everything before them downwards

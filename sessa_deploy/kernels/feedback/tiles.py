@@ -352,6 +352,13 @@ def store_split(b_x, amax, high, low, scales, p_tile, p_scale, m_tile, SPLIT: tl
 
 
 @triton.jit
+def take_ticket(p_ticket, tiles_n, B):
+    """(column tile, sequence, rank of the row block) of the next tile of a solve, in the order of the counter at p_ticket."""
+    ticket = tl.atomic_add(p_ticket, 1, sem="relaxed", scope="gpu")
+    return ticket % tiles_n, ((ticket // tiles_n) % B).to(tl.int64), ticket // (tiles_n * B)
+
+
+@triton.jit
 def wait_for(p_done, tiles):
     """Spin until the counter reaches `tiles`; returns what it reads."""
     ready = tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
