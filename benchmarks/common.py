@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sessa_deploy.files import write_whole
 
@@ -28,6 +32,29 @@ def paired_ms(calls: Sequence[Callable[[], object]], repeats: int = 9, warmup: i
             if turn >= warmup:
                 times[i].append(1e3 * (time.perf_counter() - start))
     return [statistics.median(t) for t in times], statistics.median(a / b for a, b in zip(times[0], times[1], strict=True))
+
+
+def same_bits(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether arrays of the same names hold the same values."""
+    return first.keys() == second.keys() and all(np.array_equal(value, second[name]) for name, value in first.items())
+
+
+def own_memory() -> int | None:
+    """Bytes of the GPU's memory that this process holds, by NVIDIA's management library; None where it does not tell (other process ids in a container)."""
+
+    class Process(ctypes.Structure):
+        _fields_ = [("pid", ctypes.c_uint), ("used", ctypes.c_ulonglong), ("instance", ctypes.c_uint), ("compute", ctypes.c_uint)]
+
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        ask = library.nvmlDeviceGetComputeRunningProcesses_v3
+    except (OSError, AttributeError):
+        return None
+    device, count, found = ctypes.c_void_p(), ctypes.c_uint(64), (Process * 64)()
+    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)) or ask(device, ctypes.byref(count), found):
+        return None
+    unknown = 2**64 - 1
+    return next((p.used for p in found[: count.value] if p.pid == os.getpid() and p.used != unknown), None)
 
 
 def greedy_step(backend: Any, ids: Any, new: Any, last: bool = False) -> Any:

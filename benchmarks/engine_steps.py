@@ -12,9 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock, patch
 
 import numpy as np
-from common import greedy_step
+from common import greedy_step, own_memory, same_bits
 
 BATCH, CAPACITY, CHUNK = 3, 512, 96
 # form of the bundle -> (precision, weights in 8 bits, the form whose numbers on a CPU are what it should compute)
@@ -55,7 +56,7 @@ class TensorRT(Engine):
     """TensorRT's engines, built here."""
 
     limits: ClassVar = {"load": 60, "build-fp32": 150, "numbers-fp32": 90, "text-fp32": 60, "build-fp16": 150, "start-fp16": 60, "numbers-fp16": 90,
-                        "rows-fp16": 45, "text-fp16": 60, "build-int8": 150, "numbers-int8": 90, "rows-int8": 45, "text-int8": 60,
+                        "rows-fp16": 45, "behind-fp16": 45, "text-fp16": 60, "build-int8": 150, "numbers-int8": 90, "rows-int8": 45, "text-int8": 60,
                         "speed-fp32": 45, "speed-fp16": 45, "soak-fp16": 120, "second-fp16": 90, "killed-fp16": 90,
                         "memcheck-fp16": 150}  # fmt: skip
 
@@ -90,7 +91,7 @@ class OnnxRuntime(Engine):
     """ONNX Runtime with our kernels, on the graphs that `prepare` made."""
 
     limits: ClassVar = {"load": 60, "start-fp32": 90, "start-fp16": 90, "numbers-fp32": 90, "rows-fp32": 60, "text-fp32": 60, "numbers-fp16": 90,
-                        "rows-fp16": 60, "text-fp16": 60, "numbers-int8": 90, "rows-int8": 60, "text-int8": 60,
+                        "rows-fp16": 60, "behind-fp16": 60, "text-fp16": 60, "numbers-int8": 90, "rows-int8": 60, "text-int8": 60,
                         "speed-fp32": 60, "speed-fp16": 60, "soak-fp16": 120, "second-fp16": 90,
                         "memcheck-fp16": 400}  # fmt: skip
     sanitizer = ("--report-api-errors", "no")  # its libraries ask the driver what it may not have
@@ -128,9 +129,20 @@ def drive(backend: Any, poison: bool = False) -> dict[str, np.ndarray]:
         counts = np.array(new, np.int32)
         ids = rng.integers(0, backend.config.vocab_size, (BATCH, tokens))
         found[f"logits.{i}"] = np.where(counts[:, None] > 0, backend.step(ids, counts), 0.0)
-    for row in range(BATCH):
-        found |= {f"{row}.{name}": np.asarray(x) for name, x in backend.cached(row).items()}
-    return found
+    return found | {f"{row}.{name}": np.asarray(x) for row in range(BATCH) for name, x in backend.cached(row).items()}
+
+
+def drive_alone(backend: Any) -> dict[str, np.ndarray]:
+    """Like `drive`, each sequence stepped alone among the others, whose caches are poisoned beyond their ends."""
+    rng, found = np.random.default_rng(0), {}
+    for i, (tokens, new) in enumerate(STEPS):
+        backend.poison()
+        ids = rng.integers(0, backend.config.vocab_size, (BATCH, tokens))
+        logits = np.zeros((BATCH, backend.config.vocab_size), np.float32)
+        for row in np.flatnonzero(new).tolist():
+            logits[row] = backend.step_row(row, ids[row, : new[row]])
+        found[f"logits.{i}"] = logits
+    return found | {f"{row}.{name}": np.asarray(x) for row in range(BATCH) for name, x in backend.cached(row).items()}
 
 
 def greedy(backend: Any, prompts: list[list[int]], tokens: int = TOKENS) -> list[list[int]]:
@@ -210,7 +222,7 @@ def step_numbers(args: argparse.Namespace, precision: str) -> Result:
             recorded = len(backend._graphs)
             backend.close()
             first = found if first is None else first
-            bits = all(np.array_equal(first[n], found[n]) for n in first)
+            bits = same_bits(first, found)
             row = compared(args, precision, found) | {"same_bits": bits, "graphs": recorded}
             result[f"graph={graph} poison={poison}"] = row
             result["ok"] = result["ok"] and row["error_over_allowed"] <= 1.0 and bits and (recorded > 0) == graph
@@ -219,16 +231,8 @@ def step_numbers(args: argparse.Namespace, precision: str) -> Result:
 
 def step_rows(args: argparse.Namespace, precision: str) -> Result:
     """STEPS again, each sequence stepped alone among the others: the same numbers; and a copied sequence goes on as its source does."""
-    backend, rng, found = ENGINES[args.engine].open(args, precision), np.random.default_rng(0), {}
-    for i, (tokens, new) in enumerate(STEPS):
-        backend.poison()
-        ids = rng.integers(0, backend.config.vocab_size, (BATCH, tokens))
-        logits = np.zeros((BATCH, backend.config.vocab_size), np.float32)
-        for row in np.flatnonzero(new).tolist():
-            logits[row] = backend.step_row(row, ids[row, : new[row]])
-        found[f"logits.{i}"] = logits
-    for row in range(BATCH):
-        found |= {f"{row}.{name}": np.asarray(x) for name, x in backend.cached(row).items()}
+    backend = ENGINES[args.engine].open(args, precision)
+    found = drive_alone(backend)
     result = compared(args, precision, found)
     backend.copy_row(0, 1, int(backend.length[0]))
     backend.poison()
@@ -237,10 +241,24 @@ def step_rows(args: argparse.Namespace, precision: str) -> Result:
     alone = backend._runs_rows()
     backend.close()
     whole = ENGINES[args.engine].open(args, precision)
-    bits = all(np.array_equal(value, found[name]) for name, value in drive(whole).items())
+    bits = same_bits(drive(whole), found)
     whole.close()
     copied = bool(np.array_equal(logits[0], logits[1]))
     return {"ok": result["error_over_allowed"] <= 1.0 and copied, **result, "alone": alone, "same_bits_as_all_together": bits, "copied_goes_on_alike": copied}
+
+
+def step_behind(args: argparse.Namespace, precision: str) -> Result:
+    """Sequences stepped alone, whose new rows are copied behind their cached ones, or laid there by the engine itself, as those of long prompts are."""
+    found, laid = [], []
+    for least in (1 << 60, 0):
+        with patch("sessa_deploy.runtime.device.buffers._LEAST_BEHIND", least):
+            backend = ENGINES[args.engine].open(args, precision)
+            backend._run = seen = Mock(wraps=backend._run)
+            found.append(drive_alone(backend))
+            laid.append(sum(call.args[0].behind is not None for call in seen.call_args_list))
+            backend.close()
+    bits = same_bits(*found)
+    return {"ok": bits and laid[0] == 0 < laid[1], **compared(args, precision, found[1]), "same_bits": bits, "laid_by_the_engine": laid}
 
 
 def step_text(args: argparse.Namespace, precision: str) -> Result:
@@ -280,26 +298,6 @@ def step_speed(args: argparse.Namespace, precision: str) -> Result:
             result[f"graph={graph}" + (f" rows={tokens}" if tokens > 1 else "")] = row
         backend.close()
     return result
-
-
-def own_memory() -> int | None:
-    """Bytes of the GPU's memory that this process holds, by NVIDIA's management library; None where it does not tell (other process ids in a container)."""
-    import ctypes
-    import os
-
-    class Process(ctypes.Structure):
-        _fields_ = [("pid", ctypes.c_uint), ("used", ctypes.c_ulonglong), ("instance", ctypes.c_uint), ("compute", ctypes.c_uint)]
-
-    try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-        ask = library.nvmlDeviceGetComputeRunningProcesses_v3
-    except (OSError, AttributeError):
-        return None
-    device, count, found = ctypes.c_void_p(), ctypes.c_uint(64), (Process * 64)()
-    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)) or ask(device, ctypes.byref(count), found):
-        return None
-    unknown = 2**64 - 1
-    return next((p.used for p in found[: count.value] if p.pid == os.getpid() and p.used != unknown), None)
 
 
 def step_soak(args: argparse.Namespace, precision: str) -> Result:
@@ -396,5 +394,5 @@ def step_memcheck(args: argparse.Namespace, precision: str) -> Result:
 
 WORK: dict[str, Callable[[argparse.Namespace, str], Result]] = {
     "load": step_load, "build": step_build, "begin": step_begin, "start": step_start, "numbers": step_numbers, "rows": step_rows, "text": step_text,
-    "speed": step_speed, "soak": step_soak, "second": step_second, "killed": step_killed, "memcheck": step_memcheck,
+    "behind": step_behind, "speed": step_speed, "soak": step_soak, "second": step_second, "killed": step_killed, "memcheck": step_memcheck,
 }  # fmt: skip

@@ -49,7 +49,7 @@ def test_every_step_passes_on_a_healthy_engine(
 
     monkeypatch.setattr(steps.ENGINES["ort"], "open", start)
     args = argparse.Namespace(engine="ort", work=tmp_path, out=tmp_path, tokens=12, soak=30, began=0.0)
-    for name in ("numbers", "rows", "text", "begin", "speed", "soak"):
+    for name in ("numbers", "rows", "behind", "text", "begin", "speed", "soak"):
         found = steps.WORK[name](args, "fp32")
         assert found["ok"], (name, found)
         json.dumps(found)
