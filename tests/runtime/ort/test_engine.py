@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_cuda import HostCuda
-from fake_onnxruntime import BATCH, CAPACITY, described
-from ragged_steps import check_laid, drive
+from fake_onnxruntime import BATCH, CAPACITY, Binding, described
+from ragged_steps import check_laid, check_torn, drive
 
 from sessa_deploy.cuda import Device
 from sessa_deploy.errors import SessaError, UserError
@@ -20,6 +20,7 @@ from sessa_deploy.plugins import library
 from sessa_deploy.runtime import engines
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.device import buffers
+from sessa_deploy.runtime.device.buffers import Buffers
 from sessa_deploy.runtime.ort import engine, prepared
 from sessa_deploy.runtime.ort.backend import OrtBackend
 from sessa_deploy.runtime.ort.engine import OrtCudaBackend
@@ -57,6 +58,13 @@ def test_a_long_prompt_s_rows_are_laid_in_the_caches(build: Build, bundles: Call
     backend = build(batch=batch, chunk=48)[0]
     check_laid(backend, OrtBackend(bundles("fp32"), batch=batch, capacity=CAPACITY, threads=1), batch - 1, 16)
     assert len(backend._bindings) <= 8, "one of an extent, whatever its rows lie behind"
+
+
+def test_ctrl_c_in_a_step_that_lays_its_rows_leaves_nothing_behind(build: Build, bundles: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "_LEAST_BEHIND", 1)
+    backend = build(batch=2, chunk=48)[0]
+    reference = OrtBackend(bundles("fp32"), batch=2, capacity=CAPACITY, threads=1)
+    check_torn(backend, reference, monkeypatch, [(Binding, "bind_output", 3), (Buffers, "feed", 1), (Buffers, "finish", 1), (Buffers, "finish", 0)])
 
 
 def test_every_number_of_rows_has_its_own_graph(build: Build) -> None:

@@ -13,7 +13,7 @@ import fake_tensorrt
 import numpy as np
 import pytest
 from fake_tensorrt import HostCuda, fake_cubins
-from ragged_steps import check_laid, drive
+from ragged_steps import check_laid, check_torn, drive
 
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.plugins import library
@@ -148,7 +148,10 @@ def test_a_long_prompt_s_rows_are_laid_in_the_caches(build: Callable[..., Any], 
     monkeypatch.setattr(buffers, "_LEAST_BEHIND", 1)
     monkeypatch.setattr(sys.modules[__name__], "CHUNK", CAPACITY)
     backend = build()[0]
-    check_laid(backend, OrtBackend(bundles("fp32"), batch=BATCH, capacity=CAPACITY, threads=1), 1, 256)
+    reference = OrtBackend(bundles("fp32"), batch=BATCH, capacity=CAPACITY, threads=1)
+    check_laid(backend, reference, 1, 256)
+    calls = [(type(backend._prefill), "set_tensor_address", 8), (type(backend._prefill), "set_input_shape", 1), (buffers.Buffers, "finish", 0)]
+    check_torn(backend, reference, monkeypatch, calls)
 
 
 def test_a_greedy_step_is_one_copy_in_and_none_out(build: Callable[..., Any]) -> None:
