@@ -268,10 +268,11 @@ try
 {
     constexpr int64_t kGridX = 2147483647;
     constexpr int64_t kGridYZ = 65535;
+    constexpr uintptr_t kDescriptor = 128; // bytes of one, and its alignment: elsewhere the copy would read another
     Kernel kernel;
-    if (cubin.scratch > 0 && arguments.scratch() == nullptr)
+    if (cubin.scratch > 0 && (arguments.scratch() == nullptr || reinterpret_cast<uintptr_t>(arguments.scratch()) % kDescriptor != 0))
     {
-        error = std::string(cubin.kernel) + " makes tensor descriptors, and was given no memory for them";
+        error = std::string(cubin.kernel) + " makes tensor descriptors, and its memory for them is null or not " + std::to_string(kDescriptor) + "-byte aligned";
         return false;
     }
     arguments.add(arguments.scratch()).add<void*>(nullptr); // Triton's global scratch and that of its profiler, which no kernel uses

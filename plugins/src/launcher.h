@@ -163,7 +163,8 @@ bool prepare(Problem const& problem, std::string& error) noexcept;
 // The same for every binary the operation may need with these types.
 void prepareAll(Op const& op, Storage storage, Weights weights) noexcept;
 
-// Enqueues the operation. Pointers are device pointers, 16-byte aligned; `workspace` holds workspaceSize bytes.
+// Enqueues the operation. Pointers are device pointers, 16-byte aligned; `workspace` holds workspaceSize bytes, and begins at a multiple of 128 where kernels
+// make tensor descriptors in it (as every allocator of a GPU's memory gives it).
 bool run(Problem const& problem, Tensors const& tensors, void* workspace, CUstream_st* stream, std::string& error) noexcept;
 
 } // namespace sessa

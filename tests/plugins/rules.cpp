@@ -54,6 +54,19 @@ int64_t rules_workspace(char* text)
     return size;
 }
 
+// What is said of a launch without programs of a kernel that makes three tensor descriptors at `address`.
+void rules_descriptors(int64_t address, char* text)
+{
+    sessa::Cubin cubin = sessa::kCubins[0];
+    cubin.scratch = 3 * 128;
+    cubin.params = 2;
+    sessa::Arguments arguments;
+    arguments.scratch(reinterpret_cast<char*>(address));
+    std::string error;
+    sessa::launch(cubin, {0, 1, 1}, arguments, nullptr, error);
+    std::snprintf(text, 256, "%s", error.c_str());
+}
+
 // Whether the operation takes the value of its float attribute `index`.
 int32_t rules_takes(int32_t op, int32_t index, float value)
 {

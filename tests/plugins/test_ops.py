@@ -96,6 +96,18 @@ def test_a_tile_that_is_missing_is_an_error_in_the_library_too(rules: ctypes.CDL
     assert text.value.decode().startswith(said)
 
 
+@compiled
+def test_memory_of_tensor_descriptors_is_aligned_or_refused(rules: ctypes.CDLL) -> None:
+    """A copy by a descriptor that begins elsewhere reads other bytes than were written."""
+    text = ctypes.create_string_buffer(256)
+    for address in (0, 16, 1 << 20 | 64, 1 << 20 | 127):
+        rules.rules_descriptors(ctypes.c_int64(address), text)
+        assert text.value.decode().endswith("its memory for them is null or not 128-byte aligned"), address
+    for address in (128, 1 << 20, 1 << 20 | 384):
+        rules.rules_descriptors(ctypes.c_int64(address), text)
+        assert "would need a grid of 0 x 1 x 1" in text.value.decode(), address
+
+
 def test_tables_are_deterministic_and_the_same_for_everyone(tmp_path: Path) -> None:
     paths = ops.write(tmp_path)
     before = [p.stat().st_mtime_ns for p in paths]
