@@ -272,7 +272,7 @@ try
     Kernel kernel;
     if (cubin.scratch > 0 && (arguments.scratch() == nullptr || reinterpret_cast<uintptr_t>(arguments.scratch()) % kDescriptor != 0))
     {
-        error = std::string(cubin.kernel) + " makes tensor descriptors, and its memory for them is null or not " + std::to_string(kDescriptor) + "-byte aligned";
+        error = std::string(cubin.kernel) + " makes tensor descriptors, in memory that is null or not " + std::to_string(kDescriptor) + "-byte aligned";
         return false;
     }
     arguments.add(arguments.scratch()).add<void*>(nullptr); // Triton's global scratch and that of its profiler, which no kernel uses

@@ -102,7 +102,7 @@ def test_memory_of_tensor_descriptors_is_aligned_or_refused(rules: ctypes.CDLL) 
     text = ctypes.create_string_buffer(256)
     for address in (0, 16, 1 << 20 | 64, 1 << 20 | 127):
         rules.rules_descriptors(ctypes.c_int64(address), text)
-        assert text.value.decode().endswith("its memory for them is null or not 128-byte aligned"), address
+        assert text.value.decode().endswith("in memory that is null or not 128-byte aligned"), address
     for address in (128, 1 << 20, 1 << 20 | 384):
         rules.rules_descriptors(ctypes.c_int64(address), text)
         assert "would need a grid of 0 x 1 x 1" in text.value.decode(), address
