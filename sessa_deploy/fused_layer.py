@@ -30,17 +30,18 @@ def _unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def parameters(layer: Any) -> Weights:
-    """The layer's parameters as the regions take them."""
+    """The layer's parameters as the regions take them; None for each that is no parameter of its module now, as in a replica of nn.DataParallel."""
     # straight from the modules' dictionaries: attribute look-ups on modules would cost as much as a launch
     modules = layer._modules
     mixer = modules["mixer"]
-    norm, enter, last = (modules[name]._parameters for name in ("ln", "W_in", "W_out"))
-    q, k, v, fb = (mixer._modules[name]._parameters for name in ("q_proj", "k_proj", "v_proj", "proj_fb"))
+    norm, enter, last = (modules[name]._parameters.get for name in ("ln", "W_in", "W_out"))
+    q, k, v, fb = (mixer._modules[name]._parameters.get for name in ("q_proj", "k_proj", "v_proj", "proj_fb"))
     head = HeadWeights(
-        norm["weight"], norm["bias"], enter["weight"], enter["bias"], mixer._modules["gamma_ctx"]._parameters["weight"], mixer._parameters["gamma_bias"],
-        q["weight"], q["bias"], k["weight"], k["bias"], v["weight"], v["bias"], fb["weight"], fb["bias"], last["bias"],
+        norm("weight"), norm("bias"), enter("weight"), enter("bias"), mixer._modules["gamma_ctx"]._parameters.get("weight"),
+        mixer._parameters.get("gamma_bias"),
+        q("weight"), q("bias"), k("weight"), k("bias"), v("weight"), v("bias"), fb("weight"), fb("bias"), last("bias"),
     )  # fmt: skip
-    return Weights(head, last["weight"])
+    return Weights(head, last("weight"))
 
 
 def applies(layer: Any, x: Tensor) -> Weights | None:

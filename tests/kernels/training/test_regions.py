@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from feedback_cases import DEVICE
 from rule import STORAGE, UNFIT, check
 
-from sessa_deploy import SessaLayer, fused_layer
+from sessa_deploy import SessaLayer, SessaMixer, fused_layer
 from sessa_deploy.kernels import ops
 from sessa_deploy.kernels.causal.rows import clean_rows, poison_rows
 from sessa_deploy.kernels.training import regions
@@ -270,6 +270,36 @@ def test_only_plain_modules_on_a_gpu_take_the_road(monkeypatch: pytest.MonkeyPat
     assert fused_layer.applies(layer, x) is not None
     monkeypatch.setenv("SESSA_TRITON", "0")
     assert fused_layer.applies(layer, x) is None
+
+
+def replica(module: Any) -> Any:
+    """As nn.DataParallel makes them: no parameters, but their copies as attributes."""
+    made = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        setattr(made, name, replica(child))
+    for name, parameter in module._parameters.items():
+        setattr(made, name, None if parameter is None else parameter.clone())
+    return made
+
+
+def test_replicas_of_data_parallel_take_the_plain_road() -> None:
+    layer, x = make(32, 2, 2, True, torch.float32), torch.randn(2, 5, 32, device=DEVICE)
+    head, out = fused_layer.parameters(replica(layer))
+    assert [*head, out] == [None] * 16
+    torch.testing.assert_close(replica(layer)(x), layer(x))
+
+
+def test_a_mixer_of_the_caller_s_own_keeps_its_equations(through: Any) -> None:
+    class Half(SessaMixer):
+        def gain(self, a: Tensor) -> Tensor:
+            return super().gain(a) / 2
+
+    layer, x = make(32, 2, 2, True, torch.float32), torch.randn(2, 5, 32, device=DEVICE)
+    through(False)
+    plain, layer.mixer.__class__ = layer(x), Half
+    want = layer(x)
+    through(True)
+    assert torch.equal(layer(x), want) and not torch.allclose(plain, want)
 
 
 @pytest.mark.gpu
