@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -149,6 +150,33 @@ def test_workspace_of_a_layer(launching: Built) -> None:
         assert harness.harness_workspace(tail, ph.At.Tail, HALF, sizes(1, rows, 1, d)) == many * (rows * d * 2 + descriptors)
     for plugin in (mixer, enter, tail, feedback):
         harness.harness_destroy(plugin)
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", [0, 3], ids=["storage", "int8"])
+@pytest.mark.parametrize("op", NAMES, ids=NAMES.values())
+def test_workspace_holds_for_every_smaller_problem(launching: Built, op: int, weights: int) -> None:
+    """An engine reserves what its largest shapes ask for, and is told nothing when others run: other kernels, with other splits and tiles."""
+    if weights and ops.OPS[op].quantised is None:
+        return
+    harness, plugin, rng, seen = launching[2], create(launching, op, HALF, weights=weights), random.Random(op), 0
+    for width, head, group in ((256, 32, 1), (768, 64, 4), (1024, 64, 1), (2048, 128, 1)):
+        heads, kv = width // head, width // head // group
+        columns = {ph.At.ProjectGain: 3 * width + 2 * kv * head, ph.At.Logits: 50304}.get(ph.At(op), width)
+
+        def needs(*shape: int) -> int:
+            return int(harness.harness_workspace(plugin, ph.at(op, weights), HALF, sizes(*shape, width, heads, kv, head, columns)))  # noqa: B023
+
+        for most in ((2, 1, 8192), (8, 16, 4097), (3, 100, 4096), (1, 4096, 4096), (4, 700, 5000)):
+            bound = needs(*most)
+            seen += bound > 0
+            for _ in range(12):
+                smaller = [rng.choice((1, 2, 16, 17, 65, 513, 4096, x - 1, x)) for x in most]
+                if all(0 < a <= b for a, b in zip(smaller, most, strict=True)):
+                    assert needs(*smaller) <= bound, (smaller, most, width)
+    assert seen or not {"Feedback", "Causal", "Mixer", "NormEnter"} & {ph.At(op).name}
+    harness.harness_destroy(plugin)
 
 
 @pytest.mark.trt
