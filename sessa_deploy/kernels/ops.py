@@ -7,7 +7,6 @@ A non-finite new row makes itself and at most the later rows of its own sequence
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -227,45 +226,34 @@ def _wants_other_backend(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool
     return torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=grouped) != SDPBackend.CUDNN_ATTENTION.value
 
 
-class Attention:
-    """What `attention_backward` needs of a forward beside its inputs: tensors that the caller saves, cuDNN's numbers, or the graph of another backend."""
-
-    def __init__(self, tensors: tuple[Any, ...] = (), numbers: tuple[int, ...] = (), graph: tuple[Tensor, ...] = ()) -> None:
-        self.tensors, self.numbers, self.graph = tensors, numbers, graph
-
-    def without(self) -> Attention:
-        """The same without what the caller saves."""
-        return Attention((), self.numbers, self.graph)
+def fuses(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether causal attention without a past inside an autograd function is `attention_forward` for q (B,T,Hq,d) and k, v (B,T,Hkv,d), else `attention_graph`:
+    where `causal_attention` would take cuDNN too."""
+    if not q.is_cuda or q.shape != k.shape or torch.are_deterministic_algorithms_enabled():
+        return False
+    return not _wants_other_backend(*(x.transpose(1, 2) for x in (q, k, v)), False)
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Attention]:
-    """Causal attention without a past inside an autograd function: o (B,T,Hq,d) of q (B,T,Hq,d) and k, v (B,T,Hkv,d), and what its backward needs.
-
-    cuDNN's operators where `causal_attention` would take them too, called without what stands around them; else its graph is kept.
-    """
-    q_t, k_t, v_t = (x.transpose(1, 2) for x in (q, k, v))
-    if q.is_cuda and q.shape == k.shape and not torch.are_deterministic_algorithms_enabled() and not _wants_other_backend(q_t, k_t, v_t, False):
-        o, lse, starts_q, starts_k, most_q, most_k, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
-            q_t, k_t, v_t, None, True, 0.0, True, False)  # fmt: skip
-        return o.transpose(1, 2), Attention((o, lse, seed, offset, starts_q, starts_k), (most_q, most_k))
-    with torch.enable_grad():
-        leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
-        o = causal_attention(*leaves)
-    return o.detach(), Attention(graph=(o, *leaves))
+def attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """o (B,T,H,d) of q, k, v (B,T,H,d), and the float32 sums that its backward takes. cuDNN's operator, called without what stands around it."""
+    o, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(*(x.transpose(1, 2) for x in (q, k, v)), None, True, 0.0, True, False)
+    return o.transpose(1, 2), lse
 
 
-def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, attention: Attention, tensors: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. tensors: `attention.tensors` of the forward, as they were saved."""
-    if attention.graph:
-        o, *leaves = attention.graph
-        dq, dk, dv = torch.autograd.grad(o, leaves, do, retain_graph=True)
-        return dq, dk, dv
-    o, lse, seed, offset, starts_q, starts_k = tensors
-    turned = [x.transpose(1, 2) for x in (do, q, k, v)]
+def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, of what `attention_forward` took and gave. seed: any int64, for a dropout that there is not."""
+    turned, tokens = [x.transpose(1, 2) for x in (do, q, k, v, o)], q.shape[1]
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
-        *turned, o, lse, seed, offset, None, starts_q, starts_k, *attention.numbers, 0.0, True)  # fmt: skip
+        *turned, lse, seed, seed, None, None, None, tokens, tokens, 0.0, True)  # fmt: skip
     dq, dk, dv = (g.transpose(1, 2) for g in grads)
     return dq, dk, dv
+
+
+def attention_graph(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """`causal_attention` inside an autograd function: o, which holds a graph of its own, and the graph's q, k and v."""
+    with torch.enable_grad():
+        leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
+        return causal_attention(*leaves), *leaves
 
 
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

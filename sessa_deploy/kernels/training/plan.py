@@ -25,7 +25,7 @@ class Memory:
             stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
             self._parts[name] = (dtype, tuple(shape), stride, self.bytes // dtype.itemsize)
             self.bytes += -(-math.prod(shape) * dtype.itemsize // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
-        self._types = tuple({dtype for _, dtype in parts.values()})
+        self.names, self._types = tuple(parts), tuple({dtype for _, dtype in parts.values()})
 
     def allocate(self, device: torch.device) -> Tensor:
         """Memory for them, uninitialised."""

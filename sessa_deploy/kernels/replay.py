@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sessa_deploy.cuda import new_stream
-from sessa_deploy.kernels.training.beside import pair
+from sessa_deploy.kernels.beside import pair
 
 SEEN = 3  # times that work is queued plainly before it is captured: it compiles, plans and loads
 MOST = 512  # graphs of a stream; beyond, what is new is queued plainly
+STALE = 16 * MOST  # runs of other work after which a graph makes room
+FREE, WORTH = 256, 8  # graphs that are captured without a question; beyond, those there are must have been replayed so often each
+TRIES = 3  # captures that may fail one after the other
 STREAMS = 8  # that have graphs
 _REMEMBERED = 4096  # keys whose times are counted
+_NEVER = -(1 << 62)
 _ONE_AT_A_TIME = threading.Lock()  # captures
 
 
@@ -29,27 +33,33 @@ class Replays:
     """The graphs of work that is queued on one stream of a device.
 
     They are captured on a stream of their own, which is nobody else's: a library's workspace belongs to a stream, and those of two streams may run at once.
+    What they allocate themselves is one pool's: one stream replays them, one behind the other.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._graphs: dict[Hashable, Any] = {}
+        self._used: dict[Hashable, int] = {}  # the run in which each was replayed last
         self._seen: dict[Hashable, int] = {}
         self._device = device
         self._on = os.environ.get("SESSA_REPLAY") != "0"
         self._stream: Any = None
         self._pool: Any = None
         self._warm: set[int] = set()
+        self._runs = self._replayed = self._captures = self._failed = self._swept = 0
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         """Queue `work` on the stream, where key names everything it reads and writes by address and everything else that decides what it queues.
 
-        work gives nothing back, and allocates nothing that is read behind it.
+        work gives nothing back, and what it allocates is not read behind it.
         """
         if not self._on or torch._C._cuda_isCurrentStreamCapturing():
             work()
             return
+        self._runs += 1
         graph = self._graphs.get(key)
         if graph is not None:
+            self._used[key] = self._runs
+            self._replayed += 1
             graph.replay()
         elif self._due(key):
             self._capture(key, work)
@@ -57,23 +67,36 @@ class Replays:
             work()
 
     def _due(self, key: Hashable) -> bool:
-        if len(self._graphs) >= MOST:
+        if (self._captures >= FREE and self._captures * WORTH > self._replayed) or not self._room():
             return False
         if len(self._seen) >= _REMEMBERED:
             self._seen.clear()
+        key = threading.get_ident(), key  # libraries keep plans for each thread
         times = self._seen[key] = self._seen.get(key, 0) + 1
         return times > SEEN
 
+    def _room(self) -> bool:
+        """Whether another graph may be kept. Where memory lies elsewhere for good, those of before make room."""
+        if len(self._graphs) >= MOST and self._runs - self._swept >= MOST:
+            self._swept = self._runs
+            for key in [key for key, run in self._used.items() if self._runs - run >= STALE]:
+                del self._graphs[key], self._used[key]
+        return len(self._graphs) < MOST
+
     def _capture(self, key: Hashable, work: Callable[[], None]) -> None:
+        self._captures += 1
         try:
             with _ONE_AT_A_TIME:
                 graph = self._captured(work)
         except RuntimeError:  # what cannot be captured here is queued as ever
-            self._on = False
+            self._failed += 1
+            self._on = self._failed < TRIES
+            self._seen[threading.get_ident(), key] = _NEVER
             work()
             return
-        self._graphs[key] = graph
-        self._seen.pop(key, None)
+        self._failed = 0
+        self._graphs[key], self._used[key] = graph, self._runs
+        self._seen.pop((threading.get_ident(), key), None)
         graph.replay()
 
     def _captured(self, work: Callable[[], None]) -> Any:
@@ -115,6 +138,18 @@ def replays(device: torch.device) -> Replays | None:
     return found
 
 
+def queue(what: Hashable, device: torch.device, tensors: Sequence[Tensor | None], work: Callable[[], None]) -> None:
+    """Queue work on a device's current stream, replayed where it was there before: `what` and the places of the tensors decide what it does.
+
+    tensors: all that work reads and writes, but for what it allocates itself and nobody reads behind it; their shapes and types are decided by `what`.
+    """
+    kept = replays(device)
+    if kept is None:
+        work()
+    else:
+        kept.run((what, places(tensors)), work)
+
+
 def flags() -> tuple[Any, ...]:
     """Settings of PyTorch that decide which products are queued."""
     c = torch._C
@@ -122,6 +157,6 @@ def flags() -> tuple[Any, ...]:
             c._get_deterministic_algorithms(), c._get_blas_preferred_backend())  # fmt: skip
 
 
-def places(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
-    """Their addresses, 0 for none."""
-    return tuple([0 if x is None else x.data_ptr() for x in tensors])
+def places(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Where they lie: addresses, 0 for none, with strides where one is not contiguous."""
+    return tuple([0 if x is None else x.data_ptr() if x.is_contiguous() else (x.data_ptr(), x.stride()) for x in tensors])
