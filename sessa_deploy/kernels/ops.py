@@ -188,14 +188,15 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, gamma, f, past_k, past_s, past_length):  # type: ignore[no-untyped-def]
         s, lse, rest = run_forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=True)
-        ctx.save_for_backward(q, k, gamma, f, past_k, past_s, past_length, s, lse, rest)
+        ctx.save_for_backward(q, k, gamma, past_k, past_s, past_length, s, lse, rest)
         return s
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, ds):  # type: ignore[no-untyped-def]
-        q, k, gamma, f, past_k, past_s, past_length, s, lse, rest = ctx.saved_tensors
-        return *route.feedback_backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length), None
+        q, k, gamma, past_k, past_s, past_length, s, lse, rest = ctx.saved_tensors
+        # s stands for f: where f is not finite, s is not
+        return *route.feedback_backward(ds, q, k, gamma, s, s, lse, rest, past_k, past_s, past_length), None
 
 
 _NOTHING: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
@@ -231,7 +232,7 @@ def fuses(q: Tensor, k: Tensor, v: Tensor) -> bool:
     where `causal_attention` would take cuDNN too."""
     if not q.is_cuda or q.shape != k.shape or torch.are_deterministic_algorithms_enabled():
         return False
-    return not _wants_other_backend(*(x.transpose(1, 2) for x in (q, k, v)), False)
+    return not _wants_other_backend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), False)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,12 +277,14 @@ def feedback_attention(
     """
     if past_k is None or past_s is None or past_length is None:
         _require(past_k is None and past_s is None and past_length is None, "past_k, past_s and past_length go together", "only some of them")
+        eager = is_eager(q, k, gamma, f)
         q, k, f = _cast_for_autocast(q, k, f)
-        past_k, past_s, past_length = no_past(q, is_eager(q))
+        past_k, past_s, past_length = no_past(q, eager)
     else:
+        eager = is_eager(q, k, gamma, f, past_k, past_s, past_length)
         q, k, f, past_k, past_s = _cast_for_autocast(q, k, f, past_k, past_s)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, gamma, f, past_k, past_s))
-    if is_eager(q, k, gamma, f, past_k, past_s, past_length):
+    if eager:
         if wants_grad:
             return _Direct.apply(q, k, gamma, f, past_k, past_s, past_length)
         return run_forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=False)[0]

@@ -14,6 +14,7 @@ from sessa_deploy.contract import STEP_ROWS
 from sessa_deploy.kernels import blocked
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import FEEDBACK_MAX_WIDTH, FEEDBACK_MULTIPLE, HEAD_MAX_WIDTH, HEAD_MULTIPLE, MAX_GRID, ROWS_HEADS, ROWS_WIDTHS
+from sessa_deploy.kernels.replay import queue
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # storage types that have kernels
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -82,7 +83,7 @@ def feedback_forward(
         return step_rows.step(q, k, gamma, f, past_k, past_s, past_length), None, None
     from sessa_deploy.kernels.feedback import forward
 
-    return forward.forward(q, k, gamma, f, past_k, past_s, past_length, need_lse)
+    return forward.forward(q, k, gamma, f, past_k, past_s, past_length, need_lse, replay=queue)
 
 
 def feedback_backward(
@@ -96,7 +97,7 @@ def feedback_backward(
     if uses_triton(q):
         from sessa_deploy.kernels.feedback import backward
 
-        return backward.backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length)
+        return backward.backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length, replay=queue)
     return blocked.feedback_backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length)
 
 

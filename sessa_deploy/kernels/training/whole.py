@@ -186,8 +186,8 @@ class _Backward:
         beside = Beside(p.device)
         if given.dk_b is not None:
             to.k_b.add_(given.dk_b)
-        turns = (given.norm_weight, given.norm_weight) if given.cos is None else (given.cos, given.sin)  # not read where nothing turns
-        p.gather(dq, dk, dv, to.q_b, to.k_b, joined, *turns, to.partial)
+        cos, sin = (given.norm_weight,) * 2 if given.cos is None or given.sin is None else (given.cos, given.sin)  # not read where nothing turns
+        p.gather(dq, dk, dv, to.q_b, to.k_b, joined, cos, sin, to.partial)
         if self.dprojected is not None:
             weight_grad(self.dprojected, joined, made.a, beside)
         torch.mm(joined, w, out=da)
