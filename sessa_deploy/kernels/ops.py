@@ -7,6 +7,7 @@ A non-finite new row makes itself and at most the later rows of its own sequence
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -227,12 +228,23 @@ def _wants_other_backend(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool
     return torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=grouped) != SDPBackend.CUDNN_ATTENTION.value
 
 
-def fuses(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether causal attention without a past inside an autograd function is `attention_forward` for q (B,T,Hq,d) and k, v (B,T,Hkv,d), else `attention_graph`:
-    where `causal_attention` would take cuDNN too."""
-    if not q.is_cuda or q.shape != k.shape or torch.are_deterministic_algorithms_enabled():
-        return False
-    return not _wants_other_backend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), False)
+def fuses(known: dict[Any, bool], heads: Callable[[], tuple[Tensor, ...]]) -> bool:
+    """Whether causal attention without a past inside an autograd function is `attention_forward`, else `attention_graph`: where `causal_attention` would take
+    cuDNN too. known: answers of before, of the same shapes, type and device; heads: gives q (B,T,Hq,d) and k, v (B,T,Hkv,d), should it be asked again."""
+    c = torch._C
+    key = (_wants_other_backend, c._get_cudnn_enabled(), c._get_cudnn_sdp_enabled(), c._get_flash_sdp_enabled(), c._get_mem_efficient_sdp_enabled(),
+           c._get_math_sdp_enabled(), tuple(c._get_sdp_priority_order()), c._get_deterministic_algorithms())  # fmt: skip
+    found = known.get(key)
+    if found is None:
+        q, k, v = heads()
+        other = not q.is_cuda or q.shape != k.shape or torch.are_deterministic_algorithms_enabled()
+        found = known[key] = not (other or _wants_other_backend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), False))
+    return found
+
+
+def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """`function.apply` of eager calls, without its look for functorch's wrappers, which costs as much as a launch."""
+    return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,7 +298,7 @@ def feedback_attention(
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, gamma, f, past_k, past_s))
     if eager:
         if wants_grad:
-            return _Direct.apply(q, k, gamma, f, past_k, past_s, past_length)
+            return applied(_Direct, q, k, gamma, f, past_k, past_s, past_length)
         return run_forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=False)[0]
     if wants_grad:
         return torch.ops.sessa.feedback_attention_fwd(q, k, gamma, f, past_k, past_s, past_length)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ class Plan:
         self.heads = [form.heads, form.kv_heads, form.kv_heads]
         self.heads_shape = (batch, tokens, sum(self.heads), form.head_dim)
         self.q_shape = (batch, tokens, form.heads, form.head_dim)
+        self.fuses: dict[Any, bool] = {}  # of `ops.fuses`
         inner = sum(self.heads) * form.head_dim
         self.parts = [inner, width, width]  # columns of the products of a: q, k and v in one, the feedback branch's q and k
         self.joined = sum(self.parts)

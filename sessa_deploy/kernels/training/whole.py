@@ -55,8 +55,9 @@ class _Forward:
         x, norm, cos, sin, first, others, _ = self.given
         enter(self.p, self.made.entered, x, norm, cos, sin, first, others, beside, None if self.solving is None else self.solving.route)
 
-    def end(self, o: Tensor) -> None:
+    def end(self, attended: tuple[Tensor, ...]) -> None:
         """Queue what stands behind it, for its o (B,T,Hq,d)."""
+        (o,) = attended
         p, made = self.p, self.made
         _, _, (_, _, weight, bias, *project) = products(p, made.entered.copy, self.given.parameters)
         f = o.view(*p.shape)
@@ -84,7 +85,7 @@ class _Forward:
         with beside:
             made.o.copy_(o)
             made.o_lse.view(lse.shape).copy_(lse)
-        self.end(o)
+        self.end((o,))
         beside.join()
 
 
@@ -227,35 +228,34 @@ class _Whole(torch.autograd.Function):
         p = plan(form, cos, x, first, len(others))
         device = p.device
         qkv = torch.empty((p.rows, p.parts[0]), dtype=p.dtype, device=device)
-        q, k, v = Entered.heads(qkv, p)
-        pieces = pieces_of(p, out_proj is not None, ops.fuses(q, k, v))
+        pieces = pieces_of(p, out_proj is not None, ops.fuses(p.fuses, lambda: Entered.heads(qkv, p)))
         x, norm, what = aligned(x), norms(first), (pieces, flags())
-        parameters = direct(p, first.in_weight, first.in_bias, *others)
+        given = _In(x, norm, cos, sin, first, others, direct(p, first.in_weight, first.in_bias, *others))
         kept, passing = pieces.kept.allocate(device), pieces.passing.allocate(device)
         y = torch.empty(p.shape, dtype=p.y_dtype, device=device)
 
-        @functools.cache
         def launches() -> _Forward:
-            return _Forward(pieces, _In(x, norm, cos, sin, first, others, parameters), kept, qkv, passing, y)
+            return _Forward(pieces, given, kept, qkv, passing, y)
 
         memory = (x, *norm, cos, sin, *first[2:4], *first[6:], out, out_proj, kept, qkv, passing, y)
+        heads = Entered.heads(qkv, p) if rows or not pieces.fused else ()
         graph: tuple[Tensor, ...] = ()
+        attended = None
         if pieces.fused:
             queue(("forward", what), device, memory, lambda: launches().whole())
-            attended = None
         else:
 
             def attend() -> tuple[Tensor, ...]:
                 nonlocal graph
-                graph = ops.attention_graph(q, k, v)
+                graph = ops.attention_graph(*heads)
                 return (aligned(graph[0].detach(), p.dtype),)
 
-            (attended,) = _around(attend, ("forward", what), device, memory, lambda beside: launches().start(beside), lambda o: launches().end(*o))
-        ctx.save_for_backward(x, norm.weight, norm.gamma_weight, cos, sin, kept, qkv, attended, *parameters)
+            (attended,) = _around(attend, ("forward", what), device, memory, launches)
+        ctx.save_for_backward(x, norm.weight, norm.gamma_weight, cos, sin, kept, qkv, attended, *given.parameters)
         ctx.pieces, ctx.graph = pieces, graph
         ctx.types = [None if w is None else w.dtype for w in (out_proj, *weights)]
         ctx.set_materialize_grads(False)
-        return (y, k, v, pieces.kept.view(kept, "k_b"), pieces.kept.view(kept, "s")) if rows else y
+        return (y, *heads[1:], pieces.kept.view(kept, "k_b"), pieces.kept.view(kept, "s")) if rows else y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -278,7 +278,6 @@ class _Whole(torch.autograd.Function):
         dx, what = torch.empty(p.shape, dtype=x.dtype, device=device), (pieces, wanted, flags())
         given = _Given(x, dy, kept, qkv, o, dk, dv, dk_b, ds, norm_weight, gamma_weight, cos, sin, tuple(parameters))
 
-        @functools.cache
         def launches() -> _Backward:
             return _Backward(pieces, given, between, early, dw, wanted, dx, sums)
 
@@ -291,7 +290,7 @@ class _Whole(torch.autograd.Function):
                 out, *leaves = ctx.graph
                 return torch.autograd.grad(out, leaves, pieces.between.view(between, "o").view(*p.q_shape), retain_graph=True)
 
-            _around(attention, ("backward", what), device, memory, lambda beside: launches().start(beside), lambda grads: launches().end(grads))
+            _around(attention, ("backward", what), device, memory, launches)
         # each in the type of its parameter, as far as that is one of the two
         exact, rounded = [torch.split_with_sizes(x, p.sizes) for x in pieces.sums.views(sums)]
         by_name = zip(Sums._fields, exact, rounded, strict=True)
@@ -306,23 +305,22 @@ class _Whole(torch.autograd.Function):
 
 
 def _around(
-    attend: Callable[[], tuple[Tensor, ...]], what: Hashable, device: torch.device, memory: Sequence[Tensor | None], start: Callable[[Beside], None],
-    end: Callable[[tuple[Tensor, ...]], None],
+    attend: Callable[[], tuple[Tensor, ...]], what: Hashable, device: torch.device, memory: Sequence[Tensor | None], launches: Callable[[], Any]
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Queue `start`, then what `attend` does, which is PyTorch's, and `end` of what that gave, which is returned. memory: all that start and end read and
-    write beside it."""
-    begun: list[Beside] = []
+    """Queue `start` of the launches, then what `attend` does, which is PyTorch's, and their `end` of what that gave, which is returned. memory: all that the
+    launches read and write beside it."""
+    launches, begun = functools.cache(launches), list[Beside]()
 
     def first() -> None:
         beside = Beside(device)
-        start(beside)
+        launches().start(beside)
         beside.rest()
         begun.append(beside)
 
     def second() -> None:
         for beside in begun:
             beside.join()
-        end(found)
+        launches().end(found)
 
     queue((what, "start"), device, memory, first)
     found = attend()
@@ -338,5 +336,5 @@ def whole(
 
     W_out's bias is added to the same rows as x, so its gradient is that of x's residual summed over them.
     """
-    found = _Whole.apply(form, cos, sin, rows, x, out_proj, *weights.head, weights.out)
+    found = ops.applied(_Whole, form, cos, sin, rows, x, out_proj, *weights.head, weights.out)
     return found if rows else (found,)
