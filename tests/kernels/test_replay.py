@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,11 @@ from torch.nn.attention import SDPBackend
 
 pytest.importorskip("triton")
 
-from feedback_cases import DEVICE
+from feedback_cases import DEVICE, side, small_options
 
 from sessa_deploy import SessaLayer, fused_layer
-from sessa_deploy.kernels import ops, replay
+from sessa_deploy.kernels import ops, replay, route
+from sessa_deploy.kernels.feedback import backward, forward
 from sessa_deploy.kernels.training import regions, whole
 from sessa_deploy.kernels.training.plan import Memory
 from sessa_deploy.rope import rope_tables
@@ -104,6 +106,70 @@ def test_graphs_and_keys_are_bounded(graphs: SimpleNamespace, monkeypatch: pytes
     assert len(more._seen) <= 5
 
 
+def test_one_piece_that_cannot_be_captured_leaves_the_others(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = replay.Replays(torch.device("cuda", 0))
+    for i in range(4 * replay.SEEN):
+        monkeypatch.setattr(Graph, "refuses", True)
+        kept.run("bad", lambda: None)
+        monkeypatch.setattr(Graph, "refuses", False)
+        kept.run(("good", i // 4), lambda: None)  # each comes just often enough
+    assert kept._on and ("good", 0) in kept._graphs and "bad" not in kept._graphs and kept._captures == 1 + len(kept._graphs)
+    monkeypatch.setattr(Graph, "refuses", True)
+    for key in range(replay.TRIES):
+        for _ in range(replay.SEEN + 1):
+            kept.run(("worse", key), lambda: None)
+    assert not kept._on
+
+
+def test_graphs_of_memory_that_lies_elsewhere_by_now_make_room(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MOST", 4)
+    monkeypatch.setattr(replay, "STALE", 12)
+    kept = replay.Replays(torch.device("cuda", 0))
+
+    def steps(places: range, count: int) -> None:
+        for _ in range(count):
+            for key in places:
+                kept.run(key, lambda: None)
+
+    steps(range(4), 8)
+    assert set(kept._graphs) == set(range(4))
+    steps(range(2, 6), 16)  # two where they were, two elsewhere
+    assert set(kept._graphs) == set(kept._used) == {2, 3, 4, 5}
+
+
+def test_captures_that_are_not_worth_it_end(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "FREE", 3)
+    kept = replay.Replays(torch.device("cuda", 0))
+    for key in range(20):  # each place comes just often enough to be captured, and never again
+        for _ in range(replay.SEEN + 1):
+            kept.run(key, lambda: None)
+    assert len(kept._graphs) == 3
+    for _ in range(3 * replay.WORTH + 1):
+        kept.run(0, lambda: None)
+    for _ in range(replay.SEEN + 1):
+        kept.run("again", lambda: None)
+    assert "again" in kept._graphs
+
+
+def test_what_another_thread_queued_counts_for_that_thread(graphs: SimpleNamespace) -> None:
+    """Libraries keep their plans for each thread: a capture must not be what makes one."""
+    kept = replay.Replays(torch.device("cuda", 0))
+    for _ in range(replay.SEEN):
+        kept.run("a", lambda: None)
+    other = threading.Thread(target=lambda: kept.run("a", lambda: None))
+    other.start()
+    other.join()
+    assert not kept._graphs
+    kept.run("a", lambda: None)
+    assert "a" in kept._graphs
+
+
+def test_places_tell_views_apart() -> None:
+    x = torch.zeros(4, 4)
+    assert replay.places([x, None, x[1:]]) == (x.data_ptr(), 0, x[1:].data_ptr())
+    assert len({replay.places([y]) for y in (x, x.t(), x[:, ::2], x[:1].expand(4, 4))}) == 4
+
+
 class Again:
     """Stands in for `Replays`: what is known by a key that was there before is the work of the first time, with the tensors of the first time."""
 
@@ -186,7 +252,7 @@ def operator(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_attention_that_is_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer's gradients are those of the layer whose attention keeps a graph, in one piece each way."""
     torch.manual_seed(0)
-    layer, (x, dy) = SessaLayer(32, 2).to(DEVICE), torch.randn(2, 2, 33, 32, device=DEVICE)
+    layer, (x, dy) = SessaLayer(32, 2).to(DEVICE), torch.randn(2, 2, 9, 32, device=DEVICE)
     names = list[str]()
     plain = replay.queue
     monkeypatch.setattr(fused_layer, "applies", lambda layer, x: fused_layer.parameters(layer))
@@ -240,6 +306,7 @@ def test_no_step_is_taken_for_another(fused: bool, monkeypatch: pytest.MonkeyPat
     kinds = [("W_in", False, True, False, layer), ("out_proj", False, True, False, layer), ("none", False, True, False, layer),
              ("none", True, True, False, layer), ("none", False, False, False, layer), ("none", False, True, True, layer),
              ("none", False, True, False, others)]  # fmt: skip
+    kinds = [kinds[i] for i in (0, 2, 3, 5)] if fused else kinds
     want = []
     for kind in kinds:
         monkeypatch.setattr(replay, "replays", lambda device: None)
@@ -322,3 +389,62 @@ def test_replays_of_feedback_attention_change_no_bit(monkeypatch: pytest.MonkeyP
         for got, w in zip(step(i), want[i % 2], strict=True):
             assert (got is None) == (w is None) and (got is None or torch.equal(got, w)), f"step {i}"
     assert kept._on and kept._replayed - before > 60
+
+
+def test_no_call_of_feedback_attention_is_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls at the same addresses that differ in what decides their launches: each gives its own numbers, forward and backward."""
+    torch.manual_seed(0)
+    known, options = Again(), {module: side(small_options(torch.float32), module is backward) for module in (forward, backward)}
+    q, k, f, ds = torch.randn(4, 1, 18, 32, device=DEVICE)
+    gamma, past, length = torch.rand(1, 18, device=DEVICE), torch.randn(2, 1, 5, 32, device=DEVICE), torch.tensor([[0, 3]], dtype=torch.int32, device=DEVICE)
+    given, count, plain = dict[Any, Tensor](), itertools.count(), torch.empty
+    plans: dict[Any, Any] = {}
+
+    def empty(*size: Any, **kind: Any) -> Tensor:
+        return given.setdefault((next(count), str(size), str(kind)), plain(*size, **kind))
+
+    def made(module: Any, x: Tensor, capacity: int) -> Any:
+        key = (module, x.dtype, x.shape, capacity)
+        if key not in plans:
+            plans[key] = module.plan_of(x.device, x.dtype, x.shape, capacity, options[module])
+        return plans[key]
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x: empty(tuple(x.shape), dtype=x.dtype, device=x.device))
+
+    def run(capacity: int, lse: bool, again: Any) -> list[Tensor]:
+        nonlocal count
+        count = itertools.count()
+        x = (q, k, gamma, f)
+        behind = [*past[:, :, :capacity], length[:, int(capacity > 0)]]
+        s, sums, low = forward.forward(*x, *behind, lse, made=made(forward, x[0], capacity), replay=again)
+        if sums is None:
+            return [s.clone()]
+        return [y.clone() for y in (s, *backward.backward(ds, *x, s, sums, low, *behind, made=made(backward, x[0], capacity), replay=again))]
+
+    kinds = [(0, True), (0, False), (5, True)]
+    want = [run(*kind, forward.at_once) for kind in kinds]
+    for _ in range(2):
+        for kind, expected in zip(kinds, want, strict=True):
+            got = run(*kind, lambda what, device, tensors, work: known.run((what, replay.places(tensors)), work))
+            for i, (g, w) in enumerate(zip(got, expected, strict=True)):
+                assert torch.equal(g, w), f"{i} of {kind}"
+    assert known.hits == 5
+
+
+def test_feedback_attention_is_queued_in_one_piece_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the public function, and by the registered operators, which a compiled model calls."""
+    names, (q, k, f) = list[str](), torch.randn(3, 1, 20, 32, device=DEVICE)
+    gamma, options = torch.rand(1, 20, device=DEVICE), small_options(torch.float32)
+    plain = {module: module.plan_of for module in (forward, backward)}
+    for module, plan_of in plain.items():
+        monkeypatch.setattr(module, "plan_of", lambda *at, plan_of=plan_of, way=module: plan_of(*at[:4], side(options, way is backward)))
+    monkeypatch.setattr(route, "uses_triton", lambda q: True)
+    monkeypatch.setattr(route, "queue", lambda what, device, tensors, work: (names.append(what[0]), work()))
+    leaves = [x.requires_grad_() for x in (q, k, gamma, f)]
+    first = torch.autograd.grad(ops.feedback_attention(*leaves).sum(), leaves)
+    assert names == ["feedback attention", "feedback attention backward"]
+    s, _, _ = torch.ops.sessa.feedback_attention_fwd(*leaves, *ops.no_past(q, True))
+    for g, w in zip(torch.autograd.grad(s.sum(), leaves), first, strict=True):
+        torch.testing.assert_close(g, w)
+    assert names[2:] == names[:2]
