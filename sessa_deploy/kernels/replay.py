@@ -153,8 +153,8 @@ def queue(what: Hashable, device: torch.device, tensors: Sequence[Tensor | None]
 def flags() -> tuple[Any, ...]:
     """Settings of PyTorch that decide which products are queued."""
     c = torch._C
-    return (c._get_cublas_allow_tf32(), c._get_cublas_allow_fp16_reduced_precision_reduction(), c._get_cublas_allow_bf16_reduced_precision_reduction(),
-            c._get_deterministic_algorithms(), c._get_blas_preferred_backend())  # fmt: skip
+    return (c._get_fp32_precision_getter("cuda", "matmul"), c._get_cublas_allow_fp16_reduced_precision_reduction(),
+            c._get_cublas_allow_bf16_reduced_precision_reduction(), c._get_deterministic_algorithms(), c._get_blas_preferred_backend())  # fmt: skip
 
 
 def places(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:

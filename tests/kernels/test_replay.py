@@ -170,6 +170,18 @@ def test_places_tell_views_apart() -> None:
     assert len({replay.places([y]) for y in (x, x.t(), x[:, ::2], x[:1].expand(4, 4))}) == 4
 
 
+def test_settings_of_either_kind_are_seen() -> None:
+    """PyTorch refuses to answer for its older settings where one of the newer was set."""
+    before, seen = torch.backends.cuda.matmul.fp32_precision, {replay.flags()}
+    try:
+        for kind in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = kind
+            seen.add(replay.flags())
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(seen) == 3 and replay.flags() in seen
+
+
 class Again:
     """Stands in for `Replays`: what is known by a key that was there before is the work of the first time, with the tensors of the first time."""
 
