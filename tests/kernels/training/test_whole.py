@@ -159,6 +159,10 @@ def test_no_step_is_taken_for_another(fused: bool, monkeypatch: pytest.MonkeyPat
             for name, g in expected.items():
                 assert torch.equal(got[name], g), f"{name} of {kind[:4]}"
     assert known.hits >= (2 if fused else 4) * len(kinds)  # in the second round all pieces were there before
+    for moved in list(places.given) if fused else ():
+        places.given[moved] = places.given[moved].clone()
+        for name, g in step(*kinds[0]).items():
+            assert torch.equal(g, want[0][name]), f"{name} with {moved} somewhere else"
 
 
 def test_views_of_one_allocation() -> None:
