@@ -30,17 +30,17 @@ def _unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def parameters(layer: Any) -> Weights:
-    """The layer's parameters as the regions take them."""
-    # straight from the modules' dictionaries: attribute look-ups on modules would cost as much as a launch
+    """The layer's parameters as the regions take them, None for each that is not there."""
+    # straight from the modules' dictionaries: attribute look-ups on modules would cost as much as a launch; replicas of a layer have nothing there
     modules = layer._modules
     mixer = modules["mixer"]
-    norm, enter, last = (modules[name]._parameters for name in ("ln", "W_in", "W_out"))
-    q, k, v, fb = (mixer._modules[name]._parameters for name in ("q_proj", "k_proj", "v_proj", "proj_fb"))
-    head = HeadWeights(
-        norm["weight"], norm["bias"], enter["weight"], enter["bias"], mixer._modules["gamma_ctx"]._parameters["weight"], mixer._parameters["gamma_bias"],
-        q["weight"], q["bias"], k["weight"], k["bias"], v["weight"], v["bias"], fb["weight"], fb["bias"], last["bias"],
-    )  # fmt: skip
-    return Weights(head, last["weight"])
+    inner = mixer._modules
+    norm, enter, last, q, k, v, fb, gain = [m._parameters.get for m in (
+        modules["ln"], modules["W_in"], modules["W_out"], inner["q_proj"], inner["k_proj"], inner["v_proj"], inner["proj_fb"], inner["gamma_ctx"])]  # fmt: skip
+    w, b = "weight", "bias"
+    head = HeadWeights(norm(w), norm(b), enter(w), enter(b), gain(w), mixer._parameters.get("gamma_bias"), q(w), q(b), k(w), k(b), v(w), v(b), fb(w), fb(b),
+                       last(b))  # fmt: skip
+    return Weights(head, last(w))
 
 
 def applies(layer: Any, x: Tensor) -> Weights | None:

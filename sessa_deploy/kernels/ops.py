@@ -98,7 +98,9 @@ def _feedback_attention_bwd(
     ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, rest: Tensor,
     past_k: Tensor, past_s: Tensor, past_length: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return route.feedback_backward(ds, q, k, gamma, f, s, lse, rest if rest.numel() else None, past_k, past_s, past_length)
+    found = route.feedback_backward(ds, q, k, gamma, f, s, lse, rest if rest.numel() else None, past_k, past_s, past_length)
+    dpast_k, dpast_s = (x if x.numel() else torch.empty_like(x) for x in found[4:])  # an operator gives back nothing that it was given
+    return *found[:4], dpast_k, dpast_s
 
 
 @_feedback_attention.register_fake
@@ -184,20 +186,24 @@ _causal_attention.register_autograd(_causal_grad, setup_context=_save_causal)
 
 
 class _Direct(torch.autograd.Function):
-    """Feedback attention without the dispatcher: custom operators cost hundreds of microseconds of host time a training step."""
+    """Feedback attention without the dispatcher: custom operators cost hundreds of microseconds of host time a training step.
+
+    made: what `run_forward` gave, before the node, which costs the host as much as several launches; past: where there is one, with its lengths.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, gamma, f, past_k, past_s, past_length):  # type: ignore[no-untyped-def]
-        s, lse, rest = run_forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=True)
-        ctx.save_for_backward(q, k, gamma, past_k, past_s, past_length, s, lse, rest)
+    def forward(ctx, made, q, k, gamma, f, *past):  # type: ignore[no-untyped-def]
+        s, lse, rest = made
+        ctx.save_for_backward(q, k, gamma, s, lse, rest, *past)
         return s
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, ds):  # type: ignore[no-untyped-def]
-        q, k, gamma, past_k, past_s, past_length, s, lse, rest = ctx.saved_tensors
+        q, k, gamma, s, lse, rest, *past = ctx.saved_tensors
         # s stands for f: where f is not finite, s is not
-        return *route.feedback_backward(ds, q, k, gamma, s, s, lse, rest, past_k, past_s, past_length), None
+        found = route.feedback_backward(ds, q, k, gamma, s, s, lse, rest, *(past or no_past(q, True)))
+        return None, *found[:4], *((*found[4:], None) if past else ())
 
 
 _NOTHING: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
@@ -287,6 +293,7 @@ def feedback_attention(
     scale D^-0.5, zero for a row with no predecessor. Returns s (B,T,D) in the storage dtype; differentiable in everything but past_length.
     Under autocast the storage dtype is autocast's. Raises ValueError on shapes or dtypes outside this contract.
     """
+    behind = past_k is not None
     if past_k is None or past_s is None or past_length is None:
         _require(past_k is None and past_s is None and past_length is None, "past_k, past_s and past_length go together", "only some of them")
         eager = is_eager(q, k, gamma, f)
@@ -298,7 +305,9 @@ def feedback_attention(
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, gamma, f, past_k, past_s))
     if eager:
         if wants_grad:
-            return applied(_Direct, q, k, gamma, f, past_k, past_s, past_length)
+            with torch.no_grad():
+                made = run_forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=True)
+            return applied(_Direct, made, q, k, gamma, f, *((past_k, past_s, past_length) if behind else ()))
         return run_forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=False)[0]
     if wants_grad:
         return torch.ops.sessa.feedback_attention_fwd(q, k, gamma, f, past_k, past_s, past_length)[0]

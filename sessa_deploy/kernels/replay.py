@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -43,8 +44,8 @@ class Replays:
         self._device = device
         self._on = os.environ.get("SESSA_REPLAY") != "0"
         self._stream: Any = None
+        self._side: Any = None
         self._pool: Any = None
-        self._warm: set[int] = set()
         self._runs = self._replayed = self._captures = self._failed = self._swept = 0
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
@@ -58,9 +59,8 @@ class Replays:
         self._runs += 1
         graph = self._graphs.get(key)
         if graph is not None:
-            self._used[key] = self._runs
             self._replayed += 1
-            graph.replay()
+            self._replay(key, graph, work)
         elif self._due(key):
             self._capture(key, work)
         else:
@@ -83,6 +83,14 @@ class Replays:
                 del self._graphs[key], self._used[key]
         return len(self._graphs) < MOST
 
+    def _replay(self, key: Hashable, graph: Any, work: Callable[[], None]) -> None:
+        self._used[key] = self._runs
+        try:
+            graph.replay()
+        except RuntimeError:  # a graph takes memory when it is launched, where plain launches take none
+            del self._graphs[key], self._used[key]
+            work()
+
     def _capture(self, key: Hashable, work: Callable[[], None]) -> None:
         self._captures += 1
         try:
@@ -95,33 +103,41 @@ class Replays:
             work()
             return
         self._failed = 0
-        self._graphs[key], self._used[key] = graph, self._runs
+        self._graphs[key] = graph
         self._seen.pop((threading.get_ident(), key), None)
-        graph.replay()
+        self._replay(key, graph, work)
 
     def _captured(self, work: Callable[[], None]) -> Any:
         if self._stream is None:
-            self._stream, side = (torch.cuda.ExternalStream(new_stream(), self._device) for _ in range(2))
+            self._stream, self._side = (torch.cuda.ExternalStream(new_stream(), self._device) for _ in range(2))
             self._pool = torch.cuda.graph_pool_handle()
-            pair(self._stream, side)
-        graph = torch.cuda.CUDAGraph()
+            pair(self._stream, self._side)
+        graph, error = torch.cuda.CUDAGraph(), None
         with torch.cuda.stream(self._stream):
-            self._warm_up()
+            # libraries take their workspaces inside, so from the pool: they are the graphs' own, whoever clears what libraries hold
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
-            finally:
+            except BaseException as raised:  # also the user's interrupt, which goes on when the capture is over
+                error = raised
+            try:
+                if error is not None:
+                    self._join()
                 graph.capture_end()
+            except RuntimeError as raised:
+                error = error or raised
+                with suppress(RuntimeError):  # where that is still to be done
+                    torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+        if error is not None:
+            raise error
         return graph
 
-    def _warm_up(self) -> None:
-        """Let the library of products take its workspace on this stream before a capture, once a thread: it then belongs to no graph."""
-        thread = threading.get_ident()
-        if thread not in self._warm:
-            self._warm.add(thread)
-            x = torch.zeros((64, 64), dtype=torch.float16, device=self._device)
-            torch.addmm(x[0], x, torch.mm(x, x))
-            self._stream.synchronize()
+    def _join(self) -> None:
+        """Let the captured stream wait for the second one where that was left: a capture cannot end with work that nobody waits for."""
+        with torch.cuda.stream(self._side):
+            begun = torch._C._cuda_isCurrentStreamCapturing()
+        if begun:
+            self._stream.wait_stream(self._side)
 
 
 _KEPT: dict[tuple[int, int], Replays] = {}
@@ -133,7 +149,7 @@ def replays(device: torch.device) -> Replays | None:
         return None
     at = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     found = _KEPT.get(at)
-    if found is None and len(_KEPT) < STREAMS:
+    if found is None and len(_KEPT) < STREAMS and not torch._C._cuda_isCurrentStreamCapturing():  # streams to capture on are no streams to replay on
         found = _KEPT[at] = Replays(device)
     return found
 
@@ -150,11 +166,15 @@ def queue(what: Hashable, device: torch.device, tensors: Sequence[Tensor | None]
         kept.run((what, places(tensors)), work)
 
 
+_ASKED = [getattr(torch._C, name) for name in (
+    "_get_cublas_allow_fp16_reduced_precision_reduction", "_get_cublas_allow_bf16_reduced_precision_reduction", "_get_cublas_allow_fp16_accumulation",
+    "_get_deterministic_algorithms", "_get_blas_preferred_backend", "_get_sm_carveout_experimental") if hasattr(torch._C, name)]  # fmt: skip
+
+
 def flags() -> tuple[Any, ...]:
     """Settings of PyTorch that decide which products are queued."""
-    c = torch._C
-    return (c._get_fp32_precision_getter("cuda", "matmul"), c._get_cublas_allow_fp16_reduced_precision_reduction(),
-            c._get_cublas_allow_bf16_reduced_precision_reduction(), c._get_deterministic_algorithms(), c._get_blas_preferred_backend())  # fmt: skip
+    # not _get_cublas_allow_tf32, which raises where the newer setting was used
+    return (torch._C._get_fp32_precision_getter("cuda", "matmul"), *[ask() for ask in _ASKED])
 
 
 def places(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:

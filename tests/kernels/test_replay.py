@@ -51,7 +51,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     seen = SimpleNamespace(capturing=False, streams=itertools.count(100))
     monkeypatch.setattr(Graph, "refuses", False)
     monkeypatch.setattr(replay, "new_stream", lambda: next(seen.streams))
-    monkeypatch.setattr(replay.Replays, "_warm_up", lambda self: None)
     for name, value in {"CUDAGraph": Graph, "graph_pool_handle": lambda: "pool", "stream": lambda s: nullcontext(),
                         "ExternalStream": lambda number, device: SimpleNamespace(cuda_stream=number, device_index=device.index)}.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)

@@ -289,14 +289,16 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dgamma, df, dpast_k, dpast_s) of the forward that gave s (B,T,D), lse (B,T) and s_low (B,T,D). Shapes and dtypes as the inputs'.
 
-    Rows from a sequence's first one with NaN or Inf in q, k or s on get gradient 0 and contribute none. options, made, replay: as in the forward.
+    Rows from a sequence's first one with NaN or Inf in q, k or s on get gradient 0 and contribute none. A past without rows is its own gradient.
+    options, made, replay: as in the forward.
     """
     ds, q, k, gamma, s, past_k, past_s, lse = (aligned(x) for x in (ds, q, k, gamma, s, past_k, past_s, lse))
     s_low = None if s_low is None else aligned(s_low)
     p = made or plan_of(q.device, q.dtype, q.shape, past_k.shape[1], options, panel_bytes)
     if past_length.dtype != torch.int32:
         past_length = past_length.to(torch.int32)
-    dq, dk, dgamma, df, dpast_k, dpast_s = (torch.empty_like(x) for x in (q, k, gamma, q, past_k, past_s))
+    dq, dk, dgamma, df = (torch.empty_like(x) for x in (q, k, gamma, q))
+    dpast_k, dpast_s = (torch.empty_like(x) for x in (past_k, past_s)) if past_k.shape[1] else (past_k, past_s)
     memory = torch.empty(p.workspace.bytes + 4 * p.sync, dtype=torch.uint8, device=q.device)
     to = dq, dk, dgamma, df, dpast_k, dpast_s
 

@@ -35,12 +35,14 @@ class Memory:
     def views(self, memory: Tensor) -> list[Tensor]:
         """The tensors, in the order in which they were named."""
         typed = {dtype: memory.view(dtype) for dtype in self._types}
-        return [typed[dtype].as_strided(shape, stride, at) for dtype, shape, stride, at in self._parts.values()]
+        begin = {dtype: x.storage_offset() for dtype, x in typed.items()}
+        return [typed[dtype].as_strided(shape, stride, begin[dtype] + at) for dtype, shape, stride, at in self._parts.values()]
 
     def view(self, memory: Tensor, name: str) -> Tensor:
         """One of them."""
         dtype, shape, stride, at = self._parts[name]
-        return memory.view(dtype).as_strided(shape, stride, at)
+        typed = memory.view(dtype)
+        return typed.as_strided(shape, stride, typed.storage_offset() + at)
 
 
 class Plan:
@@ -59,6 +61,7 @@ class Plan:
         self.heads = [form.heads, form.kv_heads, form.kv_heads]
         self.heads_shape = (batch, tokens, sum(self.heads), form.head_dim)
         self.q_shape = (batch, tokens, form.heads, form.head_dim)
+        self.qkv_shape = (n, (form.heads + 2 * form.kv_heads) * form.head_dim)
         self.fuses: dict[Any, bool] = {}  # of `ops.fuses`
         inner = sum(self.heads) * form.head_dim
         self.parts = [inner, width, width]  # columns of the products of a: q, k and v in one, the feedback branch's q and k

@@ -47,8 +47,8 @@ class _Forward:
         self.projected, self.sums, workspace = pieces.passing.views(passing)
         self.solving: Any = None
         if pieces.forward is not None:
-            e, past = made.entered, ops.no_past(made.entered.q_b, True)
-            self.solving = route.feedback_call(pieces.forward, e.q_b, e.k_b, e.gamma, *past, made.s, made.lse, made.rest, workspace)
+            e, self.past = made.entered, ops.no_past(made.entered.q_b, True)  # held as long as launches are queued, which know addresses alone
+            self.solving = route.feedback_call(pieces.forward, e.q_b, e.k_b, e.gamma, *self.past, made.s, made.lse, made.rest, workspace)
 
     def start(self, beside: Beside) -> None:
         """Queue what stands before the forward attention; the caller joins `beside`, on which the routing is."""
@@ -154,6 +154,7 @@ class _Backward:
         """Feedback attention backward: gradients of q_b, k_b and gamma, that of f into df."""
         made, to, e, backward = self.made, self.to, self.made.entered, self.pieces.backward
         inputs, s, past = (mine.s, e.q_b, e.k_b, e.gamma), made.s, ops.no_past(e.q_b, True)
+        self.past = past  # held until all is queued: launches know addresses alone
         into = (to.q_b, to.k_b, to.gamma, df, *past[:2])  # gradients of the past have no rows
         if backward is None:  # s stands for f: where f is not finite, s is not
             for out, grad in zip(into, route.feedback_backward(*inputs, s, s, made.lse, made.rest, *past), strict=True):
@@ -220,49 +221,40 @@ def weight_grad(out: Tensor, dy: Tensor, x: Tensor, beside: Beside) -> None:
             torch.mm(dy.t().to(out.dtype), x.to(out.dtype), out=out)
 
 
+class _Made(NamedTuple):
+    """What a forward hands to its node: memory, o where the forward attention stood between two pieces, with its graph, y, and whether rows are wanted."""
+
+    pieces: Pieces
+    given: _In
+    kept: Tensor
+    qkv: Tensor
+    o: Tensor | None
+    graph: tuple[Tensor, ...]
+    y: Tensor
+    rows: bool
+
+
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, form, cos, sin, rows, x, out_proj, *weights):  # type: ignore[no-untyped-def]
-        first, out = HeadWeights(*weights[:-1]), weights[-1]
-        others = (out, first.out_bias) if out_proj is None else (out, first.out_bias, out_proj)
-        p = plan(form, cos, x, first, len(others))
-        device = p.device
-        qkv = torch.empty((p.rows, p.parts[0]), dtype=p.dtype, device=device)
-        pieces = pieces_of(p, out_proj is not None, ops.fuses(p.fuses, lambda: Entered.heads(qkv, p)))
-        x, norm, what = aligned(x), norms(first), (pieces, flags())
-        given = _In(x, norm, cos, sin, first, others, direct(p, first.in_weight, first.in_bias, *others))
-        kept, passing = pieces.kept.allocate(device), pieces.passing.allocate(device)
-        y = torch.empty(p.shape, dtype=p.y_dtype, device=device)
-
-        def launches() -> _Forward:
-            return _Forward(pieces, given, kept, qkv, passing, y)
-
-        memory = (x, *norm, cos, sin, *first[2:4], *first[6:], out, out_proj, kept, qkv, passing, y)
-        heads = Entered.heads(qkv, p) if rows or not pieces.fused else ()
-        graph: tuple[Tensor, ...] = ()
-        attended = None
-        if pieces.fused:
-            queue(("forward", what), device, memory, lambda: launches().whole())
-        else:
-
-            def attend() -> tuple[Tensor, ...]:
-                nonlocal graph
-                graph = ops.attention_graph(*heads)
-                return (aligned(graph[0].detach(), p.dtype),)
-
-            (attended,) = _around(attend, ("forward", what), device, memory, launches)
-        ctx.save_for_backward(x, norm.weight, norm.gamma_weight, cos, sin, kept, qkv, attended, *given.parameters)
+    def forward(ctx, made, x, out_proj, *weights):  # type: ignore[no-untyped-def]
+        pieces, given, kept, qkv, o, graph, y, rows = made
+        ctx.save_for_backward(given.x, given.norm.weight, given.norm.gamma_weight, given.cos, given.sin, kept, qkv, o, *given.parameters)
         ctx.pieces, ctx.graph = pieces, graph
         ctx.types = [None if w is None else w.dtype for w in (out_proj, *weights)]
         ctx.set_materialize_grads(False)
-        return (y, *heads[1:], pieces.kept.view(kept, "k_b"), pieces.kept.view(kept, "s")) if rows else y
+        if not rows:
+            return y
+        _, k, v = Entered.heads(qkv, pieces.plan)
+        return y, k, v, pieces.kept.view(kept, "k_b"), pieces.kept.view(kept, "s")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, *more):  # type: ignore[no-untyped-def]
-        pieces, needs = ctx.pieces, ctx.needs_input_grad[5:]
+        pieces, needs = ctx.pieces, ctx.needs_input_grad[2:]
         p = pieces.plan
-        x, norm_weight, gamma_weight, cos, sin, kept, qkv, o, *parameters = ctx.saved_tensors
+        # aligned: hooks that keep what is saved somewhere else give it back as they like
+        saved: list[Any] = [None if x is None else aligned(x) for x in ctx.saved_tensors]
+        x, norm_weight, gamma_weight, cos, sin, kept, qkv, o, *parameters = saved
         dk, dv, dk_b, ds = more or (None,) * 4
         device, width = p.device, p.width
         dy = torch.zeros(p.shape, dtype=p.y_dtype, device=device) if dy is None else aligned(dy)
@@ -301,7 +293,7 @@ class _Whole(torch.autograd.Function):
             of_v, to.v_bias, of_fb, to.fb_bias, to.out_bias, of_out,
         )  # fmt: skip
         found = grads if all(needs[1:]) else [g if wanted else None for g, wanted in zip(grads, needs[1:], strict=True)]
-        return None, None, None, None, dx, of_project[0] if needs[0] else None, *found
+        return None, dx, of_project[0] if needs[0] else None, *found
 
 
 def _around(
@@ -336,5 +328,39 @@ def whole(
 
     W_out's bias is added to the same rows as x, so its gradient is that of x's residual summed over them.
     """
-    found = ops.applied(_Whole, form, cos, sin, rows, x, out_proj, *weights.head, weights.out)
+    with torch.no_grad():
+        made = _forward(form, cos, sin, x, weights, out_proj, rows)
+    # the node is made when the launches are queued: it costs the host as much as several of them
+    found = ops.applied(_Whole, made, x, out_proj, *weights.head, weights.out)
     return found if rows else (found,)
+
+
+def _forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weights: Weights, out_proj: Tensor | None, rows: bool) -> _Made:
+    """`whole` but for the node."""
+    first, out = weights
+    others = (out, first.out_bias) if out_proj is None else (out, first.out_bias, out_proj)
+    p = plan(form, cos, x, first, len(others))
+    device = p.device
+    qkv = torch.empty(p.qkv_shape, dtype=p.dtype, device=device)
+    pieces = pieces_of(p, out_proj is not None, ops.fuses(p.fuses, lambda: Entered.heads(qkv, p)))
+    x, norm, what = aligned(x), norms(first), (pieces, flags())
+    given = _In(x, norm, cos, sin, first, others, direct(p, first.in_weight, first.in_bias, *others))
+    kept, passing = pieces.kept.allocate(device), pieces.passing.allocate(device)
+    y = torch.empty(p.shape, dtype=p.y_dtype, device=device)
+
+    def launches() -> _Forward:
+        return _Forward(pieces, given, kept, qkv, passing, y)
+
+    memory = (x, *norm, cos, sin, *first[2:4], *first[6:], out, out_proj, kept, qkv, passing, y)
+    if pieces.fused:
+        queue(("forward", what), device, memory, lambda: launches().whole())
+        return _Made(pieces, given, kept, qkv, None, (), y, rows)
+    graph: tuple[Tensor, ...] = ()
+
+    def attend() -> tuple[Tensor, ...]:
+        nonlocal graph
+        graph = ops.attention_graph(*Entered.heads(qkv, p))
+        return (aligned(graph[0].detach(), p.dtype),)
+
+    (o,) = _around(attend, ("forward", what), device, memory, launches)
+    return _Made(pieces, given, kept, qkv, o, graph, y, rows)
