@@ -30,6 +30,7 @@ class Graph:
 
     def __init__(self) -> None:
         self.replays = 0
+        self.lacks_memory = False
 
     def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
         assert capture_error_mode == "thread_local" and pool == "pool"
@@ -42,13 +43,16 @@ class Graph:
 
     def replay(self) -> None:
         assert Graph.current is None
+        if self.lacks_memory:
+            raise RuntimeError("out of memory")
         self.replays += 1
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The GPU as `Replays` sees it: `capturing` is whether somebody captures the current stream."""
-    seen = SimpleNamespace(capturing=False, streams=itertools.count(100))
+    """The GPU as `Replays` sees it: `capturing` is whether somebody captures the current stream, `ended` what was allocated to no longer."""
+    seen = SimpleNamespace(capturing=False, streams=itertools.count(100), ended=[])
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: seen.ended.append((device, pool)), raising=False)
     monkeypatch.setattr(Graph, "refuses", False)
     monkeypatch.setattr(replay, "new_stream", lambda: next(seen.streams))
     for name, value in {"CUDAGraph": Graph, "graph_pool_handle": lambda: "pool", "stream": lambda s: nullcontext(),
@@ -85,6 +89,47 @@ def test_what_cannot_be_captured_is_queued_as_ever(graphs: SimpleNamespace, monk
     for _ in range(9):
         off.run("a", lambda: ran.append(9))
     assert ran[-9:] == [9] * 9 and not off._graphs
+
+
+def test_a_capture_that_fails_is_over(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's allocator is told so where the end of the capture fails, and an interrupt is the user's."""
+    kept = replay.Replays(torch.device("cuda", 0))
+    for _ in range(replay.SEEN):
+        kept.run("a", lambda: None)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept.run("a", interrupted)
+    assert Graph.current is None and not graphs.ended and kept._on
+    monkeypatch.setattr(Graph, "refuses", True)
+    with pytest.raises(KeyboardInterrupt):
+        kept.run("a", interrupted)
+    assert graphs.ended == [(0, "pool")]
+    kept.run("a", lambda: None)
+    assert len(graphs.ended) == 2 and not kept._graphs
+
+
+def test_work_whose_graph_finds_no_memory_is_queued_as_ever(graphs: SimpleNamespace) -> None:
+    kept, ran = replay.Replays(torch.device("cuda", 0)), list[int]()
+    for i in range(replay.SEEN + 2):
+        kept.run("a", functools.partial(ran.append, i))
+    kept._graphs["a"].lacks_memory = True
+    kept.run("a", lambda: ran.append(99))
+    assert ran[-1] == 99 and not kept._graphs and not kept._used
+
+
+def test_streams_that_somebody_captures_on_take_no_place(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_KEPT", {})
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    graphs.capturing = True
+    assert replay.replays(torch.device("cuda", 0)) is None and not replay._KEPT
+    graphs.capturing = False
+    found = replay.replays(torch.device("cuda", 0))
+    graphs.capturing = True
+    assert found is not None and replay.replays(torch.device("cuda", 0)) is found
 
 
 def test_graphs_and_keys_are_bounded(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +213,7 @@ def test_places_tell_views_apart() -> None:
 def test_settings_of_either_kind_are_seen() -> None:
     """PyTorch refuses to answer for its older settings where one of the newer was set."""
     before, seen = torch.backends.cuda.matmul.fp32_precision, {replay.flags()}
+    assert torch._C._get_cublas_allow_fp16_accumulation in replay._ASKED
     try:
         for kind in ("tf32", "ieee"):
             torch.backends.cuda.matmul.fp32_precision = kind

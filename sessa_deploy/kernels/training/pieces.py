@@ -67,8 +67,8 @@ class Pieces:
             forward_bytes, backward_bytes, sync = self.forward.workspace.bytes, self.backward.workspace.bytes, self.backward.sync
         wide, projected = ((p.rows, 2 * p.width), dtype), (shape if projects else (0,), dtype)
         by_rows, cast = (rows, dtype), (rows if p.y_dtype != dtype else (0, p.width), dtype)
-        # not qkv: PyTorch looks whether what its attention keeps was written to since, and does not tell views of one allocation apart
-        kept = {name: part for name, part in p.entered.items() if name != "qkv"}
+        # not qkv where a graph keeps it: PyTorch looks whether that was written to since, and does not tell views of one allocation apart
+        kept = {name: part for name, part in p.entered.items() if fused or name != "qkv"}
         kept |= {"s": (shape, dtype), "lse": (shape[:2], f32), "gated": by_rows}
         kept |= {"rest": (shape, dtype)} if self.forward is not None and self.forward.low else {}
         kept |= {"o": (p.q_shape, dtype), "o_lse": ((p.rows * p.q_shape[2],), f32), "seed": ((1,), i64)} if fused else {}
@@ -83,11 +83,15 @@ class Pieces:
         self.weights = [*p.split, 2 * p.width, p.width, p.width][: 6 + projects]  # rows of the gradients of q, k, v, fb, W_in, W_out, out_proj
         self.lse_shape: tuple[int, ...] = ()  # of the forward attention's float32 sums, which the first forward sees
 
-    def views(self, kept: Tensor, qkv: Tensor) -> Kept:
-        """Of the memory that the backward needs."""
+    def views(self, kept: Tensor, qkv: Tensor | None) -> Kept:
+        """Of the memory that the backward needs. qkv: where it is no part of that."""
         found = dict(zip(self.kept.names, self.kept.views(kept), strict=True))
-        entered = Entered(*[qkv if name == "qkv" else found[name] for name in Entered._fields])
+        entered = Entered(*[found.get(name, qkv) for name in Entered._fields])  # type: ignore[arg-type]
         return Kept(entered, *[found.get(name) for name in Kept._fields[1:]])  # type: ignore[arg-type]
+
+    def heads(self, kept: Tensor, qkv: Tensor | None) -> tuple[Tensor, ...]:
+        """q (B,T,Hq,d), k, v (B,T,Hkv,d) of the same."""
+        return Entered.heads(self.kept.view(kept, "qkv") if qkv is None else qkv, self.plan)
 
     def allocate_early(self, device: torch.device) -> Tensor:
         """Memory for `early`, and then for `late`, which is written when nothing of the other is read any more."""

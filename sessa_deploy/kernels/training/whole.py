@@ -41,7 +41,7 @@ class _In(NamedTuple):
 class _Forward:
     """The launches of one forward; what they write is kept, qkv, passing and y."""
 
-    def __init__(self, pieces: Pieces, given: _In, kept: Tensor, qkv: Tensor, passing: Tensor, y: Tensor) -> None:
+    def __init__(self, pieces: Pieces, given: _In, kept: Tensor, qkv: Tensor | None, passing: Tensor, y: Tensor) -> None:
         self.p, self.pieces, self.given, self.y = pieces.plan, pieces, given, y
         self.made = made = pieces.views(kept, qkv)
         self.projected, self.sums, workspace = pieces.passing.views(passing)
@@ -96,7 +96,7 @@ class _Given(NamedTuple):
     x: Tensor
     dy: Tensor
     kept: Tensor
-    qkv: Tensor
+    qkv: Tensor | None
     o: Tensor | None
     dk: Tensor | None
     dv: Tensor | None
@@ -165,14 +165,9 @@ class _Backward:
 
     def attention(self) -> tuple[Tensor, ...]:
         """Queue the backward of the forward attention where that is one operator."""
-        made, (q, k, v) = self.made, self.heads
+        made, (q, k, v) = self.made, Entered.heads(self.made.entered.qkv, self.p)
         assert made.o is not None and made.o_lse is not None and made.seed is not None
         return ops.attention_backward(self.do, q, k, v, made.o, made.o_lse.view(self.pieces.lse_shape), made.seed)
-
-    @property
-    def heads(self) -> tuple[Tensor, ...]:
-        """q (B,T,Hq,d), k, v (B,T,Hkv,d)."""
-        return Entered.heads(self.given.qkv, self.p)
 
     @property
     def do(self) -> Tensor:
@@ -227,7 +222,7 @@ class _Made(NamedTuple):
     pieces: Pieces
     given: _In
     kept: Tensor
-    qkv: Tensor
+    qkv: Tensor | None
     o: Tensor | None
     graph: tuple[Tensor, ...]
     y: Tensor
@@ -244,7 +239,7 @@ class _Whole(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not rows:
             return y
-        _, k, v = Entered.heads(qkv, pieces.plan)
+        _, k, v = pieces.heads(kept, qkv)
         return y, k, v, pieces.kept.view(kept, "k_b"), pieces.kept.view(kept, "s")
 
     @staticmethod
@@ -341,11 +336,14 @@ def _forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weig
     others = (out, first.out_bias) if out_proj is None else (out, first.out_bias, out_proj)
     p = plan(form, cos, x, first, len(others))
     device = p.device
-    qkv = torch.empty(p.qkv_shape, dtype=p.dtype, device=device)
-    pieces = pieces_of(p, out_proj is not None, ops.fuses(p.fuses, lambda: Entered.heads(qkv, p)))
+
+    def new_qkv() -> Tensor:
+        return torch.empty(p.qkv_shape, dtype=p.dtype, device=device)
+
+    pieces = pieces_of(p, out_proj is not None, ops.fuses(p.fuses, lambda: Entered.heads(new_qkv(), p)))
     x, norm, what = aligned(x), norms(first), (pieces, flags())
     given = _In(x, norm, cos, sin, first, others, direct(p, first.in_weight, first.in_bias, *others))
-    kept, passing = pieces.kept.allocate(device), pieces.passing.allocate(device)
+    kept, qkv, passing = pieces.kept.allocate(device), None if pieces.fused else new_qkv(), pieces.passing.allocate(device)
     y = torch.empty(p.shape, dtype=p.y_dtype, device=device)
 
     def launches() -> _Forward:
@@ -359,7 +357,7 @@ def _forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weig
 
     def attend() -> tuple[Tensor, ...]:
         nonlocal graph
-        graph = ops.attention_graph(*Entered.heads(qkv, p))
+        graph = ops.attention_graph(*pieces.heads(kept, qkv))
         return (aligned(graph[0].detach(), p.dtype),)
 
     (o,) = _around(attend, ("forward", what), device, memory, launches)

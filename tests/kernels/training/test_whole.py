@@ -27,11 +27,12 @@ class Places:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.given: dict[Any, Tensor] = {}
-        self.count = itertools.count()
+        self.count, self.used = itertools.count(), set[Any]()
         plain, graph, grad = torch.empty, ops.attention_graph, torch.autograd.grad
 
         def empty(*size: Any, **kind: Any) -> Tensor:
             key = (next(self.count), str(size), str(kind))
+            self.used.add(key)
             if key not in self.given:
                 self.given[key] = plain(*size, **kind)
             return self.given[key]
@@ -59,7 +60,7 @@ class Places:
 
     def again(self) -> None:
         """A new step: what was given out holds NaN."""
-        self.count = itertools.count()
+        self.count, self.used = itertools.count(), set()
         for x in self.given.values():
             x.view(torch.uint8).fill_(0xFF)
 
@@ -159,7 +160,8 @@ def test_no_step_is_taken_for_another(fused: bool, monkeypatch: pytest.MonkeyPat
             for name, g in expected.items():
                 assert torch.equal(got[name], g), f"{name} of {kind[:4]}"
     assert known.hits >= (2 if fused else 4) * len(kinds)  # in the second round all pieces were there before
-    for moved in list(places.given) if fused else ():
+    step(*kinds[0])
+    for moved in sorted(places.used) if fused else ():
         places.given[moved] = places.given[moved].clone()
         for name, g in step(*kinds[0]).items():
             assert torch.equal(g, want[0][name]), f"{name} with {moved} somewhere else"
@@ -173,6 +175,41 @@ def test_views_of_one_allocation() -> None:
     a.fill_(1.0)
     b.fill_(2.0)
     assert torch.equal(memory.view(held, "a"), a) and bool((a == 1).all()) and bool((memory.view(held, "b") == 2).all())
+    elsewhere = torch.cat([torch.full((256,), 0xFF, dtype=torch.uint8), held])[256:]  # as hooks may give back what was saved
+    assert all(torch.equal(x, y) for x, y in zip(memory.views(elsewhere), (a, nothing, b), strict=True)) and torch.equal(memory.view(elsewhere, "b"), b)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["attention with a graph", "attention as an operator"])
+def test_what_is_saved_may_come_back_from_somewhere_else(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks that offload activations give back views of memory of theirs, on any boundary."""
+    torch.manual_seed(0)
+    layer, (x, dy) = SessaLayer(32, 2).to(DEVICE), torch.randn(2, 1, 5, 32, device=DEVICE)
+    monkeypatch.setattr(fused_layer, "applies", lambda layer, x: fused_layer.parameters(layer))
+    if fused:
+        operator(monkeypatch)
+
+    def step() -> list[Tensor]:
+        layer.zero_grad()
+        leaf = x.detach().requires_grad_()
+        layer(leaf).backward(dy)
+        return [p.grad.clone() for p in (leaf, *layer.parameters()) if p.grad is not None]
+
+    def moved(x: Tensor) -> Tensor:
+        return torch.cat([x.new_zeros(4 // x.itemsize or 1), x.flatten()])[4 // x.itemsize or 1 :].view(x.shape)
+
+    want = step()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, moved):
+        got = step()
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_replicas_of_a_layer_have_no_parameters_of_their_own() -> None:
+    """nn.DataParallel's copies hold plain tensors as attributes, and nothing where parameters are."""
+    replica = SessaLayer(32, 2)._replicate_for_data_parallel()
+    replica._modules = {name: m._replicate_for_data_parallel() for name, m in replica._modules.items() if m is not None}
+    mixer = replica._modules["mixer"]
+    mixer._modules = {name: m._replicate_for_data_parallel() for name, m in mixer._modules.items() if m is not None}
+    assert all(p is None for p in fused_layer.parameters(replica).head)
 
 
 @pytest.mark.gpu
