@@ -92,7 +92,7 @@ def whole(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: We
     weight = out_proj._parameters.get("weight")
     if not (_unhooked(out_proj, nn.Identity) if weight is None else _unhooked(out_proj, nn.Linear) and weight.dtype == weights.out.dtype):
         return None
-    if weight is not None and not route.is_eager(weight):
+    if weight is not None and not route.is_plain(weight):
         return None
     return training.whole(_form(layer), *_tables(rope), x, weights, weight, rows)
 

@@ -61,8 +61,13 @@ def is_eager(*tensors: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and _PLAIN.issuperset([type(x) for x in tensors])
+        and is_plain(*tensors)
     )
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether none of them is of a subclass."""
+    return _PLAIN.issuperset([type(x) for x in tensors])
 
 
 def feedback_forward(

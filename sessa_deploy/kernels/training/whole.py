@@ -323,8 +323,7 @@ def whole(
 
     W_out's bias is added to the same rows as x, so its gradient is that of x's residual summed over them.
     """
-    with torch.no_grad():
-        made = _forward(form, cos, sin, x, weights, out_proj, rows)
+    made = ops.without_grad(_forward, form, cos, sin, x, weights, out_proj, rows)
     # the node is made when the launches are queued: it costs the host as much as several of them
     found = ops.applied(_Whole, made, x, out_proj, *weights.head, weights.out)
     return found if rows else (found,)
