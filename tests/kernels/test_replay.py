@@ -256,8 +256,8 @@ def test_no_call_of_feedback_attention_is_taken_for_another(monkeypatch: pytest.
     """Calls at the same addresses that differ in what decides their launches: each gives its own numbers, forward and backward."""
     torch.manual_seed(0)
     known, options = Again(), {module: side(small_options(torch.float32), module is backward) for module in (forward, backward)}
-    q, k, f, ds = torch.randn(4, 1, 18, 32, device=DEVICE)
-    gamma, past, length = torch.rand(1, 18, device=DEVICE), torch.randn(2, 1, 5, 32, device=DEVICE), torch.tensor([[0, 3]], dtype=torch.int32, device=DEVICE)
+    q, k, f, ds = torch.randn(4, 1, 8, 16, device=DEVICE)
+    gamma, past, length = torch.rand(1, 8, device=DEVICE), torch.randn(2, 1, 5, 16, device=DEVICE), torch.tensor([[0, 3]], dtype=torch.int32, device=DEVICE)
     given, count, plain = dict[Any, Tensor](), itertools.count(), torch.empty
     plans: dict[Any, Any] = {}
 
@@ -295,8 +295,8 @@ def test_no_call_of_feedback_attention_is_taken_for_another(monkeypatch: pytest.
 
 def test_feedback_attention_is_queued_in_one_piece_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the public function, and by the registered operators, which a compiled model calls."""
-    names, (q, k, f) = list[str](), torch.randn(3, 1, 20, 32, device=DEVICE)
-    gamma, options = torch.rand(1, 20, device=DEVICE), small_options(torch.float32)
+    names, (q, k, f) = list[str](), torch.randn(3, 1, 8, 16, device=DEVICE)
+    gamma, options = torch.rand(1, 8, device=DEVICE), small_options(torch.float32)
     plain = {module: module.plan_of for module in (forward, backward)}
     for module, plan_of in plain.items():
         monkeypatch.setattr(module, "plan_of", lambda *at, plan_of=plan_of, way=module: plan_of(*at[:4], side(options, way is backward)))
