@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -46,6 +47,7 @@ class Replays:
         self._stream: Any = None
         self._side: Any = None
         self._pool: Any = None
+        self._first: Any = None  # of all graphs, held for ever: PyTorch takes no capture into a pool whose last graph is gone
         self._runs = self._replayed = self._captures = self._failed = self._swept = 0
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
@@ -110,27 +112,44 @@ class Replays:
     def _captured(self, work: Callable[[], None]) -> Any:
         if self._stream is None:
             self._stream, self._side = (torch.cuda.ExternalStream(new_stream(), self._device) for _ in range(2))
-            self._pool = torch.cuda.graph_pool_handle()
             pair(self._stream, self._side)
+        if self._first is None:
+            self._pool = torch.cuda.graph_pool_handle()
         graph, error = torch.cuda.CUDAGraph(), None
         with torch.cuda.stream(self._stream):
             # libraries take their workspaces inside, so from the pool: they are the graphs' own, whoever clears what libraries hold
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            except RuntimeError:
+                self._recover()
+                raise
             try:
                 work()
             except BaseException as raised:  # also the user's interrupt, which goes on when the capture is over
                 error = raised
-            try:
-                if error is not None:
+            if error is not None:
+                with suppress(RuntimeError):  # of a capture that is void by now; its end must come all the same
                     self._join()
+            try:
                 graph.capture_end()
             except RuntimeError as raised:
                 error = error or raised
-                with suppress(RuntimeError):  # where that is still to be done
-                    torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                self._recover()
         if error is not None:
             raise error
+        self._first = self._first or graph
         return graph
+
+    def _recover(self) -> None:
+        """What PyTorch leaves undone where the end of a capture fails: its allocator goes on with the pool, and the device's generator takes every
+        draw for one of the graph (up to 2.12) until a capture ends well: one of nothing does."""
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+        with suppress(RuntimeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is empty
+            nothing = torch.cuda.CUDAGraph()
+            nothing.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+            nothing.capture_end()
 
     def _join(self) -> None:
         """Let the captured stream wait for the second one where that was left: a capture cannot end with work that nobody waits for."""

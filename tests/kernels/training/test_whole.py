@@ -160,11 +160,58 @@ def test_no_step_is_taken_for_another(fused: bool, monkeypatch: pytest.MonkeyPat
             for name, g in expected.items():
                 assert torch.equal(got[name], g), f"{name} of {kind[:4]}"
     assert known.hits >= (2 if fused else 4) * len(kinds)  # in the second round all pieces were there before
+    hits = known.hits
+    with monkeypatch.context() as patch:
+        patch.setattr(whole, "flags", lambda: ("another",))
+        step(*kinds[0])
+    assert known.hits == hits  # a setting that decides which products are queued
     step(*kinds[0])
     for moved in sorted(places.used) if fused else ():
         places.given[moved] = places.given[moved].clone()
         for name, g in step(*kinds[0]).items():
             assert torch.equal(g, want[0][name]), f"{name} with {moved} somewhere else"
+
+
+class Watched:
+    """A second stream that knows whether something on it was not waited for."""
+
+    every: list[Watched]
+
+    def __init__(self, device: torch.device) -> None:
+        self.pending = False
+        self.every.append(self)
+
+    def __enter__(self) -> Watched:
+        self.pending = True
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def rest(self) -> None: ...
+
+    def join(self) -> None:
+        self.pending = False
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["attention with a graph", "attention as an operator"])
+def test_memory_is_written_again_when_the_second_stream_is_through(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward's last part writes where its first part, and what stands beside that, reads; nothing is left pending behind a step."""
+    layer, x, ends = SessaLayer(32, 2).to(DEVICE), torch.randn(1, 5, 32, device=DEVICE), list[str]()
+    monkeypatch.setattr(fused_layer, "applies", lambda layer, x: fused_layer.parameters(layer))
+    monkeypatch.setattr(whole, "Beside", Watched)
+    monkeypatch.setattr(Watched, "every", [], raising=False)
+    if fused:
+        operator(monkeypatch)
+    plain = whole._Backward.end
+
+    def end(self: Any, grads: tuple[Tensor, ...]) -> None:
+        assert len(Watched.every) == 2 and not any(side.pending for side in Watched.every)
+        ends.append("backward")
+        plain(self, grads)
+
+    monkeypatch.setattr(whole._Backward, "end", end)
+    layer(x.requires_grad_()).sum().backward()
+    assert ends == ["backward"] and len(Watched.every) == 3 and not any(side.pending for side in Watched.every)
 
 
 def test_views_of_one_allocation() -> None:
