@@ -54,8 +54,11 @@ def applies(layer: Any, x: Tensor) -> Weights | None:
     inner = mixer._modules
     # loops in lists and no generators: every layer of every step comes by here before its first kernel
     linear = [modules["W_in"], modules["W_out"], inner["q_proj"], inner["k_proj"], inner["v_proj"], inner["proj_fb"], inner["gamma_ctx"]]
-    if mixer.head_dim % 8 or mixer.head_dim > 1024 or not (_unhooked(modules["ln"], nn.LayerNorm) and all([_unhooked(m, nn.Linear) for m in linear])):
+    if mixer.head_dim % 8 or mixer.head_dim > 1024 or not _unhooked(modules["ln"], nn.LayerNorm):
         return None
+    for module in linear:
+        if not _unhooked(module, nn.Linear):
+            return None
     weights = parameters(layer)
     every = [*weights.head, weights.out]
     autocast = torch.is_autocast_enabled("cuda")
@@ -89,7 +92,7 @@ def whole(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: We
     weight = out_proj._parameters.get("weight")
     if not (_unhooked(out_proj, nn.Identity) if weight is None else _unhooked(out_proj, nn.Linear) and weight.dtype == weights.out.dtype):
         return None
-    if weight is not None and not route.is_eager(weight):
+    if weight is not None and not route.is_plain(weight):
         return None
     return training.whole(_form(layer), *_tables(rope), x, weights, weight, rows)
 
@@ -100,7 +103,8 @@ def _form(layer: Any) -> Form:
 
 
 def _tables(rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if rope is None else (rope[0].contiguous(), rope[1].contiguous())
+    cos, sin = rope or (None, None)
+    return (cos, sin) if cos is None or sin is None or (cos.is_contiguous() and sin.is_contiguous()) else (cos.contiguous(), sin.contiguous())
 
 
 def head(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: Weights) -> Head:

@@ -50,7 +50,7 @@ DOORS = {
     (FEEDBACK, KERNELS): {"device", "device_rows"},
     (CAUSAL, KERNELS): {"device", "device_rows"},
     (ENGINE, KERNELS): {"device", "device_rows"},
-    (TRAINING, KERNELS): {"device", "ops", "route"},
+    (TRAINING, KERNELS): {"beside", "device", "ops", "replay", "route"},
     ("sessa_deploy", "runtime"): {"bundle", "publish", "sizes", "template", "tokenizer"},
     ("runtime", "plugins"): {"library"},
     ("runtime/ort", "plugins"): {"library"},

@@ -7,7 +7,7 @@ A non-finite new row makes itself and at most the later rows of its own sequence
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -98,7 +98,9 @@ def _feedback_attention_bwd(
     ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, rest: Tensor,
     past_k: Tensor, past_s: Tensor, past_length: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return route.feedback_backward(ds, q, k, gamma, f, s, lse, rest if rest.numel() else None, past_k, past_s, past_length)
+    found = route.feedback_backward(ds, q, k, gamma, f, s, lse, rest if rest.numel() else None, past_k, past_s, past_length)
+    dpast_k, dpast_s = (x if x.numel() else torch.empty_like(x) for x in found[4:])  # an operator gives back nothing that it was given
+    return *found[:4], dpast_k, dpast_s
 
 
 @_feedback_attention.register_fake
@@ -184,19 +186,24 @@ _causal_attention.register_autograd(_causal_grad, setup_context=_save_causal)
 
 
 class _Direct(torch.autograd.Function):
-    """Feedback attention without the dispatcher: custom operators cost hundreds of microseconds of host time a training step."""
+    """Feedback attention without the dispatcher: custom operators cost hundreds of microseconds of host time a training step.
+
+    made: what `run_forward` gave, before the node, which costs the host as much as several launches; past: where there is one, with its lengths.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, gamma, f, past_k, past_s, past_length):  # type: ignore[no-untyped-def]
-        s, lse, rest = run_forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=True)
-        ctx.save_for_backward(q, k, gamma, f, past_k, past_s, past_length, s, lse, rest)
+    def forward(ctx, made, q, k, gamma, f, *past):  # type: ignore[no-untyped-def]
+        s, lse, rest = made
+        ctx.save_for_backward(q, k, gamma, s, lse, rest, *past)
         return s
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, ds):  # type: ignore[no-untyped-def]
-        q, k, gamma, f, past_k, past_s, past_length, s, lse, rest = ctx.saved_tensors
-        return *route.feedback_backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length), None
+        q, k, gamma, s, lse, rest, *past = ctx.saved_tensors
+        # s stands for f: where f is not finite, s is not
+        found = route.feedback_backward(ds, q, k, gamma, s, s, lse, rest, *(past or no_past(q, True)))
+        return None, *found[:4], *((*found[4:], None) if past else ())
 
 
 _NOTHING: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
@@ -227,45 +234,54 @@ def _wants_other_backend(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool
     return torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=grouped) != SDPBackend.CUDNN_ATTENTION.value
 
 
-class Attention:
-    """What `attention_backward` needs of a forward beside its inputs: tensors that the caller saves, cuDNN's numbers, or the graph of another backend."""
-
-    def __init__(self, tensors: tuple[Any, ...] = (), numbers: tuple[int, ...] = (), graph: tuple[Tensor, ...] = ()) -> None:
-        self.tensors, self.numbers, self.graph = tensors, numbers, graph
-
-    def without(self) -> Attention:
-        """The same without what the caller saves."""
-        return Attention((), self.numbers, self.graph)
-
-
-def attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Attention]:
-    """Causal attention without a past inside an autograd function: o (B,T,Hq,d) of q (B,T,Hq,d) and k, v (B,T,Hkv,d), and what its backward needs.
-
-    cuDNN's operators where `causal_attention` would take them too, called without what stands around them; else its graph is kept.
-    """
-    q_t, k_t, v_t = (x.transpose(1, 2) for x in (q, k, v))
-    if q.is_cuda and q.shape == k.shape and not torch.are_deterministic_algorithms_enabled() and not _wants_other_backend(q_t, k_t, v_t, False):
-        o, lse, starts_q, starts_k, most_q, most_k, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
-            q_t, k_t, v_t, None, True, 0.0, True, False)  # fmt: skip
-        return o.transpose(1, 2), Attention((o, lse, seed, offset, starts_q, starts_k), (most_q, most_k))
-    with torch.enable_grad():
-        leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
-        o = causal_attention(*leaves)
-    return o.detach(), Attention(graph=(o, *leaves))
+def fuses(known: dict[Any, bool], heads: Callable[[], tuple[Tensor, ...]]) -> bool:
+    """Whether causal attention without a past inside an autograd function is `attention_forward`, else `attention_graph`: where `causal_attention` would take
+    cuDNN too. known: answers of before, of the same shapes, type and device; heads: gives q (B,T,Hq,d) and k, v (B,T,Hkv,d), should it be asked again."""
+    c = torch._C
+    key = (_wants_other_backend, c._get_cudnn_enabled(), c._get_cudnn_sdp_enabled(), c._get_flash_sdp_enabled(), c._get_mem_efficient_sdp_enabled(),
+           c._get_math_sdp_enabled(), tuple(c._get_sdp_priority_order()), c._get_deterministic_algorithms())  # fmt: skip
+    found = known.get(key)
+    if found is None:
+        q, k, v = heads()
+        other = not q.is_cuda or q.shape != k.shape or torch.are_deterministic_algorithms_enabled()
+        found = known[key] = not (other or _wants_other_backend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), False))
+    return found
 
 
-def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, attention: Attention, tensors: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. tensors: `attention.tensors` of the forward, as they were saved."""
-    if attention.graph:
-        o, *leaves = attention.graph
-        dq, dk, dv = torch.autograd.grad(o, leaves, do, retain_graph=True)
-        return dq, dk, dv
-    o, lse, seed, offset, starts_q, starts_k = tensors
-    turned = [x.transpose(1, 2) for x in (do, q, k, v)]
+def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """`function.apply` of eager calls, without its look for functorch's wrappers, which costs as much as a launch."""
+    return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
+
+
+def without_grad(call: Callable[..., Any], *inputs: Any) -> Any:
+    """What `call` gives without gradients, where they are enabled: `torch.no_grad` for half of what that costs."""
+    torch._C._set_grad_enabled(False)
+    try:
+        return call(*inputs)
+    finally:
+        torch._C._set_grad_enabled(True)
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """o (B,T,H,d) of q, k, v (B,T,H,d), and the float32 sums that its backward takes. cuDNN's operator, called without what stands around it."""
+    o, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(*(x.transpose(1, 2) for x in (q, k, v)), None, True, 0.0, True, False)
+    return o.transpose(1, 2), lse
+
+
+def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, of what `attention_forward` took and gave. seed: any int64, for a dropout that there is not."""
+    turned, tokens = [x.transpose(1, 2) for x in (do, q, k, v, o)], q.shape[1]
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
-        *turned, o, lse, seed, offset, None, starts_q, starts_k, *attention.numbers, 0.0, True)  # fmt: skip
+        *turned, lse, seed, seed, None, None, None, tokens, tokens, 0.0, True)  # fmt: skip
     dq, dk, dv = (g.transpose(1, 2) for g in grads)
     return dq, dk, dv
+
+
+def attention_graph(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """`causal_attention` inside an autograd function: o, which holds a graph of its own, and the graph's q, k and v."""
+    with torch.enable_grad():
+        leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
+        return causal_attention(*leaves), *leaves
 
 
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -286,16 +302,20 @@ def feedback_attention(
     scale D^-0.5, zero for a row with no predecessor. Returns s (B,T,D) in the storage dtype; differentiable in everything but past_length.
     Under autocast the storage dtype is autocast's. Raises ValueError on shapes or dtypes outside this contract.
     """
+    behind = past_k is not None
     if past_k is None or past_s is None or past_length is None:
         _require(past_k is None and past_s is None and past_length is None, "past_k, past_s and past_length go together", "only some of them")
+        eager = is_eager(q, k, gamma, f)
         q, k, f = _cast_for_autocast(q, k, f)
-        past_k, past_s, past_length = no_past(q, is_eager(q))
+        past_k, past_s, past_length = no_past(q, eager)
     else:
+        eager = is_eager(q, k, gamma, f, past_k, past_s, past_length)
         q, k, f, past_k, past_s = _cast_for_autocast(q, k, f, past_k, past_s)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, gamma, f, past_k, past_s))
-    if is_eager(q, k, gamma, f, past_k, past_s, past_length):
+    if eager:
         if wants_grad:
-            return _Direct.apply(q, k, gamma, f, past_k, past_s, past_length)
+            made = without_grad(run_forward, q, k, gamma, f, past_k, past_s, past_length, True)
+            return applied(_Direct, made, q, k, gamma, f, *((past_k, past_s, past_length) if behind else ()))
         return run_forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=False)[0]
     if wants_grad:
         return torch.ops.sessa.feedback_attention_fwd(q, k, gamma, f, past_k, past_s, past_length)[0]

@@ -14,6 +14,7 @@ from sessa_deploy.contract import STEP_ROWS
 from sessa_deploy.kernels import blocked
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import FEEDBACK_MAX_WIDTH, FEEDBACK_MULTIPLE, HEAD_MAX_WIDTH, HEAD_MULTIPLE, MAX_GRID, ROWS_HEADS, ROWS_WIDTHS
+from sessa_deploy.kernels.replay import queue
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # storage types that have kernels
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -60,8 +61,13 @@ def is_eager(*tensors: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and _PLAIN.issuperset([type(x) for x in tensors])
+        and is_plain(*tensors)
     )
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether none of them is of a subclass."""
+    return _PLAIN.issuperset([type(x) for x in tensors])
 
 
 def feedback_forward(
@@ -82,7 +88,7 @@ def feedback_forward(
         return step_rows.step(q, k, gamma, f, past_k, past_s, past_length), None, None
     from sessa_deploy.kernels.feedback import forward
 
-    return forward.forward(q, k, gamma, f, past_k, past_s, past_length, need_lse)
+    return forward.forward(q, k, gamma, f, past_k, past_s, past_length, need_lse, replay=queue)
 
 
 def feedback_backward(
@@ -96,7 +102,7 @@ def feedback_backward(
     if uses_triton(q):
         from sessa_deploy.kernels.feedback import backward
 
-        return backward.backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length)
+        return backward.backward(ds, q, k, gamma, f, s, lse, rest, past_k, past_s, past_length, replay=queue)
     return blocked.feedback_backward(ds, q, k, gamma, f, s, lse, past_k, past_s, past_length)
 
 

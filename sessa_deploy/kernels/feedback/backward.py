@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback.forward import APART, combination, kept_blocks, plan, planner, score_grid
+from sessa_deploy.kernels.feedback.forward import APART, Queue, at_once, combination, kept_blocks, plan, planner, score_grid
 from sessa_deploy.kernels.feedback.gradients import (
     feedback_grad_k,
     feedback_grad_pack,
@@ -285,18 +285,26 @@ def queue(
 def backward(
     ds: Tensor, q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, s: Tensor, lse: Tensor, s_low: Tensor | None,
     past_k: Tensor, past_s: Tensor, past_length: Tensor,
-    options: Options | None = None, panel_bytes: int = PANEL_BYTES, made: Plan | None = None,
+    options: Options | None = None, panel_bytes: int = PANEL_BYTES, made: Plan | None = None, replay: Queue = at_once,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dgamma, df, dpast_k, dpast_s) of the forward that gave s (B,T,D), lse (B,T) and s_low (B,T,D). Shapes and dtypes as the inputs'.
 
-    Rows from a sequence's first one with NaN or Inf in q, k or s on get gradient 0 and contribute none. options, made: as in the forward.
+    Rows from a sequence's first one with NaN or Inf in q, k or s on get gradient 0 and contribute none. A past without rows is its own gradient.
+    options, made, replay: as in the forward.
     """
     ds, q, k, gamma, s, past_k, past_s, lse = (aligned(x) for x in (ds, q, k, gamma, s, past_k, past_s, lse))
     s_low = None if s_low is None else aligned(s_low)
     p = made or plan_of(q.device, q.dtype, q.shape, past_k.shape[1], options, panel_bytes)
     if past_length.dtype != torch.int32:
         past_length = past_length.to(torch.int32)
-    dq, dk, dgamma, df, dpast_k, dpast_s = (torch.empty_like(x) for x in (q, k, gamma, q, past_k, past_s))
-    memory, sync = p.workspace.allocate(q.device), torch.zeros(p.sync, dtype=torch.int32, device=q.device)
-    queue(p, ds, q, k, gamma, s, lse, s_low, past_k, past_s, past_length, (dq, dk, dgamma, df, dpast_k, dpast_s), memory, sync)
+    dq, dk, dgamma, df = (torch.empty_like(x) for x in (q, k, gamma, q))
+    dpast_k, dpast_s = (torch.empty_like(x) for x in (past_k, past_s)) if past_k.shape[1] else (past_k, past_s)
+    memory = torch.empty(p.workspace.bytes + 4 * p.sync, dtype=torch.uint8, device=q.device)
+    to = dq, dk, dgamma, df, dpast_k, dpast_s
+
+    def work() -> None:
+        sync = memory[p.workspace.bytes :].view(torch.int32).zero_()
+        queue(p, ds, q, k, gamma, s, lse, s_low, past_k, past_s, past_length, to, memory[: p.workspace.bytes], sync)
+
+    replay(("feedback attention backward", p), q.device, (ds, q, k, gamma, s, lse, s_low, past_k, past_s, past_length, *to, memory), work)
     return dq, dk, dgamma, df, dpast_k, dpast_s

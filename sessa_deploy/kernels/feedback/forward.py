@@ -6,7 +6,7 @@ Rows go in panels so that the workspace is panel x (P + T) in the work type (flo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -300,6 +300,12 @@ def planner(made: Callable[..., P]) -> Callable[..., P]:
 
 
 plan_of = planner(Plan)
+Queue = Callable[[Hashable, torch.device, Sequence[Tensor | None], Callable[[], None]], None]
+
+
+def at_once(what: Hashable, device: torch.device, tensors: Sequence[Tensor | None], work: Callable[[], None]) -> None:
+    """Queue work, of which `what` and the places of the tensors say everything: whoever does not want it replayed."""
+    work()
 
 
 class Call:
@@ -347,12 +353,13 @@ class Call:
 
 def forward(
     q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s: Tensor, past_length: Tensor, need_lse: bool = True,
-    options: Options | None = None, panel_bytes: int = PANEL_BYTES, made: Plan | None = None,
+    options: Options | None = None, panel_bytes: int = PANEL_BYTES, made: Plan | None = None, replay: Queue = at_once,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """s (B,T,D) in the storage dtype; lse (B,T) float32 and, with 16-bit storage, what rounding took from s (B,T,D), None unless wanted.
 
     need_lse: whether a backward will follow, which takes both. Shapes and meaning as in `ops.feedback_attention`.
     options: launch options by kernel name in place of the pinned ones (tuning, small tiles under the interpreter); made: the plan of such a call.
+    replay: what queues the launches, see `at_once`.
     """
     q, k, gamma, f, past_k, past_s = (aligned(x) for x in (q, k, gamma, f, past_k, past_s))
     p = made or plan_of(q.device, q.dtype, q.shape, past_k.shape[1], options, panel_bytes)
@@ -361,7 +368,11 @@ def forward(
     s = torch.empty_like(f)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if need_lse else None
     memory, low = p.workspace.allocate(q.device), torch.empty_like(f) if need_lse and p.low else None
-    call = Call(p, q, k, gamma, past_k, past_s, past_length, s, lse, low, memory)
-    call.route()
-    call.solve(f)
+
+    def work() -> None:
+        call = Call(p, q, k, gamma, past_k, past_s, past_length, s, lse, low, memory)
+        call.route()
+        call.solve(f)
+
+    replay(("feedback attention", p), q.device, (q, k, gamma, f, past_k, past_s, past_length, s, lse, low, memory), work)
     return s, lse, low

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Memory:
             stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
             self._parts[name] = (dtype, tuple(shape), stride, self.bytes // dtype.itemsize)
             self.bytes += -(-math.prod(shape) * dtype.itemsize // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
-        self._types = tuple({dtype for _, dtype in parts.values()})
+        self.names, self._types = tuple(parts), tuple({dtype for _, dtype in parts.values()})
 
     def allocate(self, device: torch.device) -> Tensor:
         """Memory for them, uninitialised."""
@@ -34,12 +35,14 @@ class Memory:
     def views(self, memory: Tensor) -> list[Tensor]:
         """The tensors, in the order in which they were named."""
         typed = {dtype: memory.view(dtype) for dtype in self._types}
-        return [typed[dtype].as_strided(shape, stride, at) for dtype, shape, stride, at in self._parts.values()]
+        begin = {dtype: x.storage_offset() for dtype, x in typed.items()}
+        return [typed[dtype].as_strided(shape, stride, begin[dtype] + at) for dtype, shape, stride, at in self._parts.values()]
 
     def view(self, memory: Tensor, name: str) -> Tensor:
         """One of them."""
         dtype, shape, stride, at = self._parts[name]
-        return memory.view(dtype).as_strided(shape, stride, at)
+        typed = memory.view(dtype)
+        return typed.as_strided(shape, stride, typed.storage_offset() + at)
 
 
 class Plan:
@@ -58,6 +61,8 @@ class Plan:
         self.heads = [form.heads, form.kv_heads, form.kv_heads]
         self.heads_shape = (batch, tokens, sum(self.heads), form.head_dim)
         self.q_shape = (batch, tokens, form.heads, form.head_dim)
+        self.qkv_shape = (n, (form.heads + 2 * form.kv_heads) * form.head_dim)
+        self.fuses: dict[Any, bool] = {}  # of `ops.fuses`
         inner = sum(self.heads) * form.head_dim
         self.parts = [inner, width, width]  # columns of the products of a: q, k and v in one, the feedback branch's q and k
         self.joined = sum(self.parts)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from sessa_deploy.kernels.beside import Beside
 from sessa_deploy.kernels.launch.jit import aligned
-from sessa_deploy.kernels.training.beside import Beside
 from sessa_deploy.kernels.training.form import Form, HeadWeights, Weights
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from sessa_deploy.kernels.training import beside
-from sessa_deploy.kernels.training.beside import Beside
+from sessa_deploy.kernels import beside
+from sessa_deploy.kernels.beside import Beside
 
 GPU = torch.device("cuda", 0)
 

@@ -1,0 +1,337 @@
+"""Work that is replayed where it comes again: when it is captured, what makes room, and feedback attention's launches as such."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from feedback_cases import DEVICE, side, small_options
+from replayed import Again
+
+from sessa_deploy.kernels import ops, replay, route
+from sessa_deploy.kernels.feedback import backward, forward
+
+
+class Graph:
+    """A CUDA graph whose capture runs nothing, and whose replay says so."""
+
+    current: Any = None
+    refuses = False
+    begun = 0
+
+    def __init__(self) -> None:
+        self.replays = 0
+        self.lacks_memory = False
+
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local" and pool == "pool"
+        Graph.current = self
+        Graph.begun += 1
+
+    def capture_end(self) -> None:
+        Graph.current = None
+        if Graph.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def replay(self) -> None:
+        assert Graph.current is None
+        if self.lacks_memory:
+            raise RuntimeError("out of memory")
+        self.replays += 1
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The GPU as `Replays` sees it: `capturing` is whether somebody captures the current stream, `ended` what was allocated to no longer."""
+    seen = SimpleNamespace(capturing=False, streams=itertools.count(100), ended=[])
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: seen.ended.append((device, pool)), raising=False)
+    monkeypatch.setattr(Graph, "refuses", False)
+    monkeypatch.setattr(replay, "new_stream", lambda: next(seen.streams))
+    for name, value in {"CUDAGraph": Graph, "graph_pool_handle": lambda: "pool", "stream": lambda s: nullcontext(),
+                        "ExternalStream": lambda number, device: SimpleNamespace(cuda_stream=number, device_index=device.index)}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: seen.capturing, raising=False)
+    return seen
+
+
+def test_what_comes_again_is_captured_and_replayed(graphs: SimpleNamespace) -> None:
+    kept, ran = replay.Replays(torch.device("cuda", 0)), list[str]()
+    for _ in range(replay.SEEN):
+        kept.run(("a", 1), lambda: ran.append("a"))
+        kept.run(("b", len(ran)), lambda: ran.append("b"))  # never the same again
+    assert ran == ["a", "b"] * replay.SEEN and not kept._graphs
+    for _ in range(4):
+        kept.run(("a", 1), lambda: ran.append("captured"))
+    assert ran[2 * replay.SEEN :] == ["captured"] and [g.replays for g in kept._graphs.values()] == [4]
+    graphs.capturing = True  # a graph of somebody else's: what it holds is queued into it
+    kept.run(("a", 1), lambda: ran.append("theirs"))
+    assert ran[-1] == "theirs" and kept._graphs["a", 1].replays == 4
+
+
+def test_what_cannot_be_captured_is_queued_as_ever(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, ran = replay.Replays(torch.device("cuda", 0)), list[int]()
+    monkeypatch.setattr(Graph, "refuses", True)
+    for i in range(replay.SEEN + 3):
+        kept.run("a", functools.partial(ran.append, i))
+    # the one that was tried ran twice: in the capture, which does nothing on a GPU, and behind it
+    assert ran == [0, 1, 2, 3, 3, 4, 5] and not kept._graphs
+    monkeypatch.setattr(Graph, "refuses", False)
+    monkeypatch.setenv("SESSA_REPLAY", "0")
+    off = replay.Replays(torch.device("cuda", 0))
+    for _ in range(9):
+        off.run("a", lambda: ran.append(9))
+    assert ran[-9:] == [9] * 9 and not off._graphs
+
+
+def test_a_capture_that_fails_is_over(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's allocator is told so where the end of the capture fails, and an interrupt is the user's."""
+    kept = replay.Replays(torch.device("cuda", 0))
+    for _ in range(replay.SEEN):
+        kept.run("a", lambda: None)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept.run("a", interrupted)
+    assert Graph.current is None and not graphs.ended and kept._on
+    monkeypatch.setattr(Graph, "refuses", True)
+    Graph.begun = 0
+    with pytest.raises(KeyboardInterrupt):
+        kept.run("a", interrupted)
+    assert graphs.ended == [(0, "pool")] and Graph.begun == 2, "a capture of nothing, for PyTorch's generator"
+    kept.run("a", lambda: None)
+    assert len(graphs.ended) == 2 and not kept._graphs
+
+
+def test_a_capture_ends_where_the_second_stream_cannot_be_waited_for(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a void capture every event fails; a thread whose capture does not end can allocate nothing more."""
+    kept = replay.Replays(torch.device("cuda", 0))
+    for _ in range(replay.SEEN):
+        kept.run("a", lambda: None)
+
+    def fails() -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    ran = list[int]()
+
+    def work() -> None:
+        ran.append(1)
+        if Graph.current is not None:
+            fails()
+
+    monkeypatch.setattr(kept, "_join", fails)
+    kept.run("a", work)
+    assert Graph.current is None and ran == [1, 1] and kept._on
+
+
+def test_work_whose_graph_finds_no_memory_is_queued_as_ever(graphs: SimpleNamespace) -> None:
+    kept, ran = replay.Replays(torch.device("cuda", 0)), list[int]()
+    for i in range(replay.SEEN + 2):
+        kept.run("a", functools.partial(ran.append, i))
+    kept._graphs["a"].lacks_memory = True
+    kept.run("a", lambda: ran.append(99))
+    assert ran[-1] == 99 and not kept._graphs and not kept._used
+
+
+def test_streams_that_somebody_captures_on_take_no_place(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_KEPT", {})
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    graphs.capturing = True
+    assert replay.replays(torch.device("cuda", 0)) is None and not replay._KEPT
+    graphs.capturing = False
+    found = replay.replays(torch.device("cuda", 0))
+    graphs.capturing = True
+    assert found is not None and replay.replays(torch.device("cuda", 0)) is found
+
+
+def test_graphs_and_keys_are_bounded(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MOST", 2)
+    monkeypatch.setattr(replay, "_REMEMBERED", 5)
+    kept = replay.Replays(torch.device("cuda", 0))
+    for key in range(3):
+        for _ in range(replay.SEEN + 1):
+            kept.run(key, lambda: None)
+    assert len(kept._graphs) == 2
+    more = replay.Replays(torch.device("cuda", 0))
+    for key in range(100):
+        more.run(key, lambda: None)
+    assert len(more._seen) <= 5
+
+
+def test_one_piece_that_cannot_be_captured_leaves_the_others(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = replay.Replays(torch.device("cuda", 0))
+    for i in range(4 * replay.SEEN):
+        monkeypatch.setattr(Graph, "refuses", True)
+        kept.run("bad", lambda: None)
+        monkeypatch.setattr(Graph, "refuses", False)
+        kept.run(("good", i // 4), lambda: None)  # each comes just often enough
+    assert kept._on and ("good", 0) in kept._graphs and "bad" not in kept._graphs and kept._captures == 1 + len(kept._graphs)
+    monkeypatch.setattr(Graph, "refuses", True)
+    for key in range(replay.TRIES):
+        for _ in range(replay.SEEN + 1):
+            kept.run(("worse", key), lambda: None)
+    assert not kept._on
+
+
+def test_graphs_of_memory_that_lies_elsewhere_by_now_make_room(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MOST", 4)
+    monkeypatch.setattr(replay, "STALE", 12)
+    kept = replay.Replays(torch.device("cuda", 0))
+
+    def steps(places: range, count: int) -> None:
+        for _ in range(count):
+            for key in places:
+                kept.run(key, lambda: None)
+
+    steps(range(4), 8)
+    assert set(kept._graphs) == set(range(4))
+    first = kept._graphs[0]
+    steps(range(2, 6), 16)  # two where they were, two elsewhere
+    assert set(kept._graphs) == set(kept._used) == {2, 3, 4, 5}
+    assert kept._first is first  # the pool must not lose all of its graphs
+
+
+def test_captures_that_are_not_worth_it_end(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "FREE", 3)
+    kept = replay.Replays(torch.device("cuda", 0))
+    for key in range(20):  # each place comes just often enough to be captured, and never again
+        for _ in range(replay.SEEN + 1):
+            kept.run(key, lambda: None)
+    assert len(kept._graphs) == 3
+    for _ in range(3 * replay.WORTH + 1):
+        kept.run(0, lambda: None)
+    for _ in range(replay.SEEN + 1):
+        kept.run("again", lambda: None)
+    assert "again" in kept._graphs
+
+
+def test_what_another_thread_queued_counts_for_that_thread(graphs: SimpleNamespace) -> None:
+    """Libraries keep their plans for each thread: a capture must not be what makes one."""
+    kept = replay.Replays(torch.device("cuda", 0))
+    for _ in range(replay.SEEN):
+        kept.run("a", lambda: None)
+    other = threading.Thread(target=lambda: kept.run("a", lambda: None))
+    other.start()
+    other.join()
+    assert not kept._graphs
+    kept.run("a", lambda: None)
+    assert "a" in kept._graphs
+
+
+def test_places_tell_views_apart() -> None:
+    x = torch.zeros(4, 4)
+    assert replay.places([x, None, x[1:]]) == (x.data_ptr(), 0, x[1:].data_ptr())
+    assert len({replay.places([y]) for y in (x, x.t(), x[:, ::2], x[:1].expand(4, 4))}) == 4
+
+
+def test_settings_of_either_kind_are_seen() -> None:
+    """PyTorch refuses to answer for its older settings where one of the newer was set."""
+    before, seen = torch.backends.cuda.matmul.fp32_precision, {replay.flags()}
+    assert torch._C._get_cublas_allow_fp16_accumulation in replay._ASKED
+    try:
+        for kind in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = kind
+            seen.add(replay.flags())
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(seen) == 3 and replay.flags() in seen
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_replays_of_feedback_attention_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two forwards before their backwards, with memory that moves."""
+    torch.manual_seed(0)
+    x = [torch.randn(2, 300, 64, device="cuda").bfloat16().requires_grad_() for _ in range(3)]
+    gamma, ds = (torch.rand(2, 300, device="cuda") * 2 - 1).requires_grad_(), torch.randn(2, 300, 64, device="cuda").bfloat16()
+    leaves = (x[0], x[1], gamma, x[2])
+
+    def step(turn: int) -> list[Tensor]:
+        first, other = ops.feedback_attention(*leaves), ops.feedback_attention(x[turn % 2], x[1], gamma, x[2])
+        with torch.no_grad():
+            plain = ops.feedback_attention(*leaves)
+        return [first, other, plain, *torch.autograd.grad(other, leaves, ds, allow_unused=True), *torch.autograd.grad(first, leaves, ds)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "replays", lambda device: None)
+        want = [step(turn) for turn in range(2)]
+    held, kept = list[Tensor](), replay.replays(ds.device)
+    assert kept is not None
+    before = kept._replayed
+    for i in range(40):
+        if i > 15:
+            held = [*held[-2:], torch.full((1 << 16 + i % 5,), torch.nan, device="cuda")]
+        for got, w in zip(step(i), want[i % 2], strict=True):
+            assert (got is None) == (w is None) and (got is None or torch.equal(got, w)), f"step {i}"
+    assert kept._on and kept._replayed - before > 20
+
+
+def test_no_call_of_feedback_attention_is_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls at the same addresses that differ in what decides their launches: each gives its own numbers, forward and backward."""
+    torch.manual_seed(0)
+    known, options = Again(), {module: side(small_options(torch.float32), module is backward) for module in (forward, backward)}
+    q, k, f, ds = torch.randn(4, 1, 8, 16, device=DEVICE)
+    gamma, past, length = torch.rand(1, 8, device=DEVICE), torch.randn(2, 1, 5, 16, device=DEVICE), torch.tensor([[0, 3]], dtype=torch.int32, device=DEVICE)
+    given, count, plain = dict[Any, Tensor](), itertools.count(), torch.empty
+    plans: dict[Any, Any] = {}
+
+    def empty(*size: Any, **kind: Any) -> Tensor:
+        return given.setdefault((next(count), str(size), str(kind)), plain(*size, **kind))
+
+    def made(module: Any, x: Tensor, capacity: int) -> Any:
+        key = (module, x.dtype, x.shape, capacity)
+        if key not in plans:
+            plans[key] = module.plan_of(x.device, x.dtype, x.shape, capacity, options[module])
+        return plans[key]
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x: empty(tuple(x.shape), dtype=x.dtype, device=x.device))
+
+    def run(capacity: int, lse: bool, again: Any) -> list[Tensor]:
+        nonlocal count
+        count = itertools.count()
+        x = (q, k, gamma, f)
+        behind = [*past[:, :, :capacity], length[:, int(capacity > 0)]]
+        s, sums, low = forward.forward(*x, *behind, lse, made=made(forward, x[0], capacity), replay=again)
+        if sums is None:
+            return [s.clone()]
+        return [y.clone() for y in (s, *backward.backward(ds, *x, s, sums, low, *behind, made=made(backward, x[0], capacity), replay=again))]
+
+    kinds = [(0, True), (0, False), (5, True)]
+    want = [run(*kind, forward.at_once) for kind in kinds]
+    for _ in range(2):
+        for kind, expected in zip(kinds, want, strict=True):
+            got = run(*kind, lambda what, device, tensors, work: known.run((what, replay.places(tensors)), work))
+            for i, (g, w) in enumerate(zip(got, expected, strict=True)):
+                assert torch.equal(g, w), f"{i} of {kind}"
+    assert known.hits == 5
+
+
+def test_feedback_attention_is_queued_in_one_piece_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the public function, and by the registered operators, which a compiled model calls."""
+    names, (q, k, f) = list[str](), torch.randn(3, 1, 8, 16, device=DEVICE)
+    gamma, options = torch.rand(1, 8, device=DEVICE), small_options(torch.float32)
+    plain = {module: module.plan_of for module in (forward, backward)}
+    for module, plan_of in plain.items():
+        monkeypatch.setattr(module, "plan_of", lambda *at, plan_of=plan_of, way=module: plan_of(*at[:4], side(options, way is backward)))
+    monkeypatch.setattr(route, "uses_triton", lambda q: True)
+    monkeypatch.setattr(route, "queue", lambda what, device, tensors, work: (names.append(what[0]), work()))
+    leaves = [x.requires_grad_() for x in (q, k, gamma, f)]
+    first = torch.autograd.grad(ops.feedback_attention(*leaves).sum(), leaves)
+    assert names == ["feedback attention", "feedback attention backward"]
+    s, _, _ = torch.ops.sessa.feedback_attention_fwd(*leaves, *ops.no_past(q, True))
+    for g, w in zip(torch.autograd.grad(s.sum(), leaves), first, strict=True):
+        torch.testing.assert_close(g, w)
+    assert names[2:] == names[:2]
