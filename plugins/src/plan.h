@@ -90,11 +90,13 @@ constexpr char const* kWideRow = "1.wide"; // the variant for one row that is wi
 inline Cubin const* aheadCubin(char const* name, int32_t arch, Problem const& p, std::string const& variant)
 {
     std::string const depth = covering(kAheadDepths, p.width);
+    bool const one = variant == std::to_string(kRows[0]);
     if (depth.empty())
     {
-        return variant == std::to_string(kRows[0]) ? findCubin(name, arch, productType(p).c_str(), kWideRow) : nullptr;
+        return one ? findCubin(name, arch, productType(p).c_str(), kWideRow) : nullptr;
     }
-    return p.weights != Weights::kStorage ? nullptr : findCubin(name, arch, dtypeName(p.storage), (variant == "any" ? depth : variant + "." + depth).c_str());
+    bool const serves = one || p.weights == Weights::kStorage; // of several rows, 8-bit weights have none
+    return serves ? findCubin(name, arch, productType(p).c_str(), (variant == "any" ? depth : variant + "." + depth).c_str()) : nullptr;
 }
 
 // engine/spec.py, many_variant; null where there is none.

@@ -52,7 +52,7 @@ _LAYERS = (
     Kernel("layer_widen", _LAYER, (*_MATRIX[:1], *pointers("out"), Param("count", "i32", True)), ("BLOCK",), _ANY, dtypes=_QUANTISED),
     Kernel("layer_norm_enter", _LAYER,
            (*pointers("x", "norm_weight", "norm_bias"), *_MATRIX, *pointers("bias", "out"), Param("depth", "i32", True), Param("eps", "fp32")),
-           ("BN", "BK", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS, shares=_WIDTHS, fills=_WIDTHS[1:]),
+           ("BN", "BK", "KS", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS, shares=_WIDTHS, fills=_WIDTHS[1:]),
     Kernel("layer_norm_enter_rows", f"{_LAYER}_rows",
            (*pointers("x", "norm_weight", "norm_bias", "weight", "bias", "out"), Param("rows", "i32"), Param("depth", "i32", True), Param("eps", "fp32")),
            ("BN", "BK", "KS", "PDL"), _WIDTHS[:1], dtypes=_HALF, scalar_loads=32, early=_WIDTHS[:1], optional=_WIDTHS[:1]),
@@ -196,7 +196,8 @@ def ahead_variant(kernel: str, variant: str, weights: str, depth: int) -> str:
     if variant == _ONE[0] and depth > AHEAD_DEPTH:
         return WIDE_ROW if WIDE_ROW in table.kernel(kernel).optional else ""
     short = f"{variant}.{AHEAD_DEPTH}" if variant != "any" else str(AHEAD_DEPTH)
-    return short if not weights and depth <= AHEAD_DEPTH and short in table.kernel(kernel).optional else ""
+    serves = not weights or variant == _ONE[0]  # of several rows, 8-bit weights have none
+    return short if serves and depth <= AHEAD_DEPTH and short in table.kernel(kernel).optional else ""
 
 
 def mixer_variant(width: int, head: int, group: int) -> str:

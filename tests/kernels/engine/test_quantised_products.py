@@ -113,6 +113,25 @@ def test_operations(operation: Any, factor: int, rows: int, kind: str, dtype: to
     check(found(), exactly, plain)
 
 
+@pytest.mark.parametrize("operation", [tail, norm_enter, project], ids=lambda x: x.__name__)
+@pytest.mark.parametrize(("d", "pieces", "kind", "dtype"), [(80, 1, "int8", HALF), (144, 1, "fp8", BFLOAT), (304, 2, "fp8", HALF)])
+def test_a_row_by_matrix_instructions(operation: Any, d: int, pieces: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of its weights comes ahead, and in how many pieces: less than one, a loop behind one, two and a loop."""
+    pinned = layer.pinned
+
+    def other(names: tuple[str, ...], *rest: Any) -> Any:
+        found = {name: {**options, "BN": 16, "KS": 2, "num_warps": 2} for name, options in pinned(names, *rest).items()}
+        return {name: o if "AHEAD" not in o else {**o, "BK": 128, "AHEAD": pieces} for name, o in found.items() if name != "layer_norm"} | {
+            name: o for name, o in pinned(names, *rest).items() if name == "layer_norm"}
+
+    factor = {"tail": 1, "norm_enter": 2, "project": 4}[operation.__name__]
+    w, scale, exact = quantised(factor * d, d, kind, seed=5)
+    found, reference = operation(1, d, w, scale, dtype)
+    monkeypatch.setattr(layer, "pinned", other)
+    exactly, plain = both(lambda t: reference(t, exact.to(t)), dtype)
+    check(found(), exactly, plain)
+
+
 def test_a_mixers_step() -> None:
     a = case(2, 2, 24, 24, [24, 7])
     w, scale, exact = quantised(48, 48, "int8")
