@@ -37,6 +37,7 @@ CASES: Cases = {"1": (1, ONE), "16": (8, SMALL), "64": (32, MIDDLE), "any": (819
 # of weights of 8 bits; one row's last number: how many BK are read ahead
 BYTES_ONE = [(1, n, k, 1, w, 1, a) for n, k, w, a in ((4, 1024, 2, 1), (4, 1024, 4, 1), (4, 1024, 2, 2), (4, 1024, 4, 2), (8, 1024, 4, 1), (8, 1024, 8, 1),
              (8, 1024, 4, 2), (8, 1024, 8, 2), (16, 1024, 4, 1), (16, 1024, 8, 1), (16, 1024, 8, 2), (8, 512, 4, 2), (8, 2048, 8, 1))]  # fmt: skip
+BYTES_ONE += [(1, n, k, w, w, 1, a) for n, k, w, a in ((16, 512, 4, 2), (16, 512, 4, 4), (16, 1024, 8, 1), (16, 512, 8, 4), (8, 512, 4, 2))]  # by matrices
 BYTES_NARROW = [(32, 16, 256, 4, 4, 3), (32, 16, 256, 4, 4, 4), (32, 16, 512, 8, 8, 3), (16, 16, 512, 8, 8, 3), (16, 16, 512, 4, 4, 3),
                 (16, 32, 256, 4, 4, 4), (16, 32, 512, 8, 8, 3), (32, 32, 256, 4, 4, 3), (32, 32, 256, 4, 4, 4), (32, 32, 512, 8, 8, 3), (32, 32, 256, 1, 4, 4)]
 BYTES_BROAD = [(32, 32, 256, 4, 4, 3), (32, 32, 256, 4, 4, 4), (32, 32, 512, 8, 8, 3), (32, 64, 256, 4, 4, 3), (32, 64, 128, 4, 4, 4), (32, 64, 256, 4, 8, 3),
@@ -58,7 +59,7 @@ def tiles(kernel: str, width: int, c: tuple[int, ...]) -> dict[str, int]:
     if kernel == "layer_widen":
         return {"BLOCK": c[1], "num_warps": c[4], "num_stages": 1}
     if kernel == "layer_norm_enter":
-        return {"BN": c[1], "BK": int(table.width_variant(kernel, width)), "num_warps": c[4], "num_stages": 1}
+        return {"BN": c[1], "BK": int(table.width_variant(kernel, width)), "KS": c[3], "num_warps": c[4], "num_stages": 1}
     ahead = (c[6] if len(c) > 6 else 1024 // c[2]) if c[0] == 1 else 0
     return {**dict(zip(("BM", "BN", "BK", "KS"), c, strict=False)), "AHEAD": ahead, "num_warps": c[4], "num_stages": c[5]}
 

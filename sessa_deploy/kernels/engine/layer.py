@@ -195,9 +195,10 @@ def layer_project_gain(
     tiles of its own.
     """
     ROWS: tl.constexpr = 1 if BM <= SINGLE else BM
+    STEP: tl.constexpr = BK if ROWS > 1 else 1024 if KS == 1 or BM > 1 else BK * AHEAD  # with short tiles the end of this one is the kernel's
     gammas = tl.cdiv(rows, ROWS)
     if tl.program_id(0) < gammas:
-        gamma_rows(h, 2 * depth, gamma_weight, gamma_bias, gamma, tl.program_id(0) * ROWS, rows, depth, gamma_max, ROWS, 1024 if ROWS == 1 else BK, PDL)
+        gamma_rows(h, 2 * depth, gamma_weight, gamma_bias, gamma, tl.program_id(0) * ROWS, rows, depth, gamma_max, ROWS, STEP, PDL)
     else:
         _project_tile(
             h, 2 * depth, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, gammas,

@@ -32,25 +32,12 @@ def product(
     x, gate, weight, b_w, rows, m_m, m_n, depth, row, gate_row,
     GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """`product.product`; of one row with KS > 1 by matrix instructions, KS sums of their own side by side, KS a multiple of the warps."""
+    """`product.product`; of one row with KS > 1 by matrix instructions: depth is at most AHEAD * BK, and KS the number of warps, each of which has sums
+    of its own (of more, Triton 3.6 gave wrong ones)."""
     if (BM == 1) & (KS > 1):
-        WHOLE: tl.constexpr = GATED or AHEAD < 2
-        b_acc = tl.zeros([KS, BN, 1 if WHOLE else 8], dtype=tl.float32)
-        if WHOLE:
-            b_x = (_columns(x, gate, 0, depth, GATED, BK),)
-            for i in tl.static_range(1, AHEAD):
-                b_x = b_x + (_columns(x, gate, i * BK, depth, GATED, BK),)
+        b_acc = tl.zeros([KS, BN, 1 if AHEAD < 2 else 8], dtype=tl.float32)
         for i in tl.static_range(0, AHEAD):
-            if WHOLE:
-                b_acc = _add(b_acc, _whole(b_x[i], BK, KS), b_w[i], BN, BK, KS)
-            else:
-                b_acc = _add(b_acc, _read(x, i * BK, depth, BK, KS), b_w[i], BN, BK, KS)
-        for start in tl.range(AHEAD * BK, depth, BK, num_stages=1):
-            b_v = _piece(weight, m_n, depth, start, BN, BK, KS)
-            if WHOLE:
-                b_acc = _add(b_acc, _whole(_columns(x, gate, start, depth, GATED, BK), BK, KS), b_v, BN, BK, KS)
-            else:
-                b_acc = _add(b_acc, _read(x, start, depth, BK, KS), b_v, BN, BK, KS)
+            b_acc = _add(b_acc, x, gate, b_w[i], i * BK, depth, GATED, BN, BK, KS, AHEAD)
         b_y = _total(b_acc)
     else:
         b_y = _product(x, gate, weight, b_w, rows, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS, AHEAD)
@@ -63,7 +50,7 @@ def norm_product(x, b_w, b_gain, b_shift, depth, eps, BN: tl.constexpr, BK: tl.c
     o_k = tl.arange(0, BK)
     b_x = normal(tl.load(x + o_k, mask=o_k < depth, other=0.0), b_gain, b_shift, o_k < depth, depth, eps).to(x.dtype.element_ty)
     b_acc = tl.zeros([KS, BN, 1], dtype=tl.float32)
-    return _total(_add(b_acc, _whole(b_x, BK, KS), b_w, BN, BK, KS))
+    return _total(_dot(b_acc, _whole(b_x, BK, KS), b_w, BN, BK, KS))
 
 
 @triton.jit
@@ -84,18 +71,28 @@ def _left(b_w, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
 
 
 @triton.jit
-def _columns(x, gate, start, depth, GATED: tl.constexpr, BK: tl.constexpr):
-    """Columns [start, start + BK) of the row, (BK,)."""
-    o_k = start + tl.arange(0, BK)
-    b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0)
-    if GATED:
-        b_x = (b_x.to(tl.float32) * tl.load(gate + o_k, mask=o_k < depth, other=0.0).to(tl.float32)).to(b_x.dtype)
-    return b_x
+def _add(
+    b_acc, x, gate, b_w, start, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr
+):
+    """b_acc plus the products of columns [start, start + BK). One piece's row goes through shared memory; the registers that it is taken from would
+    hold as much as the weights. Of several pieces, each in its turn, it is read straight into them."""
+    if AHEAD < 2:
+        o_k = start + tl.arange(0, BK)
+        b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0)
+        if GATED:
+            b_x = (b_x.to(tl.float32) * tl.load(gate + o_k, mask=o_k < depth, other=0.0).to(tl.float32)).to(b_x.dtype)
+        b_b = _whole(b_x, BK, KS)
+    else:
+        b_x = _read(x, start, depth, BK, KS)
+        if GATED:
+            b_x = (b_x.to(tl.float32) * _read(gate, start, depth, BK, KS).to(tl.float32)).to(b_x.dtype)
+        b_b = tl.reshape(tl.permute(tl.reshape(b_x, [4, 8, KS, BK // (64 * KS), 4, 4]), [2, 3, 4, 0, 5, 1]), [KS, BK // KS, 8])
+    return _dot(b_acc, b_b, b_w, BN, BK, KS)
 
 
 @triton.jit
-def _add(b_acc, b_b, b_w, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """b_acc (KS,BN,columns of b_b) plus the products of a piece and the row's columns that belong to it."""
+def _dot(b_acc, b_b, b_w, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """b_acc (KS,BN,columns of b_b) plus a piece times b_b."""
     return tl.dot(_left(wide(b_w, b_b.dtype), BN, BK, KS), b_b, b_acc, input_precision="ieee")
 
 
@@ -111,8 +108,7 @@ def _read(x, start, depth, BK: tl.constexpr, KS: tl.constexpr):
     o_k = tl.arange(0, BK // (64 * KS))[None, None, None, None, :, None, None] * KS + tl.arange(0, KS)[None, None, :, None, None, None, None]
     o_k = (o_k * 4 + tl.arange(0, 4)[:, None, None, None, None, None, None]) * 16 + tl.arange(0, 2)[None, None, None, None, None, :, None] * 8
     o_k = start + o_k + tl.arange(0, 8)[None, None, None, None, None, None, :] + tl.zeros([4, 8, KS, 1, BK // (64 * KS), 2, 8], dtype=tl.int32)
-    b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0)
-    return tl.reshape(tl.permute(tl.reshape(b_x, [4, 8, KS, BK // (64 * KS), 4, 4]), [2, 3, 4, 0, 5, 1]), [KS, BK // KS, 8])
+    return tl.load(x + o_k, mask=o_k < depth, other=0.0)
 
 
 @triton.jit
