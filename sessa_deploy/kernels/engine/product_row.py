@@ -21,7 +21,7 @@ def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
     if (BM == 1) & (KS > 1):
         b_w = (_piece(weight, m_n, depth, 0, BN, BK, KS),)
         for i in tl.static_range(1, AHEAD):
-            b_w = b_w + (_piece(weight, m_n, depth, i * BK, BN, BK, KS),)
+            b_w = b_w + (_piece(weight, m_n, depth, i * BK, BN, BK, KS),)  # type: ignore[assignment]  # noqa: RUF005
     else:
         b_w = _ahead(weight, m_n, depth, BM, BN, BK, KS, AHEAD)
     return b_w
