@@ -1,5 +1,5 @@
-"""`product` of one row and 8-bit weights by matrix instructions, of whose 8 columns one is used: they take a sixth of what single multiplications, and the
-conversions to float32 before them, take of a multiprocessor's instructions, and those are as long as the weights' way from memory.
+"""`product` of one row and 8-bit weights by matrix instructions, of whose 8 columns one is used: they take less than half of the instructions that single
+multiplications take with the conversions to float32 before them, and those are not hidden behind the weights' way from memory.
 
 Weights are held as `strip` in product.py holds them, 16 at a time: a thread reads 16 bytes and has what its matrix instructions take.
 """
@@ -71,9 +71,7 @@ def _left(b_w, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
 
 
 @triton.jit
-def _add(
-    b_acc, x, gate, b_w, start, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr
-):
+def _add(b_acc, x, gate, b_w, start, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr):
     """b_acc plus the products of columns [start, start + BK). One piece's row goes through shared memory; the registers that it is taken from would
     hold as much as the weights. Of several pieces, each in its turn, it is read straight into them."""
     if AHEAD < 2:
@@ -98,13 +96,14 @@ def _dot(b_acc, b_b, b_w, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
 
 @triton.jit
 def _whole(b_x, BK: tl.constexpr, KS: tl.constexpr):
-    """A row's (BK,) as the right operand, (KS,BK / KS,8): it goes through shared memory, so that what was done to it was done once."""
+    """A row's (BK,) as the right operand, (KS,BK / KS,1): it goes through shared memory, so that what was done to it was done once."""
     return tl.reshape(tl.permute(tl.reshape(b_x, [BK // (64 * KS), KS, 4, 4, 4]), [1, 0, 3, 2, 4]), [KS, BK // KS, 1])
 
 
 @triton.jit
 def _read(x, start, depth, BK: tl.constexpr, KS: tl.constexpr):
-    """Columns [start, start + BK) of the row x as the right operand, read straight into the registers that it is taken from."""
+    """Columns [start, start + BK) of the row x as (4, 8, KS, 1, BK / (64 KS), 2, 8), the second axis of 8 alike: as a piece lies, so that the right operand
+    is taken from these registers."""
     o_k = tl.arange(0, BK // (64 * KS))[None, None, None, None, :, None, None] * KS + tl.arange(0, KS)[None, None, :, None, None, None, None]
     o_k = (o_k * 4 + tl.arange(0, 4)[:, None, None, None, None, None, None]) * 16 + tl.arange(0, 2)[None, None, None, None, None, :, None] * 8
     o_k = start + o_k + tl.arange(0, 8)[None, None, None, None, None, None, :] + tl.zeros([4, 8, KS, 1, BK // (64 * KS), 2, 8], dtype=tl.int32)
@@ -113,5 +112,5 @@ def _read(x, start, depth, BK: tl.constexpr, KS: tl.constexpr):
 
 @triton.jit
 def _total(b_acc):
-    """(1,BN) of (KS,BN,8)."""
+    """(1,BN) of (KS,BN,columns), which are all alike."""
     return tl.sum(tl.max(b_acc, 2), 0)[None, :]

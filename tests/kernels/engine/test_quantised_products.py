@@ -116,7 +116,7 @@ def test_operations(operation: Any, factor: int, rows: int, kind: str, dtype: to
 
 
 @pytest.mark.parametrize("operation", [tail, norm_enter, project], ids=lambda x: x.__name__)
-@pytest.mark.parametrize(("d", "pieces", "kind", "dtype"), [(80, 1, "int8", HALF), (80, 1, "fp8", BFLOAT), (240, 2, "fp8", HALF), (256, 2, "int8", BFLOAT)])
+@pytest.mark.parametrize(("d", "pieces", "kind", "dtype"), [(80, 1, "int8", HALF), (80, 1, "fp8", BFLOAT), (240, 2, "fp8", HALF)])
 def test_a_row_by_matrix_instructions(operation: Any, d: int, pieces: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one piece and in two, which it fills or does not."""
     pinned = layer.pinned
