@@ -284,6 +284,7 @@ def limits_h() -> str:
     }  # fmt: skip
     lists = {
         "Archs": cuda_arch.ARCHS, "Rows": limits.PRODUCT_ROWS, "QuantisedRows": limits.QUANTISED_ROWS, "AheadDepths": (limits.AHEAD_DEPTH,),
+        "WholeDepths": limits.WHOLE_DEPTHS,
         "HeadWidths": limits.HEAD_WIDTHS, "LayerWidths": limits.LAYER_WIDTHS,
         "MixerWidths": limits.MIXER_WIDTHS, "MixerHeads": limits.MIXER_HEADS, "RowsWidths": limits.ROWS_WIDTHS, "RowsHeads": limits.ROWS_HEADS,
         "StepWidths": limits.FEEDBACK_WIDTHS,

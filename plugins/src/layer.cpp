@@ -359,10 +359,13 @@ std::vector<Problem> everyRows(Storage storage)
         p.pairs = 8;
         p.columns = 80;
         all.push_back(p);
-        p.width = *(std::end(kAheadDepths) - 1) + 16;
-        p.doubleWidth = 2 * p.width;
-        p.heads = p.width / p.headWidth;
-        all.push_back(p);
+        for (int64_t const depth : kWholeDepths) // the first is that of kAheadDepths
+        {
+            p.width = depth + 16;
+            p.doubleWidth = 2 * p.width;
+            p.heads = p.width / p.headWidth;
+            all.push_back(p);
+        }
     }
     return all;
 }

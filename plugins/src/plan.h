@@ -83,18 +83,21 @@ inline std::string productVariant(int64_t rows, Weights weights)
     return weights == Weights::kStorage ? covering(kRows, rows, "any") : covering(kQuantisedRows, rows, "any");
 }
 
-constexpr char const* kWideRow = "1.wide"; // the variant for one row that is wider than kAheadDepths
+constexpr char const* kWideRow = "1.wide"; // the variant for one row that is wider than kAheadDepths, with 8-bit weights than kWholeDepths
 
 // engine/spec.py, ahead_variant: the binary in place of `variant` for rows so short that all their weights are read ahead, or other tiles pay, or for one wide
 // row; null where there is none.
 inline Cubin const* aheadCubin(char const* name, int32_t arch, Problem const& p, std::string const& variant)
 {
-    std::string const depth = covering(kAheadDepths, p.width);
+    bool const one = variant == std::to_string(kRows[0]);
+    bool const bytes = p.weights != Weights::kStorage;
+    std::string const depth = one && bytes ? covering(kWholeDepths, p.width) : covering(kAheadDepths, p.width);
     if (depth.empty())
     {
-        return variant == std::to_string(kRows[0]) ? findCubin(name, arch, productType(p).c_str(), kWideRow) : nullptr;
+        return one ? findCubin(name, arch, productType(p).c_str(), kWideRow) : nullptr;
     }
-    return p.weights != Weights::kStorage ? nullptr : findCubin(name, arch, dtypeName(p.storage), (variant == "any" ? depth : variant + "." + depth).c_str());
+    bool const serves = one || !bytes; // of several rows, 8-bit weights have none
+    return serves ? findCubin(name, arch, productType(p).c_str(), (variant == "any" ? depth : variant + "." + depth).c_str()) : nullptr;
 }
 
 // engine/spec.py, many_variant; null where there is none.

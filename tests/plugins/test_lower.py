@@ -18,7 +18,7 @@ import pytest
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, SHARED_LIMIT, SHARED_SHARE, WIDE_SHARE
-from sessa_deploy.kernels.launch.spec import OPENS, WAITS
+from sessa_deploy.kernels.launch.spec import DTYPES, OPENS, QUANTISED, WAITS
 from sessa_deploy.plugins import lower
 
 pytest.importorskip("triton")
@@ -220,14 +220,17 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
         for variant in k.variants:
             may = variant in k.early
             assert may or variant == "any"
-            held = [arch for arch in ARCHS if variant not in k.optional or table.has(k.name, arch, k.dtypes[0], variant)]
-            assert 90 in held and {arch: table.early(k.name, arch, k.dtypes[0], variant) for arch in held} == {
-                arch: k.rows_of(variant) if may and arch >= 90 else 0 for arch in held}
+            dtype = next(d for d in k.dtypes if variant not in k.optional or table.has(k.name, 90, d, variant))  # some are of 8-bit weights alone
+            held = [arch for arch in ARCHS if variant not in k.optional or table.has(k.name, arch, dtype, variant)]
+            rows = k.rows_of(variant) if dtype in DTYPES else k.early_rows_8 or k.rows_of(variant)
+            assert 90 in held and {arch: table.early(k.name, arch, dtype, variant) for arch in held} == {
+                arch: rows if may and arch >= 90 else 0 for arch in held}
             how = OPENS if variant in k.opens else WAITS
-            assert [table.tiles(k.name, arch, k.dtypes[0], variant)["PDL"] for arch in held] == [how if may and arch >= 90 else 0 for arch in held]
+            assert [table.tiles(k.name, arch, dtype, variant)["PDL"] for arch in held] == [how if may and arch >= 90 else 0 for arch in held]
     # who lets the next kernel in at once: of a single row, and ahead of none that reads what a kernel of a layer has written before its own wait
+    ones = ("1.wide", "1.1024", "1.2048")
     assert {k.name: k.opens for k in early if k.opens} == {
-        "layer_out": ("1", "1.wide"), "layer_tail": ("1", "1.wide"), "layer_norm_enter": ("1024", "2048", "4096"), "mixer_step_combine": ("1", "1.wide"),
+        "layer_out": ("1", *ones), "layer_tail": ("1", *ones), "layer_norm_enter": ("1024", "2048", "4096"), "mixer_step_combine": ("1", "1.wide"),
         "layer_project_gain": ("1.1024",)}
     # the kernels of one row's layer have one share of shared memory, and no kernel another; those of a wide row all of it
     held = [(k, v) for k in early for v in k.variants if table.has(k.name, 90, k.dtypes[0], v)]
@@ -239,6 +242,9 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
     assert {name for name, v in wide if v == "1.wide"} == small - {"layer_norm_enter"} and {n for n, v in wide} >= {"layer_norm_enter", "mixer_step_partial"}
     assert all(share in (0, SHARED_SHARE, WIDE_SHARE) for share in shares.values()) and not [v for _, v in wide if v.startswith(("1024", "any"))]
     assert {table.shared_share("layer_norm_enter", arch, "fp16", "2048") for arch in (80, 100)} == {0, SHARED_SHARE}
+    for name in small - {"layer_norm_enter", "mixer_step_combine"}:  # with 8-bit weights too
+        held = [(v, "fp16" + kind) for v in ("1.1024", "1.2048", "1.wide") for kind in QUANTISED if table.has(name, 90, "fp16" + kind, v)]
+        assert len(held) >= 4 and all(table.shared_share(name, 90, dtype, v) == (SHARED_SHARE if v == "1.1024" else WIDE_SHARE) for v, dtype in held)
 
 
 def test_the_table_pins_every_unit() -> None:

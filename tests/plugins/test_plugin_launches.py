@@ -285,7 +285,7 @@ SHAPES = [
 CASES = [*((ph.HALF, 0, s, True) for s in SHAPES), *((ph.HALF, 0, s, False) for s in SHAPES if s[1] == 1), *((ph.FLOAT, 0, s, True) for s in SHAPES[::3]),
          *((ph.BFLOAT, 0, s, True) for s in (SHAPES[8], SHAPES[12])),  # where two kernels stand in for the combination
          *((ph.HALF, weights, s, True) for weights, s in ((3, SHAPES[0]), (17, SHAPES[1]), (17, SHAPES[4]), (3, SHAPES[5]), (3, SHAPES[8]),
-                                                        (3, SHAPES[-1]), (3, SHAPES[-5])))]  # fmt: skip
+                                                        (3, SHAPES[-1]), (3, SHAPES[-5]), (17, (1, 1, 64, 2304, 18, 18))))]  # fmt: skip
 
 
 # The launcher is the same for all: of ONNX Runtime's shell every second case shows that it hands on what it is given.

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sessa_deploy.kernels.device import begin, turn
 from sessa_deploy.kernels.engine import layer_many, layer_rows
-from sessa_deploy.kernels.engine.product import ahead, bias_of, half_gelu, normal, place, product, put, scale_of, scaled, tile_of, wide, with_bias
+from sessa_deploy.kernels.engine.product import bias_of, half_gelu, normal, place, put, scale_of, scaled, tile_of, wide, with_bias
+from sessa_deploy.kernels.engine.product_row import ahead, norm_product, product
 from sessa_deploy.kernels.engine.projection import angles, gamma_rows
 from sessa_deploy.kernels.engine.spec import product_choice
 from sessa_deploy.kernels.launch import table
@@ -73,17 +74,23 @@ def layer_linear(
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_norm_enter"))
-def layer_norm_enter(x, norm_weight, norm_bias, weight, scale, bias, out, depth, eps, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr = False):
+def layer_norm_enter(
+    x, norm_weight, norm_bias, weight, scale, bias, out, depth, eps,
+    BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr = False,
+):  # fmt: skip
     """Grid (ceil(2D / BN),), BK >= D: `layer_norm` and `layer_enter` of one row, which every program normalises for itself."""
     column = (tl.program_id(0) * BN).to(tl.int64)
     o_k = tl.arange(0, BK)
     m_n, m_k = tl.arange(0, BN) < 2 * depth - tl.program_id(0) * BN, o_k < depth
-    b_w = ahead(weight + column * depth, m_n, depth, 1, BN, BK, 1, 1)
+    b_w = ahead(weight + column * depth, m_n, depth, 1, BN, BK, KS, 1)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, 1, BN)
     b_gain, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
     begin(PDL)
-    b_x = normal(tl.load(x + o_k, mask=m_k, other=0.0), b_gain, b_shift, m_k, depth, eps).to(x.dtype.element_ty)
-    b_y = tl.sum(wide(b_w, tl.float32) * b_x.to(tl.float32)[None, :], 1)[None, :]
+    if KS > 1:
+        b_y = norm_product(x, b_w[0], b_gain, b_shift, depth, eps, BN, BK, KS)
+    else:
+        b_x = normal(tl.load(x + o_k, mask=m_k, other=0.0), b_gain, b_shift, m_k, depth, eps).to(x.dtype.element_ty)
+        b_y = tl.sum(wide(b_w, tl.float32) * b_x.to(tl.float32)[None, :], 1)[None, :]
     b_y = with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, 1, BN), b_bias, bias + column, m_n, 1, BN)
     b_y = half_gelu(b_y, tl.program_id(0) * BN, depth, out.dtype.element_ty, BN)
     put(out + column, b_y, tl.arange(0, 1) < 1, m_n, 2 * depth, 1, BN)
@@ -188,9 +195,10 @@ def layer_project_gain(
     tiles of its own.
     """
     ROWS: tl.constexpr = 1 if BM <= SINGLE else BM
+    STEP: tl.constexpr = BK if ROWS > 1 else 1024 if KS == 1 or BM > 1 else BK * AHEAD  # with short tiles the end of this one is the kernel's
     gammas = tl.cdiv(rows, ROWS)
     if tl.program_id(0) < gammas:
-        gamma_rows(h, 2 * depth, gamma_weight, gamma_bias, gamma, tl.program_id(0) * ROWS, rows, depth, gamma_max, ROWS, 1024 if ROWS == 1 else BK, PDL)
+        gamma_rows(h, 2 * depth, gamma_weight, gamma_bias, gamma, tl.program_id(0) * ROWS, rows, depth, gamma_max, ROWS, STEP, PDL)
     else:
         _project_tile(
             h, 2 * depth, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, gammas,

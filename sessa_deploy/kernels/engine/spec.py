@@ -22,6 +22,7 @@ from sessa_deploy.kernels.launch.limits import (
     QUANTISED_ROWS,
     ROWS_HEADS,
     ROWS_WIDTHS,
+    WHOLE_DEPTHS,
 )  # fmt: skip
 from sessa_deploy.kernels.launch.spec import QUANTISED, Kernel, Param, by_name, integers, pointers
 
@@ -37,7 +38,10 @@ _FEW = _PRODUCTS[:-1]  # short enough to gain from an early start
 _ONE = _PRODUCTS[:1]
 _AHEAD = f"{PRODUCT_ROWS[1]}.{AHEAD_DEPTH}"  # of few rows, no deeper
 _ONE_AHEAD = f"{PRODUCT_ROWS[0]}.{AHEAD_DEPTH}"
-WIDE_ROW = f"{PRODUCT_ROWS[0]}.wide"  # of one row that is wider than AHEAD_DEPTH
+WIDE_ROW = f"{PRODUCT_ROWS[0]}.wide"  # of one row that is wider than AHEAD_DEPTH, and with weights of 8 bits than WHOLE_DEPTHS
+_WHOLE = tuple(f"{PRODUCT_ROWS[0]}.{depth}" for depth in WHOLE_DEPTHS)  # of one row and 8-bit weights, no deeper; of _ONE_AHEAD's depth, and deeper
+_ONES = (WIDE_ROW, *_WHOLE)
+_SHARING, _FILLING = (*_ONE, _ONE_AHEAD), (WIDE_ROW, _WHOLE[1])
 _EARLY_ROWS = PRODUCT_ROWS[-1]
 _TILES = ("BM", "BN", "BK", "KS", "AHEAD", "PDL")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
@@ -52,29 +56,28 @@ _LAYERS = (
     Kernel("layer_widen", _LAYER, (*_MATRIX[:1], *pointers("out"), Param("count", "i32", True)), ("BLOCK",), _ANY, dtypes=_QUANTISED),
     Kernel("layer_norm_enter", _LAYER,
            (*pointers("x", "norm_weight", "norm_bias"), *_MATRIX, *pointers("bias", "out"), Param("depth", "i32", True), Param("eps", "fp32")),
-           ("BN", "BK", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS, shares=_WIDTHS, fills=_WIDTHS[1:]),
+           ("BN", "BK", "KS", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS, shares=_WIDTHS, fills=_WIDTHS[1:]),
     Kernel("layer_norm_enter_rows", f"{_LAYER}_rows",
            (*pointers("x", "norm_weight", "norm_bias", "weight", "bias", "out"), Param("rows", "i32"), Param("depth", "i32", True), Param("eps", "fp32")),
            ("BN", "BK", "KS", "PDL"), _WIDTHS[:1], dtypes=_HALF, scalar_loads=32, early=_WIDTHS[:1], optional=_WIDTHS[:1]),
     Kernel("layer_linear", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=128, early=_FEW, early_rows=1),
-    Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, (*_PRODUCTS, WIDE_ROW),
-           dtypes=_PRODUCT, scalar_loads=16, early=(*_FEW, WIDE_ROW), shares=_ONE, fills=(WIDE_ROW,), optional=(WIDE_ROW,), early_rows=_EARLY_ROWS),
-    Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, (*_PRODUCTS, _AHEAD, _SHORT, WIDE_ROW),
-           dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, _AHEAD, _SHORT, WIDE_ROW), opens=(*_ONE, WIDE_ROW), shares=_ONE, fills=(WIDE_ROW,),
-           optional=(_AHEAD, _SHORT, WIDE_ROW), always_early=(_SHORT,), early_rows_8=_EARLY_ROWS),
+    Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, (*_PRODUCTS, *_ONES),
+           dtypes=_PRODUCT, scalar_loads=16, early=(*_FEW, *_ONES), shares=_SHARING, fills=_FILLING, optional=_ONES, early_rows=_EARLY_ROWS),
+    Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, (*_PRODUCTS, _AHEAD, _SHORT, *_ONES),
+           dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, _AHEAD, _SHORT, *_ONES), opens=(*_ONE, *_ONES), shares=_SHARING, fills=_FILLING,
+           optional=(_AHEAD, _SHORT, *_ONES), always_early=(_SHORT,), early_rows_8=_EARLY_ROWS),
     Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES,
-           (*_PRODUCTS, WIDE_ROW), dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, WIDE_ROW), opens=(*_ONE, WIDE_ROW), shares=_ONE, fills=(WIDE_ROW,),
-           optional=(WIDE_ROW,), early_rows=1),
+           (*_PRODUCTS, *_ONES), dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, *_ONES), opens=(*_ONE, *_ONES), shares=_SHARING, fills=_FILLING,
+           optional=_ONES, early_rows=1),
     Kernel("layer_enter", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES), _TILES, _PRODUCTS[1:], dtypes=_PRODUCT,
            scalar_loads=32, early=_FEW[1:], early_rows=_EARLY_ROWS),
     Kernel("layer_project_gain", _LAYER,
            (*pointers("h"), *_MATRIX, *pointers("bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gamma_weight", type="*fp32"),
             Param("gamma_bias", "*fp32"), *pointers("q", "k", "v", "q_b", "k_b"), Param("gamma", "*fp32"), *_SIZES, Param("kv_width", "i32"),
             *integers("units"), Param("gamma_max", "fp32")),
-           _TILES, (*_PRODUCTS, _AHEAD, _ONE_AHEAD, _SHORT, WIDE_ROW), dtypes=_PRODUCT, scalar_loads=136,
-           early=(*_FEW, _AHEAD, _ONE_AHEAD, _SHORT, WIDE_ROW), opens=(_ONE_AHEAD,), shares=(*_ONE, _ONE_AHEAD), fills=(WIDE_ROW,),
-           early_rows=_EARLY_ROWS, optional=(_AHEAD, _ONE_AHEAD, _SHORT, WIDE_ROW)),
+           _TILES, (*_PRODUCTS, _AHEAD, _SHORT, *_ONES), dtypes=_PRODUCT, scalar_loads=136, early=(*_FEW, _AHEAD, _SHORT, *_ONES), opens=(_ONE_AHEAD,),
+           shares=_SHARING, fills=_FILLING, early_rows=_EARLY_ROWS, optional=(_AHEAD, _SHORT, *_ONES)),
 )  # fmt: skip
 
 
@@ -193,10 +196,14 @@ def many_variant(name: str, rows: int, columns: int) -> str:
 
 def ahead_variant(kernel: str, variant: str, weights: str, depth: int) -> str:
     """The optional variant in place of `variant` for rows so short that all weights are read ahead or other tiles pay, or for a wide row; "" if none."""
-    if variant == _ONE[0] and depth > AHEAD_DEPTH:
-        return WIDE_ROW if WIDE_ROW in table.kernel(kernel).optional else ""
-    short = f"{variant}.{AHEAD_DEPTH}" if variant != "any" else str(AHEAD_DEPTH)
-    return short if not weights and depth <= AHEAD_DEPTH and short in table.kernel(kernel).optional else ""
+    one, optional = variant == _ONE[0], table.kernel(kernel).optional
+    bound = next((str(most) for most in (WHOLE_DEPTHS if one and weights else (AHEAD_DEPTH,)) if depth <= most), "")
+    other = f"{variant}.{bound}" if variant != "any" else bound
+    if not bound:
+        other = WIDE_ROW if one else ""
+    elif weights and not one:  # of several rows, 8-bit weights have none
+        other = ""
+    return other if other in optional else ""
 
 
 def mixer_variant(width: int, head: int, group: int) -> str:

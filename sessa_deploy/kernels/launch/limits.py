@@ -51,6 +51,8 @@ LAYER_MAX_DEPTH = 65536  # of a matrix product, which holds no row
 PRODUCT_ROWS = (1, 16, 64)  # rows (B T) up to which a product takes small tiles; beyond the last: "any"
 # Depth of a product of up to 64 rows up to which an architecture may have tiles of their own; of up to 16 rows, all weights are then read before the wait.
 AHEAD_DEPTH = 1024
+# Depths of one row's product up to which weights of 8 bits have tiles of their own: matrix instructions take them, and all of a row's lie ahead.
+WHOLE_DEPTHS = LAYER_WIDTHS[:2]
 MANY_ROWS = 512  # rows beyond which a product goes by tensor descriptors, where an architecture has tiles for it
 MANY_WORK = 3 << 20  # elements of its result below which large tiles, of 128 x 256, would leave multiprocessors without one
 MANY_PROGRAMS = 512  # that share its tiles at most, each of which is given memory for its descriptors

@@ -220,8 +220,10 @@ def test_one_sequence_has_a_binary_of_its_own_where_one_was_measured() -> None:
 
 
 def test_one_wide_row_has_variants_of_its_own_and_the_splits_of_a_batch() -> None:
-    assert [ahead_variant(k, "1", w, 1040) for k, w in (("layer_out", ""), ("layer_tail", ".i8"), ("layer_logits", ".f8"))] == [WIDE_ROW] * 3
-    assert ahead_variant("layer_out", "1", "", 1024) == ahead_variant("layer_linear", "1", "", 2048) == ahead_variant("layer_out", "64", "", 2048) == ""
+    assert [ahead_variant(k, "1", w, n) for k, w, n in (("layer_out", "", 1040), ("layer_tail", ".i8", 2064), ("layer_logits", ".f8", 4096))] == [WIDE_ROW] * 3
+    assert [ahead_variant("layer_out", "1", ".i8", n) for n in (16, 1024, 1040, 2048)] == ["1.1024", "1.1024", "1.2048", "1.2048"]
+    assert ahead_variant("layer_linear", "1", "", 2048) == ahead_variant("layer_linear", "1", ".f8", 64) == ahead_variant("layer_out", "64", "", 2048) == ""
+    assert ahead_variant("layer_project_gain", "64", ".i8", 64) == ahead_variant("mixer_rows_out", "any", ".f8", 64) == ""
     one, many = (table.tiles("mixer_step_combine", 90, "fp16", v) for v in (WIDE_ROW, "wide"))
     assert one["BLOCK_F"] == many["BLOCK_F"] and min(one["BLOCK_B"], many["BLOCK_B"]) >= MIXER_MOST_B
     alone, batch = (table.tiles("mixer_step_partial", 90, "fp16", v) for v in ("2048.128.1", "2048.128"))

@@ -22,6 +22,8 @@ from test_mixer_rows import SMALL
 
 from sessa_deploy.contract import WEIGHT_FORMATS
 from sessa_deploy.kernels.engine import layer, mixer, mixer_rows
+from sessa_deploy.kernels.launch import table
+from sessa_deploy.kernels.launch.spec import QUANTISED
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 Product = Callable[..., Tensor]
@@ -113,6 +115,25 @@ def test_operations(operation: Any, factor: int, rows: int, kind: str, dtype: to
     check(found(), exactly, plain)
 
 
+@pytest.mark.parametrize("operation", [tail, norm_enter, project], ids=lambda x: x.__name__)
+@pytest.mark.parametrize(("d", "pieces", "kind", "dtype"), [(80, 1, "int8", HALF), (80, 1, "fp8", BFLOAT), (240, 2, "fp8", HALF)])
+def test_a_row_by_matrix_instructions(operation: Any, d: int, pieces: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one piece and in two, which it fills or does not."""
+    pinned = layer.pinned
+
+    def other(names: tuple[str, ...], *rest: Any) -> Any:
+        found = {name: {**options, "BN": 16, "KS": 2, "num_warps": 2} for name, options in pinned(names, *rest).items()}
+        return {name: o if "AHEAD" not in o else {**o, "BK": 128, "AHEAD": pieces} for name, o in found.items() if name != "layer_norm"} | {
+            name: o for name, o in pinned(names, *rest).items() if name == "layer_norm"}
+
+    factor = {"tail": 1, "norm_enter": 2, "project": 4}[operation.__name__]
+    w, scale, exact = quantised(factor * d, d, kind, seed=5)
+    found, reference = operation(1, d, w, scale, dtype)
+    monkeypatch.setattr(layer, "pinned", other)
+    exactly, plain = both(lambda t: reference(t, exact.to(t)), dtype)
+    check(found(), exactly, plain)
+
+
 def test_a_mixers_step() -> None:
     a = case(2, 2, 24, 24, [24, 7])
     w, scale, exact = quantised(48, 48, "int8")
@@ -133,3 +154,17 @@ def test_a_mixers_step_of_several_rows(kind: str, dtype: torch.dtype) -> None:
     s = mixer_rows.step(**{**a, "weight": w}, scale=scale, tiles=SMALL)
     check(s, *(rows_mixed({**a, "weight": exact}, work) for work in (torch.float64, torch.float32)))
     assert torch.equal(mixer_rows.step(**{**rows_first(a, 3), "weight": w}, scale=scale, tiles=SMALL), s[:, :3])
+
+
+def test_a_rows_matrix_instructions_have_what_they_ask_for() -> None:
+    """One row with KS > 1: 8-bit weights, a warp for each of the sums, and pieces that hold the deepest row of the variant."""
+    entries = [(key, entry) for key, entry in table._entries().items() if key[0].startswith("layer_") and entry.get("KS", 1) > 1]
+    found = 0
+    for (name, _, dtype, variant), entry in entries:
+        if entry.get("BM", 1) > 1 or name == "layer_norm_enter_rows":
+            continue
+        found += 1
+        most = int(variant.removeprefix("1.")) if name != "layer_norm_enter" else int(variant)
+        assert dtype.endswith(tuple(QUANTISED)) and entry["KS"] == entry["num_warps"] and entry["BK"] >= 64 * entry["KS"] and entry["BN"] >= 8
+        assert entry["BK"] * entry.get("AHEAD", 1) >= most
+    assert found
