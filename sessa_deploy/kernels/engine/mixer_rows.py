@@ -29,7 +29,7 @@ from sessa_deploy.kernels.launch.jit import address, launcher, pinned, weights_n
 from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E, ROWS_WIDTHS
 from sessa_deploy.kernels.launch.splits import step_splits
 
-LATE_LANES = tl.constexpr(ROWS_WIDTHS[0])  # D up to which the pasts' first tiles are asked for before the wait; beyond it the queries' registers would spill
+LATE_LANES = tl.constexpr(ROWS_WIDTHS[0])
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_rows_partial"))
@@ -37,7 +37,7 @@ def mixer_rows_partial(
     q, k, v, past_k, past_v, q_b, k_b, past_kb, past_s, past_length, part_f, stat_f, part_b, stat_b, scores,
     tokens, splits_f, splits_b, capacity, heads, group, units, width, scale_f, scale_b, programs_f,
     ROWS_F: tl.constexpr, HEADS_F: tl.constexpr, LANES_F: tl.constexpr, STAGES_F: tl.constexpr,
-    ROWS_B: tl.constexpr, CHUNKS_B: tl.constexpr, LANES_B: tl.constexpr, STAGES_B: tl.constexpr, PDL: tl.constexpr = False,
+    ROWS_B: tl.constexpr, CHUNKS_B: tl.constexpr, LANES_B: tl.constexpr, STAGES_B: tl.constexpr, QUERIES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (programs_f + 1 + splits_b, B). Pasts are dense: past_k, past_v (B,P,Hkv,d), past_kb, past_s (B,P,D).
 
@@ -46,7 +46,7 @@ def mixer_rows_partial(
 
     An early start is for the stream's next kernel behind `layer_project_gain`, as that of `mixer_step_partial`.
     """
-    LATE: tl.constexpr = PDL and CHUNKS_B * LANES_B <= LATE_LANES
+    LATE: tl.constexpr = (PDL == 1) and (CHUNKS_B * LANES_B * QUERIES <= LATE_LANES * ROWS)
     if not LATE:
         begin(PDL)
     program = tl.program_id(0)
@@ -55,12 +55,12 @@ def mixer_rows_partial(
         row = heads * units
         piece_causal(
             program, q, k, v, past_k, past_v, past_length, part_f, stat_f, capacity.to(tl.int64) * row, row, capacity.to(tl.int64) * row, row,
-            i_b, tokens, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, LANES_F, STAGES_F, LATE,
+            i_b, tokens, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, LANES_F, STAGES_F, LATE, QUERIES,
         )  # fmt: skip
     else:
         piece_feedback(
             program - programs_f, q_b, k_b, past_kb, past_s, past_length, part_b, stat_b, scores, capacity.to(tl.int64) * width, width,
-            capacity.to(tl.int64) * width, width, i_b, tokens, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, LATE,
+            capacity.to(tl.int64) * width, width, i_b, tokens, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, LATE, QUERIES,
         )  # fmt: skip
     begin(LATE)  # of a program that had nothing to do
 

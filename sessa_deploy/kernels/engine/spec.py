@@ -135,7 +135,7 @@ _MIXER_ROWS = (
            (*pointers("q", "k", "v", "past_k", "past_v", "q_b", "k_b", "past_kb", "past_s"), Param("past_length", "*i32"), *_PARTS,
             *integers("tokens", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
-           ("ROWS_F", "HEADS_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "PDL"),
+           ("ROWS_F", "HEADS_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "QUERIES", "PDL"),
            _ROWS_STEPS, dtypes=_HALF, scalar_loads=16, early=_ROWS_STEPS, optional=_WIDE_ROWS),
     Kernel("mixer_rows_combine", _ROWS,
            (*_PARTS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", "inverse", type="*fp32"),
