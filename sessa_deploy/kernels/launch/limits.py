@@ -70,3 +70,4 @@ MIXER_MOST_B = 96  # splits of feedback attention that such rows may have: with 
 # --- a step of 2 to STEP_ROWS rows of a sequence; wider models take the kernels of prefill
 ROWS_WIDTHS = MIXER_WIDTHS[:2]
 ROWS_HEADS = MIXER_HEADS
+FEW_ROWS = 8  # rows up to which an architecture may have binaries whose tiles have 8, of the same bits: half the registers

@@ -14,22 +14,24 @@ from rows_cases import SHARED, case, first, mixed  # noqa: E402
 from rule import check  # noqa: E402
 
 from sessa_deploy.kernels.engine import mixer_rows  # noqa: E402
-from sessa_deploy.kernels.engine.spec import mixer_rows_variant  # noqa: E402
+from sessa_deploy.kernels.engine.spec import mixer_rows_variants, rows_combines, rows_early  # noqa: E402
 from sessa_deploy.kernels.launch.jit import interpreted  # noqa: E402
+from sessa_deploy.kernels.launch.limits import FEW_ROWS  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU or TRITON_INTERPRET=1")
 # Under the interpreter, whose time is the tiles': heads up to 128 and widths up to 512.
 SMALL: dict[str, dict[str, Any]] | None = {
     "mixer_rows_partial": dict(ROWS_F=16, HEADS_F=2, LANES_F=128, STAGES_F=1, ROWS_B=16, CHUNKS_B=2, LANES_B=256, STAGES_B=1, QUERIES=16),
-    "mixer_rows_combine": dict(BLOCK_F=8, BLOCK_B=8, MOST_F=7, MOST_B=5, NF=32, NB=16, DF=128, DB=256), "mixer_rows_out": dict(BN=128, BK=256, KS=2, AHEAD=1),
+    "mixer_rows_combine": dict(BLOCK_F=8, BLOCK_B=8, MOST_F=7, MOST_B=5, NF=32, NB=16, DF=128, DB=256), "mixer_rows_out": dict(BM=16, BN=128, BK=256, KS=2, AHEAD=1),
 } if DEVICE == "cpu" else None  # fmt: skip
 
 
 def small(tokens: int) -> dict[str, dict[str, Any]] | None:
-    """SMALL for so many rows: up to 8 of them are one tile of 8 columns, as in the variants for few rows."""
-    few = {"mixer_rows_partial": {**SMALL["mixer_rows_partial"], "QUERIES": 8}} if SMALL and tokens <= 8 else {}
-    return {**SMALL, **few} if SMALL else None
+    """SMALL for so many rows: up to FEW_ROWS of them have tiles of their own, as in the tables."""
+    if SMALL is None or tokens > FEW_ROWS:
+        return SMALL
+    return {**SMALL, "mixer_rows_partial": {**SMALL["mixer_rows_partial"], "QUERIES": 8}, "mixer_rows_out": {**SMALL["mixer_rows_out"], "BM": 8}}
 
 
 SHAPES = [
@@ -51,7 +53,7 @@ def test_a_row_depends_neither_on_those_behind_it_nor_on_its_batch() -> None:
     """Bits, for every number of rows; what lies behind may hold anything."""
     a = case(4, 2, 32, 40, [40, 5], 16, DEVICE)
     whole = mixer_rows.step(**a, tiles=SMALL)
-    for tokens in (2, 11):
+    for tokens in (2, FEW_ROWS, 11):
         assert torch.equal(mixer_rows.step(**first(a, tokens), tiles=small(tokens)), whole[:, :tokens])
     for names in (("q",), ("k", "q_b"), ("v", "gamma"), ("k_b",)):
         b = {**a, **{name: a[name].clone() for name in names}}
@@ -81,7 +83,9 @@ def test_an_empty_past_adds_nothing_to_the_first_row() -> None:
 
 
 def test_widths_without_a_kernel_are_named() -> None:
-    assert mixer_rows_variant(768, 64) == "1024.64" and mixer_rows_variant(2048, 96) == "2048.128"
+    assert mixer_rows_variants(9, 768, 64) == ("1024.64",) and mixer_rows_variants(8, 2048, 96) == ("2048.128.8", "2048.128")
+    assert rows_combines(1024) == ("any",) and rows_combines(1040) == ("wide", "any")
+    assert rows_early(16, 1024) and rows_early(8, 2048) and not rows_early(9, 2048)
     for width, head in ((4096, 64), (1024, 256)):
         with pytest.raises(ValueError, match="the largest are 2048 and 128"):
-            mixer_rows_variant(width, head)
+            mixer_rows_variants(2, width, head)
