@@ -14,7 +14,8 @@ from rows_cases import SHARED, case, first, mixed  # noqa: E402
 from rule import check  # noqa: E402
 
 from sessa_deploy.kernels.engine import mixer_rows  # noqa: E402
-from sessa_deploy.kernels.engine.spec import mixer_rows_variants, rows_combines, rows_early  # noqa: E402
+from sessa_deploy.kernels.engine.spec import few_variant, mixer_rows_variants, rows_combines, rows_early  # noqa: E402
+from sessa_deploy.kernels.launch import table  # noqa: E402
 from sessa_deploy.kernels.launch.jit import interpreted  # noqa: E402
 from sessa_deploy.kernels.launch.limits import FEW_ROWS  # noqa: E402
 
@@ -80,6 +81,22 @@ def test_an_empty_past_adds_nothing_to_the_first_row() -> None:
     before = mixer_rows.step(**a, tiles=SMALL)
     a["gamma"][:, 0] = torch.nan
     assert torch.equal(mixer_rows.step(**a, tiles=SMALL), before)
+
+
+def test_tiles_of_few_rows_sum_as_those_of_many() -> None:
+    """Where an architecture has both: a row has the same bits whether 7 rows stand beside it or 15."""
+    pairs = [(name, str(FEW_ROWS) + end, many) for name, end, many in (
+        ("layer_tail", ".1024", "16.1024"), ("layer_tail", ".wide", "16"), ("layer_project_gain", ".1024", "16.1024"), ("layer_project_gain", ".wide", "16"),
+        ("layer_enter", ".wide", "16"), ("layer_norm_enter_rows", ".1024", "1024"), ("mixer_rows_out", ".1024", "1024"), ("mixer_rows_out", ".wide", "any"),
+    )] + [("mixer_rows_partial", f"{w}.{h}.{FEW_ROWS}", f"{w}.{h}") for w in (1024, 2048) for h in (64, 128)]  # fmt: skip
+    for name, few, many in pairs:
+        assert few in table.kernel(name).optional and table.has(name, 90, "bf16", few)
+        mine, theirs = (table.options(name, 90, "fp16", v) for v in (few, many))
+        free = {"BM", "BN", "QUERIES", "STAGES_F", "STAGES_B", "PDL"}  # what no order of sums follows from
+        assert {k: v for k, v in mine.items() if k not in free} == {k: v for k, v in theirs.items() if k not in free}, name
+        assert mine.get("BM", mine.get("QUERIES")) == FEW_ROWS
+    assert few_variant("layer_tail", 1, "", 80) == few_variant("layer_tail", 9, "", 80) == few_variant("layer_tail", 8, ".i8", 80) == ""
+    assert few_variant("layer_tail", 8, "", 1024) == "8.1024" and few_variant("layer_tail", 2, "", 1040) == "8.wide"
 
 
 def test_widths_without_a_kernel_are_named() -> None:
