@@ -210,7 +210,8 @@ def ahead_variant(kernel: str, variant: str, weights: str, depth: int) -> str:
 
 
 def few_variant(kernel: str, rows: int, weights: str, depth: int) -> str:
-    """The optional variant of a product for 2 to FEW_ROWS rows, which goes before any other; "" if none. Its tiles have 8 rows, and the bits of 16."""
+    """The optional variant of a product for 2 to FEW_ROWS rows, which goes before any other; "" if none. The bits are those of 16: tiles have half
+    the rows, or only wish for other shared memory."""
     variant = _EIGHT if depth <= AHEAD_DEPTH else _EIGHT_WIDE
     return variant if 1 < rows <= FEW_ROWS and not weights and variant in table.kernel(kernel).optional else ""
 
