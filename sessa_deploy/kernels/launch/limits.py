@@ -15,9 +15,8 @@ LOG2E = 1.4426950408889634
 DEPENDENT_ARCH = 90  # the first with programmatic dependent launch, which the variants that may start early are made for
 FLOAT8_ARCH = 89  # the first that reads weights of E4M3
 # Percent of a multiprocessor's shared memory that the kernels of one sequence's decode step, and those of a few wide rows around their attentions, ask the
-# driver to set apart: all the same share, since one
-# whose share is another waits until the multiprocessor is empty, and cannot start beside its predecessor. What is left caches loads. On an H200 this is
-# the largest that makes it set 100 KiB apart (measured there).
+# driver to set apart: all the same share, since one whose share is another waits until the multiprocessor is empty, and cannot start beside its predecessor.
+# What is left caches loads. On an H200 this is the largest that makes it set 100 KiB apart (measured there).
 SHARED_SHARE = 43
 # The same where rows are wider than AHEAD_DEPTH, whose attentions want all of it and are long: they wish for it too. On WIDE_ARCH alone, where it was measured.
 WIDE_SHARE, WIDE_ARCH = 100, 90
