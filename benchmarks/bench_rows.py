@@ -32,10 +32,10 @@ from torch import Tensor
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.kernels.engine import layer, mixer, mixer_rows
-from sessa_deploy.kernels.engine.spec import WIDE_ROW, ahead_variant, mixer_rows_variant, product_variant, step_variants
+from sessa_deploy.kernels.engine.spec import WIDE_ROW, ahead_variant, few_variant, mixer_rows_variants, product_variant, rows_combines, step_variants
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import arch_of, launcher, pinned
-from sessa_deploy.kernels.launch.limits import MIXER_BROAD
+from sessa_deploy.kernels.launch.limits import AHEAD_DEPTH, MIXER_BROAD, PRODUCT_ROWS
 
 CAPACITY = 32768
 MODELS = {name: (SIZES[name][0], SIZES[name][2]) for name in ("350M", "1.1B")}  # d_model, heads; 24 layers
@@ -93,22 +93,24 @@ def mix(w: dict[str, Any], x: Sequence[Tensor], gamma: Tensor, caches: Sequence[
 # --- compiling ahead: each of Triton's binaries is written to its cache by a process of its own
 
 
-def _compile(job: tuple[str, str, Options | None, bool]) -> str:
-    name, variant, options, launch_early = job
+Job = tuple[str, str, "Options | None"]  # kernel, variant, options in place of its pinned ones
+
+
+def _compile(job: Job) -> str:
+    name, variant, options = job
     try:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         device = torch.device("cuda", 0)
-        if options is None:
-            options = table.options(name, arch_of(0), "fp16", variant)
-        options = {**options, "launch_pdl": True} if launch_early else options
+        kind = "fp16" if "fp16" in table.kernel(name).dtypes else "fp32"
+        options = table.options(name, arch_of(0), kind, variant) if options is None else options
         module = __import__(table.kernel(name).module, fromlist=[name])
-        launcher(getattr(module, name), device, torch.float16 if "fp16" in table.kernel(name).dtypes else torch.float32, options)
+        launcher(getattr(module, name), device, torch.float16 if kind == "fp16" else torch.float32, options)
     except Exception:
         return f"{name} {variant} {options}: " + traceback.format_exc().strip().splitlines()[-1]
     return ""
 
 
-def compile_ahead(jobs: list[tuple[str, str, Options | None, bool]]) -> None:
+def compile_ahead(jobs: list[Job]) -> None:
     """Compile on all cores; what cannot be compiled is said, and met again where it is used."""
     begun, workers = time.monotonic(), max(1, min(14, (os.cpu_count() or 2) - 1, len(jobs)))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -117,38 +119,44 @@ def compile_ahead(jobs: list[tuple[str, str, Options | None, bool]]) -> None:
     say(f"{len(jobs)} kernels compiled by {workers} processes in {time.monotonic() - begun:.0f} s")
 
 
-def with_ahead(kernel: str, variant: str, width: int) -> str:
-    """The variant that a kernel takes at this width on this GPU."""
-    short = ahead_variant(kernel, variant, "", width)
-    return short if short and table.has(kernel, arch_of(0), "fp16", short) else variant
+def first_of(kernel: str, *variants: str) -> str:
+    """The first of these variants that there is on this GPU; "" is none."""
+    return next(v for v in variants if v and (v not in table.kernel(kernel).optional or table.has(kernel, arch_of(0), "fp16", v)))
 
 
-def chain_jobs(models: list[str], rows: list[int]) -> list[tuple[str, str, Options | None, bool]]:
-    """Every kernel of the chains, slowest first."""
-    found = dict[tuple[str, str, bool], None]()
+def product(kernel: str, rows: int, width: int, variant: str = "") -> str:
+    """The variant of a product that so many rows take at this width on this GPU; variant: in place of that of the rows alone."""
+    variant = variant or product_variant(rows)
+    return first_of(kernel, few_variant(kernel, rows, "", width), ahead_variant(kernel, variant, "", width), variant)
+
+
+def mixer_kernels(count: int, width: int, heads: int) -> list[tuple[str, str]]:
+    """(kernel, variant) of a mixer's step of so many rows."""
+    head = width // heads
+    if count > 1:
+        return [("mixer_rows_partial", first_of("mixer_rows_partial", *mixer_rows_variants(count, width, head))),
+                ("mixer_rows_combine", first_of("mixer_rows_combine", *rows_combines(width))),
+                ("mixer_rows_out", product("mixer_rows_out", count, width, "any"))]  # fmt: skip
+    adds = (WIDE_ROW, "1") if width > MIXER_BROAD else ("1",)
+    return [("mixer_step_partial", first_of("mixer_step_partial", *step_variants(1, width, head, 1))),
+            ("mixer_step_combine", first_of("mixer_step_combine", *adds)), ("layer_out", product("layer_out", 1, width))]  # fmt: skip
+
+
+def chain_jobs(models: list[str], rows: list[int]) -> list[Job]:
+    """Every kernel of the chains, slowest first. A binary is the same whether it starts early."""
+    found = {("layer_rotary", "any"): None}
     for name, count in itertools.product(models, rows):
         width, heads = MODELS[name]
-        variant = product_variant(count)
-        alone, shared = (step_variants(batch, width, width // heads, 1)[0] for batch in (1, 2))
-        step = alone if table.has("mixer_step_partial", arch_of(0), "fp16", alone) else shared
-        adds = WIDE_ROW if width > MIXER_BROAD and table.has("mixer_step_combine", arch_of(0), "fp16", WIDE_ROW) else "1"
-        mixers = [("mixer_step_partial", step), ("mixer_step_combine", adds), ("layer_out", with_ahead("layer_out", variant, width))]
-        if count > 1:
-            mixers = [("mixer_rows_partial", mixer_rows_variant(width, width // heads)), ("mixer_rows_combine", "any"),
-                      ("mixer_rows_out", with_ahead("mixer_rows_out", "any", width))]
-        joined = with_ahead("layer_norm_enter_rows", "any", width)
+        joined = product("layer_norm_enter_rows", count, width, "any") if 1 < count <= PRODUCT_ROWS[1] and width <= AHEAD_DEPTH else "any"
         if count == 1:
             around = [("layer_norm_enter", table.width_variant("layer_norm_enter", width))]
         elif joined != "any":
             around = [("layer_norm_enter_rows", joined)]
         else:
-            around = [("layer_norm", table.width_variant("layer_norm", width)), ("layer_enter", variant)]
-        around += [(kernel, with_ahead(kernel, variant, width)) for kernel in ("layer_project_gain", "layer_tail")]
-        for kernel, key in [*mixers, *around, ("layer_rotary", "any")]:
-            kind = "fp16" if "fp16" in table.kernel(kernel).dtypes else "fp32"
-            for early in {False, 0 < count <= table.early(kernel, arch_of(0), kind, key)}:
-                found[kernel, key, early] = None
-    return [(kernel, key, None, early) for kernel, key, early in sorted(found, key=lambda f: "partial" not in f[0])]
+            around = [("layer_norm", table.width_variant("layer_norm", width)), ("layer_enter", product("layer_enter", count, width))]
+        around += [(kernel, product(kernel, count, width)) for kernel in ("layer_project_gain", "layer_tail")]
+        found |= dict.fromkeys([*mixer_kernels(count, width, heads), *around])
+    return [(kernel, key, None) for kernel, key in sorted(found, key=lambda f: "partial" not in f[0])]
 
 
 # --- numbers
@@ -197,7 +205,6 @@ class Model:
         self.chain = Chain(SessaConfig(d_model=width, n_layers=LAYERS, n_heads=self.heads, vocab_size=64))
         self.caches = self.chain.caches(CAPACITY, [max(points)])
         self.lengths = [torch.tensor([p], dtype=torch.int32, device="cuda") for p in points]
-        self.variant = mixer_rows_variant(width, width // self.heads)
 
     def recorded(self, x: Tensor, length: Tensor, early: int) -> tuple[Any, float]:
         """A graph of a step over the rows x, and its milliseconds."""
@@ -250,7 +257,6 @@ def candidates(kernel: str, base: Options) -> Iterator[Options]:
     """Changes of one kernel's tiles that are worth trying, one step from where it stands."""
     wide = base.get("LANES_B", 0) * base.get("CHUNKS_B", 0) > 1024
     if kernel == "mixer_rows_partial":
-        yield {"launch_pdl": True}
         for rows_f, stages_f in ((16, 2), (16, 3), (16, 4), (32, 2), (32, 3)):
             yield {"ROWS_F": rows_f, "STAGES_F": stages_f}
         for rows_b, stages_b in ((16, 2), (16, 3), (16, 4), (32, 2), (32, 1)):
@@ -269,7 +275,7 @@ def candidates(kernel: str, base: Options) -> Iterator[Options]:
     else:
         for bn, bk, ks, warps, stages in itertools.product((8, 16), (128, 256, 512), (2, 4, 8), (2, 4, 8), (2, 3, 4)):
             if ks == warps and bk // ks in (64, 32, 128) and (bn, bk, ks, stages) != (base["BN"], base["BK"], base["KS"], base["num_stages"]) and stages > 2:
-                yield {"BN": bn, "BK": bk, "KS": ks, "num_warps": warps, "num_stages": stages}
+                yield {"BM": 16, "BN": bn, "BK": bk, "KS": ks, "AHEAD": 0, "num_warps": warps, "num_stages": stages}
 
 
 def sweep(models: list[str], points: list[int], clock: Clock, count: int = 8) -> None:
@@ -277,10 +283,9 @@ def sweep(models: list[str], points: list[int], clock: Clock, count: int = 8) ->
     device = torch.device("cuda", 0)
     for name in models:
         model = Model(name, points)
-        base = {k: pinned((k,), device, torch.float16, model.variant if k.endswith("partial") else with_ahead(k, "any", MODELS[name][0]), count)[k]
-                for k in ("mixer_rows_partial", "mixer_rows_combine", "mixer_rows_out")}  # fmt: skip
+        base = {k: pinned((k,), device, torch.float16, variant, count)[k] for k, variant in mixer_kernels(count, *MODELS[name])}
         trials = [(k, {**base[k], **change}, change) for k in base for change in candidates(k, base[k])]
-        compile_ahead([(k, model.variant, options, False) for k, options, _ in trials])
+        compile_ahead([(k, "tried", options) for k, options, _ in trials])
         rows, gamma = [model.chain.random(count, model.chain.config.d_model) for _ in range(5)], torch.rand(count, device="cuda")
         start = model.mixer_times(rows, gamma, base)
         say(f"{name} T={count}: pinned {' '.join(f'{us:.2f}' for us in start)} us a layer at {points}")

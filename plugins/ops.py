@@ -276,7 +276,7 @@ def limits_h() -> str:
         "StepPrograms": limits.STEP_PROGRAMS, "StepMaxSplits": limits.STEP_MAX_SPLITS, "WideWork": limits.WIDE_WORK, "PanelBytes": limits.PANEL_BYTES,
         "WideColumns": limits.WIDE_COLUMNS, "FewWork": limits.FEW_WORK,
         "PackPrograms": limits.PACK_PROGRAMS, "ScorePrograms": limits.SCORE_PROGRAMS,
-        "StepRows": contract.STEP_ROWS, "HeadMultiple": limits.HEAD_MULTIPLE, "Group": limits.GROUP, "Single": limits.SINGLE_ROWS,
+        "StepRows": contract.STEP_ROWS, "FewRows": limits.FEW_ROWS, "HeadMultiple": limits.HEAD_MULTIPLE, "Group": limits.GROUP, "Single": limits.SINGLE_ROWS,
         "WidthMultiple": contract.WIDTH_MULTIPLE, "ManyProduct": limits.MANY_ROWS, "ManyWork": limits.MANY_WORK,
         "ManyPrograms": limits.MANY_PROGRAMS,
         "Float8Arch": limits.FLOAT8_ARCH, "MixerBroad": limits.MIXER_BROAD, "MixerShort": limits.MIXER_SHORT,

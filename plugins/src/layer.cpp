@@ -226,7 +226,7 @@ struct Enter final : Plan
         auto const width = i32(p.width);
         one = rowsOf(p) == 1;
         both = one ? findCubinForWidth("layer_norm_enter", arch, productType(p).c_str(), width)
-            : rowsOf(p) <= kRows[1] ? aheadCubin("layer_norm_enter_rows", arch, p, "any")
+            : rowsOf(p) <= kRows[1] ? chosenCubin("layer_norm_enter_rows", arch, p, "any", rowsOf(p))
                                     : nullptr;
         norm = one || both != nullptr ? nullptr : findCubinForWidth("layer_norm", arch, dtypeName(p.storage), width);
         return both != nullptr || (norm != nullptr && matrix.find("layer_enter", arch, p, rowsOf(p), p.doubleWidth));

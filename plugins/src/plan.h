@@ -100,6 +100,21 @@ inline Cubin const* aheadCubin(char const* name, int32_t arch, Problem const& p,
     return serves ? findCubin(name, arch, productType(p).c_str(), (variant == "any" ? depth : variant + "." + depth).c_str()) : nullptr;
 }
 
+// engine/spec.py, few_variant: the binary for 2 to kFewRows rows, which goes before any other; null where there is none.
+inline Cubin const* fewCubin(char const* name, int32_t arch, Problem const& p, int64_t rows)
+{
+    bool const takes = rows > 1 && rows <= kFewRows && p.weights == Weights::kStorage;
+    std::string const variant = std::to_string(kFewRows) + "." + covering(kAheadDepths, p.width, "wide");
+    return takes ? findCubin(name, arch, dtypeName(p.storage), variant.c_str()) : nullptr;
+}
+
+// kernels/engine/layer_rows.py, chosen, without `variant` itself.
+inline Cubin const* chosenCubin(char const* name, int32_t arch, Problem const& p, std::string const& variant, int64_t rows)
+{
+    Cubin const* const few = fewCubin(name, arch, p, rows);
+    return few != nullptr ? few : aheadCubin(name, arch, p, variant);
+}
+
 // engine/spec.py, many_variant; null where there is none.
 inline Cubin const* manyCubin(std::string const& name, int32_t arch, Problem const& p, int64_t elements)
 {
@@ -175,7 +190,7 @@ public:
         std::string const variant = productVariant(rows, p.weights);
         bool const many = p.weights != Weights::kStorage && variant == "any";
         std::string const most = std::to_string(*(std::end(kQuantisedRows) - 1));
-        mKernel = aheadCubin(name, arch, p, variant);
+        mKernel = chosenCubin(name, arch, p, variant, rows);
         mWiden = nullptr;
         mShared = false;
         if (mKernel != nullptr)

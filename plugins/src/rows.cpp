@@ -75,11 +75,14 @@ struct MixerRows final : Plan
     bool find(Problem const& p, int32_t arch) override
     {
         char const* dtype = dtypeName(p.storage);
-        std::string const variant = covering(kRowsWidths, p.width) + "." + covering(kRowsHeads, p.headWidth); // engine/spec.py, mixer_rows_variant
-        partial = findCubin("mixer_rows_partial", arch, dtype, variant.c_str());
-        combine = findCubin("mixer_rows_combine", arch, dtype, "any");
-        Cubin const* const ahead = aheadCubin("mixer_rows_out", arch, p, "any");
-        out = ahead != nullptr ? ahead : findCubin("mixer_rows_out", arch, productType(p).c_str(), "any");
+        std::string const variant = covering(kRowsWidths, p.width) + "." + covering(kRowsHeads, p.headWidth); // engine/spec.py, mixer_rows_variants
+        bool const few = p.tokens <= kFewRows;
+        partial = few ? findCubin("mixer_rows_partial", arch, dtype, (variant + "." + std::to_string(kFewRows)).c_str()) : nullptr;
+        partial = partial != nullptr ? partial : findCubin("mixer_rows_partial", arch, dtype, variant.c_str());
+        combine = p.width > kMixerBroad ? findCubin("mixer_rows_combine", arch, dtype, "wide") : nullptr; // engine/spec.py, rows_combines
+        combine = combine != nullptr ? combine : findCubin("mixer_rows_combine", arch, dtype, "any");
+        out = chosenCubin("mixer_rows_out", arch, p, "any", p.tokens);
+        out = out != nullptr ? out : findCubin("mixer_rows_out", arch, productType(p).c_str(), "any");
         return partial != nullptr && combine != nullptr && out != nullptr;
     }
 
@@ -119,8 +122,9 @@ struct MixerRows final : Plan
         third.add(t.out).add(i32(p.tokens)).add(i32(p.width));
         int64_t const sums = ceilDiv(p.tokens * p.heads, combine->tile("NF")) * ceilDiv(p.headWidth, combine->tile("DF"))
             + ceilDiv(p.tokens, combine->tile("NB")) * ceilDiv(p.width, combine->tile("DB"));
-        // It reads the pasts before it waits; behind the projections alone is it known that nobody writes them. Wide ones wait first, and gain nothing.
-        int64_t const rows = p.width <= kRowsWidths[0] && launchedLast(stream, "layer_project_gain") ? rowsOf(p) : kManyRows;
+        // It reads the pasts before it waits; behind the projections alone is it known that nobody writes them.
+        bool const early = p.tokens <= kFewRows || p.width <= kRowsWidths[0]; // engine/spec.py, rows_early
+        int64_t const rows = early && launchedLast(stream, "layer_project_gain") ? rowsOf(p) : kManyRows;
         return launch(*partial, {programs + 1 + b.splits, p.batch, 1}, first, stream, error, rows)
             && launch(*combine, {1 + sums, p.batch, 1}, second, stream, error, rowsOf(p))
             && launch(*out, {ceilDiv(p.width, out->tile("BN")), p.batch, 1}, third, stream, error, rowsOf(p));

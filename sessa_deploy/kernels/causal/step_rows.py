@@ -24,34 +24,38 @@ from sessa_deploy.kernels.launch.splits import step_splits
 
 
 @triton.jit
-def _tile(b_acc, b_max, b_sum, b_q, b_k, b_v, o_j, m_j, scale, NEW: tl.constexpr):
-    """Adds keys o_j (R,) of k, v to the running softmax of N heads: b_q, b_acc (N,ROWS,d), b_max, b_sum (N,ROWS). NEW: key j counts for rows t >= j only."""
+def _tile(b_acc, b_max, b_sum, b_q, b_k, b_v, o_j, m_j, scale, QUERIES: tl.constexpr, NEW: tl.constexpr):
+    """Adds keys o_j (R,) of k, v to the running softmax of N heads: b_q, b_acc (N,d,QUERIES), b_max, b_sum (N,QUERIES), b_k (N,R,d), b_v (N,d,R).
+
+    NEW: key j counts for rows t >= j only.
+    """
     SHIFT: tl.constexpr = 12.0 if b_k.dtype == tl.float16 else 0.0  # of all weights alike: small ones stay normal numbers
-    b_x = tl.dot(b_q, b_k, input_precision="ieee")
+    b_x = tl.dot(b_k, b_q, input_precision="ieee")
     if NEW:
         # A weight of zero does not stop a NaN: the row's bad values go, and those who may see it get a NaN weight.
-        fine = tl.abs(b_v.to(tl.float32)) < float("inf")
-        b_bad = tl.max(tl.where(fine, 0, 1), 2) + tl.max(tl.where(tl.abs(b_k.to(tl.float32)) < float("inf"), 0, 1), 1)
-        b_v = tl.where(fine, b_v, 0.0).to(b_v.dtype)
-        b_x = tl.where(b_bad[:, None, :] > 0, float("nan"), b_x)
-        b_x = tl.where((m_j[None, :] & (o_j[None, :] <= tl.arange(0, ROWS)[:, None]))[None, :, :], b_x, float("-inf"))
+        odd = tl.sum(b_k * 0.0) + tl.sum(b_v * 0.0)  # NaN where one is not finite: what follows is long, and hardly ever needed
+        if odd != 0.0:
+            fine = tl.abs(b_v.to(tl.float32)) < float("inf")
+            b_bad = tl.max(tl.where(fine, 0, 1), 1) + tl.max(tl.where(tl.abs(b_k.to(tl.float32)) < float("inf"), 0, 1), 2)
+            b_v = tl.where(fine, b_v, 0.0).to(b_v.dtype)
+            b_x = tl.where(b_bad[:, :, None] > 0, float("nan"), b_x)
+        b_x = tl.where((m_j[:, None] & (o_j[:, None] <= tl.arange(0, QUERIES)[None, :]))[None, :, :], b_x, float("-inf"))
     else:
-        b_x = tl.where(m_j[None, None, :], b_x, float("-inf"))
-    b_top = tl.maximum(b_max, tl.max(b_x, 2) * scale)
+        b_x = tl.where(m_j[None, :, None], b_x, float("-inf"))
+    b_top = tl.maximum(b_max, tl.max(b_x, 1) * scale)
     b_base = tl.where(b_top == float("-inf"), 0.0, b_top)  # a padded row of the new ones sees none
     b_fade = tl.exp2(b_max - b_base)
-    b_p = tl.exp2(b_x * scale - (b_base - SHIFT)[:, :, None]).to(b_v.dtype)
-    b_sum = b_sum * b_fade + tl.sum(b_p.to(tl.float32), 2)
-    b_acc = tl.dot(b_p, b_v, b_acc * b_fade[:, :, None], input_precision="ieee")
+    b_p = tl.exp2(b_x * scale - (b_base - SHIFT)[:, None, :]).to(b_v.dtype)
+    b_sum = b_sum * b_fade + tl.sum(b_p.to(tl.float32), 1)
+    b_acc = tl.dot(b_v, b_p, b_acc * b_fade[:, None, :], input_precision="ieee")
     return b_acc, b_top, b_sum
 
 
 @triton.jit
-def _keys(k, v, stride_k, stride_v, o_j, m_j, o_nd, o_dn, m_nd, m_dn):
-    """Keys (N,d,R) and values (N,R,d) of rows o_j (R,)."""
-    o_row = o_j.to(tl.int64) * 8
-    b_k = tl.load(k + o_row[None, None, :] * stride_k + o_dn, mask=m_dn & m_j[None, None, :], other=0.0)
-    b_v = tl.load(v + o_row[None, :, None] * stride_v + o_nd, mask=m_nd & m_j[None, :, None], other=0.0)
+def _keys(k, v, o_k, o_v, o_nd, o_dn, m_nd, m_dn):
+    """Keys (N,R,d) and values (N,d,R) of rows that begin o_k and o_v (R,) behind k and v."""
+    b_k = tl.load(k + (o_k[None, :, None] + o_nd), mask=m_nd, other=0.0)
+    b_v = tl.load(v + (o_v[None, None, :] + o_dn), mask=m_dn, other=0.0)
     return b_k, b_v
 
 
@@ -59,11 +63,11 @@ def _keys(k, v, stride_k, stride_v, o_j, m_j, o_nd, o_dn, m_nd, m_dn):
 def piece(
     item, q, k, v, past_k, past_v, past_length, part, stat, stride_kb, stride_kr, stride_vb, stride_vr,
     i_b, tokens, splits, capacity, heads, group, units, scale, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-    LATE: tl.constexpr = False,
+    LATE: tl.constexpr = False, QUERIES: tl.constexpr = ROWS,
 ):  # fmt: skip
     """What program `item` of (1 + splits) * blocks of BLOCK_H query heads of sequence i_b computes: the first `blocks` the new rows, the others a split each.
 
-    part (B,T,Hq,1 + splits,d), stat (.., 2): the new rows, then every split.
+    part (B,T,Hq,1 + splits,d), stat (.., 2): the new rows, then every split. T <= QUERIES, which are columns of the products: no bit depends on how many.
     """
     blocks = tl.cdiv(heads * group, BLOCK_H)
     i_split = item // blocks - 1
@@ -72,40 +76,42 @@ def piece(
     first = i_split * each
     if first < length:  # of the new rows it is below 0
         width, row = units * 8, heads * units
-        o_t, o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+        o_t, o_r, o_d = tl.arange(0, QUERIES), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
         o_h = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
         m_h, m_d = o_h < heads * group, o_d < width
         m_q = m_h[:, None] & (o_t < tokens)[None, :]
         o_q = (i_b * tokens + o_t)[None, :] * heads * group + o_h[:, None]
-        p_q, m_qd = q + o_q[:, :, None] * width + o_d[None, None, :], m_q[:, :, None] & m_d[None, None, :]
-        b_max = tl.full([BLOCK_H, ROWS], float("-inf"), dtype=tl.float32)
-        b_sum = tl.zeros([BLOCK_H, ROWS], dtype=tl.float32)
-        b_acc = tl.zeros([BLOCK_H, ROWS, BLOCK_D], dtype=tl.float32)
+        p_q, m_qd = q + o_q[:, None, :] * width + o_d[None, :, None], m_q[:, None, :] & m_d[None, :, None]
+        b_max = tl.full([BLOCK_H, QUERIES], float("-inf"), dtype=tl.float32)
+        b_sum = tl.zeros([BLOCK_H, QUERIES], dtype=tl.float32)
+        b_acc = tl.zeros([BLOCK_H, BLOCK_D, QUERIES], dtype=tl.float32)
         o_kv = (o_h // group * width)[:, None, None]
         o_nd, o_dn = o_kv + o_d[None, None, :], o_kv + o_d[None, :, None]
         m_nd, m_dn = m_h[:, None, None] & m_d[None, None, :], m_h[:, None, None] & m_d[None, :, None]
         if i_split < 0:
             if LATE:
                 begin(True)
-            o_new, m_r = i_b * tokens * row * 8, o_r < tokens
+            o_new, o_row = i_b * tokens * row * 8, tl.minimum(o_r, tokens - 1) * (row * 8)
             b_q = tl.load(p_q, mask=m_qd, other=0.0)
-            b_k, b_v = _keys(k + o_new, v + o_new, row, row, o_r, m_r, o_nd, o_dn, m_nd, m_dn)
-            b_acc, b_max, b_sum = _tile(b_acc, b_max, b_sum, b_q, b_k, b_v, o_r, m_r, scale, NEW=True)
+            b_k, b_v = _keys(k + o_new, v + o_new, o_row, o_row, o_nd, o_dn, m_nd, m_dn)
+            b_acc, b_max, b_sum = _tile(b_acc, b_max, b_sum, b_q, b_k, b_v, o_r, o_r < tokens, scale, QUERIES, NEW=True)
         else:
             p_k, p_v, end = past_k + i_b * stride_kb * 8, past_v + i_b * stride_vb * 8, tl.minimum(first + each, length)
             if LATE:
-                b_q = tl.zeros([BLOCK_H, ROWS, BLOCK_D], dtype=q.dtype.element_ty)
+                b_q = tl.zeros([BLOCK_H, BLOCK_D, QUERIES], dtype=q.dtype.element_ty)
             else:
                 b_q = tl.load(p_q, mask=m_qd, other=0.0)
             for start in tl.range(first, end, BLOCK_R, num_stages=STAGES):
-                b_k, b_v = _keys(p_k, p_v, stride_kr, stride_vr, start + o_r, start + o_r < end, o_nd, o_dn, m_nd, m_dn)
+                o_j = tl.minimum(o_r, end - 1 - start)  # the last row stands for those that there are not
+                at = tl.cast(start, tl.int64) * 8
+                b_k, b_v = _keys(p_k + at * stride_kr, p_v + at * stride_vr, o_j * (stride_kr * 8), o_j * (stride_vr * 8), o_nd, o_dn, m_nd, m_dn)
                 if LATE:  # noqa: SIM102
                     if start == first:
                         begin(True)
                         b_q = tl.load(p_q, mask=m_qd, other=0.0)
-                b_acc, b_max, b_sum = _tile(b_acc, b_max, b_sum, b_q, b_k, b_v, start + o_r, start + o_r < end, scale, NEW=False)
+                b_acc, b_max, b_sum = _tile(b_acc, b_max, b_sum, b_q, b_k, b_v, start + o_r, start + o_r < end, scale, QUERIES, NEW=False)
         o_part = o_q * (1 + splits) + 1 + i_split
-        tl.store(part + o_part[:, :, None] * width + o_d[None, None, :], b_acc, mask=m_q[:, :, None] & m_d[None, None, :])
+        tl.store(part + o_part[:, None, :] * width + o_d[None, :, None], b_acc, mask=m_q[:, None, :] & m_d[None, :, None])
         tl.store(stat + o_part * 2, b_max, mask=m_q)
         tl.store(stat + o_part * 2 + 1, b_sum, mask=m_q)
 

@@ -273,7 +273,7 @@ def _matrix(fn: Any, x: Tensor, rows: int, weight: Tensor, scale: Tensor | None)
     """
     kind = weights_name(weight.dtype)
     variant, weights = product_choice(fn.__name__, rows, kind)
-    variant = layer_rows.chosen(fn.__name__, variant, weights, weight.shape[1], x)
+    variant = layer_rows.chosen(fn.__name__, variant, weights, weight.shape[1], x, rows)
     if kind != weights:
         weight = widen(weight, x.dtype)
     return variant, weights, weight, weight if scale is None else scale
@@ -346,8 +346,8 @@ def norm_enter(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor, early: int = 0, scale: Tensor | None = None
 ) -> Tensor:
     """`enter` of `norm` of x (rows, D); one row, and a few where there is one for them, go through a kernel of its own."""
-    if layer_rows.takes(x, weight):
-        return layer_rows.norm_enter(x, norm_weight, norm_bias, eps, weight, bias, early)
+    if variant := layer_rows.taken(x, weight):
+        return layer_rows.norm_enter(x, norm_weight, norm_bias, eps, weight, bias, variant, early)
     if x.shape[0] > 1:
         return enter(norm(x, norm_weight, norm_bias, eps, early), weight, bias, early, scale)
     depth, variant, weights = x.shape[1], table.width_variant("layer_norm_enter", x.shape[1]), weights_name(weight.dtype)

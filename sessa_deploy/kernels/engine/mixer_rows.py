@@ -20,16 +20,16 @@ from sessa_deploy.kernels.causal.step_rows import piece as piece_causal
 from sessa_deploy.kernels.device import begin
 from sessa_deploy.kernels.device_rows import ROWS
 from sessa_deploy.kernels.engine.layer_rows import chosen
-from sessa_deploy.kernels.engine.product import ahead, bias_of, product, scale_of, scaled, with_bias
-from sessa_deploy.kernels.engine.spec import mixer_rows_variant
+from sessa_deploy.kernels.engine.product import ahead, bias_of, product, scale_of, scaled, sixteen, with_bias
+from sessa_deploy.kernels.engine.spec import mixer_rows_variants, rows_combines, rows_early
 from sessa_deploy.kernels.feedback.step_rows import added, invert, solved
 from sessa_deploy.kernels.feedback.step_rows import piece as piece_feedback
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import address, launcher, pinned, weights_name, workspace
+from sessa_deploy.kernels.launch.jit import address, available, launcher, pinned, weights_name, workspace
 from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E, ROWS_WIDTHS
 from sessa_deploy.kernels.launch.splits import step_splits
 
-LATE_LANES = tl.constexpr(ROWS_WIDTHS[0])  # D up to which the pasts' first tiles are asked for before the wait; beyond it the queries' registers would spill
+LATE_QUERIES = tl.constexpr(ROWS_WIDTHS[0] * STEP_ROWS)  # elements of queries up to which the pasts' first tiles are asked for before the wait; registers
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_rows_partial"))
@@ -37,7 +37,7 @@ def mixer_rows_partial(
     q, k, v, past_k, past_v, q_b, k_b, past_kb, past_s, past_length, part_f, stat_f, part_b, stat_b, scores,
     tokens, splits_f, splits_b, capacity, heads, group, units, width, scale_f, scale_b, programs_f,
     ROWS_F: tl.constexpr, HEADS_F: tl.constexpr, LANES_F: tl.constexpr, STAGES_F: tl.constexpr,
-    ROWS_B: tl.constexpr, CHUNKS_B: tl.constexpr, LANES_B: tl.constexpr, STAGES_B: tl.constexpr, PDL: tl.constexpr = False,
+    ROWS_B: tl.constexpr, CHUNKS_B: tl.constexpr, LANES_B: tl.constexpr, STAGES_B: tl.constexpr, QUERIES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (programs_f + 1 + splits_b, B). Pasts are dense: past_k, past_v (B,P,Hkv,d), past_kb, past_s (B,P,D).
 
@@ -46,7 +46,7 @@ def mixer_rows_partial(
 
     An early start is for the stream's next kernel behind `layer_project_gain`, as that of `mixer_step_partial`.
     """
-    LATE: tl.constexpr = PDL and CHUNKS_B * LANES_B <= LATE_LANES
+    LATE: tl.constexpr = PDL and CHUNKS_B * LANES_B * QUERIES <= LATE_QUERIES
     if not LATE:
         begin(PDL)
     program = tl.program_id(0)
@@ -55,12 +55,12 @@ def mixer_rows_partial(
         row = heads * units
         piece_causal(
             program, q, k, v, past_k, past_v, past_length, part_f, stat_f, capacity.to(tl.int64) * row, row, capacity.to(tl.int64) * row, row,
-            i_b, tokens, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, LANES_F, STAGES_F, LATE,
+            i_b, tokens, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, LANES_F, STAGES_F, LATE, QUERIES,
         )  # fmt: skip
     else:
         piece_feedback(
             program - programs_f, q_b, k_b, past_kb, past_s, past_length, part_b, stat_b, scores, capacity.to(tl.int64) * width, width,
-            capacity.to(tl.int64) * width, width, i_b, tokens, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, LATE,
+            capacity.to(tl.int64) * width, width, i_b, tokens, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, LATE, QUERIES,
         )  # fmt: skip
     begin(LATE)  # of a program that had nothing to do
 
@@ -106,14 +106,14 @@ def mixer_rows_combine(
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_rows_out"))
 def mixer_rows_out(
     x, weight, scale, bias, add, inverse, out, tokens, depth,
-    BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (ceil(D / BN), B): out (B,T,D) = inverse (B,ROWS,ROWS) times ((x weight^T + bias), rounded, + add (B,T,D) float32)."""
+    """Grid (ceil(D / BN), B): out (B,T,D) = inverse (B,ROWS,ROWS) times ((x weight^T + bias), rounded, + add (B,T,D) float32). T <= BM, 8 or 16."""
     i_b, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BN
     o_t, o_n = tl.arange(0, ROWS), tl.arange(0, BN)
     m_t, m_n = o_t < tokens, o_n < depth - first
     column = first.to(tl.int64)
-    b_w = ahead(weight + column * depth, m_n, depth, ROWS, BN, BK, KS, AHEAD)
+    b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, 1, BN)
     begin(PDL)
     o_y = (i_b * tokens + o_t)[:, None] * depth + (column + o_n)[None, :]
@@ -121,7 +121,9 @@ def mixer_rows_out(
     b_add = tl.load(add + o_y, mask=m_y, other=0.0)
     b_inverse = tl.load(inverse + i_b * ROWS * ROWS + o_t[:, None] * ROWS + o_t[None, :])
     p_x = x + i_b * tokens * depth
-    b_y = product(p_x, p_x, weight + column * depth, b_w, tokens, m_t, m_n, depth, depth, depth, False, ROWS, BN, BK, KS, AHEAD)
+    b_y = product(p_x, p_x, weight + column * depth, b_w, tokens, tl.arange(0, BM) < tokens, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    if BM == 8:
+        b_y = sixteen(tl.trans(b_y), tl.zeros([BN, 8], dtype=tl.float32), BN)
     b_f = with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, ROWS, BN), b_bias, bias + column, m_n, 1, BN).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + o_y, solved(b_inverse, b_f + b_add, o_t).to(out.dtype.element_ty), mask=m_y)
 
@@ -135,15 +137,19 @@ def step(
 
     q (B,T,Hq,d), k, v (B,T,Hkv,d), past_k, past_v (B,P,Hkv,d), P >= 1, weight (D,D) and bias (D,) of the output projection, q_b, k_b (B,T,D), gamma (B,T)
     float32, past_kb, past_s (B,P,D), past_length (B,) int32; all dense. early: see `jit.pinned`. tiles: kernel -> launch options in place of the pinned ones.
-    scale (D,) float32: of a weight of 8 bits. behind: as in `mixer.step`; D beyond 1024 gains nothing from it.
+    scale (D,) float32: of a weight of 8 bits. behind: as in `mixer.step`; of no use where `rows_early` says no.
     """  # fmt: skip
     batch, tokens, q_heads, head = q.shape
     heads, capacity, width, device, dtype = k.shape[2], past_k.shape[1], q_b.shape[2], q.device, q.dtype
     group, units, weights = q_heads // heads, head // HEAD_MULTIPLE, weights_name(weight.dtype)
+    variant, adds = (
+        next(v for v in variants if available(name, device, dtype, v))
+        for name, variants in (("mixer_rows_partial", mixer_rows_variants(tokens, width, head)), ("mixer_rows_combine", rows_combines(width)))
+    )
     options = {
-        **pinned(("mixer_rows_partial",), device, dtype, mixer_rows_variant(width, head), early if behind and width <= ROWS_WIDTHS[0] else 0),
-        **pinned(("mixer_rows_combine",), device, dtype, "any", early),
-        **pinned(("mixer_rows_out",), device, dtype, chosen("mixer_rows_out", "any", weights, width, q), early, weights), **(tiles or {}),
+        **pinned(("mixer_rows_partial",), device, dtype, variant, early if behind and rows_early(tokens, width) else 0),
+        **pinned(("mixer_rows_combine",), device, dtype, adds, early),
+        **pinned(("mixer_rows_out",), device, dtype, chosen("mixer_rows_out", "any", weights, width, q, tokens), early, weights), **(tiles or {}),
     }  # fmt: skip
     partial, combine, out = (options[f"mixer_rows_{name}"] for name in ("partial", "combine", "out"))
     rows_f, rows_b, f32, square = partial["ROWS_F"], partial["ROWS_B"], torch.float32, STEP_ROWS * STEP_ROWS

@@ -157,26 +157,33 @@ def right(b_w, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
 
 @triton.jit
 def _strip_product(
-    x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
+    x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
 ):
-    """`product` of up to 16 rows whose weights came ahead; 8 at a time, which are the short side of a matrix instruction."""
-    b_low, b_high = tl.zeros([KS, BN, 8], dtype=tl.float32), tl.zeros([KS, BN, 8], dtype=tl.float32)
-    b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, 0, GATED, BN, BK, KS)
+    """`product` of up to BM rows, 8 or 16, whose weights came ahead; 8 at a time, which are the short side of a matrix instruction."""
+    b_low = tl.zeros([KS, BN, 8], dtype=tl.float32)
+    b_high = b_low if BM > 8 else 0.0
+    b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, 0, GATED, BM, BN, BK, KS)
     for start in tl.range(BK, depth, BK, num_stages=1):
         b_w = strip(weight, m_n, depth, start, depth, BN, BK, KS)
-        b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start, GATED, BN, BK, KS)
-    return sixteen(tl.sum(b_low, 0), tl.sum(b_high, 0), BN)
+        b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start, GATED, BM, BN, BK, KS)
+    if BM > 8:
+        b_acc = sixteen(tl.sum(b_low, 0), tl.sum(b_high, 0), BN)
+    else:
+        b_acc = tl.trans(tl.sum(b_low, 0))
+    return b_acc
 
 
 @triton.jit
 def _add(
-    b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
-):
+    b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    KS: tl.constexpr,
+):  # fmt: skip
     """Adds columns [start, start + BK) to both sums (KS,BN,8), each of 8 rows; the second where there are any."""
     b_a = left(wide(b_w, x.dtype.element_ty), BN, BK, KS)
     b_low = tl.dot(b_a, _eight(x, gate, 0, rows, row, gate_row, start, depth, GATED, BK, KS), b_low, input_precision="ieee")
-    if rows > 8:
-        b_high = tl.dot(b_a, _eight(x, gate, 8, rows, row, gate_row, start, depth, GATED, BK, KS), b_high, input_precision="ieee")
+    if BM > 8:  # noqa: SIM102
+        if rows > 8:
+            b_high = tl.dot(b_a, _eight(x, gate, 8, rows, row, gate_row, start, depth, GATED, BK, KS), b_high, input_precision="ieee")
     return b_low, b_high
 
 
@@ -239,8 +246,8 @@ def product(
         tl.static_assert(KS == 1, "large tiles have depth enough for every warp")
         b_acc = _large_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK)
     elif AHEAD > 0:
-        tl.static_assert(BM == 16, "weights ahead are for at most 16 rows")
-        b_acc = _strip_product(x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED, BN, BK, KS)
+        tl.static_assert((BM == 8) | (BM == 16), "weights ahead are for at most 16 rows")
+        b_acc = _strip_product(x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS)
     else:
         b_acc = _tile_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS)
     return b_acc

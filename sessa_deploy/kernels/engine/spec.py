@@ -12,10 +12,12 @@ from sessa_deploy.kernels.causal.spec import head_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import (
     AHEAD_DEPTH,
+    FEW_ROWS,
     GROUP,
     LAYER_WIDTHS,
     MANY_ROWS,
     MANY_WORK,
+    MIXER_BROAD,
     MIXER_HEADS,
     MIXER_WIDTHS,
     PRODUCT_ROWS,
@@ -46,38 +48,44 @@ _EARLY_ROWS = PRODUCT_ROWS[-1]
 _TILES = ("BM", "BN", "BK", "KS", "AHEAD", "PDL")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
 _SHORT = f"{PRODUCT_ROWS[2]}.{AHEAD_DEPTH}"  # of more rows than a few, no deeper than those
+_EIGHT, _EIGHT_WIDE = f"{FEW_ROWS}.{AHEAD_DEPTH}", f"{FEW_ROWS}.wide"  # of at most FEW_ROWS rows, no deeper than AHEAD_DEPTH and deeper
+_EIGHTS = (_EIGHT, _EIGHT_WIDE)
 _DESCRIPTOR = 128  # bytes that one takes of a program's memory
 
 _LAYERS = (
     Kernel("layer_rotary", _LAYER, (Param("past_length", "*i32"), *pointers("limbs", "cos", "sin", type="*fp32"), *integers("tokens", "pairs")),
            ("BD", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=16, wide=False, early=_ANY, early_rows=_EARLY_ROWS),
     Kernel("layer_norm", _LAYER, (*pointers("x", "weight", "bias", "out"), Param("width", "i32", True), Param("eps", "fp32")),
-           ("BD", "PDL"), _WIDTHS, dtypes=_HALF, early=_WIDTHS, early_rows=_EARLY_ROWS),
+           ("BD", "PDL"), _WIDTHS, dtypes=_HALF, early=_WIDTHS, shares=_WIDTHS[1:2], early_rows=_EARLY_ROWS),
     Kernel("layer_widen", _LAYER, (*_MATRIX[:1], *pointers("out"), Param("count", "i32", True)), ("BLOCK",), _ANY, dtypes=_QUANTISED),
     Kernel("layer_norm_enter", _LAYER,
            (*pointers("x", "norm_weight", "norm_bias"), *_MATRIX, *pointers("bias", "out"), Param("depth", "i32", True), Param("eps", "fp32")),
            ("BN", "BK", "KS", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS, shares=_WIDTHS, fills=_WIDTHS[1:]),
     Kernel("layer_norm_enter_rows", f"{_LAYER}_rows",
            (*pointers("x", "norm_weight", "norm_bias", "weight", "bias", "out"), Param("rows", "i32"), Param("depth", "i32", True), Param("eps", "fp32")),
-           ("BN", "BK", "KS", "PDL"), _WIDTHS[:1], dtypes=_HALF, scalar_loads=32, early=_WIDTHS[:1], optional=_WIDTHS[:1]),
+           ("BM", "BN", "BK", "KS", "PDL"), (*_WIDTHS[:1], _EIGHT), dtypes=_HALF, scalar_loads=32, early=(*_WIDTHS[:1], _EIGHT),
+           optional=(*_WIDTHS[:1], _EIGHT)),
     Kernel("layer_linear", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=128, early=_FEW, early_rows=1),
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, (*_PRODUCTS, *_ONES),
            dtypes=_PRODUCT, scalar_loads=16, early=(*_FEW, *_ONES), shares=_SHARING, fills=_FILLING, optional=_ONES, early_rows=_EARLY_ROWS),
-    Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES, (*_PRODUCTS, _AHEAD, _SHORT, *_ONES),
-           dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, _AHEAD, _SHORT, *_ONES), opens=(*_ONE, *_ONES), shares=_SHARING, fills=_FILLING,
-           optional=(_AHEAD, _SHORT, *_ONES), always_early=(_SHORT,), early_rows_8=_EARLY_ROWS),
+    Kernel("layer_tail", _LAYER, (*pointers("s", "h"), *_MATRIX, *pointers("bias", "x", "out"), *_SIZES), _TILES,
+           (*_PRODUCTS, _AHEAD, _SHORT, *_ONES, *_EIGHTS), dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, _AHEAD, _SHORT, *_ONES, *_EIGHTS),
+           opens=(*_ONE, *_ONES), shares=(*_SHARING, _EIGHT_WIDE), fills=_FILLING, optional=(_AHEAD, _SHORT, *_ONES, *_EIGHTS), always_early=(_SHORT,),
+           early_rows_8=_EARLY_ROWS),
     Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES,
            (*_PRODUCTS, *_ONES), dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, *_ONES), opens=(*_ONE, *_ONES), shares=_SHARING, fills=_FILLING,
            optional=_ONES, early_rows=1),
-    Kernel("layer_enter", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES), _TILES, _PRODUCTS[1:], dtypes=_PRODUCT,
-           scalar_loads=32, early=_FEW[1:], early_rows=_EARLY_ROWS),
+    Kernel("layer_enter", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES), _TILES,
+           (*_PRODUCTS[1:], _EIGHT_WIDE), dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW[1:], _EIGHT_WIDE), shares=(_EIGHT_WIDE,), optional=(_EIGHT_WIDE,),
+           early_rows=_EARLY_ROWS),
     Kernel("layer_project_gain", _LAYER,
            (*pointers("h"), *_MATRIX, *pointers("bias_q", "bias_k", "bias_v", "bias_fb"), *pointers("cos", "sin", "gamma_weight", type="*fp32"),
             Param("gamma_bias", "*fp32"), *pointers("q", "k", "v", "q_b", "k_b"), Param("gamma", "*fp32"), *_SIZES, Param("kv_width", "i32"),
             *integers("units"), Param("gamma_max", "fp32")),
-           _TILES, (*_PRODUCTS, _AHEAD, _SHORT, *_ONES), dtypes=_PRODUCT, scalar_loads=136, early=(*_FEW, _AHEAD, _SHORT, *_ONES), opens=(_ONE_AHEAD,),
-           shares=_SHARING, fills=_FILLING, early_rows=_EARLY_ROWS, optional=(_AHEAD, _SHORT, *_ONES)),
+           _TILES, (*_PRODUCTS, _AHEAD, _SHORT, *_ONES, *_EIGHTS), dtypes=_PRODUCT, scalar_loads=136,
+           early=(*_FEW, _AHEAD, _SHORT, *_ONES, *_EIGHTS), opens=(_ONE_AHEAD,), shares=(*_SHARING, _EIGHT_WIDE), fills=_FILLING,
+           early_rows=_EARLY_ROWS, optional=(_AHEAD, _SHORT, *_ONES, *_EIGHTS)),
 )  # fmt: skip
 
 
@@ -131,6 +139,9 @@ _MIXER_BATCH = (
 _ROWS = "sessa_deploy.kernels.engine.mixer_rows"
 _ROWS_STEPS = tuple(f"{w}.{h}" for w in ROWS_WIDTHS for h in ROWS_HEADS)
 _WIDE_ROWS = _ROWS_STEPS[len(ROWS_HEADS):]
+_ROWS_FEW = tuple(f"{v}.{FEW_ROWS}" for v in _ROWS_STEPS)
+_ROWS_COMBINES = (*_ANY, "wide")
+_ROWS_OUTS = (*_ANY, str(AHEAD_DEPTH), *_EIGHTS)
 _PARTS = pointers("part_f", "stat_f", "part_b", "stat_b", "scores", type="*fp32")
 
 _MIXER_ROWS = (
@@ -138,17 +149,17 @@ _MIXER_ROWS = (
            (*pointers("q", "k", "v", "past_k", "past_v", "q_b", "k_b", "past_kb", "past_s"), Param("past_length", "*i32"), *_PARTS,
             *integers("tokens", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
-           ("ROWS_F", "HEADS_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "PDL"),
-           _ROWS_STEPS, dtypes=_HALF, scalar_loads=16, early=_ROWS_STEPS, optional=_WIDE_ROWS),
+           ("ROWS_F", "HEADS_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "QUERIES", "PDL"),
+           (*_ROWS_STEPS, *_ROWS_FEW), dtypes=_HALF, scalar_loads=16, early=(*_ROWS_STEPS, *_ROWS_FEW), optional=(*_WIDE_ROWS, *_ROWS_FEW)),
     Kernel("mixer_rows_combine", _ROWS,
            (*_PARTS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", "inverse", type="*fp32"),
             *integers("tokens", "capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
-           ("BLOCK_F", "BLOCK_B", "MOST_F", "MOST_B", "NF", "NB", "DF", "DB", "PDL"), _ANY, dtypes=_HALF, scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
+           ("BLOCK_F", "BLOCK_B", "MOST_F", "MOST_B", "NF", "NB", "DF", "DB", "PDL"), _ROWS_COMBINES, dtypes=_HALF, scalar_loads=64, early=_ROWS_COMBINES,
+           shares=_ROWS_COMBINES[1:], optional=_ROWS_COMBINES[1:], early_rows=_EARLY_ROWS),
     Kernel("mixer_rows_out", _ROWS,
            (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", "inverse", type="*fp32"), *pointers("out"), *integers("tokens"),
             Param("depth", "i32", True)),
-           ("BN", "BK", "KS", "AHEAD", "PDL"), (*_ANY, str(AHEAD_DEPTH)), dtypes=_PRODUCT, scalar_loads=32, early=(*_ANY, str(AHEAD_DEPTH)),
-           optional=(str(AHEAD_DEPTH),), early_rows=_EARLY_ROWS),
+           _TILES, _ROWS_OUTS, dtypes=_PRODUCT, scalar_loads=32, early=_ROWS_OUTS, shares=(_EIGHT_WIDE,), optional=_ROWS_OUTS[1:], early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
 _LENGTHS = (Param("past_length", "*i32"), Param("new_length", "*i32"))
@@ -206,6 +217,13 @@ def ahead_variant(kernel: str, variant: str, weights: str, depth: int) -> str:
     return other if other in optional else ""
 
 
+def few_variant(kernel: str, rows: int, weights: str, depth: int) -> str:
+    """The optional variant of a product for 2 to FEW_ROWS rows, which goes before any other; "" if none. The bits are those of 16: tiles have half
+    the rows, or only wish for other shared memory."""
+    variant = _EIGHT if depth <= AHEAD_DEPTH else _EIGHT_WIDE
+    return variant if 1 < rows <= FEW_ROWS and not weights and variant in table.kernel(kernel).optional else ""
+
+
 def mixer_variant(width: int, head: int, group: int) -> str:
     """The variant for rows of `width` and heads of `head`; group: query heads of one key/value head. Raises ValueError beyond the largest."""
     padded = next((w for w in MIXER_WIDTHS if width <= w), 0)
@@ -226,12 +244,23 @@ def combine_variant(batch: int, width: int) -> str:
     return "1" if batch == 1 else "wide" if width > MIXER_WIDTHS[0] else "any"
 
 
-def mixer_rows_variant(width: int, head: int) -> str:
-    """`mixer_variant` for a step of several rows. Raises ValueError beyond the largest."""
+def mixer_rows_variants(tokens: int, width: int, head: int) -> tuple[str, ...]:
+    """`step_variants` for a step of several rows. Raises ValueError beyond the largest."""
     padded = next((w for w in ROWS_WIDTHS if width <= w), 0)
     if not padded or head > ROWS_HEADS[-1]:
         raise ValueError(f"a step of several rows has no kernel for D = {width} and heads of {head}; the largest are {ROWS_WIDTHS[-1]} and {ROWS_HEADS[-1]}")
-    return f"{padded}.{table.width_variant('causal_rows_partial', head)}"
+    variant = f"{padded}.{table.width_variant('causal_rows_partial', head)}"
+    return (f"{variant}.{FEW_ROWS}", variant) if tokens <= FEW_ROWS else (variant,)
+
+
+def rows_combines(width: int) -> tuple[str, ...]:
+    """Variants of mixer_rows_combine, the first of which that a device has is taken; how many splits there are is in their tiles."""
+    return _ROWS_COMBINES[::-1] if width > MIXER_BROAD else _ANY
+
+
+def rows_early(tokens: int, width: int) -> bool:
+    """Whether a step of several rows begins to read its pasts early: where the queries' registers leave room for it."""
+    return tokens <= FEW_ROWS or width <= ROWS_WIDTHS[0]
 
 
 def batch_variant(batch: int, width: int, head: int) -> str:

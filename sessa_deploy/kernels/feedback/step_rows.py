@@ -25,76 +25,76 @@ from sessa_deploy.kernels.launch.splits import step_splits
 
 DOUBLINGS = tl.constexpr(STEP_ROWS.bit_length() - 2)
 
+
 @triton.jit
-def _scores(b_q, b_k, scale):
-    """(ROWS,R) float32, of N chunks' products b_q (N,ROWS,L) with rows b_k (N,L,R), in all N tiles alike: (N,ROWS,R)."""
-    b_x = tl.dot(b_q, b_k, input_precision="ieee")
+def _scores(b_k, b_q, scale):
+    """(R,N) float32, of C chunks' products of rows b_k (C,R,L) with b_q (C,L,N), in all C tiles alike: (C,R,N)."""
+    b_x = tl.dot(b_k, b_q, input_precision="ieee")
     return tl.broadcast_to(tl.sum(b_x, 0, keep_dims=True), b_x.shape) * scale
 
 
 @triton.jit
 def piece(
     item, q, k, past_k, past_s, past_length, part, stat, scores, stride_kb, stride_kr, stride_sb, stride_sr, i_b, tokens, splits, capacity, width, scale,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr = False,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr = False, QUERIES: tl.constexpr = ROWS,
 ):  # fmt: skip
     """What program `item` of 1 + splits of sequence i_b computes: the first the scores (B,ROWS,ROWS) of the new rows, the others a split each.
 
-    part (B,T,splits,D), stat (.., 2). A tile is (BLOCK_R, BLOCK_C, BLOCK_L): rows, chunks of D, lanes.
+    part (B,T,splits,D), stat (.., 2). A tile is (BLOCK_R, BLOCK_C, BLOCK_L): rows, chunks of D, lanes. T <= QUERIES, which are columns of the products: no bit
+    depends on how many.
     """
     i_split = item - 1
     length = tl.minimum(tl.load(past_length + i_b), capacity)
     each = rows_each(length, splits, BLOCK_R)
     first = i_split * each
     if first < length:  # of the new rows it is below 0
-        o_c, o_t, o_l, o_r = tl.arange(0, BLOCK_C), tl.arange(0, ROWS), tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_R)
+        o_c, o_t, o_l, o_r = tl.arange(0, BLOCK_C), tl.arange(0, QUERIES), tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_R)
         m_t = o_t < tokens
         o_nd = o_c[:, None, None] * BLOCK_L + o_l[None, None, :]  # (C,1,L)
         o_kd = o_c[:, None, None] * BLOCK_L + o_l[None, :, None]  # (C,L,1)
         m_nd, m_kd = o_nd < width, o_kd < width
         o_new = i_b * tokens * width
-        p_q, m_q = q + o_new + o_t[None, :, None] * width + o_nd, m_t[None, :, None] & m_nd
+        p_q, m_q = q + o_new + o_t[None, None, :] * width + o_kd, m_t[None, None, :] & m_kd
         if i_split < 0:
             if LATE:
                 begin(True)
             b_q = tl.load(p_q, mask=m_q, other=0.0)
-            b_k = tl.load(k + o_new + o_r[None, None, :] * width + o_kd, mask=(o_r < tokens)[None, None, :] & m_kd, other=0.0)
-            b_x = _scores(b_q, b_k, scale)
-            p_x = scores + i_b * ROWS * ROWS + o_t[:, None] * ROWS + o_r[None, :]
-            tl.store(p_x, tl.max(b_x, 0), mask=m_t[:, None] & (o_r < ROWS)[None, :])
+            b_k = tl.load(k + o_new + o_r[None, :, None] * width + o_nd, mask=(o_r < tokens)[None, :, None] & m_nd, other=0.0)
+            b_x = _scores(b_k, b_q, scale)
+            p_x = scores + i_b * ROWS * ROWS + o_t[None, :] * ROWS + o_r[:, None]
+            tl.store(p_x, tl.max(b_x, 0), mask=m_t[None, :] & (o_r < ROWS)[:, None])
         else:
             SHIFT: tl.constexpr = 12.0 if past_s.dtype.element_ty == tl.float16 else 0.0  # of all weights alike: small ones stay normal numbers
             BACK: tl.constexpr = 2.0**-12 if past_s.dtype.element_ty == tl.float16 else 1.0
             p_k, p_s, end = past_k + i_b * stride_kb, past_s + i_b * stride_sb, tl.minimum(first + each, length)
             if LATE:
-                b_q = tl.zeros([BLOCK_C, ROWS, BLOCK_L], dtype=q.dtype.element_ty)
+                b_q = tl.zeros([BLOCK_C, BLOCK_L, QUERIES], dtype=q.dtype.element_ty)
             else:
                 b_q = tl.load(p_q, mask=m_q, other=0.0)
-            b_max = tl.full([BLOCK_C, ROWS], float("-inf"), dtype=tl.float32)
-            b_sum = tl.zeros([BLOCK_C, ROWS], dtype=tl.float32)
-            b_acc = tl.zeros([BLOCK_C, ROWS, BLOCK_L], dtype=tl.float32)
+            b_max = tl.full([BLOCK_C, QUERIES], float("-inf"), dtype=tl.float32)
+            b_sum = tl.zeros([BLOCK_C, QUERIES], dtype=tl.float32)
+            b_acc = tl.zeros([BLOCK_C, BLOCK_L, QUERIES], dtype=tl.float32)
             for start in tl.range(first, end, BLOCK_R, num_stages=STAGES):
-                o_j = start + o_r
-                m_j = o_j < end
-                o_j = o_j.to(tl.int64)
-                b_k = tl.load(p_k + o_j[None, None, :] * stride_kr + o_kd, mask=m_j[None, None, :] & m_kd, other=0.0)
-                b_s = tl.load(p_s + o_j[None, :, None] * stride_sr + o_nd, mask=m_j[None, :, None] & m_nd, other=0.0)
+                o_j, at = tl.minimum(o_r, end - 1 - start), tl.cast(start, tl.int64)  # the last row stands for those that there are not
+                b_k = tl.load(p_k + at * stride_kr + (o_j[None, :, None] * stride_kr + o_nd), mask=m_nd, other=0.0)
+                b_s = tl.load(p_s + at * stride_sr + (o_j[None, None, :] * stride_sr + o_kd), mask=m_kd, other=0.0)
                 if LATE:  # noqa: SIM102
                     if start == first:
                         begin(True)
                         b_q = tl.load(p_q, mask=m_q, other=0.0)
-                b_x = _scores(b_q, b_k, scale)
-                b_x = tl.where(m_j[None, None, :], b_x, float("-inf"))
-                b_top = tl.maximum(b_max, tl.max(b_x, 2))
+                b_x = _scores(b_k, b_q, scale)
+                b_x = tl.where((o_r < end - start)[None, :, None], b_x, float("-inf"))
+                b_top = tl.maximum(b_max, tl.max(b_x, 1))
                 b_fade = tl.exp2(b_max - b_top)
-                b_p = tl.exp2(b_x - (b_top - SHIFT)[:, :, None])
+                b_p = tl.exp2(b_x - (b_top - SHIFT)[:, None, :])
                 b_high = b_p.to(b_s.dtype)
                 b_low = (b_p - b_high.to(tl.float32)).to(b_s.dtype)
-                b_sum = b_sum * b_fade + tl.sum(b_p, 2)
-                b_acc = tl.dot(b_high, b_s, b_acc * b_fade[:, :, None], input_precision="ieee")
-                b_acc = tl.dot(b_low, b_s, b_acc, input_precision="ieee")
+                b_sum = b_sum * b_fade + tl.sum(b_p, 1)
+                b_acc = tl.dot(b_s, b_high, b_acc * b_fade[:, None, :], input_precision="ieee")
+                b_acc = tl.dot(b_s, b_low, b_acc, input_precision="ieee")
                 b_max = b_top
             o_part = (i_b * tokens + o_t) * splits + i_split
-            tl.store(part + o_part[None, :, None] * width + o_nd, b_acc * BACK, mask=m_t[None, :, None] & m_nd)
+            tl.store(part + o_part[None, None, :] * width + o_kd, b_acc * BACK, mask=m_t[None, None, :] & m_kd)
             tl.store(stat + o_part * 2, tl.max(b_max, 0), mask=m_t)
             tl.store(stat + o_part * 2 + 1, tl.max(b_sum, 0) * BACK, mask=m_t)
 
@@ -136,11 +136,12 @@ def invert(stat, scores, gamma, inverse, length, i_b, tokens, splits, rows, BLOC
     b_bad = tl.max(tl.where(tl.abs(b_a) < float("inf"), 0, 1), 1)
     m_fine = (o_t < tl.min(tl.where(b_bad > 0, o_t, ROWS), 0))[:, None]
     b_a = tl.where(m_fine, b_a, 0.0)
-    # (I - a)^-1 = (I + a) (I + a^2) (I + a^4) (I + a^8), since a^ROWS = 0
+    # (I - a)^-1 = (I + a) (I + a^2) (I + a^4) (I + a^8), since a^ROWS = 0; of half as many rows the last is I
     b_i = tl.where(o_t[:, None] == o_t[None, :], 1.0, 0.0) + b_a
-    for _ in tl.static_range(DOUBLINGS):
-        b_a = tl.dot(b_a, b_a, input_precision="ieee")
-        b_i += tl.dot(b_a, b_i, input_precision="ieee")
+    for i in tl.static_range(DOUBLINGS):
+        if (i < DOUBLINGS - 1) | (tokens > ROWS // 2):
+            b_a = tl.dot(b_a, b_a, input_precision="ieee")
+            b_i += tl.dot(b_a, b_i, input_precision="ieee")
     tl.store(inverse + i_b * ROWS * ROWS + o_t[:, None] * ROWS + o_t[None, :], tl.where(m_fine, b_i, float("nan")))
 
 

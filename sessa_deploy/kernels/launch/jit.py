@@ -27,7 +27,7 @@ TRITON_VERSIONS = ((3, 6), (3, 7))  # `_bind` knows each one's launch, lowering 
 _NAMES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
 _TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "i32": "int32", "i64": "int64", "i8": "int8", "fp8e4nv": "float8_e4m3fn"}
 
-SHARE = "shared_share"  # of the options: what the driver is told and Triton is not
+SHARE, EARLY = "shared_share", "launch_pdl"  # of the options: what the driver is told, and what a launch is; a binary is the same with and without
 Options = dict[str, dict[str, Any]]
 Address = Any  # an integer, or a tensor under the interpreter
 Call = Callable[..., None]  # of (stream, grid x, y, z, address of Triton's global scratch or None, *arguments)
@@ -101,7 +101,7 @@ def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, var
         return {name: {k: v for k, v in o.items() if k != "PDL"} for name, o in found.items()}
     ahead = {name for name in names if 0 < early <= table.early(name, arch, kind, variant)}
     shares = {name: table.shared_share(name, arch, kind, variant) for name in names}
-    extra = {name: ({"launch_pdl": True} if name in ahead else {}) | ({SHARE: shares[name]} if shares[name] else {}) for name in names}
+    extra = {name: ({EARLY: True} if name in ahead else {}) | ({SHARE: shares[name]} if shares[name] else {}) for name in names}
     return {name: {**o, **extra[name]} for name, o in found.items()}
 
 
@@ -179,13 +179,13 @@ class Launcher:
 
             self._current, self._stream, self._on = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream, torch.cuda.device
             with self._on(device):
-                binary = kernel.warmup(*examples, grid=(1,), **{k: v for k, v in options.items() if k != SHARE})
+                binary = kernel.warmup(*examples, grid=(1,), **{k: v for k, v in options.items() if k not in (SHARE, EARLY)})
                 self._binary = binary.result() if hasattr(binary, "result") else binary
                 if SHARE in options:
                     prefer_shared(self._binary.function, options[SHARE])
                 self._scratch = self._binary.metadata.global_scratch_size
                 self._bytes = partial(torch.empty, dtype=torch.uint8, device=device)
-                self._launch = _bind(kernel, self._binary, [options[name] for name in kernel.arg_names[len(examples) :]])
+                self._launch = _bind(kernel, self._binary, [options[name] for name in kernel.arg_names[len(examples) :]], options.get(EARLY, False))
 
     @cached_property
     def resident(self) -> int:
@@ -265,8 +265,8 @@ class Pass:
         run(self._grid, *[address(x) for x in tensors], *self._numbers)
 
 
-def _bind(kernel: Any, binary: Any, constants: list[Any]) -> Call:
-    """A function that launches the loaded binary on the current device; constants: its constexprs in order.
+def _bind(kernel: Any, binary: Any, constants: list[Any], early: bool) -> Call:
+    """A function that launches the loaded binary on the current device; constants: its constexprs in order. early: before its predecessor has ended.
 
     Raises ValueError if the kernel wants the profiler's scratch memory.
     """
@@ -274,7 +274,7 @@ def _bind(kernel: Any, binary: Any, constants: list[Any]) -> Call:
     if binary.metadata.profile_scratch_size:
         raise ValueError(f"sessa: {kernel.__name__} wants scratch memory of Triton's profiler, which its launch does not provide")
     # What CudaLauncher.__call__ passes on: cooperative and dependent launch, then metadata and three hooks' arguments beside two scratch buffers.
-    first, launch_binary = (function, run.launch_cooperative_grid, run.launch_pdl), run.launch
+    first, launch_binary = (function, run.launch_cooperative_grid, early), run.launch
     if triton_version() == (3, 6):  # one function a signature, compiled for it
         fixed: tuple[Any, ...] = (None, binary.packed_metadata, None, None, None)
 

@@ -14,9 +14,9 @@ LOG2E = 1.4426950408889634
 # --- architectures, as compute capability; which there are, and which binary fits which: cuda_arch.py
 DEPENDENT_ARCH = 90  # the first with programmatic dependent launch, which the variants that may start early are made for
 FLOAT8_ARCH = 89  # the first that reads weights of E4M3
-# Percent of a multiprocessor's shared memory that the kernels of one sequence's decode step ask the driver to set apart: all the same share, since one
-# whose share is another waits until the multiprocessor is empty, and cannot start beside its predecessor. What is left caches loads. On an H200 this is
-# the largest that makes it set 100 KiB apart (measured there).
+# Percent of a multiprocessor's shared memory that the kernels of one sequence's decode step, and those of a few wide rows around their attentions, ask the
+# driver to set apart: all the same share, since one whose share is another waits until the multiprocessor is empty, and cannot start beside its predecessor.
+# What is left caches loads. On an H200 this is the largest that makes it set 100 KiB apart (measured there).
 SHARED_SHARE = 43
 # The same where rows are wider than AHEAD_DEPTH, whose attentions want all of it and are long: they wish for it too. On WIDE_ARCH alone, where it was measured.
 WIDE_SHARE, WIDE_ARCH = 100, 90
@@ -72,3 +72,4 @@ MIXER_MOST_B = 96  # splits of feedback attention that such rows may have: with 
 # --- a step of 2 to STEP_ROWS rows of a sequence; wider models take the kernels of prefill
 ROWS_WIDTHS = MIXER_WIDTHS[:2]
 ROWS_HEADS = MIXER_HEADS
+FEW_ROWS = 8  # rows up to which an architecture may have binaries of their own, of the same bits: tiles of 8 rows take half the registers

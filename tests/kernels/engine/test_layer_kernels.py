@@ -133,9 +133,10 @@ def test_norm_and_entrance(rows: int, depth: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_among_16_has_the_bits_it_has_among_few(dtype: torch.dtype) -> None:
-    """Where all weights are read ahead, rows are multiplied 8 at a time; the numbers of both eights, and a NaN that stays in its row."""
-    depth = 80
+@pytest.mark.parametrize("depth", [80] if DEVICE == "cpu" else [80, 1024, 1040, 2048])
+def test_a_row_among_16_has_the_bits_it_has_among_few(depth: int, dtype: torch.dtype) -> None:
+    """Where weights are read ahead, rows are multiplied 8 at a time, up to 8 by binaries of their own; the numbers of both eights, and a NaN that stays in its
+    row."""
     x, h, w, b = (random(*shape, dtype=dtype, scale=0.3) for shape in ((16, depth), (16, 2 * depth), (2 * depth, depth), (2 * depth,)))
     square, row, gain = w[:depth].contiguous(), b[:depth], random(depth, dtype=dtype, seed=1)
 
@@ -145,8 +146,16 @@ def test_a_row_among_16_has_the_bits_it_has_among_few(dtype: torch.dtype) -> Non
     def entered(n: int, x: torch.Tensor) -> torch.Tensor:
         return layer.norm_enter(x[:n].contiguous(), gain, row, 1e-5, w, b)
 
+    many, gains = random(5 * depth, depth, dtype=dtype, scale=0.1), random(depth, dtype=torch.float32, scale=0.1)
+    turns, one = [random(16, depth // 2, dtype=torch.float32, seed=i) for i in (2, 3)], random(1, dtype=torch.float32)
+
+    def projected(n: int, x: torch.Tensor) -> torch.Tensor:
+        a = torch.cat([x[:n], h[:n, depth:]], 1)
+        return torch.cat([y.view(n, -1) for y in layer.project_gain(a, many, (row, row, row, b), *(t[:n] for t in turns), gains, one, 0.999)], 1)
+
     bad = x.clone()
     bad[11] = torch.nan
+    assert torch.equal(projected(5, x), projected(16, x)[:5])
     for operation in (tail, entered):
         whole = operation(16, x)
         assert torch.equal(operation(5, x), whole[:5]) and torch.equal(operation(13, x), whole[:13])

@@ -87,21 +87,23 @@ def test_a_launch_passes_what_tritons_own_launcher_passes(monkeypatch: pytest.Mo
     )  # fmt: skip
     metadata = SimpleNamespace(global_scratch_size=0, profile_scratch_size=0)
     binary = SimpleNamespace(run=run, function=77, metadata=metadata, packed_metadata=(4, 1, 1024))
-    jit._bind(SimpleNamespace(__name__="kernel"), binary, [128, True])(9, 3, 2, 1, None, 4096, 8192, 0.5)
+    jit._bind(SimpleNamespace(__name__="kernel"), binary, [128, True], True)(9, 3, 2, 1, None, 4096, 8192, 0.5)
     CudaLauncher.__call__(run, 3, 2, 1, 9, 77, binary.packed_metadata, None, None, None, 4096, 8192, 0.5, 128, True)
-    run.global_scratch_size = 64  # memory for tensor descriptors
-    jit._bind(SimpleNamespace(__name__="kernel"), binary, [128, True])(9, 3, 2, 1, 1 << 20, 4096, 8192, 0.5)
+    run.global_scratch_size, run.launch_pdl = 64, False  # memory for tensor descriptors
+    jit._bind(SimpleNamespace(__name__="kernel"), binary, [128, True], False)(9, 3, 2, 1, 1 << 20, 4096, 8192, 0.5)
     with monkeypatch.context() as patch:
         patch.setattr(_allocation, "_allocator", SimpleNamespace(get=lambda: lambda size, align, stream: (1 << 20, size, stream)[size != 384]))
         CudaLauncher.__call__(run, 3, 2, 1, 9, 77, binary.packed_metadata, None, None, None, 4096, 8192, 0.5, 128, True)
     assert len(calls) == 4 and calls[0] == calls[1] and calls[2] == calls[3] and calls[2].count(1 << 20) == 1
     metadata.profile_scratch_size = 64
     with pytest.raises(ValueError, match="scratch"):
-        jit._bind(SimpleNamespace(__name__="kernel"), binary, [])
+        jit._bind(SimpleNamespace(__name__="kernel"), binary, [], False)
 
 
 def test_the_driver_is_told_of_shared_memory_and_triton_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a kernel is loaded; a driver that refuses, or knows no such attribute, fails nothing."""
+    """As a kernel is loaded; a driver that refuses, or knows no such attribute, fails nothing. Nor is Triton told of an early start, which would compile the
+    same binary once more."""
+    early = list[bool]()
     binary, told, answers = SimpleNamespace(function=77, metadata=SimpleNamespace(global_scratch_size=0)), list[tuple[int, int, int]](), iter((0, 801, 0))
 
     def attribute(function: Any, what: int, percent: int) -> int:
@@ -110,17 +112,17 @@ def test_the_driver_is_told_of_shared_memory_and_triton_is_not(monkeypatch: pyte
 
     kernel = SimpleNamespace(arg_names=["x", "BD"], warmup=lambda *types, **options: told.append(tuple(options.items())) or binary)  # type: ignore[func-returns-value]
     monkeypatch.setattr(jit, "interpreted", lambda: False)
-    monkeypatch.setattr(jit, "_bind", lambda *of: None)
+    monkeypatch.setattr(jit, "_bind", lambda *of: early.append(of[3]))
     for name in ("_cuda_getDevice", "_cuda_getCurrentRawStream"):
         monkeypatch.setattr(torch._C, name, None, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     for driver in (SimpleNamespace(cuFuncSetAttribute=attribute), SimpleNamespace(cuFuncSetAttribute=attribute), SimpleNamespace(), None):
         monkeypatch.setattr(cuda, "open_driver", lambda driver=driver: driver)
-        jit.Launcher(kernel, torch.device("cuda", 0), [torch.float16], {"BD": 4, jit.SHARE: 30})
+        jit.Launcher(kernel, torch.device("cuda", 0), [torch.float16], {"BD": 4, jit.SHARE: 30, jit.EARLY: True})
     monkeypatch.setattr(cuda, "open_driver", lambda: SimpleNamespace(cuFuncSetAttribute=attribute))
     jit.Launcher(kernel, torch.device("cuda", 0), [torch.float16], {"BD": 4})
     compiled = (("grid", (1,)), ("BD", 4))
-    assert told == [compiled, (77, 9, 30), compiled, (77, 9, 30), compiled, compiled, compiled]
+    assert told == [compiled, (77, 9, 30), compiled, (77, 9, 30), compiled, compiled, compiled] and early == [True] * 4 + [False]
 
 
 def test_how_many_programs_a_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
