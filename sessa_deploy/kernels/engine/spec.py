@@ -39,6 +39,7 @@ _AHEAD = f"{PRODUCT_ROWS[1]}.{AHEAD_DEPTH}"  # of few rows, no deeper
 _ONE_AHEAD = f"{PRODUCT_ROWS[0]}.{AHEAD_DEPTH}"
 WIDE_ROW = f"{PRODUCT_ROWS[0]}.wide"  # of one row that is wider than AHEAD_DEPTH
 _EARLY_ROWS = PRODUCT_ROWS[-1]
+_BATCH = 32  # rows of one tile of the output projection's 8-bit weights: twice its programs are more than there are multiprocessors
 _TILES = ("BM", "BN", "BK", "KS", "AHEAD", "PDL")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
 _SHORT = f"{PRODUCT_ROWS[2]}.{AHEAD_DEPTH}"  # of more rows than a few, no deeper than those
@@ -65,7 +66,7 @@ _LAYERS = (
            optional=(_AHEAD, _SHORT, WIDE_ROW), always_early=(_SHORT,), early_rows_8=_EARLY_ROWS),
     Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES,
            (*_PRODUCTS, WIDE_ROW), dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, WIDE_ROW), opens=(*_ONE, WIDE_ROW), shares=_ONE, fills=(WIDE_ROW,),
-           optional=(WIDE_ROW,), early_rows=1),
+           optional=(WIDE_ROW,), early_rows=1, early_rows_8=_BATCH),
     Kernel("layer_enter", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES), _TILES, _PRODUCTS[1:], dtypes=_PRODUCT,
            scalar_loads=32, early=_FEW[1:], early_rows=_EARLY_ROWS),
     Kernel("layer_project_gain", _LAYER,
