@@ -24,6 +24,7 @@ constexpr int kMultiprocessors = 16;
 constexpr int kMaxDynamicShared = 8;
 constexpr int kPreferredShared = 9; // CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 constexpr int kStaticShared = 48 * 1024;
+constexpr int kMostShared = 1; // CU_FUNC_CACHE_PREFER_SHARED
 constexpr int kProgrammaticSerialization = 6; // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 constexpr int kDependentSince = 12030;        // first driver that keeps the attribute in a captured stream
 
@@ -61,6 +62,7 @@ struct Driver
     Result (*launchKernel)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream_st*, void**, void**){};
     Result (*getErrorName)(Result, char const**){};
     Result (*occupancy)(int*, Function, int, size_t){}; // may be null
+    Result (*funcSetCacheConfig)(Function, int){};      // may be null
     Result (*launchKernelEx)(LaunchConfig const*, Function, void**, void**){}; // null where kernels cannot start before their predecessor ends
     std::string missing; // why the driver cannot be used, empty if it can
 };
@@ -103,6 +105,7 @@ Driver const& driver()
         int found = 0;
         std::string ignored;
         bind(library, "cuOccupancyMaxActiveBlocksPerMultiprocessor", d.occupancy, ignored);
+        bind(library, "cuFuncSetCacheConfig", d.funcSetCacheConfig, ignored);
         bind(library, "cuDriverGetVersion", version, ignored);
         char const* const wanted = std::getenv("SESSA_PDL");
         bool const off = wanted != nullptr && std::strcmp(wanted, "0") == 0;
@@ -208,6 +211,12 @@ bool getKernel(Cubin const& cubin, Kernel& kernel, std::string& error)
     if (large && failed(driver().funcSetAttribute(kernel.function, kMaxDynamicShared, cubin.shared), ("reserving shared memory of " + name).c_str(), error))
     {
         return false;
+    }
+    if (large && driver().funcSetCacheConfig != nullptr)
+    {
+        // As Triton does where it launches them. Left to itself the driver sets apart what each needs, and a kernel whose share is not its neighbour's waits
+        // until a multiprocessor is empty. A wish too.
+        driver().funcSetCacheConfig(kernel.function, kMostShared);
     }
     if (cubin.sharedShare > 0)
     {

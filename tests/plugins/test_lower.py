@@ -147,6 +147,26 @@ def test_kernels_that_read_8_bits_lower(tmp_path: Path, monkeypatch: pytest.Monk
         assert types["weight"] == {".i8": "*i8", ".f8": "*fp8e4nv"}[unit.dtype[4:]] and types.get("scale", "*fp32") == "*fp32"
 
 
+WIDENED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from sessa_deploy.plugins import lower
+source, options = lower.source(lower.Unit("{kernel}", 90, "fp16.i8", "64"))
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"].count("prmt.b32 a, u, 0x64646464"))
+"""
+
+
+@pytest.mark.parametrize("kernel", ["layer_out"])
+def test_no_two_warps_widen_the_same_weights(kernel: str, tmp_path: Path) -> None:
+    """Of 17 to 64 rows, whose products would else take as long to widen int8 as to read it: a tile's words of four, each in one thread."""
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", WIDENED.format(kernel=kernel)], capture_output=True, text=True, env=env, timeout=250)
+    assert done.returncode == 0, done.stderr
+    options = table.options(kernel, 90, "fp16.i8", "64")
+    assert int(done.stdout) == options["BN"] * options["BK"] // 4 // (32 * options["num_warps"])
+
+
 def cubin(**change: Any) -> lower.Cubin:
     good: dict[str, Any] = {
         "kernel": "feedback_step_partial", "arch": 86, "dtype": "bf16", "variant": "1024", "file": "x.cubin", "sha256": "", "size": 1, "entry": "e",

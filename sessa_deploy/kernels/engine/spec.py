@@ -45,6 +45,7 @@ _WHOLE = tuple(f"{PRODUCT_ROWS[0]}.{depth}" for depth in WHOLE_DEPTHS)  # of one
 _ONES = (WIDE_ROW, *_WHOLE)
 _SHARING, _FILLING = (*_ONE, _ONE_AHEAD), (WIDE_ROW, _WHOLE[1])
 _EARLY_ROWS = PRODUCT_ROWS[-1]
+_BATCH = 32  # rows of one tile of the output projection's 8-bit weights: twice its programs are more than there are multiprocessors
 _TILES = ("BM", "BN", "BK", "KS", "AHEAD", "PDL")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
 _SHORT = f"{PRODUCT_ROWS[2]}.{AHEAD_DEPTH}"  # of more rows than a few, no deeper than those
@@ -75,7 +76,7 @@ _LAYERS = (
            early_rows_8=_EARLY_ROWS),
     Kernel("layer_out", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias"), *pointers("add", type="*fp32"), *pointers("out"), *_SIZES), _TILES,
            (*_PRODUCTS, *_ONES), dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW, *_ONES), opens=(*_ONE, *_ONES), shares=_SHARING, fills=_FILLING,
-           optional=_ONES, early_rows=1),
+           optional=_ONES, early_rows=1, early_rows_8=_BATCH),
     Kernel("layer_enter", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES), _TILES,
            (*_PRODUCTS[1:], _EIGHT_WIDE), dtypes=_PRODUCT, scalar_loads=32, early=(*_FEW[1:], _EIGHT_WIDE), shares=(_EIGHT_WIDE,), optional=(_EIGHT_WIDE,),
            early_rows=_EARLY_ROWS),

@@ -134,6 +134,36 @@ def test_a_row_by_matrix_instructions(operation: Any, d: int, pieces: int, kind:
     check(found(), exactly, plain)
 
 
+@pytest.mark.parametrize(("kind", "tile"), [("int8", {"BN": 32, "BK": 128, "KS": 4}), ("fp8", {"BN": 16, "BK": 128, "KS": 8})])
+def test_columns_as_the_long_side(kind: str, tile: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 17 to 64 rows whose warps widen columns of their own: rows have the bits that fewer of them have, whatever stands in the others; an element
+    of 1e4, in a depth and columns that fill no tile, costs the others of its row nothing, and what cancels in a sum is gone from it."""
+    rows, depth, columns = 40, 336, 80
+    pinned = layer.pinned
+
+    def other(names: tuple[str, ...], *rest: Any) -> dict[str, dict[str, Any]]:
+        return {name: {**options, **tile, "BM": 32} for name, options in pinned(names, *rest).items()}
+
+    monkeypatch.setattr(layer, "pinned", other)
+    w, scale, _ = quantised(columns, depth, kind, seed=7)
+    scale[1] /= 1e3
+    pairs = torch.arange(0, depth, 2, device=DEVICE)
+    w.view(torch.uint8)[9, pairs + 1] = w.view(torch.uint8)[9, pairs]
+    exact = w.double() * scale.double()[:, None]
+    x, bias = random(rows, depth, dtype=HALF), random(columns, dtype=HALF)
+    x[3, 5], x[4, depth - 1], x[6] = 1e4, -1e4, 0.0
+    x[7, 1::2] = -x[7, ::2]
+    found = layer.linear(x, w, bias, scale=scale)
+    for i in range(rows):  # each by its own size
+        check(found[i], *both(lambda t, i=i: x[i].to(t) @ exact.to(t).T + bias.to(t), HALF))  # type: ignore[misc]
+    assert torch.equal(found[6], bias) and torch.equal(found[7, 9], bias[9])
+    assert torch.equal(layer.linear(x[:17].contiguous(), w, bias, scale=scale), found[:17])
+    bad = x.clone()
+    bad[11], bad[12, 0] = float("nan"), float("inf")
+    again = layer.linear(bad, w, bias, scale=scale)
+    assert torch.isnan(again[11]).all() and torch.equal(again[:11], found[:11]) and torch.equal(again[13:], found[13:])
+
+
 def test_a_mixers_step() -> None:
     a = case(2, 2, 24, 24, [24, 7])
     w, scale, exact = quantised(48, 48, "int8")
