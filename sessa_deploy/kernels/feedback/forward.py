@@ -19,7 +19,8 @@ from torch import Tensor
 from sessa_deploy.kernels.feedback.halves import feedback_solve_halves
 from sessa_deploy.kernels.feedback.inverse import feedback_inverse, feedback_near
 from sessa_deploy.kernels.feedback.inverse_half import feedback_inverse_half, feedback_near_half
-from sessa_deploy.kernels.feedback.spec import all_pinned, pack_variant, solve_variant, solver
+from sessa_deploy.kernels.feedback.many import ManyScores, feedback_scores_many
+from sessa_deploy.kernels.feedback.spec import MANY, all_pinned, pack_variant, scores_many, solve_variant, solver
 from sessa_deploy.kernels.feedback.tiles import (
     apply_inverse,
     feedback_combine,
@@ -190,8 +191,9 @@ def live_grid(rows: int, past_tiles: int, before: int, batch: int, options: dict
     return min(score_grid(rows, past_tiles + before, batch, options)[0], max(score_grid(rows, before, batch, options)[0], SCORE_PROGRAMS)), batch
 
 
-def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n: int, split: bool, kept: int) -> dict[str, tuple[int, torch.dtype]]:
-    """Buffers of the forward (elements, dtype): work is the type of routing tiles, pair that of a block inverse's two halves. kept: of `kept_blocks`."""
+def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, chains: int, split: bool, kept: int) -> dict[str, tuple[int, torch.dtype]]:
+    """Buffers of the forward (elements, dtype): work is the type of routing tiles, pair that of a block inverse's two halves. chains: of
+    `column_chains`, kept: of `kept_blocks`."""
     rows, columns = shape.batch * shape.rows, shape.batch * shape.columns
     single = torch.float32
     sizes = {
@@ -206,8 +208,8 @@ def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n:
         "near": (kept * rows * shape.tile, work),
         "near_scale": (kept * rows, single),
         "w": (columns * shape.width, work),
-        "scales": (shape.batch * shape.tiles * tiles_n, single),
-        "sync": (shape.panels + shape.batch * tiles_n, torch.int32),
+        "scales": (shape.batch * shape.tiles * chains, single),
+        "sync": (shape.panels + shape.batch * chains, torch.int32),
     }
     if split:
         sizes |= {"inverselow": sizes["inverse"], "nearlow": (2 * rows * shape.tile, work), "wlow": sizes["w"]}
@@ -221,6 +223,11 @@ APART = ("feedback_inverse", "feedback_near")  # in place of feedback_combine, w
 APART_HALF = ("feedback_inverse_half", "feedback_near_half")  # likewise, in float16
 
 
+def column_chains(width: int, solve: dict[str, Any]) -> int:
+    """Runs of columns of D = width that a solve hands on from block to block on their own: one of its tiles, or half of one."""
+    return -(-width // solve["BN"]) * (2 if solve.get("TWO") else 1)
+
+
 def kept_blocks(options: Options) -> int:
     """Tiles that the combination leaves of each row block in `near`: products with the two nearest blocks, and the inverse itself where kernels stand in."""
     return 3 if APART[0] in options else 2
@@ -232,7 +239,14 @@ def combination(device: torch.device, dtype: torch.dtype, options: Options) -> l
         return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse_half), (2, feedback_near_half))]
     if APART[0] not in options:
         return [(1, launcher(feedback_combine, device, dtype, options["feedback_combine"]))]
-    return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse), (2, feedback_near))]
+    return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse), (4, feedback_near))]
+
+
+def score_launches(device: torch.device, dtype: torch.dtype, options: Options, shape: Shape) -> tuple[Callable[..., None], bool]:
+    """What launches the scores, and whether it is the kernel by descriptors, which takes (rows, sequences) for a grid."""
+    if MANY in options and shape.past == 0 and (shape.panels == 1 or shape.rows % 256 == 0):
+        return ManyScores(launcher(feedback_scores_many, device, dtype, options[MANY])), True
+    return launcher(feedback_scores, device, dtype, options["feedback_scores"]), False
 
 
 def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, past: int = 0, batch: int = 1) -> Options:
@@ -240,9 +254,11 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, p
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
     solve = solve_variant(arch, kind, width, "fwd", rows, batch)
     found = pinned(FORWARD[1:2], device, dtype, "past" if past else "fwd") | pinned(FORWARD[2:3], device, dtype, "fwd")
-    found |= pinned(FORWARD[:1], device, dtype, pack_variant(solve)) | pinned((solver(arch, kind, "fwd", width),), device, dtype, solve)
+    solving = solver(arch, kind, "fwd", width)
+    found |= pinned(FORWARD[:1], device, dtype, pack_variant(solving, solve)) | pinned((solving,), device, dtype, solve)
     apart = next((names for names in (APART, APART_HALF) if all_pinned(names, arch, kind, "fwd")), ())
-    return found | pinned(apart, device, dtype, "fwd")
+    many = rows > 0 and past == 0 and scores_many(arch, kind, "fwd", batch, rows // batch)
+    return found | pinned((*apart, *(MANY,) * many), device, dtype, "fwd")
 
 
 class Plan:
@@ -260,19 +276,21 @@ class Plan:
         shape = plan(batch, tokens, past, width, scores, work.itemsize, panel_bytes)
         past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
         tiles_n = -(-width // solve["BN"])
-        sizes = workspace_sizes(shape, work, pair, tiles_n, split, kept_blocks(opt))
+        chains = column_chains(width, solve)
+        sizes = workspace_sizes(shape, work, pair, chains, split, kept_blocks(opt))
         self.workspace = Workspace(sizes)
         self.low = "low" if split else ""
-        self.run_pack, self.run_scores, self.run_solve = (launcher(k, device, dtype, opt[k.__name__]) for k in (*KERNELS[:2], solving))
+        self.run_pack, self.run_solve = (launcher(k, device, dtype, opt[k.__name__]) for k in (KERNELS[0], solving))
+        self.run_scores, many = score_launches(device, dtype, opt, shape)
         self.combination = combination(device, dtype, opt)
-        self.pack = ((min(past_tiles, PACK_PROGRAMS), tiles_n, batch), (past, width, columns)) if past_tiles else None
+        self.pack = ((min(past_tiles, PACK_PROGRAMS), chains, batch), (past, width, columns)) if past_tiles else None
         self.panels: list[tuple[Any, ...]] = []
         for panel in range(panels):
             row0 = panel * rows
             here = min(rows, tokens - row0)
             blocks = -(-here // tile)
             self.panels.append((
-                live_grid(here, past_tiles, row0 // tile, batch, scores),
+                (here, batch) if many else live_grid(here, past_tiles, row0 // tile, batch, scores),
                 (tokens, past, width, columns, rows, past_tiles, all_tiles, row0, 0 if panel else sizes["sync"][0], 1 / math.sqrt(width)),
                 (blocks, batch),
                 (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks),
