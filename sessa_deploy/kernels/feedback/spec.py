@@ -151,7 +151,7 @@ KERNELS = by_name((
     ),
     Kernel(
         "feedback_pack",
-        f"{_PACKAGE}.forward",
+        f"{_PACKAGE}.pack",
         (
             *pointers("past_s"),
             Param("past_length", "*i32"),
