@@ -63,13 +63,13 @@ struct Forward final : Plan
         char const* dtype = dtypeName(p.storage);
         // feedback/spec.py, solver and solve_variant
         char const* const halves = "feedback_solve_halves";
-        halved = findCubin(halves, arch, dtype, "fwd") != nullptr;
+        bool const halved = findCubin(halves, arch, dtype, "fwd") != nullptr;
         char const* const solver = halved ? halves : "feedback_solve";
         bool const few = halved && rowsOf(p) * p.width < kFewWork && findCubin(solver, arch, dtype, "few") != nullptr;
         bool const many = halved ? p.batch * p.width >= kWideColumns : rowsOf(p) * p.width >= kWideWork;
         bool const wide = !few && many && findCubin(solver, arch, dtype, "wide") != nullptr;
         narrow = findCubin(solver, arch, dtype, "fwd");
-        pack = findCubin("feedback_pack", arch, dtype, wide && !halved ? "wide" : "fwd");
+        pack = findCubin("feedback_pack", arch, dtype, wide ? "wide" : "fwd");
         scores = findCubin("feedback_scores", arch, dtype, p.capacity > 0 ? "past" : "fwd");
         bool const half = p.storage == Storage::kHalf;
         nearPrograms = half ? 2 : 4; // a block: for each of the two nearest tiles one, or one for half of its rows
@@ -108,9 +108,7 @@ struct Forward final : Plan
         int64_t const panelBytes = work * p.batch * rows * columns;
         int64_t const boundBytes = std::min(panelBytes, std::max(kPanelBytes, work * p.batch * scoreRows * columns));
         tilesN = ceilDiv(p.width, (bound && narrow != nullptr ? narrow : solve)->tile("BN"));
-        // feedback/forward.py, column_chains; fewer columns than two halves of a tile have no more than one chain beside those of narrow tiles
-        chains = !halved ? tilesN : bound ? tilesN + 1 : tilesN * (1 + solve->tile("TWO"));
-        syncs = panels + p.batch * chains;
+        syncs = panels + p.batch * tilesN;
         e = arena.take(bound ? boundBytes : panelBytes);
         peak = arena.take(4 * p.batch * tiles * rows);
         total = arena.take(4 * p.batch * tiles * rows);
@@ -125,7 +123,7 @@ struct Forward final : Plan
         nearScale = arena.take(kept * 4 * p.batch * rows);
         w = arena.take(work * p.batch * columns * p.width);
         wLow = split ? arena.take(work * p.batch * columns * p.width) : w;
-        scales = arena.take(4 * p.batch * tiles * chains);
+        scales = arena.take(4 * p.batch * tiles * tilesN);
         lse = arena.take(4 * p.batch * p.tokens);
         sync = arena.take(4 * syncs);
     }
@@ -148,7 +146,7 @@ struct Forward final : Plan
     {
         Arguments packing;
         packing.add(t.in[kPastS]).add(t.in[kPastLength]).add(w).add(wLow).add(scales).add(i32(p.capacity)).add(i32(p.width)).add(i32(columns));
-        return (pastTiles == 0 || launch(*pack, {std::min(pastTiles, kPackPrograms), chains, p.batch}, packing, stream, error))
+        return (pastTiles == 0 || launch(*pack, {std::min(pastTiles, kPackPrograms), tilesN, p.batch}, packing, stream, error))
             && route(p, t, 0, stream, error);
     }
 
@@ -211,8 +209,7 @@ struct Forward final : Plan
     Cubin const* solve{};
     Cubin const* narrow{}; // the solve of fewer rows
     std::vector<Cubin const*> combination;
-    int64_t pastTiles{}, tiles{}, columns{}, rows{}, panels{}, tilesN{}, chains{}, syncs{}, nearPrograms{};
-    bool halved{};
+    int64_t pastTiles{}, tiles{}, columns{}, rows{}, panels{}, tilesN{}, syncs{}, nearPrograms{};
     char *e{}, *peak{}, *total{}, *rowPeak{}, *gain{}, *x{}, *inverse{}, *inverseLow{}, *near{}, *nearLow{}, *nearScale{}, *w{}, *wLow{}, *scales{}, *lse{},
         *sync{};
 };

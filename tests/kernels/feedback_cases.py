@@ -45,8 +45,7 @@ def with_stand_ins(options: dict[str, dict[str, Any]] | None) -> dict[str, dict[
         return None
     solve = dict(BT=128, BN=32, BK=64, STAGES=1)
     solves = {"feedback_solve_halves": {**solve, "TWO": True}, "feedback_solve_halves_transposed": {**solve, "TWO": False}}
-    pack = {**options["feedback_pack"], "BN": 16}  # half a tile of the solve in two
-    return {**options, **solves, "feedback_pack": pack, "feedback_inverse": dict(CHUNK=4), "feedback_near": {}, "feedback_grad_qk": options["feedback_grad_q"]}
+    return {**options, **solves, "feedback_inverse": dict(CHUNK=4), "feedback_near": {}, "feedback_grad_qk": options["feedback_grad_q"]}
 
 
 def side(options: dict[str, dict[str, Any]] | None, backward: bool) -> dict[str, dict[str, Any]] | None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback.forward import APART, column_chains, combination, kept_blocks, plan, planner, score_grid, score_launches
+from sessa_deploy.kernels.feedback.forward import APART, combination, kept_blocks, plan, planner, score_grid, score_launches
 from sessa_deploy.kernels.feedback.gradients import (
     feedback_grad_k,
     feedback_grad_pack,
@@ -172,7 +172,7 @@ class Plan:
         shape = plan(batch, tokens, past, width, scores, itemsize, panel_bytes)
         together = TOGETHER in opt and shape.panels == 1 and past == 0
         past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
-        tiles_n, chains = -(-width // solve["BN"]), column_chains(width, solve)
+        tiles_n = -(-width // solve["BN"])
         every = batch * rows
         sizes = {
             "e": (every * columns, work),
@@ -187,7 +187,7 @@ class Plan:
             "near": (kept_blocks(opt) * every * tile, work),
             "near_scale": (kept_blocks(opt) * every, single),
             "w": (every * width, work),
-            "scales": (every // tile * chains, single),
+            "scales": (every // tile * tiles_n, single),
             "r_scales": (every // tile * all_tiles, single),
             "grad_scales": (every // tile * all_tiles, single),
             "u": (every * width, work),
@@ -205,7 +205,7 @@ class Plan:
         self.workspace = Workspace(sizes)
         self.low, self.full = "low" if split else "", "low" if full else ""
         self.past_tiles = past_tiles
-        self.sync = batch + panels + panels * batch * chains
+        self.sync = batch + panels + panels * batch * tiles_n
         kernels = KERNELS[3:6] + (() if together else KERNELS[6:])
         self.run_scores, many = score_launches(device, dtype, opt, shape)
         self.run_solve = launcher(solving, device, dtype, solve)

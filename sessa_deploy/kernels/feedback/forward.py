@@ -133,11 +133,6 @@ APART = ("feedback_inverse", "feedback_near")  # in place of feedback_combine, w
 APART_HALF = ("feedback_inverse_half", "feedback_near_half")  # likewise, in float16
 
 
-def column_chains(width: int, solve: dict[str, Any]) -> int:
-    """Runs of columns of D = width that a solve hands on from block to block on their own: one of its tiles, or half of one."""
-    return -(-width // solve["BN"]) * (2 if solve.get("TWO") else 1)
-
-
 def kept_blocks(options: Options) -> int:
     """Tiles that the combination leaves of each row block in `near`: products with the two nearest blocks, and the inverse itself where kernels stand in."""
     return 3 if APART[0] in options else 2
@@ -164,8 +159,7 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, p
     arch, kind = arch_of(device.index or 0), dtype_name(dtype)
     solve = solve_variant(arch, kind, width, "fwd", rows, batch)
     found = pinned(FORWARD[1:2], device, dtype, "past" if past else "fwd") | pinned(FORWARD[2:3], device, dtype, "fwd")
-    solving = solver(arch, kind, "fwd", width)
-    found |= pinned(FORWARD[:1], device, dtype, pack_variant(solving, solve)) | pinned((solving,), device, dtype, solve)
+    found |= pinned(FORWARD[:1], device, dtype, pack_variant(solve)) | pinned((solver(arch, kind, "fwd", width),), device, dtype, solve)
     apart = next((names for names in (APART, APART_HALF) if all_pinned(names, arch, kind, "fwd")), ())
     many = rows > 0 and past == 0 and scores_many(arch, kind, "fwd", batch, rows // batch)
     return found | pinned((*apart, *(MANY,) * many), device, dtype, "fwd")
@@ -186,14 +180,13 @@ class Plan:
         shape = plan(batch, tokens, past, width, scores, work.itemsize, panel_bytes)
         past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
         tiles_n = -(-width // solve["BN"])
-        chains = column_chains(width, solve)
-        sizes = workspace_sizes(shape, work, pair, chains, split, kept_blocks(opt))
+        sizes = workspace_sizes(shape, work, pair, tiles_n, split, kept_blocks(opt))
         self.shape, self.workspace = shape, Workspace(sizes)
         self.low = "low" if split else ""
         self.run_pack, self.run_solve = (launcher(k, device, dtype, opt[k.__name__]) for k in (KERNELS[0], solving))
         self.run_scores, many = score_launches(device, dtype, opt, shape)
         self.combination = combination(device, dtype, opt)
-        self.pack = ((min(past_tiles, PACK_PROGRAMS), chains, batch), (past, width, columns)) if past_tiles else None
+        self.pack = ((min(past_tiles, PACK_PROGRAMS), tiles_n, batch), (past, width, columns)) if past_tiles else None
         self.panels: list[tuple[Any, ...]] = []
         for panel in range(panels):
             row0 = panel * rows
@@ -207,7 +200,7 @@ class Plan:
                 (blocks * batch * tiles_n,),
                 (tokens, width, columns, rows, past_tiles, all_tiles, row0, batch, panel, panels),
             ))  # fmt: skip
-        rows_of = parts.cuts(tokens) if APART[0] in opt and panels == 1 and past == 0 and not many else ()
+        rows_of = parts.cuts(batch, tokens) if APART[0] in opt and panels == 1 and past == 0 else ()
         self.parts = list(itertools.pairwise((*rows_of, tokens))) if rows_of else []
         self.in_parts = {name: parts.beside_others(name, opt[name]) for name in ("feedback_scores", *APART, solving.__name__)} if self.parts else {}
         if self.parts:

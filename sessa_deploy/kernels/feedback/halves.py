@@ -51,56 +51,6 @@ def near_parts(acc, b_0, b_1, p_w, step, m_n, b_r):
 
 
 @triton.jit
-def nearest_two(acc, p_near, p_row, p_w, p_scale, p_done, ready, block, deep, D, chains, m_n, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
-    """acc + what the two blocks before give, one at a time: near[d] at p_near, its scales at p_row, w of block 0 at p_w, its scale at p_scale."""
-    PARTS: tl.constexpr = BT // BK
-    step = D.to(tl.int64) * BK
-    i = tl.maximum(block - 2, 0)
-    while i < block:
-        if ready <= i:
-            ready = wait_for(p_done, i + 1)
-        stop = tl.minimum(ready, block)
-        for j in tl.range(i * PARTS, stop * PARTS, num_stages=STAGES):
-            at = (block - 1 - j // PARTS) * deep
-            b_e = tl.load(p_near + at * BT + j % PARTS * BK)
-            b_s = tl.load(p_row + at) * tl.load(p_scale + j // PARTS * chains)
-            acc = part(acc, b_e, p_w + j * step, m_n, b_s[:, None])
-        i = stop
-    return acc
-
-
-@triton.jit
-def following_two(
-    acc, p_near, p_row, p_w, p_scale, p_done, ready, rank, i_r, deep, D, chains, m_n, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """`nearest_two` of the backward, the two blocks behind row block i_r."""
-    PARTS: tl.constexpr = BT // BK
-    i = tl.maximum(rank - 2, 0)
-    while i < rank:
-        if ready <= i:
-            ready = wait_for(p_done, i + 1)
-        stop = tl.minimum(ready, rank)
-        for j in tl.range(i * PARTS, stop * PARTS, num_stages=STAGES):
-            back = rank - j // PARTS  # 2, then 1
-            at = (back - 1) * deep
-            b_e = tl.trans(tl.load(p_near + (at + j % PARTS * BK) * BT))
-            b_s = tl.load(p_row + at) * tl.load(p_scale + (i_r + back) * chains)
-            acc = part(acc, b_e, p_w + ((i_r + back).to(tl.int64) * BT + j % PARTS * BK) * D, m_n, b_s[:, None])
-        i = stop
-    return acc
-
-
-@triton.jit
-def handed_on(acc, p_w, m_n, p_scale, p_done, count):
-    """Store acc as a float16 over a power of two, for later blocks of these columns, and count the block as done."""
-    c, inv = power_scale(tl.reduce(row_top(acc), 0, larger))
-    tl.store(p_w, (acc * c).to(tl.float16), mask=m_n)
-    tl.store(p_scale, inv)
-    tl.debug_barrier()
-    tl.atomic_xchg(p_done, count, sem="release", scope="gpu")
-
-
-@triton.jit
 def store_rounded(b_x, p_x, p_low, m_x, m_low):
     """Store x rounded to the storage type, and what that took from it: by integers, as a single conversion is sixteen times slower than a pair of them."""
     b_i = b_x.to(tl.int32, bitcast=True)
@@ -133,15 +83,12 @@ def feedback_solve_halves(
 ):  # fmt: skip
     """`forward.feedback_solve`; inverse, near_low and w_low are not used."""
     H: tl.constexpr = BN // 2 if TWO else BN
-    CHAINS: tl.constexpr = BN // H
     PARTS: tl.constexpr = BT // BK
     tl.static_assert(PARTS == 2)
     tiles_n = tl.cdiv(D, BN)
     i_n, i_b, i_r = take_ticket(sync + panel, tiles_n, B)
     block = row0 // BT + i_r
-    chains = tiles_n * CHAINS
-    p_done = sync + panels + i_b * chains + i_n * CHAINS
-    p_last = p_done + CHAINS - 1  # counts after the other
+    p_done = sync + panels + i_b * tiles_n + i_n
     past_tiles = tl.cdiv(tl.load(past_length + i_b), BT)
     far = past_tiles + tl.maximum(block - 2, 0)
 
@@ -153,7 +100,7 @@ def feedback_solve_halves(
     p_e = e + (i_b * R + i_r * BT) * C
     p_w = w + i_b * C * D
     p_peak = peak + i_b * NT * R + i_r * BT + o_r
-    p_scale = scales + i_b * NT * chains + i_n * CHAINS
+    p_scale = scales + i_b * NT * tiles_n + i_n
     p_row = i_b * R + i_r * BT + o_r
     b_top = tl.load(row_peak + p_row)
     b_factor = tl.load(factor + p_row)
@@ -166,17 +113,17 @@ def feedback_solve_halves(
     while i < far:
         stop = past_tiles
         if i >= past_tiles:
-            ready = wait_for(p_last, i - past_tiles + 1)
+            ready = wait_for(p_done, i - past_tiles + 1)
             stop = tl.minimum(past_tiles + ready, far)
         for j in tl.range(i * PARTS, stop * PARTS, num_stages=STAGES):
             tile = j // PARTS
             i_t = tl.where(tile < past_tiles, tile, tile - past_tiles + NP)
             b_e = tl.load(p_e + i_t * BT + j % PARTS * BK + o_e)
             p_tile = p_w + (i_t.to(tl.int64) * BT + j % PARTS * BK) * D + o_f
-            b_r = b_factor * tl.exp(tl.load(p_peak + i_t.to(tl.int64) * R) - b_top)
-            b_a = part(b_a, b_e, p_tile, m_a, (b_r * tl.load(p_scale + i_t * chains))[:, None])
+            b_r = b_factor * tl.exp(tl.load(p_peak + i_t.to(tl.int64) * R) - b_top) * tl.load(p_scale + i_t * tiles_n)
+            b_a = part(b_a, b_e, p_tile, m_a, b_r[:, None])
             if TWO:
-                b_b = part(b_b, b_e, p_tile + H, m_b, (b_r * tl.load(p_scale + i_t * chains + 1))[:, None])
+                b_b = part(b_b, b_e, p_tile + H, m_b, b_r[:, None])
         i = stop
 
     start = row0 + i_r * BT
@@ -214,17 +161,20 @@ def feedback_solve_halves(
         if TWO:
             b_b = poisoned(b_b, s + p_f + o_w + H, m_f & m_b, o_r)
     o_i = o_r[:, None] * BT + o_p[None, :]
-    p_out = p_w + (NP + block).to(tl.int64) * BT * D + o_w
-    p_last_scale = p_scale + (NP + block) * chains
-    if TWO:
-        # one half after the other: the way from block to block is that of one, and what the next block does with the first hides behind the second
-        p_near, p_back = near + p_i + o_i, p_w + NP.to(tl.int64) * BT * D + o_f
-        b_a = nearest_two(b_a, p_near, near_scale + p_row, p_back, p_scale + NP * chains, p_done, ready, block, deep, D, chains, m_a, BT, BK, STAGES)
-        handed_on(b_a, p_out, m_a, p_last_scale, p_done, block + 1)
-        store_rounded(b_a, s + p_f + o_w, s_low + p_f + o_w, m_f & m_a, m_f & m_a & (keep != 0))
-        b_b = nearest_two(b_b, p_near, near_scale + p_row, p_back + H, p_scale + NP * chains + 1, p_last, ready, block, deep, D, chains, m_b, BT, BK, STAGES)
-        handed_on(b_b, p_out + H, m_b, p_last_scale + 1, p_last, block + 1)
-        store_rounded(b_b, s + p_f + o_w + H, s_low + p_f + o_w + H, m_f & m_b, m_f & m_b & (keep != 0))
+    if TWO:  # as above: fewer registers, where the way from block to block is not what the solve waits for
+        i = tl.maximum(block - 2, 0)
+        while i < block:
+            if ready <= i:
+                ready = wait_for(p_done, i + 1)
+            stop = tl.minimum(ready, block)
+            for j in tl.range(i * PARTS, stop * PARTS, num_stages=STAGES):
+                at = (block - 1 - j // PARTS) * deep
+                b_e = tl.load(near + at * BT + p_i + j % PARTS * BK + o_i)
+                p_tile = p_w + ((NP + j // PARTS).to(tl.int64) * BT + j % PARTS * BK) * D + o_f
+                b_s = tl.load(near_scale + at + p_row) * tl.load(p_scale + (NP + j // PARTS) * tiles_n)
+                b_a = part(b_a, b_e, p_tile, m_a, b_s[:, None])
+                b_b = part(b_b, b_e, p_tile + H, m_b, b_s[:, None])
+            i = stop
     else:
         nearest = tl.minimum(block, 2)
         for d in tl.range(0, nearest, num_stages=1):
@@ -235,11 +185,20 @@ def feedback_solve_halves(
             b_s = tl.load(near_scale + (back - 1) * deep + p_row)
             if ready < block - back + 1:
                 ready = wait_for(p_done, block - back + 1)
-            b_s = (b_s * tl.load(p_scale + i_t * chains))[:, None]
+            b_s = (b_s * tl.load(p_scale + i_t * tiles_n))[:, None]
             p_tile = p_w + i_t.to(tl.int64) * BT * D + o_f
             b_a = near_parts(b_a, b_0, b_1, p_tile, BK * D, m_a, b_s)
-        handed_on(b_a, p_out, m_a, p_last_scale, p_done, block + 1)
-        store_rounded(b_a, s + p_f + o_w, s_low + p_f + o_w, m_f & m_a, m_f & m_a & (keep != 0))
+    c, inv = power_scale(top(b_a, b_b, TWO))
+    p_tile = p_w + (NP + block).to(tl.int64) * BT * D + o_w
+    tl.store(p_tile, (b_a * c).to(tl.float16), mask=m_a)
+    if TWO:
+        tl.store(p_tile + H, (b_b * c).to(tl.float16), mask=m_b)
+    tl.store(p_scale + (NP + block) * tiles_n, inv)
+    tl.debug_barrier()
+    tl.atomic_xchg(p_done, block + 1, sem="release", scope="gpu")
+    store_rounded(b_a, s + p_f + o_w, s_low + p_f + o_w, m_f & m_a, m_f & m_a & (keep != 0))
+    if TWO:
+        store_rounded(b_b, s + p_f + o_w + H, s_low + p_f + o_w + H, m_f & m_b, m_f & m_b & (keep != 0))
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_solve_halves_transposed"))
@@ -250,7 +209,6 @@ def feedback_solve_halves_transposed(
 ):  # fmt: skip
     """`backward.feedback_solve_transposed`; inverse, near_low and w_low are not used."""
     H: tl.constexpr = BN // 2 if TWO else BN
-    CHAINS: tl.constexpr = BN // H
     PARTS: tl.constexpr = BT // BK
     tl.static_assert(PARTS == 2)
     tiles_n = tl.cdiv(D, BN)
@@ -259,9 +217,7 @@ def feedback_solve_halves_transposed(
     i_r = blocks - 1 - rank
     # column tile: the panel's own blocks downwards, then everything before them downwards
     i_t = NP + row0 // BT + i_r
-    chains = tiles_n * CHAINS
-    p_done = sync + panels + (panel * B + i_b) * chains + i_n * CHAINS
-    p_last = p_done + CHAINS - 1  # counts after the other
+    p_done = sync + panels + (panel * B + i_b) * tiles_n + i_n
     live = (i_t >= NP) | (i_t < tl.cdiv(tl.load(past_length + i_b), BT))
     far = tl.where(inside, tl.maximum(rank - 2, 0), tl.where(live, blocks, 0))
 
@@ -272,7 +228,7 @@ def feedback_solve_halves_transposed(
     o_w = o_r[:, None] * D + o_n[None, :]
     p_e = e + i_b * R * C + i_t * BT
     p_w = w + i_b * R * D
-    p_scale = scales + i_b * (R // BT) * chains + i_n * CHAINS
+    p_scale = scales + i_b * (R // BT) * tiles_n + i_n
 
     start = row0 + i_r * BT
     m_f = inside & (start + o_r < T)[:, None]
@@ -290,16 +246,17 @@ def feedback_solve_halves_transposed(
     i = 0
     ready = 0
     while i < far:
-        ready = wait_for(p_last, i + 1)
+        ready = wait_for(p_done, i + 1)
         stop = tl.minimum(ready, far)
         for j in tl.range(i * PARTS, stop * PARTS, num_stages=STAGES):
             i_l = (blocks - 1 - j // PARTS).to(tl.int64)
             row = i_l * BT + j % PARTS * BK
             b_e = tl.trans(tl.load(p_e + row * C + o_e))
             p_tile = p_w + row * D + o_f
-            b_a = part(b_a, b_e, p_tile, m_a, tl.load(p_scale + i_l * chains))
+            r = tl.load(p_scale + i_l * tiles_n)
+            b_a = part(b_a, b_e, p_tile, m_a, r)
             if TWO:
-                b_b = part(b_b, b_e, p_tile + H, m_b, tl.load(p_scale + i_l * chains + 1))
+                b_b = part(b_b, b_e, p_tile + H, m_b, r)
         i = stop
 
     if inside:
@@ -315,16 +272,21 @@ def feedback_solve_halves_transposed(
         b_a = tl.dot(b_inverse, (b_a * c).to(tl.float16)) * inv
         if TWO:
             b_b = tl.dot(b_inverse, (b_b * c).to(tl.float16)) * inv
-        b_factor = tl.load(factor + p_row)[:, None]
-        p_out = p_w + i_r.to(tl.int64) * BT * D + o_w
-        if TWO:  # as forward
-            p_near, p_back = near + p_i + o_p[:, None] * BT, p_w + o_f
-            b_a = following_two(b_a, p_near, near_scale + p_row, p_back, p_scale, p_done, ready, rank, i_r, deep, D, chains, m_a, BT, BK, STAGES)
-            handed_on(b_a * b_factor, p_out, m_a, p_scale + i_r * chains, p_done, rank + 1)
-            store_rounded(b_a, u + p_f, u_low + p_f, m_f & m_a, m_f & m_a)
-            b_b = following_two(b_b, p_near, near_scale + p_row, p_back + H, p_scale + 1, p_last, ready, rank, i_r, deep, D, chains, m_b, BT, BK, STAGES)
-            handed_on(b_b * b_factor, p_out + H, m_b, p_scale + i_r * chains + 1, p_last, rank + 1)
-            store_rounded(b_b, u + p_f + H, u_low + p_f + H, m_f & m_b, m_f & m_b)
+        if TWO:
+            i = tl.maximum(rank - 2, 0)
+            while i < rank:
+                if ready <= i:
+                    ready = wait_for(p_done, i + 1)
+                stop = tl.minimum(ready, rank)
+                for j in tl.range(i * PARTS, stop * PARTS, num_stages=STAGES):
+                    back = rank - j // PARTS  # 2, then 1
+                    at = (back - 1) * deep
+                    b_e = tl.trans(tl.load(near + (at + j % PARTS * BK) * BT + p_i + o_p[:, None] * BT))
+                    p_tile = p_w + ((i_r + back).to(tl.int64) * BT + j % PARTS * BK) * D + o_f
+                    b_s = tl.load(near_scale + at + p_row) * tl.load(p_scale + (i_r + back) * tiles_n)
+                    b_a = part(b_a, b_e, p_tile, m_a, b_s[:, None])
+                    b_b = part(b_b, b_e, p_tile + H, m_b, b_s[:, None])
+                i = stop
         else:
             nearest = tl.minimum(rank, 2)
             for d in tl.range(0, nearest, num_stages=1):
@@ -335,11 +297,21 @@ def feedback_solve_halves_transposed(
                 b_s = tl.load(near_scale + (back - 1) * deep + p_row)
                 if ready < rank - back + 1:
                     ready = wait_for(p_done, rank - back + 1)
-                b_s = (b_s * tl.load(p_scale + i_l * chains))[:, None]
+                b_s = (b_s * tl.load(p_scale + i_l * tiles_n))[:, None]
                 p_tile = p_w + i_l.to(tl.int64) * BT * D + o_f
                 b_a = near_parts(b_a, b_0, b_1, p_tile, BK * D, m_a, b_s)
-            handed_on(b_a * b_factor, p_out, m_a, p_scale + i_r * chains, p_done, rank + 1)
-            store_rounded(b_a, u + p_f, u_low + p_f, m_f & m_a, m_f & m_a)
+        b_factor = tl.load(factor + p_row)[:, None]
+        c, inv = power_scale(top(b_a * b_factor, b_b * b_factor, TWO))
+        p_tile = p_w + i_r.to(tl.int64) * BT * D + o_w
+        tl.store(p_tile, (b_a * (b_factor * c)).to(tl.float16), mask=m_a)
+        if TWO:
+            tl.store(p_tile + H, (b_b * (b_factor * c)).to(tl.float16), mask=m_b)
+        tl.store(p_scale + i_r * tiles_n, inv)
+        tl.debug_barrier()
+        tl.atomic_xchg(p_done, rank + 1, sem="release", scope="gpu")
+        store_rounded(b_a, u + p_f, u_low + p_f, m_f & m_a, m_f & m_a)
+        if TWO:
+            store_rounded(b_b, u + p_f + H, u_low + p_f + H, m_f & m_b, m_f & m_b)
     elif (i_t < NP) & (row0 == 0):
         row = i_t * BT
         p_past = dpast_s + (i_b * P + row) * D + o_w

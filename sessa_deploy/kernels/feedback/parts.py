@@ -16,16 +16,17 @@ from sessa_deploy.kernels.launch.jit import SHARE, interpreted
 
 GROUP = 2  # row tiles of 128 in a group of score tiles: parts are multiples of it
 FIRST, LARGE_FIRST = 256, 512  # rows of the first part, each further one twice as many (measured on an H200)
-LEAST, LARGE, MOST = 512, 1024, 4096  # rows beyond which there are parts, with a first one of LARGE_FIRST, and up to which
+LEAST, MOST = 512, 4096  # rows beyond which there are parts, and up to which
+SHORT, FEW, FEW_ROWS = 1024, 2048, 8192  # rows up to which the first part is of FIRST; the same where fewer than FEW_ROWS are those of all sequences
 
 _LANES: dict[tuple[int, int], tuple[list[Any], list[Any]]] = {}  # device and captured stream: for scores beside it, and for what waits for them
 
 
-def cuts(tokens: int) -> tuple[int, ...]:
+def cuts(batch: int, tokens: int) -> tuple[int, ...]:
     """The rows where parts begin; () where there is but one."""
     if not LEAST < tokens <= MOST:
         return ()
-    rows, step = [0], LARGE_FIRST if tokens > LARGE else FIRST
+    rows, step = [0], FIRST if tokens <= SHORT or (tokens <= FEW and batch * tokens < FEW_ROWS) else LARGE_FIRST
     while rows[-1] + step < tokens:
         rows.append(rows[-1] + step)
         step *= 2

@@ -63,9 +63,8 @@ def live_grid(rows: int, past_tiles: int, before: int, batch: int, options: dict
     return min(score_grid(rows, past_tiles + before, batch, options)[0], max(score_grid(rows, before, batch, options)[0], SCORE_PROGRAMS)), batch
 
 
-def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, chains: int, split: bool, kept: int) -> dict[str, tuple[int, torch.dtype]]:
-    """Buffers of the forward (elements, dtype): work is the type of routing tiles, pair that of a block inverse's two halves. chains: of
-    `column_chains`, kept: of `kept_blocks`."""
+def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n: int, split: bool, kept: int) -> dict[str, tuple[int, torch.dtype]]:
+    """Buffers of the forward (elements, dtype): work is the type of routing tiles, pair that of a block inverse's two halves. kept: of `kept_blocks`."""
     rows, columns = shape.batch * shape.rows, shape.batch * shape.columns
     single = torch.float32
     sizes = {
@@ -80,8 +79,8 @@ def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, chains: 
         "near": (kept * rows * shape.tile, work),
         "near_scale": (kept * rows, single),
         "w": (columns * shape.width, work),
-        "scales": (shape.batch * shape.tiles * chains, single),
-        "sync": (shape.panels + shape.batch * chains, torch.int32),
+        "scales": (shape.batch * shape.tiles * tiles_n, single),
+        "sync": (shape.panels + shape.batch * tiles_n, torch.int32),
     }
     if split:
         sizes |= {"inverselow": sizes["inverse"], "nearlow": (2 * rows * shape.tile, work), "wlow": sizes["w"]}

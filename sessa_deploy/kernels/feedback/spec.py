@@ -347,7 +347,7 @@ KERNELS = by_name((
 ))  # fmt: skip
 
 
-MANY_WORK = 1 << 25  # B T^2 from which there are tiles of 128 x 256 enough (measured on an H200)
+MANY_WORK = 40 << 20  # B T^2 from which there are tiles of 128 x 256 enough (measured on an H200)
 WIDE_BACKWARD = 2048  # D from which the backward's solve is not the one in halves (measured on an H200)
 
 
@@ -381,9 +381,9 @@ def scores_many(arch: int, dtype: str, side: str, batch: int, tokens: int) -> bo
     return batch * tokens * tokens >= MANY_WORK and all_pinned((MANY,), arch, dtype, side)
 
 
-def pack_variant(name: str, solve: str) -> str:
-    """The variant of feedback_pack that goes with one of the kernel `name`, which solves forward: of as many columns as one scale is for."""
-    return solve if solve == "wide" and name not in HALVES else "fwd"
+def pack_variant(solve: str) -> str:
+    """The variant of feedback_pack that goes with one of the forward's solve: of as many columns."""
+    return solve if solve == "wide" else "fwd"
 
 
 def all_pinned(names: tuple[str, ...], arch: int, dtype: str, variant: str) -> bool:

@@ -43,8 +43,6 @@ def test_a_solve_in_halves_has_the_bits_of_one_in_one() -> None:
     found = []
     for two in (True, False):
         options, transposed = ({**o, name: {**o[name], "TWO": two}} for o, name in ((ahead, fwd.SOLVES[0].__name__), (back, bwd.SOLVES[0].__name__)))
-        columns = options[fwd.SOLVES[0].__name__]["BN"] // (1 + two)  # of which a past has one scale
-        options = {**options, "feedback_pack": {**options["feedback_pack"], "BN": columns}}
         s, lse, low = fwd.forward(*x, options=options)
         found.append((s, low, *bwd.backward(f, q, k, gamma, f, s, lse, low, *behind, options=transposed)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -119,8 +117,7 @@ def test_tiles_of_the_solve_in_halves_follow_its_chains() -> None:
     assert [solver(90, "bf16", "bwd", width) for width in (1536, 2048)] == ["feedback_solve_halves_transposed", "feedback_solve_transposed"]
     assert solve_variant(90, "bf16", 2048, "bwd", 8192) == "wide"
     for variant in ("fwd", "few", "wide"):
-        tiles = table.tiles("feedback_solve_halves", 90, "bf16", variant)
-        assert tiles["BN"] // (1 + tiles["TWO"]) == table.tiles("feedback_pack", 90, "bf16", pack_variant("feedback_solve_halves", variant))["BN"]
+        assert table.tiles("feedback_solve_halves", 90, "bf16", variant)["BN"] == table.tiles("feedback_pack", 90, "bf16", pack_variant(variant))["BN"]
 
 
 def test_a_forward_in_parts_has_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +148,7 @@ def test_a_forward_in_parts_has_the_bits_of_one(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_rows_go_in_parts_up_to_a_length() -> None:
-    assert [parts.cuts(tokens) for tokens in (512, 513, 1024, 2048, 2049, 4096, 4097)] == [
-        (), (0, 256), (0, 256, 768), (0, 512, 1536), (0, 512, 1536), (0, 512, 1536, 3584), (),
-    ]  # fmt: skip
-    assert all(row % (128 * parts.GROUP) == 0 for tokens in range(513, 4097, 97) for row in parts.cuts(tokens))
+    small, large = (0, 256, 768), (0, 512, 1536)
+    assert [parts.cuts(1, tokens) for tokens in (512, 513, 1024, 2048, 2049, 4097)] == [(), (0, 256), small, (*small, 1792), large, ()]
+    assert [parts.cuts(*of) for of in ((8, 2048), (16, 1024), (2, 4096))] == [large, small, (*large, 3584)]
+    assert all(row % (128 * parts.GROUP) == 0 for tokens in range(513, 4097, 97) for row in parts.cuts(2, tokens))
