@@ -57,6 +57,7 @@ def test_they_stand_in_where_there_is_work_for_large_tiles() -> None:
         assert [scores_many(*of, side, 2, 5000) for of in ((90, "bf16"), (90, "fp16"), (80, "bf16"), (100, "bf16"))] == [True, False, False, False]
     assert not scores_many(90, "bf16", "fwd", 1, math.isqrt(MANY_WORK) - 1)
     device = torch.empty(0, device=DEVICE).device
-    assert [MANY in fwd.tiles(device, torch.bfloat16, 64, *of) for of in ((10000, 0, 2), (10000, 128, 2), (0, 0, 1), (2048, 0, 1))] == [True, False, False, False]
+    rows_past_batch = ((10000, 0, 2), (10000, 128, 2), (0, 0, 1), (2048, 0, 1))
+    assert [MANY in fwd.tiles(device, torch.bfloat16, 64, *of) for of in rows_past_batch] == [True, False, False, False]
     plans = [fwd.Plan(device, torch.bfloat16, 2, tokens, 0, 64, None, 2**30) for tokens in (5000, 1024)]
     assert [type(plan.run_scores) for plan in plans] == [ManyScores, Launcher]
