@@ -138,11 +138,14 @@ def resident_blocks(function: int, threads: int, shared: int) -> int:
     return blocks.value
 
 
-def new_stream() -> int:
-    """A stream in the current context that nobody else has, for the life of the process. Raises RuntimeError where the driver gives none."""
+def new_stream(priority: int = 0) -> int:
+    """A stream in the current context that nobody else has, for the life of the process. Raises RuntimeError where the driver gives none.
+
+    priority: negative goes first; the driver brings it within what the GPU has.
+    """
     stream = ctypes.c_void_p()
-    create = getattr(open_driver(), "cuStreamCreate", None)
-    if create is None or create(ctypes.byref(stream), _NON_BLOCKING) or not stream.value:
+    create = getattr(open_driver(), "cuStreamCreateWithPriority", None)
+    if create is None or create(ctypes.byref(stream), _NON_BLOCKING, priority) or not stream.value:
         raise RuntimeError("sessa: the driver gives no stream")
     return stream.value
 

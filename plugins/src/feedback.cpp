@@ -72,6 +72,7 @@ struct Forward final : Plan
         pack = findCubin("feedback_pack", arch, dtype, wide ? "wide" : "fwd");
         scores = findCubin("feedback_scores", arch, dtype, p.capacity > 0 ? "past" : "fwd");
         bool const half = p.storage == Storage::kHalf;
+        nearPrograms = half ? 2 : 4; // a block: for each of the two nearest tiles one, or one for half of its rows
         combination = {findCubin(half ? "feedback_inverse_half" : "feedback_inverse", arch, dtype, "fwd"),
             findCubin(half ? "feedback_near_half" : "feedback_near", arch, dtype, "fwd")};
         if (combination[0] == nullptr || combination[1] == nullptr) // which stand in for the combination where their tiles are pinned
@@ -198,7 +199,7 @@ struct Forward final : Plan
         for (size_t i = 0; good && i < combination.size(); ++i)
         {
             Arguments same = b; // a launch adds to them
-            good = launch(*combination[i], {blocks, p.batch, i == 0 ? 1 : 2}, same, stream, error); // the second has a program for each nearest tile
+            good = launch(*combination[i], {blocks, p.batch, i == 0 ? 1 : nearPrograms}, same, stream, error);
         }
         return good;
     }
@@ -208,7 +209,7 @@ struct Forward final : Plan
     Cubin const* solve{};
     Cubin const* narrow{}; // the solve of fewer rows
     std::vector<Cubin const*> combination;
-    int64_t pastTiles{}, tiles{}, columns{}, rows{}, panels{}, tilesN{}, syncs{};
+    int64_t pastTiles{}, tiles{}, columns{}, rows{}, panels{}, tilesN{}, syncs{}, nearPrograms{};
     char *e{}, *peak{}, *total{}, *rowPeak{}, *gain{}, *x{}, *inverse{}, *inverseLow{}, *near{}, *nearLow{}, *nearScale{}, *w{}, *wLow{}, *scales{}, *lse{},
         *sync{};
 };

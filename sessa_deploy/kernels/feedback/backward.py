@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.feedback.forward import APART, Queue, at_once, combination, kept_blocks, plan, planner, score_grid
+from sessa_deploy.kernels.feedback.forward import APART, Queue, at_once, combination, kept_blocks, plan, planner, score_grid, score_launches
 from sessa_deploy.kernels.feedback.gradients import (
     feedback_grad_k,
     feedback_grad_pack,
@@ -25,7 +25,7 @@ from sessa_deploy.kernels.feedback.gradients import (
     feedback_grad_scores,
 )
 from sessa_deploy.kernels.feedback.halves import feedback_solve_halves_transposed
-from sessa_deploy.kernels.feedback.spec import all_pinned, solve_variant, solver, together_variant
+from sessa_deploy.kernels.feedback.spec import MANY, all_pinned, scores_many, solve_variant, solver, together_variant
 from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, near_product, store_split, take_ticket, wait_for
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
@@ -142,6 +142,7 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, b
     solve = solve_variant(arch, kind, width, "bwd", rows, batch)
     found = pinned(BACKWARD[:2] + BACKWARD[3:], device, dtype, "bwd") | pinned((solver(arch, kind, "bwd", width),), device, dtype, solve)
     found |= pinned(APART, device, dtype, "bwd") if all_pinned(APART, arch, kind, "bwd") else {}
+    found |= pinned((MANY,), device, dtype, "bwd") if rows and scores_many(arch, kind, "bwd", batch, rows // batch) else {}
     variant = together_variant(arch, kind, rows * width)
     return found if variant is None else found | pinned((TOGETHER,), device, dtype, variant)
 
@@ -205,7 +206,8 @@ class Plan:
         self.low, self.full = "low" if split else "", "low" if full else ""
         self.past_tiles = past_tiles
         self.sync = batch + panels + panels * batch * tiles_n
-        kernels = KERNELS[:1] + KERNELS[3:6] + (() if together else KERNELS[6:])
+        kernels = KERNELS[3:6] + (() if together else KERNELS[6:])
+        self.run_scores, many = score_launches(device, dtype, opt, shape)
         self.run_solve = launcher(solving, device, dtype, solve)
         self.run = {k.__name__: launcher(k, device, dtype, opt[k.__name__]) for k in kernels}
         self.combination = combination(device, dtype, opt)
@@ -221,7 +223,7 @@ class Plan:
             add = int(panel > 0)
             sides = (tokens, past, width, columns, rows, past_tiles)
             self.panels.append((
-                (score_grid(blocks * tile, before, batch, scores), (*sides, all_tiles, row0, 0, scale)),
+                ((blocks * tile, batch) if many else score_grid(blocks * tile, before, batch, scores), (*sides, all_tiles, row0, 0, scale)),
                 ((blocks, batch), (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks)),
                 (((blocks + before) * batch * tiles_n,), (*sides, row0, blocks, batch, panel, panels, add)),
                 ((rows // pack["BT"], batch), (tokens, past, width, rows, 0, row0, 0)),
@@ -257,11 +259,11 @@ def queue(
     u, u_low, u_scale, s_all, s_all_low, s_scale = [at[n] for n in ("u", "u" + p.full, "u_scale", "s", "s" + p.full, "s_scale")]
     grad = at["grad"] if p.full else r if isinstance(r, int) else r.view(q.dtype)
     rest = at["rest"] if p.low else a_df
-    scores, pack, products, grad_of_scores = [p.run[name] for name in (BACKWARD[0], *BACKWARD[3:6])]
+    pack, products, grad_of_scores = [p.run[name] for name in BACKWARD[3:6]]
     pack(p.pack_s[0], a_s, a_s if s_low is None else address(s_low), a_past_s, a_length, a_q, a_k, a_lse, bad, s_all, s_all_low, s_scale, *p.pack_s[1])
     apart = after_f if after_f is not None and len(p.panels) == 1 else nullcontext()
     for by_scores, by_combine, by_solve, by_pack, by_products, by_grad, by_q, by_k in p.panels:
-        scores(by_scores[0], a_q, a_k, a_past_k, a_length, a_lse, bad, e, sums, sums, ticket, *by_scores[1])
+        p.run_scores(by_scores[0], a_q, a_k, a_past_k, a_length, a_lse, bad, e, sums, sums, ticket, *by_scores[1])
         for each, run in p.combination:
             run(
                 (*by_combine[0], each), e, sums, sums, a_gamma, a_length, inverse_sum, factor, a_lse, at["x"], inverse, inverse_low, near, near_low,

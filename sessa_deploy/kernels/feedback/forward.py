@@ -5,9 +5,9 @@ Rows go in panels so that the workspace is panel x (P + T) in the work type (flo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -16,16 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sessa_deploy.kernels.feedback import parts
 from sessa_deploy.kernels.feedback.halves import feedback_solve_halves
 from sessa_deploy.kernels.feedback.inverse import feedback_inverse, feedback_near
 from sessa_deploy.kernels.feedback.inverse_half import feedback_inverse_half, feedback_near_half
-from sessa_deploy.kernels.feedback.spec import all_pinned, pack_variant, solve_variant, solver
+from sessa_deploy.kernels.feedback.many import ManyScores, feedback_scores_many
+from sessa_deploy.kernels.feedback.pack import feedback_pack
+from sessa_deploy.kernels.feedback.shape import Shape, live_grid, plan, score_grid, workspace_sizes
+from sessa_deploy.kernels.feedback.spec import MANY, all_pinned, pack_variant, scores_many, solve_variant, solver
 from sessa_deploy.kernels.feedback.tiles import (
     apply_inverse,
     feedback_combine,
     feedback_scores,
     finite,
-    grouped_size,
     near_product,
     store_split,
     take_ticket,
@@ -33,22 +36,7 @@ from sessa_deploy.kernels.feedback.tiles import (
 )
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Launcher, Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
-from sessa_deploy.kernels.launch.limits import PACK_PROGRAMS, PANEL_BYTES, SCORE_PROGRAMS
-
-
-@triton.jit(do_not_specialize=table.do_not_specialize("feedback_pack"))
-def feedback_pack(past_s, past_length, w, w_low, scales, P, D, C, BT: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr):
-    """Grid (programs, D tiles, B): past_s in the form the solve reads, zeros from past_length on. Tiles without a live row stay unwritten."""
-    i_n, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    length = tl.minimum(tl.load(past_length + i_b), P)
-    for i_t in range(tl.program_id(0), tl.cdiv(length, BT), tl.num_programs(0)):
-        o_t, o_n = tl.arange(0, BT), i_n * BN + tl.arange(0, BN)
-        m_n = (o_n < D)[None, :]
-        m_t = (i_t * BT + o_t < length)[:, None]
-        b_x = tl.load(past_s + (i_b * P + i_t * BT) * D + o_t[:, None] * D + o_n[None, :], mask=m_t & m_n, other=0.0).to(tl.float32)
-        p_tile = (i_b * C + i_t * BT) * D + o_t[:, None] * D + o_n[None, :]
-        p_scale = (i_b * (C // BT) + i_t) * tl.num_programs(1) + i_n
-        store_split(b_x, tl.max(tl.max(tl.abs(b_x), axis=1), axis=0), w, w_low, scales, p_tile, p_scale, m_n, SPLIT, True)
+from sessa_deploy.kernels.launch.limits import PACK_PROGRAMS, PANEL_BYTES
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_solve"))
@@ -138,82 +126,6 @@ def feedback_solve(
         tl.store(s_low + p_f + o_w, (b_s - b_out.to(tl.float32)).to(s.dtype.element_ty), mask=m_f & (keep != 0))
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Tile counts of one call: past and new columns in tiles of `tile`, both a multiple of `group` tiles; panels of `rows` rows."""
-
-    batch: int
-    tokens: int
-    past: int
-    width: int
-    tile: int
-    group: int
-    rows: int
-
-    @property
-    def past_tiles(self) -> int:
-        return -(-self.past // (self.tile * self.group)) * self.group
-
-    @property
-    def tiles(self) -> int:
-        return self.past_tiles + -(-self.tokens // (self.tile * self.group)) * self.group
-
-    @property
-    def columns(self) -> int:
-        return self.tiles * self.tile
-
-    @property
-    def panels(self) -> int:
-        return -(-self.tokens // self.rows)
-
-
-def plan(batch: int, tokens: int, past: int, width: int, scores: dict[str, Any], itemsize: int, panel_bytes: int) -> Shape:
-    """Panels as tall as `panel_bytes` of routing tiles allow, at least one tile of the scores kernel."""
-    tile, group = scores["BT"], scores["NB"]
-    step = max(scores["BM"], tile * group)
-    columns = Shape(batch, tokens, past, width, tile, group, 0).columns
-    fit = panel_bytes // (batch * columns * itemsize) // step * step
-    return Shape(batch, tokens, past, width, tile, group, min(max(fit, step), -(-tokens // step) * step))
-
-
-def score_grid(rows: int, before: int, batch: int, options: dict[str, Any]) -> tuple[int, int]:
-    """Programs of a kernel that makes routing tiles (`grouped_tile`): `rows` rows, `before` column tiles before the first row's own."""
-    wide = options["NB"] * options["BT"]
-    return grouped_size(-(-rows // options["BM"]), before // options["NB"], options["BM"], wide, options["GROUP"]), batch
-
-
-def live_grid(rows: int, past_tiles: int, before: int, batch: int, options: dict[str, Any]) -> tuple[int, int]:
-    """`score_grid` of a capacity of `past_tiles`, of which only the device knows how many are live: programs for the new columns, at least SCORE_PROGRAMS,
-    take those of the past in turns. before: new column tiles before the first row's own."""
-    if not options.get("PAST"):
-        return score_grid(rows, past_tiles + before, batch, options)
-    return min(score_grid(rows, past_tiles + before, batch, options)[0], max(score_grid(rows, before, batch, options)[0], SCORE_PROGRAMS)), batch
-
-
-def workspace_sizes(shape: Shape, work: torch.dtype, pair: torch.dtype, tiles_n: int, split: bool, kept: int) -> dict[str, tuple[int, torch.dtype]]:
-    """Buffers of the forward (elements, dtype): work is the type of routing tiles, pair that of a block inverse's two halves. kept: of `kept_blocks`."""
-    rows, columns = shape.batch * shape.rows, shape.batch * shape.columns
-    single = torch.float32
-    sizes = {
-        "e": (rows * shape.columns, work),
-        "peak": (rows * shape.tiles, single),
-        "total": (rows * shape.tiles, single),
-        "row_peak": (rows, single),
-        "factor": (rows, single),
-        "lse": (shape.batch * shape.tokens, single),
-        "x": (rows * shape.tile, single),
-        "inverse": (rows * shape.tile, pair),
-        "near": (kept * rows * shape.tile, work),
-        "near_scale": (kept * rows, single),
-        "w": (columns * shape.width, work),
-        "scales": (shape.batch * shape.tiles * tiles_n, single),
-        "sync": (shape.panels + shape.batch * tiles_n, torch.int32),
-    }
-    if split:
-        sizes |= {"inverselow": sizes["inverse"], "nearlow": (2 * rows * shape.tile, work), "wlow": sizes["w"]}
-    return sizes
-
-
 FORWARD = ("feedback_pack", "feedback_scores", "feedback_combine", "feedback_solve")
 KERNELS = (feedback_pack, feedback_scores, feedback_combine, feedback_solve)
 SOLVES = (feedback_solve_halves, feedback_solve)  # the first that options hold
@@ -232,7 +144,14 @@ def combination(device: torch.device, dtype: torch.dtype, options: Options) -> l
         return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse_half), (2, feedback_near_half))]
     if APART[0] not in options:
         return [(1, launcher(feedback_combine, device, dtype, options["feedback_combine"]))]
-    return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse), (2, feedback_near))]
+    return [(each, launcher(kernel, device, dtype, options[kernel.__name__])) for each, kernel in ((1, feedback_inverse), (4, feedback_near))]
+
+
+def score_launches(device: torch.device, dtype: torch.dtype, options: Options, shape: Shape) -> tuple[Callable[..., None], bool]:
+    """What launches the scores, and whether it is the kernel by descriptors, which takes (rows, sequences) for a grid."""
+    if MANY in options and shape.past == 0 and (shape.panels == 1 or shape.rows % 256 == 0):
+        return ManyScores(launcher(feedback_scores_many, device, dtype, options[MANY])), True
+    return launcher(feedback_scores, device, dtype, options["feedback_scores"]), False
 
 
 def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, past: int = 0, batch: int = 1) -> Options:
@@ -242,7 +161,8 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, p
     found = pinned(FORWARD[1:2], device, dtype, "past" if past else "fwd") | pinned(FORWARD[2:3], device, dtype, "fwd")
     found |= pinned(FORWARD[:1], device, dtype, pack_variant(solve)) | pinned((solver(arch, kind, "fwd", width),), device, dtype, solve)
     apart = next((names for names in (APART, APART_HALF) if all_pinned(names, arch, kind, "fwd")), ())
-    return found | pinned(apart, device, dtype, "fwd")
+    many = rows > 0 and past == 0 and scores_many(arch, kind, "fwd", batch, rows // batch)
+    return found | pinned((*apart, *(MANY,) * many), device, dtype, "fwd")
 
 
 class Plan:
@@ -261,9 +181,10 @@ class Plan:
         past_tiles, all_tiles, columns, rows, panels = shape.past_tiles, shape.tiles, shape.columns, shape.rows, shape.panels
         tiles_n = -(-width // solve["BN"])
         sizes = workspace_sizes(shape, work, pair, tiles_n, split, kept_blocks(opt))
-        self.workspace = Workspace(sizes)
+        self.shape, self.workspace = shape, Workspace(sizes)
         self.low = "low" if split else ""
-        self.run_pack, self.run_scores, self.run_solve = (launcher(k, device, dtype, opt[k.__name__]) for k in (*KERNELS[:2], solving))
+        self.run_pack, self.run_solve = (launcher(k, device, dtype, opt[k.__name__]) for k in (KERNELS[0], solving))
+        self.run_scores, many = score_launches(device, dtype, opt, shape)
         self.combination = combination(device, dtype, opt)
         self.pack = ((min(past_tiles, PACK_PROGRAMS), tiles_n, batch), (past, width, columns)) if past_tiles else None
         self.panels: list[tuple[Any, ...]] = []
@@ -272,13 +193,20 @@ class Plan:
             here = min(rows, tokens - row0)
             blocks = -(-here // tile)
             self.panels.append((
-                live_grid(here, past_tiles, row0 // tile, batch, scores),
+                (here, batch) if many else live_grid(here, past_tiles, row0 // tile, batch, scores),
                 (tokens, past, width, columns, rows, past_tiles, all_tiles, row0, 0 if panel else sizes["sync"][0], 1 / math.sqrt(width)),
                 (blocks, batch),
                 (tokens, columns, rows, past_tiles, all_tiles, row0, batch, blocks),
                 (blocks * batch * tiles_n,),
                 (tokens, width, columns, rows, past_tiles, all_tiles, row0, batch, panel, panels),
             ))  # fmt: skip
+        rows_of = parts.cuts(batch, tokens) if APART[0] in opt and panels == 1 and past == 0 else ()
+        self.parts = list(itertools.pairwise((*rows_of, tokens))) if rows_of else []
+        self.in_parts = {name: parts.beside_others(name, opt[name]) for name in ("feedback_scores", *APART, solving.__name__)} if self.parts else {}
+        if self.parts:
+            self.run_parts = launcher(feedback_scores, device, dtype, self.in_parts["feedback_scores"])
+            self.run_solve = launcher(solving, device, dtype, self.in_parts[solving.__name__])
+            self.combination = combination(device, dtype, self.in_parts)
 
 
 P = TypeVar("P")
@@ -322,15 +250,22 @@ class Call:
         a_s, a_q, a_k, a_gamma, a_length = [address(x) for x in (s, q, k, gamma, past_length)]
         a_past_k, a_past_s = (address(past_k), address(past_s)) if p.pack else (a_k, a_s)
         a_lse, a_low = at["lse"] if lse is None else address(lse), a_s if low is None else address(low)
-        e, peak, total, sync, w, scales = [at[n] for n in ("e", "peak", "total", "sync", "w", "scales")]
-        row_peak, factor, inverse, near, near_scale = [at[n] for n in ("row_peak", "factor", "inverse", "near", "near_scale")]
-        inverse_low, near_low, w_low = at["inverse" + p.low], at["near" + p.low], at["w" + p.low]
-        self._plan, self._keep = p, int(low is not None)
+        self._plan, self._keep, self._at = p, int(low is not None), at
+        self._inputs = a_q, a_k, a_past_k, a_length, a_gamma, a_lse
+        w, w_low, scales = at["w"], at["w" + p.low], at["scales"]
         self._pack = (a_past_s, a_length, w, w_low, scales)
-        self._scores = (a_q, a_k, a_past_k, a_length, a_lse, sync, e, peak, total, sync)
-        self._combine = (e, peak, total, a_gamma, a_length, row_peak, factor, a_lse, at["x"], inverse, inverse_low, near, near_low, near_scale)
-        self._first = (e, peak, row_peak, factor, inverse, inverse_low, near, near_low, near_scale)
-        self._last = (a_s, a_low, w, w_low, scales, a_length, sync)
+        self._scores, self._combine = self._routing(at)
+        names = ("e", "peak", "row_peak", "factor", "inverse", "inverse" + p.low, "near", "near" + p.low, "near_scale")
+        self._first = tuple(at[n] for n in names)
+        self._last = (a_s, a_low, w, w_low, scales, a_length, at["sync"])
+
+    def _routing(self, at: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What scores and combination take, with the buffers of some rows."""
+        q, k, past_k, length, gamma, lse = self._inputs
+        e, peak, total, sync, low = at["e"], at["peak"], at["total"], at["sync"], self._plan.low
+        names = ("x", "inverse", "inverse" + low, "near", "near" + low, "near_scale")
+        combine = (e, peak, total, gamma, length, at["row_peak"], at["factor"], lse, *(at[n] for n in names))
+        return (q, k, past_k, length, lse, sync, e, peak, total, sync), combine
 
     def route(self, panel: int = 0) -> None:
         """Queue what a panel's solve needs beside f; the first panel's before `solve`."""
@@ -341,6 +276,40 @@ class Call:
         p.run_scores(score_programs, *self._scores, *score_sizes)
         for each, run in p.combination:
             run((*combine_programs, each), *self._combine, *combine_sizes)
+
+    def whole(self, f: Tensor) -> None:
+        """Queue all of it: in parts where a CUDA graph is captured."""
+        if self._plan.parts and parts.capturing(f.device):
+            parts.queue(self._plan.parts, self._score_part, self._combine_part, lambda part: self._solve_part(part, address(f)))
+        else:
+            self.route()
+            self.solve(f)
+
+    def _from(self, row: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """`_routing` of the rows from `row` on."""
+        p = self._plan
+        each = {"e": p.shape.columns, **dict.fromkeys(("peak", "total", "row_peak", "factor", "x", "near_scale"), 1)}
+        each |= dict.fromkeys(("inverse", "inverse" + p.low, "near", "near" + p.low), p.shape.tile)
+        return self._routing({**self._at, **{n: p.workspace.beyond(self._at, n, row * count) for n, count in each.items()}})
+
+    def _score_part(self, part: tuple[int, int]) -> None:
+        p, (row, end) = self._plan, part
+        *sizes, _, syncs, scale = p.panels[0][1]
+        grid = score_grid(end - row, row // p.shape.tile, p.shape.batch, p.in_parts["feedback_scores"])
+        p.run_parts(grid, *self._from(row)[0], *sizes, row, 0 if row else syncs, scale)
+
+    def _combine_part(self, part: tuple[int, int]) -> None:
+        p, (row, end) = self._plan, part
+        tokens, columns, rows, past_tiles, all_tiles, _, batch, _ = p.panels[0][3]
+        blocks = -(-(end - row) // p.shape.tile)
+        for each, run in p.combination:
+            run((blocks, batch, each), *self._from(row)[1], tokens, columns, rows, past_tiles, all_tiles, row, batch, blocks)
+
+    def _solve_part(self, part: tuple[int, int], f: Any) -> None:
+        p, (row, end) = self._plan, part
+        (programs,), sizes = p.panels[0][4:]
+        blocks, all_blocks = -(-(end - row) // p.shape.tile), p.panels[0][2][0]
+        p.run_solve((programs // all_blocks * blocks,), *self._first, f, *self._last, *sizes, self._keep)
 
     def solve(self, f: Tensor) -> None:
         """Queue the rest, for f (B,T,D)."""
@@ -370,9 +339,7 @@ def forward(
     memory, low = p.workspace.allocate(q.device), torch.empty_like(f) if need_lse and p.low else None
 
     def work() -> None:
-        call = Call(p, q, k, gamma, past_k, past_s, past_length, s, lse, low, memory)
-        call.route()
-        call.solve(f)
+        Call(p, q, k, gamma, past_k, past_s, past_length, s, lse, low, memory).whole(f)
 
     replay(("feedback attention", p), q.device, (q, k, gamma, f, past_k, past_s, past_length, s, lse, low, memory), work)
     return s, lse, low

@@ -147,14 +147,15 @@ def feedback_near(
     e, peak, total, gamma, past_length, row_peak, factor, lse, x, inverse, inverse_low, near, near_low, near_scale, T, C, R, NP, NT, row0, B, blocks,
     BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """The second half, grid (blocks, B, 2): near[d] of a block, its high half alone, which is all that the solves read of it in bfloat16."""
-    i_r, i_b, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    """The second half, grid (blocks, B, 4): near[d] of a block, its high half alone, which is all that the solves read of it in bfloat16. A program
+    makes 64 of its rows, backward 64 columns: half of the shared memory, so that there is room for another kernel's programs beside it."""
+    i_r, i_b, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) // 2
     block = row0 // BLOCK + i_r
     sides = blocks - 1 - i_r if BACKWARD else block
     if sides > d:
-        o_r = tl.arange(0, BLOCK)
-        p_row = i_b * R + i_r * BLOCK + o_r
-        p_i = p_row[:, None] * BLOCK + o_r[None, :]
+        o_r, o_m = tl.arange(0, BLOCK), tl.program_id(2) % 2 * 64 + tl.arange(0, 64)
+        p_row, p_m = i_b * R + i_r * BLOCK + o_r, i_b * R + i_r * BLOCK + o_m
+        p_i = p_row[:, None] * BLOCK + o_m[None, :] if BACKWARD else p_m[:, None] * BLOCK + o_r[None, :]
         b_h, b_l = tl.load(inverse + p_i), tl.load(inverse_low + p_i)
         p_e = e + p_row[:, None] * C + (NP + block) * BLOCK + o_r[None, :]
         if BACKWARD:
@@ -169,4 +170,4 @@ def feedback_near(
         b_c = tl.where(finite(b_c) & (b_c > 1e-30), b_c, 1.0)
         b_m = (b_m * (1.0 / b_c)[:, None]).to(near.dtype.element_ty)
         tl.store(near + deep * BLOCK + p_i, tl.trans(b_m) if BACKWARD else b_m)
-        tl.store(near_scale + deep + p_row, b_c)
+        tl.store(near_scale + deep + p_m, b_c)

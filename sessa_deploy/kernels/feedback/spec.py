@@ -11,6 +11,7 @@ _PACKAGE = "sessa_deploy.kernels.feedback"
 _WIDTHS = tuple(map(str, FEEDBACK_WIDTHS))
 _ROWS_STEPS = tuple(map(str, ROWS_WIDTHS))
 HALVES = ("feedback_solve_halves", "feedback_solve_halves_transposed")  # which stand in for the solves
+MANY = "feedback_scores_many"  # which stands in for feedback_scores in training
 _HALF = ("fp16", "bf16")  # storage that matrix instructions take
 
 _STRIDES = (Param("stride_kb", "i64", True), Param("stride_kr", "i32", True), Param("stride_sb", "i64", True), Param("stride_sr", "i32", True))
@@ -150,7 +151,7 @@ KERNELS = by_name((
     ),
     Kernel(
         "feedback_pack",
-        f"{_PACKAGE}.forward",
+        f"{_PACKAGE}.pack",
         (
             *pointers("past_s"),
             Param("past_length", "*i32"),
@@ -184,6 +185,16 @@ KERNELS = by_name((
         ("BM", "BT", "BK", "NB", "GROUP", "BACKWARD", "PAST"),
         ("fwd", "past", "bwd"),
         scalar_loads=8,
+    ),
+    Kernel(
+        MANY,
+        f"{_PACKAGE}.many",
+        (
+            *pointers("q", "k"), *pointers("lse", type="*fp32"), Param("bad", "*i32"), *pointers("e", type="*work"), *pointers("peak", "total", type="*fp32"),
+            Param("sync", "*i32"), *integers("T"), *(Param(n, "i32", True) for n in ("D", "C", "R")), *integers("NT", "row0", "n_sync"), Param("scale", "fp32"),
+            *integers("B", "each", "base"),
+        ),
+        ("BK", "BACKWARD"), ("fwd", "bwd"), lowered=False, dtypes=("bf16",), optional=("fwd", "bwd"), scratch=384,
     ),
     Kernel(
         "feedback_combine",
@@ -240,9 +251,7 @@ KERNELS = by_name((
             *(Param(n, "i32", True) for n in ("D", "C")),
             *integers("first", "row0", "look"),
         ),
-        ("BT", "BN", "SPLIT", "FULL"),
-        ("bwd",),
-        lowered=False,
+        ("BT", "BN", "SPLIT", "FULL"), ("bwd",), lowered=False,
     ),
     Kernel(
         "feedback_grad_products",
@@ -262,9 +271,7 @@ KERNELS = by_name((
             *(Param(n, "i32", True) for n in ("D", "C", "R")),
             *integers("NP", "NT", "row0"),
         ),
-        ("BM", "BT", "BK", "NB", "GROUP", "SPLIT", "FULL"),
-        ("bwd",),
-        lowered=False,
+        ("BM", "BT", "BK", "NB", "GROUP", "SPLIT", "FULL"), ("bwd",), lowered=False,
     ),
     Kernel(
         "feedback_grad_scores",
@@ -283,9 +290,7 @@ KERNELS = by_name((
             *(Param(n, "i32", True) for n in ("C", "R")),
             *integers("NP", "NT", "row0", "each"),
         ),
-        ("BM", "BT", "CHUNK", "SPLIT", "SCALED"),
-        ("bwd",),
-        lowered=False,
+        ("BM", "BT", "CHUNK", "SPLIT", "SCALED"), ("bwd",), lowered=False,
     ),
     Kernel(
         "feedback_grad_q",
@@ -302,9 +307,7 @@ KERNELS = by_name((
             *integers("NP", "NT", "row0"),
             Param("scale", "fp32"),
         ),
-        ("BT", "BN", "BK", "STAGES", "SCALED"),
-        ("bwd",),
-        lowered=False,
+        ("BT", "BN", "BK", "STAGES", "SCALED"), ("bwd",), lowered=False,
     ),
     Kernel(
         "feedback_grad_k",
@@ -322,9 +325,7 @@ KERNELS = by_name((
             *integers("NP", "NT", "row0", "blocks", "add"),
             Param("scale", "fp32"),
         ),
-        ("BT", "BN", "BK", "STAGES", "SCALED"),
-        ("bwd",),
-        lowered=False,
+        ("BT", "BN", "BK", "STAGES", "SCALED"), ("bwd",), lowered=False,
     ),
     Kernel(
         "feedback_grad_qk",
@@ -341,13 +342,12 @@ KERNELS = by_name((
             *integers("NT", "blocks"),
             Param("scale", "fp32"),
         ),
-        ("BT", "BN", "BK", "STAGES", "SCALED"),
-        ("bwd", "few"),
-        lowered=False,
+        ("BT", "BN", "BK", "STAGES", "SCALED"), ("bwd", "few"), lowered=False,
     ),
 ))  # fmt: skip
 
 
+MANY_WORK = 40 << 20  # B T^2 from which there are tiles of 128 x 256 enough (measured on an H200)
 WIDE_BACKWARD = 2048  # D from which the backward's solve is not the one in halves (measured on an H200)
 
 
@@ -374,6 +374,11 @@ def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0, b
     else:
         chosen = "wide" if (rows * width >= WIDE_WORK if rows else width >= WIDE) else side
     return chosen if table.has(name, resolved, dtype, chosen) else side
+
+
+def scores_many(arch: int, dtype: str, side: str, batch: int, tokens: int) -> bool:
+    """Whether MANY makes the scores of so many rows without a past, of a side ("fwd" or "bwd"): the same bits, so B and T may decide."""
+    return batch * tokens * tokens >= MANY_WORK and all_pinned((MANY,), arch, dtype, side)
 
 
 def pack_variant(solve: str) -> str:

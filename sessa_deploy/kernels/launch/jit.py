@@ -157,6 +157,10 @@ class Workspace:
         base = memory.data_ptr()
         return {n: base + o for n, o in self.offsets.items()}
 
+    def beyond(self, at: dict[str, Address], name: str, count: int) -> Address:
+        """The address `count` elements further in a buffer, of those that `at` gave."""
+        return at[name][count:] if interpreted() else at[name] + count * self.buffers[name][1].itemsize
+
     def take(self, device: torch.device) -> tuple[dict[str, Address], Tensor]:
         """(`at`, `allocate`) of one call."""
         memory = self.allocate(device)

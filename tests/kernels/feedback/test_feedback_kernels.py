@@ -15,6 +15,7 @@ from rule import STORAGE, check
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.feedback import backward as bwd
 from sessa_deploy.kernels.feedback import forward as fwd
+from sessa_deploy.kernels.feedback import shape
 from sessa_deploy.kernels.feedback.spec import solve_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import PANEL_BYTES
@@ -87,8 +88,8 @@ def test_past_and_lengths(tokens: int, dtype: str) -> None:
 def test_few_programs_walk_a_past_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     x = poison(make("random", 2, 20, 100, 16, torch.float16))
     wanted = run(x)[0]
-    for name in ("PACK_PROGRAMS", "SCORE_PROGRAMS"):
-        monkeypatch.setattr(fwd, name, 1)
+    monkeypatch.setattr(fwd, "PACK_PROGRAMS", 1)
+    monkeypatch.setattr(shape, "SCORE_PROGRAMS", 1)
     assert torch.equal(run(x)[0], wanted)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from feedback_cases import DEVICE, make, side, small_options, with_stand_ins
 
 from sessa_deploy.kernels.feedback import backward as bwd
 from sessa_deploy.kernels.feedback import forward as fwd
-from sessa_deploy.kernels.feedback import inverse
+from sessa_deploy.kernels.feedback import inverse, parts
 from sessa_deploy.kernels.feedback.spec import FEW_WORK, all_pinned, pack_variant, solve_variant, solver, together_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, launcher
@@ -116,3 +118,37 @@ def test_tiles_of_the_solve_in_halves_follow_its_chains() -> None:
     assert solve_variant(90, "bf16", 2048, "bwd", 8192) == "wide"
     for variant in ("fwd", "few", "wide"):
         assert table.tiles("feedback_solve_halves", 90, "bf16", variant)["BN"] == table.tiles("feedback_pack", 90, "bf16", pack_variant(variant))["BN"]
+
+
+def test_a_forward_in_parts_has_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the interpreter one after the other; on a GPU as a graph captures them."""
+    monkeypatch.setattr(parts, "LEAST", 256)
+    x = make("random", 1, 300, 0, 24, torch.bfloat16)
+    plan = fwd.Plan(x[0].device, torch.bfloat16, 1, 300, 0, 24, side(with_stand_ins(small_options(torch.bfloat16, 128, 128)), False), 2**30)
+    assert plan.parts == [(0, 256), (256, 300)]
+    whole, queued = fwd.forward(*x, made=plan), []
+
+    def queue(every: list[tuple[int, int]], *steps: Callable[[tuple[int, int]], None]) -> None:
+        for part in every:
+            queued.append(part)
+            for step in steps:
+                step(part)
+
+    if DEVICE == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = fwd.forward(*x, made=plan)
+        graph.replay()
+    else:
+        monkeypatch.setattr(parts, "capturing", lambda _: True)
+        monkeypatch.setattr(parts, "queue", queue)
+        found = fwd.forward(*x, made=plan)
+        assert queued == plan.parts
+    assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True) if a is not None and b is not None)
+
+
+def test_rows_go_in_parts_up_to_a_length() -> None:
+    small, large = (0, 256, 768), (0, 512, 1536)
+    assert [parts.cuts(1, tokens) for tokens in (512, 513, 1024, 2048, 2049, 4097)] == [(), (0, 256), small, (*small, 1792), large, ()]
+    assert [parts.cuts(*of) for of in ((8, 2048), (16, 1024), (2, 4096))] == [large, small, (*large, 3584)]
+    assert all(row % (128 * parts.GROUP) == 0 for tokens in range(513, 4097, 97) for row in parts.cuts(2, tokens))
