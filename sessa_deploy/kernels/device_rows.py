@@ -6,12 +6,23 @@ neither on how many there are nor on those behind it. The past is dealt out in s
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 
 from sessa_deploy.contract import STEP_ROWS
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ROWS = tl.constexpr(STEP_ROWS)
+FAR = 1 << 25  # elements between the rows of a past beyond which a tile's, 32 of them at most, would not be reached by 32 bits
+
+
+def near(past: Tensor) -> Tensor:
+    """past (B,P,..) as it is, or dense where its rows are FAR apart."""
+    return past if past.stride(1) <= FAR else past.contiguous()
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 from sessa_deploy.contract import STEP_ROWS
 from sessa_deploy.kernels.causal.step import in_place, strides
 from sessa_deploy.kernels.device import begin, rows_each, splits_used
-from sessa_deploy.kernels.device_rows import ROWS, join
+from sessa_deploy.kernels.device_rows import ROWS, join, near
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options, address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E
@@ -184,7 +184,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_l
     rows = partial["BLOCK_R"]
     splits = step_splits(capacity, rows, combine["BLOCK_S"])
     q, k, v, past_length = aligned(q), aligned(k), aligned(v), past_length.to(torch.int32).contiguous()
-    past_k, past_v = in_place(past_k), in_place(past_v)
+    past_k, past_v = near(in_place(past_k)), near(in_place(past_v))
     parts, units = batch * tokens * q_heads * (1 + splits), width // HEAD_MULTIPLE
     at, _memory = workspace(device, {"part": (parts * width, torch.float32), "stat": (parts * 2, torch.float32)})
     out = torch.empty_like(q)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sessa_deploy.contract import STEP_ROWS
 from sessa_deploy.kernels.device import begin, rows_each, splits_used
-from sessa_deploy.kernels.device_rows import ROWS, join
+from sessa_deploy.kernels.device_rows import ROWS, join, near
 from sessa_deploy.kernels.feedback.step import _in_place
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options, address, aligned, launcher, pinned, workspace
@@ -220,7 +220,7 @@ def step(
     rows, f32, square = partial["BLOCK_R"], torch.float32, STEP_ROWS * STEP_ROWS
     splits = step_splits(capacity, rows, combine["BLOCK_S"])
     q, k, f, gamma, past_length = aligned(q), aligned(k), aligned(f), gamma.contiguous(), past_length.to(torch.int32).contiguous()
-    past_k, past_s = _in_place(past_k), _in_place(past_s)
+    past_k, past_s = near(_in_place(past_k)), near(_in_place(past_s))
     at, _memory = workspace(device, {
         "part": (batch * tokens * splits * width, f32), "stat": (2 * batch * tokens * splits, f32), "scores": (batch * square, f32),
         "add": (batch * tokens * width, f32), "inverse": (batch * square, f32),

@@ -97,3 +97,11 @@ def test_other_numbers_of_rows_are_refused(tokens: int) -> None:
         feedback(*make("random", 1, tokens, 4, 32, torch.float16))
     with pytest.raises(ValueError, match="T = 2 to 16"):
         causal(*causal_case(tokens, 4, [4], (1, 1), 16, torch.float16))
+
+
+def test_rows_too_far_apart_for_a_tile_are_copied() -> None:
+    """Their places in a tile are 32-bit integers. Nothing is read here, so the memory need not be there."""
+    from sessa_deploy.kernels import device_rows
+
+    far, close = (torch.empty_strided((1, 2, 16), (2 * row, row, 1), device="meta") for row in (device_rows.FAR + 16, 4096))
+    assert device_rows.near(far).stride(1) == 16 and device_rows.near(close) is close and 32 * device_rows.FAR < 2**31
