@@ -37,6 +37,7 @@ rc cuDeviceGetAttribute(int* v, int what, int d) { *v = what == 75 ? 9 : what ==
 rc cuDevicePrimaryCtxRetain(handle* c, int d) { *c = &live; return d != 0; }
 rc cuCtxSetCurrent(handle c) { return c == &live ? 0 : 201; }
 rc cuStreamCreate(handle* s, unsigned flags) { *s = &stream_object; return flags == 1 ? 0 : 1; }
+rc cuStreamCreateWithPriority(handle* s, unsigned flags, int priority) { *s = &stream_object; return flags == 1 ? 0 : 1; }
 rc cuStreamDestroy_v2(handle s) { return s == &stream_object ? 0 : 400; }
 rc cuStreamSynchronize(handle s) { return s == &stream_object && !capturing ? 0 : 400; }
 rc cuEventCreate(handle* e, unsigned flags) { *e = calloc(1, 8); ++live; return flags == 2 ? 0 : 1; }

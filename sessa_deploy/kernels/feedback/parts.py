@@ -50,7 +50,7 @@ def capturing(device: torch.device) -> bool:
 
 
 def _lanes(main: Any, count: int) -> tuple[list[Any], list[Any]]:
-    """Two streams for scores and `count` for what waits for them, which nobody else has: one of PyTorch's might be another thread's, and be captured with it."""
+    """Two streams for scores and `count` for what waits for them, all of their own: one of PyTorch's may be in use elsewhere."""
     beside, behind = _LANES.setdefault((main.device_index, main.cuda_stream), ([], []))
     for lanes, wanted, priority in ((beside, 2, 0), (behind, count, -1)):
         while len(lanes) < wanted:
