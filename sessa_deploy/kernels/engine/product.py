@@ -112,6 +112,9 @@ def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
     """The first AHEAD * BK columns of a tile's weights; called before `begin`, so that they are here when the rows are. Of several rows as `strip`."""
     if AHEAD == 0:
         b_w = 0.0
+    elif BM == 1 and KS > 1:
+        tl.static_assert(AHEAD == 1, "of a row's weights one step comes ahead")
+        b_w = fan(weight, m_n, depth, 0, BN, BK, KS)
     elif BM == 1:
         o_k = tl.arange(0, AHEAD * BK)
         b_w = tl.load(weight + tl.arange(0, BN)[:, None] * depth + o_k[None, :], mask=m_n[:, None] & (o_k < depth)[None, :], other=0.0)
@@ -198,6 +201,27 @@ def sixteen(b_low, b_high, BN: tl.constexpr):
 
 
 @triton.jit
+def fan(weight, m_n, depth, start, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """Columns [start, start + BK) of BN rows of weights as (BN / 2, 2, KS, BK / KS): of BN / 2 warps each has two rows, BK / KS being what 32 lanes read."""
+    o_k = start + tl.arange(0, KS)[None, None, :, None] * (BK // KS) + tl.arange(0, BK // KS)[None, None, None, :]
+    o_n = tl.arange(0, BN // 2)[:, None, None, None] * 2 + tl.arange(0, 2)[None, :, None, None]
+    m_n = tl.reshape(m_n, [BN // 2, 2, 1, 1])
+    return tl.load(weight + o_n * depth + o_k, mask=m_n & (o_k < depth), other=0.0)
+
+
+@triton.jit
+def _fan_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """`product` of one row, each of whose columns is one warp's, which reads the whole row: no sum crosses warps."""
+    o_k = tl.arange(0, KS)[None, None, :, None] * (BK // KS) + tl.arange(0, BK // KS)[None, None, None, :]
+    o_k = tl.broadcast_to(o_k, [BN // 2, 1, KS, BK // KS])
+    b_acc = tl.sum(wide(b_w, tl.float32) * _row(x, gate, o_k, depth, GATED, True), 2)
+    for start in range(BK, depth, BK):
+        b_v = fan(weight, m_n, depth, start, BN, BK, KS)
+        b_acc += tl.sum(wide(b_v, tl.float32) * _row(x, gate, start + o_k, depth, GATED, True), 2)
+    return tl.reshape(tl.sum(b_acc, 2), [1, BN])
+
+
+@triton.jit
 def _row_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr):
     """`product` of one row: no matrix instruction, whose 16 rows would be 15 of zeros, and nothing goes through shared memory but the last sums."""
     b_acc = tl.zeros([1, BN], dtype=tl.float32)
@@ -213,11 +237,13 @@ def _row_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.c
 
 
 @triton.jit
-def _row(x, gate, o_k, depth, GATED: tl.constexpr):
-    """Columns o_k of the row, float32."""
-    b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0)
+def _row(x, gate, o_k, depth, GATED: tl.constexpr, SOON: tl.constexpr = False):
+    """Columns o_k of the row, float32. SOON: both parts of it are asked for before either is looked at: volatile."""
     if GATED:
-        b_x = (b_x.to(tl.float32) * tl.load(gate + o_k, mask=o_k < depth, other=0.0).to(tl.float32)).to(b_x.dtype)
+        b_g = tl.load(gate + o_k, mask=o_k < depth, other=0.0, volatile=SOON)
+    b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0, volatile=SOON)
+    if GATED:
+        b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
     return b_x.to(tl.float32)
 
 
@@ -233,7 +259,9 @@ def product(
     KS > 1: BK is taken as KS parts, each with sums of its own, which go to a warp each and are added at the end: few rows make short sums of products
     that wait for one another, and a warp's chain is 1 / KS as long.
     """
-    if BM == 1:
+    if BM == 1 and KS > 1:
+        b_acc = _fan_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, KS)
+    elif BM == 1:
         b_acc = _row_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, AHEAD)
     elif BM > FEW:
         tl.static_assert(KS == 1, "large tiles have depth enough for every warp")
