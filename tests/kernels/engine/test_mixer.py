@@ -185,6 +185,72 @@ def test_programs_that_share_tasks_and_start_early_change_no_bit(monkeypatch: py
     assert len(waited) == 3 and all(waited)
 
 
+@pytest.mark.skipif(not interpreted(), reason="the interpreter alone shows who reads what before the wait")
+@pytest.mark.parametrize("length", [270, 20, 0])
+def test_one_sequences_combination_reads_its_length_alone_before_it_waits(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits, their statistics and gamma are NaN whenever a program begins; splits that have no rows are NaN behind the wait too. The bits of a plain start."""
+    from triton.runtime import interpreter
+
+    from sessa_deploy.kernels import device
+
+    a = case(2, 2, 16, 270, [length])
+    plain, take, pinned, seat = mixer.step(**a), Workspace.take, mixer.pinned, interpreter.interpreter_builder.set_grid_idx
+    memory, splits, waited, gamma = list[torch.Tensor](), list[torch.Tensor](), list[int](), a["gamma"].clone()
+
+    def taken(self: Workspace, device: torch.device) -> Any:
+        at, its = take(self, device)
+        its.fill_(255)
+        memory.append(its)
+        return at, its
+
+    def begins(*at: int) -> None:
+        seat(*at)
+        if combining:
+            waited.append(0)
+            memory[0].fill_(255)
+            a["gamma"].fill_(torch.nan)
+
+    def waits() -> None:
+        waited[-1] += 1
+        memory[0].copy_(splits[0])
+        a["gamma"].copy_(gamma)
+
+    combining = False
+
+    def launcher(kernel: Any, *rest: Any) -> Any:
+        nonlocal combining
+        combining = kernel is mixer.mixer_step_combine
+        splits[:] = [memory[0].clone()] if combining else []
+        return launch(kernel, *rest)
+
+    def early(names: tuple[str, ...], *rest: Any) -> dict[str, Any]:
+        return {name: {**o, "PDL": True} if name == "mixer_step_combine" else o for name, o in pinned(names, *rest).items()}
+
+    def projected(*operands: Any) -> torch.Tensor:
+        nonlocal combining
+        combining = False
+        return out_add(*operands)
+
+    out_add, launch = mixer.out_add, mixer.launcher
+    for name, value in (("pinned", early), ("launcher", launcher), ("out_add", projected)):
+        monkeypatch.setattr(mixer, name, value)
+    monkeypatch.setattr(Workspace, "take", taken)
+    monkeypatch.setattr(device, "gdc_wait", waits)
+    monkeypatch.setattr(device, "gdc_launch_dependents", lambda: None)
+    monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", begins)
+    assert torch.equal(mixer.step(**a), plain)
+    tiles = pinned(("mixer_step_combine",), a["q"].device, torch.float16, "1")["mixer_step_combine"]
+    assert len(waited) == 2 * -(-16 // tiles["BLOCK_D"]) + -(-32 // tiles["BLOCK_D"]) and set(waited) == {1}
+
+
+def test_an_infinity_in_the_last_row_stays_one() -> None:
+    """What is read again in the place of splits that there are not counts for nothing, whatever it is."""
+    a = case(2, 2, 16, 270, [20])
+    a["past_s"][0, 19, 3], a["gamma"][0] = torch.inf, 0.5
+    s = mixer.step(**a)
+    assert s[0, 3] == torch.inf and torch.isfinite(torch.cat([s[0, :3], s[0, 4:]])).all()
+
+
 def test_a_sequence_does_not_depend_on_its_batch() -> None:
     a = case(4, 4, 64, 90, [90, 3, 17])
     both, alone = mixer.step(**a), mixer.step(**{n: x if n in ("weight", "bias") else x[1:] for n, x in a.items()})
