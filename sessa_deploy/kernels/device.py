@@ -12,6 +12,7 @@ triton_version()  # another Triton may lack what comes next, and is refused firs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # noqa: E402
 
 OPENS = tl.constexpr(spec.OPENS)
+SPREAD = tl.constexpr(16)
 _SEQUENCES = tl.constexpr(32)  # lengths looked at together
 
 
@@ -85,9 +86,14 @@ def pieces(every, past_length, batch, capacity, splits, rows, LEAST: tl.constexp
 
 @triton.jit
 def locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """(sequence, split) of the item-th split that `pieces` counts. b_first, b_n: its other results."""
+    """(sequence, split) of the item-th split that `pieces` counts. b_first, b_n: its other results.
+
+    Of splits that have a program each, neighbours are SPREAD programs apart: those of a short sequence that have work would else share a multiprocessor.
+    """
     if every:
         i_b, i_split = item // splits, item % splits
+        if splits % SPREAD == 0:
+            i_split = i_split % SPREAD * (splits // SPREAD) + i_split // SPREAD
     else:
         its = (b_first <= item) & (item < b_first + b_n)
         i_b = tl.sum(tl.where(its, tl.arange(0, _SEQUENCES), 0), 0)
@@ -166,32 +172,32 @@ def add_splits(part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr
 
 
 @triton.jit
-def _sum_soon(part, stat, used, width, first, also, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+def _sum_soon(part, stat, used, width, o_d, m_d, also, BLOCK_S: tl.constexpr, PDL: tl.constexpr):
     o_s = tl.arange(0, BLOCK_S)
     m_s = o_s < used
-    o_row = tl.maximum(tl.minimum(o_s, used - 1), 0)  # in the place of a mask, for each of which a load would wait
-    p_part = part + (o_row[:, None] * width + first + tl.arange(0, BLOCK_D)[None, :])
+    o_row = tl.maximum(tl.minimum(o_s, used - 1), 0)  # in the place of masks, of which a thread has seven
+    p_part = part + (o_row[:, None] * width + o_d[None, :])
     p_stat = stat + (o_row[:, None] * 2 + tl.arange(0, 2)[None, :])
     begin(PDL)
     b_also = tl.load(also, volatile=True)
-    b_part = tl.load(p_part, volatile=True)
+    b_part = tl.load(p_part, mask=m_d[None, :], other=0.0, volatile=True)
     b_max, b_sum = tl.split(tl.load(p_stat, volatile=True))
     b_w = tl.where(m_s, tl.exp2(b_max - tl.max(b_max, 0)), 0.0)
     return tl.sum(tl.where(m_s[:, None], b_part * b_w[:, None], 0.0), 0) / tl.sum(b_w * b_sum, 0), b_also
 
 
 @triton.jit
-def add_splits_soon(part, stat, used, width, first, also, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
-    """BLOCK_D columns from `first` on, which there are, of what `add_splits` gives of splits from the first of part and stat on, and the number at `also`.
+def add_splits_soon(part, stat, used, width, o_d, m_d, also, BLOCK_S: tl.constexpr, PDL: tl.constexpr):
+    """What `add_splits` gives of splits from the first of part and stat on, and the number at `also`.
 
     It waits by itself (`begin`), with all addresses made, and then asks for everything at once: volatile, or the compiler asks for a part of it and spends
-    the time until that is here before it asks for the next. One warp with few columns: no sum crosses warps.
+    the time until that is here before it asks for the next. What many programs read is not for that: it would pass by the multiprocessor's cache each time.
     """
     FEW: tl.constexpr = BLOCK_S // 8
     if used <= FEW:
-        b_acc, b_also = _sum_soon(part, stat, used, width, first, also, FEW, BLOCK_D, PDL)
+        b_acc, b_also = _sum_soon(part, stat, used, width, o_d, m_d, also, FEW, PDL)
     else:
-        b_acc, b_also = _sum_soon(part, stat, used, width, first, also, BLOCK_S, BLOCK_D, PDL)
+        b_acc, b_also = _sum_soon(part, stat, used, width, o_d, m_d, also, BLOCK_S, PDL)
     return b_acc, b_also
 
 

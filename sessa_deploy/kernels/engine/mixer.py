@@ -25,7 +25,6 @@ from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E, MIXER_BROAD
 from sessa_deploy.kernels.launch.splits import least_rows, shares, step_splits
 
 BROAD, SHORT, MANY_F, MANY_B = tl.constexpr(MIXER_BROAD), tl.constexpr(MIXER_SHORT), tl.constexpr(MIXER_MANY_F), tl.constexpr(MIXER_MANY_B)
-NARROW = tl.constexpr(HEAD_MULTIPLE)  # columns that divide every head and row
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_step_partial"))
@@ -70,32 +69,30 @@ def mixer_step_combine(
 ):  # fmt: skip
     """Grid (Hq * ceil(d / BLOCK_D) + ceil(D / BLOCK_D), B): o (B,Hq,d), and add (B,D) float32 = gamma times feedback attention's sum, 0 without a past.
 
-    heads = Hq. rows_f, rows_b: what a split takes at least. BLOCK_F, BLOCK_B cover every split; CHUNK: see `add_splits`.
+    heads = Hq. rows_f, rows_b: what a split takes at least. BLOCK_F, BLOCK_B cover every split; CHUNK: see `add_splits`; below 0: `add_splits_soon`.
     """
     i_b = tl.program_id(1).to(tl.int64)
     length = tl.minimum(tl.load(past_length + i_b), capacity)
     head = units * 8
     parts = tl.cdiv(head, BLOCK_D)
     program = tl.program_id(0)
-    first = (program % parts) * BLOCK_D if program < heads * parts else (program - heads * parts) * BLOCK_D
-    o_d = first + tl.arange(0, BLOCK_D)
     if program < heads * parts:
         i_q = i_b * heads + program // parts
+        o_d = (program % parts) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_d = o_d < head
         used = tl.maximum(splits_used(length, splits_f, rows_f), 1)
-        if BLOCK_D <= NARROW:
-            b_o, _ = add_splits_soon(part_f + i_q * splits_f * head, stat_f + i_q * splits_f * 2, used, head, first, gamma + i_b, BLOCK_F, BLOCK_D, PDL)
+        if CHUNK < 0:
+            b_o, _ = add_splits_soon(part_f + i_q * splits_f * head, stat_f + i_q * splits_f * 2, used, head, o_d, m_d, gamma + i_b, BLOCK_F, PDL)
         else:
             begin(PDL)
             b_o = add_splits(part_f, stat_f, i_q * splits_f, used, head, o_d, m_d, BLOCK_F, BLOCK_D, CHUNK)
         tl.store(o + i_q * head + o_d, b_o.to(o.dtype.element_ty), mask=m_d)
     else:
+        o_d = (program - heads * parts) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_d = o_d < width
         used = splits_used(length, splits_b, rows_b)
-        if BLOCK_D <= NARROW:
-            b_add, b_gamma = add_splits_soon(
-                part_b + i_b * splits_b * width, stat_b + i_b * splits_b * 2, used, width, first, gamma + i_b, BLOCK_B, BLOCK_D, PDL
-            )
+        if CHUNK < 0:
+            b_add, b_gamma = add_splits_soon(part_b + i_b * splits_b * width, stat_b + i_b * splits_b * 2, used, width, o_d, m_d, gamma + i_b, BLOCK_B, PDL)
         else:
             begin(PDL)
             b_gamma = tl.load(gamma + i_b)

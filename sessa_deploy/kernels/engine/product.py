@@ -214,10 +214,10 @@ def _fan_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.c
     """`product` of one row, each of whose columns is one warp's, which reads the whole row: no sum crosses warps."""
     o_k = tl.arange(0, KS)[None, None, :, None] * (BK // KS) + tl.arange(0, BK // KS)[None, None, None, :]
     o_k = tl.broadcast_to(o_k, [BN // 2, 1, KS, BK // KS])
-    b_acc = tl.sum(wide(b_w, tl.float32) * _row(x, gate, o_k, depth, GATED, True), 2)
+    b_acc = tl.sum(wide(b_w, tl.float32) * _row(x, gate, o_k, depth, GATED), 2)
     for start in range(BK, depth, BK):
         b_v = fan(weight, m_n, depth, start, BN, BK, KS)
-        b_acc += tl.sum(wide(b_v, tl.float32) * _row(x, gate, start + o_k, depth, GATED, True), 2)
+        b_acc += tl.sum(wide(b_v, tl.float32) * _row(x, gate, start + o_k, depth, GATED), 2)
     return tl.reshape(tl.sum(b_acc, 2), [1, BN])
 
 
@@ -237,11 +237,11 @@ def _row_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.c
 
 
 @triton.jit
-def _row(x, gate, o_k, depth, GATED: tl.constexpr, SOON: tl.constexpr = False):
-    """Columns o_k of the row, float32. SOON: both parts of it are asked for before either is looked at: volatile."""
+def _row(x, gate, o_k, depth, GATED: tl.constexpr):
+    """Columns o_k of the row, float32."""
     if GATED:
-        b_g = tl.load(gate + o_k, mask=o_k < depth, other=0.0, volatile=SOON)
-    b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0, volatile=SOON)
+        b_g = tl.load(gate + o_k, mask=o_k < depth, other=0.0)
+    b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0)
     if GATED:
         b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
     return b_x.to(tl.float32)
