@@ -202,18 +202,22 @@ def sixteen(b_low, b_high, BN: tl.constexpr):
 
 @triton.jit
 def fan(weight, m_n, depth, start, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """Columns [start, start + BK) of BN rows of weights as (BN / 2, 2, KS, BK / KS): of BN / 2 warps each has two rows, BK / KS being what 32 lanes read."""
-    o_k = start + tl.arange(0, KS)[None, None, :, None] * (BK // KS) + tl.arange(0, BK // KS)[None, None, None, :]
-    o_n = tl.arange(0, BN // 2)[:, None, None, None] * 2 + tl.arange(0, 2)[None, :, None, None]
-    m_n = tl.reshape(m_n, [BN // 2, 2, 1, 1])
+    """Columns [start, start + BK) of BN rows of weights as (BN / KS, KS, BK / SPAN, SPAN): each of BN / KS warps has KS rows, of which it reads SPAN columns at
+    a time, 16 bytes a lane."""
+    SPAN: tl.constexpr = 4096 // weight.dtype.element_ty.primitive_bitwidth
+    o_k = start + tl.arange(0, BK // SPAN)[None, None, :, None] * SPAN + tl.arange(0, SPAN)[None, None, None, :]
+    o_n = tl.arange(0, BN // KS)[:, None, None, None] * KS + tl.arange(0, KS)[None, :, None, None]
+    m_n = tl.reshape(m_n, [BN // KS, KS, 1, 1])
     return tl.load(weight + o_n * depth + o_k, mask=m_n & (o_k < depth), other=0.0)
 
 
 @triton.jit
 def _fan_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """`product` of one row, each of whose columns is one warp's, which reads the whole row: no sum crosses warps."""
-    o_k = tl.arange(0, KS)[None, None, :, None] * (BK // KS) + tl.arange(0, BK // KS)[None, None, None, :]
-    o_k = tl.broadcast_to(o_k, [BN // 2, 1, KS, BK // KS])
+    """`product` of one row, each of whose columns is one warp's, which reads the whole row: no sum crosses warps. Where columns are many a multiprocessor has
+    as many instructions to issue as a row has elements, and this form has the fewest."""
+    SPAN: tl.constexpr = 4096 // weight.dtype.element_ty.primitive_bitwidth
+    o_k = tl.arange(0, BK // SPAN)[None, None, :, None] * SPAN + tl.arange(0, SPAN)[None, None, None, :]
+    o_k = tl.broadcast_to(o_k, [BN // KS, 1, BK // SPAN, SPAN])
     b_acc = tl.sum(wide(b_w, tl.float32) * _row(x, gate, o_k, depth, GATED), 2)
     for start in range(BK, depth, BK):
         b_v = fan(weight, m_n, depth, start, BN, BK, KS)
@@ -257,7 +261,7 @@ def product(
     b_w: of `ahead`; rows: how many x has from there on.
 
     KS > 1: BK is taken as KS parts, each with sums of its own, which go to a warp each and are added at the end: few rows make short sums of products
-    that wait for one another, and a warp's chain is 1 / KS as long.
+    that wait for one another, and a warp's chain is 1 / KS as long. Of one row it is how many columns are a warp's own: `_fan_product`.
     """
     if BM == 1 and KS > 1:
         b_acc = _fan_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, KS)
