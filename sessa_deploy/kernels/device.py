@@ -172,36 +172,6 @@ def add_splits(part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr
 
 
 @triton.jit
-def _sum_soon(part, stat, used, width, o_d, m_d, also, BLOCK_S: tl.constexpr, PDL: tl.constexpr):
-    o_s = tl.arange(0, BLOCK_S)
-    m_s = o_s < used
-    o_row = tl.maximum(tl.minimum(o_s, used - 1), 0)  # in the place of masks, of which a thread has seven
-    p_part = part + (o_row[:, None] * width + o_d[None, :])
-    p_stat = stat + (o_row[:, None] * 2 + tl.arange(0, 2)[None, :])
-    begin(PDL)
-    b_also = tl.load(also, volatile=True)
-    b_part = tl.load(p_part, mask=m_d[None, :], other=0.0, volatile=True)
-    b_max, b_sum = tl.split(tl.load(p_stat, volatile=True))
-    b_w = tl.where(m_s, tl.exp2(b_max - tl.max(b_max, 0)), 0.0)
-    return tl.sum(tl.where(m_s[:, None], b_part * b_w[:, None], 0.0), 0) / tl.sum(b_w * b_sum, 0), b_also
-
-
-@triton.jit
-def add_splits_soon(part, stat, used, width, o_d, m_d, also, BLOCK_S: tl.constexpr, PDL: tl.constexpr):
-    """What `add_splits` gives of splits from the first of part and stat on, and the number at `also`.
-
-    It waits by itself (`begin`), with all addresses made, and then asks for everything at once: volatile, or the compiler asks for a part of it and spends
-    the time until that is here before it asks for the next. What many programs read is not for that: it would pass by the multiprocessor's cache each time.
-    """
-    FEW: tl.constexpr = BLOCK_S // 8
-    if used <= FEW:
-        b_acc, b_also = _sum_soon(part, stat, used, width, o_d, m_d, also, FEW, PDL)
-    else:
-        b_acc, b_also = _sum_soon(part, stat, used, width, o_d, m_d, also, BLOCK_S, PDL)
-    return b_acc, b_also
-
-
-@triton.jit
 def turn(b_x, b_cos, b_sin, BT: tl.constexpr, BD: tl.constexpr):
     """Rotate the interleaved pairs of b_x (BT,BD) float32; b_cos, b_sin (BT, BD / 2)."""
     b_even, b_odd = tl.split(tl.reshape(b_x, [BT, BD // 2, 2]))

@@ -175,24 +175,6 @@ def test_ptx_is_read_right() -> None:
         lower.ptxas_report("")
 
 
-def test_one_sequences_splits_are_asked_for_together() -> None:
-    """Behind the wait the combination reads a program's share of all splits before it looks at any, in an order that no compiler changes."""
-    unit = lower.Unit("mixer_step_combine", 90, "fp16", "1")
-    script = f"""
-import triton
-from triton.backends.compiler import GPUTarget
-from sessa_deploy.plugins import lower
-code, options = lower.source(lower.{unit})
-print(triton.compile(code, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])"""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=250)
-    assert done.returncode == 0, done.stderr
-    wide = [part.split("shfl.sync")[0].count("ld.volatile.global.v4") for part in done.stdout.split("griddepcontrol.wait")[1:]]
-    tiles, options = table.tiles(unit.kernel, 90, "fp16", "1"), table.options(unit.kernel, 90, "fp16", "1")
-    for splits in (tiles["BLOCK_F"], tiles["BLOCK_B"]):
-        assert splits * tiles["BLOCK_D"] // (4 * 32 * options["num_warps"]) in wide, wide
-
-
 def test_bad_arch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lower.main(["--arch", "75", "--out", str(tmp_path)]) == 2
     assert "got 75; allowed: some of 80," in capsys.readouterr().err

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels.causal.step import share as share_causal
-from sessa_deploy.kernels.device import add_splits, add_splits_soon, begin, splits_used
+from sessa_deploy.kernels.device import add_splits, begin, splits_used
 from sessa_deploy.kernels.engine.layer import out_add
 from sessa_deploy.kernels.engine.mixer_batch import mixer_batch_combine, tasks, variant_for
 from sessa_deploy.kernels.engine.spec import WIDE_ROW, combine_variant, step_variants
@@ -69,10 +69,13 @@ def mixer_step_combine(
 ):  # fmt: skip
     """Grid (Hq * ceil(d / BLOCK_D) + ceil(D / BLOCK_D), B): o (B,Hq,d), and add (B,D) float32 = gamma times feedback attention's sum, 0 without a past.
 
-    heads = Hq. rows_f, rows_b: what a split takes at least. BLOCK_F, BLOCK_B cover every split; CHUNK: see `add_splits`; below 0: `add_splits_soon`.
+    heads = Hq. rows_f, rows_b: what a split takes at least. BLOCK_F, BLOCK_B cover every split; CHUNK: see `add_splits`.
+
+    Before it waits it reads past_length, which no kernel of a layer writes.
     """
     i_b = tl.program_id(1).to(tl.int64)
     length = tl.minimum(tl.load(past_length + i_b), capacity)
+    begin(PDL)
     head = units * 8
     parts = tl.cdiv(head, BLOCK_D)
     program = tl.program_id(0)
@@ -81,23 +84,15 @@ def mixer_step_combine(
         o_d = (program % parts) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_d = o_d < head
         used = tl.maximum(splits_used(length, splits_f, rows_f), 1)
-        if CHUNK < 0:
-            b_o, _ = add_splits_soon(part_f + i_q * splits_f * head, stat_f + i_q * splits_f * 2, used, head, o_d, m_d, gamma + i_b, BLOCK_F, PDL)
-        else:
-            begin(PDL)
-            b_o = add_splits(part_f, stat_f, i_q * splits_f, used, head, o_d, m_d, BLOCK_F, BLOCK_D, CHUNK)
+        b_o = add_splits(part_f, stat_f, i_q * splits_f, used, head, o_d, m_d, BLOCK_F, BLOCK_D, CHUNK)
         tl.store(o + i_q * head + o_d, b_o.to(o.dtype.element_ty), mask=m_d)
     else:
         o_d = (program - heads * parts) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_d = o_d < width
+        b_gamma = tl.load(gamma + i_b)
         used = splits_used(length, splits_b, rows_b)
-        if CHUNK < 0:
-            b_add, b_gamma = add_splits_soon(part_b + i_b * splits_b * width, stat_b + i_b * splits_b * 2, used, width, o_d, m_d, gamma + i_b, BLOCK_B, PDL)
-        else:
-            begin(PDL)
-            b_gamma = tl.load(gamma + i_b)
-            b_add = add_splits(part_b, stat_b, i_b * splits_b, used, width, o_d, m_d, BLOCK_B, BLOCK_D, CHUNK)
-        tl.store(add + i_b * width + o_d, tl.where(length > 0, b_gamma * b_add, 0.0), mask=m_d)
+        b_add = b_gamma * add_splits(part_b, stat_b, i_b * splits_b, used, width, o_d, m_d, BLOCK_B, BLOCK_D, CHUNK)
+        tl.store(add + i_b * width + o_d, tl.where(length > 0, b_add, 0.0), mask=m_d)
 
 
 def step(

@@ -1,4 +1,4 @@
-"""A tile of a matrix product x weight^T, as the kernels of layer.py make it: where it lies, its weights ahead of the rows, sums, scale, bias, GELU, store.
+"""A tile of a matrix product x weight^T, as the kernels of layer.py make it: where it lies, its weights ahead of the rows, sums, scale, bias, store.
 
 Weights are of the storage type or 8 bits, int8 or E4M3, each value of which 16 bits hold exactly; then a column's sum of products has one scale.
 """
@@ -383,34 +383,3 @@ def with_bias(b_y, b_bias, bias, m_n, BM: tl.constexpr, BN: tl.constexpr):
 def put(out, b_y, m_m, m_n, row, BM: tl.constexpr, BN: tl.constexpr):
     o_y = tl.arange(0, BM)[:, None] * row + tl.arange(0, BN)[None, :]
     tl.store(out + o_y, b_y.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
-
-
-@triton.jit
-def normal(b_x, b_w, b_b, m_d, width, eps):
-    """LayerNorm of a row, float32."""
-    b_x = b_x.to(tl.float32)
-    b_c = tl.where(m_d, b_x - tl.sum(b_x, 0) / width, 0.0)
-    b_scale = 1.0 / tl.sqrt(tl.sum(b_c * b_c, 0) / width + eps)
-    return b_c * b_scale * b_w.to(tl.float32) + b_b.to(tl.float32)
-
-
-@triton.jit
-def gelu(x):
-    """x Phi(x), float32, as max(x, 0) - |x| Phi(-|x|). Phi's logarithm there is a polynomial, fitted so that the result is within 6e-8, as with erf, which
-    takes four times the instructions; beyond 6 it is 0 to that."""
-    b_u = tl.minimum(tl.abs(x), 6.0, propagate_nan=tl.PropagateNan.ALL)
-    b_log = 3.309512612759136e-05 * b_u - 0.0007692297804169357
-    b_log = b_log * b_u + 0.008080708794295788
-    b_log = b_log * b_u - 0.053412020206451416
-    b_log = b_log * b_u - 0.45877110958099365
-    b_log = b_log * b_u - 1.151201605796814
-    b_log = b_log * b_u - 0.999993085861206
-    return tl.maximum(x, 0.0) - b_u * tl.exp2(b_log)
-
-
-@triton.jit
-def half_gelu(b_y, first, depth, kind: tl.constexpr, BN: tl.constexpr):
-    """b_y (BM,BN), columns from `first` on, with GELU on those left of `depth`, as a rounded product would give it."""
-    if first < depth:
-        b_y = tl.where((first + tl.arange(0, BN) < depth)[None, :], gelu(b_y.to(kind).to(tl.float32)), b_y)
-    return b_y

@@ -188,7 +188,7 @@ def test_programs_that_share_tasks_and_start_early_change_no_bit(monkeypatch: py
 @pytest.mark.skipif(not interpreted(), reason="the interpreter alone shows who reads what before the wait")
 @pytest.mark.parametrize("length", [270, 20, 0])
 def test_one_sequences_combination_reads_its_length_alone_before_it_waits(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Splits, their statistics and gamma are NaN whenever a program begins; splits that have no rows are NaN behind the wait too. The bits of a plain start."""
+    """Splits, their statistics and gamma are NaN whenever a program begins; splits that nobody computed stay so. The bits are those of a plain start."""
     from triton.runtime import interpreter
 
     from sessa_deploy.kernels import device
@@ -244,7 +244,6 @@ def test_one_sequences_combination_reads_its_length_alone_before_it_waits(length
 
 
 def test_an_infinity_in_the_last_row_stays_one() -> None:
-    """What is read again in the place of splits that there are not counts for nothing, whatever it is."""
     a = case(2, 2, 16, 270, [20])
     a["past_s"][0, 19, 3], a["gamma"][0] = torch.inf, 0.5
     s = mixer.step(**a)
@@ -262,6 +261,16 @@ def test_an_empty_past_adds_nothing() -> None:
     before = mixer.step(**a)
     a["gamma"] = torch.full_like(a["gamma"], torch.nan)
     assert torch.equal(mixer.step(**a), before)
+
+
+def test_splits_with_a_program_each_are_all_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 splits of one attention and 32 of the other, which are spread over programs: none is left out, and the bits are those of few programs that take them
+    in turn."""
+    a = case(1, 1, 16, 256, [253])
+    every, wanted = mixer.step(**a), truth(a)
+    assert float((every.double() - wanted).abs().max()) <= 4e-3 * float(wanted.abs().max())
+    monkeypatch.setattr(mixer, "shares", lambda *sizes: shares(*sizes[:-1], 7))
+    assert torch.equal(mixer.step(**a), every)
 
 
 def test_shares_use_the_device_and_serve_every_split() -> None:
@@ -290,9 +299,10 @@ def test_one_wide_row_has_variants_of_its_own_and_the_splits_of_a_batch() -> Non
     assert ahead_variant("layer_out", "1", "", 1024) == ahead_variant("layer_linear", "1", "", 2048) == ahead_variant("layer_out", "64", "", 2048) == ""
     one, many = (table.tiles("mixer_step_combine", 90, "fp16", v) for v in (WIDE_ROW, "wide"))
     assert one["BLOCK_F"] == many["BLOCK_F"] and min(one["BLOCK_B"], many["BLOCK_B"]) >= MIXER_MOST_B
-    alone, batch = (table.tiles("mixer_step_partial", 90, "fp16", v) for v in ("2048.128.1", "2048.128"))
-    for rows, tiles in (("ROWS_F", "TILES_F"), ("ROWS_B", "TILES_B")):
-        assert alone[rows] * alone[tiles] == batch[rows] * batch[tiles]
+    for variant in ("1024.64", "2048.128"):
+        alone, batch = (table.tiles("mixer_step_partial", 90, "fp16", v) for v in (f"{variant}.1", variant))
+        for rows, tiles in (("ROWS_F", "TILES_F"), ("ROWS_B", "TILES_B")):
+            assert alone[rows] * alone[tiles] == batch[rows] * batch[tiles]
 
 
 def test_widths_without_a_kernel_are_named() -> None:
