@@ -37,7 +37,7 @@ SCHEMA = 1
 MANIFEST = "cubins.json"
 TABLE = "cubins.inc"
 HIDDEN = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))  # what Triton 3.6 and 3.7 append to every kernel's parameters
-LOAD = re.compile(r"\bld\.global(?:\.[A-Za-z0-9_:]+)*?(?:\.(v[248]))?\.([a-z]+)(\d+)\s")
+LOAD = re.compile(r"\bld(?:\.volatile)?\.global(?:\.[A-Za-z0-9_:]+)*?(?:\.(v[248]))?\.([a-z]+)(\d+)\s")
 KINDS = {"storage": "", "int8": ".i8", "fp8": ".f8"}  # of weights, on the command line -> what a dtype's name ends in (spec.QUANTISED)
 ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\b[^;]*?,\s*\[[^\]]*\],\s*(0x[0-9a-f]+|\d+)")
 

@@ -12,6 +12,7 @@ triton_version()  # another Triton may lack what comes next, and is refused firs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # noqa: E402
 
 OPENS = tl.constexpr(spec.OPENS)
+SPREAD = tl.constexpr(16)
 _SEQUENCES = tl.constexpr(32)  # lengths looked at together
 
 
@@ -85,9 +86,14 @@ def pieces(every, past_length, batch, capacity, splits, rows, LEAST: tl.constexp
 
 @triton.jit
 def locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
-    """(sequence, split) of the item-th split that `pieces` counts. b_first, b_n: its other results."""
+    """(sequence, split) of the item-th split that `pieces` counts. b_first, b_n: its other results.
+
+    Of splits that have a program each, neighbours are SPREAD programs apart: those of a short sequence that have work would else share a multiprocessor.
+    """
     if every:
         i_b, i_split = item // splits, item % splits
+        if splits % SPREAD == 0:
+            i_split = i_split % SPREAD * (splits // SPREAD) + i_split // SPREAD
     else:
         its = (b_first <= item) & (item < b_first + b_n)
         i_b = tl.sum(tl.where(its, tl.arange(0, _SEQUENCES), 0), 0)

@@ -195,10 +195,11 @@ def test_ptx_is_read_right() -> None:
     cp.async.cg.shared.global [ %r5 + 0 ], [ %rd4 + 0 ], 0x10, %r6;
     cp.async.ca.shared.global [ %r5 + 0 ], [ %rd4 + 0 ], 0x4, %r6;
     ld.global.b16 { %rs1 }, [ %rd1 + 0 ];
+    ld.volatile.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
     ld.shared.b32 %r7, [%r8];
     ld.param.b64 %rd1, [kernel_param_0];
     """
-    assert lower.count_loads(ptx) == (3, 2)
+    assert lower.count_loads(ptx) == (4, 2)
     log = "ptxas info : 0 bytes stack frame, 16 bytes spill stores, 16 bytes spill loads\nptxas info : Used 117 registers, used 1 barriers"
     assert lower.ptxas_report(log) == (117, 16)
     with pytest.raises(ValueError, match="register count"):

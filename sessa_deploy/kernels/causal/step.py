@@ -32,8 +32,9 @@ def _with_new(b_q, b_max, b_sum, b_acc, b_k, b_v, o_r):
 
 
 @triton.jit
-def _row(p_x, m_x):
-    return tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+def _row(p_x, m_x, SOON: tl.constexpr = False):
+    """SOON: asked for where it stands, and not where it is wanted: volatile."""
+    return tl.load(p_x, mask=m_x, other=0.0, volatile=SOON).to(tl.float32)
 
 
 @triton.jit
@@ -162,11 +163,14 @@ def _one_split(
         if LATE:  # noqa: SIM102
             if start == first:
                 begin(LATE)
-                b_q0 = _row(p_q, m_hd) * scale
+                b_q0 = _row(p_q, m_hd, BLOCK_G == 1) * scale
+                if BLOCK_G == 1:  # the new row together with q; several q hold its registers
+                    b_k0, b_v0 = _row(p_k0, m_hd & (i_split == 0), True), _row(p_v0, m_hd & (i_split == 0), True)
                 if BLOCK_G == 4:
                     b_q1, b_q2, b_q3 = _row(p_q1, m_q1) * scale, _row(p_q2, m_q2) * scale, _row(p_q3, m_q3) * scale
                 if i_split == 0:
-                    b_k0, b_v0 = _row(p_k0, m_hd), _row(p_v0, m_hd)
+                    if BLOCK_G == 4:
+                        b_k0, b_v0 = _row(p_k0, m_hd), _row(p_v0, m_hd)
                     b_max0, b_sum0, b_acc0 = _with_new(b_q0, b_max0, b_sum0, b_acc0, b_k0, b_v0, o_r)
                     if BLOCK_G == 4:
                         b_max1, b_sum1, b_acc1 = _with_new(b_q1, b_max1, b_sum1, b_acc1, b_k0, b_v0, o_r)

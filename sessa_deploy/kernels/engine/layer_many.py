@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels.device import turn
-from sessa_deploy.kernels.engine.product import half_gelu, place
+from sessa_deploy.kernels.engine.pointwise import half_gelu
+from sessa_deploy.kernels.engine.product import place
 from sessa_deploy.kernels.engine.projection import angles, gamma_rows
 from sessa_deploy.kernels.engine.spec import many_kernel, many_variant
 from sessa_deploy.kernels.launch import table

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sessa_deploy.kernels.device import begin
 from sessa_deploy.kernels.device_rows import ROWS
-from sessa_deploy.kernels.engine.product import bias_of, half_gelu, left, put, right, sixteen, strip, strip_columns, with_bias
+from sessa_deploy.kernels.engine.pointwise import half_gelu
+from sessa_deploy.kernels.engine.product import bias_of, left, put, right, sixteen, strip, strip_columns, with_bias
 from sessa_deploy.kernels.engine.spec import ahead_variant, few_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, available, launcher, pinned, weights_name

@@ -70,10 +70,12 @@ def mixer_step_combine(
     """Grid (Hq * ceil(d / BLOCK_D) + ceil(D / BLOCK_D), B): o (B,Hq,d), and add (B,D) float32 = gamma times feedback attention's sum, 0 without a past.
 
     heads = Hq. rows_f, rows_b: what a split takes at least. BLOCK_F, BLOCK_B cover every split; CHUNK: see `add_splits`.
+
+    Before it waits it reads past_length, which no kernel of a layer writes.
     """
-    begin(PDL)
     i_b = tl.program_id(1).to(tl.int64)
     length = tl.minimum(tl.load(past_length + i_b), capacity)
+    begin(PDL)
     head = units * 8
     parts = tl.cdiv(head, BLOCK_D)
     program = tl.program_id(0)

@@ -1,4 +1,4 @@
-"""A tile of a matrix product x weight^T, as the kernels of layer.py make it: where it lies, its weights ahead of the rows, sums, scale, bias, GELU, store.
+"""A tile of a matrix product x weight^T, as the kernels of layer.py make it: where it lies, its weights ahead of the rows, sums, scale, bias, store.
 
 Weights are of the storage type or 8 bits, int8 or E4M3, each value of which 16 bits hold exactly; then a column's sum of products has one scale.
 """
@@ -43,6 +43,9 @@ def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
     """The first AHEAD * BK columns of a tile's weights; called before `begin`, so that they are here when the rows are. Of several rows as `strip`."""
     if AHEAD == 0:
         b_w = 0.0
+    elif BM == 1 and KS > 1:
+        tl.static_assert(AHEAD == 1, "of a row's weights one step comes ahead")
+        b_w = fan(weight, m_n, depth, 0, BN, BK, KS)
     elif BM == 1:
         o_k = tl.arange(0, AHEAD * BK)
         b_w = tl.load(weight + tl.arange(0, BN)[:, None] * depth + o_k[None, :], mask=m_n[:, None] & (o_k < depth)[None, :], other=0.0)
@@ -136,6 +139,31 @@ def sixteen(b_low, b_high, BN: tl.constexpr):
 
 
 @triton.jit
+def fan(weight, m_n, depth, start, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """Columns [start, start + BK) of BN rows of weights as (BN / KS, KS, BK / SPAN, SPAN): each of BN / KS warps has KS rows, of which it reads SPAN columns at
+    a time, 16 bytes a lane."""
+    SPAN: tl.constexpr = 4096 // weight.dtype.element_ty.primitive_bitwidth
+    o_k = start + tl.arange(0, BK // SPAN)[None, None, :, None] * SPAN + tl.arange(0, SPAN)[None, None, None, :]
+    o_n = tl.arange(0, BN // KS)[:, None, None, None] * KS + tl.arange(0, KS)[None, :, None, None]
+    m_n = tl.reshape(m_n, [BN // KS, KS, 1, 1])
+    return tl.load(weight + o_n * depth + o_k, mask=m_n & (o_k < depth), other=0.0)
+
+
+@triton.jit
+def _fan_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """`product` of one row, each of whose columns is one warp's, which reads the whole row: no sum crosses warps. Where columns are many a multiprocessor has
+    as many instructions to issue as a row has elements, and this form has the fewest."""
+    SPAN: tl.constexpr = 4096 // weight.dtype.element_ty.primitive_bitwidth
+    o_k = tl.arange(0, BK // SPAN)[None, None, :, None] * SPAN + tl.arange(0, SPAN)[None, None, None, :]
+    o_k = tl.broadcast_to(o_k, [BN // KS, 1, BK // SPAN, SPAN])
+    b_acc = tl.sum(wide(b_w, tl.float32) * _row(x, gate, o_k, depth, GATED), 2)
+    for start in range(BK, depth, BK):
+        b_v = fan(weight, m_n, depth, start, BN, BK, KS)
+        b_acc += tl.sum(wide(b_v, tl.float32) * _row(x, gate, start + o_k, depth, GATED), 2)
+    return tl.reshape(tl.sum(b_acc, 2), [1, BN])
+
+
+@triton.jit
 def _row_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr):
     """`product` of one row: no matrix instruction, whose 16 rows would be 15 of zeros, and nothing goes through shared memory but the last sums."""
     b_acc = tl.zeros([1, BN], dtype=tl.float32)
@@ -153,9 +181,11 @@ def _row_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.c
 @triton.jit
 def _row(x, gate, o_k, depth, GATED: tl.constexpr):
     """Columns o_k of the row, float32."""
+    if GATED:
+        b_g = tl.load(gate + o_k, mask=o_k < depth, other=0.0)
     b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0)
     if GATED:
-        b_x = (b_x.to(tl.float32) * tl.load(gate + o_k, mask=o_k < depth, other=0.0).to(tl.float32)).to(b_x.dtype)
+        b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
     return b_x.to(tl.float32)
 
 
@@ -169,9 +199,12 @@ def product(
     b_w: of `ahead`; rows: how many x has from there on.
 
     KS > 1: BK is taken as KS parts, each with sums of its own, which go to a warp each and are added at the end: few rows make short sums of products
-    that wait for one another, and a warp's chain is 1 / KS as long.
+    that wait for one another, and a warp's chain is 1 / KS as long. Of one row it is how many
+    columns are a warp's own: `_fan_product`; with 8-bit weights see product_row.py.
     """
-    if BM == 1:
+    if BM == 1 and KS > 1:
+        b_acc = _fan_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, KS)
+    elif BM == 1:
         b_acc = _row_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, AHEAD)
     elif BM > FEW:
         tl.static_assert(KS == 1, "large tiles have depth enough for every warp")
@@ -293,34 +326,3 @@ def with_bias(b_y, b_bias, bias, m_n, BM: tl.constexpr, BN: tl.constexpr):
 def put(out, b_y, m_m, m_n, row, BM: tl.constexpr, BN: tl.constexpr):
     o_y = tl.arange(0, BM)[:, None] * row + tl.arange(0, BN)[None, :]
     tl.store(out + o_y, b_y.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
-
-
-@triton.jit
-def normal(b_x, b_w, b_b, m_d, width, eps):
-    """LayerNorm of a row, float32."""
-    b_x = b_x.to(tl.float32)
-    b_c = tl.where(m_d, b_x - tl.sum(b_x, 0) / width, 0.0)
-    b_scale = 1.0 / tl.sqrt(tl.sum(b_c * b_c, 0) / width + eps)
-    return b_c * b_scale * b_w.to(tl.float32) + b_b.to(tl.float32)
-
-
-@triton.jit
-def gelu(x):
-    """x Phi(x), float32, as max(x, 0) - |x| Phi(-|x|). Phi's logarithm there is a polynomial, fitted so that the result is within 6e-8, as with erf, which
-    takes four times the instructions; beyond 6 it is 0 to that."""
-    b_u = tl.minimum(tl.abs(x), 6.0, propagate_nan=tl.PropagateNan.ALL)
-    b_log = 3.309512612759136e-05 * b_u - 0.0007692297804169357
-    b_log = b_log * b_u + 0.008080708794295788
-    b_log = b_log * b_u - 0.053412020206451416
-    b_log = b_log * b_u - 0.45877110958099365
-    b_log = b_log * b_u - 1.151201605796814
-    b_log = b_log * b_u - 0.999993085861206
-    return tl.maximum(x, 0.0) - b_u * tl.exp2(b_log)
-
-
-@triton.jit
-def half_gelu(b_y, first, depth, kind: tl.constexpr, BN: tl.constexpr):
-    """b_y (BM,BN), columns from `first` on, with GELU on those left of `depth`, as a rounded product would give it."""
-    if first < depth:
-        b_y = tl.where((first + tl.arange(0, BN) < depth)[None, :], gelu(b_y.to(kind).to(tl.float32)), b_y)
-    return b_y

@@ -10,15 +10,16 @@ import triton
 import triton.language as tl
 
 from sessa_deploy.kernels.engine import product as others
-from sessa_deploy.kernels.engine.product import normal, wide
+from sessa_deploy.kernels.engine.pointwise import normal
+from sessa_deploy.kernels.engine.widen import wide
 
 _ahead, _product = others.ahead, others.product
 
 
 @triton.jit
 def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr):
-    """`product.ahead`; of one row with KS > 1 a tuple of AHEAD pieces, BK columns each."""
-    if (BM == 1) & (KS > 1):
+    """`product.ahead`; of one row and 8-bit weights with KS > 1 a tuple of AHEAD pieces, BK columns each."""
+    if (BM == 1) & (KS > 1) & (weight.dtype.element_ty.primitive_bitwidth == 8):
         b_w = (_piece(weight, m_n, depth, 0, BN, BK, KS),)
         for i in tl.static_range(1, AHEAD):
             b_w = b_w + (_piece(weight, m_n, depth, i * BK, BN, BK, KS),)  # type: ignore[assignment]  # noqa: RUF005
@@ -32,9 +33,9 @@ def product(
     x, gate, weight, b_w, rows, m_m, m_n, depth, row, gate_row,
     GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """`product.product`; of one row with KS > 1 by matrix instructions: depth is at most AHEAD * BK, and KS the number of warps, each of which has sums
-    of its own (of more, Triton 3.6 gave wrong ones)."""
-    if (BM == 1) & (KS > 1):
+    """`product.product`; of one row and 8-bit weights with KS > 1 by matrix instructions: depth is at most AHEAD * BK, and KS the number of warps, each of
+    which has sums of its own (of more, Triton 3.6 gave wrong ones)."""
+    if (BM == 1) & (KS > 1) & (weight.dtype.element_ty.primitive_bitwidth == 8):
         b_acc = tl.zeros([KS, BN, 1 if AHEAD < 2 else 8], dtype=tl.float32)
         for i in tl.static_range(0, AHEAD):
             b_acc = _add(b_acc, x, gate, b_w[i], i * BK, depth, GATED, BN, BK, KS, AHEAD)

@@ -107,7 +107,7 @@ _LAYERS_MANY = (
 )
 
 _STEPS = tuple(f"{w}.{h}{g}" for w in MIXER_WIDTHS for h in MIXER_HEADS for g in ("", f"x{GROUP}"))
-# Of one sequence. That of narrow rows is the same program, which wishes for the share of shared memory that its neighbours have.
+# Of one sequence, with the splits of a batch. That of narrow rows wishes for the share of shared memory that its neighbours have.
 _ALONE, _WIDE_ALONE = f"{_STEPS[0]}.1", f"{MIXER_WIDTHS[1]}.{MIXER_HEADS[1]}.1"
 _WIDE_STEPS = tuple(v for v in _STEPS if not _WIDE_ALONE.startswith(f"{v}.") and not v.startswith(f"{MIXER_WIDTHS[0]}."))
 _COMBINES = ("1", "any", "wide", WIDE_ROW)

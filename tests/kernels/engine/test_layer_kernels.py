@@ -180,3 +180,31 @@ def test_weights_read_ahead_change_nothing(depth: int, ahead: int, monkeypatch: 
     x, w, b = random(1, depth, dtype=dtype), random(112, depth, dtype=dtype), random(112, dtype=dtype)
     monkeypatch.setattr(layer, "pinned", other)
     close(layer.linear(x, w, b), x.double() @ w.double().T + b.double(), dtype, depth)
+
+
+@pytest.mark.parametrize(("tile", "depth"), [(1024, 80), (512, 560)])
+def test_columns_that_are_a_warps_own(tile: int, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's product without sums across warps, columns in pairs: of a width that its tiles do not divide, gated, and turned."""
+    pinned = layer.pinned
+
+    def other(names: tuple[str, ...], *rest: object) -> dict[str, dict[str, object]]:
+        found = {name: dict(options) for name, options in pinned(names, *rest).items()}  # type: ignore[arg-type]
+        for options in found.values():
+            options |= {"BN": 8, "BK": tile, "KS": tile // 256, "AHEAD": 1}
+        return found
+
+    dtype = torch.float16
+    x, w, b = random(1, depth, dtype=dtype), random(depth, depth, dtype=dtype, scale=0.3), random(depth, dtype=dtype)
+    few, h = random(20, depth, dtype=dtype), random(1, 2 * depth, dtype=dtype)
+    monkeypatch.setattr(layer, "pinned", other)
+    close(layer.linear(x, few, b[:20]), x.double() @ few.double().T + b[:20].double(), dtype, depth)
+    gated = (x.double() * h[:, depth:].double()).to(dtype).double()
+    close(layer.tail(x, h, w, b, x), x.double() + gated @ w.double().T + b.double(), dtype, depth)
+    if depth > 80:  # projections are many programs
+        return
+    cos, sin = torch.rand(1, 4, device=DEVICE), torch.rand(1, 4, device=DEVICE)  # heads of 8
+    zero, every = torch.zeros(depth, device=DEVICE), random(5 * depth, depth, dtype=dtype, scale=0.3)
+    q = layer.project_gain(h, every, (b, b, b, torch.cat([b, b])), cos, sin, zero, zero[:1], 0.9).q
+    pairs = (h[:, :depth].double() @ every[:depth].double().T + b.double()).view(-1, 4, 2)
+    turned = torch.stack([pairs[..., 0] * cos - pairs[..., 1] * sin, pairs[..., 0] * sin + pairs[..., 1] * cos], -1)
+    close(q, turned.view(1, depth), dtype, depth * 4)

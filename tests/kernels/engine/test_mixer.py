@@ -185,6 +185,71 @@ def test_programs_that_share_tasks_and_start_early_change_no_bit(monkeypatch: py
     assert len(waited) == 3 and all(waited)
 
 
+@pytest.mark.skipif(not interpreted(), reason="the interpreter alone shows who reads what before the wait")
+@pytest.mark.parametrize("length", [270, 20, 0])
+def test_one_sequences_combination_reads_its_length_alone_before_it_waits(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits, their statistics and gamma are NaN whenever a program begins; splits that nobody computed stay so. The bits are those of a plain start."""
+    from triton.runtime import interpreter
+
+    from sessa_deploy.kernels import device
+
+    a = case(2, 2, 16, 270, [length])
+    plain, take, pinned, seat = mixer.step(**a), Workspace.take, mixer.pinned, interpreter.interpreter_builder.set_grid_idx
+    memory, splits, waited, gamma = list[torch.Tensor](), list[torch.Tensor](), list[int](), a["gamma"].clone()
+
+    def taken(self: Workspace, device: torch.device) -> Any:
+        at, its = take(self, device)
+        its.fill_(255)
+        memory.append(its)
+        return at, its
+
+    def begins(*at: int) -> None:
+        seat(*at)
+        if combining:
+            waited.append(0)
+            memory[0].fill_(255)
+            a["gamma"].fill_(torch.nan)
+
+    def waits() -> None:
+        waited[-1] += 1
+        memory[0].copy_(splits[0])
+        a["gamma"].copy_(gamma)
+
+    combining = False
+
+    def launcher(kernel: Any, *rest: Any) -> Any:
+        nonlocal combining
+        combining = kernel is mixer.mixer_step_combine
+        splits[:] = [memory[0].clone()] if combining else []
+        return launch(kernel, *rest)
+
+    def early(names: tuple[str, ...], *rest: Any) -> dict[str, Any]:
+        return {name: {**o, "PDL": True} if name == "mixer_step_combine" else o for name, o in pinned(names, *rest).items()}
+
+    def projected(*operands: Any) -> torch.Tensor:
+        nonlocal combining
+        combining = False
+        return out_add(*operands)
+
+    out_add, launch = mixer.out_add, mixer.launcher
+    for name, value in (("pinned", early), ("launcher", launcher), ("out_add", projected)):
+        monkeypatch.setattr(mixer, name, value)
+    monkeypatch.setattr(Workspace, "take", taken)
+    monkeypatch.setattr(device, "gdc_wait", waits)
+    monkeypatch.setattr(device, "gdc_launch_dependents", lambda: None)
+    monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", begins)
+    assert torch.equal(mixer.step(**a), plain)
+    tiles = pinned(("mixer_step_combine",), a["q"].device, torch.float16, "1")["mixer_step_combine"]
+    assert len(waited) == 2 * -(-16 // tiles["BLOCK_D"]) + -(-32 // tiles["BLOCK_D"]) and set(waited) == {1}
+
+
+def test_an_infinity_in_the_last_row_stays_one() -> None:
+    a = case(2, 2, 16, 270, [20])
+    a["past_s"][0, 19, 3], a["gamma"][0] = torch.inf, 0.5
+    s = mixer.step(**a)
+    assert s[0, 3] == torch.inf and torch.isfinite(torch.cat([s[0, :3], s[0, 4:]])).all()
+
+
 def test_a_sequence_does_not_depend_on_its_batch() -> None:
     a = case(4, 4, 64, 90, [90, 3, 17])
     both, alone = mixer.step(**a), mixer.step(**{n: x if n in ("weight", "bias") else x[1:] for n, x in a.items()})
@@ -196,6 +261,16 @@ def test_an_empty_past_adds_nothing() -> None:
     before = mixer.step(**a)
     a["gamma"] = torch.full_like(a["gamma"], torch.nan)
     assert torch.equal(mixer.step(**a), before)
+
+
+def test_splits_with_a_program_each_are_all_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 splits of one attention and 32 of the other, which are spread over programs: none is left out, and the bits are those of few programs that take them
+    in turn."""
+    a = case(1, 1, 16, 256, [253])
+    every, wanted = mixer.step(**a), truth(a)
+    assert float((every.double() - wanted).abs().max()) <= 4e-3 * float(wanted.abs().max())
+    monkeypatch.setattr(mixer, "shares", lambda *sizes: shares(*sizes[:-1], 7))
+    assert torch.equal(mixer.step(**a), every)
 
 
 def test_shares_use_the_device_and_serve_every_split() -> None:
@@ -226,9 +301,10 @@ def test_one_wide_row_has_variants_of_its_own_and_the_splits_of_a_batch() -> Non
     assert ahead_variant("layer_project_gain", "64", ".i8", 64) == ahead_variant("mixer_rows_out", "any", ".f8", 64) == ""
     one, many = (table.tiles("mixer_step_combine", 90, "fp16", v) for v in (WIDE_ROW, "wide"))
     assert one["BLOCK_F"] == many["BLOCK_F"] and min(one["BLOCK_B"], many["BLOCK_B"]) >= MIXER_MOST_B
-    alone, batch = (table.tiles("mixer_step_partial", 90, "fp16", v) for v in ("2048.128.1", "2048.128"))
-    for rows, tiles in (("ROWS_F", "TILES_F"), ("ROWS_B", "TILES_B")):
-        assert alone[rows] * alone[tiles] == batch[rows] * batch[tiles]
+    for variant in ("1024.64", "2048.128"):
+        alone, batch = (table.tiles("mixer_step_partial", 90, "fp16", v) for v in (f"{variant}.1", variant))
+        for rows, tiles in (("ROWS_F", "TILES_F"), ("ROWS_B", "TILES_B")):
+            assert alone[rows] * alone[tiles] == batch[rows] * batch[tiles]
 
 
 def test_widths_without_a_kernel_are_named() -> None:
