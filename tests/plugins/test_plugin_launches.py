@@ -193,7 +193,7 @@ def launches(
     monkeypatch.setattr(jit.Workspace, "take", taken)
     widen = layer.widen
     monkeypatch.setattr(layer, "widen", lambda *w: kept.append(widen(*w)) or kept[-1])  # type: ignore[func-returns-value]
-    monkeypatch.setattr(feedback_fwd, "_plan", feedback_fwd.Plan)  # a plan keeps its launchers
+    monkeypatch.setattr(feedback_fwd, "plan_of", feedback_fwd.planner(feedback_fwd.Plan))  # a plan keeps its launchers
     n, d = batch * tokens, width // heads
 
     def half(*shape: int) -> torch.Tensor:

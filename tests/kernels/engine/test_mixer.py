@@ -14,7 +14,7 @@ from sessa_deploy.kernels.engine.spec import WIDE_ROW, ahead_variant, mixer_vari
 from sessa_deploy.kernels.launch import table  # noqa: E402
 from sessa_deploy.kernels.launch.jit import Workspace, interpreted  # noqa: E402
 from sessa_deploy.kernels.launch.limits import MIXER_MOST_B  # noqa: E402
-from sessa_deploy.kernels.launch.splits import least_rows, shares  # noqa: E402
+from sessa_deploy.kernels.launch.splits import least_rows, shares, step_splits  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU or TRITON_INTERPRET=1")
@@ -183,6 +183,35 @@ def test_programs_that_share_tasks_and_start_early_change_no_bit(monkeypatch: py
     monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", begins)
     assert torch.equal(mixer.step(**a), plain)
     assert len(waited) == 3 and all(waited)
+
+
+def test_programs_that_take_neighbouring_splits_together_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 12 splits, of 8 and 4 rows at least: four, two or one of them are neighbours, here of causal attention and there of feedback attention, and the
+    last ones are fewer. One by one; together; and together where few programs share them."""
+    a = case(1, 1, 16, 208, [200, 90, 32, 12, 0, 3])
+    pinned, small = mixer.pinned, {"mixer_step_partial": {"TILES_F": 4, "TILES_B": 1}, "mixer_batch_combine": {"FEW_F": 4, "FEW_B": 4, "CHUNK": 4}}
+
+    def tiles(names: tuple[str, ...], *rest: Any) -> dict[str, Any]:
+        return {name: {**o, **small.get(name, {})} for name, o in pinned(names, *rest).items()}
+
+    monkeypatch.setattr(mixer, "pinned", tiles)
+    def taken(self: Workspace, device: torch.device) -> Any:
+        at, its = take(self, device)
+        memory.append(its.fill_(255))
+        return at, its
+
+    memory, take = list[torch.Tensor](), Workspace.take
+    monkeypatch.setattr(Workspace, "take", taken)
+    monkeypatch.setattr(mixer, "step_splits", lambda capacity, rows, most: step_splits(capacity, rows, 12))
+    wanted, found, rows = truth(a), [], int(a["past_length"].sum())
+    for least, held in ((rows + 1, 1000), (rows, 1000), (rows, 7)):
+        monkeypatch.setattr(mixer, "MIXER_JOIN_ROWS", least)
+        monkeypatch.setattr(mixer, "shares", lambda *sizes, held=held: shares(*sizes[:-1], held))
+        found.append(mixer.step(**a))
+    assert all(torch.equal(x, found[0]) for x in found)
+    written = [int((x != 255).sum()) for x in memory]
+    assert written[1] == written[2] < written[0] / 2, "fewer sums of splits"
+    assert float((found[0].double() - wanted).abs().max()) <= 4e-3 * float(wanted.abs().max())
 
 
 def test_a_sequence_does_not_depend_on_its_batch() -> None:
