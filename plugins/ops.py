@@ -281,7 +281,6 @@ def limits_h() -> str:
         "ManyPrograms": limits.MANY_PROGRAMS,
         "Float8Arch": limits.FLOAT8_ARCH, "MixerBroad": limits.MIXER_BROAD, "MixerShort": limits.MIXER_SHORT,
         "MixerManyF": limits.MIXER_MANY_F, "MixerManyB": limits.MIXER_MANY_B, "MixerMostB": limits.MIXER_MOST_B,
-        "MixerJoinRows": limits.MIXER_JOIN_ROWS, "MixerNever": limits.MIXER_NEVER,
     }  # fmt: skip
     lists = {
         "Archs": cuda_arch.ARCHS, "Rows": limits.PRODUCT_ROWS, "QuantisedRows": limits.QUANTISED_ROWS, "AheadDepths": (limits.AHEAD_DEPTH,),

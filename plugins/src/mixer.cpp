@@ -72,14 +72,11 @@ struct Step final : Plan
         }
         first.add(partF).add(statF).add(partB).add(statB).add(i32(p.batch)).add(i32(splitsF)).add(i32(splitsB)).add(i32(p.capacity)).add(i32(p.kvHeads));
         first.add(i32(group)).add(units).add(i32(p.width)).add(scaleLog2(p.headWidth, 0.0F)).add(scaleLog2(p.width, 0.0F)).add(i32(programsF));
-        // Rows of the batch from which on a program takes neighbouring splits together (mixer.py, step).
-        int32_t const least = i32(shared != nullptr && partial->tile("JOIN") > 1 ? kMixerJoinRows : kMixerNever);
-        first.add(least);
         Arguments second;
         second.add(partF).add(statF).add(partB).add(statB).add(t.in[kPastLength]).add(t.in[kGamma]).add(o).add(add);
         if (shared != nullptr)
         {
-            second.add(i32(p.batch)).add(least);
+            second.add(i32(p.batch));
         }
         second.add(i32(p.capacity)).add(i32(splitsF)).add(i32(rowsF)).add(i32(splitsB)).add(i32(rowsB)).add(i32(p.heads)).add(units).add(i32(p.width));
         Arguments third;

@@ -43,9 +43,8 @@ def admit(PDL: tl.constexpr):
 
 @triton.jit
 def rows_each(length, splits, rows, UNIT: tl.constexpr = 1):
-    """Rows a split takes of a sequence: `rows` at least, so that a short one has few splits, and no more than an even share, in whole UNITs."""
-    each = tl.maximum(tl.cdiv(length, splits), rows)
-    return tl.cdiv(each, UNIT) * UNIT
+    """Rows a split takes of a sequence: `rows` at least, so that a short one has few splits, and else an even share in whole UNITs, which divide `rows`."""
+    return tl.maximum(tl.cdiv(tl.cdiv(length, splits), UNIT) * UNIT, rows)
 
 
 @triton.jit
@@ -55,79 +54,37 @@ def splits_used(length, splits, rows, UNIT: tl.constexpr = 1):
 
 
 @triton.jit
-def neighbours(each, rows, JOIN: tl.constexpr):
-    """How many splits that follow one another are added first, and by one program where a batch is long: JOIN of the shortest, none of long ones."""
-    return tl.where(each <= rows, JOIN, tl.where(each <= 4 * rows, tl.cdiv(JOIN, 2), 1))
-
-
-@triton.jit
-def rows_taken(each, rows, together, JOIN: tl.constexpr):
-    """Rows that a program takes at a time: those of a split, or with `together` of its neighbours too."""
-    if JOIN > 1:
-        each *= tl.where(together, neighbours(each, rows, JOIN), 1)
-    return each
-
-
-@triton.jit
-def lengths(past_length, start, batch, capacity):
-    """Rows of _SEQUENCES sequences from `start` on, 0 from `batch` on."""
-    o_b = start + tl.arange(0, _SEQUENCES)
-    return tl.minimum(tl.load(past_length + o_b, mask=o_b < batch, other=0), capacity)
-
-
-@triton.jit
-def is_long(b_length, past_length, batch, capacity, least):
-    """Whether the sequences of a batch have `least` rows together; b_length: `lengths` of the first, which are read but once."""
-    total = tl.sum(b_length, 0)
-    for start in range(_SEQUENCES, batch, _SEQUENCES):
-        total += tl.sum(lengths(past_length, start, batch, capacity), 0)
-    return total >= least
-
-
-@triton.jit
-def _pieces(b_length, start, batch, splits, rows, LEAST: tl.constexpr, together, UNIT: tl.constexpr, JOIN: tl.constexpr):
+def _pieces(past_length, start, batch, capacity, splits, rows, LEAST: tl.constexpr, UNIT: tl.constexpr):
     """(for each of _SEQUENCES sequences from `start` on how many splits of these come before its own, how many it has with work, LEAST at least; 0 from
-    `batch` on). b_length: their `lengths`. Splits longer than `rows` come first."""
+    `batch` on). Splits longer than `rows` come first."""
     o_b = start + tl.arange(0, _SEQUENCES)
+    b_length = tl.minimum(tl.load(past_length + o_b, mask=o_b < batch, other=0), capacity)
     b_each = rows_each(b_length, splits, rows, UNIT)
-    b_n = tl.cdiv(b_length, b_each)
-    if JOIN > 1:
-        b_n = tl.where(together, tl.cdiv(b_length, b_each * neighbours(b_each, rows, JOIN)), b_n)
-    b_n = tl.where(o_b < batch, tl.maximum(b_n, LEAST), 0)
+    b_n = tl.where(o_b < batch, tl.maximum(tl.cdiv(b_length, b_each), LEAST), 0)
     b_long = tl.where(b_each > rows, b_n, 0)
     b_first = tl.where(b_each > rows, tl.cumsum(b_long, 0), tl.sum(b_long, 0) + tl.cumsum(b_n - b_long, 0)) - b_n
     return b_first, b_n
 
 
 @triton.jit
-def pieces(
-    every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr, least=0, UNIT: tl.constexpr = 1, JOIN: tl.constexpr = 1
-):  # fmt: skip
-    """(how many splits of the batch the programs share, for the first sequences how many of these come before, how many each has, whether neighbours are taken
-    together and count as one).
+def pieces(every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr, UNIT: tl.constexpr = 1):
+    """(how many splits of the batch the programs share, for the first sequences how many of these come before, and how many each has).
 
-    With `every`, where each split has a program of its own, all of them, and zeros; else those that have work. JOIN, least: see `neighbours`, `is_long`.
+    With `every`, where each split has a program of its own, all of them, and zeros; else those that have work.
     """
-    total, together = batch * splits, False
+    total = batch * splits
     b_first, b_n = tl.zeros([_SEQUENCES], dtype=tl.int32), tl.zeros([_SEQUENCES], dtype=tl.int32)
-    if JOIN > 1:
-        b_length = lengths(past_length, 0, batch, capacity)
-        together = is_long(b_length, past_length, batch, capacity, least)
     if not every:
-        if JOIN == 1:
-            b_length = lengths(past_length, 0, batch, capacity)
-        b_first, b_n = _pieces(b_length, 0, batch, splits, rows, LEAST, together, UNIT, JOIN)
+        b_first, b_n = _pieces(past_length, 0, batch, capacity, splits, rows, LEAST, UNIT)
         total = tl.sum(b_n, 0)
         for start in range(_SEQUENCES, batch, _SEQUENCES):
-            _, b_more = _pieces(lengths(past_length, start, batch, capacity), start, batch, splits, rows, LEAST, together, UNIT, JOIN)
+            _, b_more = _pieces(past_length, start, batch, capacity, splits, rows, LEAST, UNIT)
             total += tl.sum(b_more, 0)
-    return total, b_first, b_n, together
+    return total, b_first, b_n
 
 
 @triton.jit
-def locate(
-    item, b_first, b_n, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr, together=False, UNIT: tl.constexpr = 1, JOIN: tl.constexpr = 1
-):  # fmt: skip
+def locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr, UNIT: tl.constexpr = 1):
     """(sequence, split) of the item-th split that `pieces` counts. b_first, b_n: its other results."""
     if every:
         i_b, i_split = item // splits, item % splits
@@ -138,7 +95,7 @@ def locate(
         before = tl.sum(b_n, 0)
         start = _SEQUENCES  # on a line of its own: in a tuple, Triton 3.7's interpreter leaves it a constant, which cannot be added to a block
         while (start < batch) & (before <= item):
-            b_begun, b_more = _pieces(lengths(past_length, start, batch, capacity), start, batch, splits, rows, LEAST, together, UNIT, JOIN)
+            b_begun, b_more = _pieces(past_length, start, batch, capacity, splits, rows, LEAST, UNIT)
             its = (before + b_begun <= item) & (item < before + b_begun + b_more)
             i_b = tl.sum(tl.where(its, start + tl.arange(0, _SEQUENCES), 0), 0)
             i_split = item - tl.sum(tl.where(its, before + b_begun, 0), 0)
@@ -154,20 +111,6 @@ def seat(program, programs, start):
     The long splits come first: who had one takes the next as the last, and where there are not enough for all he is the one who goes without.
     """
     return tl.where(start == 0, program, programs - 1 - program)
-
-
-@triton.jit
-def weights(b_top, b_max):
-    """(maximum of both, what multiplies sums that were taken with the first as their maximum, and with the second)."""
-    b_new = tl.maximum(b_top, b_max)
-    b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # of nothing yet
-    return b_new, tl.exp2(b_top - b_base), tl.exp2(b_max - b_base)
-
-
-@triton.jit
-def blend(b_a, b_u, b_b, b_w):
-    """b_a b_u + b_b b_w, its first product not rounded: where one program adds neighbouring splits and where another does, no compiler may choose which."""
-    return tl.fma(b_a, b_u, b_b * b_w)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels.causal.spec import head_variant
-from sessa_deploy.kernels.device import add_splits, begin, blend, locate, pieces, rows_each, rows_taken, seat, splits_used, weights
+from sessa_deploy.kernels.device import add_splits, begin, locate, pieces, rows_each, seat, splits_used
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.launch.limits import ALIGNMENT, HEAD_MULTIPLE, LOG2E
@@ -57,17 +57,6 @@ def _finish(part, stat, o_part, m_head, o_d, m_d, width, b_max, b_sum, b_acc):
     tl.store(stat + o_part * 2 + 1, tl.sum(b_sum * b_w, 0), mask=m_head)
 
 
-@triton.jit
-def _join(b_top, b_all, b_out, b_max, b_sum, b_acc):
-    """Adds the slots of a split, and these to the splits before it: b_top, b_all (1, heads), b_out (1, heads, lanes)."""
-    b_its = tl.max(b_max, 0, keep_dims=True)
-    b_slot = tl.where(b_max == float("-inf"), 0.0, tl.exp2(b_max - b_its))
-    b_its_sum = tl.sum(tl.fma(b_sum, b_slot, 0.0), 0, keep_dims=True)
-    b_its_acc = tl.sum(tl.fma(b_acc, b_slot[:, :, None], 0.0), 0, keep_dims=True)
-    b_new, b_fade, b_w = weights(b_top, b_its)
-    return b_new, blend(b_all, b_fade, b_its_sum, b_w), blend(b_out, b_fade[:, :, None], b_its_acc, b_w[:, :, None])
-
-
 @triton.jit(do_not_specialize=table.do_not_specialize("causal_step_partial"))
 def causal_step_partial(
     q, k, v, past_k, past_v, past_length, part, stat,
@@ -95,38 +84,35 @@ def share(
     program, programs, block, q, k, v, past_k, past_v, past_length, part, stat,
     stride_kb, stride_kr, stride_vb, stride_vr, batch, splits, capacity, heads, group, units, scale,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
-    many=1, LATE: tl.constexpr = False, least=0, UNIT: tl.constexpr = 1, JOIN: tl.constexpr = 1,
+    many=1, LATE: tl.constexpr = False, UNIT: tl.constexpr = 1,
 ):  # fmt: skip
     """What one of `programs` programs that share a block of heads of the batch computes.
 
     many: how many times TILES tiles a split takes at least. LATE: it waits for the kernel ahead, see `begin`, with the first tiles of a past on their way;
-    a program that gets nothing to do does not wait here. UNIT: see `rows_each`. JOIN: up to so many neighbouring splits are one program's where the batch
-    has `least` rows, see `neighbours`; it adds them as who combines splits does, so that no bit hangs on it.
+    a program that gets nothing to do does not wait here. UNIT: see `rows_each`.
     """
     every, rows = programs >= batch * splits, BLOCK_R * TILES * many
-    total, b_first, b_n, together = pieces(every, past_length, batch, capacity, splits, rows, 1, least, UNIT, JOIN)
+    total, b_first, b_n = pieces(every, past_length, batch, capacity, splits, rows, 1, UNIT)
     for start in tl.range(0, total, programs, num_stages=1):
         item = start + seat(program, programs, start)
         if item < total:
-            i_b, i_split = locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, 1, together, UNIT, JOIN)
+            i_b, i_split = locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, 1, UNIT)
             length = tl.minimum(tl.load(past_length + i_b), capacity)
             each = rows_each(length, splits, rows, UNIT)
-            taken = rows_taken(each, rows, together, JOIN)
-            if (i_split * taken < length) | (i_split == 0):  # without rows: the combination does not read this split
+            if (i_split * each < length) | (i_split == 0):  # without rows: the combination does not read this split
                 _one_split(
-                    block, q, k, v, past_k, past_v, part, stat, stride_kb, stride_kr, stride_vb, stride_vr, i_b.to(tl.int64), i_split, splits, each, taken,
-                    length, heads, group, units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES, LATE, JOIN,
+                    block, q, k, v, past_k, past_v, part, stat, stride_kb, stride_kr, stride_vb, stride_vr, i_b.to(tl.int64), i_split, splits, each, length,
+                    heads, group, units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES, LATE,
                 )  # fmt: skip
 
 
 @triton.jit
 def _one_split(
     block, q, k, v, past_k, past_v, part, stat,
-    stride_kb, stride_kr, stride_vb, stride_vr, i_b, i_split, splits, each, taken, length, heads, group, units, scale,
+    stride_kb, stride_kr, stride_vb, stride_vr, i_b, i_split, splits, each, length, heads, group, units, scale,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr,
-    JOIN: tl.constexpr,
 ):  # fmt: skip
-    """Split i_split of sequence i_b for one block of heads, or several of `each` rows that it and its neighbours take together."""
+    """Split i_split of sequence i_b for one block of heads."""
     group_blocks = tl.cdiv(group, BLOCK_G)
     width = units * 8
     o_r = tl.arange(0, BLOCK_R)
@@ -163,15 +149,9 @@ def _one_split(
                 b_max3, b_sum3, b_acc3 = _with_new(b_q3, b_max3, b_sum3, b_acc3, b_k0, b_v0, o_r)
     p_k = past_k + i_b * stride_kb * 8 + o_hd[None, :, :]
     p_v = past_v + i_b * stride_vb * 8 + o_hd[None, :, :]
-    first = i_split * taken
-    end = tl.minimum(first + taken, length)
-    last = tl.maximum(end, first + 1) if LATE or JOIN > 1 else end  # without a past, the new row is looked at in the loop all the same
-    if JOIN > 1:
-        tl.static_assert(BLOCK_G == 1)
-        left = each
-        b_top = tl.full([1, BLOCK_H], float("-inf"), dtype=tl.float32)
-        b_all = tl.zeros([1, BLOCK_H], dtype=tl.float32)
-        b_out = tl.zeros([1, BLOCK_H, BLOCK_D], dtype=tl.float32)
+    first = i_split * each
+    end = tl.minimum(first + each, length)
+    last = tl.maximum(end, first + 1) if LATE else end  # without a past, the new row is looked at in the loop all the same
     for start in tl.range(first, last, BLOCK_R, num_stages=STAGES):
         o_row = start + o_r
         m_row = o_row < end
@@ -197,22 +177,8 @@ def _one_split(
             b_max1, b_sum1, b_acc1 = _fold(b_q1, b_max1, b_sum1, b_acc1, b_k, b_v, m_row)
             b_max2, b_sum2, b_acc2 = _fold(b_q2, b_max2, b_sum2, b_acc2, b_k, b_v, m_row)
             b_max3, b_sum3, b_acc3 = _fold(b_q3, b_max3, b_sum3, b_acc3, b_k, b_v, m_row)
-        if JOIN > 1:
-            left -= BLOCK_R
-            if (left <= 0) | (start + BLOCK_R >= end):  # whoever computes a split ends it here, alone or among others
-                b_top, b_all, b_out = _join(b_top, b_all, b_out, b_max0, b_sum0, b_acc0)
-                b_max0 = tl.full([BLOCK_R, BLOCK_H], float("-inf"), dtype=tl.float32)
-                b_sum0 = tl.zeros([BLOCK_R, BLOCK_H], dtype=tl.float32)
-                b_acc0 = tl.zeros([BLOCK_R, BLOCK_H, BLOCK_D], dtype=tl.float32)
-                left = each
     o_part = o_q * splits + i_split
-    if JOIN > 1:
-        m_one = m_h[None, :]
-        tl.store(part + o_part[None, :, None] * width + o_d[None, None, :], b_out, mask=m_one[:, :, None] & m_d[None, None, :])
-        tl.store(stat + o_part[None, :] * 2, b_top, mask=m_one)
-        tl.store(stat + o_part[None, :] * 2 + 1, b_all, mask=m_one)
-    else:
-        _finish(part, stat, o_part, m_h, o_d, m_d, width, b_max0, b_sum0, b_acc0)
+    _finish(part, stat, o_part, m_h, o_d, m_d, width, b_max0, b_sum0, b_acc0)
     if BLOCK_G == 4:
         _finish(part, stat, o_part + splits, m_1, o_d, m_d, width, b_max1, b_sum1, b_acc1)
         _finish(part, stat, o_part + 2 * splits, m_2, o_d, m_d, width, b_max2, b_sum2, b_acc2)

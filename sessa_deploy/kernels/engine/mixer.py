@@ -16,43 +16,29 @@ from torch import Tensor
 from sessa_deploy.kernels.causal.step import share as share_causal
 from sessa_deploy.kernels.device import add_splits, begin, splits_used
 from sessa_deploy.kernels.engine.layer import out_add
-from sessa_deploy.kernels.engine.mixer_batch import mixer_batch_combine, tasks, variant_for
+from sessa_deploy.kernels.engine.mixer_batch import UNIT_B, UNIT_F, mixer_batch_combine, tasks, variant_for
 from sessa_deploy.kernels.engine.spec import WIDE_ROW, combine_variant, step_variants
 from sessa_deploy.kernels.feedback.step import share as share_feedback
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, available, launcher, pinned, workspace
-from sessa_deploy.kernels.launch.limits import (
-    HEAD_MULTIPLE,
-    LOG2E,
-    MIXER_BROAD,
-    MIXER_JOIN_ROWS,
-    MIXER_MANY_B,
-    MIXER_MANY_F,
-    MIXER_MOST_B,
-    MIXER_NEVER,
-    MIXER_SHORT,
-    MIXER_UNIT_B,
-    MIXER_UNIT_F,
-)  # fmt: skip
+from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E, MIXER_BROAD, MIXER_MANY_B, MIXER_MANY_F, MIXER_MOST_B, MIXER_SHORT
 from sessa_deploy.kernels.launch.splits import least_rows, shares, step_splits
 
 BROAD, SHORT, MANY_F, MANY_B = tl.constexpr(MIXER_BROAD), tl.constexpr(MIXER_SHORT), tl.constexpr(MIXER_MANY_F), tl.constexpr(MIXER_MANY_B)
-UNIT_F, UNIT_B = tl.constexpr(MIXER_UNIT_F), tl.constexpr(MIXER_UNIT_B)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_step_partial"))
 def mixer_step_partial(
     q, k, v, past_k, past_v, q_b, past_kb, past_s, past_length, part_f, stat_f, part_b, stat_b,
-    batch, splits_f, splits_b, capacity, heads, group, units, width, scale_f, scale_b, programs_f, least,
+    batch, splits_f, splits_b, capacity, heads, group, units, width, scale_f, scale_b, programs_f,
     ROWS_F: tl.constexpr, HEADS_F: tl.constexpr, GROUP_F: tl.constexpr, LANES_F: tl.constexpr, STAGES_F: tl.constexpr, TILES_F: tl.constexpr,
     ROWS_B: tl.constexpr, CHUNKS_B: tl.constexpr, LANES_B: tl.constexpr, STAGES_B: tl.constexpr, TILES_B: tl.constexpr, OWN_B: tl.constexpr,
-    JOIN: tl.constexpr, PDL: tl.constexpr = False,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (programs_f + those of feedback attention,). Pasts are dense: past_k, past_v (B,P,Hkv,d), past_kb, past_s (B,P,D).
 
     The first programs_f, a multiple of the blocks of heads, compute what `causal_step_partial` does, the others what `feedback_step_partial` does; tiles and
-    parameters are those kernels', *_F of causal attention, *_B of feedback attention; how many rows a split takes at least: `splits.least_rows`. JOIN: 1 or
-    limits.MIXER_JOIN; least: rows of the batch from which on a program takes neighbouring splits together, see `device.neighbours`.
+    parameters are those kernels', *_F of causal attention, *_B of feedback attention; how many rows a split takes at least: `splits.least_rows`.
 
     An early start is for the stream's next kernel behind `layer_project_gain`: the pasts and past_length are read before the wait, which no kernel of a layer
     writes; what did write them, a step's first kernels (`layer_rotary` among them) have waited for before any of a layer begins.
@@ -65,13 +51,13 @@ def mixer_step_partial(
         share_causal(
             program // blocks, programs_f // blocks, program % blocks, q, k, v, past_k, past_v, past_length, part_f, stat_f, capacity.to(tl.int64) * row, row,
             capacity.to(tl.int64) * row, row, batch, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, GROUP_F, LANES_F, STAGES_F, TILES_F,
-            tl.where(broad, MANY_F, 1), PDL, least, UNIT_F, JOIN,
+            tl.where(broad, MANY_F, 1), PDL, UNIT_F,
         )  # fmt: skip
     else:
         share_feedback(
             program - programs_f, tl.num_programs(0) - programs_f, q_b, past_kb, past_s, past_length, part_b, stat_b, capacity.to(tl.int64) * width, width,
             capacity.to(tl.int64) * width, width, batch, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, TILES_B, OWN_B,
-            tl.where(broad, MANY_B, 1), PDL, least, UNIT_B, JOIN,
+            tl.where(broad, MANY_B, 1), PDL, UNIT_B,
         )  # fmt: skip
     begin(PDL)  # of a program that had nothing to do
 
@@ -130,8 +116,6 @@ def step(
     splits_f = step_splits(capacity, rows_f, combine["BLOCK_F"])
     splits_b = step_splits(capacity, rows_b, MIXER_MOST_B if broad else combine["BLOCK_B"])
     blocks = triton.cdiv(heads, partial["HEADS_F"]) * triton.cdiv(group, partial["GROUP_F"])
-    shared = variant_for(q, width)
-    least = MIXER_JOIN_ROWS if shared and partial["JOIN"] > 1 else MIXER_NEVER
     run = launcher(mixer_step_partial, device, dtype, partial)
     programs_f, programs_b = shares(batch * splits_f, blocks, batch * splits_b, heads * head, width, run.resident)
     f32 = torch.float32
@@ -143,13 +127,13 @@ def step(
     parts = [at[name] for name in ("part_f", "stat_f", "part_b", "stat_b")]
     run(
         (programs_f + programs_b,), *map(address, (q, k, v, past_k, past_v, q_b, past_kb, past_s, past_length)), *parts,
-        batch, splits_f, splits_b, capacity, heads, group, units, width, head**-0.5 * LOG2E, width**-0.5 * LOG2E, programs_f, least,
+        batch, splits_f, splits_b, capacity, heads, group, units, width, head**-0.5 * LOG2E, width**-0.5 * LOG2E, programs_f,
     )  # fmt: skip
     operands, sizes = (*parts, *map(address, (past_length, gamma, o, add))), (capacity, splits_f, rows_f, splits_b, rows_b, q_heads, units, width)
-    if shared:
+    if shared := variant_for(q, width):
         tiles = pinned(("mixer_batch_combine",), device, dtype, shared, early)["mixer_batch_combine"]
         run = launcher(mixer_batch_combine, device, dtype, tiles)
-        run((min(batch * tasks(q_heads, head, width, tiles), run.resident),), *operands, batch, least, *sizes)
+        run((min(batch * tasks(q_heads, head, width, tiles), run.resident),), *operands, batch, *sizes)
     else:
         grid = (q_heads * triton.cdiv(head, combine["BLOCK_D"]) + triton.cdiv(width, combine["BLOCK_D"]), batch)
         launcher(mixer_step_combine, device, dtype, combine)(grid, *operands, *sizes)

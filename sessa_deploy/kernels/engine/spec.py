@@ -105,9 +105,8 @@ _MIXERS = (
     Kernel("mixer_step_partial", _MIXER,
            (*pointers("q", "k", "v", "past_k", "past_v", "q_b", "past_kb", "past_s"), Param("past_length", "*i32"), *_FLOATS,
             *integers("batch", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
-            Param("scale_b", "fp32"), *integers("programs_f", "least")),
-           ("ROWS_F", "HEADS_F", "GROUP_F", "LANES_F", "STAGES_F", "TILES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "TILES_B", "OWN_B", "JOIN",
-            "PDL"),
+            Param("scale_b", "fp32"), *integers("programs_f")),
+           ("ROWS_F", "HEADS_F", "GROUP_F", "LANES_F", "STAGES_F", "TILES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "TILES_B", "OWN_B", "PDL"),
            (*_STEPS, _ALONE, _WIDE_ALONE), dtypes=_HALF, scalar_loads=16, early=(*_STEPS, _ALONE, _WIDE_ALONE), shares=(_ALONE,),
            fills=(_WIDE_ALONE, *_WIDE_STEPS), optional=(_ALONE, _WIDE_ALONE), early_rows=_EARLY_ROWS),
     Kernel("mixer_step_combine", _MIXER,
@@ -121,8 +120,8 @@ _BATCHES = tuple(map(str, MIXER_HEADS))
 _MIXER_BATCH = (
     Kernel("mixer_batch_combine", f"{_MIXER}_batch",
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
-            *integers("batch", "least", "capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
-           ("FEW_F", "FEW_B", "BLOCK_D", "CHUNK", "HEADS", "LANES", "SPAN", "PDL"), _BATCHES, dtypes=_HALF, scalar_loads=128, early=_BATCHES,
+            *integers("batch", "capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
+           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "HEADS", "LANES", "SPAN", "PDL"), _BATCHES, dtypes=_HALF, scalar_loads=128, early=_BATCHES,
            optional=_BATCHES, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_deploy.kernels.device import add_splits, begin, blend, locate, pieces, rows_each, rows_taken, seat, splits_used, weights
+from sessa_deploy.kernels.device import add_splits, begin, locate, pieces, rows_each, seat, splits_used
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.launch.limits import ALIGNMENT, LOG2E
@@ -50,34 +50,23 @@ def feedback_step_partial(
 def share(
     program, programs, q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, batch, splits, capacity, width, scale,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr, OWN: tl.constexpr,
-    many=1, LATE: tl.constexpr = False, least=0, UNIT: tl.constexpr = 1, JOIN: tl.constexpr = 1,
+    many=1, LATE: tl.constexpr = False, UNIT: tl.constexpr = 1,
 ):  # fmt: skip
     """What one of `programs` programs that share the batch computes.
 
     many: how many times TILES tiles a split takes at least. LATE: it waits for the kernel ahead, see `begin`, with the first tiles of a past on their way;
-    a program that gets nothing to read does not wait here. least, UNIT, JOIN: as in causal/step.py.
+    a program that gets nothing to read does not wait here. UNIT: see `rows_each`.
     """
     every, rows = programs >= batch * splits, BLOCK_R * TILES * many
-    total, b_first, b_n, together = pieces(every, past_length, batch, capacity, splits, rows, 0, least, UNIT, JOIN)
+    total, b_first, b_n = pieces(every, past_length, batch, capacity, splits, rows, 0, UNIT)
     for start in tl.range(0, total, programs, num_stages=1):
         item = start + seat(program, programs, start)
         if item < total:
-            i_b, i_split = locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, 0, together, UNIT, JOIN)
+            i_b, i_split = locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, 0, UNIT)
             _one_split(
                 q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, i_b.to(tl.int64), i_split, splits, rows, capacity,
-                width, scale, BLOCK_R, BLOCK_C, BLOCK_L, STAGES, OWN, LATE, together, UNIT, JOIN,
+                width, scale, BLOCK_R, BLOCK_C, BLOCK_L, STAGES, OWN, LATE, UNIT,
             )  # fmt: skip
-
-
-@triton.jit
-def _join(b_top, b_all, b_out, b_max, b_sum, b_acc):
-    """Adds the slots of a split, and these to the splits before it: b_top, b_all (1), b_out (1, chunks, lanes)."""
-    b_its = tl.max(b_max, 0, keep_dims=True)
-    b_slot = tl.where(b_max == float("-inf"), 0.0, tl.exp2(b_max - b_its))
-    b_its_sum = tl.sum(tl.fma(b_sum, b_slot, 0.0), 0, keep_dims=True)
-    b_its_acc = tl.sum(tl.fma(b_acc, b_slot[:, None, None], 0.0), 0, keep_dims=True)
-    b_new, b_fade, b_w = weights(b_top, b_its)
-    return b_new, blend(b_all, b_fade, b_its_sum, b_w), blend(b_out, b_fade[:, None, None], b_its_acc, b_w[:, None, None])
 
 
 @triton.jit
@@ -85,12 +74,11 @@ def _one_split(
     q, past_k, past_s, past_length, part, stat,
     stride_kb, stride_kr, stride_sb, stride_sr, i_b, i_split, splits, rows, capacity, width, scale,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr, LATE: tl.constexpr,
-    together, UNIT: tl.constexpr, JOIN: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Split i_split of sequence i_b, or several that it and its neighbours take together."""
+    """Split i_split of sequence i_b."""
     length = tl.minimum(tl.load(past_length + i_b), capacity)
     each = rows_each(length, splits, rows, UNIT)
-    taken = rows_taken(each, rows, together, JOIN)
     o_d = tl.arange(0, BLOCK_C)[:, None] * BLOCK_L + tl.arange(0, BLOCK_L)[None, :]
     o_r = tl.arange(0, BLOCK_R)
     m_d = o_d < width
@@ -104,13 +92,8 @@ def _one_split(
     b_max = tl.full([SLOTS], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([SLOTS], dtype=tl.float32)
     b_acc = tl.zeros([SLOTS, BLOCK_C, BLOCK_L], dtype=tl.float32)
-    first = i_split * taken
-    end = tl.minimum(first + taken, length)
-    if JOIN > 1:
-        left = each
-        b_top = tl.full([1], float("-inf"), dtype=tl.float32)
-        b_all = tl.zeros([1], dtype=tl.float32)
-        b_out = tl.zeros([1, BLOCK_C, BLOCK_L], dtype=tl.float32)
+    first = i_split * each
+    end = tl.minimum(first + each, length)
     for start in tl.range(first, end, BLOCK_R, num_stages=STAGES):
         o_row = start + o_r
         m_row = o_row < end
@@ -132,21 +115,7 @@ def _one_split(
         b_sum = b_sum * b_fade + (b_p if OWN else tl.sum(b_p, 0, keep_dims=True))
         b_acc = b_acc * b_fade[:, None, None] + (b_y if OWN else tl.sum(b_y, 0, keep_dims=True))
         b_max = b_new
-        if JOIN > 1:
-            left -= BLOCK_R
-            if (left <= 0) | (start + BLOCK_R >= end):  # whoever computes a split ends it here, alone or among others
-                b_top, b_all, b_out = _join(b_top, b_all, b_out, b_max, b_sum, b_acc)
-                b_max = tl.full([SLOTS], float("-inf"), dtype=tl.float32)
-                b_sum = tl.zeros([SLOTS], dtype=tl.float32)
-                b_acc = tl.zeros([SLOTS, BLOCK_C, BLOCK_L], dtype=tl.float32)
-                left = each
-    if JOIN > 1:
-        if first < length:
-            o_part = i_b * splits + i_split
-            tl.store(part + o_part * width + o_d[None, :, :], b_out, mask=m_d[None, :, :])
-            tl.store(stat + o_part * 2 + tl.arange(0, 1), b_top)
-            tl.store(stat + o_part * 2 + 1 + tl.arange(0, 1), b_all)
-    elif first < length:  # a split without rows writes nothing, and the combination does not read it
+    if first < length:  # a split without rows writes nothing, and the combination does not read it
         b_top = tl.max(b_max, 0)
         b_w = tl.where(b_max == float("-inf"), 0.0, tl.exp2(b_max - b_top))
         o_part = i_b * splits + i_split

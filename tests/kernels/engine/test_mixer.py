@@ -9,11 +9,12 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from sessa_deploy.cuda_arch import ARCHS  # noqa: E402
 from sessa_deploy.kernels.engine import mixer  # noqa: E402
 from sessa_deploy.kernels.engine.spec import WIDE_ROW, ahead_variant, mixer_variant, step_variants  # noqa: E402
 from sessa_deploy.kernels.launch import table  # noqa: E402
 from sessa_deploy.kernels.launch.jit import Workspace, interpreted  # noqa: E402
-from sessa_deploy.kernels.launch.limits import MIXER_MOST_B  # noqa: E402
+from sessa_deploy.kernels.launch.limits import MIXER_MOST_B, MIXER_UNIT_B, MIXER_UNIT_F  # noqa: E402
 from sessa_deploy.kernels.launch.splits import least_rows, shares, step_splits  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
@@ -185,33 +186,36 @@ def test_programs_that_share_tasks_and_start_early_change_no_bit(monkeypatch: py
     assert len(waited) == 3 and all(waited)
 
 
-def test_programs_that_take_neighbouring_splits_together_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most 12 splits, of 8 and 4 rows at least: four, two or one of them are neighbours, here of causal attention and there of feedback attention, and the
-    last ones are fewer. One by one; together; and together where few programs share them."""
-    a = case(1, 1, 16, 208, [200, 90, 32, 12, 0, 3])
-    pinned, small = mixer.pinned, {"mixer_step_partial": {"TILES_F": 4, "TILES_B": 1}, "mixer_batch_combine": {"FEW_F": 4, "FEW_B": 4, "CHUNK": 4}}
+@pytest.mark.skipif(not interpreted(), reason="the interpreter alone shows a workspace as tensors")
+@pytest.mark.parametrize("held", [1000, 7])
+def test_splits_of_a_long_past_are_whole_tiles(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 12 splits of each attention: those of 200 rows take 18, not 17, and 20, those of 140 take 16, which is the least, and 12. Fewer are written."""
+    a, buffers, take = case(1, 1, 16, 208, [200, 140]), dict[str, Any](), Workspace.take
 
-    def tiles(names: tuple[str, ...], *rest: Any) -> dict[str, Any]:
-        return {name: {**o, **small.get(name, {})} for name, o in pinned(names, *rest).items()}
-
-    monkeypatch.setattr(mixer, "pinned", tiles)
     def taken(self: Workspace, device: torch.device) -> Any:
-        at, its = take(self, device)
-        memory.append(its.fill_(255))
-        return at, its
+        at, memory = take(self, device)
+        memory.fill_(255)
+        buffers.update(at)
+        return at, memory
 
-    memory, take = list[torch.Tensor](), Workspace.take
     monkeypatch.setattr(Workspace, "take", taken)
     monkeypatch.setattr(mixer, "step_splits", lambda capacity, rows, most: step_splits(capacity, rows, 12))
-    wanted, found, rows = truth(a), [], int(a["past_length"].sum())
-    for least, held in ((rows + 1, 1000), (rows, 1000), (rows, 7)):
-        monkeypatch.setattr(mixer, "MIXER_JOIN_ROWS", least)
-        monkeypatch.setattr(mixer, "shares", lambda *sizes, held=held: shares(*sizes[:-1], held))
-        found.append(mixer.step(**a))
-    assert all(torch.equal(x, found[0]) for x in found)
-    written = [int((x != 255).sum()) for x in memory]
-    assert written[1] == written[2] < written[0] / 2, "fewer sums of splits"
-    assert float((found[0].double() - wanted).abs().max()) <= 4e-3 * float(wanted.abs().max())
+    monkeypatch.setattr(mixer, "shares", lambda *sizes: shares(*sizes[:-1], held))
+    s, wanted = mixer.step(**a), truth(a)
+    assert float((s.double() - wanted).abs().max()) <= 4e-3 * float(wanted.abs().max())
+    written = {name: (buffers[f"stat_{name}"].view(2, 12, 2).view(torch.int32)[..., 0] != -1).sum(1).tolist() for name in "fb"}
+    assert written == {"f": [12, 9], "b": [10, 12]}
+
+
+def test_splits_are_whole_tiles_where_that_was_measured() -> None:
+    for variant in ("1024.64", "1024.64.1"):
+        tiles = table.tiles("mixer_step_partial", 90, "fp16", variant)
+        assert MIXER_UNIT_F % tiles["ROWS_F"] == MIXER_UNIT_B % tiles["ROWS_B"] == 0
+    for arch in ARCHS:
+        for variant in table.kernel("mixer_step_partial").variants:
+            if variant not in table.kernel("mixer_step_partial").optional or table.has("mixer_step_partial", arch, "fp16", variant):
+                tiles = table.tiles("mixer_step_partial", arch, "fp16", variant)
+                assert tiles["ROWS_F"] * tiles["TILES_F"] % MIXER_UNIT_F == tiles["ROWS_B"] * tiles["TILES_B"] % MIXER_UNIT_B == 0, "the least is whole"
 
 
 def test_a_sequence_does_not_depend_on_its_batch() -> None:
