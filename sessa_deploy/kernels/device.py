@@ -43,24 +43,24 @@ def admit(PDL: tl.constexpr):
 
 
 @triton.jit
-def rows_each(length, splits, rows):
-    """Rows a split takes of a sequence: `rows` at least, so that a short one has few splits, and no more than an even share."""
-    return tl.maximum(tl.cdiv(length, splits), rows)
+def rows_each(length, splits, rows, UNIT: tl.constexpr = 1):
+    """Rows a split takes of a sequence: `rows` at least, so that a short one has few splits, and else an even share in whole UNITs, which divide `rows`."""
+    return tl.maximum(tl.cdiv(tl.cdiv(length, splits), UNIT) * UNIT, rows)
 
 
 @triton.jit
-def splits_used(length, splits, rows):
+def splits_used(length, splits, rows, UNIT: tl.constexpr = 1):
     """How many splits of a sequence have rows."""
-    return tl.cdiv(length, rows_each(length, splits, rows))
+    return tl.cdiv(length, rows_each(length, splits, rows, UNIT))
 
 
 @triton.jit
-def _pieces(past_length, start, batch, capacity, splits, rows, LEAST: tl.constexpr):
+def _pieces(past_length, start, batch, capacity, splits, rows, LEAST: tl.constexpr, UNIT: tl.constexpr):
     """(for each of _SEQUENCES sequences from `start` on how many splits of these come before its own, how many it has with work, LEAST at least; 0 from
     `batch` on). Splits longer than `rows` come first."""
     o_b = start + tl.arange(0, _SEQUENCES)
     b_length = tl.minimum(tl.load(past_length + o_b, mask=o_b < batch, other=0), capacity)
-    b_each = rows_each(b_length, splits, rows)
+    b_each = rows_each(b_length, splits, rows, UNIT)
     b_n = tl.where(o_b < batch, tl.maximum(tl.cdiv(b_length, b_each), LEAST), 0)
     b_long = tl.where(b_each > rows, b_n, 0)
     b_first = tl.where(b_each > rows, tl.cumsum(b_long, 0), tl.sum(b_long, 0) + tl.cumsum(b_n - b_long, 0)) - b_n
@@ -68,7 +68,7 @@ def _pieces(past_length, start, batch, capacity, splits, rows, LEAST: tl.constex
 
 
 @triton.jit
-def pieces(every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
+def pieces(every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr, UNIT: tl.constexpr = 1):
     """(how many splits of the batch the programs share, for the first sequences how many of these come before, and how many each has).
 
     With `every`, where each split has a program of its own, all of them, and zeros; else those that have work.
@@ -76,16 +76,16 @@ def pieces(every, past_length, batch, capacity, splits, rows, LEAST: tl.constexp
     total = batch * splits
     b_first, b_n = tl.zeros([_SEQUENCES], dtype=tl.int32), tl.zeros([_SEQUENCES], dtype=tl.int32)
     if not every:
-        b_first, b_n = _pieces(past_length, 0, batch, capacity, splits, rows, LEAST)
+        b_first, b_n = _pieces(past_length, 0, batch, capacity, splits, rows, LEAST, UNIT)
         total = tl.sum(b_n, 0)
         for start in range(_SEQUENCES, batch, _SEQUENCES):
-            _, b_more = _pieces(past_length, start, batch, capacity, splits, rows, LEAST)
+            _, b_more = _pieces(past_length, start, batch, capacity, splits, rows, LEAST, UNIT)
             total += tl.sum(b_more, 0)
     return total, b_first, b_n
 
 
 @triton.jit
-def locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr):
+def locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr, UNIT: tl.constexpr = 1):
     """(sequence, split) of the item-th split that `pieces` counts. b_first, b_n: its other results.
 
     Of splits that have a program each, neighbours are SPREAD programs apart: those of a short sequence that have work would else share a multiprocessor.
@@ -101,7 +101,7 @@ def locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows
         before = tl.sum(b_n, 0)
         start = _SEQUENCES  # on a line of its own: in a tuple, Triton 3.7's interpreter leaves it a constant, which cannot be added to a block
         while (start < batch) & (before <= item):
-            b_begun, b_more = _pieces(past_length, start, batch, capacity, splits, rows, LEAST)
+            b_begun, b_more = _pieces(past_length, start, batch, capacity, splits, rows, LEAST, UNIT)
             its = (before + b_begun <= item) & (item < before + b_begun + b_more)
             i_b = tl.sum(tl.where(its, start + tl.arange(0, _SEQUENCES), 0), 0)
             i_split = item - tl.sum(tl.where(its, before + b_begun, 0), 0)

@@ -85,21 +85,21 @@ def share(
     program, programs, block, q, k, v, past_k, past_v, past_length, part, stat,
     stride_kb, stride_kr, stride_vb, stride_vr, batch, splits, capacity, heads, group, units, scale,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
-    many=1, LATE: tl.constexpr = False,
+    many=1, LATE: tl.constexpr = False, UNIT: tl.constexpr = 1,
 ):  # fmt: skip
     """What one of `programs` programs that share a block of heads of the batch computes.
 
     many: how many times TILES tiles a split takes at least. LATE: it waits for the kernel ahead, see `begin`, with the first tiles of a past on their way;
-    a program that gets nothing to do does not wait here.
+    a program that gets nothing to do does not wait here. UNIT: see `rows_each`.
     """
     every, rows = programs >= batch * splits, BLOCK_R * TILES * many
-    total, b_first, b_n = pieces(every, past_length, batch, capacity, splits, rows, 1)
+    total, b_first, b_n = pieces(every, past_length, batch, capacity, splits, rows, 1, UNIT)
     for start in tl.range(0, total, programs, num_stages=1):
         item = start + seat(program, programs, start)
         if item < total:
-            i_b, i_split = locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, 1)
+            i_b, i_split = locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, 1, UNIT)
             length = tl.minimum(tl.load(past_length + i_b), capacity)
-            each = rows_each(length, splits, rows)
+            each = rows_each(length, splits, rows, UNIT)
             if (i_split * each < length) | (i_split == 0):  # without rows: the combination does not read this split
                 _one_split(
                     block, q, k, v, past_k, past_v, part, stat, stride_kb, stride_kr, stride_vb, stride_vr, i_b.to(tl.int64), i_split, splits, each, length,

@@ -16,7 +16,7 @@ from torch import Tensor
 from sessa_deploy.kernels.causal.step import share as share_causal
 from sessa_deploy.kernels.device import add_splits, begin, splits_used
 from sessa_deploy.kernels.engine.layer import out_add
-from sessa_deploy.kernels.engine.mixer_batch import mixer_batch_combine, tasks, variant_for
+from sessa_deploy.kernels.engine.mixer_batch import UNIT_B, UNIT_F, mixer_batch_combine, tasks, variant_for
 from sessa_deploy.kernels.engine.spec import WIDE_ROW, combine_variant, step_variants
 from sessa_deploy.kernels.feedback.step import share as share_feedback
 from sessa_deploy.kernels.launch import table
@@ -51,13 +51,13 @@ def mixer_step_partial(
         share_causal(
             program // blocks, programs_f // blocks, program % blocks, q, k, v, past_k, past_v, past_length, part_f, stat_f, capacity.to(tl.int64) * row, row,
             capacity.to(tl.int64) * row, row, batch, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, GROUP_F, LANES_F, STAGES_F, TILES_F,
-            tl.where(broad, MANY_F, 1), PDL,
+            tl.where(broad, MANY_F, 1), PDL, UNIT_F,
         )  # fmt: skip
     else:
         share_feedback(
             program - programs_f, tl.num_programs(0) - programs_f, q_b, past_kb, past_s, past_length, part_b, stat_b, capacity.to(tl.int64) * width, width,
             capacity.to(tl.int64) * width, width, batch, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, TILES_B, OWN_B,
-            tl.where(broad, MANY_B, 1), PDL,
+            tl.where(broad, MANY_B, 1), PDL, UNIT_B,
         )  # fmt: skip
     begin(PDL)  # of a program that had nothing to do
 
@@ -83,14 +83,14 @@ def mixer_step_combine(
         i_q = i_b * heads + program // parts
         o_d = (program % parts) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_d = o_d < head
-        used = tl.maximum(splits_used(length, splits_f, rows_f), 1)
+        used = tl.maximum(splits_used(length, splits_f, rows_f, UNIT_F), 1)
         b_o = add_splits(part_f, stat_f, i_q * splits_f, used, head, o_d, m_d, BLOCK_F, BLOCK_D, CHUNK)
         tl.store(o + i_q * head + o_d, b_o.to(o.dtype.element_ty), mask=m_d)
     else:
         o_d = (program - heads * parts) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_d = o_d < width
         b_gamma = tl.load(gamma + i_b)
-        used = splits_used(length, splits_b, rows_b)
+        used = splits_used(length, splits_b, rows_b, UNIT_B)
         b_add = b_gamma * add_splits(part_b, stat_b, i_b * splits_b, used, width, o_d, m_d, BLOCK_B, BLOCK_D, CHUNK)
         tl.store(add + i_b * width + o_d, tl.where(length > 0, b_add, 0.0), mask=m_d)
 

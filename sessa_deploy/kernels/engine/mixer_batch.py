@@ -16,6 +16,9 @@ from sessa_deploy.kernels.device import _SEQUENCES, _sum, add_splits, begin, spl
 from sessa_deploy.kernels.engine.spec import batch_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import available
+from sessa_deploy.kernels.launch.limits import MIXER_UNIT_B, MIXER_UNIT_F
+
+UNIT_F, UNIT_B = tl.constexpr(MIXER_UNIT_F), tl.constexpr(MIXER_UNIT_B)
 
 
 @triton.jit
@@ -23,7 +26,7 @@ def _tasks(past_length, start, batch, capacity, splits_f, rows_f, splits_b, rows
     """(for each of _SEQUENCES sequences from `start` on how many tasks of these come before its own, how many it has: `short` or `long`). Long ones first."""
     o_b = start + tl.arange(0, _SEQUENCES)
     b_length = tl.minimum(tl.load(past_length + o_b, mask=o_b < batch, other=0), capacity)
-    b_many = (splits_used(b_length, splits_f, rows_f) > FEW_F) | (splits_used(b_length, splits_b, rows_b) > FEW_B)
+    b_many = (splits_used(b_length, splits_f, rows_f, UNIT_F) > FEW_F) | (splits_used(b_length, splits_b, rows_b, UNIT_B) > FEW_B)
     b_n = tl.where(o_b < batch, tl.where(b_many, long, short), 0)
     b_long = tl.where(b_many, b_n, 0)
     b_first = tl.where(b_many, tl.cumsum(b_long, 0), tl.sum(b_long, 0) + tl.cumsum(b_n - b_long, 0)) - b_n
@@ -92,7 +95,7 @@ def mixer_batch_combine(
             start += _SEQUENCES
         length = tl.minimum(tl.load(past_length + i_b), capacity)
         i_b = i_b.to(tl.int64)
-        used_f, used_b = splits_used(length, splits_f, rows_f), splits_used(length, splits_b, rows_b)
+        used_f, used_b = splits_used(length, splits_f, rows_f, UNIT_F), splits_used(length, splits_b, rows_b, UNIT_B)
         b_gamma = tl.load(gamma + i_b)
         begin(PDL)
         if (used_f > FEW_F) | (used_b > FEW_B):

@@ -50,22 +50,22 @@ def feedback_step_partial(
 def share(
     program, programs, q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, batch, splits, capacity, width, scale,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr, OWN: tl.constexpr,
-    many=1, LATE: tl.constexpr = False,
+    many=1, LATE: tl.constexpr = False, UNIT: tl.constexpr = 1,
 ):  # fmt: skip
     """What one of `programs` programs that share the batch computes.
 
     many: how many times TILES tiles a split takes at least. LATE: it waits for the kernel ahead, see `begin`, with the first tiles of a past on their way;
-    a program that gets nothing to read does not wait here.
+    a program that gets nothing to read does not wait here. UNIT: see `rows_each`.
     """
     every, rows = programs >= batch * splits, BLOCK_R * TILES * many
-    total, b_first, b_n = pieces(every, past_length, batch, capacity, splits, rows, 0)
+    total, b_first, b_n = pieces(every, past_length, batch, capacity, splits, rows, 0, UNIT)
     for start in tl.range(0, total, programs, num_stages=1):
         item = start + seat(program, programs, start)
         if item < total:
-            i_b, i_split = locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, 0)
+            i_b, i_split = locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, 0, UNIT)
             _one_split(
                 q, past_k, past_s, past_length, part, stat, stride_kb, stride_kr, stride_sb, stride_sr, i_b.to(tl.int64), i_split, splits, rows, capacity,
-                width, scale, BLOCK_R, BLOCK_C, BLOCK_L, STAGES, OWN, LATE,
+                width, scale, BLOCK_R, BLOCK_C, BLOCK_L, STAGES, OWN, LATE, UNIT,
             )  # fmt: skip
 
 
@@ -74,10 +74,11 @@ def _one_split(
     q, past_k, past_s, past_length, part, stat,
     stride_kb, stride_kr, stride_sb, stride_sr, i_b, i_split, splits, rows, capacity, width, scale,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr, LATE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Split i_split of sequence i_b."""
     length = tl.minimum(tl.load(past_length + i_b), capacity)
-    each = rows_each(length, splits, rows)
+    each = rows_each(length, splits, rows, UNIT)
     o_d = tl.arange(0, BLOCK_C)[:, None] * BLOCK_L + tl.arange(0, BLOCK_L)[None, :]
     o_r = tl.arange(0, BLOCK_R)
     m_d = o_d < width

@@ -68,6 +68,7 @@ MIXER_HEADS = HEAD_WIDTHS[:2]
 MIXER_BROAD, MIXER_SHORT = MIXER_WIDTHS[0], 4096
 MIXER_MANY_F, MIXER_MANY_B = 4, 2  # of causal and of feedback attention
 MIXER_MOST_B = 96  # splits of feedback attention that such rows may have: with causal attention's, a program each, in place at once (measured on an H200)
+MIXER_UNIT_F, MIXER_UNIT_B = 2, 4  # of whose multiples a split takes rows, of causal and of feedback attention: whole tiles (measured on an H200)
 
 # --- a step of 2 to STEP_ROWS rows of a sequence; wider models take the kernels of prefill
 ROWS_WIDTHS = MIXER_WIDTHS[:2]

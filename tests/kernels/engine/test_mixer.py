@@ -9,12 +9,13 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from sessa_deploy.cuda_arch import ARCHS  # noqa: E402
 from sessa_deploy.kernels.engine import mixer  # noqa: E402
 from sessa_deploy.kernels.engine.spec import WIDE_ROW, ahead_variant, mixer_variant, step_variants  # noqa: E402
 from sessa_deploy.kernels.launch import table  # noqa: E402
 from sessa_deploy.kernels.launch.jit import Workspace, interpreted  # noqa: E402
-from sessa_deploy.kernels.launch.limits import MIXER_MOST_B  # noqa: E402
-from sessa_deploy.kernels.launch.splits import least_rows, shares  # noqa: E402
+from sessa_deploy.kernels.launch.limits import MIXER_MOST_B, MIXER_UNIT_B, MIXER_UNIT_F  # noqa: E402
+from sessa_deploy.kernels.launch.splits import least_rows, shares, step_splits  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU or TRITON_INTERPRET=1")
@@ -248,6 +249,38 @@ def test_an_infinity_in_the_last_row_stays_one() -> None:
     a["past_s"][0, 19, 3], a["gamma"][0] = torch.inf, 0.5
     s = mixer.step(**a)
     assert s[0, 3] == torch.inf and torch.isfinite(torch.cat([s[0, :3], s[0, 4:]])).all()
+
+
+@pytest.mark.skipif(not interpreted(), reason="the interpreter alone shows a workspace as tensors")
+@pytest.mark.parametrize("held", [1000, 7])
+def test_splits_of_a_long_past_are_whole_tiles(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 12 splits of each attention: those of 200 rows take 18, not 17, and 20, those of 140 take 16, which is the least, and 12. Fewer are written."""
+    a, buffers, take = case(1, 1, 16, 208, [200, 140]), dict[str, Any](), Workspace.take
+
+    def taken(self: Workspace, device: torch.device) -> Any:
+        at, memory = take(self, device)
+        memory.fill_(255)
+        buffers.update(at)
+        return at, memory
+
+    monkeypatch.setattr(Workspace, "take", taken)
+    monkeypatch.setattr(mixer, "step_splits", lambda capacity, rows, most: step_splits(capacity, rows, 12))
+    monkeypatch.setattr(mixer, "shares", lambda *sizes: shares(*sizes[:-1], held))
+    s, wanted = mixer.step(**a), truth(a)
+    assert float((s.double() - wanted).abs().max()) <= 4e-3 * float(wanted.abs().max())
+    written = {name: (buffers[f"stat_{name}"].view(2, 12, 2).view(torch.int32)[..., 0] != -1).sum(1).tolist() for name in "fb"}
+    assert written == {"f": [12, 9], "b": [10, 12]}
+
+
+def test_splits_are_whole_tiles_where_that_was_measured() -> None:
+    for variant in ("1024.64", "1024.64.1"):
+        tiles = table.tiles("mixer_step_partial", 90, "fp16", variant)
+        assert MIXER_UNIT_F % tiles["ROWS_F"] == MIXER_UNIT_B % tiles["ROWS_B"] == 0
+    for arch in ARCHS:
+        for variant in table.kernel("mixer_step_partial").variants:
+            if variant not in table.kernel("mixer_step_partial").optional or table.has("mixer_step_partial", arch, "fp16", variant):
+                tiles = table.tiles("mixer_step_partial", arch, "fp16", variant)
+                assert tiles["ROWS_F"] * tiles["TILES_F"] % MIXER_UNIT_F == tiles["ROWS_B"] * tiles["TILES_B"] % MIXER_UNIT_B == 0, "the least is whole"
 
 
 def test_a_sequence_does_not_depend_on_its_batch() -> None:
