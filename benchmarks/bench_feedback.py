@@ -36,8 +36,9 @@ OFFICIAL_UP_TO = 16384  # its T x T float32 matrices take gigabytes beyond
 DTYPE = torch.bfloat16
 
 
-def median_us(call: Callable[[], object], repeats: int = 15, warmup: int = 3) -> float:
-    """Median device time of one call in microseconds, calls queued back to back so that host time shows only where it is the limit."""
+def median_us(call: Callable[[], object], repeats: int = 15, warmup: int = 12) -> float:
+    """Median device time of one call in microseconds, calls queued back to back so that host time shows only where it is the limit. warmup: as many as a
+    training loop needs until it replays its steps, for all alike."""
     for _ in range(warmup):
         call()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from sessa_deploy.cuda import new_stream
 from sessa_deploy.kernels.beside import pair
 
-SEEN = 3  # times that work is queued plainly before it is captured: it compiles, plans and loads
+SEEN = 2  # times that work is queued plainly before it is captured: it compiles, plans and loads
 MOST = 512  # graphs of a stream; beyond, what is new is queued plainly
 STALE = 16 * MOST  # runs of other work after which a graph makes room
 FREE, WORTH = 256, 8  # graphs that are captured without a question; beyond, those there are must have been replayed so often each
