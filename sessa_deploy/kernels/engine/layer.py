@@ -16,8 +16,8 @@ from torch import Tensor
 from sessa_deploy.kernels.device import begin, turn
 from sessa_deploy.kernels.engine import layer_many, layer_rows
 from sessa_deploy.kernels.engine.pointwise import half_gelu, normal
-from sessa_deploy.kernels.engine.product import bias_of, place, put, scale_of, scaled, tile_of, wide, with_bias
-from sessa_deploy.kernels.engine.product_row import ahead, norm_product, product
+from sessa_deploy.kernels.engine.product import ahead, bias_of, place, product, put, scale_of, scaled, tile_of, wide, with_bias
+from sessa_deploy.kernels.engine.product_row import norm_product
 from sessa_deploy.kernels.engine.projection import angles, gamma_rows
 from sessa_deploy.kernels.engine.spec import product_choice
 from sessa_deploy.kernels.launch import table

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from sessa_deploy.kernels.engine.product_columns import column_product, together
+from sessa_deploy.kernels.engine.product_row import row_ahead, row_product
 from sessa_deploy.kernels.engine.widen import wide
 from sessa_deploy.kernels.launch.limits import PRODUCT_ROWS
 
@@ -40,15 +41,12 @@ def tile_of(rows, columns, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr):
-    """The first AHEAD * BK columns of a tile's weights; called before `begin`, so that they are here when the rows are. Of several rows as `strip`."""
+    """The first AHEAD * BK columns of a tile's weights; called before `begin`, so that they are here when the rows are. As `strip`; of one row
+    as `row_ahead`."""
     if AHEAD == 0:
         b_w = 0.0
-    elif BM == 1 and KS > 1:
-        tl.static_assert(AHEAD == 1, "of a row's weights one step comes ahead")
-        b_w = fan(weight, m_n, depth, 0, BN, BK, KS)
     elif BM == 1:
-        o_k = tl.arange(0, AHEAD * BK)
-        b_w = tl.load(weight + tl.arange(0, BN)[:, None] * depth + o_k[None, :], mask=m_n[:, None] & (o_k < depth)[None, :], other=0.0)
+        b_w = row_ahead(weight, m_n, depth, BN, BK, KS, AHEAD)
     else:
         tl.static_assert(AHEAD == 1, "of several rows' weights one step comes ahead")
         b_w = strip(weight, m_n, depth, 0, depth, BN, BK, KS)
@@ -139,57 +137,6 @@ def sixteen(b_low, b_high, BN: tl.constexpr):
 
 
 @triton.jit
-def fan(weight, m_n, depth, start, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """Columns [start, start + BK) of BN rows of weights as (BN / KS, KS, BK / SPAN, SPAN): each of BN / KS warps has KS rows, of which it reads SPAN columns at
-    a time, 16 bytes a lane."""
-    SPAN: tl.constexpr = 4096 // weight.dtype.element_ty.primitive_bitwidth
-    o_k = start + tl.arange(0, BK // SPAN)[None, None, :, None] * SPAN + tl.arange(0, SPAN)[None, None, None, :]
-    o_n = tl.arange(0, BN // KS)[:, None, None, None] * KS + tl.arange(0, KS)[None, :, None, None]
-    m_n = tl.reshape(m_n, [BN // KS, KS, 1, 1])
-    return tl.load(weight + o_n * depth + o_k, mask=m_n & (o_k < depth), other=0.0)
-
-
-@triton.jit
-def _fan_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """`product` of one row, each of whose columns is one warp's, which reads the whole row: no sum crosses warps. Where columns are many a multiprocessor has
-    as many instructions to issue as a row has elements, and this form has the fewest."""
-    SPAN: tl.constexpr = 4096 // weight.dtype.element_ty.primitive_bitwidth
-    o_k = tl.arange(0, BK // SPAN)[None, None, :, None] * SPAN + tl.arange(0, SPAN)[None, None, None, :]
-    o_k = tl.broadcast_to(o_k, [BN // KS, 1, BK // SPAN, SPAN])
-    b_acc = tl.sum(wide(b_w, tl.float32) * _row(x, gate, o_k, depth, GATED), 2)
-    for start in range(BK, depth, BK):
-        b_v = fan(weight, m_n, depth, start, BN, BK, KS)
-        b_acc += tl.sum(wide(b_v, tl.float32) * _row(x, gate, start + o_k, depth, GATED), 2)
-    return tl.reshape(tl.sum(b_acc, 2), [1, BN])
-
-
-@triton.jit
-def _row_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr):
-    """`product` of one row: no matrix instruction, whose 16 rows would be 15 of zeros, and nothing goes through shared memory but the last sums."""
-    b_acc = tl.zeros([1, BN], dtype=tl.float32)
-    if AHEAD > 0:
-        b_first = _row(x, gate, tl.arange(0, AHEAD * BK), depth, GATED)
-        b_acc += tl.sum(wide(b_w, tl.float32) * b_first[None, :], 1)[None, :]
-    o_n, o_k = tl.arange(0, BN), tl.arange(0, BK)
-    for start in range(AHEAD * BK, depth, BK):
-        b_x = _row(x, gate, start + o_k, depth, GATED)
-        b_v = tl.load(weight + o_n[:, None] * depth + (start + o_k)[None, :], mask=m_n[:, None] & (start + o_k < depth)[None, :], other=0.0)
-        b_acc += tl.sum(wide(b_v, tl.float32) * b_x[None, :], 1)[None, :]
-    return b_acc
-
-
-@triton.jit
-def _row(x, gate, o_k, depth, GATED: tl.constexpr):
-    """Columns o_k of the row, float32."""
-    if GATED:
-        b_g = tl.load(gate + o_k, mask=o_k < depth, other=0.0)
-    b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0)
-    if GATED:
-        b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
-    return b_x.to(tl.float32)
-
-
-@triton.jit
 def product(
     x, gate, weight, b_w, rows, m_m, m_n, depth, row, gate_row,
     GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr,
@@ -199,13 +146,10 @@ def product(
     b_w: of `ahead`; rows: how many x has from there on.
 
     KS > 1: BK is taken as KS parts, each with sums of its own, which go to a warp each and are added at the end: few rows make short sums of products
-    that wait for one another, and a warp's chain is 1 / KS as long. Of one row it is how many
-    columns are a warp's own: `_fan_product`; with 8-bit weights see product_row.py.
+    that wait for one another, and a warp's chain is 1 / KS as long. Of one row see product_row.py.
     """
-    if BM == 1 and KS > 1:
-        b_acc = _fan_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, KS)
-    elif BM == 1:
-        b_acc = _row_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, AHEAD)
+    if BM == 1:
+        b_acc = row_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, KS, AHEAD)
     elif BM > FEW:
         tl.static_assert(KS == 1, "large tiles have depth enough for every warp")
         b_acc = _large_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK)

@@ -1,7 +1,9 @@
-"""`product` of one row and 8-bit weights by matrix instructions, of whose 8 columns one is used: they take less than half of the instructions that single
-multiplications take with the conversions to float32 before them, and those are not hidden behind the weights' way from memory.
+"""`product` of one row, in three forms.
 
-Weights are held as `strip` in product.py holds them, 16 at a time: a thread reads 16 bytes and has what its matrix instructions take.
+With KS = 1 single multiplications, each column's by all warps; with KS > 1 and 16-bit weights by one warp, which has KS columns. With KS > 1 and 8-bit weights
+matrix instructions, of whose 8 columns one is used: they take less than half of the instructions that single multiplications take with the conversions to
+float32 before them, and those are not hidden behind the weights' way from memory. Weights are then held as `strip` in product.py holds them, 16 at a time: a
+thread reads 16 bytes and has what its matrix instructions take.
 """
 
 from __future__ import annotations
@@ -9,40 +11,93 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sessa_deploy.kernels.engine import product as others
 from sessa_deploy.kernels.engine.pointwise import normal
 from sessa_deploy.kernels.engine.widen import wide
 
-_ahead, _product = others.ahead, others.product
-
 
 @triton.jit
-def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr):
-    """`product.ahead`; of one row and 8-bit weights with KS > 1 a tuple of AHEAD pieces, BK columns each."""
-    if (BM == 1) & (KS > 1) & (weight.dtype.element_ty.primitive_bitwidth == 8):
+def row_ahead(weight, m_n, depth, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr):
+    """The first AHEAD * BK columns of BN rows of weights, AHEAD > 0; with KS > 1 as `_fan` has them, of 8-bit weights a tuple of AHEAD `_piece`s."""
+    if (KS > 1) & (weight.dtype.element_ty.primitive_bitwidth == 8):
         b_w = (_piece(weight, m_n, depth, 0, BN, BK, KS),)
         for i in tl.static_range(1, AHEAD):
             b_w = b_w + (_piece(weight, m_n, depth, i * BK, BN, BK, KS),)  # type: ignore[assignment]  # noqa: RUF005
+    elif KS > 1:
+        tl.static_assert(AHEAD == 1, "of a row's weights one step comes ahead")
+        b_w = _fan(weight, m_n, depth, 0, BN, BK, KS)
     else:
-        b_w = _ahead(weight, m_n, depth, BM, BN, BK, KS, AHEAD)
+        o_k = tl.arange(0, AHEAD * BK)
+        b_w = tl.load(weight + tl.arange(0, BN)[:, None] * depth + o_k[None, :], mask=m_n[:, None] & (o_k < depth)[None, :], other=0.0)
     return b_w
 
 
 @triton.jit
-def product(
-    x, gate, weight, b_w, rows, m_m, m_n, depth, row, gate_row,
-    GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """`product.product`; of one row and 8-bit weights with KS > 1 by matrix instructions: depth is at most AHEAD * BK, and KS the number of warps, each of
-    which has sums of its own (of more, Triton 3.6 gave wrong ones)."""
-    if (BM == 1) & (KS > 1) & (weight.dtype.element_ty.primitive_bitwidth == 8):
+def row_product(
+    x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr
+):
+    """(1,BN) float32, as `product.product`. By matrix instructions depth is at most AHEAD * BK, and KS the number of warps, each of which has sums of its own
+    (of more, Triton 3.6 gave wrong ones)."""
+    if (KS > 1) & (weight.dtype.element_ty.primitive_bitwidth == 8):
         b_acc = tl.zeros([KS, BN, 1 if AHEAD < 2 else 8], dtype=tl.float32)
         for i in tl.static_range(0, AHEAD):
             b_acc = _add(b_acc, x, gate, b_w[i], i * BK, depth, GATED, BN, BK, KS, AHEAD)
         b_y = _total(b_acc)
+    elif KS > 1:
+        b_y = _fan_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, KS)
     else:
-        b_y = _product(x, gate, weight, b_w, rows, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS, AHEAD)
+        b_y = _plain_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, AHEAD)
     return b_y
+
+
+@triton.jit
+def _plain_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr):
+    """`product` of one row: no matrix instruction, whose 16 rows would be 15 of zeros, and nothing goes through shared memory but the last sums."""
+    b_acc = tl.zeros([1, BN], dtype=tl.float32)
+    if AHEAD > 0:
+        b_first = _row(x, gate, tl.arange(0, AHEAD * BK), depth, GATED)
+        b_acc += tl.sum(wide(b_w, tl.float32) * b_first[None, :], 1)[None, :]
+    o_n, o_k = tl.arange(0, BN), tl.arange(0, BK)
+    for start in range(AHEAD * BK, depth, BK):
+        b_x = _row(x, gate, start + o_k, depth, GATED)
+        b_v = tl.load(weight + o_n[:, None] * depth + (start + o_k)[None, :], mask=m_n[:, None] & (start + o_k < depth)[None, :], other=0.0)
+        b_acc += tl.sum(wide(b_v, tl.float32) * b_x[None, :], 1)[None, :]
+    return b_acc
+
+
+@triton.jit
+def _fan(weight, m_n, depth, start, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """Columns [start, start + BK) of BN rows of weights as (BN / KS, KS, BK / SPAN, SPAN): each of BN / KS warps has KS rows, of which it reads SPAN columns at
+    a time, 16 bytes a lane."""
+    SPAN: tl.constexpr = 4096 // weight.dtype.element_ty.primitive_bitwidth
+    o_k = start + tl.arange(0, BK // SPAN)[None, None, :, None] * SPAN + tl.arange(0, SPAN)[None, None, None, :]
+    o_n = tl.arange(0, BN // KS)[:, None, None, None] * KS + tl.arange(0, KS)[None, :, None, None]
+    m_n = tl.reshape(m_n, [BN // KS, KS, 1, 1])
+    return tl.load(weight + o_n * depth + o_k, mask=m_n & (o_k < depth), other=0.0)
+
+
+@triton.jit
+def _fan_product(x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """`product` of one row, each of whose columns is one warp's, which reads the whole row: no sum crosses warps. Where columns are many a multiprocessor has
+    as many instructions to issue as a row has elements, and this form has the fewest."""
+    SPAN: tl.constexpr = 4096 // weight.dtype.element_ty.primitive_bitwidth
+    o_k = tl.arange(0, BK // SPAN)[None, None, :, None] * SPAN + tl.arange(0, SPAN)[None, None, None, :]
+    o_k = tl.broadcast_to(o_k, [BN // KS, 1, BK // SPAN, SPAN])
+    b_acc = tl.sum(wide(b_w, tl.float32) * _row(x, gate, o_k, depth, GATED), 2)
+    for start in range(BK, depth, BK):
+        b_v = _fan(weight, m_n, depth, start, BN, BK, KS)
+        b_acc += tl.sum(wide(b_v, tl.float32) * _row(x, gate, start + o_k, depth, GATED), 2)
+    return tl.reshape(tl.sum(b_acc, 2), [1, BN])
+
+
+@triton.jit
+def _row(x, gate, o_k, depth, GATED: tl.constexpr):
+    """Columns o_k of the row, float32."""
+    if GATED:
+        b_g = tl.load(gate + o_k, mask=o_k < depth, other=0.0)
+    b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0)
+    if GATED:
+        b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
+    return b_x.to(tl.float32)
 
 
 @triton.jit
