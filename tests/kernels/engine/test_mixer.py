@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -91,21 +92,80 @@ def test_programs_that_share_out_the_splits_change_no_bit(held: int, monkeypatch
     assert torch.equal(mixer.step(**a), every)
 
 
-@pytest.mark.skipif(not interpreted(), reason="the interpreter alone shows who reads what before the wait")
-@pytest.mark.parametrize("shape", [(2, 2, 16, 40, [40, 0, 7]), (4, 1, 16, 20, [20])], ids=str)
-def test_a_step_that_starts_early_reads_only_its_pasts_before_it_waits(shape: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the projections write is NaN whenever a program begins, and there once it has waited; every program waits; the bits are those of a plain start."""
+def starts_early(kernel: str, begins: Callable[[], None], waits: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `kernel` start early in the interpreter: begins is called as each program of any kernel begins, waits in the place of a wait."""
     from triton.runtime import interpreter
 
     from sessa_deploy.kernels import device
 
+    pinned, seat = mixer.pinned, interpreter.interpreter_builder.set_grid_idx
+
+    def early(names: tuple[str, ...], *rest: Any) -> dict[str, Any]:
+        return {name: {**o, "PDL": True} if name == kernel else o for name, o in pinned(names, *rest).items()}
+
+    def seated(*at: int) -> None:
+        seat(*at)
+        begins()
+
+    monkeypatch.setattr(mixer, "pinned", early)
+    monkeypatch.setattr(device, "gdc_wait", waits)
+    monkeypatch.setattr(device, "gdc_launch_dependents", lambda: None)
+    monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", seated)
+
+
+def combines_early(name: str, late: Sequence[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let `name`, which adds splits, start early, the workspace 255 and `late` NaN in each of its programs until it has waited. How often each waits."""
+    take, launch, out_add = Workspace.take, mixer.launcher, mixer.out_add
+    memory, splits, waited, was = list[torch.Tensor](), list[torch.Tensor](), list[int](), [x.clone() for x in late]
+
+    def taken(self: Workspace, device: torch.device) -> Any:
+        at, its = take(self, device)
+        its.fill_(255)  # so that splits which nobody computes stay 255
+        memory.append(its)
+        return at, its
+
+    def begin() -> None:
+        if combining:
+            waited.append(0)
+            memory[0].fill_(255)
+            for x in late:
+                x.fill_(torch.nan)
+
+    def wait() -> None:
+        waited[-1] += 1
+        memory[0].copy_(splits[0])
+        for x, value in zip(late, was, strict=True):
+            x.copy_(value)
+
+    combining = False
+
+    def launcher(kernel: Any, *rest: Any) -> Any:
+        nonlocal combining
+        combining = kernel is getattr(mixer, name)
+        splits[:] = [memory[0].clone()] if combining else []
+        return launch(kernel, *rest)
+
+    def projected(*operands: Any) -> torch.Tensor:
+        nonlocal combining
+        combining = False
+        return out_add(*operands)
+
+    starts_early(name, begin, wait, monkeypatch)
+    monkeypatch.setattr(Workspace, "take", taken)
+    monkeypatch.setattr(mixer, "launcher", launcher)
+    monkeypatch.setattr(mixer, "out_add", projected)
+    return waited
+
+
+@pytest.mark.skipif(not interpreted(), reason="the interpreter alone shows who reads what before the wait")
+@pytest.mark.parametrize("shape", [(2, 2, 16, 40, [40, 0, 7]), (4, 1, 16, 20, [20])], ids=str)
+def test_a_step_that_starts_early_reads_only_its_pasts_before_it_waits(shape: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the projections write is NaN whenever a program begins, and there once it has waited; every program waits; the bits are those of a plain start."""
     a = case(*shape)
     plain, written = mixer.step(**a), {name: a[name].clone() for name in ("q", "k", "v", "q_b")}
     waited, programs = list[int](), list[int]()
-    pinned, seat = mixer.pinned, interpreter.interpreter_builder.set_grid_idx
 
-    def begins(*at: int) -> None:
-        seat(*at)
+    def begins() -> None:
         waited.append(0)
         for name in written:
             a[name].fill_(torch.nan)
@@ -115,18 +175,12 @@ def test_a_step_that_starts_early_reads_only_its_pasts_before_it_waits(shape: tu
         for name, x in written.items():
             a[name].copy_(x)
 
-    def early(names: tuple[str, ...], *rest: Any) -> dict[str, Any]:
-        return {name: {**o, "PDL": True} if name == "mixer_step_partial" else o for name, o in pinned(names, *rest).items()}
-
     def shared(*sizes: int) -> tuple[int, int]:
         programs[:] = shares(*sizes[:-1], 20)
         return programs[0], programs[1]
 
-    monkeypatch.setattr(mixer, "pinned", early)
+    starts_early("mixer_step_partial", begins, waits, monkeypatch)
     monkeypatch.setattr(mixer, "shares", shared)
-    monkeypatch.setattr(device, "gdc_wait", waits)
-    monkeypatch.setattr(device, "gdc_launch_dependents", lambda: None)
-    monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", begins)
     assert torch.equal(mixer.step(**a), plain)
     assert 0 < sum(programs) < len(waited) and all(waited[: sum(programs)])
 
@@ -134,54 +188,13 @@ def test_a_step_that_starts_early_reads_only_its_pasts_before_it_waits(shape: tu
 @pytest.mark.skipif(not interpreted(), reason="the interpreter alone shows who reads what before the wait")
 def test_programs_that_share_tasks_and_start_early_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The combination of a batch: each of few programs takes tasks of long and of short sequences; before it waits there are lengths and gamma, no splits."""
-    from triton.runtime import interpreter
-
-    from sessa_deploy.kernels import device
     from sessa_deploy.kernels.engine import mixer_batch
 
     a = case(2, 2, 16, 270, [3, 0, 270])
-    plain, take, pinned, seat = mixer.step(**a), Workspace.take, mixer.pinned, interpreter.interpreter_builder.set_grid_idx
-    memory, splits, waited = list[torch.Tensor](), list[torch.Tensor](), list[int]()
-
-    def taken(self: Workspace, device: torch.device) -> Any:
-        at, its = take(self, device)
-        memory.append(its)
-        return at, its
-
-    def begins(*at: int) -> None:
-        seat(*at)
-        if combining:
-            waited.append(0)
-            memory[0].fill_(255)
-
-    def waits() -> None:
-        waited[-1] += 1
-        memory[0].copy_(splits[0])
-
-    combining = False
-
-    def few(*sizes: Any) -> int:
-        nonlocal combining
-        combining = True
-        splits.append(memory[0].clone())
-        return 1  # a program for each sequence
-
-    def early(names: tuple[str, ...], *rest: Any) -> dict[str, Any]:
-        return {name: {**o, "PDL": True} if name == "mixer_batch_combine" else o for name, o in pinned(names, *rest).items()}
-
-    def projected(*operands: Any) -> torch.Tensor:
-        nonlocal combining
-        combining = False
-        return out_add(*operands)
-
-    out_add = mixer.out_add
-    assert mixer_batch.tasks(2, 16, 32, pinned(("mixer_batch_combine",), a["q"].device, torch.float16, "64")["mixer_batch_combine"]) > 1, "several turns"
-    for name, value in (("pinned", early), ("tasks", few), ("out_add", projected)):
-        monkeypatch.setattr(mixer, name, value)
-    monkeypatch.setattr(Workspace, "take", taken)
-    monkeypatch.setattr(device, "gdc_wait", waits)
-    monkeypatch.setattr(device, "gdc_launch_dependents", lambda: None)
-    monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", begins)
+    plain, tiles = mixer.step(**a), mixer.pinned(("mixer_batch_combine",), a["q"].device, torch.float16, "64")["mixer_batch_combine"]
+    assert mixer_batch.tasks(2, 16, 32, tiles) > 1, "several turns"
+    waited = combines_early("mixer_batch_combine", (), monkeypatch)
+    monkeypatch.setattr(mixer, "tasks", lambda *_: 1)  # a program for each sequence
     assert torch.equal(mixer.step(**a), plain)
     assert len(waited) == 3 and all(waited)
 
@@ -190,57 +203,10 @@ def test_programs_that_share_tasks_and_start_early_change_no_bit(monkeypatch: py
 @pytest.mark.parametrize("length", [270, 20, 0])
 def test_one_sequences_combination_reads_its_length_alone_before_it_waits(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits, their statistics and gamma are NaN whenever a program begins; splits that nobody computed stay so. The bits are those of a plain start."""
-    from triton.runtime import interpreter
-
-    from sessa_deploy.kernels import device
-
     a = case(2, 2, 16, 270, [length])
-    plain, take, pinned, seat = mixer.step(**a), Workspace.take, mixer.pinned, interpreter.interpreter_builder.set_grid_idx
-    memory, splits, waited, gamma = list[torch.Tensor](), list[torch.Tensor](), list[int](), a["gamma"].clone()
-
-    def taken(self: Workspace, device: torch.device) -> Any:
-        at, its = take(self, device)
-        its.fill_(255)
-        memory.append(its)
-        return at, its
-
-    def begins(*at: int) -> None:
-        seat(*at)
-        if combining:
-            waited.append(0)
-            memory[0].fill_(255)
-            a["gamma"].fill_(torch.nan)
-
-    def waits() -> None:
-        waited[-1] += 1
-        memory[0].copy_(splits[0])
-        a["gamma"].copy_(gamma)
-
-    combining = False
-
-    def launcher(kernel: Any, *rest: Any) -> Any:
-        nonlocal combining
-        combining = kernel is mixer.mixer_step_combine
-        splits[:] = [memory[0].clone()] if combining else []
-        return launch(kernel, *rest)
-
-    def early(names: tuple[str, ...], *rest: Any) -> dict[str, Any]:
-        return {name: {**o, "PDL": True} if name == "mixer_step_combine" else o for name, o in pinned(names, *rest).items()}
-
-    def projected(*operands: Any) -> torch.Tensor:
-        nonlocal combining
-        combining = False
-        return out_add(*operands)
-
-    out_add, launch = mixer.out_add, mixer.launcher
-    for name, value in (("pinned", early), ("launcher", launcher), ("out_add", projected)):
-        monkeypatch.setattr(mixer, name, value)
-    monkeypatch.setattr(Workspace, "take", taken)
-    monkeypatch.setattr(device, "gdc_wait", waits)
-    monkeypatch.setattr(device, "gdc_launch_dependents", lambda: None)
-    monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", begins)
+    plain, tiles = mixer.step(**a), mixer.pinned(("mixer_step_combine",), a["q"].device, torch.float16, "1")["mixer_step_combine"]
+    waited = combines_early("mixer_step_combine", (a["gamma"],), monkeypatch)
     assert torch.equal(mixer.step(**a), plain)
-    tiles = pinned(("mixer_step_combine",), a["q"].device, torch.float16, "1")["mixer_step_combine"]
     assert len(waited) == 2 * -(-16 // tiles["BLOCK_D"]) + -(-32 // tiles["BLOCK_D"]) and set(waited) == {1}
 
 
