@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ Made = TypeVar("Made")
 _PATIENCE = datetime.timedelta(hours=2)  # how long processes wait while process 0 writes a checkpoint; a process that fails is seen by the watch
 _TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)  # in what a collective raises that nobody answered
 _OTHERS_SAY = 4.0  # seconds after a broken collective in which it is known which process broke it
+_THREADS_REST = 0.2  # seconds in which gloo's threads let go of their last tensors: one that still waits for Python's lock as the interpreter ends aborts it
 _CHIEF_LEAVES = 10.0  # seconds that the others give process 0 to say what went wrong
 
 
@@ -136,11 +138,14 @@ def joined() -> Iterator[Group]:
         dist.all_reduce(torch.zeros(1))  # nobody leaves while another may still need an answer
     except BaseException as error:
         raised = _ended(watch, rank, error)
+        watch.close()
+        time.sleep(_THREADS_REST)
         if raised is error:
             raise
         raise raised from None
     watch.close()
     dist.destroy_process_group()
+    time.sleep(_THREADS_REST)
 
 
 def _place(name: str) -> int:

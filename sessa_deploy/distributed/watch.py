@@ -16,6 +16,7 @@ from sessa_deploy.errors import UserError
 
 _LOOK = 0.5  # seconds between two looks
 GRACE = 3.0  # seconds in which the main thread may end by itself once a failure is known
+_STORE_ANSWERS = 5.0  # seconds in which a store that is there has answered
 _LAST_WORDS = 1.0  # seconds in which a process that ended may have said why
 
 
@@ -86,9 +87,11 @@ class Watch:
                 time.sleep(0.1)
 
     def close(self) -> None:
-        """End the watch; the processes may then end at different times."""
+        """End the watch; the processes may then end at different times. Where its store does not answer, it is left behind."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_STORE_ANSWERS)
+        if self._thread.is_alive():
+            return
         for handle in self._peers.values():
             os.close(handle)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
@@ -125,3 +128,62 @@ def test_an_environment_that_is_not_whole_is_one_line(monkeypatch: pytest.Monkey
         monkeypatch.delenv(key, raising=False) if text is None else monkeypatch.setenv(key, text)
     with pytest.raises(UserError, match=rf"the environment's {name}.*torchrun"), joined():
         pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_thread_still_waits_for_the_interpreter_when_a_process_leaves(
+    watched: Callable[..., Watch], store: dist.Store, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Gloo's threads let go of tensors after a collective has ended, and the watch asks its store; with the interpreter gone either aborts the process."""
+    for key, text in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, text)
+    woken, wake = os.pipe()
+    let_go: list[bytes] = []
+
+    def carries() -> None:
+        last = os.read(woken, 1)
+        time.sleep(0.02)  # of a processor with other work
+        let_go.append(last)
+
+    carrier = threading.Thread(target=carries)
+    made = watched(0)
+
+    def ends_a_collective(*_: object) -> None:
+        carrier.start()
+        time.sleep(0.1)  # it waits in the read now
+        sys.setswitchinterval(100)  # as one that the scheduler forgot: it has the lock only where the main thread waits
+        os.write(wake, b"x")
+        if fails:
+            raise RuntimeError("the connection was closed")
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dist, "all_reduce", ends_a_collective)
+    monkeypatch.setattr(group, "_watch", lambda *_: made)
+    monkeypatch.setattr(group, "_ended", lambda watch, rank, error: error)
+    monkeypatch.setattr(Watch, "close", closes := Mock(wraps=lambda: None))
+    before = sys.getswitchinterval()
+    try:
+        with contextlib.suppress(RuntimeError), joined():
+            pass
+        assert let_go == [b"x"] and closes.call_count == 1
+    finally:
+        sys.setswitchinterval(before)
+        monkeypatch.undo()
+        carrier.join()
+    made.close()
+    assert not made._thread.is_alive()
+
+
+def test_a_watch_whose_store_does_not_answer_is_left_behind(watched: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_STORE_ANSWERS", 0.05)
+    made, answer = watched(0), threading.Event()
+    monkeypatch.setattr(made, "failure", lambda: answer.wait(30) and None)
+    time.sleep(0.1)
+    made.close()
+    assert made._thread.is_alive()
+    answer.set()
+    made._thread.join(5)
+    assert not made._thread.is_alive()
