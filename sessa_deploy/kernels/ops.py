@@ -235,8 +235,8 @@ def _wants_other_backend(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool
 
 
 def fuses(known: dict[Any, bool], heads: Callable[[], tuple[Tensor, ...]]) -> bool:
-    """Whether causal attention without a past inside an autograd function is `attention_forward`, else `attention_graph`: where `causal_attention` would take
-    cuDNN too. known: answers of before, of the same shapes, type and device; heads: gives q (B,T,Hq,d) and k, v (B,T,Hkv,d), should it be asked again."""
+    """Whether causal attention without a past inside an autograd function is `attention_forward`, else a graph of its own: where `causal_attention` would
+    take cuDNN too. known: answers of before, of the same shapes, type and device; heads: gives q (B,T,Hq,d) and k, v (B,T,Hkv,d), should it be asked again."""
     c = torch._C
     key = (_wants_other_backend, c._get_cudnn_enabled(), c._get_cudnn_sdp_enabled(), c._get_flash_sdp_enabled(), c._get_mem_efficient_sdp_enabled(),
            c._get_math_sdp_enabled(), tuple(c._get_sdp_priority_order()), c._get_deterministic_algorithms())  # fmt: skip
@@ -275,13 +275,6 @@ def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, l
         *turned, lse, seed, seed, None, None, None, tokens, tokens, 0.0, True)  # fmt: skip
     dq, dk, dv = (g.transpose(1, 2) for g in grads)
     return dq, dk, dv
-
-
-def attention_graph(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """`causal_attention` inside an autograd function: o, which holds a graph of its own, and the graph's q, k and v."""
-    with torch.enable_grad():
-        leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
-        return causal_attention(*leaves), *leaves
 
 
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ from sessa_deploy.kernels import ops, route
 from sessa_deploy.kernels.beside import Beside
 from sessa_deploy.kernels.launch.jit import aligned
 from sessa_deploy.kernels.replay import flags, queue
+from sessa_deploy.kernels.training import attention
 from sessa_deploy.kernels.training.form import Form, HeadWeights, Sums, Weights
 from sessa_deploy.kernels.training.pieces import Between, Early, Pieces, pieces_of
 from sessa_deploy.kernels.training.regions import Entered, Norms, direct, enter, leave, norms, plan, products
@@ -217,14 +218,16 @@ def weight_grad(out: Tensor, dy: Tensor, x: Tensor, beside: Beside) -> None:
 
 
 class _Made(NamedTuple):
-    """What a forward hands to its node: memory, o where the forward attention stood between two pieces, with its graph, y, and whether rows are wanted."""
+    """What a forward hands to its node: memory, o where the forward attention stood between two pieces, with what that has saved and its graph, y, and whether
+    rows are wanted."""
 
     pieces: Pieces
     given: _In
     kept: Tensor
     qkv: Tensor | None
     o: Tensor | None
-    graph: tuple[Tensor, ...]
+    held: tuple[Tensor, ...]
+    graph: attention.Graph | None
     y: Tensor
     rows: bool
 
@@ -232,9 +235,9 @@ class _Made(NamedTuple):
 class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx, made, x, out_proj, *weights):  # type: ignore[no-untyped-def]
-        pieces, given, kept, qkv, o, graph, y, rows = made
-        ctx.save_for_backward(given.x, given.norm.weight, given.norm.gamma_weight, given.cos, given.sin, kept, qkv, o, *given.parameters)
-        ctx.pieces, ctx.graph = pieces, graph
+        pieces, given, kept, qkv, o, held, graph, y, rows = made
+        ctx.save_for_backward(*held, given.x, given.norm.weight, given.norm.gamma_weight, given.cos, given.sin, kept, qkv, o, *given.parameters)
+        ctx.pieces, ctx.held, ctx.graph = pieces, len(held), graph
         ctx.types = [None if w is None else w.dtype for w in (out_proj, *weights)]
         ctx.set_materialize_grads(False)
         if not rows:
@@ -247,8 +250,9 @@ class _Whole(torch.autograd.Function):
     def backward(ctx, dy, *more):  # type: ignore[no-untyped-def]
         pieces, needs = ctx.pieces, ctx.needs_input_grad[2:]
         p = pieces.plan
+        every: list[Any] = list(ctx.saved_tensors)  # once: a checkpoint computes them
         # aligned: hooks that keep what is saved somewhere else give it back as they like
-        saved: list[Any] = [None if x is None else aligned(x) for x in ctx.saved_tensors]
+        saved: list[Any] = [None if x is None else aligned(x) for x in every[ctx.held :]]
         x, norm_weight, gamma_weight, cos, sin, kept, qkv, o, *parameters = saved
         dk, dv, dk_b, ds = more or (None,) * 4
         device, width = p.device, p.width
@@ -273,11 +277,10 @@ class _Whole(torch.autograd.Function):
             queue(("backward", what), device, memory, lambda: launches().whole())
         else:
 
-            def attention() -> tuple[Tensor, ...]:
-                out, *leaves = ctx.graph
-                return torch.autograd.grad(out, leaves, pieces.between.view(between, "o").view(*p.q_shape), retain_graph=True)
+            def attend() -> tuple[Tensor, ...]:
+                return ctx.graph.backward(pieces.between.view(between, "o").view(*p.q_shape), every[: ctx.held])  # type: ignore[no-any-return]
 
-            _around(attention, ("backward", what), device, memory, launches)
+            _around(attend, ("backward", what), device, memory, launches)
         # each in the type of its parameter, as far as that is one of the two
         exact, rounded = [torch.split_with_sizes(x, p.sizes) for x in pieces.sums.views(sums)]
         by_name = zip(Sums._fields, exact, rounded, strict=True)
@@ -351,13 +354,14 @@ def _forward(form: Form, cos: Tensor | None, sin: Tensor | None, x: Tensor, weig
     memory = (x, *norm, cos, sin, *first[2:4], *first[6:], out, out_proj, kept, qkv, passing, y)
     if pieces.fused:
         queue(("forward", what), device, memory, lambda: launches().whole())
-        return _Made(pieces, given, kept, qkv, None, (), y, rows)
-    graph: tuple[Tensor, ...] = ()
+        return _Made(pieces, given, kept, qkv, None, (), None, y, rows)
+    held: tuple[Tensor, ...] = ()
+    graph: attention.Graph | None = None
 
     def attend() -> tuple[Tensor, ...]:
-        nonlocal graph
-        graph = ops.attention_graph(*pieces.heads(kept, qkv))
-        return (aligned(graph[0].detach(), p.dtype),)
+        nonlocal held, graph
+        o, held, graph = attention.attention_graph(*pieces.heads(kept, qkv))
+        return (aligned(o, p.dtype),)
 
     (o,) = _around(attend, ("forward", what), device, memory, launches)
-    return _Made(pieces, given, kept, qkv, o, graph, y, rows)
+    return _Made(pieces, given, kept, qkv, o, held, graph, y, rows)

@@ -17,7 +17,7 @@ from replayed import Again
 
 from sessa_deploy import SessaLayer, fused_layer
 from sessa_deploy.kernels import ops, replay
-from sessa_deploy.kernels.training import regions, whole
+from sessa_deploy.kernels.training import attention, regions, whole
 from sessa_deploy.kernels.training.plan import Memory
 from sessa_deploy.rope import rope_tables
 
@@ -28,7 +28,7 @@ class Places:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.given: dict[Any, Tensor] = {}
         self.count, self.used = itertools.count(), set[Any]()
-        plain, graph, grad = torch.empty, ops.attention_graph, torch.autograd.grad
+        plain, graph, grad = torch.empty, attention.attention_graph, torch.autograd.grad
 
         def empty(*size: Any, **kind: Any) -> Tensor:
             key = (next(self.count), str(size), str(kind))
@@ -40,22 +40,12 @@ class Places:
         def placed(x: Tensor) -> Tensor:
             return empty(tuple(x.shape), dtype=x.dtype, device=x.device).copy_(x)
 
-        def attend(*inputs: Tensor) -> tuple[Tensor, ...]:
-            o, *leaves = graph(*inputs)
-            with torch.enable_grad():
-                return Placed.apply(o), *leaves
-
-        class Placed(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, o: Tensor) -> Tensor:
-                return placed(o)
-
-            @staticmethod
-            def backward(ctx: Any, do: Tensor) -> Tensor:
-                return do
+        def attend(*inputs: Tensor) -> tuple[Any, ...]:
+            o, *rest = graph(*inputs)
+            return placed(o), *rest
 
         monkeypatch.setattr(torch, "empty", empty)
-        monkeypatch.setattr(ops, "attention_graph", attend)
+        monkeypatch.setattr(attention, "attention_graph", attend)
         monkeypatch.setattr(torch.autograd, "grad", lambda *inputs, **kind: tuple(placed(g) for g in grad(*inputs, **kind)))
 
     def again(self) -> None:
