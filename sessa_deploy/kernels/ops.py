@@ -7,6 +7,7 @@ A non-finite new row makes itself and at most the later rows of its own sequence
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sessa_deploy.kernels import blocked, route
-from sessa_deploy.kernels.route import is_eager
+from sessa_deploy.kernels.route import has_tangents, is_eager
 
 STORAGE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TRAINING_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -26,6 +27,11 @@ _TRAINING_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SD
 def _require(ok: bool, what: str, got: object) -> None:
     if not ok:
         raise ValueError(f"sessa: {what}, got {got}")
+
+
+def _check_devices(q: Tensor, **others: Tensor) -> None:
+    for name, x in others.items():
+        _require(x.device == q.device, f"{name} must be on q's device {q.device}", x.device)
 
 
 def _check_past(like: Tensor, row: tuple[int, ...], past_length: Tensor, **past: Tensor) -> None:
@@ -45,6 +51,7 @@ def _fits(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tensor, past_s
         dtype in STORAGE and dtype == k.dtype == f.dtype == past_k.dtype == past_s.dtype and gamma.dtype == torch.float32
         and len(shape) == 3 and shape == k.shape == f.shape and gamma.shape == shape[:2] and past == past_s.shape and len(past) == 3
         and past[0] == shape[0] and past[2] == shape[2] and past_length.shape == shape[:1] and past_length.dtype == torch.int32
+        and q.device == k.device == gamma.device == f.device == past_k.device == past_s.device == past_length.device
     )  # fmt: skip
 
 
@@ -59,6 +66,7 @@ def _check_feedback(q: Tensor, k: Tensor, gamma: Tensor, f: Tensor, past_k: Tens
     allowed = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
     _require(gamma.dtype in allowed, "gamma must be float32, whatever the storage dtype (float64 is accepted beside float64 storage)", gamma.dtype)
     _check_past(q, (q.shape[2],), past_length, past_k=past_k, past_s=past_s)
+    _check_devices(q, k=k, gamma=gamma, f=f, past_k=past_k, past_s=past_s, past_length=past_length)
 
 
 def _check_causal(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: Tensor) -> None:
@@ -68,6 +76,7 @@ def _check_causal(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tenso
     fits = k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3] and q.shape[2] % k.shape[2] == 0
     _require(fits, "k must be (B,T,Hkv,d) with Hq a multiple of Hkv", f"q {tuple(q.shape)}, k {tuple(k.shape)}")
     _check_past(k, tuple(k.shape[2:]), past_length, past_k=past_k, past_v=past_v)
+    _check_devices(q, k=k, v=v, past_k=past_k, past_v=past_v, past_length=past_length)
 
 
 def run_forward(
@@ -185,6 +194,29 @@ def _causal_grad(ctx, do: Tensor):  # type: ignore[no-untyped-def]
 _causal_attention.register_autograd(_causal_grad, setup_context=_save_causal)
 
 
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function's backward without a derivative of its own: to take one raises RuntimeError.
+
+    As PyTorch's `once_differentiable`, but also where the gradient that comes in is a constant: the second derivative would be zero there without a word.
+    """
+
+    @functools.wraps(backward)
+    def first(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        refuse = torch._C._functions.DelayedError(b"sessa: trying to differentiate twice what has a first derivative alone", len(found))
+        return refuse(*[None if x is None else x.detach().requires_grad_() for x in found])
+
+    return first
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    if has_tangents(*tensors):
+        raise NotImplementedError("sessa: the attentions have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use backward or vjp")
+
+
 class _Direct(torch.autograd.Function):
     """Feedback attention without the dispatcher: custom operators cost hundreds of microseconds of host time a training step.
 
@@ -198,7 +230,7 @@ class _Direct(torch.autograd.Function):
         return s
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx, ds):  # type: ignore[no-untyped-def]
         q, k, gamma, s, lse, rest, *past = ctx.saved_tensors
         # s stands for f: where f is not finite, s is not
@@ -293,9 +325,11 @@ def feedback_attention(
     q, k, f: (B,T,D) in a storage dtype (float64, float32, float16, bfloat16). gamma: (B,T) float32. past_k, past_s: (B,P,D) in the storage
     dtype, whose rows from past_length[b] on may hold any bits; past_length: (B,) int32. Without a past: prefill. alpha is the softmax with
     scale D^-0.5, zero for a row with no predecessor. Returns s (B,T,D) in the storage dtype; differentiable in everything but past_length.
-    Under autocast the storage dtype is autocast's. Raises ValueError on shapes or dtypes outside this contract.
+    Under autocast the storage dtype is autocast's. Raises ValueError on shapes or dtypes outside this contract, and NotImplementedError where a
+    forward-mode derivative is taken.
     """
     behind = past_k is not None
+    _refuse_tangents(*[x for x in (q, k, gamma, f, past_k, past_s) if x is not None])
     if past_k is None or past_s is None or past_length is None:
         _require(past_k is None and past_s is None and past_length is None, "past_k, past_s and past_length go together", "only some of them")
         eager = is_eager(q, k, gamma, f)
@@ -322,12 +356,13 @@ def causal_attention(
 
     q: (B,T,Hq,d). k, v: (B,T,Hkv,d), Hq a multiple of Hkv; q and k already rotated. past_k, past_v: (B,P,Hkv,d), whose rows from
     past_length[b] on may hold any bits; past_length: (B,) int32. Returns o (B,T,Hq,d) in the storage dtype. Differentiable.
-    Training without a past goes through PyTorch's scaled_dot_product_attention. Raises ValueError on shapes or dtypes outside this contract.
+    Training without a past goes through PyTorch's scaled_dot_product_attention. Raises ValueError on shapes or dtypes outside this contract, and
+    NotImplementedError where a forward-mode derivative is taken behind a past.
     """
     q, k, v = _cast_for_autocast(q, k, v)
     if past_k is None or past_v is None or past_length is None:
         _require(past_k is None and past_v is None and past_length is None, "past_k, past_v and past_length go together", "only some of them")
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        if (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))) or has_tangents(q, k, v):
             q_t, k_t, v_t = (x.transpose(1, 2) for x in (q, k, v))
             grouped = q.shape[2] != k.shape[2]
             # cuDNN's kernels are the fastest on Hopper; they plan once a shape, which suits training. Where one does not apply the next is taken.
@@ -336,6 +371,7 @@ def causal_attention(
             return o.transpose(1, 2)
         past_k, past_v = (k.new_empty(k.shape[0], 0, *k.shape[2:]) for _ in range(2))
         past_length = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
+    _refuse_tangents(q, k, v, past_k, past_v)
     past_k, past_v = _cast_for_autocast(past_k, past_v)
     if is_eager(q, k, v, past_k, past_v, past_length) and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, past_k, past_v))):
         return _causal_forward(q, k, v, past_k, past_v, past_length)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sessa_deploy.contract import STEP_ROWS
 from sessa_deploy.kernels import blocked
@@ -55,14 +56,20 @@ def feedback_steps_rows(q: Tensor, capacity: int) -> bool:
 
 
 def is_eager(*tensors: Tensor) -> bool:
-    """Whether nothing looks on that needs the registered operators: no tracing, no dispatch or functorch mode, no tensor subclass."""
+    """Whether nothing looks on that needs the registered operators: no tracing, no dispatch or functorch mode, no forward-mode derivatives, no subclass."""
     return (
         not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and is_plain(*tensors)
     )
+
+
+def has_tangents(*tensors: Tensor) -> bool:
+    """Whether a forward-mode derivative is taken through one of them. Kernels and registered operators would drop it without a word."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def is_plain(*tensors: Tensor) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rule import EPS, check
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sessa_deploy.kernels import blocked, ops, reference
 
@@ -176,6 +180,52 @@ def test_direct_call_of_the_public_op_is_differentiable() -> None:
     assert torch.autograd.gradcheck(lambda *x: torch.ops.sessa.feedback_attention(*x, p["past_length"]), inputs)
 
 
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_a_second_derivative_is_refused(weight: float) -> None:
+    """Also where the first one's weights are constants: PyTorch's own guard gives zeros there."""
+    p = problem(1, 5, 4, dtype=torch.float32)
+    q = p["q"].requires_grad_()
+    s = ops.feedback_attention(q, p["k"], p["gamma"], p["f"])
+    (dq,) = torch.autograd.grad((s**weight).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (dq.square().sum() + s.sum()).backward()
+
+
+@pytest.mark.parametrize("call", ["jvp", "jacfwd", "dual"])
+@pytest.mark.parametrize("past", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_forward_mode_derivative_is_refused(call: str, past: bool, grad: bool) -> None:
+    """The kernels and the registered operators know none: zeros would come back."""
+    p = problem(1, 5, 4, 3, torch.float32)
+    names = list(p) if past else list(p)[:4]
+    behind = [torch.randn(1, 3, 1, 4), torch.randn(1, 3, 1, 4), p["past_length"]] if past else []
+    q = p["q"].requires_grad_(grad)
+
+    def feedback(x: Tensor) -> Tensor:
+        return ops.feedback_attention(x, *(p[n] for n in names[1:]))
+
+    def causal(x: Tensor) -> Tensor:
+        return ops.causal_attention(x[:, :, None], p["k"][:, :, None], p["f"][:, :, None], *behind)
+
+    def take(of: Callable[[Tensor], Tensor]) -> Tensor:
+        if call == "dual":
+            with forward_ad.dual_level():
+                tangent = forward_ad.unpack_dual(of(forward_ad.make_dual(q, torch.ones_like(q)))).tangent
+                assert tangent is not None
+                return tangent
+        found: Tensor = torch.func.jacfwd(of)(q) if call == "jacfwd" else torch.func.jvp(of, (q,), (torch.ones_like(q),))[1]
+        return found
+
+    for of in (feedback, causal) if past else (feedback,):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            take(of)
+    with forward_ad.dual_level():  # nothing to take a derivative of
+        torch.testing.assert_close(feedback(q), ops.feedback_attention(**{n: p[n] for n in names}))
+    if not past:
+        with sdpa_kernel(SDPBackend.MATH):
+            assert take(causal).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(dtype: torch.dtype, grad: bool) -> None:
@@ -205,12 +255,23 @@ def test_autocast_casts_storage_and_keeps_gamma() -> None:
         ({"past_k": torch.zeros(1, 2, 8, dtype=torch.float16)}, "past_k must have the storage dtype"),
         ({"past_length": torch.zeros(1)}, "past_length must be int32"),
         ({"past_length": torch.zeros(2, dtype=torch.int32)}, "past_length must have shape"),
+        ({"k": torch.zeros(1, 4, 8, device="meta")}, "k must be on q's device cpu, got meta"),
+        ({"past_length": torch.zeros(1, dtype=torch.int32, device="meta")}, "past_length must be on q's device"),
     ],
 )
 def test_wrong_inputs_are_refused(change: dict[str, Tensor], message: str) -> None:
     p = problem(1, 4, 8, 2, torch.float32)
     with pytest.raises(ValueError, match=message):
         ops.feedback_attention(**{**p, **change})
+
+
+@pytest.mark.parametrize("name", ["k", "past_v", "past_length"])
+def test_causal_attention_has_its_tensors_on_one_device(name: str) -> None:
+    """A kernel would read an address of another device."""
+    x = torch.zeros(1, 4, 2, 8)
+    p = {"q": x, "k": x, "v": x, "past_k": x, "past_v": x, "past_length": torch.zeros(1, dtype=torch.int32)}
+    with pytest.raises(ValueError, match=f"{name} must be on q's device"):
+        ops.causal_attention(**{**p, name: p[name].to("meta")})
 
 
 def test_a_sequence_is_the_same_whatever_batch_it_is_in() -> None:

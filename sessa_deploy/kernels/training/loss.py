@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sessa_deploy.kernels import route
+from sessa_deploy.kernels import ops, route
 from sessa_deploy.kernels.launch.jit import aligned, launch
 from sessa_deploy.kernels.launch.passes import tiles
 
@@ -40,7 +40,7 @@ class _MeanNats(torch.autograd.Function):
         return nats.mean()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @ops.once
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         from sessa_deploy.kernels.training import elementwise
 

@@ -246,7 +246,7 @@ class _Whole(torch.autograd.Function):
         return y, k, v, pieces.kept.view(kept, "k_b"), pieces.kept.view(kept, "s")
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @ops.once
     def backward(ctx, dy, *more):  # type: ignore[no-untyped-def]
         pieces, needs = ctx.pieces, ctx.needs_input_grad[2:]
         p = pieces.plan
