@@ -207,7 +207,8 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             return found
         refuse = torch._C._functions.DelayedError(b"sessa: trying to differentiate twice what has a first derivative alone", len(found))
-        return refuse(*[None if x is None else x.detach().requires_grad_() for x in found])
+        ends: list[Any] = [None if x is None else x.detach().requires_grad_() for x in found]
+        return refuse(*ends)
 
     return first
 

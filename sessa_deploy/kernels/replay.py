@@ -81,17 +81,24 @@ class Replays:
         """Whether another graph may be kept. Where memory lies elsewhere for good, those of before make room."""
         if len(self._graphs) >= MOST and self._runs - self._swept >= MOST:
             self._swept = self._runs
-            for key in [key for key, run in self._used.items() if self._runs - run >= STALE]:
-                del self._graphs[key], self._used[key]
+            for key, run in list(self._used.items()):
+                if self._runs - run >= STALE:
+                    self._drop(key)
         return len(self._graphs) < MOST
+
+    def _drop(self, key: Hashable) -> None:
+        """Let go of a graph, which another thread may have done by now."""
+        self._graphs.pop(key, None)
+        self._used.pop(key, None)
 
     def _replay(self, key: Hashable, graph: Any, work: Callable[[], None]) -> None:
         self._used[key] = self._runs
         try:
             graph.replay()
+            return
         except RuntimeError:  # a graph takes memory when it is launched, where plain launches take none
-            del self._graphs[key], self._used[key]
-            work()
+            self._drop(key)
+        work()  # out here: an error of its own is not the other's
 
     def _capture(self, key: Hashable, work: Callable[[], None]) -> None:
         self._captures += 1
@@ -99,6 +106,8 @@ class Replays:
             with _ONE_AT_A_TIME:
                 graph = self._captured(work)
         except RuntimeError:  # what cannot be captured here is queued as ever
+            graph = None
+        if graph is None:
             self._failed += 1
             self._on = self._failed < TRIES
             self._seen[threading.get_ident(), key] = _NEVER
@@ -115,28 +124,32 @@ class Replays:
             pair(self._stream, self._side)
         if self._first is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph, error = torch.cuda.CUDAGraph(), None
+        graph, begun = torch.cuda.CUDAGraph(), False
+        error: BaseException | None = None
         with torch.cuda.stream(self._stream):
             # libraries take their workspaces inside, so from the pool: they are the graphs' own, whoever clears what libraries hold
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            except RuntimeError:
-                self._recover()
-                raise
-            try:
+                begun = True
                 work()
-            except BaseException as raised:  # also the user's interrupt, which goes on when the capture is over
+            except BaseException as raised:  # also the user's interrupt, wherever it comes, which goes on when the capture is over
                 error = raised
-            if error is not None:
+            if error is not None and begun:
                 with suppress(RuntimeError):  # of a capture that is void by now; its end must come all the same
                     self._join()
             try:
-                graph.capture_end()
+                if begun or not isinstance(error, RuntimeError):
+                    graph.capture_end()
+                else:
+                    self._recover()
             except RuntimeError as raised:
                 error = error or raised
                 self._recover()
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # whose frames hold what was captured, and this one it
         self._first = self._first or graph
         return graph
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import threading
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -115,6 +117,32 @@ def test_a_capture_that_fails_is_over(graphs: SimpleNamespace, monkeypatch: pyte
     assert len(graphs.ended) == 2 and not kept._graphs
 
 
+@pytest.mark.parametrize("fails", ["work", "end", "replay"])
+def test_what_failed_holds_no_memory_and_hides_no_error(fails: str, graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most captures that fail lack memory: nothing of them may stay until Python looks for circles."""
+    kept, seen = replay.Replays(torch.device("cuda", 0)), list[Any]()
+    for _ in range(replay.SEEN + (fails == "replay")):
+        kept.run("a", lambda: None)
+
+    def work() -> None:
+        seen.append(weakref.ref(y := torch.zeros(1)))
+        if fails == "work" and Graph.current is not None:
+            raise torch.OutOfMemoryError("in the graph")
+        if Graph.current is None:
+            raise ValueError(f"the user's own {y.numel()}")
+
+    monkeypatch.setattr(Graph, "refuses", fails == "end")
+    for graph in kept._graphs.values():
+        graph.lacks_memory = True
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="the user's own") as raised:
+            kept.run("a", work)
+        assert raised.value.__context__ is None and seen[:-1] == [x for x in seen[:-1] if x() is None] and len(seen) == (1 if fails == "replay" else 2)
+    finally:
+        gc.enable()
+
+
 def test_a_capture_ends_where_the_second_stream_cannot_be_waited_for(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a void capture every event fails; a thread whose capture does not end can allocate nothing more."""
     kept = replay.Replays(torch.device("cuda", 0))
@@ -134,6 +162,37 @@ def test_a_capture_ends_where_the_second_stream_cannot_be_waited_for(graphs: Sim
     monkeypatch.setattr(kept, "_join", fails)
     kept.run("a", work)
     assert Graph.current is None and ran == [1, 1] and kept._on
+
+
+def test_an_interrupt_while_a_capture_begins_ends_it(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is seen when the call that begins it returns; a thread that went on capturing could allocate nothing more."""
+    kept, begin, ran = replay.Replays(torch.device("cuda", 0)), Graph.capture_begin, list[int]()
+
+    def interrupted(graph: Graph, pool: Any, capture_error_mode: str) -> None:
+        begin(graph, pool, capture_error_mode)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Graph, "capture_begin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(replay.SEEN + 1):
+            kept.run("a", lambda: ran.append(1))
+    assert Graph.current is None and len(ran) == replay.SEEN and kept._on
+    monkeypatch.setattr(Graph, "capture_begin", begin)
+    kept.run("a", lambda: ran.append(1))
+    assert "a" in kept._graphs
+
+
+def test_a_graph_that_another_thread_let_go_of_is_gone(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of two loops run in four threads: one may make room while another replays, or both find no memory for the same graph."""
+    monkeypatch.setattr(replay, "MOST", 2)
+    monkeypatch.setattr(replay, "STALE", 4)
+    kept, graph = replay.Replays(torch.device("cuda", 0)), Graph()  # one that was dropped in between
+    for graph.lacks_memory in (False, True, True, False):
+        kept._replay("a", graph, lambda: None)
+    for key in range(9):
+        for _ in range(replay.SEEN + 1):
+            kept.run(key, lambda: None)
+    assert kept._graphs and set(kept._used) == set(kept._graphs)
 
 
 def test_work_whose_graph_finds_no_memory_is_queued_as_ever(graphs: SimpleNamespace) -> None:
