@@ -1,8 +1,8 @@
 """Which of a SessaLayer's modules the fused regions of kernels/training stand in for, and when: the same parameters, the same equations, fewer launches.
 
 On a GPU, in eager calls, a layer takes `whole` in training, else `head` and `tail`, in place of its plain modules. The plain ones run on a CPU, in float64,
-under torch.compile, export, functorch or tensor subclasses, when a submodule carries hooks or is not the plain one, for gradients behind a past, and with
-SESSA_TRITON=0.
+under torch.compile, export, functorch or tensor subclasses, when a submodule carries hooks, has a forward of its own or is not the plain one, while PyTorch
+has hooks for all modules, for gradients behind a past, and with SESSA_TRITON=0. Where a parameter is not on the GPU of x they say so.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from sessa_deploy.kernels import route
 from sessa_deploy.kernels.training import regions
@@ -26,7 +27,9 @@ _PROJECTED = [i for i, name in enumerate((*HeadWeights._fields, "out")) if not n
 def _unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module does what its class says and nothing else."""
     have = module.__dict__
-    return type(module) is kind and not (have["_forward_hooks"] or have["_forward_pre_hooks"] or have["_backward_hooks"] or have["_backward_pre_hooks"])
+    if type(module) is not kind or "forward" in have:  # an instance's own, as libraries that move parameters set it
+        return False
+    return not (have["_forward_hooks"] or have["_forward_pre_hooks"] or have["_backward_hooks"] or have["_backward_pre_hooks"])
 
 
 def parameters(layer: Any) -> Weights:
@@ -48,13 +51,18 @@ def applies(layer: Any, x: Tensor) -> Weights | None:
 
     None otherwise; SESSA_TRITON=0 turns the road off.
     """
-    if not (x.is_cuda and x.dim() == 3 and x.numel() and x.dtype in route.FLOATS and route.uses_triton(x)):
-        return None
+    return _of_plain_modules(layer, x) if x.is_cuda and x.dim() == 3 and x.numel() and x.dtype in route.FLOATS and route.uses_triton(x) else None
+
+
+def _of_plain_modules(layer: Any, x: Tensor) -> Weights | None:
+    """The rest of `applies`, for an x that the kernels take."""
     modules, mixer = layer._modules, layer._modules["mixer"]
-    inner = mixer._modules
+    inner, own = mixer._modules, mixer.__dict__
     # loops in lists and no generators: every layer of every step comes by here before its first kernel
     linear = [modules["W_in"], modules["W_out"], inner["q_proj"], inner["k_proj"], inner["v_proj"], inner["proj_fb"], inner["gamma_ctx"]]
-    if mixer.head_dim % 8 or mixer.head_dim > 1024 or not _unhooked(modules["ln"], nn.LayerNorm):
+    if mixer.head_dim % 8 or mixer.head_dim > 1024 or "step" in own or "gain" in own or _has_any_global_hook():
+        return None
+    if not _unhooked(modules["ln"], nn.LayerNorm):
         return None
     for module in linear:
         if not _unhooked(module, nn.Linear):
@@ -65,8 +73,8 @@ def applies(layer: Any, x: Tensor) -> Weights | None:
     dtype = regions.storage_type(x)
     if any([p is None for p in every]) or dtype not in route.FLOATS or not route.is_eager(x, *every):
         return None
-    types = [p.dtype for p in every]
-    if not _FLOATS.issuperset(types):
+    types, device = [p.dtype for p in every], x.device
+    if not _FLOATS.issuperset(types) or any([p.device != device for p in every]):
         return None
     # without autocast the parameters of the norm and of gamma may be float32 beside 16-bit activations, those of the projections not
     one = types[_PROJECTED[0]]
@@ -86,13 +94,13 @@ def trains(layer: Any, x: Tensor, weights: Weights, past: Sequence[Tensor] | Non
 
 
 def whole(layer: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None, weights: Weights, rows: bool = True) -> tuple[Tensor, ...] | None:
-    """y (B,T,D) and, with `rows`, the rows k, v, k_b, s of a layer without a past, as one autograd node; None where out_proj is not a plain map. x, rope,
-    weights: as `head` takes them."""
+    """y (B,T,D) and, with `rows`, the rows k, v, k_b, s of a layer without a past, as one autograd node; None where out_proj is not a plain map without a
+    bias. x, rope, weights: as `head` takes them."""
     out_proj = layer._modules["mixer"]._modules["out_proj"]
     weight = out_proj._parameters.get("weight")
     if not (_unhooked(out_proj, nn.Identity) if weight is None else _unhooked(out_proj, nn.Linear) and weight.dtype == weights.out.dtype):
         return None
-    if weight is not None and not route.is_plain(weight):
+    if weight is not None and not (out_proj._parameters.get("bias") is None and weight.device == x.device and route.is_plain(weight)):
         return None
     return training.whole(_form(layer), *_tables(rope), x, weights, weight, rows)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
@@ -270,6 +272,46 @@ def test_only_plain_modules_on_a_gpu_take_the_road(monkeypatch: pytest.MonkeyPat
     assert fused_layer.applies(layer, x) is not None
     monkeypatch.setenv("SESSA_TRITON", "0")
     assert fused_layer.applies(layer, x) is None
+
+
+def wraps(layer: SessaLayer, name: str, of: str = "forward") -> None:
+    module = layer.get_submodule(name)
+    plain = getattr(module, of)
+    setattr(module, of, lambda *given: 2.0 * plain(*given))
+
+
+CHANGES: dict[str, Callable[[SessaLayer], Any]] = {
+    "a hook": lambda layer: layer.W_in.register_forward_pre_hook(lambda module, given: (2.0 * given[0],)),
+    "a forward of its own": lambda layer: wraps(layer, "mixer.k_proj"),
+    "the norm's": lambda layer: wraps(layer, "ln"),
+    "a map's": lambda layer: wraps(layer, "mixer.out_proj"),
+    "a gain of its own": lambda layer: wraps(layer, "mixer", "gain"),
+    "a hook for all": lambda layer: register_module_forward_hook(lambda module, given, y: 2.0 * y if isinstance(module, torch.nn.Linear) else None),
+    "a bias behind the map": lambda layer: setattr(layer.mixer, "out_proj", torch.nn.Linear(32, 32).to(DEVICE)),
+    "a parameter elsewhere": lambda layer: setattr(layer.mixer.v_proj, "weight", torch.nn.Parameter(torch.zeros(32, 32, device="meta"))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_user_changed_in_a_layer_counts(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training and without gradients: as the plain modules have it."""
+    layer, x = make(32, 2, 2, True, torch.float32), torch.randn(1, 5, 32, device=DEVICE)
+    monkeypatch.setattr(fused_layer, "applies", fused_layer._of_plain_modules)
+    assert fused_layer.applies(layer, x) is not None
+    handle = CHANGES[change](layer)
+    try:
+        if change.endswith("elsewhere"):
+            assert fused_layer.applies(layer, x) is None  # a kernel would read an address of another device
+            return
+        got = run(layer, x, torch.ones_like(x))
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), got["y"], rtol=1e-4, atol=1e-5)
+        monkeypatch.setattr(fused_layer, "applies", lambda layer, x: None)
+        for name, value in run(layer, x, torch.ones_like(x)).items():
+            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def replica(module: Any) -> Any:
