@@ -390,11 +390,14 @@ class SessaLM(nn.Module):
 @contextmanager
 def using_ops(model: SessaLM, ops: Ops) -> Iterator[None]:
     """Let this model, and no other, call these implementations of its two ops inside the block."""
-    before = [layer.mixer.ops for layer in model.layers]
+    before = [layer.mixer.__dict__.get("ops") for layer in model.layers]
     try:
         for layer in model.layers:
             layer.mixer.ops = ops
         yield
     finally:
         for layer, own in zip(model.layers, before, strict=True):
-            layer.mixer.ops = own
+            if own is None:  # the class's again: one of its own would be another in a copy of the model
+                del layer.mixer.ops
+            else:
+                layer.mixer.ops = own

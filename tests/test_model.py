@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from sessa_deploy import SessaConfig, SessaLayer, SessaLM, UserError
 from sessa_deploy.contract import CACHE_FIELDS, cache_entries
+from sessa_deploy.kernels import reference
+from sessa_deploy.model import KERNELS, Ops, using_ops
 
 Golden = tuple[dict[str, Any], dict[str, Tensor]]
 BUFFERS = ("rope_inv_freq", "causal_mask_f_full", "causal_mask_fb_full")
@@ -188,3 +192,15 @@ def test_bad_calls_are_refused_in_one_line() -> None:
         layer.init_cache(1, 0)
     with pytest.raises(UserError, match="divisible"):
         SessaLayer(10, 4)
+
+
+def test_other_ops_leave_nothing_behind() -> None:
+    """A copy of the model takes the kernels' road again, however it was copied."""
+    model, other, more = SessaLM(SessaConfig(d_model=8, n_layers=2, n_heads=1, vocab_size=5)), Ops(causal=reference.plain_causal), Ops(feedback=reference.plain)
+    with pytest.raises(ZeroDivisionError), using_ops(model, other):
+        with using_ops(model, more):
+            assert all(layer.mixer.ops is more for layer in model.layers)
+        assert all(layer.mixer.ops is other for layer in model.layers)
+        raise ZeroDivisionError
+    for of in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(layer.mixer.ops is KERNELS for layer in of.layers)
