@@ -224,8 +224,8 @@ class SessaLayer(nn.Module):
 
     def step(self, x: Tensor, past_length: Tensor | None, past: Rows | None, rope: Rope, rows: bool = True) -> tuple[Tensor, Rows]:
         """y (B,T,D) and the layer's new rows, for x behind the given past (None, None: no past). rows: whether they are wanted; if not, () may be given."""
-        ops, kind = self.mixer.ops, type(self.mixer)  # a mixer of the caller's own keeps its equations
-        weights = fused_layer.applies(self, x) if ops is KERNELS and kind.step is SessaMixer.step and kind.gain is SessaMixer.gain else None
+        ops, kind = self.mixer.ops, type(self.mixer)  # a mixer of the caller's own keeps its equations; a copied one's ops are equal
+        weights = fused_layer.applies(self, x) if (ops is KERNELS or ops == KERNELS) and kind.step is SessaMixer.step and kind.gain is SessaMixer.gain else None
         if weights is not None and fused_layer.trains(self, x, weights, past):
             whole = fused_layer.whole(self, x, rope, weights, rows) if past is None else None
             if whole is not None:
@@ -390,14 +390,11 @@ class SessaLM(nn.Module):
 @contextmanager
 def using_ops(model: SessaLM, ops: Ops) -> Iterator[None]:
     """Let this model, and no other, call these implementations of its two ops inside the block."""
-    before = [layer.mixer.__dict__.get("ops") for layer in model.layers]
+    before = [layer.mixer.ops for layer in model.layers]
     try:
         for layer in model.layers:
             layer.mixer.ops = ops
         yield
     finally:
         for layer, own in zip(model.layers, before, strict=True):
-            if own is None:  # the class's again: one of its own would be another in a copy of the model
-                del layer.mixer.ops
-            else:
-                layer.mixer.ops = own
+            layer.mixer.ops = own

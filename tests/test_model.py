@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sessa_deploy import SessaConfig, SessaLayer, SessaLM, UserError
+from sessa_deploy import SessaConfig, SessaLayer, SessaLM, UserError, fused_layer
 from sessa_deploy.contract import CACHE_FIELDS, cache_entries
-from sessa_deploy.kernels import reference
-from sessa_deploy.model import KERNELS, Ops, using_ops
+from sessa_deploy.model import Ops, using_ops
 
 Golden = tuple[dict[str, Any], dict[str, Tensor]]
 BUFFERS = ("rope_inv_freq", "causal_mask_f_full", "causal_mask_fb_full")
@@ -194,13 +193,14 @@ def test_bad_calls_are_refused_in_one_line() -> None:
         SessaLayer(10, 4)
 
 
-def test_other_ops_leave_nothing_behind() -> None:
-    """A copy of the model takes the kernels' road again, however it was copied."""
-    model, other, more = SessaLM(SessaConfig(d_model=8, n_layers=2, n_heads=1, vocab_size=5)), Ops(causal=reference.plain_causal), Ops(feedback=reference.plain)
-    with pytest.raises(ZeroDivisionError), using_ops(model, other):
-        with using_ops(model, more):
-            assert all(layer.mixer.ops is more for layer in model.layers)
-        assert all(layer.mixer.ops is other for layer in model.layers)
+def test_copies_of_a_model_take_the_road_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they were copied, also behind a block of other ops, which sets a mixer's own."""
+    model, asked = SessaLM(SessaConfig(d_model=8, n_layers=2, n_heads=1, vocab_size=5)), list[Any]()
+    monkeypatch.setattr(fused_layer, "applies", lambda layer, x: asked.append(layer))
+    with pytest.raises(ZeroDivisionError), using_ops(model, Ops(causal=lambda q, *_: q)):
+        model(torch.zeros(1, 3, dtype=torch.int64))
         raise ZeroDivisionError
+    assert not asked
     for of in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert all(layer.mixer.ops is KERNELS for layer in of.layers)
+        of(torch.zeros(1, 3, dtype=torch.int64))
+        assert asked[-2:] == [*of.layers]
