@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sessa_deploy.errors import UserError
+from sessa_deploy.kernels.replay import leave
 
 PLAIN_STEPS = 3  # before one is captured: they compile, plan and allocate what stays, and are steps of the run like any other
 
@@ -23,6 +24,7 @@ class Graphed:
     def __init__(self, step: Step, device: torch.device) -> None:
         self._step, self._device, self._plain = step, device, PLAIN_STEPS
         self._side = torch.cuda.Stream(device)  # where plain steps run too: what they allocate must not belong to the default stream
+        leave(self._side)  # the memory of a layer's own graphs would be lost to this one
         self._graph: torch.cuda.CUDAGraph | None = None
         self._held: list[Tensor] = []
         self._given: tuple[Tensor, ...] = ()

@@ -173,13 +173,21 @@ class Replays:
 
 
 _KEPT: dict[tuple[int, int], Replays] = {}
+_LEFT: set[tuple[int, int]] = set()
+
+
+def leave(stream: Any) -> None:
+    """Queue everything anew on this stream: for one that somebody will capture, after which nothing replays what was captured before."""
+    _LEFT.add((stream.device_index, stream.cuda_stream))
 
 
 def replays(device: torch.device) -> Replays | None:
-    """Those of a device's current stream; None on a CPU, where another device is the current one, and for streams beyond the first few."""
+    """Those of a device's current stream; None on a CPU, where another device is the current one, on a stream that was left, and beyond the first few."""
     if device.type != "cuda" or torch._C._cuda_getDevice() != device.index:
         return None
     at = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    if at in _LEFT:
+        return None
     found = _KEPT.get(at)
     if found is None and len(_KEPT) < STREAMS and not torch._C._cuda_isCurrentStreamCapturing():  # streams to capture on are no streams to replay on
         found = _KEPT[at] = Replays(device)
