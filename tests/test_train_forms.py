@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,7 +98,7 @@ def test_a_replayed_step_is_the_step(text: Path, tmp_path: Path, monkeypatch: py
     settings: dict[str, Any] = {"steps": 6, "accumulate": 2, "batch_size": 2, "save_every": 4}
     wanted = curve(text, tmp_path / "plain", **settings)
     made: list[Replayed] = []
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device_index=0, cuda_stream=-1))
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_graphed", lambda run: made.append(Replayed(run._step, run.device)) or made[-1])
         got = curve(text, tmp_path / "graph", cuda_graph=True, **settings)

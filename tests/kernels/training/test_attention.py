@@ -74,8 +74,8 @@ def test_gradients_are_those_of_a_plain_step(kind: str, layer: SessaLayer, monke
         reentrant = kind == "recomputed by an inner backward"
         got = step(layer, x, dy, lambda leaf: checkpoint(layer, leaf, use_reentrant=reentrant))  # type: ignore[no-any-return]
         assert next(forwards) == (1 if reentrant else 2), "the first of a reentrant one has no node, and nothing is recomputed twice"
-    same = torch.allclose if kind == "recomputed by an inner backward" else torch.equal  # whose first forward is the one without gradients
-    assert all(same(g, w) for g, w in zip(got, want, strict=True))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["behind a backward", "under a checkpoint", "offloaded"])

@@ -305,10 +305,10 @@ def test_what_a_user_changed_in_a_layer_counts(change: str, monkeypatch: pytest.
             return
         got = run(layer, x, torch.ones_like(x))
         with torch.no_grad():
-            torch.testing.assert_close(layer(x), got["y"], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(layer(x), got["y"], rtol=1e-3, atol=1e-4)
         monkeypatch.setattr(fused_layer, "applies", lambda layer, x: None)
         for name, value in run(layer, x, torch.ones_like(x)).items():
-            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=name)
+            torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4, msg=name)
     finally:
         if handle is not None:
             handle.remove()
