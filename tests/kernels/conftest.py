@@ -29,8 +29,8 @@ def _use_interpreter() -> None:
 
 
 def _give_bfloat16(interpreter: Any) -> None:
-    """Triton's interpreter (3.6 and 3.7) keeps bfloat16 as bits: it cuts where a GPU rounds to nearest, multiplies the bits as integers, and takes integers
-    for bits."""
+    """Triton's interpreter (3.6 and 3.7) keeps bfloat16 as bits: it cuts where a GPU rounds to nearest, multiplies and adds the bits as integers, and takes
+    integers for bits."""
     import numpy as np
     import triton.language as tl
 
@@ -58,6 +58,21 @@ def _give_bfloat16(interpreter: Any) -> None:
             return from_integer(self, src, target)
         return interpreter.TensorHandle(convert_float(src.data.astype(np.float32), tl.float32, tl.bfloat16, None), tl.bfloat16)
 
+    multiply, add_up = interpreter.InterpreterBuilder.create_fmul, interpreter.ReduceOps.sum
+
+    def create_fmul(self: Any, a: Any, b: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16:
+            return multiply(self, a, b)
+        return interpreter.TensorHandle(convert_float(widen(a.data) * widen(b.data), tl.float32, tl.bfloat16, None), tl.bfloat16)
+
+    def reduce_sum(self: Any, x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return add_up(self, x)
+        total = np.asarray(np.sum(widen(x.handle.data), axis=self.axis, keepdims=self.keep_dims), np.float32)
+        return self.to_tensor(convert_float(total, tl.float32, tl.bfloat16, None).reshape(total.shape), x.dtype)
+
+    interpreter.InterpreterBuilder.create_fmul = create_fmul
+    interpreter.ReduceOps.sum = reduce_sum
     interpreter.InterpreterBuilder.create_si_to_fp = create_si_to_fp
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot

@@ -66,7 +66,8 @@ def mixer_batch_combine(
 
     A sequence of more splits than an eighth of BLOCK_F or BLOCK_B has tasks of BLOCK_D columns, any other of HEADS heads, LANES >= d, and of SPAN columns of D.
 
-    An early start is behind `mixer_step_partial`, which does not write the lengths; who wrote them has ended where it lets this kernel in.
+    An early start is behind `mixer_step_partial`, which writes neither lengths nor gamma; who wrote them has ended where it lets this kernel in. Gamma, which
+    every layer writes anew, is read past the caches that a kernel's own start clears.
     """
     FEW_F: tl.constexpr = BLOCK_F // 8
     FEW_B: tl.constexpr = BLOCK_B // 8
@@ -96,7 +97,7 @@ def mixer_batch_combine(
         length = tl.minimum(tl.load(past_length + i_b), capacity)
         i_b = i_b.to(tl.int64)
         used_f, used_b = splits_used(length, splits_f, rows_f, UNIT_F), splits_used(length, splits_b, rows_b, UNIT_B)
-        b_gamma = tl.load(gamma + i_b)
+        b_gamma = tl.load(gamma + i_b, cache_modifier=".cg")
         begin(PDL)
         if (used_f > FEW_F) | (used_b > FEW_B):
             if i < heads * parts:

@@ -86,7 +86,7 @@ def mixer_rows_combine(
     parts_f, parts_b = tl.cdiv(head, DF), tl.cdiv(width, DB)
     program, programs_f = tl.program_id(0) - 1, tl.cdiv(tokens * heads, NF) * tl.cdiv(head, DF)
     if program < 0:
-        invert(stat_b, scores, gamma, inverse, length, i_b, tokens, splits_b, rows_b, BLOCK_B)
+        invert(stat_b, scores, gamma, inverse, length, i_b, tokens, splits_b, rows_b, BLOCK_B, BOUNDED=True)
     elif program < programs_f:
         o_q = program // parts_f * NF + tl.arange(0, NF)
         o_d = program % parts_f * DF + tl.arange(0, DF)

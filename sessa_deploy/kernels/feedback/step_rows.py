@@ -116,8 +116,25 @@ def added(part, stat, scores, gamma, length, i_b, o_t, tokens, splits, rows, wid
 
 
 @triton.jit
-def invert(stat, scores, gamma, inverse, length, i_b, tokens, splits, rows, BLOCK_S: tl.constexpr):
-    """inverse (B,ROWS,ROWS) = (I - gamma alpha)^-1 of the new rows of sequence i_b; rows from T on are those of I."""
+def _finite(b_x, fine):
+    """b_x with 0 for what is no finite number, and `fine` without those places."""
+    its = tl.abs(b_x) < float("inf")
+    return tl.where(its, b_x, 0.0), fine & its
+
+
+@triton.jit
+def _sound(fine, o_t):
+    """Which of rows o_t lie before the first that is not all fine, as a column."""
+    b_bad = tl.max(tl.where(fine, 0, 1), 1)
+    return (o_t < tl.min(tl.where(b_bad > 0, o_t, ROWS), 0))[:, None]
+
+
+@triton.jit
+def invert(stat, scores, gamma, inverse, length, i_b, tokens, splits, rows, BLOCK_S: tl.constexpr, BOUNDED: tl.constexpr = False):
+    """inverse (B,ROWS,ROWS) = (I - gamma alpha)^-1 of the new rows of sequence i_b; rows from T on are those of I.
+
+    BOUNDED: |gamma| <= 1. Else products of several, of rows that a batch pads with, may pass float32, and must not reach a row before them.
+    """
     o_t, o_s = tl.arange(0, ROWS), tl.arange(0, BLOCK_S)
     m_t = o_t < tokens
     o_part = (i_b * tokens + o_t)[:, None] * splits + o_s[None, :]
@@ -133,15 +150,21 @@ def invert(stat, scores, gamma, inverse, length, i_b, tokens, splits, rows, BLOC
     b_total = tl.sum(b_sum * tl.exp2(b_max - b_base), 1) + tl.sum(b_x, 1)
     b_a = tl.where(m_x, b_x * (b_gamma / b_total)[:, None], 0.0)
     # Of a row that is no number all later ones are none; for the others a zero weight would not stop it.
-    b_bad = tl.max(tl.where(tl.abs(b_a) < float("inf"), 0, 1), 1)
-    m_fine = (o_t < tl.min(tl.where(b_bad > 0, o_t, ROWS), 0))[:, None]
+    fine = tl.abs(b_a) < float("inf")
+    m_fine = _sound(fine, o_t)
     b_a = tl.where(m_fine, b_a, 0.0)
     # (I - a)^-1 = (I + a) (I + a^2) (I + a^4) (I + a^8), since a^ROWS = 0; of half as many rows the last is I
     b_i = tl.where(o_t[:, None] == o_t[None, :], 1.0, 0.0) + b_a
     for i in tl.static_range(DOUBLINGS):
         if (i < DOUBLINGS - 1) | (tokens > ROWS // 2):
             b_a = tl.dot(b_a, b_a, input_precision="ieee")
+            if not BOUNDED:
+                b_a, fine = _finite(b_a, fine)
             b_i += tl.dot(b_a, b_i, input_precision="ieee")
+            if not BOUNDED:
+                b_i, fine = _finite(b_i, fine)
+    if not BOUNDED:
+        m_fine = _sound(fine, o_t)
     tl.store(inverse + i_b * ROWS * ROWS + o_t[:, None] * ROWS + o_t[None, :], tl.where(m_fine, b_i, float("nan")))
 
 

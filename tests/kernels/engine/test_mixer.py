@@ -187,16 +187,28 @@ def test_a_step_that_starts_early_reads_only_its_pasts_before_it_waits(shape: tu
 
 @pytest.mark.skipif(not interpreted(), reason="the interpreter alone shows who reads what before the wait")
 def test_programs_that_share_tasks_and_start_early_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The combination of a batch: each of few programs takes tasks of long and of short sequences; before it waits there are lengths and gamma, no splits."""
+    """The combination of a batch: each of few programs takes tasks of long and of short sequences; before it waits there are lengths and gamma, no splits.
+    Gamma, which every layer writes anew, comes past the first cache."""
+    from triton._C.libtriton import ir
+    from triton.runtime.interpreter import InterpreterBuilder
+
     from sessa_deploy.kernels.engine import mixer_batch
+
+    load, caches = InterpreterBuilder.create_masked_load, list[Any]()
+
+    def read(self: Any, at: Any, mask: Any, other: Any, cache: Any, *rest: Any) -> Any:
+        if at.data.flat[0] - a["gamma"].data_ptr() in (0, 4, 8):
+            caches.append(cache)
+        return load(self, at, mask, other, cache, *rest)
 
     a = case(2, 2, 16, 270, [3, 0, 270])
     plain, tiles = mixer.step(**a), mixer.pinned(("mixer_batch_combine",), a["q"].device, torch.float16, "64")["mixer_batch_combine"]
     assert mixer_batch.tasks(2, 16, 32, tiles) > 1, "several turns"
     waited = combines_early("mixer_batch_combine", (), monkeypatch)
     monkeypatch.setattr(mixer, "tasks", lambda *_: 1)  # a program for each sequence
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", read)
     assert torch.equal(mixer.step(**a), plain)
-    assert len(waited) == 3 and all(waited)
+    assert len(waited) == 3 and all(waited) and set(caches) == {ir.CACHE_MODIFIER.CG}
 
 
 @pytest.mark.skipif(not interpreted(), reason="the interpreter alone shows who reads what before the wait")

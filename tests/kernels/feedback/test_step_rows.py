@@ -91,6 +91,26 @@ def test_in_place_in_any_batch_with_any_rows_behind() -> None:
     assert torch.equal(causal(*(x[1:2, :5] for x in (q, k, v)), past_k[1:2], past_v[1:2], length[1:2]), whole[1:2, :5])
 
 
+@pytest.mark.parametrize("gain", [1e30, -3e38])
+def test_gains_whose_products_pass_float32_do_not_reach_the_rows_before_them(gain: float) -> None:
+    """Rows that a ragged batch pads with hold any bits, gamma's among them."""
+    for tokens in (6, 12):
+        inputs = make("random", 2, tokens, 20, 48, torch.float16)
+        whole, gamma = feedback(*inputs), inputs[2].clone()
+        gamma[:, 3:] = gain
+        assert torch.equal(feedback(*inputs[:2], gamma, *inputs[3:])[:, :3], whole[:, :3])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_a_value_that_is_no_number_does_not_reach_the_rows_before_it_in_bfloat16(bad: float) -> None:
+    inputs = causal_case(3, 4, [4, 0], (2, 2), 64, torch.bfloat16)
+    whole = causal(*inputs)
+    for x in inputs[1:3]:
+        x[:, 2] = bad
+    found = causal(*inputs)
+    assert torch.equal(found[:, :2], whole[:, :2]) and not torch.isfinite(found[:, 2]).any()
+
+
 @pytest.mark.parametrize("tokens", [1, 17])
 def test_other_numbers_of_rows_are_refused(tokens: int) -> None:
     with pytest.raises(ValueError, match="T = 2 to 16"):
