@@ -345,26 +345,31 @@ std::vector<Problem> everyWidth(Storage storage)
     return all;
 }
 
-// Every number of rows that selects a product's tiles, and depths on either side of what selects others (engine/spec.py, ahead_variant).
+// `p` with rows of `width` elements, and the columns of all projections.
+void addWidth(Problem p, int64_t width, std::vector<Problem>& all)
+{
+    p.width = width;
+    p.doubleWidth = 2 * width;
+    p.heads = width / p.headWidth;
+    p.columns = 3 * width + 2 * p.kvHeads * p.headWidth;
+    all.push_back(p);
+}
+
+// Every number of rows that selects a product's tiles, and depths on either side of what selects others (engine/spec.py, few_variant and ahead_variant).
 template <Op const& op>
 std::vector<Problem> everyRows(Storage storage)
 {
     std::vector<Problem> all;
-    for (int64_t const tokens : {kRows[0], kRows[1], kRows[2], kRows[2] + 1, kManyProduct + 1, kManyWork / 16})
+    for (int64_t const tokens : {kRows[0], kFewRows, kRows[1], kRows[2], kRows[2] + 1, kManyProduct + 1, kManyWork / 16})
     {
         Problem p = smallest(op, storage);
         p.tokens = tokens;
-        p.width = p.headWidth = 16;
-        p.doubleWidth = 32;
+        p.headWidth = 16;
         p.pairs = 8;
-        p.columns = 80;
-        all.push_back(p);
+        addWidth(p, 16, all);
         for (int64_t const depth : kWholeDepths) // the first is that of kAheadDepths
         {
-            p.width = depth + 16;
-            p.doubleWidth = 2 * p.width;
-            p.heads = p.width / p.headWidth;
-            all.push_back(p);
+            addWidth(p, depth + 16, all);
         }
     }
     return all;
