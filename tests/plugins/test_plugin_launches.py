@@ -102,9 +102,8 @@ import plugin_harness as ph
 library, harness = Path(sys.argv[2]), ph.load_harness(Path(sys.argv[3]))
 storage, last = int(sys.argv[4]), None
 for op, weights, shape in json.loads(sys.stdin.read()):
-    if (op, weights) != last: # in a context of its own, where nothing is loaded
-        ctypes.c_int.in_dll(ctypes.CDLL("libcuda.so.1"), "current").value += 1
-        last = op, weights
+    ctypes.c_int.in_dll(ctypes.CDLL("libcuda.so.1"), "current").value += (op, weights) != last # a context of its own, where nothing is loaded
+    last = op, weights
     plugin, shape = ph.create((0, library, harness), op, storage, weights=weights), ph.Shape(*shape)
     op = ph.at(op, weights)
     assert plugin and harness.harness_shape(plugin, op, storage, shape) == 0
@@ -264,8 +263,8 @@ def launches(
 
 
 def driven(launching: Built, storage: int, calls: list[Any], says: bool, folder: Path, loads: bool = False) -> list[list[str]]:
-    """What each of the calls (operation, weights, sizes) has the driver write down once it is told its shapes. says: it knows occupancy, and gives more
-    streams. loads: with the binaries that are then still loaded."""
+    """What each of the calls (operation, weights, sizes) has the driver write down once it knows its shapes. says: the driver knows occupancy, and gives
+    more streams. loads: with the binaries that are then still loaded."""
     from sessa_deploy.kernels.launch import table
 
     _, library, harness = launching
@@ -373,19 +372,16 @@ def test_both_attentions_of_a_chunk_run_side_by_side(launching: Built, says: boo
 
 @pytest.mark.parametrize("launching", (8, 10, 11), indirect=True)
 def test_what_a_step_runs_is_loaded_before_it_may_be_captured(launching: Built, tmp_path: Path) -> None:
-    """TensorRT 8.6 tells a plugin of a new context, without its shapes, and later ones of the shapes: behind either, nothing is left to load."""
+    """8.6 tells a plugin of a new context, without its shapes, and later ones of the shapes: behind either, nothing is left to load."""
     rows = [(1, 1), (2, 1), (8, 1), (9, 1), (17, 1), (65, 1), (600, 1), (1, 2), (1, 9), (1, 17), (2, 8), (1, 513), (1, 9300)]
+    heads = ((256, 4, 4), (1024, 16, 4), (1040, 13, 13), (2048, 16, 4), (2064, 43, 43), (4096, 32, 8))
     for storage, kinds in ((ph.HALF, (0, 3, 17)), (ph.FLOAT, (0,))):
-        calls = []
-        for op, weights in itertools.product(ph.NAMES if storage == ph.HALF else (ph.FEEDBACK, ph.CAUSAL), kinds):
-            if weights and ops.OPS[op].quantised is None:
-                continue
-            for width, heads, kv_heads in ((256, 4, 4), (1024, 16, 4), (1040, 13, 13), (2048, 16, 4), (2064, 43, 43), (4096, 32, 8)):
-                columns = {ph.At.ProjectGain: 3 * width + 2 * kv_heads * width // heads, ph.At.Logits: 50304}.get(ph.At(op), width)
-                calls += [(op, weights, list(sizes(*x, 96, width, heads, kv_heads, width // heads, columns))) for x in rows]
-        for (op, weights, shape), part in zip(calls, driven(launching, storage, calls, True, tmp_path, loads=True), strict=False):
+        forms = [(op, w) for op in (ph.NAMES if storage == ph.HALF else (ph.FEEDBACK, ph.CAUSAL)) for w in kinds if not w or ops.OPS[op].quantised]
+        calls = [(op, w, list(sizes(*x, 96, D, h, kv, D // h, {ph.At.ProjectGain: 3 * D + 2 * kv * D // h, ph.At.Logits: 50304}.get(ph.At(op), D))))
+                 for (op, w), (D, h, kv), x in itertools.product(forms, heads, rows)]  # fmt: skip
+        for call, part in zip(calls, driven(launching, storage, calls, True, tmp_path, loads=True), strict=False):
             late = [line for line in part if line.startswith("load ")]
-            assert not late and part, (ph.NAMES[op], weights, shape, late)
+            assert part and not late, (call, late)
 
 
 def test_rows_that_start_early_have_binaries_that_can() -> None:
