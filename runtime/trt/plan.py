@@ -150,14 +150,13 @@ def read_plan(bundle: Bundle, folder: str, info: EngineInfo) -> bytes:
 
 def _read(bundle: Bundle, name: str) -> EngineInfo:
     mend = command("build", bundle.path, "--force")
-    try:
-        data: Any = parse_json(bundle.read(name), name)
-        kinds = _KINDS | {k: kind for k, kind in _LATER.items() if k in data}
-        wrong = [k for k, kind in kinds.items() if not isinstance(data.get(k), kind) or isinstance(data.get(k), bool)] + sorted(set(data) - set(kinds))
-        wrong = wrong or ["archs" for a in data.get("archs", []) if type(a) is not int]
-        wrong = wrong or [k for k in _INTEGERS if not 0 < data[k] < 2**63]
-    except AttributeError:
-        raise UserError(f"{name} is not a JSON object", got=type(data).__name__, fix=mend) from None
+    data: Any = parse_json(bundle.read(name), name)
+    if not isinstance(data, dict):
+        raise UserError(f"{name} is not a JSON object", got=type(data).__name__, fix=mend)
+    kinds = _KINDS | {k: kind for k, kind in _LATER.items() if k in data}
+    wrong = [k for k, kind in kinds.items() if not isinstance(data.get(k), kind) or isinstance(data.get(k), bool)] + sorted(set(data) - set(kinds))
+    wrong = wrong or ["archs" for a in data.get("archs", []) if type(a) is not int]
+    wrong = wrong or [k for k in _INTEGERS if not 0 < data[k] < 2**63]
     if wrong or data["schema_version"] != ENGINE_SCHEMA:
         raise UserError(f"{name} is not an engine's description of this version", got=", ".join(wrong) or f"schema_version {data['schema_version']}",
                         allowed=f"schema_version {ENGINE_SCHEMA}", fix=mend)
