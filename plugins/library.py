@@ -37,7 +37,7 @@ _HERE = Path(__file__).resolve().parent
 class Checked:
     """What `check` saw: the library's path, size in bytes, which interface it offers ("V3": IPluginV3 of TensorRT 10 and 11, "V2": 8.6, "ort": ONNX Runtime's
     C API), the major version of TensorRT's headers it was compiled with or the version of that C API, compute capabilities it has kernels for or serves,
-    and its operations (empty where a library of before does not list them)."""
+    and its operations."""
 
     path: Path
     size: int
@@ -97,22 +97,24 @@ def check(path: Path | None = None, major: int | None = None, product: str = "te
     if product == "ort":
         if not hasattr(handle, "RegisterCustomOps") or not hasattr(handle, "sessaOrtApiVersion"):
             raise UserError("not a library for ONNX Runtime", got=str(path), allowed="exports RegisterCustomOps and sessaOrtApiVersion", fix=fix)
-        seen = Checked(path, path.stat().st_size, "ort", int(handle.sessaOrtApiVersion()), _architectures(handle), _listed(handle))
-        other = f"the {kind} was built by another sessa-deploy"
-        if seen.ops != OPS:
-            raise UserError(other, got=f"{path} with {', '.join(seen.ops)}", allowed=", ".join(OPS), fix=fix)
-        # the same names may stand for other numbers
-        state = int(handle.sessaStateVersion()) if hasattr(handle, "sessaStateVersion") else None
-        if state != PLUGIN_STATE:
-            raise UserError(other, got=f"{path}, operations of {'no state' if state is None else f'state {state}'}", allowed=f"state {PLUGIN_STATE}", fix=fix)
-        return seen
-    interface = "V3" if hasattr(handle, "getCreators") else "V2" if hasattr(handle, "getPluginCreators") else ""
-    if not interface or not hasattr(handle, "setLoggerFinder"):
-        raise UserError("not a TensorRT plugin library", got=str(path), allowed="exports getCreators or getPluginCreators, and setLoggerFinder", fix=fix)
-    if not hasattr(handle, "sessaTensorRTMajor"):
-        raise UserError("the plugin library was built by an older sessa-deploy", got=f"{path}, which does not say whose headers it was compiled with",
-                        allowed="a library of this version", fix=fix)
-    return Checked(path, path.stat().st_size, interface, int(handle.sessaTensorRTMajor()), _architectures(handle), _listed(handle))
+        interface, version = "ort", int(handle.sessaOrtApiVersion())
+    else:
+        interface = "V3" if hasattr(handle, "getCreators") else "V2" if hasattr(handle, "getPluginCreators") else ""
+        if not interface or not hasattr(handle, "setLoggerFinder"):
+            raise UserError("not a TensorRT plugin library", got=str(path), allowed="exports getCreators or getPluginCreators, and setLoggerFinder", fix=fix)
+        if not hasattr(handle, "sessaTensorRTMajor"):
+            raise UserError("the plugin library was built by an older sessa-deploy", got=f"{path}, which does not say whose headers it was compiled with",
+                            allowed="a library of this version", fix=fix)
+        version = int(handle.sessaTensorRTMajor())
+    seen = Checked(path, path.stat().st_size, interface, version, _architectures(handle), _listed(handle))
+    other = f"the {kind} was built by another sessa-deploy"
+    if seen.ops != OPS:
+        raise UserError(other, got=f"{path} with {', '.join(seen.ops) or 'operations that it does not name'}", allowed=", ".join(OPS), fix=fix)
+    # the same names may stand for other numbers
+    state = int(handle.sessaStateVersion()) if hasattr(handle, "sessaStateVersion") else None
+    if state != PLUGIN_STATE:
+        raise UserError(other, got=f"{path}, operations of {'no state' if state is None else f'state {state}'}", allowed=f"state {PLUGIN_STATE}", fix=fix)
+    return seen
 
 
 def _architectures(handle: ctypes.CDLL) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-// A C door to the embedded kernels: the runtime launches some of them itself around a decode step, see runtime/device/kernels.py.
+// A C door to the library: the runtime launches some of its kernels itself around a decode step (runtime/device/kernels.py), and asks whose it is (library.py).
 #include "cubins.h"
 #include "launcher.h"
 
@@ -43,6 +43,12 @@ __attribute__((visibility("default"))) int32_t sessaCubinTile(
 __attribute__((visibility("default"))) char const* sessaOpName(int32_t index) noexcept
 {
     return index >= 0 && index < sessa::kOpCount ? sessa::opAt(index).name : nullptr;
+}
+
+// What the operations mean: what was built for others is not for this library, though names and types be the same.
+__attribute__((visibility("default"))) int32_t sessaStateVersion() noexcept
+{
+    return static_cast<int32_t>(sessa::kStateVersion);
 }
 
 } // extern "C"

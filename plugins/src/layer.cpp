@@ -345,25 +345,23 @@ std::vector<Problem> everyWidth(Storage storage)
     return all;
 }
 
-// Every number of rows that selects a product's tiles, and depths on either side of what selects others (engine/spec.py, ahead_variant).
+// Every number of rows that selects a product's tiles, and depths on either side of what selects others (engine/spec.py, few_variant and ahead_variant).
 template <Op const& op>
 std::vector<Problem> everyRows(Storage storage)
 {
     std::vector<Problem> all;
-    for (int64_t const tokens : {kRows[0], kRows[1], kRows[2], kRows[2] + 1, kManyProduct + 1, kManyWork / 16})
+    for (int64_t const tokens : {kRows[0], kFewRows, kRows[1], kRows[2], kRows[2] + 1, kManyProduct + 1, kManyWork / 16})
     {
-        Problem p = smallest(op, storage);
-        p.tokens = tokens;
-        p.width = p.headWidth = 16;
-        p.doubleWidth = 32;
-        p.pairs = 8;
-        p.columns = 80;
-        all.push_back(p);
-        for (int64_t const depth : kWholeDepths) // the first is that of kAheadDepths
+        for (int64_t const width : {int64_t{16}, kWholeDepths[0] + 16, kWholeDepths[1] + 16}) // the first depth is that of kAheadDepths
         {
-            p.width = depth + 16;
-            p.doubleWidth = 2 * p.width;
-            p.heads = p.width / p.headWidth;
+            Problem p = smallest(op, storage);
+            p.tokens = tokens;
+            p.width = width;
+            p.doubleWidth = 2 * width;
+            p.headWidth = 16;
+            p.pairs = 8;
+            p.heads = width / p.headWidth;
+            p.columns = 3 * width + 2 * p.kvHeads * p.headWidth;
             all.push_back(p);
         }
     }

@@ -259,9 +259,3 @@ extern "C" __attribute__((visibility("default"))) int32_t sessaOrtApiVersion() n
 {
     return static_cast<int32_t>(sessa::ort::kApiVersion);
 }
-
-// What the operations mean: a graph prepared for others is not for this library, though names and types be the same.
-extern "C" __attribute__((visibility("default"))) int32_t sessaStateVersion() noexcept
-{
-    return static_cast<int32_t>(sessa::kStateVersion);
-}

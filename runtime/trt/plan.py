@@ -1,7 +1,7 @@
 """TensorRT's engines in a bundle: how they are described, and which of them may be loaded here. Standard library only.
 
 engines/<sm>-<TensorRT version>-<precision>/ holds model.plan and engine.json; of TensorRT for RTX, rtx-<compute capabilities>-<version>-<precision>/. A
-plan is code: it reaches TensorRT only if its checksum, TensorRT's version and the GPU's architecture match.
+plan is code: it reaches TensorRT only if its checksum, TensorRT's version, the GPU's architecture and the state of its plugins match.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from sessa_deploy.contract import ENGINES_DIR, ORT_ENGINE, STEP_ROWS
+from sessa_deploy.contract import ENGINES_DIR, ORT_ENGINE, PLUGIN_STATE, STEP_ROWS
 from sessa_deploy.errors import UserError
 from sessa_deploy.process import command
 from sessa_deploy.reading import open_plain, parse_json
 from sessa_deploy.runtime.bundle import Bundle
 
-ENGINE_SCHEMA = 3  # 3: plans hold plugins of state 2 (plugins/ops.py), older ones cannot be loaded
+ENGINE_SCHEMA = 3
 PLAN_FILE, ENGINE_FILE = "model.plan", "engine.json"
 _TEXTS = ("key", "plan_sha256", "tensorrt", "arch", "gpu", "driver", "precision", "plugin_sha256", "layers")
 _INTEGERS = ("schema_version", "plan_size", "max_batch", "capacity", "max_prompt")
 _KINDS: dict[str, Any] = {**dict.fromkeys(_TEXTS, str), **dict.fromkeys(_INTEGERS, int), "seconds": (int, float), "inlined": list}
-_LATER: dict[str, Any] = {"product": str, "archs": list, "profiles": dict, "plugins": dict}  # that descriptions of before do not have
+_LATER: dict[str, Any] = {"product": str, "archs": list, "profiles": dict, "plugins": dict, "state": int}  # that descriptions of before do not have
 PREFILL, DECODE, ROWS = 0, 1, 2  # optimisation profiles, in the order in which they are added; engines of before have no ROWS
 
 
@@ -32,7 +32,8 @@ PREFILL, DECODE, ROWS = 0, 1, 2  # optimisation profiles, in the order in which 
 class EngineInfo:
     """What engine.json says. capacity: rows of every cache; max_prompt: tokens of one prefill step; inlined: ops that run without a plugin;
     layers: who computes what stands around the attentions, "plugin" or "tensorrt"; product: which TensorRT, "tensorrt" or "rtx"; archs: compute capabilities
-    it was built for, 86 for 8.6; profiles: name -> (B,T) of input_ids at least, at best, at most; plugins: op -> how many of them the plan holds."""
+    it was built for, 86 for 8.6; profiles: name -> (B,T) of input_ids at least, at best, at most; plugins: op -> how many of them the plan holds; state: of
+    those plugins (contract.PLUGIN_STATE), 0 where a description of before does not say it."""
 
     key: str
     plan_sha256: str
@@ -53,6 +54,7 @@ class EngineInfo:
     archs: list[int] = field(default_factory=list)
     profiles: dict[str, list[list[int]]] = field(default_factory=dict)
     plugins: dict[str, int] = field(default_factory=dict)
+    state: int = PLUGIN_STATE
     schema_version: int = ENGINE_SCHEMA
 
     @property
@@ -112,7 +114,8 @@ def product_for(bundle: Bundle, arch: int | None, installed: Collection[str]) ->
 
 
 def choose(bundle: Bundle, tensorrt: str, arch: str, product: str = "tensorrt") -> tuple[str, EngineInfo]:
-    """(folder, description) of the engine for this TensorRT and this GPU ("sm_90"). Raises UserError that says which of the two differs."""
+    """(folder, description) of the engine for this TensorRT and this GPU ("sm_90"). Raises UserError that says which of the two differs, or that its plugins
+    are of another version."""
     present = {folder: info for folder, info in engines(bundle).items() if info.product == product}
     number = int(arch.removeprefix("sm_"))
     mend = command("build", bundle.path, *([] if product == "tensorrt" else ["--for", product]))
@@ -120,6 +123,9 @@ def choose(bundle: Bundle, tensorrt: str, arch: str, product: str = "tensorrt") 
         raise UserError("the bundle has no TensorRT engine", got=str(bundle.path), fix=mend)
     for folder, info in present.items():
         if info.tensorrt == tensorrt and info.serves(number) and info.precision == bundle.precision:
+            if info.state != PLUGIN_STATE:
+                raise UserError("the bundle's engine holds plugins of another version", got=f"state {info.state}" if info.state else "no state",
+                                allowed=f"state {PLUGIN_STATE}", fix=f"{mend} --force")  # fmt: skip
             return folder, info
     here = [info for info in present.values() if info.serves(number)]
     if here:
@@ -144,15 +150,14 @@ def read_plan(bundle: Bundle, folder: str, info: EngineInfo) -> bytes:
 
 def _read(bundle: Bundle, name: str) -> EngineInfo:
     mend = command("build", bundle.path, "--force")
-    try:
-        data: Any = parse_json(bundle.read(name), name)
-        kinds = _KINDS | {k: kind for k, kind in _LATER.items() if k in data}
-        wrong = [k for k, kind in kinds.items() if not isinstance(data.get(k), kind) or isinstance(data.get(k), bool)] + sorted(set(data) - set(kinds))
-        wrong = wrong or ["archs" for a in data.get("archs", []) if type(a) is not int]
-        wrong = wrong or [k for k in _INTEGERS if not 0 < data[k] < 2**63]
-    except AttributeError:
-        raise UserError(f"{name} is not a JSON object", got=type(data).__name__, fix=mend) from None
+    data: Any = parse_json(bundle.read(name), name)
+    if not isinstance(data, dict):
+        raise UserError(f"{name} is not a JSON object", got=type(data).__name__, fix=mend)
+    kinds = _KINDS | {k: kind for k, kind in _LATER.items() if k in data}
+    wrong = [k for k, kind in kinds.items() if not isinstance(data.get(k), kind) or isinstance(data.get(k), bool)] + sorted(set(data) - set(kinds))
+    wrong = wrong or ["archs" for a in data.get("archs", []) if type(a) is not int]
+    wrong = wrong or [k for k in _INTEGERS if not 0 < data[k] < 2**63]
     if wrong or data["schema_version"] != ENGINE_SCHEMA:
         raise UserError(f"{name} is not an engine's description of this version", got=", ".join(wrong) or f"schema_version {data['schema_version']}",
                         allowed=f"schema_version {ENGINE_SCHEMA}", fix=mend)
-    return EngineInfo(**data)
+    return EngineInfo(**{"state": 0, **data})

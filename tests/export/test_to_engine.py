@@ -162,6 +162,13 @@ def test_an_engine_of_before_is_refused_with_the_command(fake: Callable[..., Any
     with pytest.raises(UserError, match=r"of this version: got schema_version 2; allowed: schema_version 3; fix: sessa-deploy build .* --force"):
         trt_plan.choose(Bundle.open(path), "8.6.0", "sm_90")
     assert to_engine.build_engine(path).fresh and trt_plan.choose(Bundle.open(path), "8.6.0", "sm_90")[0] == built.folder
+    for state in (None, contract.PLUGIN_STATE - 1):
+        old = {k: v for k, v in (json.loads(built.info.to_json()) | {"state": state}).items() if v is not None}
+        bundle_of_before = add_files(Bundle.open(path), {f"{built.folder}/{trt_plan.ENGINE_FILE}": json.dumps(old).encode()})
+        said = rf"plugins of another version: got {'no state' if state is None else f'state {state}'}; allowed: state {contract.PLUGIN_STATE}; fix: .* --force"
+        with pytest.raises(UserError, match=said):
+            trt_plan.choose(bundle_of_before, "8.6.0", "sm_90")
+    assert to_engine.build_engine(path, force=True).fresh and trt_plan.choose(Bundle.open(path), "8.6.0", "sm_90")[1].state == contract.PLUGIN_STATE
 
 
 def test_the_key_covers_everything(bundle: Callable[..., Bundle]) -> None:

@@ -253,6 +253,9 @@ MANIFEST = {"schema_version": 1, "config": CONFIG.to_dict(), "precision": "fp32"
 
 @few
 @given(raw=changed(MANIFEST))
+@example(raw=b"NaN")
+@example(raw=b"null")
+@example(raw=b"[]")
 def test_manifest(bundle: Bundle, raw: bytes) -> None:
     from sessa_deploy.describe import describe_bundle
 
@@ -262,6 +265,9 @@ def test_manifest(bundle: Bundle, raw: bytes) -> None:
 
 @few
 @given(raw=changed(json.loads(ENGINE.to_json())))
+@example(raw=b"NaN")
+@example(raw=b"null")
+@example(raw=b"[]")
 def test_engine(bundle: Bundle, raw: bytes) -> None:
     def read(_: Path) -> None:
         entry = {"sha256": hashlib.sha256(raw).hexdigest(), "size": len(raw)}
@@ -274,6 +280,9 @@ def test_engine(bundle: Bundle, raw: bytes) -> None:
 
 @few
 @given(raw=changed(json.loads(PREPARED.to_json())))
+@example(raw=b"NaN")
+@example(raw=b"null")
+@example(raw=b"[]")
 @example(raw=PREPARED.to_json())
 def test_prepared_graph(bundle: Bundle, raw: bytes) -> None:
     name = f"{PREPARED.folder}/engine.json"

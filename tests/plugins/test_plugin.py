@@ -21,7 +21,7 @@ import pytest
 from plugin_harness import BFLOAT, CAUSAL, FEEDBACK, FLOAT, HALF, NAMES, OPERANDS, Built, Pointers, create, headed, sizes
 
 from sessa_deploy import cuda_arch
-from sessa_deploy.contract import STEP_ROWS
+from sessa_deploy.contract import PLUGIN_STATE, STEP_ROWS
 from sessa_deploy.errors import UserError
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import MANY_PROGRAMS, MANY_ROWS, STEP_MAX_SPLITS
@@ -36,7 +36,7 @@ def test_library_stands_alone(built: Built) -> None:
     assert (seen.interface, seen.major) == ("V2" if major == 8 else "V3", major)
     if shutil.which("nm") and shutil.which("readelf"):
         exports = subprocess.run(["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
-        door = {"sessaFindCubin", "sessaCubinTile", "sessaOpName", "sessaTensorRTMajor"}  # through which the runtime launches its own kernels
+        door = {"sessaFindCubin", "sessaCubinTile", "sessaOpName", "sessaStateVersion", "sessaTensorRTMajor"}  # what Python asks
         assert {line.split()[-1] for line in exports.splitlines()} == {"getPluginCreators" if major == 8 else "getCreators", "setLoggerFinder", *door}
         needed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
         assert not re.search(r"NEEDED.*(nvinfer|libcuda|cudart|stdc\+\+)", needed)
@@ -216,6 +216,7 @@ def elsewhere(python: str, code: str, path: Path, op: str) -> subprocess.Complet
 
 LEAN = """
 import sys, numpy as np, tensorrt_lean_bindings as trt
+from sessa_deploy.contract import PLUGIN_STATE
 from sessa_deploy.plugins import library
 assert library.load(trt, __import__("pathlib").Path(sys.argv[1])) and library.load(trt, __import__("pathlib").Path(sys.argv[1]))
 assert library.ops(trt) == library.OPS
@@ -231,11 +232,12 @@ f, i = (lambda *v: np.array(v, np.float32)), (lambda *v: np.array(v, np.int32))
 plugin = make()
 core = plugin.get_capability_interface(trt.PluginCapabilityType.CORE)
 assert (core.plugin_name, core.plugin_version, core.plugin_namespace) == (sys.argv[2], "1", "")
-own = {n: f(0.5) for n in sys.argv[3:-1]}
+own = {n: f(0.5) for n in sys.argv[3:] if n not in ("storage", "weights")}
 assert make(storage=i(10), **own) is not None
-for bad in (dict(storage=i(5)), dict(wrong=i(1)), dict(state=i(2)), *({n: v} for n in own for v in (f(np.nan), f(-1), f(1, 2), i(1)))):
+for bad in (dict(storage=i(5)), dict(wrong=i(1)), dict(state=i(PLUGIN_STATE)), *({n: v} for n in own for v in (f(np.nan), f(-1), f(1, 2), i(1)))):
     assert make(**bad) is None, bad
-assert make("RUNTIME", storage=i(10), state=i(2), **own) is not None
+assert make("RUNTIME", storage=i(10), state=i(PLUGIN_STATE), **own) is not None
+assert make("RUNTIME", storage=i(10), state=i(PLUGIN_STATE - 1), **own) is None
 assert make("RUNTIME", storage=i(10), **own) is None and make("RUNTIME", state=i(1), scale=f(0.5), storage=i(10)) is None
 print("fine", trt.__version__)
 """
@@ -252,7 +254,7 @@ def test_the_lean_runtimes_registry_takes_the_library(built: Built, op: str) -> 
     done = elsewhere(python, LEAN, path, op)
     assert done.returncode == 0 and done.stdout.startswith("fine 11"), done.stdout + done.stderr
     assert f"attribute wrong is unknown; allowed: {', '.join(ops.op(op).attribute_names)}" in done.stderr
-    assert "serialised state: got version 1; allowed: 2" in done.stderr and "sessa-deploy build BUNDLE --force" in done.stderr
+    assert f"serialised state: got version 1; allowed: {PLUGIN_STATE}" in done.stderr and "sessa-deploy build BUNDLE --force" in done.stderr
 
 
 TRT8 = """
@@ -269,12 +271,12 @@ def make(**fields):
     return creator.create_plugin("x", trt.PluginFieldCollection([trt.PluginField(n, v, kinds[v.dtype]) for n, v in fields.items()]))
 f, i = (lambda *v: np.array(v, np.float32)), (lambda *v: np.array(v, np.int32))
 plugin = make()
-own = {n: f(0.5) for n in sys.argv[3:-1]}
+own = {n: f(0.5) for n in sys.argv[3:] if n not in ("storage", "weights")}
 assert plugin.plugin_type == sys.argv[2] and plugin.num_outputs >= 1 and make(storage=i(10), **own) is not None
-for bad in (dict(storage=i(16)), dict(storage=i(5)), dict(wrong=i(1)), dict(state=i(2)), *({n: v} for n in own for v in (f(np.nan), f(1, 2)))):
+for bad in (dict(storage=i(16)), dict(storage=i(5)), dict(wrong=i(1)), dict(state=i(1)), *({n: v} for n in own for v in (f(np.nan), f(1, 2)))):
     assert make(**bad) is None, bad
 state = bytes(plugin.serialize())
-assert len(state) == plugin.serialization_size == 24
+assert len(state) == plugin.serialization_size == 28
 assert creator.deserialize_plugin("x", state) is not None
 assert creator.deserialize_plugin("x", state[:-1]) is None and creator.deserialize_plugin("x", b"x" + state[1:]) is None
 print("fine", trt.__version__)
@@ -291,7 +293,7 @@ def test_tensorrt_8s_registry_takes_the_library(built: Built, op: str) -> None:
         pytest.skip("needs TensorRT 8.6's headers and a Python with tensorrt 8.6, named in SESSA_TRT8_PYTHON")
     done = elsewhere(python, TRT8, path, op)
     assert done.returncode == 0 and done.stdout.startswith("fine 8.6"), done.stdout + done.stderr
-    assert "TensorRT 8.6 has no bfloat16" in done.stderr and "got 23 bytes; allowed: 24; sessa-deploy build BUNDLE --force" in done.stderr
+    assert "TensorRT 8.6 has no bfloat16" in done.stderr and "got 27 bytes; allowed: 28; sessa-deploy build BUNDLE --force" in done.stderr
 
 
 def test_a_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -353,7 +355,14 @@ def test_a_library_of_another_major_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"headers of another TensorRT: got 10 .*allowed: those of TensorRT 11"):
             library.build(tmp_path, cubins=tmp_path, major=11)
     if shutil.which("g++"):
-        source = 'extern "C" { void getCreators() {} void setLoggerFinder() {} }'
-        subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(tmp_path / "old.so")], input=source, text=True, check=True)
-        with pytest.raises(UserError, match=r"built by an older sessa-deploy.*fix: sessa-deploy plugin build --tensorrt 11"):
-            library.check(tmp_path / "old.so", 11)
+        bare = "void getCreators() {} void setLoggerFinder() {} "
+        known = bare + "int sessaTensorRTMajor() { return 11; } "
+        names = ", ".join(f'"{name}"' for name in library.OPS)
+        named = known + f"static char const* all[] = {{{names}, 0}}; char const* sessaOpName(int i) {{ return all[i]; }} "
+        last = named + f"int sessaStateVersion() {{ return {PLUGIN_STATE - 1}; }}"
+        for source, says in ((bare, "built by an older sessa-deploy"), (known, "built by another sessa-deploy: got .* with operations that it does not name"),
+                             (named, "operations of no state"), (last, f"operations of state {PLUGIN_STATE - 1}; allowed: state {PLUGIN_STATE};")):
+            old = tmp_path / f"{len(source)}.so"
+            subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(old)], input=f'extern "C" {{ {source} }}', text=True, check=True)
+            with pytest.raises(UserError, match=rf"{says}.*fix: sessa-deploy plugin build --tensorrt 11"):
+                library.check(old, 11)

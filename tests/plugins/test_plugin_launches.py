@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -28,10 +29,10 @@ DRIVER = r"""
 #include <stdlib.h>
 #include <string.h>
 typedef void* handle; typedef int rc;
-static char context;
+static char contexts[4096]; int current;
 struct function { char name[64]; unsigned asked; int share, most; };
 static struct { char const* name; int params; } const known[] = { KERNELS {0, 0} };
-rc cuCtxGetCurrent(handle* c) { *c = &context; return 0; }
+rc cuCtxGetCurrent(handle* c) { *c = contexts + current; return 0; }
 rc cuCtxGetDevice(int* d) { *d = 3; return 0; }
 rc cuDeviceGetAttribute(int* v, int what, int d) { *v = what == 75 ? 9 : what == 76 ? 0 : what == 16 ? MULTIPROCESSORS : -1; return d != 3; }
 rc cuModuleLoadData(handle* m, void const* image) { *m = (handle)image; return memcmp(image, "\x7f" "ELF", 4) ? 200 : 0; }
@@ -39,6 +40,7 @@ rc cuModuleGetFunction(handle* f, handle m, char const* name)
 {
     struct function* made = calloc(1, sizeof(struct function));
     strncpy(made->name, name, 63);
+    printf("load %s\n", name);
     *f = made;
     return 0;
 }
@@ -93,17 +95,21 @@ rc cuDriverGetVersion(int* v) { *v = 13000; return 0; }
 rc cuGetErrorName(rc code, char const** text) { *text = "bad"; return 0; }
 """
 RUN = """
-import json, sys
+import ctypes, json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import plugin_harness as ph
 library, harness = Path(sys.argv[2]), ph.load_harness(Path(sys.argv[3]))
-storage = int(sys.argv[5])
-for op, weights, shape in json.loads(sys.argv[4]):
+storage, last = int(sys.argv[4]), None
+for op, weights, shape in json.loads(sys.stdin.read()):
+    ctypes.c_int.in_dll(ctypes.CDLL("libcuda.so.1"), "current").value += (op, weights) != last # a context of its own, where nothing is loaded
+    last = op, weights
     plugin, shape = ph.create((0, library, harness), op, storage, weights=weights), ph.Shape(*shape)
     op = ph.at(op, weights)
-    assert plugin and harness.harness_workspace(plugin, op, storage, shape) >= 0 and harness.harness_shape(plugin, op, storage, shape) == 0
+    assert plugin and harness.harness_shape(plugin, op, storage, shape) == 0
+    print("shaped", flush=True)
     assert harness.harness_enqueue(plugin, op, storage, shape, ph.Pointers(*((i + 1) << 36 for i in range(20))), None) == 0
+    assert harness.harness_workspace(plugin, op, storage, shape) >= 0 # the last: to 8.6's plugins it may tell shapes
     print("next", flush=True)
 """
 
@@ -256,8 +262,9 @@ def launches(
     return found
 
 
-def driven(launching: Built, storage: int, calls: list[Any], says: bool, folder: Path) -> list[list[str]]:
-    """What each of the calls (operation, weights, sizes) has the driver write down. says: it knows occupancy, and gives more streams."""
+def driven(launching: Built, storage: int, calls: list[Any], says: bool, folder: Path, loads: bool = False) -> list[list[str]]:
+    """What each of the calls (operation, weights, sizes) has the driver write down once it knows its shapes. says: the driver knows occupancy, and gives
+    more streams. loads: with the binaries that are then still loaded."""
     from sessa_deploy.kernels.launch import table
 
     _, library, harness = launching
@@ -267,10 +274,11 @@ def driven(launching: Built, storage: int, calls: list[Any], says: bool, folder:
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-w", "-o", "libcuda.so.1", "cuda.c"], cwd=folder, check=True)
     environment = {**os.environ, "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
     environment.pop("SESSA_PDL", None)
-    command = [sys.executable, "-c", RUN, str(ph.HERE), str(library), harness._name, json.dumps(calls), str(storage)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-u", "-c", RUN, str(ph.HERE), str(library), harness._name, str(storage)]  # -u: what C and Python print stays in order
+    done = subprocess.run(command, input=json.dumps(calls), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    return [part.strip().splitlines() for part in done.stdout.split("next\n")]
+    parts = [part.partition("shaped\n")[2].splitlines() for part in done.stdout.split("next\n")]
+    return [[line for line in part if loads or not line.startswith("load ")] for part in parts]
 
 
 SHAPES = [
@@ -360,6 +368,20 @@ def test_both_attentions_of_a_chunk_run_side_by_side(launching: Built, says: boo
     assert len(all_of) == 14 and {streams[x] for x in ("causal_prefill", "layer_linear", "feedback_solve")} == {"0"}
     ahead = ("feedback_pack", "feedback_scores", "feedback_inverse_half", "feedback_near_half")
     assert ({streams[x] for x in ahead} == {"0"}) == (not says) and len(set(streams.values())) == 1 + says
+
+
+@pytest.mark.parametrize("launching", (8, 10, 11), indirect=True)
+def test_what_a_step_runs_is_loaded_before_it_may_be_captured(launching: Built, tmp_path: Path) -> None:
+    """8.6 tells a plugin of a new context, without its shapes, and later ones of the shapes: behind either, nothing is left to load."""
+    rows = [(1, 1), (2, 1), (8, 1), (9, 1), (17, 1), (65, 1), (600, 1), (1, 2), (1, 9), (1, 17), (2, 8), (1, 513), (1, 9300)]
+    heads = ((256, 4, 4), (1024, 16, 4), (1040, 13, 13), (2048, 16, 4), (2064, 43, 43), (4096, 32, 8))
+    for storage, kinds in ((ph.HALF, (0, 3, 17)), (ph.FLOAT, (0,))):
+        forms = [(op, w) for op in (ph.NAMES if storage == ph.HALF else (ph.FEEDBACK, ph.CAUSAL)) for w in kinds if not w or ops.OPS[op].quantised]
+        calls = [(op, w, list(sizes(*x, 96, D, h, kv, D // h, {ph.At.ProjectGain: 3 * D + 2 * kv * D // h, ph.At.Logits: 50304}.get(ph.At(op), D))))
+                 for (op, w), (D, h, kv), x in itertools.product(forms, heads, rows)]  # fmt: skip
+        for call, part in zip(calls, driven(launching, storage, calls, True, tmp_path, loads=True), strict=False):
+            late = [line for line in part if line.startswith("load ")]
+            assert part and not late, (call, late)
 
 
 def test_rows_that_start_early_have_binaries_that_can() -> None:
