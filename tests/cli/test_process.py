@@ -156,6 +156,17 @@ def test_a_signal_while_a_child_begins_leaves_none(number: int, tmp_path: Path) 
         assert not [p for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE and int(done.stdout) in (p.pid, os.getpgid(p.pid))], words
 
 
+@pytest.mark.parametrize(("place", "words", "code"), [
+    ({"WORLD_SIZE": "2", "RANK": "0"}, ["--version"], 0), ({"WORLD_SIZE": "2", "RANK": "0"}, ["inspect", "/no"], 2), ({}, ["inspect", "/no"], 2)])
+def test_one_of_several_processes_leaves_without_pythons_own_end(place: dict[str, str], words: list[str], code: int) -> None:
+    """A thread of gloo's, in a collective that another process broke off, may ask for the interpreter at any moment, and there must be one."""
+    program = "import atexit\natexit.register(print, 'the end')\nfrom sessa_deploy.cli import main\nprint('begun')\nmain()"
+    environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    done = subprocess.run([sys.executable, "-c", program, *words], env={**environment, "LOCAL_RANK": "0", **place}, capture_output=True, text=True, check=False)
+    assert done.returncode == code and done.stdout.startswith("begun\n") and ("the end" in done.stdout) is not bool(place), done
+    assert (cli.__version__ in done.stdout) if code == 0 else done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 def test_nohup_is_respected() -> None:
     program = ("import os, signal\nfrom sessa_deploy import cli, describe\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
                "describe.describe = lambda *_, **__: os.kill(os.getpid(), signal.SIGHUP) or 1 / 0\ncli.main(['inspect', 'x'])")
