@@ -151,7 +151,7 @@ def test_a_signal_while_a_child_begins_leaves_none(number: int, tmp_path: Path) 
                "    else: run_group(['sh', '-c', 'sleep 60 & wait'])\n")
     sleeper = fake(tmp_path, "exec sleep 60").engine_python
     for words in ([], [str(sleeper)]):
-        done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False, timeout=200)
         assert done.returncode == (-number if number == signal.SIGINT else 128 + number), done
         assert not [p for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE and int(done.stdout) in (p.pid, os.getpgid(p.pid))], words
 

@@ -106,7 +106,7 @@ def test_readiness_that_is_red_turns_green_without_a_request(monkeypatch):
     batcher.close()
 
 
-def until(true, seconds: float = 20.0) -> None:
+def until(true, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end

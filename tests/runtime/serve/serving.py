@@ -38,7 +38,7 @@ class Process:
         """What it wrote to standard error so far."""
         return self._log.read_text(encoding="utf-8")
 
-    def end(self, number: int | None = signal.SIGTERM, seconds: float = 30) -> tuple[int, str]:
+    def end(self, number: int | None = signal.SIGTERM, seconds: float = 100) -> tuple[int, str]:
         """(exit code, what it said), after a signal."""
         if number is not None:
             self.process.send_signal(number)

@@ -153,7 +153,7 @@ def test_a_drain_has_a_limit_and_a_second_signal_none(exported: Path, number: in
             with contextlib.suppress(httpx.HTTPError):
                 rest = [line for line in lines if line]
                 assert '"code": "cancelled"' in rest[-2] or '"finish_reason": "length"' in rest[-2] or twice
-        assert server.end(None)[0] == code and time.monotonic() - begun < 15
+        assert server.end(None)[0] == code and time.monotonic() - begun < 50
 
 
 def test_it_answers_health_while_it_loads_and_a_signal_then_ends_it(exported: Path) -> None:
