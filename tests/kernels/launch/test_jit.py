@@ -125,6 +125,15 @@ def test_the_driver_is_told_of_shared_memory_and_triton_is_not(monkeypatch: pyte
     assert told == [compiled, (77, 9, 30), compiled, (77, 9, 30), compiled, compiled, compiled] and early == [True] * 4 + [False]
 
 
+@pytest.mark.parametrize("played", [True, False], ids=["interpreted", "compiled"])
+def test_a_place_further_in_a_buffer_counts_elements(played: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "interpreted", lambda: played)
+    work = jit.Workspace({"a": (3, torch.float32), "b": (300, torch.float16)})
+    at, memory = work.take(torch.device("cpu"))
+    found = work.beyond(at, "b", 7)
+    assert (found.data_ptr() if played else found) == memory[work.offsets["b"] :].view(torch.float16)[7:].data_ptr()
+
+
 def test_how_many_programs_a_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's answer times the multiprocessors; 0 where it has none."""
     asked = []
