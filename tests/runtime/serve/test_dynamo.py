@@ -210,7 +210,7 @@ def test_full_queues_and_clients_that_go(worker: Callable[..., Any]) -> None:
 
 def test_what_a_worker_that_ends_cuts_off_goes_to_another(worker: Callable[..., Any], made: Bundle) -> None:
     slow, options = SlowBackend(1), {"temperature": 0.7, "seed": 3}
-    slow.pause = 0.01
+    slow.pause = 0.03
     told: list[dict[str, Any]] = []
 
     async def ending(engine: Any) -> None:

@@ -149,7 +149,7 @@ class Paced(NumpyBackend):
     """Slow enough that tokens are sent one by one: those that are there at once go in one response."""
 
     def _forward(self, ids: Any, new: Any) -> Any:
-        time.sleep(0.005)
+        time.sleep(0.02)
         return super()._forward(ids, new)
 
 
