@@ -61,7 +61,7 @@ def test_run_reads_standard_input_and_a_reader_may_leave(tiny_bundle):
         child.stdout.close()
         child.stdin.write(b"abc")
         child.stdin.close()
-        assert child.wait(60) == 0 and b"Traceback" not in child.stderr.read()
+        assert child.wait(200) == 0 and b"Traceback" not in child.stderr.read()
 
 
 BAD = [
