@@ -250,8 +250,8 @@ def _in_thread(trt: Any, work: Callable[[], Any], config: Any, progress: Progres
             over.set()
 
     monitor = trt_api.watch(trt, config, step)
-    threading.Thread(target=run, name="sessa-build", daemon=True).start()
     try:
+        threading.Thread(target=run, name="sessa-build", daemon=True).start()
         while not over.wait(_POLL):  # an event: an interrupted Thread.join takes the thread for ended
             progress(*state)
     except (KeyboardInterrupt, SystemExit):

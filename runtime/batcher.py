@@ -7,6 +7,7 @@ delayed by more either; a running sequence waits for one chunk at most between t
 
 from __future__ import annotations
 
+import atexit
 import copy
 import itertools
 import logging
@@ -89,12 +90,13 @@ class Batcher:
         return Handle(task.id, lambda: self._cancel(task, "by the client"), waiting)
 
     def start(self) -> None:
-        """Run on a thread of its own until `close`."""
+        """Run on a thread of its own until `close`, which the end of the process calls where nobody else did."""
         with self._lock:
             if self._stopping or self._thread is not None:
                 raise UserError("the batcher cannot be started", got="it runs or is closed", allowed="one start")
             self._thread = threading.Thread(target=self._loop, name="batcher", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # inside an engine's library the thread would abort a process whose interpreter has gone
 
     def drain(self, timeout: float) -> None:
         """Take no more requests, wait up to `timeout` seconds for those there are, and cancel what is left."""
@@ -120,6 +122,7 @@ class Batcher:
             self._lock.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+        atexit.unregister(self.close)
         self._evict("the server is closed", here=True)
 
     @property

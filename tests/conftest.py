@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("full", max_examples=2000, deadline=None)  # --hypothesis-profile full: twenty times the requests in the batcher's tests
+# A run tries what the run before tried, on however slow a machine. --hypothesis-profile full draws anew, twenty times the requests in the batcher's tests.
+settings.register_profile("usual", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("full", max_examples=2000, deadline=None)
+settings.load_profile("usual")
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("layer_*.safetensors"))
 
@@ -67,6 +70,13 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
         share(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _draws() -> None:
+    """What torch draws is a test's own, whatever the same process of xdist tested before."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.manual_seed(0)  # torch.manual_seed takes milliseconds to note who asked
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ ODD: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(100)
 @pytest.mark.parametrize("words", ODD)
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "last.ckpt", "model.safetensors.index.json", "config.json",
                                   "generation_config.json"])

@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +38,8 @@ rc cuDeviceGetAttribute(int* v, int what, int d) { *v = what == 75 ? 9 : what ==
 rc cuDevicePrimaryCtxRetain(handle* c, int d) { *c = &live; return d != 0; }
 rc cuCtxSetCurrent(handle c) { return c == &live ? 0 : 201; }
 rc cuStreamCreate(handle* s, unsigned flags) { *s = &stream_object; return flags == 1 ? 0 : 1; }
-rc cuStreamCreateWithPriority(handle* s, unsigned flags, int priority) { *s = &stream_object; return flags == 1 ? 0 : 1; }
+int asked_priority;
+rc cuStreamCreateWithPriority(handle* s, unsigned flags, int priority) { *s = &stream_object; asked_priority = priority; return flags == 1 ? 0 : 1; }
 rc cuStreamDestroy_v2(handle s) { return s == &stream_object ? 0 : 400; }
 rc cuStreamSynchronize(handle s) { return s == &stream_object && !capturing ? 0 : 400; }
 rc cuEventCreate(handle* e, unsigned flags) { *e = calloc(1, 8); ++live; return flags == 2 ? 0 : 1; }
@@ -220,6 +222,17 @@ def test_bandwidth_counts_what_is_read_and_written(library: Any, monkeypatch: py
     assert traffic.copy_bandwidth() is None
     monkeypatch.setattr(binding, "open_driver", lambda: None)
     assert traffic.copy_bandwidth() is None
+
+
+def test_a_stream_of_ones_own_has_the_priority_that_is_asked_for(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "open_driver", lambda: library)
+    asked = ctypes.c_int.in_dll(library, "asked_priority")
+    for priority in (-1, 0):
+        assert binding.new_stream(priority) > 1 << 32 and asked.value == priority
+    for driver in (None, SimpleNamespace(), SimpleNamespace(cuStreamCreateWithPriority=lambda *_: 2)):
+        monkeypatch.setattr(binding, "open_driver", lambda driver=driver: driver)
+        with pytest.raises(RuntimeError):
+            binding.new_stream()
 
 
 def test_errors_carry_the_drivers_words_and_a_failed_capture_ends(cuda: Cuda, library: Any) -> None:

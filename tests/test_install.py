@@ -112,7 +112,7 @@ def without(gone: tuple[str, ...], folder: Path, *command: str) -> subprocess.Co
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE.format(gone=gone))
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, cwd=folder, env=environment, check=False)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=250, cwd=folder, env=environment, check=False)
 
 
 def test_every_verb_is_walked() -> None:

@@ -91,7 +91,7 @@ def test_what_ends_one_ends_all(tmp_path: Path, what: str, error: type[Exception
     other = "meets1" if what == "late" else "long"
     with pytest.raises(error, match=f"^{told}$"), Crew(["a", "b"], do, lambda *_: None) as crew:
         crew.run([Job(f"job of {x}", (tmp_path, x), stage) for stage, x in enumerate((other, what, "never", "never", "never"))])
-    assert time.monotonic() - begin < 20 and all(not worker.process.is_alive() for worker in crew._workers if worker.process)
+    assert time.monotonic() - begin < 55 and all(not worker.process.is_alive() for worker in crew._workers if worker.process)
     assert error is not OutOfTime or len(logged(tmp_path)) < 5
 
 

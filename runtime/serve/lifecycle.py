@@ -11,7 +11,6 @@ import os
 import queue
 import signal
 import socket
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from sessa_deploy.errors import SessaError, UserError
+from sessa_deploy.process import leave
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.engines import open_slots
 from sessa_deploy.runtime.manifest import parse_manifest, read_manifest
@@ -74,24 +74,26 @@ def serve(path: str | Path, options: ServeOptions, say: Say) -> int:
     with _bound(options.host, options.port) as listener:
         log = logging.getLogger("sessa_deploy")
         lines = _Log(say)
+        life = _Life(service, path, options, lines.line, _url(listener))
         log.addHandler(lines)
         log.setLevel(logging.INFO)
         try:
-            life = _Life(service, path, options, lines.line, _url(listener))
             asyncio.run(life.run(listener))
+        except (KeyboardInterrupt, SystemExit):
+            if not life.told:
+                raise
+            life.cut_short = True  # while the engine was closed
         finally:
             log.removeHandler(lines)
             lines.close()
     if not life.cut_short and life.loading.is_alive():
         life.loading.join(_LAST_SECONDS)
-    code = 130 if life.cut_short else 0
-    if life.cut_short or life.loading.is_alive():  # a thread is inside an engine library, which must not lose its interpreter there
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
-    if life.failed is not None and not life.told:
-        raise life.failed
+    failed = life.failed if not life.told else None
+    code = 130 if life.cut_short else 0 if failed is None else getattr(failed, "exit_code", 1)
+    if life.cut_short or life.loading.is_alive() or lines.stuck:  # a thread is inside an engine library, which must not lose its interpreter there
+        leave(code, said=not lines.stuck)
+    if failed is not None:
+        raise failed
     return code
 
 
@@ -252,6 +254,11 @@ class _Log(logging.Handler):
         self.line(None)
         self._thread.join(_LAST_SECONDS)
         super().close()
+
+    @property
+    def stuck(self) -> bool:
+        """Whether, once it is closed, it is still in the middle of a line, which nobody reads."""
+        return self._thread.is_alive()
 
     def _write(self) -> None:
         for text in iter(self._lines.get, None):

@@ -14,7 +14,7 @@ import click
 from sessa_deploy import __version__
 from sessa_deploy.cli.streams import guarded
 from sessa_deploy.errors import SessaError, UserError, packages_named
-from sessa_deploy.process import end_with_the_others, ending_cleanly, launched, speaks
+from sessa_deploy.process import end_with_the_others, ending_cleanly, launched, leave, speaks
 
 _SIGNALS = (129, 143)  # SIGHUP, SIGTERM
 _SPACE = "free space there, or name another place"
@@ -79,6 +79,8 @@ def main(args: list[str] | None = None) -> None:
         code = _guarded(args)
         if code and launched():
             end_with_the_others()
+    if args is None and launched():  # gloo's threads: a collective that another process breaks off may end at any moment
+        leave(code)
     if code:
         sys.exit(code)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import sys
 
 import click
 
 from sessa_deploy.cli.options import ARCHS, PATH, POSITIVE_INT, PRECISION, TARGET, Integer, OneOf
+from sessa_deploy.process import leave
 
 
 @click.command("build")
@@ -65,8 +64,7 @@ def command(
     except (KeyboardInterrupt, SystemExit) as stop:
         # TensorRT 8.6 cannot be told to stop: leave without waiting for its thread. The bundle is as it was.
         click.echo(f"{'interrupted' if isinstance(stop, KeyboardInterrupt) else 'terminated'}; the bundle is as it was", err=True)
-        sys.stderr.flush()
-        os._exit(130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0))
+        leave(130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0))
     info = built.info
     for line in built.notes:
         click.echo(line)

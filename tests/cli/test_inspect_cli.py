@@ -127,7 +127,7 @@ BAD: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(200)
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("what", BAD)
 def test_inspect_and_export_agree(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:

@@ -62,7 +62,7 @@ def test_a_killed_run_leaves_a_whole_checkpoint(text: Path, tmp_path: Path) -> N
                "--save-every", "1", *SMALL]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        for _ in range(600):
+        for _ in range(1500):
             if (out / "checkpoint" / "config.json").exists() and (out / "log.csv").exists() and (out / "log.csv").read_text().count("\n") > 15:
                 break
             try:

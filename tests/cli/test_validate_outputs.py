@@ -188,5 +188,5 @@ def test_sigterm_ends_the_rungs_and_leaves_no_tensors(material: tuple[Path, Path
     while not list(tmp_path.glob("sessa-parity-*/float64")) and child.poll() is None:  # a rung is at work
         time.sleep(0.02)
     child.send_signal(signal.SIGTERM)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=200)
     assert (child.returncode, out, err) == (143, "", "terminated\n") and not list(tmp_path.glob("sessa*"))

@@ -134,7 +134,7 @@ def test_what_hugging_face_s_templates_count_on(text: str, wanted: str) -> None:
     assert ChatTemplate(text).render(USER) == wanted
 
 
-@settings_of(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings_of(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.sampled_from(["chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"]),
        st.binary(max_size=80) | st.text("{}%# '\"|.()[]=+-*/,:abforinmesgcotld10\n", max_size=80).map(str.encode))
 def test_whatever_stands_there_is_taken_or_refused_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:

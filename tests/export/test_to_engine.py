@@ -352,7 +352,7 @@ def test_an_interrupted_or_killed_build_leaves_the_bundle_usable(bundle: Callabl
     assert child.stdout is not None and child.stdout.readline() == "building\n"
     begun = time.monotonic()
     child.send_signal(sent)
-    _, errors = child.communicate(timeout=20)
-    assert child.returncode == code and time.monotonic() - begun < 10
+    _, errors = child.communicate(timeout=55)
+    assert child.returncode == code and time.monotonic() - begun < 50
     assert sent == signal.SIGKILL or "interrupted; the bundle is as it was" in errors
     assert Bundle.open(made.path).names() == [contract.MODEL_FILE]

@@ -42,7 +42,7 @@ PREPARED = prepared.Prepared(
     {"SessaTail": 1}, "plugin", [], "", 0, False, "k", contract.PLUGIN_STATE,
     {n: hashlib.sha256(b"graph").hexdigest() for n in ("model.onnx", "engines/ort-fp32/model.onnx")},
 )  # fmt: skip
-few = settings(derandomize=True, print_blob=False, deadline=5000, max_examples=60, database=None, suppress_health_check=list(HealthCheck))
+few = settings(derandomize=True, print_blob=False, deadline=60_000, max_examples=60, database=None, suppress_health_check=list(HealthCheck))
 
 numbers = st.one_of(st.integers(), st.integers(-3, 300), st.sampled_from([2**31, 2**60, 2**64, -1, 10**400]), st.floats())
 texts = st.one_of(st.text(max_size=8), st.sampled_from(["\ud800", "\x1b[2J", "a\nb", "../x", "[/b]", "model.onnx", "F32", ""]))

@@ -217,6 +217,12 @@ def test_streams_that_somebody_captures_on_take_no_place(graphs: SimpleNamespace
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device_index=device.index, cuda_stream=7))
     Graphed(lambda _: (torch.zeros(()),) * 2, torch.device("cuda", 0))  # its plain steps' graphs would be of no use, and their memory lost
     assert replay.replays(torch.device("cuda", 0)) is None
+    assert replay.replays(torch.device("cuda", 1)) is None, "another device is the current one"
+    of_streams = []
+    for number in range(replay.STREAMS + 2):
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index, number=number: 8 + number)
+        of_streams.append(replay.replays(torch.device("cuda", 0)))
+    assert len(replay._KEPT) == replay.STREAMS and of_streams[-3:] == [None] * 3 and None not in of_streams[:-3]
 
 
 def test_graphs_and_keys_are_bounded(graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +247,11 @@ def test_one_piece_that_cannot_be_captured_leaves_the_others(graphs: SimpleNames
         monkeypatch.setattr(Graph, "refuses", False)
         kept.run(("good", i // 4), lambda: None)  # each comes just often enough
     assert kept._on and ("good", 0) in kept._graphs and "bad" not in kept._graphs and kept._captures == 1 + len(kept._graphs)
+    for key in range(2 * replay.TRIES):  # as many as end it one after the other, and more, but for one that succeeds between them
+        monkeypatch.setattr(Graph, "refuses", key % replay.TRIES > 0)
+        for _ in range(replay.SEEN + 1):
+            kept.run(("by turns", key), lambda: None)
+    assert kept._on
     monkeypatch.setattr(Graph, "refuses", True)
     for key in range(replay.TRIES):
         for _ in range(replay.SEEN + 1):
@@ -260,8 +271,9 @@ def test_graphs_of_memory_that_lies_elsewhere_by_now_make_room(graphs: SimpleNam
 
     steps(range(4), 8)
     assert set(kept._graphs) == set(range(4))
-    first = kept._graphs[0]
+    first, stays = kept._graphs[0], kept._graphs[2]
     steps(range(2, 6), 16)  # two where they were, two elsewhere
+    assert kept._graphs[2] is stays
     assert set(kept._graphs) == set(kept._used) == {2, 3, 4, 5}
     assert kept._first is first  # the pool must not lose all of its graphs
 
@@ -273,8 +285,10 @@ def test_captures_that_are_not_worth_it_end(graphs: SimpleNamespace, monkeypatch
         for _ in range(replay.SEEN + 1):
             kept.run(key, lambda: None)
     assert len(kept._graphs) == 3
-    for _ in range(3 * replay.WORTH + 1):
-        kept.run(0, lambda: None)
+    for key, times in (("too early", replay.SEEN + 1), (0, 3 * replay.WORTH - 1), ("too early", replay.SEEN + 1), (0, 2)):
+        for _ in range(times):
+            kept.run(key, lambda: None)
+    assert len(kept._graphs) == 3
     for _ in range(replay.SEEN + 1):
         kept.run("again", lambda: None)
     assert "again" in kept._graphs
@@ -291,6 +305,14 @@ def test_what_another_thread_queued_counts_for_that_thread(graphs: SimpleNamespa
     assert not kept._graphs
     kept.run("a", lambda: None)
     assert "a" in kept._graphs
+
+
+def test_one_capture_at_a_time(graphs: SimpleNamespace) -> None:
+    """Threads that capture at once would take each other's allocations."""
+    kept, held = replay.Replays(torch.device("cuda", 0)), list[bool]()
+    for _ in range(replay.SEEN + 1):
+        kept.run("a", lambda: held.append(replay._ONE_AT_A_TIME.locked()))
+    assert held == [False] * replay.SEEN + [True] and not replay._ONE_AT_A_TIME.locked()
 
 
 def test_places_tell_views_apart() -> None:

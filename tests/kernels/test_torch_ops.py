@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -280,3 +282,39 @@ def test_a_sequence_is_the_same_whatever_batch_it_is_in() -> None:
     for b in range(4):
         alone = ops.feedback_attention(**{n: x[b : b + 1] for n, x in p.items()})
         torch.testing.assert_close(alone[0], whole[b], rtol=1e-12, atol=1e-13)
+
+
+def test_gradients_are_on_again_where_a_call_without_them_fails() -> None:
+    try:
+        with pytest.raises(ZeroDivisionError):
+            ops.without_grad(lambda: 1 / 0)
+        assert torch.is_grad_enabled() and not ops.without_grad(torch.is_grad_enabled) and torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
+
+
+def test_who_attends_is_asked_again_where_a_setting_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of cuDNN's operator and PyTorch's choice; once for the same settings."""
+    asked, known, c = list[int](), dict[Any, bool](), torch._C
+    x = SimpleNamespace(is_cuda=True, shape=(1, 4, 2, 8), transpose=lambda *_: None)
+    monkeypatch.setattr(ops, "_wants_other_backend", lambda *_: False)
+
+    def fuses() -> tuple[bool, int]:
+        found = ops.fuses(known, lambda: asked.append(0) or (x, x, x))  # type: ignore[func-returns-value]
+        return found, len(asked)
+
+    assert fuses() == (True, 1) == fuses()
+    order = list(c._get_sdp_priority_order())
+    changes: list[tuple[Any, Any, Any]] = [(c._set_cudnn_enabled, c._get_cudnn_enabled(), None), (c._set_sdp_use_cudnn, c._get_cudnn_sdp_enabled(), None),
+                                           (c._set_sdp_use_flash, c._get_flash_sdp_enabled(), None), (c._set_sdp_use_math, c._get_math_sdp_enabled(), None),
+                                           (c._set_sdp_use_mem_efficient, c._get_mem_efficient_sdp_enabled(), None),
+                                           (c._set_sdp_priority_order, order, order[::-1]), (c._set_deterministic_algorithms, False, True)]  # fmt: skip
+    for count, (change, before, after) in enumerate(changes, 2):
+        change(not before if after is None else after)
+        try:
+            assert fuses() == (after is not True, count), change
+        finally:
+            change(before)
+        assert fuses() == (True, count)
+    monkeypatch.setattr(ops, "_wants_other_backend", lambda *_: True)
+    assert fuses() == (False, len(changes) + 2)

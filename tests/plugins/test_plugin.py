@@ -211,7 +211,7 @@ def elsewhere(python: str, code: str, path: Path, op: str) -> subprocess.Complet
     visible = f"import sys, types\nsys.path.insert(0, {str(root)!r})\nimport sessa_deploy\n"
     if not (root / "sessa_deploy/plugins").exists():
         visible += f"p = types.ModuleType('sessa_deploy.plugins'); p.__path__ = [{str(root / 'plugins')!r}]; sys.modules['sessa_deploy.plugins'] = p\n"
-    return subprocess.run([python, "-c", visible + code, str(path), op, *ops.op(op).attribute_names], capture_output=True, text=True, timeout=120)
+    return subprocess.run([python, "-c", visible + code, str(path), op, *ops.op(op).attribute_names], capture_output=True, text=True, timeout=250)
 
 
 LEAN = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
 import threading
 import time
@@ -106,7 +107,7 @@ def test_readiness_that_is_red_turns_green_without_a_request(monkeypatch):
     batcher.close()
 
 
-def until(true, seconds: float = 20.0) -> None:
+def until(true, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -312,6 +313,29 @@ def test_what_does_not_end_in_time_is_cancelled(threaded):
     assert [event.finish for event in last] == ["cancelled"] * 5 and all("shutting down" in event.error for event in last)
     batcher.close()
     assert batcher._slots.free == 2
+
+
+def test_a_process_that_ends_waits_for_the_step_that_runs():
+    """A thread inside an engine's library asks for the interpreter when it comes back from there, and aborts a process that has none any more."""
+    code = f"""
+import sys, time, threading
+sys.path[:0] = {sys.path!r}
+import test_batcher_faults as faults
+batcher, inside = faults.toy(1), threading.Event()
+forward = batcher.backend._forward
+def native(*given):
+    inside.set()
+    time.sleep(0.3)
+    print("back", flush=True)
+    return forward(*given)
+batcher.backend._forward = native
+batcher.start()
+batcher.submit(faults.Request((1,), max_new_tokens=60))
+inside.wait()
+print("leaves", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=250)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("leaves\nback\n")
 
 
 def test_closing_ends_all_events():

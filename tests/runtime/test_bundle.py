@@ -140,7 +140,7 @@ def test_a_bundle_of_links_of_one_s_own_keeps_them(made, tmp_path):
     assert not (made / "model.onnx").is_symlink() and (tmp_path / "large").read_bytes() == b"model one" * 50
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(100)
 @pytest.mark.parametrize("name", ["model.onnx", "manifest.json"])
 @pytest.mark.parametrize(("make", "words"), [
     (os.mkfifo, "a pipe"), (os.mkdir, "a folder"), (lambda p: os.symlink("/dev/zero", p), "a device"),

@@ -171,7 +171,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(tiny_bundle):
         child.send_signal(signal.SIGINT)
         line = child.stderr.readline()
         assert line.startswith(b"note: stopped") and child.poll() is None
-        out, err = child.communicate(b"/help\n/quit\n", timeout=60)
+        out, err = child.communicate(b"/help\n/quit\n", timeout=200)
         assert child.returncode == 0 and out.count(b"\n") >= 1 and b"/reset begins anew" in err and b"Traceback" not in err
 
 

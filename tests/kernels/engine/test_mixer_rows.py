@@ -77,6 +77,15 @@ def test_hard_routings(routing: str, dtype: torch.dtype) -> None:
         check(mixer_rows.step(**a, tiles=SMALL), mixed(a, torch.float64), mixed(a, torch.float32))
 
 
+@pytest.mark.parametrize("tokens", [FEW_ROWS, FEW_ROWS + 1])
+def test_a_chain_through_all_rows(tokens: int) -> None:
+    """The inverse's last doubling is left out up to half of the rows that there may be: the first row then reaches no further than the last."""
+    a = case(1, 1, 16, 4, [4], tokens, DEVICE)
+    q_b, k_b, gamma, f, past_kb, past_s, length = make("chain", 1, tokens, 4, 16, torch.float16, 1.0)
+    a |= {"q_b": q_b, "k_b": k_b, "gamma": gamma, "v": f.view(1, tokens, 1, 16), "past_kb": past_kb, "past_s": past_s, "past_length": length}
+    check(mixer_rows.step(**a, tiles=small(tokens)), mixed(a, torch.float64), mixed(a, torch.float32))
+
+
 def test_an_empty_past_adds_nothing_to_the_first_row() -> None:
     a = case(2, 2, 32, 8, [0, 0], 4, DEVICE)
     before = mixer_rows.step(**a, tiles=SMALL)

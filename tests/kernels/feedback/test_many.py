@@ -10,10 +10,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from feedback_cases import DEVICE, make
 
 from sessa_deploy.kernels.feedback import forward as fwd
-from sessa_deploy.kernels.feedback.many import ManyScores, tiles_of
+from sessa_deploy.kernels.feedback.many import ManyScores, _place, tiles_of
 from sessa_deploy.kernels.feedback.spec import MANY, MANY_WORK, scores_many
 from sessa_deploy.kernels.launch.jit import Launcher, address, pinned
 
@@ -50,6 +52,29 @@ def test_each_tile_under_the_diagonal_is_one_program_s() -> None:
     for base in (0, 1, 5):
         for blocks in (1, 2, 3, 8):
             assert tiles_of(blocks, base) == sum(2 * (base + pair + 1) for pair in range(-(-blocks // 2)))
+
+
+@triton.jit
+def places(to, first, each, base):
+    """(sequence, row tile, column tile) of tile `first` and those behind it, a program each."""
+    i = tl.program_id(0)
+    i_b, i_m, i_t = _place(first + i, each, base)
+    tl.store(to + 3 * i, i_b)
+    tl.store(to + 3 * i + 1, i_m)
+    tl.store(to + 3 * i + 2, i_t)
+
+
+@pytest.mark.parametrize(("base", "pair"), [(0, 0), (0, 7), (3, 2), (0, 5001), (9000, 3), (9000, 4998)])
+def test_tiles_are_numbered_pair_by_pair(base: int, pair: int) -> None:
+    """Also where a float32 no longer tells the numbers of two pairs apart, in sequences of a million rows."""
+    first, width = pair * (pair + 1) + 2 * base * pair, base + pair + 1
+    each, up, down = first + 4 * width + 2, 2 * pair, 2 * pair + 1
+    assert each == tiles_of(2 * pair + 4, base)
+    for begin, wanted in ((first, [(0, up, 0), (0, down, 0)]), (first + 2 * width - 1, [(0, down, width - 1), (0, up + 2, 0)]),
+                          (each - 1, [(0, down + 2, width), (1, 0, 0)])):
+        found = torch.empty(len(wanted), 3, dtype=torch.int32, device=DEVICE)
+        places[(len(wanted),)](found, begin, each, base)
+        assert [tuple(x) for x in found.tolist()] == wanted
 
 
 def test_they_stand_in_where_there_is_work_for_large_tiles() -> None:

@@ -71,7 +71,7 @@ refused(lambda: forward.forward(x, x, x[..., 0], x, x[:, :0], x[:, :0], torch.ze
 from sessa_deploy.kernels.causal import rows
 refused(lambda: rows.poison_rows(x[None], torch.zeros(1, dtype=torch.int32)))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250)
     assert done.stdout.splitlines() == [f"the kernels cannot use this Triton: got 3.8.0; allowed: 3.6 and 3.7; fix: {FIX}"] * 3, done.stderr
 
 
@@ -123,6 +123,15 @@ def test_the_driver_is_told_of_shared_memory_and_triton_is_not(monkeypatch: pyte
     jit.Launcher(kernel, torch.device("cuda", 0), [torch.float16], {"BD": 4})
     compiled = (("grid", (1,)), ("BD", 4))
     assert told == [compiled, (77, 9, 30), compiled, (77, 9, 30), compiled, compiled, compiled] and early == [True] * 4 + [False]
+
+
+@pytest.mark.parametrize("played", [True, False], ids=["interpreted", "compiled"])
+def test_a_place_further_in_a_buffer_counts_elements(played: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "interpreted", lambda: played)
+    work = jit.Workspace({"a": (3, torch.float32), "b": (300, torch.float16)})
+    at, memory = work.take(torch.device("cpu"))
+    found = work.beyond(at, "b", 7)
+    assert (found.data_ptr() if played else found) == memory[work.offsets["b"] :].view(torch.float16)[7:].data_ptr()
 
 
 def test_how_many_programs_a_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:

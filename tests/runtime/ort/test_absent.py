@@ -17,7 +17,7 @@ sys.meta_path.insert(0, Block())
 
 
 def run_blocked(code: str, *blocked: str) -> str:
-    done = subprocess.run([sys.executable, "-c", BLOCKED.format(blocked=blocked) + code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", BLOCKED.format(blocked=blocked) + code], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

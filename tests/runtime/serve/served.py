@@ -156,7 +156,7 @@ class Client:
         self._served.loop.call_soon_threadsafe(self._left.set)
 
 
-def until(what: Callable[[], Any], seconds: float = 20) -> None:
+def until(what: Callable[[], Any], seconds: float = 60) -> None:
     """Wait until something is so."""
     for _ in _ticks(seconds):
         if what():

@@ -7,10 +7,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from templated import add_template
@@ -36,7 +38,7 @@ class Process:
         """What it wrote to standard error so far."""
         return self._log.read_text(encoding="utf-8")
 
-    def end(self, number: int | None = signal.SIGTERM, seconds: float = 30) -> tuple[int, str]:
+    def end(self, number: int | None = signal.SIGTERM, seconds: float = 100) -> tuple[int, str]:
         """(exit code, what it said), after a signal."""
         if number is not None:
             self.process.send_signal(number)
@@ -53,6 +55,15 @@ class Process:
         with contextlib.suppress(ValueError):
             self.process.communicate()
         self._log.unlink()
+
+
+@contextlib.contextmanager
+def kept_port() -> Iterator[int]:
+    """A port for a server and nothing else: those who bind with SO_REUSEADDR, as servers do, may share it until one of them listens."""
+    with socket.socket() as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("127.0.0.1", 0))
+        yield keeper.getsockname()[1]
 
 
 def export_demo(folder: Path) -> Path:

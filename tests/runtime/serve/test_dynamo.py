@@ -184,14 +184,16 @@ def test_full_queues_and_clients_that_go(worker: Callable[..., Any]) -> None:
         context = fake_dynamo.Context("first")
         first = asyncio.ensure_future(all_of(engine.generate(request(max_tokens=90), context)))
         waiting = [asyncio.ensure_future(answer(engine, request())) for _ in range(2)]
-        await asyncio.sleep(0.1)
+        while engine._batcher.stats().accepted < 3 or engine._batcher.stats().queued > 2:
+            await asyncio.sleep(0.005)
         with pytest.raises(fake_dynamo.HttpError) as full:
             await answer(engine, request())
         assert full.value.code == 429
-        await asyncio.sleep(0.4)
-        slow.open.set()
+        for task in engine._batcher._waiting:
+            task.born -= 60
         context.stopped = True
         await engine.abort(context)
+        slow.open.set()
         assert (await first)[-1]["finish_reason"] == "cancelled"
         for late in waiting:
             with pytest.raises(fake_dynamo.HttpError) as expired:
@@ -203,12 +205,12 @@ def test_full_queues_and_clients_that_go(worker: Callable[..., Any]) -> None:
         with pytest.raises(fake_dynamo.Disconnected):
             await answer(engine, request())
 
-    worker(crowd, slow, queue=2, queue_timeout=0.3)
+    worker(crowd, slow, queue=2, queue_timeout=50.0)
 
 
 def test_what_a_worker_that_ends_cuts_off_goes_to_another(worker: Callable[..., Any], made: Bundle) -> None:
     slow, options = SlowBackend(1), {"temperature": 0.7, "seed": 3}
-    slow.pause = 0.01
+    slow.pause = 0.03
     told: list[dict[str, Any]] = []
 
     async def ending(engine: Any) -> None:

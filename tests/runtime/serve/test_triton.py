@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy_model import NumpyBackend
-from served import MODEL, SlowBackend, bundle
+from served import MODEL, SlowBackend, bundle, until
 
 from sessa_deploy.cli import main
 from sessa_deploy.errors import UserError
@@ -91,7 +91,7 @@ class Request:
 
     def answer(self) -> tuple[str, list[int], str]:
         """(text, tokens, why it ended) of all responses together."""
-        assert self.done.wait(20)
+        assert self.done.wait(60)
         assert all(response.error is None for response in self.responses), [str(response.error) for response in self.responses]
         tensors = [response.tensors for response in self.responses]
         assert all(found["finish_reason"][0] == b"" for found in tensors[:-1])
@@ -99,7 +99,7 @@ class Request:
                 tensors[-1]["finish_reason"][0].decode())
 
     def error(self) -> tuple[str, str]:
-        assert self.done.wait(20)
+        assert self.done.wait(60)
         error = self.responses[-1].error
         assert error is not None
         return error.code, str(error)
@@ -115,7 +115,7 @@ def _utils(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("triton")
-    return export_triton(bundle(root / "tiny"), root / "repository", slots=2, queue=2, queue_timeout=0.5)
+    return export_triton(bundle(root / "tiny"), root / "repository", slots=2, queue=2, queue_timeout=50.0)
 
 
 def arguments(folder: Path, kind: str = "CPU", device: str = "0") -> dict[str, str]:
@@ -149,7 +149,7 @@ class Paced(NumpyBackend):
     """Slow enough that tokens are sent one by one: those that are there at once go in one response."""
 
     def _forward(self, ids: Any, new: Any) -> Any:
-        time.sleep(0.005)
+        time.sleep(0.02)
         return super()._forward(ids, new)
 
 
@@ -206,8 +206,10 @@ def test_full_queues_clients_that_go_and_steps_that_fail(exported: Path, monkeyp
     first, *crowd = (Request(text_input="a", max_tokens=90, stream=True) for _ in range(4))
     found.execute([first, *crowd])
     assert crowd[2].error()[0] == "UNAVAILABLE" and "waiting" in crowd[2].error()[1]
-    first.gone = True
-    time.sleep(0.7)
+    first.gone, running = True, found._batcher._turns
+    until(lambda: any(task.cancelled for task in (*running.reading, *running.running)))
+    for task in found._batcher._waiting:
+        task.born -= 60
     slow.open.set()
     assert first.error()[0] == "CANCELLED" and [other.error()[0] for other in crowd[:2]] == ["UNAVAILABLE"] * 2
     slow.broken = True

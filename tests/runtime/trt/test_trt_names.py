@@ -55,7 +55,7 @@ def names(variable: str, module: str, wanted: str) -> str:
     python = os.environ.get(variable)
     if not python:
         pytest.skip(f"needs a Python with {module}, named in {variable}")
-    done = subprocess.run([python, "-c", LOOK.format(module=module), *wanted.split()], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([python, "-c", LOOK.format(module=module), *wanted.split()], capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -93,7 +93,7 @@ def test_the_fake_of_tensorrt_for_rtx_answers_as_the_real_one() -> None:
     fake = fake_tensorrt.make("1.7.1.116", fake_tensorrt.HostCuda(), module="tensorrt_rtx")
     kinds = {n: v for n, v in vars(fake).items() if inspect.isclass(v) and issubclass(v, enum.Enum)}
     classes = {**fake.classes, **{n: v for n, v in vars(fake).items() if n in ("ILogger", "IProgressMonitor")}}
-    done = subprocess.run([sys.executable, "-c", REAL, *classes, *kinds], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", REAL, *classes, *kinds], capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
     real = json.loads(done.stdout)
     ours = {n for n in vars(fake) if not n.startswith("__")} - {"calls", "classes"}

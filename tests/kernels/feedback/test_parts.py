@@ -1,0 +1,68 @@
+"""A forward in parts on several streams: what each step of a part waits for, and what the captured stream waits for in the end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sessa_deploy.kernels.feedback import parts
+
+
+class Lane:
+    """A stream that knows what is over before what is queued on it next begins."""
+
+    device_index, device = 0, "a GPU"
+
+    def __init__(self, number: int, over: set[str] | None = None) -> None:
+        self.cuda_stream, self.over = number, over or set()
+
+    def record_event(self) -> frozenset[str]:
+        return frozenset(self.over)
+
+    def wait_event(self, event: frozenset[str]) -> None:
+        self.over |= event | {f"stream {self.cuda_stream}"}  # which is part of the graph from here on
+
+
+def test_a_solve_begins_behind_the_inverses_of_all_parts_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its programs wait for rows of other launches, which must be able to run by then. Scores of later parts wait for no solve, and nothing is left behind."""
+    main, before, priorities = Lane(1, {"begun"}), dict[str, set[str]](), list[int]()
+    seen = SimpleNamespace(current=main)
+
+    @contextlib.contextmanager
+    def stream(lane: Lane) -> Iterator[None]:
+        outer, seen.current = seen.current, lane
+        yield
+        seen.current = outer
+
+    def new_stream(priority: int) -> int:
+        priorities.append(priority)
+        return 100 + len(priorities)
+
+    def step(name: str, part: int) -> None:
+        before[f"{name} {part}"] = set(seen.current.over)
+        seen.current.over.add(f"{name} {part}")
+
+    for name, value in {"current_stream": lambda: seen.current, "stream": stream, "ExternalStream": lambda number, device: Lane(number)}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(parts, "new_stream", new_stream)
+    monkeypatch.setattr(parts, "_LANES", {})
+    for every in (range(4), range(2)):
+        main.over = {"begun"}
+        for lane in (x for kind in parts._LANES.values() for lanes in kind for x in lanes):
+            lane.over = set()  # another graph
+        before.clear()
+        parts.queue(every, *(lambda part, name=name: step(name, part) for name in ("scores", "combine", "solve")))
+        lanes = {f"stream {x.cuda_stream}" for kind in parts._LANES.values() for lanes in kind for x in lanes[: len(every)]}
+        assert len(before) == 3 * len(every) and main.over >= {"begun", *before, *lanes}
+        for i in every:
+            assert "begun" in before[f"scores {i}"] and not any(x.startswith(("combine", "solve")) for x in before[f"scores {i}"])
+            assert i > 2 or not any(x.startswith("scores") for x in before[f"scores {i}"])
+            assert f"scores {i}" in before[f"combine {i}"] and {f"combine {j}" for j in range(i + 1)} <= before[f"solve {i}"]
+            assert not any(x.startswith("solve") for x in before[f"solve {i}"]), "they run at once"
+    assert sorted(priorities) == [-1] * 4 + [0] * 2  # what waits for scores goes first; the second graph has the streams of the first
