@@ -225,7 +225,7 @@ class SessaLayer(nn.Module):
     def step(self, x: Tensor, past_length: Tensor | None, past: Rows | None, rope: Rope, rows: bool = True) -> tuple[Tensor, Rows]:
         """y (B,T,D) and the layer's new rows, for x behind the given past (None, None: no past). rows: whether they are wanted; if not, () may be given."""
         ops, kind = self.mixer.ops, type(self.mixer)  # a mixer of the caller's own keeps its equations; a copied one's ops are equal
-        weights = fused_layer.applies(self, x) if (ops is KERNELS or ops == KERNELS) and kind.step is SessaMixer.step and kind.gain is SessaMixer.gain else None
+        weights = fused_layer.applies(self, x) if ops == KERNELS and kind.step is SessaMixer.step and kind.gain is SessaMixer.gain else None
         if weights is not None and fused_layer.trains(self, x, weights, past):
             whole = fused_layer.whole(self, x, rope, weights, rows) if past is None else None
             if whole is not None:

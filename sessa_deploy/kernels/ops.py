@@ -330,7 +330,6 @@ def feedback_attention(
     forward-mode derivative is taken.
     """
     behind = past_k is not None
-    _refuse_tangents(*[x for x in (q, k, gamma, f, past_k, past_s) if x is not None])
     if past_k is None or past_s is None or past_length is None:
         _require(past_k is None and past_s is None and past_length is None, "past_k, past_s and past_length go together", "only some of them")
         eager = is_eager(q, k, gamma, f)
@@ -345,6 +344,7 @@ def feedback_attention(
             made = without_grad(run_forward, q, k, gamma, f, past_k, past_s, past_length, True)
             return applied(_Direct, made, q, k, gamma, f, *((past_k, past_s, past_length) if behind else ()))
         return run_forward(q, k, gamma, f, past_k, past_s, past_length, need_lse=False)[0]
+    _refuse_tangents(q, k, gamma, f, past_k, past_s)
     if wants_grad:
         return torch.ops.sessa.feedback_attention_fwd(q, k, gamma, f, past_k, past_s, past_length)[0]
     return torch.ops.sessa.feedback_attention(q, k, gamma, f, past_k, past_s, past_length)
@@ -372,8 +372,8 @@ def causal_attention(
             return o.transpose(1, 2)
         past_k, past_v = (k.new_empty(k.shape[0], 0, *k.shape[2:]) for _ in range(2))
         past_length = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
-    _refuse_tangents(q, k, v, past_k, past_v)
     past_k, past_v = _cast_for_autocast(past_k, past_v)
     if is_eager(q, k, v, past_k, past_v, past_length) and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, past_k, past_v))):
         return _causal_forward(q, k, v, past_k, past_v, past_length)
+    _refuse_tangents(q, k, v, past_k, past_v)
     return torch.ops.sessa.causal_attention(q, k, v, past_k, past_v, past_length)

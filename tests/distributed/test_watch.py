@@ -153,7 +153,6 @@ def test_no_thread_still_waits_for_the_interpreter_when_a_process_leaves(
         assert seconds >= 0.1
         carrier.join(60)  # on however slow a machine
 
-
     def ends_a_collective(*_: object) -> None:
         carrier.start()
         time.sleep(0.1)  # it waits in the read now

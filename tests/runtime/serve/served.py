@@ -164,6 +164,18 @@ def until(what: Callable[[], Any], seconds: float = 60) -> None:
     raise AssertionError("it never came about")
 
 
+def one_is_cancelled(batcher: Any) -> bool:
+    """Whether a request that has a slot is to give it back at the next step."""
+    turns = batcher._turns
+    return any(task.cancelled for task in (*turns.reading, *turns.running))
+
+
+def let_wait(batcher: Any, seconds: float) -> None:
+    """As if the requests in the queue had waited for so long already."""
+    for task in batcher._waiting:
+        task.born -= seconds
+
+
 def _ticks(seconds: float) -> Iterator[None]:
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -16,7 +16,7 @@ from typing import Any
 import fake_dynamo
 import pytest
 from numpy_model import NumpyBackend
-from served import CONFIG, MODEL, SlowBackend, bundle
+from served import CONFIG, MODEL, SlowBackend, bundle, let_wait
 
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.batcher import Batcher
@@ -189,8 +189,7 @@ def test_full_queues_and_clients_that_go(worker: Callable[..., Any]) -> None:
         with pytest.raises(fake_dynamo.HttpError) as full:
             await answer(engine, request())
         assert full.value.code == 429
-        for task in engine._batcher._waiting:
-            task.born -= 60
+        let_wait(engine._batcher, 60)
         context.stopped = True
         await engine.abort(context)
         slow.open.set()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import Client, Served, bundle, until
+from served import Client, Served, bundle, one_is_cancelled, until
 from test_refusals import BASE, CHAT, COMPLETION, error
 
 from sessa_deploy.runtime.serve.app import make_app
@@ -51,12 +51,11 @@ def test_a_client_that_goes_away_frees_its_slot(slow: Served, path: str, stream:
         until(lambda: slow.engine.batcher.stats().queued == (1 if blocker else 0))
         assert client.sent == []
     client.leave()
-    turns = slow.engine.batcher._turns
-    until(lambda: client.done.done() or any(task.cancelled for task in (*turns.reading, *turns.running)))
+    until(lambda: client.done.done() or one_is_cancelled(slow.engine.batcher))
     if blocker is not None:
         until(lambda: client.done.done())
         blocker.leave()
-        until(lambda: blocker.done.done() or any(task.cancelled for task in (*turns.reading, *turns.running)))
+        until(lambda: blocker.done.done() or one_is_cancelled(slow.engine.batcher))
     slow.backend.open.set()
     client.done.result(60)
     until(slow.free)

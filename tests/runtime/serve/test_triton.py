@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy_model import NumpyBackend
-from served import MODEL, SlowBackend, bundle, until
+from served import MODEL, SlowBackend, bundle, let_wait, one_is_cancelled, until
 
 from sessa_deploy.cli import main
 from sessa_deploy.errors import UserError
@@ -206,10 +206,9 @@ def test_full_queues_clients_that_go_and_steps_that_fail(exported: Path, monkeyp
     first, *crowd = (Request(text_input="a", max_tokens=90, stream=True) for _ in range(4))
     found.execute([first, *crowd])
     assert crowd[2].error()[0] == "UNAVAILABLE" and "waiting" in crowd[2].error()[1]
-    first.gone, running = True, found._batcher._turns
-    until(lambda: any(task.cancelled for task in (*running.reading, *running.running)))
-    for task in found._batcher._waiting:
-        task.born -= 60
+    first.gone = True
+    until(lambda: one_is_cancelled(found._batcher))
+    let_wait(found._batcher, 60)
     slow.open.set()
     assert first.error()[0] == "CANCELLED" and [other.error()[0] for other in crowd[:2]] == ["UNAVAILABLE"] * 2
     slow.broken = True
