@@ -47,9 +47,9 @@ def test_library_stands_alone(built: Built) -> None:
 def test_the_library_hands_out_what_serves_a_device(built: Built) -> None:
     """Its door, which the runtime takes, goes by the one rule; and a tile that a binary has not is told apart from a tile."""
     handle = ctypes.CDLL(str(built[1]))
-    held = {arch for arch in cuda_arch.ARCHS if handle.sessaFindCubin(b"decode_finish", arch, b"fp32", b"any", ctypes.create_string_buffer(64))}
+    held = {arch for arch in cuda_arch.ARCHS if handle.sessaFindCubin(b"decode_end", arch, b"fp32", b"any", ctypes.create_string_buffer(64))}
     for device in (75, 80, 86, 87, 89, 90, 100, 103, 120, 121):
-        key = (b"decode_finish", device, b"fp32", b"any")
+        key = (b"decode_end", device, b"fp32", b"any")
         found = bool(handle.sessaFindCubin(*key, ctypes.create_string_buffer(64)))
         assert found == (cuda_arch.nearest(held, device) is not None)
         assert (handle.sessaCubinTile(*key, b"SPLITS") > 0) == found and handle.sessaCubinTile(*key, b"PIECES") == -1

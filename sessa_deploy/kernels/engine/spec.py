@@ -169,11 +169,10 @@ _LENGTHS = (Param("past_length", "*i32"), Param("new_length", "*i32"))
 _DECODES = (
     Kernel("decode_append", _DECODE, (Param("table", "*i64"), *_LENGTHS, *integers("tokens", "capacity")),
            ("BLOCK", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=6, early=_ANY, early_rows=_EARLY_ROWS),
-    Kernel("decode_argmax", _DECODE, (Param("logits", "*fp32"), *pointers("best", type="*fp32"), *pointers("where", type="*i32"), *integers("vocabulary")),
-           ("SPLITS", "BLOCK", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=64, wide=False, early=_ANY, early_rows=_EARLY_ROWS),
-    Kernel("decode_finish", _DECODE, (*pointers("best", type="*fp32"), *pointers("where", type="*i32"), *_LENGTHS, Param("ids", "*i32"),
-                                      Param("next_ids", "*i32"), *integers("words")), ("SPLITS", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=4,
-           early=_ANY, early_rows=_EARLY_ROWS),
+    Kernel("decode_end", _DECODE,
+           (Param("table", "*i64"), Param("logits", "*fp32"), *pointers("best", type="*fp32"), *pointers("where", type="*i32"), Param("ended", "*i32"),
+            *_LENGTHS, Param("ids", "*i32"), Param("next_ids", "*i32"), *integers("words", "entries", "capacity", "vocabulary")),
+           ("SPLITS", "BLOCK", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
 KERNELS = by_name((*_LAYERS, *_LAYERS_MANY, *_MIXERS, *_MIXER_BATCH, *_MIXER_ROWS, *_DECODES))
