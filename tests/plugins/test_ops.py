@@ -172,7 +172,8 @@ def test_every_attribute_is_refused_by_its_own_name() -> None:
     names = {o.name: o.attribute_names for o in ops.OPS}
     assert names[contract.FEEDBACK_OP] == names[contract.CAUSAL_OP] == ("scale", "storage")
     assert names[contract.NORM_OP] == ("epsilon", "storage") and names[contract.ROTARY_OP] == ("storage",)
-    assert names[contract.NORM_ENTER_OP] == ("epsilon", "storage", "weights") and names[contract.PROJECT_GAIN_OP] == ("gamma_max", "storage", "weights")
+    assert names[contract.NORM_ENTER_OP] == names[contract.LAST_LOGITS_OP] == ("epsilon", "storage", "weights")
+    assert names[contract.PROJECT_GAIN_OP] == ("gamma_max", "storage", "weights")
     assert all(names[o] == ("storage", "weights") for o in (contract.LINEAR_HEADS_OP, contract.LOGITS_OP, contract.TAIL_OP, contract.MIXER_OP))
     assert ops.op(contract.NORM_OP).node_attributes(10, epsilon=1e-5) == {"epsilon": 1e-5, "storage": 10}
     for op, attribute, value in ((contract.NORM_OP, "epsilon", 0.0), (contract.NORM_ENTER_OP, "epsilon", 1e-60), (contract.PROJECT_GAIN_OP, "gamma_max", 1.5),

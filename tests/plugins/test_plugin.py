@@ -163,7 +163,7 @@ def test_workspace_holds_for_every_smaller_problem(launching: Built, op: int, we
     harness, plugin, rng, seen = launching[2], create(launching, op, HALF, weights=weights), random.Random(op), 0
     for width, head, group in ((256, 32, 1), (768, 64, 4), (1024, 64, 1), (2048, 128, 1)):
         heads, kv = width // head, width // head // group
-        columns = {ph.At.ProjectGain: 3 * width + 2 * kv * head, ph.At.Logits: 50304}.get(ph.At(op), width)
+        columns = {ph.At.ProjectGain: 3 * width + 2 * kv * head, ph.At.Logits: 50304, ph.At.LastLogits: 50304}.get(ph.At(op), width)
 
         def needs(*shape: int) -> int:
             return int(harness.harness_workspace(plugin, ph.at(op, weights), HALF, sizes(*shape, width, heads, kv, head, columns)))  # noqa: B023
