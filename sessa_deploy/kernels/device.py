@@ -36,13 +36,6 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
-def admit(PDL: tl.constexpr):
-    """Lets the next kernel in, for one that waits only at its end."""
-    if PDL:
-        gdc_launch_dependents()
-
-
-@triton.jit
 def rows_each(length, splits, rows, UNIT: tl.constexpr = 1):
     """Rows a split takes of a sequence: `rows` at least, so that a short one has few splits, and else an even share in whole UNITs, which divide `rows`."""
     return tl.maximum(tl.cdiv(tl.cdiv(length, splits), UNIT) * UNIT, rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sessa_deploy.kernels.device import begin, turn
 from sessa_deploy.kernels.engine import layer_many, layer_rows
-from sessa_deploy.kernels.engine.pointwise import half_gelu, normal
+from sessa_deploy.kernels.engine.pointwise import half_gelu, norm_row, normal
 from sessa_deploy.kernels.engine.product import ahead, bias_of, place, product, put, scale_of, scaled, tile_of, wide, with_bias
 from sessa_deploy.kernels.engine.product_row import norm_product
 from sessa_deploy.kernels.engine.projection import angles, gamma_rows
@@ -31,13 +31,8 @@ HELD = tl.constexpr(1024)  # elements of a tile up to which what is added to it 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_norm"))
 def layer_norm(x, weight, bias, out, width, eps, BD: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (rows,), BD >= D: LayerNorm of each row."""
-    p_x = x + tl.program_id(0).to(tl.int64) * width
-    o_d = tl.arange(0, BD)
-    m_d = o_d < width
-    b_w, b_b = tl.load(weight + o_d, mask=m_d, other=0.0), tl.load(bias + o_d, mask=m_d, other=0.0)
-    begin(PDL)
-    b_y = normal(tl.load(p_x + o_d, mask=m_d, other=0.0), b_w, b_b, m_d, width, eps)
-    tl.store(out + tl.program_id(0).to(tl.int64) * width + o_d, b_y.to(out.dtype.element_ty), mask=m_d)
+    o_row = tl.program_id(0).to(tl.int64) * width
+    norm_row(x + o_row, weight, bias, out + o_row, width, eps, BD, PDL)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_rotary"))

@@ -5,6 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sessa_deploy.kernels.device import begin
+
+
+@triton.jit
+def norm_row(p_x, weight, bias, p_out, width, eps, BD: tl.constexpr, PDL: tl.constexpr):
+    """LayerNorm of the row at p_x, of which nothing is read before the wait."""
+    o_d = tl.arange(0, BD)
+    m_d = o_d < width
+    b_w, b_b = tl.load(weight + o_d, mask=m_d, other=0.0), tl.load(bias + o_d, mask=m_d, other=0.0)
+    begin(PDL)
+    b_y = normal(tl.load(p_x + o_d, mask=m_d, other=0.0), b_w, b_b, m_d, width, eps)
+    tl.store(p_out + o_d, b_y.to(p_out.dtype.element_ty), mask=m_d)
+
 
 @triton.jit
 def normal(b_x, b_w, b_b, m_d, width, eps):

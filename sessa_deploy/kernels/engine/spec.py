@@ -58,6 +58,10 @@ _LAYERS = (
            ("BD", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=16, wide=False, early=_ANY, early_rows=_EARLY_ROWS),
     Kernel("layer_norm", _LAYER, (*pointers("x", "weight", "bias", "out"), Param("width", "i32", True), Param("eps", "fp32")),
            ("BD", "PDL"), _WIDTHS, dtypes=_HALF, early=_WIDTHS, shares=_WIDTHS[1:2], early_rows=_EARLY_ROWS),
+    Kernel("layer_norm_last", "sessa_deploy.kernels.engine.last",
+           (*pointers("x"), Param("new_length", "*i32"), *pointers("weight", "bias", "out"), *integers("tokens"), Param("width", "i32", True),
+            Param("eps", "fp32")),
+           ("BD", "PDL"), _WIDTHS, dtypes=_HALF, scalar_loads=1, early=_WIDTHS, shares=_WIDTHS[1:2], early_rows=_EARLY_ROWS),
     Kernel("layer_widen", _LAYER, (*_MATRIX[:1], *pointers("out"), Param("count", "i32", True)), ("BLOCK",), _ANY, dtypes=_QUANTISED),
     Kernel("layer_norm_enter", _LAYER,
            (*pointers("x", "norm_weight", "norm_bias"), *_MATRIX, *pointers("bias", "out"), Param("depth", "i32", True), Param("eps", "fp32")),
@@ -169,11 +173,10 @@ _LENGTHS = (Param("past_length", "*i32"), Param("new_length", "*i32"))
 _DECODES = (
     Kernel("decode_append", _DECODE, (Param("table", "*i64"), *_LENGTHS, *integers("tokens", "capacity")),
            ("BLOCK", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=6, early=_ANY, early_rows=_EARLY_ROWS),
-    Kernel("decode_argmax", _DECODE, (Param("logits", "*fp32"), *pointers("best", type="*fp32"), *pointers("where", type="*i32"), *integers("vocabulary")),
-           ("SPLITS", "BLOCK", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=64, wide=False, early=_ANY, early_rows=_EARLY_ROWS),
-    Kernel("decode_finish", _DECODE, (*pointers("best", type="*fp32"), *pointers("where", type="*i32"), *_LENGTHS, Param("ids", "*i32"),
-                                      Param("next_ids", "*i32"), *integers("words")), ("SPLITS", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=4,
-           early=_ANY, early_rows=_EARLY_ROWS),
+    Kernel("decode_end", _DECODE,
+           (Param("table", "*i64"), Param("logits", "*fp32"), *pointers("best", type="*fp32"), *pointers("where", type="*i32"), Param("ended", "*i32"),
+            *_LENGTHS, Param("ids", "*i32"), Param("next_ids", "*i32"), *integers("words", "entries", "capacity", "vocabulary")),
+           ("SPLITS", "BLOCK", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
 KERNELS = by_name((*_LAYERS, *_LAYERS_MANY, *_MIXERS, *_MIXER_BATCH, *_MIXER_ROWS, *_DECODES))
