@@ -39,6 +39,7 @@ BEGUN = time.perf_counter()
 DONE = Path(tempfile.gettempdir(), "tune_ragged.compiled")
 DEVICE = "cuda"
 CONFIG = SessaConfig(d_model=1024, n_layers=24, n_heads=16, vocab_size=50304)
+WIDE = SessaConfig(d_model=2048, n_layers=8, n_heads=16, vocab_size=50304)  # a third of 1.1B
 CAPACITY, LONG, SHORT, BATCH = 8192, 4128, 160, 32
 STEP, COMBINE = "mixer_step_partial:1024.64", "mixer_batch_combine:64"
 ENTER, PROJECT, OUT, TAIL, LOGITS = "layer_enter:64", "layer_project_gain:64.1024", "layer_out:64", "layer_tail:64.1024", "layer_logits:64"
@@ -162,9 +163,10 @@ def made(change: Change) -> bool:
 def compile_all(workers: int, seconds: float) -> None:
     """One job a binary: those of the tables first."""
     jobs: dict[str, tuple[Change, str, str]] = {}
-    for at in (STEP, COMBINE, ENTER, PROJECT, OUT, TAIL, LOGITS, "layer_norm:1024", "layer_rotary:any", tune.ALONE, tune.COMBINE, tune.PROJECT, tune.ENTER,
-               tune.OUT, tune.TAIL, "layer_logits:1", "layer_tail:8.1024", "layer_project_gain:8.1024", "layer_out:16", "layer_logits:16",
-               "layer_norm_enter_rows:8.1024"):  # fmt: skip
+    ones = tune.ALONE, tune.COMBINE, tune.PROJECT, tune.ENTER, tune.OUT, tune.TAIL, "layer_logits:1"
+    eight = "layer_tail:8.1024", "layer_project_gain:8.1024", "layer_out:16", "layer_logits:16", "layer_norm_enter_rows:8.1024"
+    wide = "mixer_step_partial:2048.128", "mixer_step_combine:wide", "layer_project_gain:64", "layer_tail:64", "layer_norm:2048"
+    for at in (STEP, COMBINE, ENTER, PROJECT, OUT, TAIL, LOGITS, "layer_norm:1024", "layer_rotary:any", *ones, *eight, *wide):
         kernel, _, variant = at.partition(":")
         jobs[at] = {}, kernel, variant
     for _, _, change in (*TRIALS, *FEWER):
@@ -352,16 +354,20 @@ def ragged(chain: Chain, limit: float) -> Change:
     return together
 
 
-def others(chain: Chain, best: Change, limit: float) -> None:
-    """What may not lose: one sequence, and other numbers of rows that the same tiles serve."""
-    for batch, length, capacity in ((1, LONG, 32768), (17, SHORT, 1024), (64, SHORT, 1024), (8, SHORT, 1024), (8, 900, 8192)):
+OTHERS = [(1, LONG, 32768), (17, SHORT, 1024), (64, SHORT, 1024), (8, SHORT, 1024), (8, 900, 8192)]
+
+
+def others(chain: Chain, best: Change, limit: float, points: list[tuple[int, int, int]]) -> None:
+    """What may not lose: one sequence, and other numbers of rows and wider ones that the same tiles serve."""
+    for batch, length, capacity in points:
         if left(limit) < 1.5:
             return
         bench = Bench(chain, capacity, [length] * batch)
         for name, change in (("tables", {}), ("best", best), ("tables", {}), ("best", best)):
             bench.add(name, change, 1)
         ms = bench.turns([length] * batch, 5, 9, limit)
-        print(f"{batch} at {length} of {capacity}: tables {bench.copies('tables')}, best {bench.copies('best')} ({ms['best'] / ms['tables']:.4f})", flush=True)
+        figures = f"tables {bench.copies('tables')}, best {bench.copies('best')} ({ms['best'] / ms['tables']:.4f})"
+        print(f"D {chain.config.d_model}, {batch} at {length} of {capacity}: {figures}", flush=True)
 
 
 def main() -> None:
@@ -376,7 +382,11 @@ def main() -> None:
     keys()
     best: Change = {}
     chain = Chain(CONFIG, DEVICE)
-    for part in (lambda: best.update(ragged(chain, args.seconds - 4)), lambda: others(chain, best, args.seconds)):
+    for part in (
+        lambda: best.update(ragged(chain, args.seconds - 4)),
+        lambda: others(chain, best, args.seconds, OTHERS),
+        lambda: others(Chain(WIDE, DEVICE), best, args.seconds, [(BATCH, SHORT, 1024)]),
+    ):
         try:
             part()
         except Exception:
