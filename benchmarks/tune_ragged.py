@@ -78,7 +78,7 @@ TRIALS: list[Trial] = [
     step("the same, both", **TWO, SOON=0, APART=0),
     step("the same, 6 stages of causal attention", **TWO, STAGES_F=6),
     *((STEP, f"attentions: 2 rows of s, 3 stages, {percent}% to causal", {STEP: TWO, "dealt:": percent}) for percent in (44, 47)),
-    adds(32, 64, 2, 2, maxnreg=128), adds(32, 32, 4, 2), adds(32, 64, 3, 4, maxnreg=128), adds(32, 32, 3, 2, maxnreg=128), adds(16, 64, 3, 2, SPAN=128),
+    adds(32, 64, 2, 2, maxnreg=128), adds(32, 32, 4, 2), adds(32, 64, 3, 4, maxnreg=128), adds(32, 32, 3, 2, maxnreg=128), adds(16, 64, 2, 2, maxnreg=128),
     tile(OUT, 16, 8, 256, 4, 4, 4, 1), tile(OUT, 16, 16, 512, 4, 4, 3, 1), tile(OUT, 32, 16, 512, 8, 8, 4, 2), tile(OUT, 32, 16, 256, 4, 4, 4, 2),
     (OUT, "out 32x16, 512 deep in 8, columns long, early", {**tile(OUT, 32, 16, 512, 8, 8, 4, 2)[2], **OUT_EARLY}),
     (OUT, "out 16x16, 512 deep in 4, together, early", {**tile(OUT, 16, 16, 512, 4, 4, 3, 1)[2], **OUT_EARLY}),
