@@ -57,14 +57,14 @@ def layer_rotary(past_length, limbs, cos, sin, tokens, pairs, BD: tl.constexpr, 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_linear"))
 def layer_linear(
     x, weight, scale, bias, out, rows, depth, columns,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, columns) = x weight^T + bias."""
     row, column, m_m, m_n = tile_of(rows, columns, BM, BN)
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     begin(PDL)
-    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD, FORM)
     b_y = with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN)
     put(out + row * columns + column, b_y, m_m, m_n, columns, BM, BN)
 
@@ -95,7 +95,7 @@ def layer_norm_enter(
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_enter"))
 def layer_enter(
     x, weight, scale, bias, out, rows, depth,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, 2D) = x weight^T + bias with GELU on its left half."""
     i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(2 * depth, BN), BM)
@@ -104,7 +104,7 @@ def layer_enter(
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     begin(PDL)
-    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD, FORM)
     b_y = with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN)
     b_y = half_gelu(b_y, i_n * BN, depth, out.dtype.element_ty, BN)
     put(out + row * (2 * depth) + column, b_y, m_m, m_n, 2 * depth, BM, BN)
@@ -113,14 +113,14 @@ def layer_enter(
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_logits"))
 def layer_logits(
     x, weight, scale, out, rows, depth, columns,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, columns) float32 = x weight^T, not rounded."""
     row, column, m_m, m_n = tile_of(rows, columns, BM, BN)
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale = scale_of(scale, weight, column, m_n, BN)
     begin(PDL)
-    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD, FORM)
     put(out + row * columns + column, scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), m_m, m_n, columns, BM, BN)
 
 
@@ -137,7 +137,7 @@ def layer_widen(weight, out, count, BLOCK: tl.constexpr):
 @triton.jit
 def _square(
     x, h, weight, scale, bias, add, rows, depth,
-    GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """This program's tile of x weight^T + bias, weight (D,D), D = depth, that of add (rows, D), its first row and column, and masks.
 
@@ -152,7 +152,7 @@ def _square(
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
     b_y = product(
         x + row * depth, h + row * (2 * depth) + depth, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n,
-        depth, depth, 2 * depth, GATED, BM, BN, BK, KS, AHEAD,
+        depth, depth, 2 * depth, GATED, BM, BN, BK, KS, AHEAD, FORM,
     )  # fmt: skip
     if BM * BN > HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
@@ -162,27 +162,27 @@ def _square(
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_out"))
 def layer_out(
     x, weight, scale, bias, add, out, rows, depth,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, D) = (x weight^T + bias), rounded, + add (rows, D) float32."""
-    b_y, b_add, row, column, m_m, m_n = _square(x, x, weight, scale, bias, add, rows, depth, False, BM, BN, BK, KS, AHEAD, PDL)
+    b_y, b_add, row, column, m_m, m_n = _square(x, x, weight, scale, bias, add, rows, depth, False, BM, BN, BK, KS, AHEAD, FORM, PDL)
     put(out + row * depth + column, b_y.to(out.dtype.element_ty).to(tl.float32) + b_add, m_m, m_n, depth, BM, BN)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_tail"))
 def layer_tail(
     s, h, weight, scale, bias, x, out, rows, depth,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out = x + (s * g) weight^T + bias, g the right half of h (rows, 2D)."""
-    b_y, b_x, row, column, m_m, m_n = _square(s, h, weight, scale, bias, x, rows, depth, True, BM, BN, BK, KS, AHEAD, PDL)
+    b_y, b_x, row, column, m_m, m_n = _square(s, h, weight, scale, bias, x, rows, depth, True, BM, BN, BK, KS, AHEAD, FORM, PDL)
     put(out + row * depth + column, b_y + b_x.to(tl.float32), m_m, m_n, depth, BM, BN)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_project_gain"))
 def layer_project_gain(
     h, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, gamma_weight, gamma_bias, q, k, v, q_b, k_b, gamma, rows, depth, kv_width, units, gamma_max,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (gammas + tiles,): all projections of a, the left half of h (rows, 2D), and gamma (rows,) float32 = gamma_max tanh(gamma_bias + a . gamma_weight).
 
@@ -198,14 +198,14 @@ def layer_project_gain(
     else:
         _project_tile(
             h, 2 * depth, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, gammas,
-            BM, BN, BK, KS, AHEAD, PDL,
+            BM, BN, BK, KS, AHEAD, FORM, PDL,
         )  # fmt: skip
 
 
 @triton.jit
 def _project_tile(
     a, a_row, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, pairs, first,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """This program's tile of the projections of a, whose rows lie a_row elements apart; program `first` has the first."""
     n_q, n_k = tl.cdiv(depth, BN), tl.cdiv(kv_width, BN)
@@ -227,7 +227,9 @@ def _project_tile(
     begin(PDL)
     if BM * BN <= HELD:
         b_cos, b_sin = angles(cos + row * pairs, sin + row * pairs, m_m & turns, i_n * BN, pairs, BM, BN)
-    b_y = product(a + row * a_row, a, weight + (above + column) * depth, b_w, rows - i_m * BM, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(
+        a + row * a_row, a, weight + (above + column) * depth, b_w, rows - i_m * BM, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS, AHEAD, FORM,
+    )  # fmt: skip
     b_y = with_bias(scaled(b_y, b_scale, scale, weight, above + column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN)
     if turns:
         if BM * BN > HELD:

@@ -106,7 +106,7 @@ def mixer_rows_combine(
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_rows_out"))
 def mixer_rows_out(
     x, weight, scale, bias, add, inverse, out, tokens, depth,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (ceil(D / BN), B): out (B,T,D) = inverse (B,ROWS,ROWS) times ((x weight^T + bias), rounded, + add (B,T,D) float32). T <= BM, 8 or 16."""
     i_b, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BN
@@ -121,7 +121,7 @@ def mixer_rows_out(
     b_add = tl.load(add + o_y, mask=m_y, other=0.0)
     b_inverse = tl.load(inverse + i_b * ROWS * ROWS + o_t[:, None] * ROWS + o_t[None, :])
     p_x = x + i_b * tokens * depth
-    b_y = product(p_x, p_x, weight + column * depth, b_w, tokens, tl.arange(0, BM) < tokens, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(p_x, p_x, weight + column * depth, b_w, tokens, tl.arange(0, BM) < tokens, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD, FORM)
     if BM == 8:
         b_y = sixteen(tl.trans(b_y), tl.zeros([BN, 8], dtype=tl.float32), BN)
     b_f = with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, ROWS, BN), b_bias, bias + column, m_n, 1, BN).to(out.dtype.element_ty).to(tl.float32)

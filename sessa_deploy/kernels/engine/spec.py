@@ -46,7 +46,7 @@ _ONES = (WIDE_ROW, *_WHOLE)
 _SHARING, _FILLING = (*_ONE, _ONE_AHEAD), (WIDE_ROW, _WHOLE[1])
 _EARLY_ROWS = PRODUCT_ROWS[-1]
 _BATCH = 32  # rows of one tile of the output projection's 8-bit weights: twice its programs are more than there are multiprocessors
-_TILES = ("BM", "BN", "BK", "KS", "AHEAD", "PDL")
+_TILES = ("BM", "BN", "BK", "KS", "AHEAD", "FORM", "PDL")
 _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
 _SHORT = f"{PRODUCT_ROWS[2]}.{AHEAD_DEPTH}"  # of more rows than a few, no deeper than those
 _EIGHT, _EIGHT_WIDE = f"{FEW_ROWS}.{AHEAD_DEPTH}", f"{FEW_ROWS}.wide"  # of at most FEW_ROWS rows, no deeper than AHEAD_DEPTH and deeper
@@ -122,7 +122,8 @@ _MIXERS = (
            (*pointers("q", "k", "v", "past_k", "past_v", "q_b", "past_kb", "past_s"), Param("past_length", "*i32"), *_FLOATS,
             *integers("batch", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
-           ("ROWS_F", "HEADS_F", "GROUP_F", "LANES_F", "STAGES_F", "TILES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "TILES_B", "OWN_B", "PDL"),
+           ("ROWS_F", "HEADS_F", "GROUP_F", "LANES_F", "STAGES_F", "TILES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "TILES_B", "OWN_B",
+            "APART", "SOON", "PDL"),
            (*_STEPS, _ALONE, _WIDE_ALONE), dtypes=_HALF, scalar_loads=16, early=(*_STEPS, _ALONE, _WIDE_ALONE), shares=(_ALONE,),
            fills=(_WIDE_ALONE, *_WIDE_STEPS), optional=(_ALONE, _WIDE_ALONE), early_rows=_EARLY_ROWS),
     Kernel("mixer_step_combine", _MIXER,
@@ -137,7 +138,7 @@ _MIXER_BATCH = (
     Kernel("mixer_batch_combine", f"{_MIXER}_batch",
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
             *integers("batch", "capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
-           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "HEADS", "LANES", "SPAN", "PDL"), _BATCHES, dtypes=_HALF, scalar_loads=128, early=_BATCHES,
+           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "STAGES", "HEADS", "LANES", "SPAN", "PDL"), _BATCHES, dtypes=_HALF, scalar_loads=128, early=_BATCHES,
            optional=_BATCHES, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 

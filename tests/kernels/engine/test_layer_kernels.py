@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule import EPS
+from rule import EPS, check
 
 triton = pytest.importorskip("triton")
 
@@ -208,3 +208,32 @@ def test_columns_that_are_a_warps_own(tile: int, depth: int, monkeypatch: pytest
     pairs = (h[:, :depth].double() @ every[:depth].double().T + b.double()).view(-1, 4, 2)
     turned = torch.stack([pairs[..., 0] * cos - pairs[..., 1] * sin, pairs[..., 0] * sin + pairs[..., 1] * cos], -1)
     close(q, turned.view(1, depth), dtype, depth * 4)
+
+
+FORMS = [dict(BN=16, BK=128, KS=4, FORM=1), dict(BN=16, BK=128, KS=4, FORM=2), dict(BN=64, BK=64, KS=1, FORM=3)]  # of product.py
+
+
+@pytest.mark.parametrize("tiles", FORMS, ids=lambda tiles: str(tiles["FORM"]))
+@pytest.mark.parametrize("dtype", DTYPES[:1])
+def test_forms_of_a_product_of_a_batch(tiles: dict[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the 2x rule, in a depth and columns that fill no tile: rows have the bits that fewer of them have; one of 1e4 and one of zeros harm no other."""
+    pinned = layer.pinned
+
+    def other(names: tuple[str, ...], *rest: object) -> dict[str, dict[str, object]]:
+        found = {name: dict(options) for name, options in pinned(names, *rest).items()}  # type: ignore[arg-type]
+        return {name: {**o, **tiles, "BM": 32, "AHEAD": 0} if "FORM" in o else o for name, o in found.items()}
+
+    rows, depth = 40, 208
+    x, w, b = random(rows, depth, dtype=dtype), random(80, depth, dtype=dtype, scale=0.3), random(80, dtype=dtype)
+    x[3, 5], x[6] = 1e4, 0.0
+    monkeypatch.setattr(layer, "pinned", other)
+    found = layer.linear(x, w, b)
+    for i in range(rows):  # each by its own size
+        check(found[i], x[i].double() @ w.double().T + b.double(), (x[i].float() @ w.float().T + b.float()).to(dtype))
+    assert torch.equal(found[6], b) and torch.equal(layer.linear(x[:17].contiguous(), w, b), found[:17])
+    if tiles["FORM"] == 3:  # takes both operands as they are
+        return
+    w, h, s = random(80, 80, dtype=dtype, scale=0.3), random(rows, 160, dtype=dtype), random(rows, 80, dtype=dtype)
+    gated = (s.double() * h[:, 80:].double()).to(dtype)
+    exact, plain = (s.to(t) + gated.to(t) @ w.to(t).T + b.to(t) for t in (torch.float64, torch.float32))
+    check(layer.tail(s, h, w, b, s), exact, plain.to(dtype))

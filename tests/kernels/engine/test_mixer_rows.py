@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="n
 SMALL: dict[str, dict[str, Any]] | None = {
     "mixer_rows_partial": dict(ROWS_F=16, HEADS_F=2, LANES_F=128, STAGES_F=1, ROWS_B=16, CHUNKS_B=2, LANES_B=256, STAGES_B=1, QUERIES=16),
     "mixer_rows_combine": dict(BLOCK_F=8, BLOCK_B=8, MOST_F=7, MOST_B=5, NF=32, NB=16, DF=128, DB=256),
-    "mixer_rows_out": dict(BM=16, BN=128, BK=256, KS=2, AHEAD=1),
+    "mixer_rows_out": dict(BM=16, BN=128, BK=256, KS=2, AHEAD=1, FORM=0),
 } if DEVICE == "cpu" else None  # fmt: skip
 
 
