@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 from bench_chain import Chain, kernels
+from gpu import capture, graph_ms
 from random_bundle import SIZES
 from torch import Tensor
 
-from gpu import capture, graph_ms
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.kernels.engine import layer, mixer, mixer_rows
 from sessa_deploy.kernels.engine.spec import WIDE_ROW, ahead_variant, few_variant, mixer_rows_variants, product_variant, rows_combines, step_variants

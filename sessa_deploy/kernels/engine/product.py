@@ -51,7 +51,7 @@ def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
         b_w = strip(weight, m_n, depth, 0, depth, BN, BK, KS)
     else:
         tl.static_assert(AHEAD == 2, "of several rows' weights one step comes ahead, or two")
-        b_w = strip(weight, m_n, depth, 0, depth, BN, BK, KS), strip(weight, m_n, depth, BK, depth, BN, BK, KS)
+        b_w = strip(weight, m_n, depth, 0, depth, BN, BK, KS), strip(weight, m_n, depth, BK, depth, BN, BK, KS)  # type: ignore[assignment]
     return b_w
 
 
