@@ -158,7 +158,8 @@ def taken(x: Tensor, weight: Tensor) -> str:
     if not 1 < rows <= ROWS.value or weights_name(weight.dtype):
         return ""
     variant = chosen(_NAME, "any", "", depth, x, rows).removeprefix("any")
-    return variant or (WIDE_ROWS if depth > AHEAD_DEPTH and available(_NAME, x.device, x.dtype, WIDE_ROWS) else "")
+    wide = depth > AHEAD_DEPTH and WIDE_ROWS in table.kernel(_NAME).optional and available(_NAME, x.device, x.dtype, WIDE_ROWS)
+    return variant or (WIDE_ROWS if wide else "")
 
 
 def norm_enter(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor, variant: str, early: int = 0) -> Tensor:

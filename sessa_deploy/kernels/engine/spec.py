@@ -51,8 +51,8 @@ _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
 _SHORT = f"{PRODUCT_ROWS[2]}.{AHEAD_DEPTH}"  # of more rows than a few, no deeper than those
 _EIGHT, _EIGHT_WIDE = f"{FEW_ROWS}.{AHEAD_DEPTH}", f"{FEW_ROWS}.wide"  # of at most FEW_ROWS rows, no deeper than AHEAD_DEPTH and deeper
 _EIGHTS = (_EIGHT, _EIGHT_WIDE)
-WIDE_ROWS = "wide"  # of up to 16 rows deeper than AHEAD_DEPTH, where norm and entrance are one kernel
-_BOTH = (*_WIDTHS[:1], _EIGHT, WIDE_ROWS, _EIGHT_WIDE)
+WIDE_ROWS = "wide"  # of up to 16 rows deeper than AHEAD_DEPTH, were norm and entrance one kernel: in no table yet
+_BOTH = (*_WIDTHS[:1], _EIGHT)
 _DESCRIPTOR = 128  # bytes that one takes of a program's memory
 
 _LAYERS = (
@@ -66,7 +66,7 @@ _LAYERS = (
            ("BN", "BK", "KS", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS, shares=_WIDTHS, fills=_WIDTHS[1:]),
     Kernel("layer_norm_enter_rows", f"{_LAYER}_rows",
            (*pointers("x", "norm_weight", "norm_bias", "weight", "bias", "out"), Param("rows", "i32"), Param("depth", "i32", True), Param("eps", "fp32")),
-           ("BM", "BN", "BK", "KS", "AHEAD", "SPAN", "PDL"), _BOTH, dtypes=_HALF, scalar_loads=32, early=_BOTH, shares=(_EIGHT_WIDE,), optional=_BOTH),
+           ("BM", "BN", "BK", "KS", "AHEAD", "SPAN", "PDL"), _BOTH, dtypes=_HALF, scalar_loads=32, early=_BOTH, optional=_BOTH),
     Kernel("layer_linear", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=128, early=_FEW, early_rows=1),
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, (*_PRODUCTS, *_ONES),
