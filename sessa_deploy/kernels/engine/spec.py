@@ -51,6 +51,8 @@ _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
 _SHORT = f"{PRODUCT_ROWS[2]}.{AHEAD_DEPTH}"  # of more rows than a few, no deeper than those
 _EIGHT, _EIGHT_WIDE = f"{FEW_ROWS}.{AHEAD_DEPTH}", f"{FEW_ROWS}.wide"  # of at most FEW_ROWS rows, no deeper than AHEAD_DEPTH and deeper
 _EIGHTS = (_EIGHT, _EIGHT_WIDE)
+WIDE_ROWS = "wide"  # of up to 16 rows deeper than AHEAD_DEPTH, were norm and entrance one kernel: in no table yet
+_BOTH = (*_WIDTHS[:1], _EIGHT)
 _DESCRIPTOR = 128  # bytes that one takes of a program's memory
 
 _LAYERS = (
@@ -68,8 +70,7 @@ _LAYERS = (
            ("BN", "BK", "KS", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS, shares=_WIDTHS, fills=_WIDTHS[1:]),
     Kernel("layer_norm_enter_rows", f"{_LAYER}_rows",
            (*pointers("x", "norm_weight", "norm_bias", "weight", "bias", "out"), Param("rows", "i32"), Param("depth", "i32", True), Param("eps", "fp32")),
-           ("BM", "BN", "BK", "KS", "PDL"), (*_WIDTHS[:1], _EIGHT), dtypes=_HALF, scalar_loads=32, early=(*_WIDTHS[:1], _EIGHT),
-           optional=(*_WIDTHS[:1], _EIGHT)),
+           ("BM", "BN", "BK", "KS", "AHEAD", "SPAN", "PDL"), _BOTH, dtypes=_HALF, scalar_loads=32, early=_BOTH, optional=_BOTH),
     Kernel("layer_linear", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=128, early=_FEW, early_rows=1),
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, (*_PRODUCTS, *_ONES),
@@ -155,7 +156,7 @@ _MIXER_ROWS = (
            (*pointers("q", "k", "v", "past_k", "past_v", "q_b", "k_b", "past_kb", "past_s"), Param("past_length", "*i32"), *_PARTS,
             *integers("tokens", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
-           ("ROWS_F", "HEADS_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "QUERIES", "PDL"),
+           ("ROWS_F", "HEADS_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "QUERIES", "HOLD_B", "PDL"),
            (*_ROWS_STEPS, *_ROWS_FEW), dtypes=_HALF, scalar_loads=16, early=(*_ROWS_STEPS, *_ROWS_FEW), optional=(*_WIDE_ROWS, *_ROWS_FEW)),
     Kernel("mixer_rows_combine", _ROWS,
            (*_PARTS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", "inverse", type="*fp32"),
