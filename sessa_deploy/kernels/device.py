@@ -36,6 +36,14 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
+def open_early(PDL: tl.constexpr):
+    """What `begin` does at once with OPENS, for a kernel that has something to do before that."""
+    if PDL:  # noqa: SIM102
+        if PDL == OPENS:
+            gdc_launch_dependents()
+
+
+@triton.jit
 def admit(PDL: tl.constexpr):
     """Lets the next kernel in, for one that waits only at its end."""
     if PDL:
