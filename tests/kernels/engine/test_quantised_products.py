@@ -213,7 +213,7 @@ def test_a_mixers_step_of_several_rows(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_a_rows_matrix_instructions_have_what_they_ask_for() -> None:
-    """One row with KS > 1: of 8-bit weights a warp for each of the sums, and a piece that holds the deepest row of the variant; of 16 bits KS columns a warp."""
+    """One row with KS > 1: of 8-bit weights a warp for each of the sums, and the deepest row of the variant at once; of 16 bits KS columns a warp."""
     entries = [(key, entry) for key, entry in table._entries().items() if key[0].startswith("layer_") and entry.get("KS", 1) > 1]
     found = 0
     for (name, _, dtype, variant), entry in entries:
