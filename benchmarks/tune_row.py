@@ -56,11 +56,12 @@ LATE, SOON = {"code": "q1_late_layer"}, {"code": "q1_soon_layer"}
 TRIALS: dict[int, dict[str, list[Tiles]]] = {
     2048: {
         PROJECT: [matrix(16, 2048, 4, maxnreg=96), matrix(16, 2048, 4), matrix(16, 2048, 4, maxnreg=96, opens=True), matrix(32, 2048, 8, maxnreg=96),
-                  matrix(16, 2048, 8, **LATE, maxnreg=64), matrix(16, 2048, 8)],
-        ENTER: [matrix(16, 2048, 8), matrix(32, 2048, 16), matrix(32, 2048, 8, **SOON), matrix(32, 2048, 8), matrix(16, 2048, 8, **LATE),
-                matrix(16, 2048, 4), matrix(16, 2048, 16)],
-        TAIL: [matrix(16, 2048, 8), matrix(16, 2048, 16), matrix(16, 2048, 4), matrix(16, 2048, 8, **LATE), matrix(16, 2048, 4, **SOON)],
-        OUT: [matrix(16, 2048, 8), matrix(16, 2048, 16), matrix(16, 2048, 4), matrix(16, 2048, 8, **LATE), matrix(16, 2048, 4, **SOON)],
+                  matrix(16, 2048, 8, **LATE, maxnreg=64)],
+        ENTER: [matrix(32, 2048, 8, maxnreg=96), matrix(32, 2048, 8), matrix(32, 2048, 8, **SOON), matrix(16, 2048, 8), matrix(16, 2048, 8, **LATE),
+                matrix(32, 2048, 16), matrix(32, 2048, 4)],  # with few registers, projections come in before it ends
+        TAIL: [matrix(16, 2048, 8), matrix(16, 2048, 8, maxnreg=112), matrix(16, 2048, 8, **LATE), matrix(16, 2048, 4), matrix(16, 2048, 16),
+               matrix(16, 2048, 4, **SOON)],
+        OUT: [matrix(16, 2048, 8), matrix(16, 2048, 8, **LATE), matrix(16, 2048, 4), matrix(16, 2048, 16), matrix(16, 2048, 4, **SOON)],
         LOGITS: [matrix(16, 2048, 4, maxnreg=96), matrix(16, 2048, 8), matrix(32, 2048, 8), matrix(64, 2048, 16, **LATE)],
     },
     1024: {
