@@ -36,6 +36,14 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
+def open_early(PDL: tl.constexpr):
+    """What `begin` does at once with OPENS, for a kernel that has something to do before that."""
+    if PDL:  # noqa: SIM102
+        if PDL == OPENS:
+            gdc_launch_dependents()
+
+
+@triton.jit
 def rows_each(length, splits, rows, UNIT: tl.constexpr = 1):
     """Rows a split takes of a sequence: `rows` at least, so that a short one has few splits, and else an even share in whole UNITs, which divide `rows`."""
     return tl.maximum(tl.cdiv(tl.cdiv(length, splits), UNIT) * UNIT, rows)

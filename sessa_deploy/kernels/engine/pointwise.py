@@ -29,6 +29,25 @@ def normal(b_x, b_w, b_b, m_d, width, eps):
 
 
 @triton.jit
+def _both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def normal_once(b_x, first, b_w, b_b, m_d, width, eps):
+    """`normal` with both of its sums at once; first: any element of the row.
+
+    Sums of squares about it are at most `width` times those about the mean, which is what their difference may lose: no element is further than sqrt(width)
+    standard deviations from the mean.
+    """
+    b_c = tl.where(m_d, b_x.to(tl.float32) - first.to(tl.float32), 0.0)
+    total, squares = tl.reduce((b_c, b_c * b_c), 0, _both)
+    mean = total / width
+    scale = 1.0 / tl.sqrt(tl.maximum(squares / width - mean * mean, 0.0) + eps)
+    return (b_c - mean) * scale * b_w.to(tl.float32) + b_b.to(tl.float32)
+
+
+@triton.jit
 def gelu(x):
     """x Phi(x), float32, as max(x, 0) - |x| Phi(-|x|). Phi's logarithm there is a polynomial, fitted so that the result is within 6e-8, as with erf, which
     takes four times the instructions; beyond 6 it is 0 to that."""
