@@ -211,6 +211,10 @@ class Model:
         graph = capture([lambda: step(self.chain, x, length, self.caches, early)])
         return graph, graph_ms(graph, 25)
 
+    def profiled(self, x: Tensor, length: Tensor) -> dict[str, tuple[float, int]]:
+        """What each kernel of that step takes, as `bench_chain.kernels`."""
+        return kernels(self.recorded(x, length, x.shape[0])[0])
+
     def mixers(self, x: Sequence[Tensor], gamma: Tensor, length: Tensor, tiles: Tiles) -> None:
         for w, four in zip(self.chain.layers, self.caches, strict=True):
             mix(w, x, gamma, four, length, self.heads, 0, tiles)
@@ -225,9 +229,11 @@ class Model:
 
 
 def measure(models: list[str], points: list[int], rows: list[int], clock: Clock) -> list[dict[str, Any]]:
-    results = list[dict[str, Any]]()
+    """The figures of every size, length and number of rows. The profiler comes behind all times: once it has run, kernels of later graphs take longer."""
+    results, made = list[dict[str, Any]](), list[Model]()
     for name in models:
         model = Model(name, points)
+        made.append(model)
         for point, length in zip(points, model.lengths, strict=True):
             single = 0.0
             for count in rows:
@@ -237,16 +243,20 @@ def measure(models: list[str], points: list[int], rows: list[int], clock: Clock)
                 found = attempt(f"{name} {point} T={count}", partial(model.recorded, x, length, count))
                 if found is None:
                     continue
-                graph, ms = found
+                ms = found[1]
                 single = single or ms
                 plain = (attempt("without early starts", partial(model.recorded, x, length, 0)) or (None, 0.0))[1]
                 times = f"{ms:.4f} ms, {1e3 * ms / LAYERS:.2f} us a layer, {ms / single:.2f} x T=1 (without early starts {plain:.4f})"
                 say(f"{name:5} past {point:5} T={count:2}: {times}")
-                taken = attempt("profile", partial(kernels, graph)) or {}
-                say("      " + "; ".join(f"{kernel} {us:.1f}" for kernel, (us, launches) in taken.items() if launches > 1))
-                results.append({"model": name, "past": point, "rows": count, "ms": ms, "ratio": ms / single, "plain_ms": plain, "kernels": taken})
-        del model
-        torch.cuda.empty_cache()
+                results.append({"model": name, "past": point, "rows": count, "ms": ms, "ratio": ms / single, "plain_ms": plain})
+    for row in results:
+        if not clock.left():
+            break
+        model = made[models.index(row["model"])]
+        x, length = model.chain.random(row["rows"], model.chain.config.d_model), model.lengths[points.index(row["past"])]
+        row["kernels"] = attempt("profile", partial(model.profiled, x, length)) or {}
+        each = "; ".join(f"{kernel} {us:.1f}" for kernel, (us, launches) in row["kernels"].items() if launches > 1)
+        say(f"{row['model']:5} past {row['past']:5} T={row['rows']:2}: {each}")
     return results
 
 

@@ -60,7 +60,7 @@ def tiles(kernel: str, width: int, c: tuple[int, ...]) -> dict[str, int]:
     if kernel == "layer_norm_enter":
         return {"BN": c[1], "BK": int(table.width_variant(kernel, width)), "KS": c[3], "num_warps": c[4], "num_stages": 1}
     ahead = (c[6] if len(c) > 6 else 1024 // c[2]) if c[0] == 1 else 0
-    return {**dict(zip(("BM", "BN", "BK", "KS"), c, strict=False)), "AHEAD": ahead, "num_warps": c[4], "num_stages": c[5]}
+    return {**dict(zip(("BM", "BN", "BK", "KS"), c, strict=False)), "AHEAD": ahead, "FORM": 0, "num_warps": c[4], "num_stages": c[5]}
 
 
 def launched(kernel: str, variant: str, rows: int, entry: dict[str, int]) -> dict[str, Any]:

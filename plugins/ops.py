@@ -229,6 +229,7 @@ _DESCRIBED = {
              Limit("elements of gain_bias", "I", equals="1")], [GAMMA_MAX]),
         _op(contract.MIXER_OP, "q k v past_k past_v weight bias q_b k_b gamma past_kb past_s past_length",
             "BTHC BTKC BTKC BPKC BPKC DD D BTD BTD BT:f BPD BPD B:i", "s", "BTD", [_ROW, _head(limits.MIXER_HEADS[-1]), _SPLIT, *_HEADS]),
+        _op(contract.LAST_LOGITS_OP, "x new_length norm_weight norm_bias weight", "BTD B:i D D ND", "logits", "BN:f", [_ROW], [EPSILON]),
     )
 }  # fmt: skip
 OPS = tuple(_DESCRIBED[name] for name in contract.ENGINE_OPS)

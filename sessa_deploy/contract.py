@@ -17,11 +17,12 @@ GRAPH_OPS = (FEEDBACK_OP, CAUSAL_OP)  # of a bundle's graph; each has a body of 
 # Ops of engines only, never of a bundle's graph: a layer around its attentions (see plugins/README.md).
 ROTARY_OP, NORM_OP, NORM_ENTER_OP, PROJECT_GAIN_OP = "SessaRotary", "SessaNorm", "SessaNormEnter", "SessaProjectGain"
 LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, MIXER_OP = "SessaLinearHeads", "SessaLogits", "SessaTail", "SessaMixer"
+LAST_LOGITS_OP = "SessaLastLogits"
 # Everything the plugin library brings, in the order of its creators; plugins/ops.py describes each.
-ENGINE_OPS = (*GRAPH_OPS, ROTARY_OP, NORM_OP, LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, NORM_ENTER_OP, PROJECT_GAIN_OP, MIXER_OP)
+ENGINE_OPS = (*GRAPH_OPS, ROTARY_OP, NORM_OP, LINEAR_HEADS_OP, LOGITS_OP, TAIL_OP, NORM_ENTER_OP, PROJECT_GAIN_OP, MIXER_OP, LAST_LOGITS_OP)
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = ""
-PLUGIN_STATE = 4  # of what an engine holds of a node of ours; goes up with its form, its meaning, and where its kernels come to need more workspace
+PLUGIN_STATE = 5  # of what an engine holds of a node of ours; goes up with its form, its meaning, and where its kernels come to need more workspace
 ATTR_SCALE = "scale"
 ATTR_STORAGE = "storage"
 ATTR_WEIGHTS = "weights"  # of an op with a matrix of weights: their ONNX type number (WEIGHT_FORMATS), 0 or left out where it is `storage`

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sessa_deploy.runtime.device.kernels import APPEND, ARGMAX, FINISH
+from sessa_deploy.runtime.device.kernels import APPEND, END
 
 SPLITS = 4
 
@@ -85,8 +85,8 @@ class HostCuda:
         assert params == len(arguments) + 2, "Triton's two hidden pointers come last"
         self.launches += 1
         values = [value for _, value in arguments]
-        assert entry != FINISH or self.on_host(values[4]), "the tokens are written to the host's memory"
-        work = {APPEND: _append, ARGMAX: _argmax, FINISH: _finish}[entry]
+        assert entry != END or self.on_host(values[7]), "the tokens are written to the host's memory"
+        work = {APPEND: _append, END: _end}[entry]
         self.do(lambda: work(grid, *values))
 
     def capture(self, enqueue: Callable[[], None]) -> int:
@@ -193,25 +193,26 @@ def _append(grid: tuple[int, int, int], table: int, past: int, new: int, tokens:
             cache[b, lengths[b] : lengths[b] + counts[b]] = rows[b, : counts[b]]
 
 
-def _argmax(grid: tuple[int, int, int], logits: int, best: int, where: int, vocabulary: int) -> None:
-    batch, splits, _ = grid
-    x = view(logits, np.float32, batch * vocabulary).reshape(batch, vocabulary)
-    tops, ids = (view(a, kind, batch * splits).reshape(batch, splits) for a, kind in ((best, np.float32), (where, np.int32)))
-    tops[:], ids[:] = -np.inf, 2**31 - 1
-    tops[:, 0], ids[:, 0] = x.max(axis=1), np.where(np.isfinite(x.max(axis=1)), np.argmax(x, axis=1), -1)
-
-
-def _finish(grid: tuple[int, int, int], best: int, where: int, past: int, new: int, ids: int, following: int, words: int) -> None:
-    batch = grid[0]
-    view(ids, np.int32, batch)[:] = found = view(where, np.int32, batch * SPLITS).reshape(batch, SPLITS)[:, 0]
-    view(following, np.int32 if words == 1 else np.int64, batch)[:] = np.maximum(found, 0)
+def _end(grid: tuple[int, int, int], table: int, logits: int, best: int, where: int, ended: int, past: int, new: int, ids: int, following: int, words: int,
+         entries: int, capacity: int, vocabulary: int) -> None:  # fmt: skip
+    programs, tokens, batch = grid
+    rows = batch * tokens
+    assert programs == entries + SPLITS and not view(ended, np.int32, batch).any()
+    if entries:
+        _append((tokens, batch, entries), table, past, new, tokens, capacity)
+    x = view(logits, np.float32, rows * vocabulary).reshape(rows, vocabulary)
+    tops, places = (view(a, kind, rows * SPLITS).reshape(rows, SPLITS) for a, kind in ((best, np.float32), (where, np.int32)))
+    tops[:], places[:] = -np.inf, 2**31 - 1
+    tops[:, 0], places[:, 0] = x.max(axis=1), np.where(np.isfinite(x.max(axis=1)), np.argmax(x, axis=1), -1)
+    view(ids, np.int32, rows)[:] = places[:, 0]
+    view(following, np.int32 if words == 1 else np.int64, rows)[:] = np.maximum(places[:, 0], 0)
     view(past, np.int32, batch)[:] += view(new, np.int32, batch)
 
 
 def fake_cubins(folder: Path, arch: int = 90) -> Path:
-    """A folder like the one that lowering writes, with the three decode kernels for one architecture."""
+    """A folder like the one that lowering writes, with the decode kernels for one architecture."""
     rows = []
-    for name, params, tiles in ((APPEND, 5, {"BLOCK": 512}), (ARGMAX, 4, {"SPLITS": SPLITS, "BLOCK": 512}), (FINISH, 7, {"SPLITS": SPLITS})):
+    for name, params, tiles in ((APPEND, 5, {"BLOCK": 512}), (END, 13, {"SPLITS": SPLITS, "BLOCK": 512})):
         data = name.encode()
         (folder / f"{name}.cubin").write_bytes(data)
         rows.append({"kernel": name, "arch": arch, "dtype": "fp32", "variant": "any", "file": f"{name}.cubin", "sha256": hashlib.sha256(data).hexdigest(),

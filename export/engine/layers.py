@@ -256,8 +256,6 @@ def _logits(work: _Rewrite) -> None:
     """The last norm, on one row of each sequence or on all, and the product with lm_head, whose sums stay float32."""
     norm = work.node("norm/LayerNormalization.0")
     squeeze = work.maker.get(norm.input[0])
-    chosen = squeeze is not None and squeeze.op_type == "Squeeze"  # (B,1,D) of the last tokens; with all logits (B,T,D)
-    x = squeeze.input[0] if squeeze is not None and chosen else norm.input[0]
     product = _only([n for n in work.graph.node if norm.output[0] in reads(n)], "readers of the last norm")
     weight, head = product.input[1], None
     turned = work.maker.get(weight)
@@ -268,13 +266,26 @@ def _logits(work: _Rewrite) -> None:
         weight = turned.input[0]
     elif product.op_type == "MatMul" or not any(a.name == "transB" and a.i for a in product.attribute):
         weight = work.put("lm_head.rows", work.array(weight).T)
-    work.add(contract.NORM_OP, "norm/last", [x, norm.input[1], norm.input[2]], ["norm/last:0"], epsilon=work.config.layer_norm_eps)
-    wide = "lm_head/wide:0" if chosen else contract.LOGITS
-    work.add(contract.LOGITS_OP, "lm_head/logits", ["norm/last:0", weight], [wide], head)
-    work.types[wide] = TensorProto.FLOAT
-    if chosen:
-        axes = work.put("lm_head/axes", np.array([1], np.int64))
-        work.made.append(helper.make_node("Squeeze", [wide, axes], [contract.LOGITS], name="lm_head/narrow"))
+    if squeeze is not None and squeeze.op_type == "Squeeze":  # one row of each sequence, picked by new_length
+        inputs = [_picked(work, squeeze), contract.NEW_LENGTH, norm.input[1], norm.input[2], weight]
+        work.add(contract.LAST_LOGITS_OP, "lm_head/logits", inputs, [contract.LOGITS], head, epsilon=work.config.layer_norm_eps)
+    else:
+        work.add(contract.NORM_OP, "norm/last", norm.input[:3], ["norm/last:0"], epsilon=work.config.layer_norm_eps)
+        work.add(contract.LOGITS_OP, "lm_head/logits", ["norm/last:0", weight], [contract.LOGITS], head)
+    work.types[contract.LOGITS] = TensorProto.FLOAT
+
+
+def _picked(work: _Rewrite, squeeze: NodeProto) -> str:
+    """The rows (B,T,D) of which a gather takes the last of each sequence: new_length - 1, and 0 where that is -1."""
+    gather = work.maker.get(squeeze.input[0])
+    above, at = list[NodeProto](), gather.input[1] if gather is not None and gather.op_type == "GatherElements" else ""
+    while at in work.maker:
+        above.append(work.maker[at])
+        at = above[-1].input[0]
+    kinds, numbers = [n.op_type for n in above[-3:]], [work.array(n.input[1]).tolist() for n in above[-3:-1] if len(n.input) > 1]
+    if gather is None or at != contract.NEW_LENGTH or (kinds, numbers) != (["Clip", "Sub", "Cast"], [0, 1]):
+        raise Unavailable("the graph does not pick the last tokens as our exporter writes it")
+    return str(gather.input[0])
 
 
 def _set_sorted(graph: GraphProto, nodes: list[NodeProto]) -> None:

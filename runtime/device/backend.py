@@ -1,7 +1,7 @@
 """A session on the GPU, whichever engine runs the graph: caches that never leave it, and each decode step one captured CUDA graph.
 
-A step enqueues: ids and lengths to the device, the engine, append, argmax, and a last kernel that advances the lengths and writes the ids to the host. A
-long prompt's new rows are not appended: the engine is given their places in the caches as its outputs.
+A step enqueues: ids and lengths to the device, the engine, and a kernel that appends, picks, advances the lengths and writes the ids to the host. The rows of
+more tokens than are picked are appended by a kernel of their own; a long prompt's are not: the engine is given their places in the caches as its outputs.
 Lengths are read on the device, so steps of one extent (how many sequences, how many new rows of each) are the same work on the same addresses, whatever the
 sequences hold: it is recorded once and replayed. The host reads the ids, or the logits where somebody samples.
 The last kernel also leaves the ids where the engine reads its own, so that the next greedy step can be enqueued before the host has seen them. Two such

@@ -24,7 +24,7 @@ from sessa_deploy.contract import (
     past_name,
 )
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.device.kernels import APPEND, ARGMAX, FINISH, Image
+from sessa_deploy.runtime.device.kernels import APPEND, END, Image
 
 _NAN_WORD = {"fp32": 0x7FC00000, "fp16": 0x7E007E00, "bf16": 0x7FC07FC0}
 _WORD, _ALIGNMENT = 4, 16
@@ -100,7 +100,7 @@ class Buffers:
             entry.fresh = cuda.allocate(batch * chunk * entry.row)
         self.row_bytes = sum(entry.row for entry in self.entries)
         self.id_type = np.dtype(id_dtype)
-        self._splits = kernels[ARGMAX].splits
+        self._splits = kernels[END].splits
         # new_length and ids side by side, so that one copy brings both
         self._ids_at = -(-4 * batch // _TENSOR_ALIGNMENT) * _TENSOR_ALIGNMENT
         self.new, self.length = cuda.allocate(self._ids_at + batch * chunk * self.id_type.itemsize), cuda.allocate(4 * batch)
@@ -110,8 +110,8 @@ class Buffers:
         self.picked_rows = min(chunk, STEP_ROWS) if all_logits else 1
         most = batch * self.picked_rows
         self._best, self._where = cuda.allocate(4 * most * self._splits), cuda.allocate(4 * most * self._splits)
-        self._zeros = cuda.allocate(4 * most)
-        cuda.fill(self._zeros, 0, most)
+        self._ended = cuda.allocate(4 * batch)
+        cuda.fill(self._ended, 0, batch)
         self._host_fed = self._host(self._ids_at + batch * chunk * self.id_type.itemsize, np.uint8)
         self._host_new, self._host_ids = self._host_fed[: 4 * batch].view(np.int32), self._host_fed[self._ids_at :].view(self.id_type)
         self._host_length, self._host_picked = self._host(batch, np.int32), self._host(most + batch, np.int32)
@@ -179,24 +179,21 @@ class Buffers:
     def finish(self, step: Extent, slot: int = 0) -> None:
         """Enqueue what follows the engine: append new rows that do not lie where they belong, pick the most likely tokens, advance the lengths.
 
-        The last kernel writes the tokens to the host's memory itself: a copy of its own would cost a decode step some microseconds. It also lays them where
+        The kernel writes the tokens to the host's memory itself: a copy of its own would cost a decode step some microseconds. It also lays them where
         the engine takes its ids from, which is what a step of one row each that is fed nothing goes on from. With all logits and more than `picked_rows`
         rows what is picked means nothing. slot: 0 or 1, where the tokens of a step of one row go; of others always 0.
         """
-        ptr, batch = "ptr", step.batch
-        lengths = ((ptr, self.length), (ptr, self.new))
-        table = self._table + (0 if step.row is None else (1 + step.row) * self._table_size)
-        # The next kernel begins before it waits for what is before this one, so that this one is launched in any case: at a capacity of 0 it copies nothing.
-        programs, capacity = ((step.tokens, batch, len(self.entries)), self.capacity) if step.behind is None else ((1, 1, 1), 0)
-        self.cuda.launch(self._kernels[APPEND], programs, ((ptr, table), *lengths, ("i32", programs[0]), ("i32", capacity)))
-        rows = batch * (step.tokens if self._all_logits and step.tokens <= self.picked_rows else 1)
-        self.cuda.launch(self._kernels[ARGMAX], (rows, self._splits, 1),
-                         ((ptr, self.logits), (ptr, self._best), (ptr, self._where), ("i32", self.config.vocab_size)))
-        best, to = ((ptr, self._best), (ptr, self._where)), self._host_picked.ctypes.data + 4 * self._picked_at[slot]
-        picked = ((ptr, to), (ptr, self.ids), ("i32", self.id_type.itemsize // _WORD))
-        self.cuda.launch(self._kernels[FINISH], (batch, 1, 1), (*best, *lengths, *picked))
-        if rows > batch:  # once more for the tokens, with lengths that nobody reads and that stand still
-            self.cuda.launch(self._kernels[FINISH], (rows, 1, 1), (*best, (ptr, self._zeros), (ptr, self._zeros), *picked))
+        ptr, batch, lengths = "ptr", step.batch, (("ptr", self.length), ("ptr", self.new))
+        table = ptr, self._table + (0 if step.row is None else (1 + step.row) * self._table_size)
+        rows = step.tokens if self._all_logits and step.tokens <= self.picked_rows else 1
+        entries = len(self.entries) if step.behind is None else 0
+        if entries and rows < step.tokens:  # more rows are appended than picked
+            self.cuda.launch(self._kernels[APPEND], (step.tokens, batch, entries), (table, *lengths, ("i32", step.tokens), ("i32", self.capacity)))
+            entries = 0
+        parts = (ptr, self.logits), (ptr, self._best), (ptr, self._where), (ptr, self._ended)
+        ids = (ptr, self._host_picked.ctypes.data + 4 * self._picked_at[slot]), (ptr, self.ids), ("i32", self.id_type.itemsize // _WORD)
+        sizes = ("i32", entries), ("i32", self.capacity), ("i32", self.config.vocab_size)
+        self.cuda.launch(self._kernels[END], (entries + self._splits, rows, batch), (table, *parts, *lengths, *ids, *sizes))
 
     def mark(self, slot: int) -> None:
         """Enqueue the mark that `picked_in` waits for, behind a step of that slot."""

@@ -12,8 +12,8 @@ from sessa_deploy.cuda_arch import mend, nearest
 from sessa_deploy.errors import UserError
 from sessa_deploy.reading import load_library
 
-APPEND, ARGMAX, FINISH = "decode_append", "decode_argmax", "decode_finish"
-_APPEND_PARAMS, _FINISH_PARAMS = 5, 7
+APPEND, END = "decode_append", "decode_end"
+_APPEND_PARAMS, _END_PARAMS = 5, 13
 _BUILD = "sessa-deploy plugin build"
 
 
@@ -38,21 +38,22 @@ class _Cubin(ctypes.Structure):
 
 
 def images(source: Path, arch: int, build: str = _BUILD) -> dict[str, Image]:
-    """The three kernels for a GPU of compute capability `arch` (90 for 9.0), from libsessa_plugin.so, libsessa_ort.so or a folder of cubins.
+    """The kernels for a GPU of compute capability `arch` (90 for 9.0), from libsessa_plugin.so, libsessa_ort.so or a folder of cubins.
 
     build: the command that builds that library. Raises UserError if the source is damaged, older than this version, or carries nothing for that GPU.
     """
     find = _from_folder if source.is_dir() else _from_library
-    found = {name: find(source, name, arch, build) for name in (APPEND, ARGMAX, FINISH)}
-    for name in (ARGMAX, FINISH):
-        if found[name].splits < 1:
-            raise UserError(f"the binary of {name} has no tile SPLITS", got=str(source), allowed="kernels of this version", fix=build)
-    if found[ARGMAX].splits != found[FINISH].splits:
-        raise UserError("the decode kernels do not belong together", got=f"{found[ARGMAX].splits} and {found[FINISH].splits} splits in {source}", fix=build)
-    more = found[FINISH].params - found[APPEND].params  # Triton's hidden ones are as many in each
-    if more != _FINISH_PARAMS - _APPEND_PARAMS:
-        raise UserError(f"the binary of {FINISH} is of another version", got=f"{more:+d} parameters against {APPEND} in {source}",
-                        allowed=f"{_FINISH_PARAMS - _APPEND_PARAMS:+d}", fix=build)
+    found = {APPEND: find(source, APPEND, arch, build)}
+    try:
+        found[END] = find(source, END, arch, build)
+    except _NoBinary:  # the other is there
+        raise UserError("the decode kernels are of another version", got=f"no {END} in {source}", allowed="kernels of this version", fix=build) from None
+    if found[END].splits < 1:
+        raise UserError(f"the binary of {END} has no tile SPLITS", got=str(source), allowed="kernels of this version", fix=build)
+    more = found[END].params - found[APPEND].params  # Triton's hidden ones are as many in each
+    if more != _END_PARAMS - _APPEND_PARAMS:
+        raise UserError(f"the binary of {END} is of another version", got=f"{more:+d} parameters against {APPEND} in {source}",
+                        allowed=f"{_END_PARAMS - _APPEND_PARAMS:+d}", fix=build)
     return found
 
 
@@ -86,5 +87,9 @@ def _from_folder(path: Path, name: str, arch: int, build: str) -> Image:
         raise UserError("that folder holds no cubins", got=f"{path} ({error})", fix=f"python -m sessa_deploy.plugins.lower --out {path}") from None
 
 
-def _no_binary(path: Path, name: str, arch: int, build: str) -> UserError:
-    return UserError(f"no binary of {name} for this GPU", got=f"sm_{arch} in {path}", fix=mend(arch).replace(_BUILD, build))
+class _NoBinary(UserError):
+    """There is none of that name."""
+
+
+def _no_binary(path: Path, name: str, arch: int, build: str) -> _NoBinary:
+    return _NoBinary(f"no binary of {name} for this GPU", got=f"sm_{arch} in {path}", fix=mend(arch).replace(_BUILD, build))

@@ -15,6 +15,11 @@ def _norm(x: Any, weight: Any, bias: Any, epsilon: float) -> Any:
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon) * weight + bias
 
 
+def _last_logits(epsilon: float, x: Any, new: Any, gain: Any, shift: Any, weight: Any) -> Any:
+    last = x[np.arange(len(new)), np.clip(new, 1, x.shape[1]) - 1]
+    return _norm(last, gain, shift, epsilon) @ weight.T
+
+
 def _enter(x: Any, weight: Any, bias: Any) -> Any:
     from math import erf
 
@@ -112,6 +117,7 @@ def operators() -> list[Any]:
         make(contract.CAUSAL_OP, _causal), make(contract.FEEDBACK_OP, _feedback),
         make(contract.NORM_OP, lambda e, x, w, b: _norm(x, w, b, e)),
         make(contract.LOGITS_OP, lambda _, x, w: x @ w.T),
+        make(contract.LAST_LOGITS_OP, _last_logits),
         make(contract.LINEAR_HEADS_OP, lambda _, x, w, b: x.reshape(*x.shape[:2], -1) @ w.T + b),
         make(contract.NORM_ENTER_OP, lambda e, x, w, b, *rest: _enter(_norm(x, w, b, e), *rest)),
         make(contract.MIXER_OP, _mixer), make(contract.PROJECT_GAIN_OP, _project_gain),

@@ -378,7 +378,7 @@ def test_who_reads_engines_passes_it_over(made: Bundle, tmp_path: Path, capsys: 
         return " ".join(capsys.readouterr().out.replace("│", " ").split())
 
     text = inspected()
-    assert f"engines ort-fp16 (adds {adds / 1000:.2f} kB)" in text and f"for ONNX Runtime {FOLDER}, layers by the library (SessaLogits 1, " in text
+    assert f"engines ort-fp16 (adds {adds / 1000:.2f} kB)" in text and f"for ONNX Runtime {FOLDER}, layers by the library (SessaLastLogits 1, " in text
     assert "engine for this machine" not in text
     main(["run", str(bundle.path), "--prompt-ids", "1 2 3", "--max-new-tokens", "2", "--backend", "ort"])
     plain = capsys.readouterr().out

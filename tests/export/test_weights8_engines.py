@@ -103,7 +103,7 @@ def test_a_prepared_graph_reads_the_files_bytes(
             assert tensors[stem + end].raw_data == b"".join(own[n + end].tobytes() for n in parts)
     kinds = {(n.op_type, next((a.i for a in n.attribute if a.name == contract.ATTR_WEIGHTS), 0)) for n in model.graph.node if n.domain == contract.DOMAIN}
     head = WEIGHT_FORMATS[form].onnx if contract.HEAD in eight else 0
-    assert {(contract.LOGITS_OP, head), (contract.NORM_ENTER_OP, WEIGHT_FORMATS[form].onnx)} <= kinds
+    assert {(contract.LAST_LOGITS_OP, head), (contract.NORM_ENTER_OP, WEIGHT_FORMATS[form].onnx)} <= kinds
     out_proj = {contract.LINEAR_HEADS_OP if keep == ["lm_head"] else contract.MIXER_OP} if config.n_heads > 1 else set()
     assert {op for op, kind in kinds if op in (contract.LINEAR_HEADS_OP, contract.MIXER_OP) and kind} == out_proj
     given = feeds(config, "fp16")

@@ -46,7 +46,7 @@ def layer_calls(make: Callable[..., Any], batch: int, tokens: int, heads: int, k
     """One call of every operation. make(*shape): a tensor of the storage type; with wide=True float32, with scale=x times x. weights: of `matrix`."""
     import torch
 
-    from sessa_deploy.kernels.engine import layer
+    from sessa_deploy.kernels.engine import last, layer
 
     n, width, kv = batch * tokens, heads * d, kv_heads * d
     columns, projected = width + 48, 3 * width + 2 * kv
@@ -56,6 +56,7 @@ def layer_calls(make: Callable[..., Any], batch: int, tokens: int, heads: int, k
     biases = (make(width), make(kv), make(kv), make(2 * width))
     gain, one, limbs = make(width, wide=True, scale=0.1), make(1, wide=True), make(4, d // 2, wide=True, scale=1 / 64).abs()
     length = torch.arange(batch, device=x.device, dtype=torch.int32)
+    new = torch.clamp(tokens - length, min=0)
     tables = layer.rotary(length, limbs, tokens)
     flat = [t.view(n, d // 2) for t in tables]
     plain = sizes(batch, tokens, 1, width)
@@ -68,6 +69,8 @@ def layer_calls(make: Callable[..., Any], batch: int, tokens: int, heads: int, k
              lambda: layer.linear(x, square.weight, row, scale=square.scale)),
         Call(At.Logits, None, sizes(batch, tokens, 1, width, columns=columns), [x, wide.operand, *wide.last],
              lambda: layer.linear(x, wide.weight, None, scale=wide.scale)),
+        Call(At.LastLogits, 1e-5, sizes(batch, tokens, 1, width, columns=columns), [x, new, row, row2, wide.operand, *wide.last],
+             lambda: last.last_logits(x.view(batch, tokens, width), new, row, row2, 1e-5, wide.weight, scale=wide.scale)),
         Call(At.Tail, None, plain, [x, s, h, square.operand, row, *square.last],
              lambda: layer.tail(s, h, square.weight, row, x, scale=square.scale)),
         Call(At.NormEnter, 1e-5, plain, [x, row, row2, double.operand, biases[3], *double.last],

@@ -151,20 +151,24 @@ WIDENED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from sessa_deploy.plugins import lower
-source, options = lower.source(lower.Unit("{kernel}", 90, "fp16.i8", "64"))
-print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"].count("prmt.b32 a, u, 0x64646464"))
+source, options = lower.source(lower.Unit("layer_out", 90, "fp16.i8", "{variant}"))
+ptx, word = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"], "prmt.b32 a, u, 0x64646464"
+print(ptx.count(word), ptx.split("griddepcontrol.wait")[0].count(word), ptx.split(word)[0].count("griddepcontrol.launch_dependents"))
 """
 
 
-@pytest.mark.parametrize("kernel", ["layer_out"])
-def test_no_two_warps_widen_the_same_weights(kernel: str, tmp_path: Path) -> None:
-    """Of 17 to 64 rows, whose products would else take as long to widen int8 as to read it: a tile's words of four, each in one thread."""
+@pytest.mark.parametrize(("variant", "ahead"), [("64", False), ("1.1024", True)])
+def test_no_two_warps_widen_the_same_weights(variant: str, ahead: bool, tmp_path: Path) -> None:
+    """Of 17 to 64 rows, whose products would else take as long to widen int8 as to read it, and of one by matrix instructions: a tile's words of four, each
+    in one thread; that of one row before the wait, when the next kernel has been let in."""
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", WIDENED.format(kernel=kernel)], capture_output=True, text=True, env=env, timeout=250)
+    done = subprocess.run([sys.executable, "-c", WIDENED.format(variant=variant)], capture_output=True, text=True, env=env, timeout=250)
     assert done.returncode == 0, done.stderr
-    options = table.options(kernel, 90, "fp16.i8", "64")
-    assert int(done.stdout) == options["BN"] * options["BK"] // 4 // (32 * options["num_warps"])
+    options = table.options("layer_out", 90, "fp16.i8", variant)
+    words, before, opened = map(int, done.stdout.split())
+    assert words == options["BN"] * options["BK"] // 4 // (32 * options["num_warps"])
+    assert (before, opened) == ((words, 1) if ahead else (0, opened))
 
 
 def cubin(**change: Any) -> lower.Cubin:

@@ -47,9 +47,9 @@ def test_library_stands_alone(built: Built) -> None:
 def test_the_library_hands_out_what_serves_a_device(built: Built) -> None:
     """Its door, which the runtime takes, goes by the one rule; and a tile that a binary has not is told apart from a tile."""
     handle = ctypes.CDLL(str(built[1]))
-    held = {arch for arch in cuda_arch.ARCHS if handle.sessaFindCubin(b"decode_finish", arch, b"fp32", b"any", ctypes.create_string_buffer(64))}
+    held = {arch for arch in cuda_arch.ARCHS if handle.sessaFindCubin(b"decode_end", arch, b"fp32", b"any", ctypes.create_string_buffer(64))}
     for device in (75, 80, 86, 87, 89, 90, 100, 103, 120, 121):
-        key = (b"decode_finish", device, b"fp32", b"any")
+        key = (b"decode_end", device, b"fp32", b"any")
         found = bool(handle.sessaFindCubin(*key, ctypes.create_string_buffer(64)))
         assert found == (cuda_arch.nearest(held, device) is not None)
         assert (handle.sessaCubinTile(*key, b"SPLITS") > 0) == found and handle.sessaCubinTile(*key, b"PIECES") == -1
@@ -163,7 +163,7 @@ def test_workspace_holds_for_every_smaller_problem(launching: Built, op: int, we
     harness, plugin, rng, seen = launching[2], create(launching, op, HALF, weights=weights), random.Random(op), 0
     for width, head, group in ((256, 32, 1), (768, 64, 4), (1024, 64, 1), (2048, 128, 1)):
         heads, kv = width // head, width // head // group
-        columns = {ph.At.ProjectGain: 3 * width + 2 * kv * head, ph.At.Logits: 50304}.get(ph.At(op), width)
+        columns = {ph.At.ProjectGain: 3 * width + 2 * kv * head, ph.At.Logits: 50304, ph.At.LastLogits: 50304}.get(ph.At(op), width)
 
         def needs(*shape: int) -> int:
             return int(harness.harness_workspace(plugin, ph.at(op, weights), HALF, sizes(*shape, width, heads, kv, head, columns)))  # noqa: B023

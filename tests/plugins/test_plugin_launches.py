@@ -155,7 +155,7 @@ def launches(
     from sessa_deploy.kernels.causal import prefill as causal_prefill
     from sessa_deploy.kernels.causal import step as causal_step
     from sessa_deploy.kernels.causal import step_rows as causal_rows
-    from sessa_deploy.kernels.engine import layer, layer_many, layer_rows, mixer_rows
+    from sessa_deploy.kernels.engine import last, layer, layer_many, layer_rows, mixer_rows
     from sessa_deploy.kernels.engine import mixer as mixer_step
     from sessa_deploy.kernels.feedback import forward as feedback_fwd
     from sessa_deploy.kernels.feedback import step as feedback_step
@@ -165,6 +165,7 @@ def launches(
     from sessa_deploy.kernels.route import steps_rows
 
     noted: list[Launch] = []
+    rows = [0]  # of the operation
 
     class Writer:
         resident = held
@@ -172,7 +173,7 @@ def launches(
         def __init__(self, kernel: Any, device: Any, dtype: Any, options: dict[str, Any], weights: str = "") -> None:
             self.name, self.each = kernel.__name__, (32 * options["num_warps"], options[jit.SHARE])
             # whether kernels start early the Python side leaves to the plugin: the rule is the number of rows and that the binary can
-            self.early = bool(options.get("PDL")) and batch * tokens <= options["early rows"]
+            self.early = bool(options.get("PDL")) and rows[0] <= options["early rows"]
 
         def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
             kinds = [p.type for p in table.kernel(self.name).params]
@@ -187,7 +188,8 @@ def launches(
         # a step's attentions alone start early only where the Python side says behind what
         return {name: {**o, "PDL": o["PDL"] and early > 0} if name in ("mixer_step_partial", "mixer_rows_partial") else o for name, o in found.items()}
 
-    for module in (causal_prefill, causal_rows, causal_step, feedback_fwd, feedback_rows, feedback_step, layer, layer_many, layer_rows, mixer_rows, mixer_step):
+    for module in (causal_prefill, causal_rows, causal_step, feedback_fwd, feedback_rows, feedback_step, last, layer, layer_many, layer_rows, mixer_rows,
+                   mixer_step):  # fmt: skip
         monkeypatch.setattr(module, "launcher", Writer)
         monkeypatch.setattr(module, "pinned", pinned)
     kept: list[torch.Tensor] = []  # workspaces and widened weights, so that no other tensor takes their place
@@ -257,6 +259,7 @@ def launches(
         if weights and ops.OPS[op].quantised is None:
             continue
         noted.clear()
+        rows[0] = batch if op == ph.At.LastLogits else batch * tokens
         call()
         found.append((op, weights, list(shape), numbered(noted)))
     return found

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sessa_deploy.kernels.device import begin, turn
 from sessa_deploy.kernels.engine import layer_many, layer_rows
-from sessa_deploy.kernels.engine.pointwise import half_gelu, normal
+from sessa_deploy.kernels.engine.pointwise import half_gelu, norm_row, normal
 from sessa_deploy.kernels.engine.product import ahead, bias_of, place, product, put, scale_of, scaled, tile_of, wide, with_bias
-from sessa_deploy.kernels.engine.product_row import norm_product
+from sessa_deploy.kernels.engine.product_row import norm_product, row_soon
 from sessa_deploy.kernels.engine.projection import angles, gamma_rows
 from sessa_deploy.kernels.engine.spec import product_choice
 from sessa_deploy.kernels.launch import table
@@ -31,13 +31,8 @@ HELD = tl.constexpr(1024)  # elements of a tile up to which what is added to it 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_norm"))
 def layer_norm(x, weight, bias, out, width, eps, BD: tl.constexpr, PDL: tl.constexpr = False):
     """Grid (rows,), BD >= D: LayerNorm of each row."""
-    p_x = x + tl.program_id(0).to(tl.int64) * width
-    o_d = tl.arange(0, BD)
-    m_d = o_d < width
-    b_w, b_b = tl.load(weight + o_d, mask=m_d, other=0.0), tl.load(bias + o_d, mask=m_d, other=0.0)
-    begin(PDL)
-    b_y = normal(tl.load(p_x + o_d, mask=m_d, other=0.0), b_w, b_b, m_d, width, eps)
-    tl.store(out + tl.program_id(0).to(tl.int64) * width + o_d, b_y.to(out.dtype.element_ty), mask=m_d)
+    o_row = tl.program_id(0).to(tl.int64) * width
+    norm_row(x + o_row, weight, bias, out + o_row, width, eps, BD, PDL)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_rotary"))
@@ -62,14 +57,14 @@ def layer_rotary(past_length, limbs, cos, sin, tokens, pairs, BD: tl.constexpr, 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_linear"))
 def layer_linear(
     x, weight, scale, bias, out, rows, depth, columns,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, columns) = x weight^T + bias."""
     row, column, m_m, m_n = tile_of(rows, columns, BM, BN)
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     begin(PDL)
-    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD, FORM)
     b_y = with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN)
     put(out + row * columns + column, b_y, m_m, m_n, columns, BM, BN)
 
@@ -86,9 +81,10 @@ def layer_norm_enter(
     b_w = ahead(weight + column * depth, m_n, depth, 1, BN, BK, KS, 1)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, 1, BN)
     b_gain, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
+    b_w = row_soon(weight, b_w, x.dtype.element_ty, BN, BK, KS, PDL)
     begin(PDL)
     if KS > 1:
-        b_y = norm_product(x, b_w[0], b_gain, b_shift, depth, eps, BN, BK, KS)
+        b_y = norm_product(x, b_w, b_gain, b_shift, depth, eps, BN, BK, KS)
     else:
         b_x = normal(tl.load(x + o_k, mask=m_k, other=0.0), b_gain, b_shift, m_k, depth, eps).to(x.dtype.element_ty)
         b_y = tl.sum(wide(b_w, tl.float32) * b_x.to(tl.float32)[None, :], 1)[None, :]
@@ -100,7 +96,7 @@ def layer_norm_enter(
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_enter"))
 def layer_enter(
     x, weight, scale, bias, out, rows, depth,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, 2D) = x weight^T + bias with GELU on its left half."""
     i_m, i_n = place(tl.program_id(0), rows, tl.cdiv(2 * depth, BN), BM)
@@ -109,7 +105,7 @@ def layer_enter(
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     begin(PDL)
-    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD, FORM)
     b_y = with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN)
     b_y = half_gelu(b_y, i_n * BN, depth, out.dtype.element_ty, BN)
     put(out + row * (2 * depth) + column, b_y, m_m, m_n, 2 * depth, BM, BN)
@@ -118,14 +114,16 @@ def layer_enter(
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_logits"))
 def layer_logits(
     x, weight, scale, out, rows, depth, columns,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, columns) float32 = x weight^T, not rounded."""
     row, column, m_m, m_n = tile_of(rows, columns, BM, BN)
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale = scale_of(scale, weight, column, m_n, BN)
+    if BM == 1:
+        b_w = row_soon(weight, b_w, x.dtype.element_ty, BN, BK, KS, PDL)
     begin(PDL)
-    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD, FORM)
     put(out + row * columns + column, scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), m_m, m_n, columns, BM, BN)
 
 
@@ -142,7 +140,7 @@ def layer_widen(weight, out, count, BLOCK: tl.constexpr):
 @triton.jit
 def _square(
     x, h, weight, scale, bias, add, rows, depth,
-    GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """This program's tile of x weight^T + bias, weight (D,D), D = depth, that of add (rows, D), its first row and column, and masks.
 
@@ -152,12 +150,14 @@ def _square(
     o_y = tl.arange(0, BM)[:, None] * depth + tl.arange(0, BN)[None, :]
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
+    if BM == 1:
+        b_w = row_soon(weight, b_w, x.dtype.element_ty, BN, BK, KS, PDL)
     begin(PDL)
     if BM * BN <= HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
     b_y = product(
         x + row * depth, h + row * (2 * depth) + depth, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n,
-        depth, depth, 2 * depth, GATED, BM, BN, BK, KS, AHEAD,
+        depth, depth, 2 * depth, GATED, BM, BN, BK, KS, AHEAD, FORM,
     )  # fmt: skip
     if BM * BN > HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
@@ -167,27 +167,27 @@ def _square(
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_out"))
 def layer_out(
     x, weight, scale, bias, add, out, rows, depth,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out (rows, D) = (x weight^T + bias), rounded, + add (rows, D) float32."""
-    b_y, b_add, row, column, m_m, m_n = _square(x, x, weight, scale, bias, add, rows, depth, False, BM, BN, BK, KS, AHEAD, PDL)
+    b_y, b_add, row, column, m_m, m_n = _square(x, x, weight, scale, bias, add, rows, depth, False, BM, BN, BK, KS, AHEAD, FORM, PDL)
     put(out + row * depth + column, b_y.to(out.dtype.element_ty).to(tl.float32) + b_add, m_m, m_n, depth, BM, BN)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_tail"))
 def layer_tail(
     s, h, weight, scale, bias, x, out, rows, depth,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tiles,): out = x + (s * g) weight^T + bias, g the right half of h (rows, 2D)."""
-    b_y, b_x, row, column, m_m, m_n = _square(s, h, weight, scale, bias, x, rows, depth, True, BM, BN, BK, KS, AHEAD, PDL)
+    b_y, b_x, row, column, m_m, m_n = _square(s, h, weight, scale, bias, x, rows, depth, True, BM, BN, BK, KS, AHEAD, FORM, PDL)
     put(out + row * depth + column, b_y + b_x.to(tl.float32), m_m, m_n, depth, BM, BN)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("layer_project_gain"))
 def layer_project_gain(
     h, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, gamma_weight, gamma_bias, q, k, v, q_b, k_b, gamma, rows, depth, kv_width, units, gamma_max,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (gammas + tiles,): all projections of a, the left half of h (rows, 2D), and gamma (rows,) float32 = gamma_max tanh(gamma_bias + a . gamma_weight).
 
@@ -203,14 +203,14 @@ def layer_project_gain(
     else:
         _project_tile(
             h, 2 * depth, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, units * 4, gammas,
-            BM, BN, BK, KS, AHEAD, PDL,
+            BM, BN, BK, KS, AHEAD, FORM, PDL,
         )  # fmt: skip
 
 
 @triton.jit
 def _project_tile(
     a, a_row, weight, scale, bias_q, bias_k, bias_v, bias_fb, cos, sin, q, k, v, q_b, k_b, rows, depth, kv_width, pairs, first,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """This program's tile of the projections of a, whose rows lie a_row elements apart; program `first` has the first."""
     n_q, n_k = tl.cdiv(depth, BN), tl.cdiv(kv_width, BN)
@@ -229,10 +229,14 @@ def _project_tile(
     m_m, m_n = tl.arange(0, BM) < rows - i_m * BM, tl.arange(0, BN) < width - i_n * BN
     b_w = ahead(weight + (above + column) * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, above + column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
+    if BM == 1:
+        b_w = row_soon(weight, b_w, a.dtype.element_ty, BN, BK, KS, PDL)
     begin(PDL)
     if BM * BN <= HELD:
         b_cos, b_sin = angles(cos + row * pairs, sin + row * pairs, m_m & turns, i_n * BN, pairs, BM, BN)
-    b_y = product(a + row * a_row, a, weight + (above + column) * depth, b_w, rows - i_m * BM, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(
+        a + row * a_row, a, weight + (above + column) * depth, b_w, rows - i_m * BM, m_m, m_n, depth, a_row, a_row, False, BM, BN, BK, KS, AHEAD, FORM,
+    )  # fmt: skip
     b_y = with_bias(scaled(b_y, b_scale, scale, weight, above + column, m_n, BM, BN), b_bias, bias + column, m_n, BM, BN)
     if turns:
         if BM * BN > HELD:

@@ -37,7 +37,8 @@ def mixer_rows_partial(
     q, k, v, past_k, past_v, q_b, k_b, past_kb, past_s, past_length, part_f, stat_f, part_b, stat_b, scores,
     tokens, splits_f, splits_b, capacity, heads, group, units, width, scale_f, scale_b, programs_f,
     ROWS_F: tl.constexpr, HEADS_F: tl.constexpr, LANES_F: tl.constexpr, STAGES_F: tl.constexpr,
-    ROWS_B: tl.constexpr, CHUNKS_B: tl.constexpr, LANES_B: tl.constexpr, STAGES_B: tl.constexpr, QUERIES: tl.constexpr, PDL: tl.constexpr = False,
+    ROWS_B: tl.constexpr, CHUNKS_B: tl.constexpr, LANES_B: tl.constexpr, STAGES_B: tl.constexpr, QUERIES: tl.constexpr, HOLD_B: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (programs_f + 1 + splits_b, B). Pasts are dense: past_k, past_v (B,P,Hkv,d), past_kb, past_s (B,P,D).
 
@@ -60,7 +61,7 @@ def mixer_rows_partial(
     else:
         piece_feedback(
             program - programs_f, q_b, k_b, past_kb, past_s, past_length, part_b, stat_b, scores, capacity.to(tl.int64) * width, width,
-            capacity.to(tl.int64) * width, width, i_b, tokens, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, LATE, QUERIES,
+            capacity.to(tl.int64) * width, width, i_b, tokens, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, LATE, QUERIES, HOLD_B,
         )  # fmt: skip
     begin(LATE)  # of a program that had nothing to do
 
@@ -106,7 +107,7 @@ def mixer_rows_combine(
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_rows_out"))
 def mixer_rows_out(
     x, weight, scale, bias, add, inverse, out, tokens, depth,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (ceil(D / BN), B): out (B,T,D) = inverse (B,ROWS,ROWS) times ((x weight^T + bias), rounded, + add (B,T,D) float32). T <= BM, 8 or 16."""
     i_b, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BN
@@ -121,7 +122,7 @@ def mixer_rows_out(
     b_add = tl.load(add + o_y, mask=m_y, other=0.0)
     b_inverse = tl.load(inverse + i_b * ROWS * ROWS + o_t[:, None] * ROWS + o_t[None, :])
     p_x = x + i_b * tokens * depth
-    b_y = product(p_x, p_x, weight + column * depth, b_w, tokens, tl.arange(0, BM) < tokens, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD)
+    b_y = product(p_x, p_x, weight + column * depth, b_w, tokens, tl.arange(0, BM) < tokens, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD, FORM)
     if BM == 8:
         b_y = sixteen(tl.trans(b_y), tl.zeros([BN, 8], dtype=tl.float32), BN)
     b_f = with_bias(scaled(b_y, b_scale, scale, weight, column, m_n, ROWS, BN), b_bias, bias + column, m_n, 1, BN).to(out.dtype.element_ty).to(tl.float32)

@@ -5,6 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sessa_deploy.kernels.device import begin
+
+
+@triton.jit
+def norm_row(p_x, weight, bias, p_out, width, eps, BD: tl.constexpr, PDL: tl.constexpr):
+    """LayerNorm of the row at p_x, of which nothing is read before the wait."""
+    o_d = tl.arange(0, BD)
+    m_d = o_d < width
+    b_w, b_b = tl.load(weight + o_d, mask=m_d, other=0.0), tl.load(bias + o_d, mask=m_d, other=0.0)
+    begin(PDL)
+    b_y = normal(tl.load(p_x + o_d, mask=m_d, other=0.0), b_w, b_b, m_d, width, eps)
+    tl.store(p_out + o_d, b_y.to(p_out.dtype.element_ty), mask=m_d)
+
 
 @triton.jit
 def normal(b_x, b_w, b_b, m_d, width, eps):
@@ -13,6 +26,25 @@ def normal(b_x, b_w, b_b, m_d, width, eps):
     b_c = tl.where(m_d, b_x - tl.sum(b_x, 0) / width, 0.0)
     b_scale = 1.0 / tl.sqrt(tl.sum(b_c * b_c, 0) / width + eps)
     return b_c * b_scale * b_w.to(tl.float32) + b_b.to(tl.float32)
+
+
+@triton.jit
+def _both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def normal_once(b_x, first, b_w, b_b, m_d, width, eps):
+    """`normal` with both of its sums at once; first: any element of the row.
+
+    Sums of squares about it are at most `width` times those about the mean, which is what their difference may lose: no element is further than sqrt(width)
+    standard deviations from the mean.
+    """
+    b_c = tl.where(m_d, b_x.to(tl.float32) - first.to(tl.float32), 0.0)
+    total, squares = tl.reduce((b_c, b_c * b_c), 0, _both)
+    mean = total / width
+    scale = 1.0 / tl.sqrt(tl.maximum(squares / width - mean * mean, 0.0) + eps)
+    return (b_c - mean) * scale * b_w.to(tl.float32) + b_b.to(tl.float32)
 
 
 @triton.jit

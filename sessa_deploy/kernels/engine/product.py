@@ -14,6 +14,10 @@ from sessa_deploy.kernels.engine.widen import wide
 from sessa_deploy.kernels.launch.limits import PRODUCT_ROWS
 
 FEW = tl.constexpr(PRODUCT_ROWS[-1])  # rows beyond which weights of 8 bits are widened before the product
+# FORM of a product of several rows of 16-bit weights none of which come ahead; 0: its parts of the depth are added across warps. Weights of 8 bits have theirs.
+TOGETHER = tl.constexpr(1)  # the parts change places and are added within threads
+COLUMNS = tl.constexpr(2)  # the columns are the long side of the matrix instructions, see product_columns.py
+SIDEWAYS = tl.constexpr(3)  # the columns, 64 or more, are the rows of a warpgroup's instructions, whose operands stay in shared memory
 GROUP = tl.constexpr(8)  # tiles of rows whose programs are neighbours, so that they share a tile of weights in the cache
 
 
@@ -47,9 +51,11 @@ def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
         b_w = 0.0
     elif BM == 1:
         b_w = row_ahead(weight, m_n, depth, BN, BK, KS, AHEAD)
-    else:
-        tl.static_assert(AHEAD == 1, "of several rows' weights one step comes ahead")
+    elif AHEAD == 1:
         b_w = strip(weight, m_n, depth, 0, depth, BN, BK, KS)
+    else:
+        tl.static_assert(AHEAD == 2, "of several rows' weights one step comes ahead, or two")
+        b_w = strip(weight, m_n, depth, 0, depth, BN, BK, KS), strip(weight, m_n, depth, BK, depth, BN, BK, KS)  # type: ignore[assignment]
     return b_w
 
 
@@ -89,15 +95,25 @@ def right(b_w, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
 
 @triton.jit
 def _strip_product(
-    x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
-):
-    """`product` of up to BM rows, 8 or 16, whose weights came ahead; 8 at a time, which are the short side of a matrix instruction."""
+    x, gate, weight, b_w, rows, m_n, depth, row, gate_row,
+    GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """`product` of up to BM rows, 8 or 16, whose weights came ahead; 8 at a time, which are the short side of a matrix instruction. With AHEAD = 2 the next
+    step's weights are on their way while one is added."""
     b_low = tl.zeros([KS, BN, 8], dtype=tl.float32)
     b_high = b_low if BM > 8 else 0.0
-    b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, 0, GATED, BM, BN, BK, KS)
-    for start in tl.range(BK, depth, BK, num_stages=1):
-        b_w = strip(weight, m_n, depth, start, depth, BN, BK, KS)
-        b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start, GATED, BM, BN, BK, KS)
+    if AHEAD == 1:
+        b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, 0, GATED, BM, BN, BK, KS)
+        for start in tl.range(BK, depth, BK, num_stages=1):
+            b_w = strip(weight, m_n, depth, start, depth, BN, BK, KS)
+            b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start, GATED, BM, BN, BK, KS)
+    else:
+        b_low, b_high = _add(b_low, b_high, x, gate, b_w[0], rows, depth, row, gate_row, 0, GATED, BM, BN, BK, KS)
+        b_next = b_w[1]
+        for start in tl.range(BK, depth, BK, num_stages=1):
+            b_now = b_next
+            b_next = strip(weight, m_n, depth, start + BK, depth, BN, BK, KS)
+            b_low, b_high = _add(b_low, b_high, x, gate, b_now, rows, depth, row, gate_row, start, GATED, BM, BN, BK, KS)
     if BM > 8:
         b_acc = sixteen(tl.sum(b_low, 0), tl.sum(b_high, 0), BN)
     else:
@@ -139,11 +155,11 @@ def sixteen(b_low, b_high, BN: tl.constexpr):
 @triton.jit
 def product(
     x, gate, weight, b_w, rows, m_m, m_n, depth, row, gate_row,
-    GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr,
+    GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """(BM,BN) float32 of x weight^T, rows of x `row` elements apart, all three from their tile's first row; GATED: of (x * gate) rounded.
 
-    b_w: of `ahead`; rows: how many x has from there on.
+    b_w: of `ahead`; rows: how many x has from there on. FORM: see TOGETHER and those below it.
 
     KS > 1: BK is taken as KS parts, each with sums of its own, which go to a warp each and are added at the end: few rows make short sums of products
     that wait for one another, and a warp's chain is 1 / KS as long. Of one row see product_row.py.
@@ -155,18 +171,24 @@ def product(
         b_acc = _large_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK)
     elif AHEAD > 0:
         tl.static_assert((BM == 8) | (BM == 16), "weights ahead are for at most 16 rows")
-        b_acc = _strip_product(x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS)
-    elif (weight.dtype.element_ty.primitive_bitwidth == 8) & (BM > 16) & (KS > 1):
+        b_acc = _strip_product(x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS, AHEAD)
+    elif FORM == SIDEWAYS:
+        tl.static_assert((KS == 1) & (BN >= 64) & (not GATED), "a warpgroup takes both operands as they are")
+        b_acc = _sideways_product(x, weight, m_m, m_n, depth, row, BM, BN, BK)
+    elif BM == 8:
+        b_acc = _few_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BN, BK, KS)
+    elif (FORM == COLUMNS) | ((weight.dtype.element_ty.primitive_bitwidth == 8) & (BM > 16) & (KS > 1)):
         b_acc = column_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS)
     else:
-        b_acc = _tile_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS)
+        b_acc = _tile_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS, FORM)
     return b_acc
 
 
 @triton.jit
 def _tile_product(
-    x, gate, weight, m_m, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
-):
+    x, gate, weight, m_m, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr,
+    FORM: tl.constexpr,
+):  # fmt: skip
     """`product` of several rows."""
     o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
     if KS == 1:
@@ -196,11 +218,51 @@ def _tile_product(
         b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
         p_x += BK
         p_w += BK
-    if KS > 1 and weight.dtype.element_ty.primitive_bitwidth == 8:
+    if KS > 1 and (FORM == TOGETHER or weight.dtype.element_ty.primitive_bitwidth == 8):
         b_acc = together(tl.permute(b_acc, [1, 2, 0]), BM, BN, KS)
     elif KS > 1:
         b_acc = tl.sum(b_acc, 0)
     return b_acc
+
+
+@triton.jit
+def _sideways_product(x, weight, m_m, m_n, depth, row, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """`product` of few rows, as (weight x^T)^T: a warpgroup's instructions take both from shared memory. Columns that there are not repeat the last."""
+    o_m, o_n, o_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    o_n = tl.minimum(o_n, tl.max(tl.where(m_n, o_n, 0), 0))
+    p_x = x + o_m[:, None] * row + o_k[None, :]
+    p_w = weight + o_n[:, None] * depth + o_k[None, :]
+    b_acc = tl.zeros([BN, BM], dtype=tl.float32)
+    for start in range(0, depth, BK):
+        m_k = (o_k < depth - start)[None, :]
+        b_x = tl.load(p_x + start, mask=m_m[:, None] & m_k, other=0.0)
+        b_w = tl.load(p_w + start, mask=m_k, other=0.0)
+        b_acc = tl.dot(b_w, tl.trans(b_x), b_acc, input_precision="ieee")
+    return tl.trans(b_acc)
+
+
+@triton.jit
+def _few_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """`product` of up to 8 rows, which are the short side of the matrix instructions: half of what `_tile_product` reads and keeps of them, the same sums."""
+    o_m, o_n = tl.arange(0, 8), tl.arange(0, BN)
+    o_k = tl.arange(0, KS)[:, None] * (BK // KS) + tl.arange(0, BK // KS)[None, :]
+    p_x = x + o_m[None, None, :] * row + o_k[:, :, None]
+    p_g = gate + o_m[None, None, :] * gate_row + o_k[:, :, None]
+    p_w = weight + o_n[None, :, None] * depth + o_k[:, None, :]
+    b_acc = tl.zeros([KS, BN, 8], dtype=tl.float32)
+    for start in range(0, depth, BK):
+        m_k = o_k < depth - start
+        m_x = m_m[None, None, :] & m_k[:, :, None]
+        b_x = tl.load(p_x, mask=m_x, other=0.0)
+        if GATED:
+            b_g = tl.load(p_g, mask=m_x, other=0.0)
+            b_x = (b_x.to(tl.float32) * b_g.to(tl.float32)).to(b_x.dtype)
+            p_g += BK
+        b_w = wide(tl.load(p_w, mask=m_n[None, :, None] & m_k[:, None, :], other=0.0), b_x.dtype)
+        b_acc = tl.dot(b_w, b_x, b_acc, input_precision="ieee")
+        p_x += BK
+        p_w += BK
+    return tl.trans(tl.sum(b_acc, 0))
 
 
 @triton.jit

@@ -11,19 +11,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sessa_deploy.kernels.engine.pointwise import normal
+from sessa_deploy.kernels.device import open_early
+from sessa_deploy.kernels.engine.pointwise import normal_once
 from sessa_deploy.kernels.engine.widen import wide
+
+SOON = tl.constexpr(4096)  # bytes of a warp's weights up to which they are widened before the wait: 64 registers a thread then
 
 
 @triton.jit
 def row_ahead(weight, m_n, depth, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr):
-    """The first AHEAD * BK columns of BN rows of weights, AHEAD > 0; with KS > 1 as `_fan` has them, of 8-bit weights a tuple of AHEAD `_piece`s."""
+    """The first AHEAD * BK columns of BN rows of weights, AHEAD > 0; with KS > 1, where AHEAD is 1, as `_fan` has them, of 8-bit weights as `_piece`."""
+    tl.static_assert((KS == 1) | (AHEAD == 1), "of a row's weights one step comes ahead")
     if (KS > 1) & (weight.dtype.element_ty.primitive_bitwidth == 8):
-        b_w = (_piece(weight, m_n, depth, 0, BN, BK, KS),)
-        for i in tl.static_range(1, AHEAD):
-            b_w = b_w + (_piece(weight, m_n, depth, i * BK, BN, BK, KS),)  # type: ignore[assignment]  # noqa: RUF005
+        b_w = _piece(weight, m_n, depth, BN, BK, KS)
     elif KS > 1:
-        tl.static_assert(AHEAD == 1, "of a row's weights one step comes ahead")
         b_w = _fan(weight, m_n, depth, 0, BN, BK, KS)
     else:
         o_k = tl.arange(0, AHEAD * BK)
@@ -32,16 +33,23 @@ def row_ahead(weight, m_n, depth, BN: tl.constexpr, BK: tl.constexpr, KS: tl.con
 
 
 @triton.jit
+def row_soon(weight, b_w, kind: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr):
+    """What `row_ahead` gave, in `kind` where it is for matrix instructions and little: such weights are here long before the row is, and what is done to them
+    by then takes no time. Of more, the registers would keep other programs out. Called right before `begin`."""
+    if (SOON * KS >= BN * BK) & (KS > 1) & (weight.dtype.element_ty.primitive_bitwidth == 8):
+        open_early(PDL)
+        b_w = wide(b_w, kind)
+    return b_w
+
+
+@triton.jit
 def row_product(
     x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr
 ):
-    """(1,BN) float32, as `product.product`. By matrix instructions depth is at most AHEAD * BK, and KS the number of warps, each of which has sums of its own
-    (of more, Triton 3.6 gave wrong ones)."""
+    """(1,BN) float32, as `product.product`. By matrix instructions depth is at most BK, and KS the number of warps, each of which has sums of its own (of
+    more, Triton 3.6 gave wrong ones)."""
     if (KS > 1) & (weight.dtype.element_ty.primitive_bitwidth == 8):
-        b_acc = tl.zeros([KS, BN, 1 if AHEAD < 2 else 8], dtype=tl.float32)
-        for i in tl.static_range(0, AHEAD):
-            b_acc = _add(b_acc, x, gate, b_w[i], i * BK, depth, GATED, BN, BK, KS, AHEAD)
-        b_y = _total(b_acc)
+        b_y = _dot(_part(x, gate, depth, GATED, BK), b_w, BN, BK, KS)
     elif KS > 1:
         b_y = _fan_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, KS)
     else:
@@ -102,71 +110,37 @@ def _row(x, gate, o_k, depth, GATED: tl.constexpr):
 
 @triton.jit
 def norm_product(x, b_w, b_gain, b_shift, depth, eps, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """(1,BN) float32 of `layer_norm` of the row x times one piece of weights, BK >= depth."""
+    """(1,BN) float32 of `layer_norm` of the row x times a `_piece` of weights, BK >= depth."""
     o_k = tl.arange(0, BK)
-    b_x = normal(tl.load(x + o_k, mask=o_k < depth, other=0.0), b_gain, b_shift, o_k < depth, depth, eps).to(x.dtype.element_ty)
-    b_acc = tl.zeros([KS, BN, 1], dtype=tl.float32)
-    return _total(_dot(b_acc, _whole(b_x, BK, KS), b_w, BN, BK, KS))
+    b_x = normal_once(tl.load(x + o_k, mask=o_k < depth, other=0.0), tl.load(x), b_gain, b_shift, o_k < depth, depth, eps)
+    return _dot(b_x.to(x.dtype.element_ty), b_w, BN, BK, KS)
 
 
 @triton.jit
-def _piece(weight, m_n, depth, start, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """Columns [start, start + BK) of BN rows of weights as (4, 8, KS, BN / 8, BK / (64 KS), 16); the first three axes are a lane's and a warp's number."""
+def _piece(weight, m_n, depth, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """BN rows of weights, BK >= depth, as (4, 8, KS, BN / 8, BK / (64 KS), 16); the first three axes are a lane's and a warp's number."""
     o_k = tl.arange(0, BK // (64 * KS))[None, None, None, None, :, None] * KS + tl.arange(0, KS)[None, None, :, None, None, None]
-    o_k = start + (o_k * 4 + tl.arange(0, 4)[:, None, None, None, None, None]) * 16 + tl.arange(0, 16)[None, None, None, None, None, :]
+    o_k = (o_k * 4 + tl.arange(0, 4)[:, None, None, None, None, None]) * 16 + tl.arange(0, 16)[None, None, None, None, None, :]
     o_n = tl.arange(0, BN // 8)[None, None, None, :, None, None] * 8 + tl.arange(0, 8)[None, :, None, None, None, None]
     m_n = tl.reshape(tl.trans(tl.reshape(m_n, [BN // 8, 8])), [1, 8, 1, BN // 8, 1, 1])
     return tl.load(weight + o_n * depth + o_k, mask=m_n & (o_k < depth), other=0.0)
 
 
 @triton.jit
-def _left(b_w, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """A piece as the left operand of KS products, (KS,BN,BK / KS). Columns change places in each 64 as they do in the right one: their sum is the same."""
-    b_w = tl.permute(tl.reshape(b_w, [4, 8, KS, BN // 8, BK // (64 * KS), 4, 4]), [2, 3, 1, 4, 5, 0, 6])
-    return tl.reshape(b_w, [KS, BN, BK // KS])
+def _part(x, gate, depth, GATED: tl.constexpr, BK: tl.constexpr):
+    """The row (BK,) as it is stored."""
+    o_k = tl.arange(0, BK)
+    b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0)
+    if GATED:
+        b_x = (b_x.to(tl.float32) * tl.load(gate + o_k, mask=o_k < depth, other=0.0).to(tl.float32)).to(b_x.dtype)
+    return b_x
 
 
 @triton.jit
-def _add(b_acc, x, gate, b_w, start, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr):
-    """b_acc plus the products of columns [start, start + BK). One piece's row goes through shared memory; the registers that it is taken from would
-    hold as much as the weights. Of several pieces, each in its turn, it is read straight into them."""
-    if AHEAD < 2:
-        o_k = start + tl.arange(0, BK)
-        b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0)
-        if GATED:
-            b_x = (b_x.to(tl.float32) * tl.load(gate + o_k, mask=o_k < depth, other=0.0).to(tl.float32)).to(b_x.dtype)
-        b_b = _whole(b_x, BK, KS)
-    else:
-        b_x = _read(x, start, depth, BK, KS)
-        if GATED:
-            b_x = (b_x.to(tl.float32) * _read(gate, start, depth, BK, KS).to(tl.float32)).to(b_x.dtype)
-        b_b = tl.reshape(tl.permute(tl.reshape(b_x, [4, 8, KS, BK // (64 * KS), 4, 4]), [2, 3, 4, 0, 5, 1]), [KS, BK // KS, 8])
-    return _dot(b_acc, b_b, b_w, BN, BK, KS)
-
-
-@triton.jit
-def _dot(b_acc, b_b, b_w, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
-    """b_acc (KS,BN,columns of b_b) plus a piece times b_b."""
-    return tl.dot(_left(wide(b_w, b_b.dtype), BN, BK, KS), b_b, b_acc, input_precision="ieee")
-
-
-@triton.jit
-def _whole(b_x, BK: tl.constexpr, KS: tl.constexpr):
-    """A row's (BK,) as the right operand, (KS,BK / KS,1): it goes through shared memory, so that what was done to it was done once."""
-    return tl.reshape(tl.permute(tl.reshape(b_x, [BK // (64 * KS), KS, 4, 4, 4]), [1, 0, 3, 2, 4]), [KS, BK // KS, 1])
-
-
-@triton.jit
-def _read(x, start, depth, BK: tl.constexpr, KS: tl.constexpr):
-    """Columns [start, start + BK) of the row x as (4, 8, KS, 1, BK / (64 KS), 2, 8), the second axis of 8 alike: as a piece lies, so that the right operand
-    is taken from these registers."""
-    o_k = tl.arange(0, BK // (64 * KS))[None, None, None, None, :, None, None] * KS + tl.arange(0, KS)[None, None, :, None, None, None, None]
-    o_k = (o_k * 4 + tl.arange(0, 4)[:, None, None, None, None, None, None]) * 16 + tl.arange(0, 2)[None, None, None, None, None, :, None] * 8
-    o_k = start + o_k + tl.arange(0, 8)[None, None, None, None, None, None, :] + tl.zeros([4, 8, KS, 1, BK // (64 * KS), 2, 8], dtype=tl.int32)
-    return tl.load(x + o_k, mask=o_k < depth, other=0.0)
-
-
-@triton.jit
-def _total(b_acc):
-    """(1,BN) of (KS,BN,columns), which are all alike."""
-    return tl.sum(tl.max(b_acc, 2), 0)[None, :]
+def _dot(b_x, b_w, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
+    """(1,BN): the row (BK,) times a `_piece`. The row goes through shared memory: it is asked for, and what was done to it was done, once, not by each warp,
+    and the registers that it would be taken from otherwise would hold as much as the weights. Columns change places in each 64 on both sides alike."""
+    b_w = tl.permute(tl.reshape(wide(b_w, b_x.dtype), [4, 8, KS, BN // 8, BK // (64 * KS), 4, 4]), [2, 3, 1, 4, 5, 0, 6])
+    b_x = tl.permute(tl.reshape(b_x, [BK // (64 * KS), KS, 4, 4, 4]), [1, 0, 3, 2, 4])
+    b_w, b_x = tl.reshape(b_w, [KS, BN, BK // KS]), tl.reshape(b_x, [KS, BK // KS, 1])
+    return tl.sum(tl.max(tl.dot(b_w, b_x, tl.zeros([KS, BN, 1], dtype=tl.float32), input_precision="ieee"), 2), 0)[None, :]

@@ -51,11 +51,13 @@ def test_the_rewritten_graph_computes_the_same(tmp_path: Path, size: str, all_lo
     types = engine_layers.rewrite(graph, config, onnx.TensorProto.FLOAT, path.parent)
     assert types is not None and contract.LOGITS not in {n.op_type for n in graph.node}
     counts = Counter(n.op_type for n in graph.node)
-    assert counts[contract.NORM_OP] == 1 and counts[contract.TAIL_OP] == counts[contract.NORM_ENTER_OP] == counts[contract.PROJECT_GAIN_OP] == deep
+    assert counts[contract.NORM_OP] == all_logits and counts[contract.TAIL_OP] == counts[contract.NORM_ENTER_OP] == counts[contract.PROJECT_GAIN_OP] == deep
     both = deep if size == "two heads a key" else 0  # a single head has no output projection, and the mixer's kernels end at heads of 128
     assert counts[contract.MIXER_OP] == both and counts[contract.CAUSAL_OP] == counts[contract.FEEDBACK_OP] == deep - both
     assert counts[contract.LINEAR_HEADS_OP] == (deep if size == "wide heads" else 0)
-    assert counts[contract.LOGITS_OP] == 1
+    assert counts[contract.LOGITS_OP] == all_logits and counts[contract.LAST_LOGITS_OP] == (not all_logits)
+    if not all_logits:  # nothing is left behind the last layer but one node
+        assert not {"Cast", "Sub", "Clip", "Expand", "GatherElements", "Squeeze"} & set(counts)
     assert counts[contract.ROTARY_OP] == 1 and not {"Cos", "Sin", "Floor"} & set(counts)
     assert not {"MatMul", "Gemm", "LayerNormalization", "Erf", "Softmax"} & set(counts)
     assert len(graph.node) == len({n.name for n in graph.node})
@@ -136,6 +138,24 @@ def test_every_reason_is_named(small: tuple[Path, bytes], monkeypatch: pytest.Mo
     assert refused(small, dataclasses.replace(SMALL, n_layers=2)) == "1 of 2 layers have SessaFeedbackAttention as a plugin"
     monkeypatch.setattr(engine_layers, "_MESSAGE_LIMIT", 1000)
     assert refused(small).endswith("GB of merged weights, a message holds 0.0 GB")
+
+
+def test_last_tokens_that_are_picked_otherwise_are_not_taken_for_them(small: tuple[Path, bytes]) -> None:
+    """Where another index than new_length - 1, from 0 on, decides the row, the library's node would give another row's logits."""
+    for change in ("Clip", "Sub", "Cast", "GatherElements", "by another number"):
+        model = onnx.ModelProto.FromString(small[1])
+        makers = {n.output[0]: n for n in model.graph.node}
+        by_kind = {n.op_type: n for n in makers.values() if n.op_type in ("Clip", "GatherElements")}
+        by_kind["Sub"] = makers[by_kind["Clip"].input[0]]
+        by_kind["Cast"] = makers[by_kind["Sub"].input[0]]
+        if change in by_kind:
+            by_kind[change].op_type = "Neg"
+        else:
+            by_kind["Sub"].input[1] = by_kind["Clip"].input[1]
+        before = model.SerializeToString()
+        with pytest.raises(engine_layers.Unavailable, match="does not pick the last tokens as our exporter writes it"):
+            engine_layers.rewrite(model.graph, SMALL, onnx.TensorProto.FLOAT, small[0])
+        assert model.SerializeToString() == before
 
 
 def test_numbers_that_a_node_cannot_hold_are_refused(small: tuple[Path, bytes]) -> None:

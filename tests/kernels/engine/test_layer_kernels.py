@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule import EPS
+from rule import EPS, check
 
 triton = pytest.importorskip("triton")
 
-from sessa_deploy.kernels.engine import layer  # noqa: E402
-from sessa_deploy.kernels.launch.jit import interpreted  # noqa: E402
+from sessa_deploy.kernels.engine import layer, layer_rows  # noqa: E402
+from sessa_deploy.kernels.launch.jit import address, interpreted, launcher  # noqa: E402
 from sessa_deploy.rope import _limbs, rotate  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
@@ -132,6 +132,27 @@ def test_norm_and_entrance(rows: int, depth: int, dtype: torch.dtype) -> None:
     assert (found == layer.enter(normal, w, b)).double().mean() > 0.9  # the norm is rounded before the product: nearly all elements agree to the bit
 
 
+@pytest.mark.parametrize("rows", [5, 11])
+def test_norm_and_entrance_of_rows_deeper_than_a_tile(rows: int) -> None:
+    """In parts: the numbers of norm and entrance one after the other; the bits of one step of weights ahead and of two, of few rows and of many."""
+    depth, kernel = 112, layer_rows.layer_norm_enter_rows
+    x, scale, shift = random(rows, depth, dtype=torch.float16, scale=3e-3), *(random(depth, dtype=torch.float16, seed=i) for i in (1, 2))
+    w, b = random(2 * depth, depth, dtype=torch.float16, scale=0.3), random(2 * depth, dtype=torch.float16)
+
+    def run(tile: int, ahead: int, count: int) -> torch.Tensor:
+        options = dict(BM=tile, BN=32, BK=64, KS=2, AHEAD=ahead, SPAN=64, num_warps=2) | ({} if DEVICE == "cpu" else {"PDL": 0})
+        out = torch.empty(count, 2 * depth, dtype=x.dtype, device=DEVICE)
+        tensors = [address(t) for t in (x[:count], scale, shift, w, b, out)]
+        launcher(kernel, x.device, x.dtype, options)((triton.cdiv(2 * depth, 32),), *tensors, count, depth, 1e-5)
+        return out
+
+    normal = layer.norm(x, scale, shift, 1e-5)
+    y = (normal.double() @ w.double().T + b.double()).half().double()
+    found = run(8 if rows <= 8 else 16, 2, rows)
+    close(found, torch.cat([torch.nn.functional.gelu(y[:, :depth]), y[:, depth:]], -1), torch.float16, 16)
+    assert torch.equal(run(16, 1, rows), found) and torch.equal(run(8, 2, 3), found[:3])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("depth", [80] if DEVICE == "cpu" else [80, 1024, 1040, 2048])
 def test_a_row_among_16_has_the_bits_it_has_among_few(depth: int, dtype: torch.dtype) -> None:
@@ -208,3 +229,32 @@ def test_columns_that_are_a_warps_own(tile: int, depth: int, monkeypatch: pytest
     pairs = (h[:, :depth].double() @ every[:depth].double().T + b.double()).view(-1, 4, 2)
     turned = torch.stack([pairs[..., 0] * cos - pairs[..., 1] * sin, pairs[..., 0] * sin + pairs[..., 1] * cos], -1)
     close(q, turned.view(1, depth), dtype, depth * 4)
+
+
+FORMS = [dict(BN=16, BK=128, KS=4, FORM=1), dict(BN=16, BK=128, KS=4, FORM=2), dict(BN=64, BK=64, KS=1, FORM=3)]  # of product.py
+
+
+@pytest.mark.parametrize("tiles", FORMS, ids=lambda tiles: str(tiles["FORM"]))
+@pytest.mark.parametrize("dtype", DTYPES[:1])
+def test_forms_of_a_product_of_a_batch(tiles: dict[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the 2x rule, in a depth and columns that fill no tile: rows have the bits that fewer of them have; one of 1e4 and one of zeros harm no other."""
+    pinned = layer.pinned
+
+    def other(names: tuple[str, ...], *rest: object) -> dict[str, dict[str, object]]:
+        found = {name: dict(options) for name, options in pinned(names, *rest).items()}  # type: ignore[arg-type]
+        return {name: {**o, **tiles, "BM": 32, "AHEAD": 0} if "FORM" in o else o for name, o in found.items()}
+
+    rows, depth = 40, 208
+    x, w, b = random(rows, depth, dtype=dtype), random(80, depth, dtype=dtype, scale=0.3), random(80, dtype=dtype)
+    x[3, 5], x[6] = 1e4, 0.0
+    monkeypatch.setattr(layer, "pinned", other)
+    found = layer.linear(x, w, b)
+    for i in range(rows):  # each by its own size
+        check(found[i], x[i].double() @ w.double().T + b.double(), (x[i].float() @ w.float().T + b.float()).to(dtype))
+    assert torch.equal(found[6], b) and torch.equal(layer.linear(x[:17].contiguous(), w, b), found[:17])
+    if tiles["FORM"] == 3:  # takes both operands as they are
+        return
+    w, h, s = random(80, 80, dtype=dtype, scale=0.3), random(rows, 160, dtype=dtype), random(rows, 80, dtype=dtype)
+    gated = (s.double() * h[:, 80:].double()).to(dtype)
+    exact, plain = (s.to(t) + gated.to(t) @ w.to(t).T + b.to(t) for t in (torch.float64, torch.float32))
+    check(layer.tail(s, h, w, b, s), exact, plain.to(dtype))

@@ -3,6 +3,7 @@ is over before the one before it was read, and one that runs nothing before some
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -241,6 +242,10 @@ def test_a_prompt_may_be_begun_too(build: Build) -> None:
 def test_kernels_of_another_version_are_refused(tmp_path: Any) -> None:
     folder = fake_cuda.fake_cubins(tmp_path)
     table = folder / "cubins.json"
-    table.write_text(table.read_text().replace('"params": [{}, {}, {}, {}, {}, {}, {}, {}, {}]', '"params": [{}, {}, {}, {}, {}, {}, {}]'))
-    with pytest.raises(UserError, match=r"decode_finish is of another version: got \+0 parameters against decode_append .*; fix: sessa-deploy plugin build"):
+    text = table.read_text()
+    table.write_text(text.replace(json.dumps([{}] * 15), json.dumps([{}] * 7)))
+    with pytest.raises(UserError, match=r"decode_end is of another version: got \+0 parameters against decode_append .*; fix: sessa-deploy plugin build"):
+        images(folder, 90)
+    table.write_text(text.replace('"kernel": "decode_end"', '"kernel": "decode_argmax"'))  # as libraries had it before
+    with pytest.raises(UserError, match=r"the decode kernels are of another version: got no decode_end in .*; fix: sessa-deploy plugin build$"):
         images(folder, 90)

@@ -302,17 +302,12 @@ def test_tensorrt_or_plugin_missing_is_one_line(tiny_bundle: Bundle, monkeypatch
 
 def test_decode_kernels_are_checked(tmp_path: Path) -> None:
     folder = fake_cubins(tmp_path)
-    assert images(folder, 90)["decode_argmax"].splits == fake_tensorrt.SPLITS
+    assert images(folder, 90)["decode_end"].splits == fake_tensorrt.SPLITS
     with pytest.raises(UserError, match=r"sm_80.*plugin build --arch 80"):
         images(folder, 80)
     (folder / "decode_append.cubin").write_bytes(b"other")
     with pytest.raises(UserError, match="checksum"):
         images(folder, 90)
-    for change, says in (('"SPLITS": 8', "do not belong together: got 4 and 8 splits"), ('"OTHER": 1', "decode_finish has no tile SPLITS")):
-        head, _, tail = fake_cubins(folder).joinpath("cubins.json").read_text().rpartition(f'"SPLITS": {fake_tensorrt.SPLITS}')
-        (folder / "cubins.json").write_text(head + change + tail)
-        with pytest.raises(UserError, match=says):
-            images(folder, 90)
     broken = tmp_path / "x.so"
     broken.write_bytes(b"no library")
     with pytest.raises(UserError, match="plugin build"):

@@ -1,0 +1,337 @@
+"""Products of one row with 8-bit weights tried within the chain of bench_chain.py, by turns with the tables' and with 16-bit weights.
+
+    python benchmarks/tune_row.py [--seconds 41] [--compile] [--before MODULE TILES]
+
+One sequence at 160 of 32768 (the middle of a run at 128), 1.1B and 350M, int8 and fp8, most important first. For each kernel a line: every choice's time over
+that of the best before it, from several captures by turns (captures of one chain lie 2 to 4% apart); what gains 0.4% with right numbers is kept. Then the
+winner as a whole against the first choice and 16 bits, its numbers (2x rule against float64 of the dequantised weights; early starts against plain ones, bit
+for bit), and lines for tiles.json. --compile: only compile, in processes. A choice may name a module that has the kernel ("code"); --before: one whose
+kernels, with the entries of that tiles.json, are the first choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_chain import Chain
+from products import EPS, FORMATS, Case, quantise
+
+from sessa_deploy.config import SessaConfig
+from sessa_deploy.kernels.engine import layer, mixer
+from sessa_deploy.kernels.launch import jit, table
+from sessa_deploy.kernels.launch.spec import OPENS, WAITS
+
+BEGUN = time.perf_counter()
+Tiles = dict[str, Any]
+Choice = dict[str, Tiles]  # kernel -> tiles; beside them "code": a module, "opens": whether the next kernel is let in before the wait
+ENTER, PROJECT, OUT, TAIL, LOGITS = KERNELS = "layer_norm_enter", "layer_project_gain", "layer_out", "layer_tail", "layer_logits"
+SIZES = {2048: "1.1B", 1024: "350M"}
+HALF = torch.float16
+OWN = {name: getattr(layer, name) for name in KERNELS}
+_tiles, _opens = table.tiles, dict[tuple[str, str, str], bool]()
+_original: dict[Any, Any] = {}
+
+
+def matrix(columns: int, depth: int, warps: int, **more: Any) -> Tiles:
+    return {"BM": 1, "BN": columns, "BK": depth, "KS": warps, "AHEAD": 1, "num_warps": warps, "num_stages": 1, **more}
+
+
+def single(columns: int, depth: int, ahead: int, warps: int) -> Tiles:
+    return {**matrix(columns, depth, warps), "KS": 1, "AHEAD": ahead}
+
+
+LATE, SOON = {"code": "q1_late_layer"}, {"code": "q1_soon_layer"}
+# width -> kernel -> the expected best, then others
+TRIALS: dict[int, dict[str, list[Tiles]]] = {
+    2048: {
+        PROJECT: [matrix(16, 2048, 4, maxnreg=96), matrix(16, 2048, 4), matrix(16, 2048, 4, maxnreg=96, opens=True), matrix(32, 2048, 8, maxnreg=96),
+                  matrix(16, 2048, 8, **LATE, maxnreg=64)],
+        ENTER: [matrix(32, 2048, 8, maxnreg=96), matrix(32, 2048, 8), matrix(32, 2048, 8, **SOON), matrix(16, 2048, 8), matrix(16, 2048, 8, **LATE),
+                matrix(32, 2048, 16), matrix(32, 2048, 4)],  # with few registers, projections come in before it ends
+        TAIL: [matrix(16, 2048, 8), matrix(16, 2048, 8, maxnreg=112), matrix(16, 2048, 8, **LATE), matrix(16, 2048, 4), matrix(16, 2048, 16),
+               matrix(16, 2048, 4, **SOON)],
+        OUT: [matrix(16, 2048, 8), matrix(16, 2048, 8, **LATE), matrix(16, 2048, 4), matrix(16, 2048, 16), matrix(16, 2048, 4, **SOON)],
+        LOGITS: [matrix(16, 2048, 4, maxnreg=96), matrix(16, 2048, 8), matrix(32, 2048, 8), matrix(64, 2048, 16, **LATE)],
+    },
+    1024: {
+        PROJECT: [matrix(16, 1024, 4), matrix(16, 1024, 4, **LATE), matrix(16, 1024, 8), matrix(32, 1024, 8), matrix(16, 1024, 4, opens=False),
+                  matrix(32, 1024, 4, **LATE)],
+        ENTER: [matrix(16, 1024, 8), matrix(16, 1024, 4), matrix(16, 1024, 16), matrix(32, 1024, 8), matrix(16, 1024, 8, **LATE)],
+        TAIL: [matrix(16, 1024, 8), matrix(16, 1024, 4), matrix(16, 1024, 16), matrix(16, 1024, 8, **LATE), single(8, 1024, 1, 4), single(4, 1024, 1, 4),
+               single(8, 1024, 1, 8)],
+        OUT: [matrix(16, 1024, 8), matrix(16, 1024, 4), matrix(16, 1024, 16), matrix(16, 1024, 8, **LATE), single(8, 1024, 1, 4), single(4, 1024, 1, 4),
+              single(8, 1024, 1, 8)],
+        LOGITS: [matrix(16, 1024, 4), matrix(32, 1024, 4), matrix(32, 1024, 8), matrix(64, 1024, 8, **LATE)],
+    },
+}  # fmt: skip
+
+
+def variant(kernel: str, width: int) -> str:
+    return str(width) if kernel == ENTER else f"1.{width}"
+
+
+def _changed_tiles(name: str, arch: int, dtype: str, variant: str) -> Tiles:
+    found = _tiles(name, arch, dtype, variant)
+    opens = _opens.get((name, dtype, variant))
+    return found if opens is None or not found.get("PDL") else {**found, "PDL": OPENS if opens else WAITS}
+
+
+def apply(choice: Choice, width: int, kind: str) -> None:
+    """Make the tables and layer.py's kernels those of a choice; kind: of `jit.weights_name`."""
+    entries = table._entries()
+    if not _original:
+        _original.update(entries)
+        table.tiles = _changed_tiles
+    entries.clear()
+    entries.update(_original)
+    _opens.clear()
+    for name, own in OWN.items():
+        setattr(layer, name, own)
+    for name, tiles in choice.items():
+        at, dtype = variant(name, width), "fp16" + kind
+        wanted = {k: v for k, v in tiles.items() if k not in ("code", "opens", "arch", "dtype", "variant", "tuned", "spills")}
+        if name == ENTER:
+            wanted = {k: v for k, v in wanted.items() if k not in ("BM", "AHEAD")}
+        entries[(name, 90, dtype, at)] = {**wanted, "arch": [90], "dtype": [dtype], "variant": at, "tuned": True}
+        if "opens" in tiles:
+            _opens[(name, dtype, at)] = tiles["opens"]
+        if "code" in tiles:
+            setattr(layer, name, getattr(import_module(tiles["code"]), name))
+    jit.pinned.cache_clear()
+    jit.available.cache_clear()
+
+
+def first_choice(width: int, kind: str, before: list[str] | None) -> Choice:
+    """What the tables have; before: (module, tiles.json) of other kernels."""
+    if not before:
+        return {}
+    tables = json.loads(Path(before[1]).read_text(encoding="utf-8"))["kernels"]
+    found: Choice = {}
+    for name in KERNELS:
+        at = variant(name, width)
+        its = {e["variant"]: e for e in tables[name] if 90 in e["arch"] and "fp16" + kind in e["dtype"]}
+        entry = its.get(at) or its["1"]
+        opens = entry["variant"] in table.kernel(name).opens
+        found[name] = {**{k: v for k, v in entry.items() if k not in ("arch", "dtype", "variant", "tuned", "spills")}, "code": before[0], "opens": opens}
+    return found
+
+
+def said(tiles: Tiles) -> str:
+    """A few characters for tiles."""
+    code = {"q1_late_layer": " late", "q1_soon_layer": " soon"}.get(tiles.get("code", ""), " before" if "code" in tiles else "")
+    opens = "" if "opens" not in tiles or code.endswith("before") else " opens" if tiles["opens"] else " waits"
+    return f"{tiles['BN']}x{tiles['BK']}/{tiles['KS']} w{tiles['num_warps']}" + (f" r{tiles['maxnreg']}" if tiles.get("maxnreg") else "") + code + opens
+
+
+def compile_one(job: tuple[str, Tiles, int, str]) -> str:
+    """In a worker: one binary into the cache on disk."""
+    name, tiles, width, kind = job
+    try:
+        apply({name: tiles}, width, kind)
+        device, dtype = torch.device("cuda", 0), "fp16" + kind
+        options = jit.pinned((name,), device, HALF, variant(name, width), table.early(name, 90, dtype, variant(name, width)), kind)[name]
+        jit.launcher(getattr(layer, name), device, HALF, options, kind)
+    except Exception as error:
+        return f"{name} {width} {kind} {said(tiles)}: {str(error)[-160:]}"
+    return ""
+
+
+def compile_beside(job: tuple[str, str, torch.dtype]) -> str:
+    """In a worker: a kernel of the chains that no trial changes."""
+    name, at, dtype = job
+    device, kind = torch.device("cuda", 0), jit.dtype_name(dtype)
+    fn = next(getattr(m, name) for m in (layer, mixer) if hasattr(m, name))
+    jit.launcher(fn, device, dtype, jit.pinned((name,), device, dtype, at, table.early(name, 90, kind, at))[name])
+    return ""
+
+
+BESIDE = [
+    ("mixer_step_partial", "2048.128.1", HALF), ("mixer_step_partial", "1024.64.1", HALF), ("layer_rotary", "any", torch.float32),
+    *(("mixer_step_combine", at, HALF) for at in ("1", "1.wide")), *(("layer_norm", at, HALF) for at in ("1024", "2048")),
+    *((ENTER, at, HALF) for at in ("1024", "2048")), *((name, "1.wide", HALF) for name in KERNELS[1:]), (PROJECT, "1.1024", HALF),
+    *((name, "1", HALF) for name in KERNELS[2:]),
+]  # fmt: skip
+
+
+def compile_all(before: list[str] | None, workers: int) -> None:
+    """One job a binary that a trial makes."""
+    jobs = [(name, tiles, width, FORMATS[kind]) for width in SIZES for kind in ("int8", "fp8") for name in KERNELS
+            for tiles in (*TRIALS[width][name], first_choice(width, FORMATS[kind], before).get(name)) if tiles]  # fmt: skip
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        beside = pool.map(compile_beside, BESIDE)
+        for complaint in filter(None, pool.map(compile_one, jobs, chunksize=2)):
+            print(f"not compiled: {complaint}", flush=True)
+        list(beside)
+    print(f"{len(jobs) + len(BESIDE)} binaries [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
+
+
+class Racer:
+    """A width's chains, of 16 bits and of a format, upon the same caches."""
+
+    def __init__(self, width: int) -> None:
+        self.width, config = width, SessaConfig(d_model=width, n_layers=24, n_heads=16, vocab_size=50304)
+        self.chains = {"": Chain(config)}
+        self.caches = self.chains[""].caches(32768, [4128])
+        self.x, self.length = self.chains[""].random(1, width), torch.tensor([160], dtype=torch.int32, device="cuda")
+        self.side = torch.cuda.Stream()
+        self.keep = self.capture("", {})
+
+    def chain(self, format: str) -> Chain:
+        if format not in self.chains:
+            self.chains[format] = Chain(self.chains[""].config, weights=format)
+        return self.chains[format]
+
+    def capture(self, format: str, choice: Choice) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """(graph, logits). Without what torch.cuda.graph does before: collect garbage, empty the allocator's cache."""
+        apply(choice, self.width, FORMATS[format])
+        chain, graph = self.chain(format), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.side):
+            chain.step(self.x, self.length, self.caches, 1)
+            self.side.synchronize()
+            graph.capture_begin()
+            try:
+                out = chain.step(self.x, self.length, self.caches, 1)
+            finally:
+                graph.capture_end()
+        return graph, out
+
+    def race(self, runners: list[tuple[str, Choice]], captures: int, repeats: int) -> list[float]:
+        """Milliseconds of each, the mean over captures of the median of replays by turns."""
+        found: list[list[float]] = [[] for _ in runners]
+        for turn in range(captures):
+            graphs = [self.capture(*r)[0] for r in (runners if turn % 2 else runners[::-1])]
+            graphs = graphs if turn % 2 else graphs[::-1]
+            events = [[(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)] for _ in runners]
+            for i in range(repeats):
+                for graph, its in zip(graphs, events, strict=True):
+                    its[i][0].record()
+                    graph.replay()
+                    its[i][1].record()
+                    its[i][1].synchronize()
+            for times, its in zip(found, events, strict=True):
+                times.append(statistics.median(a.elapsed_time(b) for a, b in its[3:]))
+        return [statistics.mean(times) for times in found]
+
+    def same(self, format: str, first: Choice, best: Choice) -> str:
+        """Whether early starts have the bits of plain ones, row by row, and how far logits are from the first choice's."""
+        graph, out = self.capture(format, best)
+        generator, wrong, worst, early = torch.Generator("cuda").manual_seed(7), 0, 0.0, []
+        kept, xs = self.x.clone(), [torch.randn(self.x.shape, device="cuda", generator=generator).half() for _ in range(6)]
+        for i, x in enumerate(xs):
+            self.x.copy_(x)
+            self.length.fill_((160, 4128, 1)[i % 3])
+            graph.replay()
+            early.append(out.clone())
+        for choice in (best, first):
+            apply(choice, self.width, FORMATS[format])
+            for i, x in enumerate(xs):
+                self.length.fill_((160, 4128, 1)[i % 3])
+                plain = self.chain(format).step(x, self.length, self.caches, 0)
+                wrong += choice is best and not torch.equal(plain, early[i])
+                worst = max(worst, float((plain - early[i]).abs().max() / plain.abs().max()))
+        self.x.copy_(kept)
+        self.length.fill_(160)
+        finite = all(bool(torch.isfinite(y).all()) for y in early)
+        return f"early against plain: {wrong} of 6 differ; from the first choice {worst:.1e} of the largest; finite {finite}"
+
+
+def numbers(width: int, format: str, choice: Choice) -> str:
+    """The 2x rule for each kernel of a choice, and for the entrance with rows far off zero."""
+    apply(choice, width, FORMATS[format])
+    found = []
+    for name in choice:
+        case = Case(name, 1, width, 50304, HALF, format, cold=False)
+        options = jit.pinned((name,), case.x.device, HALF, variant(name, width), 0, case.name)[name]
+        err, plain = case.error(options)
+        floor = 8 * 2.0**-23 if name == LOGITS else 2.0**-10
+        found.append(f"{name[6:]} {err:.1e}/{plain:.1e}{'' if err <= 2 * plain + floor else ' FAILS'}")
+        if name == ENTER:
+            w, scale = quantise(torch.randn(2 * width, width, device="cuda"), format)
+            exact, one = w.double() * scale.double()[:, None], torch.ones(width, device="cuda", dtype=HALF)
+            bias, rows = torch.zeros(2 * width, device="cuda", dtype=HALF), torch.randn(4, width, device="cuda")
+            rows[0] += 300.0
+            rows[1, 0], rows[2, -1], rows[3] = 3e4, -3e4, 7.0
+            for i, x in enumerate(rows.half()):
+                y = layer.norm_enter(x[None], one, bias[:width], EPS, w, bias, scale=scale)[:, width:]
+                normal = {t: torch.nn.functional.layer_norm(x[None].to(t), (width,), None, None, EPS).to(HALF).to(t) for t in (torch.float64, torch.float32)}
+                truth, plain32 = (normal[t] @ exact[width:].to(t).T for t in normal)
+                most = max(float(truth.abs().max()), 1e-3)
+                off, yard = (float((v.double() - truth).abs().max()) / most for v in (y, plain32.half()))
+                found.append(f"row {i} {off:.1e}/{yard:.1e}{'' if off <= 2 * yard + 2.0**-10 else ' FAILS'}")
+    return "; ".join(found)
+
+
+def tune(racer: Racer, format: str, before: list[str] | None, until: float) -> None:
+    width, kind = racer.width, FORMATS[format]
+    first = first_choice(width, kind, before)
+    best = {name: trials[0] for name, trials in TRIALS[width].items()}
+    head = f"{SIZES[width]} {format}"
+    racer.race([(format, first), (format, best), ("", {})], 1, 5)  # loads the binaries
+    a, b, c = racer.race([(format, first), (format, best), ("", {})], 4, 20)
+    print(f"{head}: 16 bits {c:.4f}, before {a:.4f} ({c / a:.3f}x), expected best {b:.4f} ({c / b:.3f}x) [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
+    for name, trials in TRIALS[width].items():
+        line = []
+        for tiles in (*trials[1:], *([first[name]] if name in first else [])):
+            if time.perf_counter() - BEGUN > until:
+                break
+            try:
+                now, other = racer.race([(format, best), (format, {**best, name: tiles})], 3, 14)
+            except Exception:
+                line.append(f"{said(tiles)}: {traceback.format_exc().splitlines()[-1][:60]}")
+                continue
+            line.append(f"{said(tiles)} {other / now:.3f}")
+            if other < 0.996 * now:
+                right = "FAILS" not in numbers(width, format, {name: tiles})
+                best = {**best, name: tiles} if right else best
+                line[-1] += "*" if right else " WRONG"
+        if line:
+            print(f"  {name[6:]} of {said(trials[0])}: " + ", ".join(line), flush=True)
+    a, b, c = racer.race([(format, first), (format, best), ("", {})], 5, 20)
+    racer.length.fill_(4128)
+    d, e, f = racer.race([(format, first), (format, best), ("", {})], 2, 14)
+    racer.length.fill_(160)
+    print(f"{head} WINNER at 160: {b:.4f}, before {a:.4f}, 16 bits {c:.4f}: {c / b:.3f}x, was {c / a:.3f}x; 4128: {e:.4f}, {d:.4f}, {f:.4f}", flush=True)
+    print("  " + racer.same(format, first, best), flush=True)
+    print("  2x rule: " + numbers(width, format, best), flush=True)
+    for name, tiles in best.items():
+        row = {k: v for k, v in tiles.items() if k not in ("code", "opens") and not (name == ENTER and k in ("BM", "AHEAD"))}
+        entry = {"arch": [90], "dtype": [f"fp16{kind}", f"bf16{kind}"], "variant": variant(name, width), **row, "tuned": True}
+        print(f"  {name}: {json.dumps(entry)}" + (f"  # {said(tiles)}" if "code" in tiles or "opens" in tiles else ""), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=41.0)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--workers", type=int, default=5)
+    parser.add_argument("--before", nargs=2, metavar=("MODULE", "TILES"))
+    args = parser.parse_args()
+    if args.compile:
+        compile_all(args.before, args.workers)
+        return
+    gc.disable()
+    racers: dict[int, Racer] = {}
+    for width, format, share in ((2048, "int8", 0.34), (1024, "int8", 0.58), (2048, "fp8", 0.78), (1024, "fp8", 0.93)):
+        try:
+            racers[width] = racers.get(width) or Racer(width)
+            tune(racers[width], format, args.before, share * args.seconds)
+        except Exception:
+            print(f"{SIZES[width]} {format} failed: " + " | ".join(traceback.format_exc().splitlines()[-4:])[-600:], flush=True)
+        if time.perf_counter() - BEGUN > args.seconds:
+            break
+
+
+if __name__ == "__main__":
+    main()
