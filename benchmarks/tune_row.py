@@ -1,6 +1,6 @@
 """Products of one row with 8-bit weights tried within the chain of bench_chain.py, by turns with the tables' and with 16-bit weights.
 
-    python benchmarks/tune_row.py [--seconds 41] [--compile] [--before MODULE TILES]
+    python benchmarks/tune_row.py [--seconds 41] [--compile] [--before MODULE TILES] [--what 2048:int8:0.4 ...]
 
 One sequence at 160 of 32768 (the middle of a run at 128), 1.1B and 350M, int8 and fp8, most important first. For each kernel a line: every choice's time over
 that of the best before it, from several captures by turns (captures of one chain lie 2 to 4% apart); what gains 0.4% with right numbers is kept. Then the
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_chain import Chain
+from bench_chain import Chain, kernels
 from products import EPS, FORMATS, Case, quantise
 
 from sessa_deploy.config import SessaConfig
@@ -44,38 +44,51 @@ _original: dict[Any, Any] = {}
 
 
 def matrix(columns: int, depth: int, warps: int, **more: Any) -> Tiles:
-    return {"BM": 1, "BN": columns, "BK": depth, "KS": warps, "AHEAD": 1, "num_warps": warps, "num_stages": 1, **more}
+    return {"BM": 1, "BN": columns, "BK": depth, "KS": warps, "AHEAD": 1, "FORM": 0, "num_warps": warps, "num_stages": 1, **more}
 
 
 def single(columns: int, depth: int, ahead: int, warps: int) -> Tiles:
     return {**matrix(columns, depth, warps), "KS": 1, "AHEAD": ahead}
 
 
-LATE, SOON = {"code": "q1_late_layer"}, {"code": "q1_soon_layer"}
-# width -> kernel -> the expected best, then others
+LATE, FLAT = {"code": "q1_late_layer"}, {"code": "q1_flat_layer"}
+SMALL = dict.fromkeys((OUT, TAIL), matrix(16, 2048, 8, **LATE))
+BASE = {PROJECT: matrix(16, 2048, 4, maxnreg=96), ENTER: matrix(32, 2048, 8, maxnreg=96), TAIL: matrix(16, 2048, 8), OUT: matrix(16, 2048, 8),
+        LOGITS: matrix(16, 2048, 4, maxnreg=96)}  # fmt: skip
+FETCH = {PROJECT: matrix(16, 2048, 4, maxnreg=96, FORM=5)}
+# width -> name -> choices raced as a whole. Programs of out, tail, entrance and projections have room beside one another, or not: what one kernel gains depends
+# on the others' registers
+SETS: dict[int, dict[str, Choice]] = {
+    2048: {
+        "base": BASE,
+        "fetch": {**BASE, **FETCH},
+        "small": {**BASE, **SMALL},
+        "small fetch": {**BASE, **SMALL, **FETCH},
+        "small out fetch": {**BASE, OUT: SMALL[OUT], **FETCH},
+        "4 warps fetch": {**BASE, **dict.fromkeys((OUT, TAIL), matrix(16, 2048, 4, maxnreg=96)), **FETCH},
+        "small, entrance 2 x 16, fetch": {**BASE, **SMALL, ENTER: matrix(16, 2048, 8, maxnreg=64, **LATE), **FETCH},
+        "small fetch opens": {**BASE, **SMALL, PROJECT: {**FETCH[PROJECT], "opens": True}},
+    },
+    1024: {"base": {PROJECT: matrix(16, 1024, 4), LOGITS: matrix(16, 1024, 4), **dict.fromkeys((ENTER, TAIL, OUT), matrix(16, 1024, 8))}},
+}  # fmt: skip
+# width -> kernel -> what is tried in the best set's place
 TRIALS: dict[int, dict[str, list[Tiles]]] = {
     2048: {
-        PROJECT: [matrix(16, 2048, 4, maxnreg=96), matrix(16, 2048, 4), matrix(16, 2048, 4, maxnreg=96, opens=True), matrix(32, 2048, 8, maxnreg=96),
-                  matrix(16, 2048, 8, **LATE, maxnreg=64)],
-        ENTER: [matrix(32, 2048, 8, maxnreg=96), matrix(32, 2048, 8), matrix(32, 2048, 8, **SOON), matrix(16, 2048, 8), matrix(16, 2048, 8, **LATE),
-                matrix(32, 2048, 16), matrix(32, 2048, 4)],  # with few registers, projections come in before it ends
-        TAIL: [matrix(16, 2048, 8), matrix(16, 2048, 8, maxnreg=112), matrix(16, 2048, 8, **LATE), matrix(16, 2048, 4), matrix(16, 2048, 16),
-               matrix(16, 2048, 4, **SOON)],
-        OUT: [matrix(16, 2048, 8), matrix(16, 2048, 8, **LATE), matrix(16, 2048, 4), matrix(16, 2048, 16), matrix(16, 2048, 4, **SOON)],
-        LOGITS: [matrix(16, 2048, 4, maxnreg=96), matrix(16, 2048, 8), matrix(32, 2048, 8), matrix(64, 2048, 16, **LATE)],
+        PROJECT: [matrix(16, 2048, 4, maxnreg=96, FORM=2), matrix(16, 2048, 4, maxnreg=96, FORM=5, **FLAT), matrix(32, 2048, 8, maxnreg=96, FORM=5),
+                  matrix(32, 2048, 8, maxnreg=96, FORM=5, **FLAT), matrix(16, 2048, 4, FORM=5), matrix(16, 2048, 4, maxnreg=96)],
+        ENTER: [matrix(16, 2048, 8), matrix(32, 2048, 8), matrix(32, 2048, 8, maxnreg=88), matrix(16, 2048, 8, maxnreg=64, **LATE)],
+        TAIL: [matrix(16, 2048, 8), matrix(16, 2048, 4, maxnreg=96), matrix(16, 2048, 8, **LATE), matrix(8, 2048, 8, **LATE)],
+        OUT: [matrix(16, 2048, 8), matrix(16, 2048, 4, maxnreg=96), matrix(16, 2048, 8, **LATE), matrix(8, 2048, 8, **LATE)],
+        LOGITS: [matrix(32, 2048, 8, maxnreg=96), matrix(16, 2048, 8, **LATE, maxnreg=64)],
     },
     1024: {
-        PROJECT: [matrix(16, 1024, 4), matrix(16, 1024, 4, **LATE), matrix(16, 1024, 8), matrix(32, 1024, 8), matrix(16, 1024, 4, opens=False),
-                  matrix(32, 1024, 4, **LATE)],
-        ENTER: [matrix(16, 1024, 8), matrix(16, 1024, 4), matrix(16, 1024, 16), matrix(32, 1024, 8), matrix(16, 1024, 8, **LATE)],
-        TAIL: [matrix(16, 1024, 8), matrix(16, 1024, 4), matrix(16, 1024, 16), matrix(16, 1024, 8, **LATE), single(8, 1024, 1, 4), single(4, 1024, 1, 4),
-               single(8, 1024, 1, 8)],
-        OUT: [matrix(16, 1024, 8), matrix(16, 1024, 4), matrix(16, 1024, 16), matrix(16, 1024, 8, **LATE), single(8, 1024, 1, 4), single(4, 1024, 1, 4),
-              single(8, 1024, 1, 8)],
-        LOGITS: [matrix(16, 1024, 4), matrix(32, 1024, 4), matrix(32, 1024, 8), matrix(64, 1024, 8, **LATE)],
+        PROJECT: [matrix(16, 1024, 4, **LATE), matrix(16, 1024, 4, opens=False), matrix(16, 1024, 8), matrix(32, 1024, 8)],
+        ENTER: [matrix(16, 1024, 4), matrix(16, 1024, 8, **LATE), matrix(32, 1024, 8)],
+        TAIL: [matrix(16, 1024, 4), matrix(16, 1024, 8, **LATE), single(8, 1024, 1, 4)],
+        OUT: [matrix(16, 1024, 4), matrix(16, 1024, 8, **LATE), single(8, 1024, 1, 4)],
+        LOGITS: [matrix(32, 1024, 4), matrix(32, 1024, 8)],
     },
 }  # fmt: skip
-
 
 def variant(kernel: str, width: int) -> str:
     return str(width) if kernel == ENTER else f"1.{width}"
@@ -102,7 +115,7 @@ def apply(choice: Choice, width: int, kind: str) -> None:
         at, dtype = variant(name, width), "fp16" + kind
         wanted = {k: v for k, v in tiles.items() if k not in ("code", "opens", "arch", "dtype", "variant", "tuned", "spills")}
         if name == ENTER:
-            wanted = {k: v for k, v in wanted.items() if k not in ("BM", "AHEAD")}
+            wanted = {k: v for k, v in wanted.items() if k not in ("BM", "AHEAD", "FORM")}
         entries[(name, 90, dtype, at)] = {**wanted, "arch": [90], "dtype": [dtype], "variant": at, "tuned": True}
         if "opens" in tiles:
             _opens[(name, dtype, at)] = tiles["opens"]
@@ -123,15 +136,17 @@ def first_choice(width: int, kind: str, before: list[str] | None) -> Choice:
         its = {e["variant"]: e for e in tables[name] if 90 in e["arch"] and "fp16" + kind in e["dtype"]}
         entry = its.get(at) or its["1"]
         opens = entry["variant"] in table.kernel(name).opens
-        found[name] = {**{k: v for k, v in entry.items() if k not in ("arch", "dtype", "variant", "tuned", "spills")}, "code": before[0], "opens": opens}
+        its_tiles = {k: v for k, v in entry.items() if k not in ("arch", "dtype", "variant", "tuned", "spills")}
+        found[name] = {"FORM": 0, **its_tiles, "code": before[0], "opens": opens}
     return found
 
 
 def said(tiles: Tiles) -> str:
     """A few characters for tiles."""
-    code = {"q1_late_layer": " late", "q1_soon_layer": " soon"}.get(tiles.get("code", ""), " before" if "code" in tiles else "")
+    code = {"q1_late_layer": " late", "q1_flat_layer": " flat"}.get(tiles.get("code", ""), " before" if "code" in tiles else "")
     opens = "" if "opens" not in tiles or code.endswith("before") else " opens" if tiles["opens"] else " waits"
-    return f"{tiles['BN']}x{tiles['BK']}/{tiles['KS']} w{tiles['num_warps']}" + (f" r{tiles['maxnreg']}" if tiles.get("maxnreg") else "") + code + opens
+    more = "".join(f" {letter}{tiles[key]}" for letter, key in (("r", "maxnreg"), ("f", "FORM")) if tiles.get(key))
+    return f"{tiles['BN']}x{tiles['BK']}/{tiles['KS']} w{tiles['num_warps']}{more}{code}{opens}"
 
 
 def compile_one(job: tuple[str, Tiles, int, str]) -> str:
@@ -166,8 +181,13 @@ BESIDE = [
 
 def compile_all(before: list[str] | None, workers: int) -> None:
     """One job a binary that a trial makes."""
-    jobs = [(name, tiles, width, FORMATS[kind]) for width in SIZES for kind in ("int8", "fp8") for name in KERNELS
-            for tiles in (*TRIALS[width][name], first_choice(width, FORMATS[kind], before).get(name)) if tiles]  # fmt: skip
+    jobs = []
+    for width in SIZES:
+        for kind in ("int8", "fp8"):
+            choices = (first_choice(width, FORMATS[kind], before), *SETS[width].values())
+            for name in KERNELS:
+                for tiles in (*(c[name] for c in choices if name in c), *TRIALS[width][name]):
+                    jobs += [job] if (job := (name, tiles, width, FORMATS[kind])) not in jobs else []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         beside = pool.map(compile_beside, BESIDE)
         for complaint in filter(None, pool.map(compile_one, jobs, chunksize=2)):
@@ -192,20 +212,29 @@ class Racer:
             self.chains[format] = Chain(self.chains[""].config, weights=format)
         return self.chains[format]
 
-    def capture(self, format: str, choice: Choice) -> tuple[torch.cuda.CUDAGraph, Any]:
+    def capture(self, format: str, choice: Choice, early: int = 1) -> tuple[torch.cuda.CUDAGraph, Any]:
         """(graph, logits). Without what torch.cuda.graph does before: collect garbage, empty the allocator's cache."""
         apply(choice, self.width, FORMATS[format])
         chain, graph = self.chain(format), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.stream(self.side):
-            chain.step(self.x, self.length, self.caches, 1)
+            chain.step(self.x, self.length, self.caches, early)
             self.side.synchronize()
             graph.capture_begin()
             try:
-                out = chain.step(self.x, self.length, self.caches, 1)
+                out = chain.step(self.x, self.length, self.caches, early)
             finally:
                 graph.capture_end()
         return graph, out
+
+    def cached(self, format: str, choice: Choice) -> float:
+        """Milliseconds where all layers have one's weights, which a cache of 50 MB holds: what a step takes besides the memory's bandwidth."""
+        chain = self.chain(format)
+        layers, chain.layers = chain.layers, chain.layers[:1] * len(chain.layers)
+        try:
+            return self.race([(format, choice)], 2, 14)[0]
+        finally:
+            chain.layers = layers
 
     def race(self, runners: list[tuple[str, Choice]], captures: int, repeats: int) -> list[float]:
         """Milliseconds of each, the mean over captures of the median of replays by turns."""
@@ -273,17 +302,19 @@ def numbers(width: int, format: str, choice: Choice) -> str:
     return "; ".join(found)
 
 
-def tune(racer: Racer, format: str, before: list[str] | None, until: float) -> None:
+def tune(racer: Racer, format: str, before: list[str] | None, until: float) -> Choice:
     width, kind = racer.width, FORMATS[format]
     first = first_choice(width, kind, before)
-    best = {name: trials[0] for name, trials in TRIALS[width].items()}
-    head = f"{SIZES[width]} {format}"
-    racer.race([(format, first), (format, best), ("", {})], 1, 5)  # loads the binaries
-    a, b, c = racer.race([(format, first), (format, best), ("", {})], 4, 20)
-    print(f"{head}: 16 bits {c:.4f}, before {a:.4f} ({c / a:.3f}x), expected best {b:.4f} ({c / b:.3f}x) [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
+    head, sets = f"{SIZES[width]} {format}", SETS[width]
+    runners = [(format, first), ("", {}), *((format, choice) for choice in sets.values())]
+    racer.race(runners, 1, 4)  # loads the binaries
+    a, c, *found = racer.race(runners, 3, 16)
+    said_sets = ", ".join(f"{name} {t:.4f}" for name, t in zip(sets, found, strict=True))
+    print(f"{head}: 16 bits {c:.4f}, before {a:.4f} ({c / a:.3f}x); {said_sets} [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
+    best = dict(list(sets.values())[found.index(min(found))])
     for name, trials in TRIALS[width].items():
-        line = []
-        for tiles in (*trials[1:], *([first[name]] if name in first else [])):
+        line, held = [], said(best[name])
+        for tiles in (t for t in trials if t != best[name]):
             if time.perf_counter() - BEGUN > until:
                 break
             try:
@@ -297,7 +328,7 @@ def tune(racer: Racer, format: str, before: list[str] | None, until: float) -> N
                 best = {**best, name: tiles} if right else best
                 line[-1] += "*" if right else " WRONG"
         if line:
-            print(f"  {name[6:]} of {said(trials[0])}: " + ", ".join(line), flush=True)
+            print(f"  {name[6:]} now {held}: " + ", ".join(line), flush=True)
     a, b, c = racer.race([(format, first), (format, best), ("", {})], 5, 20)
     racer.length.fill_(4128)
     d, e, f = racer.race([(format, first), (format, best), ("", {})], 2, 14)
@@ -306,9 +337,20 @@ def tune(racer: Racer, format: str, before: list[str] | None, until: float) -> N
     print("  " + racer.same(format, first, best), flush=True)
     print("  2x rule: " + numbers(width, format, best), flush=True)
     for name, tiles in best.items():
-        row = {k: v for k, v in tiles.items() if k not in ("code", "opens") and not (name == ENTER and k in ("BM", "AHEAD"))}
+        row = {k: v for k, v in tiles.items() if k not in ("code", "opens") and not (name == ENTER and k in ("BM", "AHEAD", "FORM"))}
         entry = {"arch": [90], "dtype": [f"fp16{kind}", f"bf16{kind}"], "variant": variant(name, width), **row, "tuned": True}
         print(f"  {name}: {json.dumps(entry)}" + (f"  # {said(tiles)}" if "code" in tiles or "opens" in tiles else ""), flush=True)
+    return best
+
+
+def profile(racer: Racer, formats: list[tuple[str, Choice]]) -> None:
+    """Microseconds of each kernel of a layer, started plainly (its own work) and early (its waiting too). Last: it spoils later graphs."""
+    for format, choice in formats:
+        for early in (0, 1):
+            found = {name: us * count / 24 for name, (us, count) in kernels(racer.capture(format, choice, early)[0]).items() if count >= 24 or "logits" in name}
+            layers = sum(us for name, us in found.items() if "logits" not in name)
+            each = ", ".join(f"{name.removeprefix('layer_').removeprefix('mixer_step_')} {us:.2f}" for name, us in found.items())
+            print(f"{SIZES[racer.width]} {format or '16 bits'} {'early' if early else 'plain'}: {layers:.1f} us a layer: {each} (logits of 24)", flush=True)
 
 
 def main() -> None:
@@ -317,20 +359,28 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--workers", type=int, default=5)
     parser.add_argument("--before", nargs=2, metavar=("MODULE", "TILES"))
+    parser.add_argument("--what", nargs="+", default=["2048:int8:0.4", "2048:fp8:0.75"], help="width:format:share of the seconds at which its trials end")
     args = parser.parse_args()
     if args.compile:
         compile_all(args.before, args.workers)
         return
     gc.disable()
     racers: dict[int, Racer] = {}
-    for width, format, share in ((2048, "int8", 0.34), (1024, "int8", 0.58), (2048, "fp8", 0.78), (1024, "fp8", 0.93)):
+    chosen: dict[int, list[tuple[str, Choice]]] = {}
+    for what in args.what:
+        width, format, share = (cast(part) for cast, part in zip((int, str, float), what.split(":"), strict=True))
         try:
             racers[width] = racers.get(width) or Racer(width)
-            tune(racers[width], format, args.before, share * args.seconds)
+            best = tune(racers[width], format, args.before, share * args.seconds)
+            chosen.setdefault(width, [("", {})]).append((format, best))
+            print(f"  the same with one layer's weights for all: {racers[width].cached(format, best):.4f}", flush=True)
         except Exception:
             print(f"{SIZES[width]} {format} failed: " + " | ".join(traceback.format_exc().splitlines()[-4:])[-600:], flush=True)
         if time.perf_counter() - BEGUN > args.seconds:
             break
+    for width, formats in chosen.items():
+        before = first_choice(width, FORMATS[formats[-1][0]], args.before)
+        profile(racers[width], [*formats, (formats[-1][0], before)])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from sessa_deploy.kernels.device import begin, turn
 from sessa_deploy.kernels.engine import layer_many, layer_rows
 from sessa_deploy.kernels.engine.pointwise import half_gelu, norm_row, normal
 from sessa_deploy.kernels.engine.product import ahead, bias_of, place, product, put, scale_of, scaled, tile_of, wide, with_bias
-from sessa_deploy.kernels.engine.product_row import norm_product, row_soon
+from sessa_deploy.kernels.engine.product_row import norm_product, row_fetch, row_soon
 from sessa_deploy.kernels.engine.projection import angles, gamma_rows
 from sessa_deploy.kernels.engine.spec import product_choice
 from sessa_deploy.kernels.launch import table
@@ -214,6 +214,8 @@ def _project_tile(
 ):  # fmt: skip
     """This program's tile of the projections of a, whose rows lie a_row elements apart; program `first` has the first."""
     n_q, n_k = tl.cdiv(depth, BN), tl.cdiv(kv_width, BN)
+    if BM == 1:
+        row_fetch(weight, tl.program_id(0) - first, 3 * n_q + 2 * n_k, BN * depth, FORM, KS)
     i_m, i_n = place(tl.program_id(0) - first, rows, 3 * n_q + 2 * n_k, BM)
     out, bias, width, above = q, bias_q, depth, 0
     turns = i_n < n_q + n_k

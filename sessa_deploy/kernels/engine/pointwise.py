@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from sessa_deploy.kernels.device import begin
+from sessa_deploy.kernels.engine.product_columns import together
 
 
 @triton.jit
@@ -34,14 +35,16 @@ def _both(a, b, c, d):
 
 
 @triton.jit
-def normal_once(b_x, first, b_w, b_b, m_d, width, eps):
-    """`normal` with both of its sums at once; first: any element of the row.
+def normal_once(b_x, first, b_w, b_b, m_d, width, eps, BD: tl.constexpr, WARPS: tl.constexpr):
+    """`normal` of (BD,) with both of its sums at once; first: any element of the row. Each of WARPS adds what it has, and every thread what they have.
 
     Sums of squares about it are at most `width` times those about the mean, which is what their difference may lose: no element is further than sqrt(width)
     standard deviations from the mean.
     """
     b_c = tl.where(m_d, b_x.to(tl.float32) - first.to(tl.float32), 0.0)
-    total, squares = tl.reduce((b_c, b_c * b_c), 0, _both)
+    b_each = tl.reshape(b_c, [WARPS, BD // WARPS])
+    b_total, b_squares = tl.reduce((b_each, b_each * b_each), 1, _both)
+    total, squares = tl.split(together(tl.reshape(tl.trans(tl.join(b_total, b_squares)), [1, 2, WARPS]), 1, 2, WARPS))
     mean = total / width
     scale = 1.0 / tl.sqrt(tl.maximum(squares / width - mean * mean, 0.0) + eps)
     return (b_c - mean) * scale * b_w.to(tl.float32) + b_b.to(tl.float32)

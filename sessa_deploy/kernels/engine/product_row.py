@@ -13,8 +13,20 @@ import triton.language as tl
 
 from sessa_deploy.kernels.device import open_early
 from sessa_deploy.kernels.engine.pointwise import normal_once
-from sessa_deploy.kernels.engine.widen import wide
+from sessa_deploy.kernels.engine.product_columns import together
+from sessa_deploy.kernels.engine.widen import BITS as PTX
+from sessa_deploy.kernels.engine.widen import raised, wide
 
+# One thread of a program asks for so many bytes.
+_FETCH = tl.constexpr("""{
+.reg .pred p;
+.reg .b32 t;
+mov.u32 t, %tid.x;
+setp.eq.u32 p, t, 0;
+@p cp.async.bulk.prefetch.L2.global [$1], $2;
+mov.b32 $0, 0;
+}""")
+FLAT = tl.constexpr(False)
 SOON = tl.constexpr(4096)  # bytes of a warp's weights up to which they are widened before the wait: 64 registers a thread then
 
 
@@ -40,6 +52,20 @@ def row_soon(weight, b_w, kind: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
         open_early(PDL)
         b_w = wide(b_w, kind)
     return b_w
+
+
+@triton.jit
+def row_fetch(weight, program, programs, size, FORM: tl.constexpr, KS: tl.constexpr):
+    """With FORM = n > 1, for one row of 8-bit weights and KS > 1, the first n-th of the programs asks for what all others will read to be brought into the L2
+    cache: those are not in place yet where a kernel has more programs than fit beside those of the kernels before it. Each reads `size` elements, a multiple
+    of 16, in a row."""
+    if (FORM > 1) & (KS > 1) & (weight.dtype.element_ty.primitive_bitwidth == 8):  # noqa: SIM102
+        if PTX:
+            first = tl.cdiv(programs, FORM)
+            for i in tl.static_range(FORM - 1):
+                other = first + program + i * first
+                if (program < first) & (other < programs):
+                    tl.inline_asm_elementwise(_FETCH, "=r,l,r", [weight + other.to(tl.int64) * size, size], tl.int32, False, 1)
 
 
 @triton.jit
@@ -112,8 +138,8 @@ def _row(x, gate, o_k, depth, GATED: tl.constexpr):
 def norm_product(x, b_w, b_gain, b_shift, depth, eps, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
     """(1,BN) float32 of `layer_norm` of the row x times a `_piece` of weights, BK >= depth."""
     o_k = tl.arange(0, BK)
-    b_x = normal_once(tl.load(x + o_k, mask=o_k < depth, other=0.0), tl.load(x), b_gain, b_shift, o_k < depth, depth, eps)
-    return _dot(b_x.to(x.dtype.element_ty), b_w, BN, BK, KS)
+    b_x = normal_once(tl.load(x + o_k, mask=o_k < depth, other=0.0), tl.load(x), b_gain, b_shift, o_k < depth, depth, eps, BK, KS)
+    return _dot(_settled(b_x.to(x.dtype.element_ty)), b_w, BN, BK, KS)
 
 
 @triton.jit
@@ -133,6 +159,15 @@ def _part(x, gate, depth, GATED: tl.constexpr, BK: tl.constexpr):
     b_x = tl.load(x + o_k, mask=o_k < depth, other=0.0)
     if GATED:
         b_x = (b_x.to(tl.float32) * tl.load(gate + o_k, mask=o_k < depth, other=0.0).to(tl.float32)).to(b_x.dtype)
+        b_x = _settled(b_x)
+    return b_x
+
+
+@triton.jit
+def _settled(b_x):
+    """b_x of 16 bits, made here: the compiler may else take all that it is made of through shared memory, and make it in every lane that needs it."""
+    if PTX:
+        b_x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b_x], b_x.dtype, False, 2)
     return b_x
 
 
@@ -140,7 +175,16 @@ def _part(x, gate, depth, GATED: tl.constexpr, BK: tl.constexpr):
 def _dot(b_x, b_w, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
     """(1,BN): the row (BK,) times a `_piece`. The row goes through shared memory: it is asked for, and what was done to it was done, once, not by each warp,
     and the registers that it would be taken from otherwise would hold as much as the weights. Columns change places in each 64 on both sides alike."""
-    b_w = tl.permute(tl.reshape(wide(b_w, b_x.dtype), [4, 8, KS, BN // 8, BK // (64 * KS), 4, 4]), [2, 3, 1, 4, 5, 0, 6])
+    RAISED: tl.constexpr = FLAT & (b_w.dtype == tl.int8) & (b_x.dtype == tl.float16)
+    if RAISED:
+        b_w, total = raised(b_w), tl.sum(b_x.to(tl.float32), 0)
+    else:
+        b_w = wide(b_w, b_x.dtype)
+    b_w = tl.permute(tl.reshape(b_w, [4, 8, KS, BN // 8, BK // (64 * KS), 4, 4]), [2, 3, 1, 4, 5, 0, 6])
     b_x = tl.permute(tl.reshape(b_x, [BK // (64 * KS), KS, 4, 4, 4]), [1, 0, 3, 2, 4])
     b_w, b_x = tl.reshape(b_w, [KS, BN, BK // KS]), tl.reshape(b_x, [KS, BK // KS, 1])
-    return tl.sum(tl.max(tl.dot(b_w, b_x, tl.zeros([KS, BN, 1], dtype=tl.float32), input_precision="ieee"), 2), 0)[None, :]
+    b_y = tl.max(tl.dot(b_w, b_x, tl.zeros([KS, BN, 1], dtype=tl.float32), input_precision="ieee"), 2)
+    b_y = together(tl.reshape(tl.trans(b_y), [1, BN, KS]), 1, BN, KS)
+    if RAISED:
+        b_y = b_y * 16777216.0 - 128.0 * total
+    return b_y
