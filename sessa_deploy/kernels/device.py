@@ -12,7 +12,7 @@ triton_version()  # another Triton may lack what comes next, and is refused firs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # noqa: E402
 
 OPENS = tl.constexpr(spec.OPENS)
-SPREAD = tl.constexpr(16)  # programs from a split to its neighbour: those of a short sequence that have work would else share a multiprocessor
+SPREAD = tl.constexpr(16)
 _SEQUENCES = tl.constexpr(32)  # lengths looked at together
 
 
@@ -86,16 +86,15 @@ def pieces(every, past_length, batch, capacity, splits, rows, LEAST: tl.constexp
 
 
 @triton.jit
-def locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr, UNIT: tl.constexpr = 1, APART: tl.constexpr = SPREAD):
+def locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, LEAST: tl.constexpr, UNIT: tl.constexpr = 1):
     """(sequence, split) of the item-th split that `pieces` counts. b_first, b_n: its other results.
 
-    Of splits that have a program each, neighbours are APART programs apart, see SPREAD; 0: they are neighbours.
+    Of splits that have a program each, neighbours are SPREAD programs apart: those of a short sequence that have work would else share a multiprocessor.
     """
     if every:
         i_b, i_split = item // splits, item % splits
-        if APART > 0:  # noqa: SIM102
-            if splits % APART == 0:
-                i_split = i_split % APART * (splits // APART) + i_split // APART
+        if splits % SPREAD == 0:
+            i_split = i_split % SPREAD * (splits // SPREAD) + i_split // SPREAD
     else:
         its = (b_first <= item) & (item < b_first + b_n)
         i_b = tl.sum(tl.where(its, tl.arange(0, _SEQUENCES), 0), 0)
@@ -134,12 +133,12 @@ def _sum(part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr):
-    """`_sum` of CHUNK splits at a time, each place among them with a maximum and sums of its own until the end. STAGES - 1 chunks are on their way ahead."""
+def _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):
+    """`_sum` of CHUNK splits at a time, each place among them with a maximum and sums of its own until the end."""
     b_max = tl.full([CHUNK], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([CHUNK], dtype=tl.float32)
     b_acc = tl.zeros([CHUNK, BLOCK_D], dtype=tl.float32)
-    for start in tl.range(0, used, CHUNK, num_stages=STAGES):
+    for start in tl.range(0, used, CHUNK, num_stages=1):
         o_s = start + tl.arange(0, CHUNK)
         m_s = o_s < used
         o_part = o_first + o_s
@@ -157,19 +156,17 @@ def _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D: tl.constexpr, C
 
 
 @triton.jit
-def add_splits(
-    part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr = 0, CHUNK: tl.constexpr = 0, STAGES: tl.constexpr = 1
-):
+def add_splits(part, stat, o_first, used, width, o_d, m_d, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr = 0, CHUNK: tl.constexpr = 0):
     """Columns o_d of the softmax-weighted sum over `used` splits from o_first on, at most BLOCK_S, in an order that `used` alone decides.
 
     part (.., width), stat (.., 2) = (maximum in log2 units, sum of weights), float32. CHUNK: splits that a program of BLOCK_D columns reads at a time;
-    0 for all at once, which is soonest done and holds so many registers that few programs run side by side. STAGES: of the chunks' reads.
+    0 for all at once, which is soonest done and holds so many registers that few programs run side by side.
     """
     FEW: tl.constexpr = BLOCK_S // 8
     if used <= FEW:  # a short sequence in a large cache
         b_acc = _sum(part, stat, o_first, used, width, o_d, m_d, FEW)
     elif CHUNK > 0:
-        b_acc = _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D, CHUNK, STAGES)
+        b_acc = _sum_of(part, stat, o_first, used, width, o_d, m_d, BLOCK_D, CHUNK)
     else:
         b_acc = _sum(part, stat, o_first, used, width, o_d, m_d, BLOCK_S)
     return b_acc

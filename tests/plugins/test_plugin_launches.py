@@ -385,19 +385,3 @@ def test_what_a_step_runs_is_loaded_before_it_may_be_captured(launching: Built, 
         for call, part in zip(calls, driven(launching, storage, calls, True, tmp_path, loads=True), strict=False):
             late = [line for line in part if line.startswith("load ")]
             assert part and not late, (call, late)
-
-
-def test_rows_that_start_early_have_binaries_that_can() -> None:
-    """A product's tiles follow from its rows: each that the plugin may start early waits for its predecessor; and nothing starts early that does not wait."""
-    from sessa_deploy.kernels.engine.spec import product_variant
-    from sessa_deploy.kernels.launch import table
-
-    for kernel in (k for k in table.kernels().values() if k.lowered):
-        for variant in (v for v in kernel.variants if v != "bwd"):
-            dtype = next(d for d in kernel.dtypes if variant not in kernel.optional or table.has(kernel.name, 90, d, variant))  # some have 8-bit weights alone
-            waits = bool(kernel.early) and table.tiles(kernel.name, 90, dtype, variant)["PDL"]
-            assert waits or table.early(kernel.name, 90, dtype, variant) == 0
-        if kernel.early and {"16", "64", "any"} <= set(kernel.variants):
-            for weights, most in (("", kernel.early_rows), (".i8", kernel.early_rows_8 or kernel.early_rows)):
-                found = {product_variant(rows, weights) for rows in range(1, most + 1)}
-                assert found & set(kernel.variants) <= set(kernel.early), kernel.name

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessa_deploy.kernels.causal.spec import head_variant
-from sessa_deploy.kernels.device import SPREAD, add_splits, begin, locate, pieces, rows_each, seat, splits_used
+from sessa_deploy.kernels.device import add_splits, begin, locate, pieces, rows_each, seat, splits_used
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import address, aligned, launcher, pinned, workspace
 from sessa_deploy.kernels.launch.limits import ALIGNMENT, HEAD_MULTIPLE, LOG2E
@@ -85,25 +85,25 @@ def share(
     program, programs, block, q, k, v, past_k, past_v, past_length, part, stat,
     stride_kb, stride_kr, stride_vb, stride_vr, batch, splits, capacity, heads, group, units, scale,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
-    many=1, LATE: tl.constexpr = False, UNIT: tl.constexpr = 1, APART: tl.constexpr = SPREAD, SOON: tl.constexpr = False,
+    many=1, LATE: tl.constexpr = False, UNIT: tl.constexpr = 1,
 ):  # fmt: skip
     """What one of `programs` programs that share a block of heads of the batch computes.
 
     many: how many times TILES tiles a split takes at least. LATE: it waits for the kernel ahead, see `begin`, with the first tiles of a past on their way;
-    a program that gets nothing to do does not wait here. UNIT: see `rows_each`; APART: `locate`. SOON: with LATE, the new row is asked for together with q.
+    a program that gets nothing to do does not wait here. UNIT: see `rows_each`.
     """
     every, rows = programs >= batch * splits, BLOCK_R * TILES * many
     total, b_first, b_n = pieces(every, past_length, batch, capacity, splits, rows, 1, UNIT)
     for start in tl.range(0, total, programs, num_stages=1):
         item = start + seat(program, programs, start)
         if item < total:
-            i_b, i_split = locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, 1, UNIT, APART)
+            i_b, i_split = locate(item, b_first, b_n, every, past_length, batch, capacity, splits, rows, 1, UNIT)
             length = tl.minimum(tl.load(past_length + i_b), capacity)
             each = rows_each(length, splits, rows, UNIT)
             if (i_split * each < length) | (i_split == 0):  # without rows: the combination does not read this split
                 _one_split(
                     block, q, k, v, past_k, past_v, part, stat, stride_kb, stride_kr, stride_vb, stride_vr, i_b.to(tl.int64), i_split, splits, each, length,
-                    heads, group, units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES, LATE, SOON,
+                    heads, group, units, scale, BLOCK_R, BLOCK_H, BLOCK_G, BLOCK_D, STAGES, LATE,
                 )  # fmt: skip
 
 
@@ -112,7 +112,6 @@ def _one_split(
     block, q, k, v, past_k, past_v, part, stat,
     stride_kb, stride_kr, stride_vb, stride_vr, i_b, i_split, splits, each, length, heads, group, units, scale,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr,
-    SOON: tl.constexpr,
 ):  # fmt: skip
     """Split i_split of sequence i_b for one block of heads."""
     group_blocks = tl.cdiv(group, BLOCK_G)
@@ -164,13 +163,13 @@ def _one_split(
         if LATE:  # noqa: SIM102
             if start == first:
                 begin(LATE)
-                b_q0 = _row(p_q, m_hd, SOON) * scale
-                if SOON:  # not for several q, which hold the registers of the new row
+                b_q0 = _row(p_q, m_hd, BLOCK_G == 1) * scale
+                if BLOCK_G == 1:  # the new row together with q; several q hold its registers
                     b_k0, b_v0 = _row(p_k0, m_hd & (i_split == 0), True), _row(p_v0, m_hd & (i_split == 0), True)
                 if BLOCK_G == 4:
                     b_q1, b_q2, b_q3 = _row(p_q1, m_q1) * scale, _row(p_q2, m_q2) * scale, _row(p_q3, m_q3) * scale
                 if i_split == 0:
-                    if not SOON:
+                    if BLOCK_G == 4:
                         b_k0, b_v0 = _row(p_k0, m_hd), _row(p_v0, m_hd)
                     b_max0, b_sum0, b_acc0 = _with_new(b_q0, b_max0, b_sum0, b_acc0, b_k0, b_v0, o_r)
                     if BLOCK_G == 4:

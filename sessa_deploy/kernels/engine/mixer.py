@@ -33,7 +33,7 @@ def mixer_step_partial(
     batch, splits_f, splits_b, capacity, heads, group, units, width, scale_f, scale_b, programs_f,
     ROWS_F: tl.constexpr, HEADS_F: tl.constexpr, GROUP_F: tl.constexpr, LANES_F: tl.constexpr, STAGES_F: tl.constexpr, TILES_F: tl.constexpr,
     ROWS_B: tl.constexpr, CHUNKS_B: tl.constexpr, LANES_B: tl.constexpr, STAGES_B: tl.constexpr, TILES_B: tl.constexpr, OWN_B: tl.constexpr,
-    APART: tl.constexpr, SOON: tl.constexpr, PDL: tl.constexpr = False,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (programs_f + those of feedback attention,). Pasts are dense: past_k, past_v (B,P,Hkv,d), past_kb, past_s (B,P,D).
 
@@ -51,13 +51,13 @@ def mixer_step_partial(
         share_causal(
             program // blocks, programs_f // blocks, program % blocks, q, k, v, past_k, past_v, past_length, part_f, stat_f, capacity.to(tl.int64) * row, row,
             capacity.to(tl.int64) * row, row, batch, splits_f, capacity, heads, group, units, scale_f, ROWS_F, HEADS_F, GROUP_F, LANES_F, STAGES_F, TILES_F,
-            tl.where(broad, MANY_F, 1), PDL, UNIT_F, APART, SOON,
+            tl.where(broad, MANY_F, 1), PDL, UNIT_F,
         )  # fmt: skip
     else:
         share_feedback(
             program - programs_f, tl.num_programs(0) - programs_f, q_b, past_kb, past_s, past_length, part_b, stat_b, capacity.to(tl.int64) * width, width,
             capacity.to(tl.int64) * width, width, batch, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, TILES_B, OWN_B,
-            tl.where(broad, MANY_B, 1), PDL, UNIT_B, APART,
+            tl.where(broad, MANY_B, 1), PDL, UNIT_B,
         )  # fmt: skip
     begin(PDL)  # of a program that had nothing to do
 

@@ -59,8 +59,8 @@ def _columns(part, stat, add, i_b, b_gamma, o_d, splits, used, width, FEW: tl.co
 @triton.jit(do_not_specialize=table.do_not_specialize("mixer_batch_combine"))
 def mixer_batch_combine(
     part_f, stat_f, part_b, stat_b, past_length, gamma, o, add, batch, capacity, splits_f, rows_f, splits_b, rows_b, heads, units, width,
-    BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, HEADS: tl.constexpr,
-    LANES: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr = False,
+    BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, LANES: tl.constexpr, SPAN: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (programs,), which share the tasks of the batch: what `mixer_step_combine` computes, whose parameters these are.
 
@@ -104,12 +104,12 @@ def mixer_batch_combine(
                 i_q = i_b * heads + i // parts
                 o_d = (i % parts) * BLOCK_D + tl.arange(0, BLOCK_D)
                 m_d = o_d < head
-                b_o = add_splits(part_f, stat_f, i_q * splits_f, tl.maximum(used_f, 1), head, o_d, m_d, BLOCK_F, BLOCK_D, CHUNK, STAGES)
+                b_o = add_splits(part_f, stat_f, i_q * splits_f, tl.maximum(used_f, 1), head, o_d, m_d, BLOCK_F, BLOCK_D, CHUNK)
                 tl.store(o + i_q * head + o_d, b_o.to(o.dtype.element_ty), mask=m_d)
             else:
                 o_d = (i - heads * parts) * BLOCK_D + tl.arange(0, BLOCK_D)
                 m_d = o_d < width
-                b_add = b_gamma * add_splits(part_b, stat_b, i_b * splits_b, used_b, width, o_d, m_d, BLOCK_B, BLOCK_D, CHUNK, STAGES)
+                b_add = b_gamma * add_splits(part_b, stat_b, i_b * splits_b, used_b, width, o_d, m_d, BLOCK_B, BLOCK_D, CHUNK)
                 tl.store(add + i_b * width + o_d, b_add, mask=m_d)
         elif i < short_f:
             _heads(part_f, stat_f, o, i_b, i * HEADS, splits_f, tl.maximum(used_f, 1), heads, head, FEW_F, HEADS, LANES)

@@ -37,8 +37,7 @@ def mixer_rows_partial(
     q, k, v, past_k, past_v, q_b, k_b, past_kb, past_s, past_length, part_f, stat_f, part_b, stat_b, scores,
     tokens, splits_f, splits_b, capacity, heads, group, units, width, scale_f, scale_b, programs_f,
     ROWS_F: tl.constexpr, HEADS_F: tl.constexpr, LANES_F: tl.constexpr, STAGES_F: tl.constexpr,
-    ROWS_B: tl.constexpr, CHUNKS_B: tl.constexpr, LANES_B: tl.constexpr, STAGES_B: tl.constexpr, QUERIES: tl.constexpr, HOLD_B: tl.constexpr,
-    PDL: tl.constexpr = False,
+    ROWS_B: tl.constexpr, CHUNKS_B: tl.constexpr, LANES_B: tl.constexpr, STAGES_B: tl.constexpr, QUERIES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (programs_f + 1 + splits_b, B). Pasts are dense: past_k, past_v (B,P,Hkv,d), past_kb, past_s (B,P,D).
 
@@ -61,7 +60,7 @@ def mixer_rows_partial(
     else:
         piece_feedback(
             program - programs_f, q_b, k_b, past_kb, past_s, past_length, part_b, stat_b, scores, capacity.to(tl.int64) * width, width,
-            capacity.to(tl.int64) * width, width, i_b, tokens, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, LATE, QUERIES, HOLD_B,
+            capacity.to(tl.int64) * width, width, i_b, tokens, splits_b, capacity, width, scale_b, ROWS_B, CHUNKS_B, LANES_B, STAGES_B, LATE, QUERIES,
         )  # fmt: skip
     begin(LATE)  # of a program that had nothing to do
 

@@ -51,11 +51,9 @@ def ahead(weight, m_n, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
         b_w = 0.0
     elif BM == 1:
         b_w = row_ahead(weight, m_n, depth, BN, BK, KS, AHEAD)
-    elif AHEAD == 1:
-        b_w = strip(weight, m_n, depth, 0, depth, BN, BK, KS)
     else:
-        tl.static_assert(AHEAD == 2, "of several rows' weights one step comes ahead, or two")
-        b_w = strip(weight, m_n, depth, 0, depth, BN, BK, KS), strip(weight, m_n, depth, BK, depth, BN, BK, KS)  # type: ignore[assignment]
+        tl.static_assert(AHEAD == 1, "of several rows' weights one step comes ahead")
+        b_w = strip(weight, m_n, depth, 0, depth, BN, BK, KS)
     return b_w
 
 
@@ -95,25 +93,15 @@ def right(b_w, R: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
 
 @triton.jit
 def _strip_product(
-    x, gate, weight, b_w, rows, m_n, depth, row, gate_row,
-    GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """`product` of up to BM rows, 8 or 16, whose weights came ahead; 8 at a time, which are the short side of a matrix instruction. With AHEAD = 2 the next
-    step's weights are on their way while one is added."""
+    x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr
+):
+    """`product` of up to BM rows, 8 or 16, whose weights came ahead; 8 at a time, which are the short side of a matrix instruction."""
     b_low = tl.zeros([KS, BN, 8], dtype=tl.float32)
     b_high = b_low if BM > 8 else 0.0
-    if AHEAD == 1:
-        b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, 0, GATED, BM, BN, BK, KS)
-        for start in tl.range(BK, depth, BK, num_stages=1):
-            b_w = strip(weight, m_n, depth, start, depth, BN, BK, KS)
-            b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start, GATED, BM, BN, BK, KS)
-    else:
-        b_low, b_high = _add(b_low, b_high, x, gate, b_w[0], rows, depth, row, gate_row, 0, GATED, BM, BN, BK, KS)
-        b_next = b_w[1]
-        for start in tl.range(BK, depth, BK, num_stages=1):
-            b_now = b_next
-            b_next = strip(weight, m_n, depth, start + BK, depth, BN, BK, KS)
-            b_low, b_high = _add(b_low, b_high, x, gate, b_now, rows, depth, row, gate_row, start, GATED, BM, BN, BK, KS)
+    b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, 0, GATED, BM, BN, BK, KS)
+    for start in tl.range(BK, depth, BK, num_stages=1):
+        b_w = strip(weight, m_n, depth, start, depth, BN, BK, KS)
+        b_low, b_high = _add(b_low, b_high, x, gate, b_w, rows, depth, row, gate_row, start, GATED, BM, BN, BK, KS)
     if BM > 8:
         b_acc = sixteen(tl.sum(b_low, 0), tl.sum(b_high, 0), BN)
     else:
@@ -171,7 +159,7 @@ def product(
         b_acc = _large_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK)
     elif AHEAD > 0:
         tl.static_assert((BM == 8) | (BM == 16), "weights ahead are for at most 16 rows")
-        b_acc = _strip_product(x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS, AHEAD)
+        b_acc = _strip_product(x, gate, weight, b_w, rows, m_n, depth, row, gate_row, GATED, BM, BN, BK, KS)
     elif FORM == SIDEWAYS:
         tl.static_assert((KS == 1) & (BN >= 64) & (not GATED), "a warpgroup takes both operands as they are")
         b_acc = _sideways_product(x, weight, m_m, m_n, depth, row, BM, BN, BK)

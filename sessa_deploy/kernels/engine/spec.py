@@ -51,8 +51,6 @@ _SIZES = (Param("rows", "i32"), Param("depth", "i32", True))
 _SHORT = f"{PRODUCT_ROWS[2]}.{AHEAD_DEPTH}"  # of more rows than a few, no deeper than those
 _EIGHT, _EIGHT_WIDE = f"{FEW_ROWS}.{AHEAD_DEPTH}", f"{FEW_ROWS}.wide"  # of at most FEW_ROWS rows, no deeper than AHEAD_DEPTH and deeper
 _EIGHTS = (_EIGHT, _EIGHT_WIDE)
-WIDE_ROWS = "wide"  # of up to 16 rows deeper than AHEAD_DEPTH, were norm and entrance one kernel: in no table yet
-_BOTH = (*_WIDTHS[:1], _EIGHT)
 _DESCRIPTOR = 128  # bytes that one takes of a program's memory
 
 _LAYERS = (
@@ -63,14 +61,15 @@ _LAYERS = (
     Kernel("layer_norm_last", "sessa_deploy.kernels.engine.last",
            (*pointers("x"), Param("new_length", "*i32"), *pointers("weight", "bias", "out"), *integers("tokens"), Param("width", "i32", True),
             Param("eps", "fp32")),
-           ("BD", "PDL"), _WIDTHS, dtypes=_HALF, scalar_loads=1, early=_WIDTHS, shares=_WIDTHS[1:2], early_rows=_EARLY_ROWS),
+           ("BD", "PDL"), _WIDTHS, dtypes=_HALF, scalar_loads=1, early=_WIDTHS, opens=_WIDTHS, shares=_WIDTHS[1:2], early_rows=_EARLY_ROWS),
     Kernel("layer_widen", _LAYER, (*_MATRIX[:1], *pointers("out"), Param("count", "i32", True)), ("BLOCK",), _ANY, dtypes=_QUANTISED),
     Kernel("layer_norm_enter", _LAYER,
            (*pointers("x", "norm_weight", "norm_bias"), *_MATRIX, *pointers("bias", "out"), Param("depth", "i32", True), Param("eps", "fp32")),
            ("BN", "BK", "KS", "PDL"), _WIDTHS, dtypes=_PRODUCT, scalar_loads=16, early=_WIDTHS, opens=_WIDTHS, shares=_WIDTHS, fills=_WIDTHS[1:]),
     Kernel("layer_norm_enter_rows", f"{_LAYER}_rows",
            (*pointers("x", "norm_weight", "norm_bias", "weight", "bias", "out"), Param("rows", "i32"), Param("depth", "i32", True), Param("eps", "fp32")),
-           ("BM", "BN", "BK", "KS", "AHEAD", "SPAN", "PDL"), _BOTH, dtypes=_HALF, scalar_loads=32, early=_BOTH, optional=_BOTH),
+           ("BM", "BN", "BK", "KS", "PDL"), (*_WIDTHS[:1], _EIGHT), dtypes=_HALF, scalar_loads=32, early=(*_WIDTHS[:1], _EIGHT),
+           optional=(*_WIDTHS[:1], _EIGHT)),
     Kernel("layer_linear", _LAYER, (*pointers("x"), *_MATRIX, *pointers("bias", "out"), *_SIZES, *integers("columns")), _TILES, _PRODUCTS,
            dtypes=_PRODUCT, scalar_loads=128, early=_FEW, early_rows=1),
     Kernel("layer_logits", _LAYER, (*pointers("x"), *_MATRIX, *pointers("out", type="*fp32"), *_SIZES, *integers("columns")), _TILES, (*_PRODUCTS, *_ONES),
@@ -123,8 +122,7 @@ _MIXERS = (
            (*pointers("q", "k", "v", "past_k", "past_v", "q_b", "past_kb", "past_s"), Param("past_length", "*i32"), *_FLOATS,
             *integers("batch", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
-           ("ROWS_F", "HEADS_F", "GROUP_F", "LANES_F", "STAGES_F", "TILES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "TILES_B", "OWN_B",
-            "APART", "SOON", "PDL"),
+           ("ROWS_F", "HEADS_F", "GROUP_F", "LANES_F", "STAGES_F", "TILES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "TILES_B", "OWN_B", "PDL"),
            (*_STEPS, _ALONE, _WIDE_ALONE), dtypes=_HALF, scalar_loads=16, early=(*_STEPS, _ALONE, _WIDE_ALONE), shares=(_ALONE,),
            fills=(_WIDE_ALONE, *_WIDE_STEPS), optional=(_ALONE, _WIDE_ALONE), early_rows=_EARLY_ROWS),
     Kernel("mixer_step_combine", _MIXER,
@@ -139,7 +137,7 @@ _MIXER_BATCH = (
     Kernel("mixer_batch_combine", f"{_MIXER}_batch",
            (*_FLOATS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", type="*fp32"),
             *integers("batch", "capacity", "splits_f", "rows_f", "splits_b", "rows_b", "heads", "units"), Param("width", "i32", True)),
-           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "STAGES", "HEADS", "LANES", "SPAN", "PDL"), _BATCHES, dtypes=_HALF, scalar_loads=128, early=_BATCHES,
+           ("BLOCK_F", "BLOCK_B", "BLOCK_D", "CHUNK", "HEADS", "LANES", "SPAN", "PDL"), _BATCHES, dtypes=_HALF, scalar_loads=128, early=_BATCHES,
            optional=_BATCHES, early_rows=_EARLY_ROWS),
 )  # fmt: skip
 
@@ -156,7 +154,7 @@ _MIXER_ROWS = (
            (*pointers("q", "k", "v", "past_k", "past_v", "q_b", "k_b", "past_kb", "past_s"), Param("past_length", "*i32"), *_PARTS,
             *integers("tokens", "splits_f", "splits_b", "capacity", "heads", "group", "units"), Param("width", "i32", True), Param("scale_f", "fp32"),
             Param("scale_b", "fp32"), *integers("programs_f")),
-           ("ROWS_F", "HEADS_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "QUERIES", "HOLD_B", "PDL"),
+           ("ROWS_F", "HEADS_F", "LANES_F", "STAGES_F", "ROWS_B", "CHUNKS_B", "LANES_B", "STAGES_B", "QUERIES", "PDL"),
            (*_ROWS_STEPS, *_ROWS_FEW), dtypes=_HALF, scalar_loads=16, early=(*_ROWS_STEPS, *_ROWS_FEW), optional=(*_WIDE_ROWS, *_ROWS_FEW)),
     Kernel("mixer_rows_combine", _ROWS,
            (*_PARTS, Param("past_length", "*i32"), Param("gamma", "*fp32"), *pointers("o"), *pointers("add", "inverse", type="*fp32"),

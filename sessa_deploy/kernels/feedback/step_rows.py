@@ -37,12 +37,11 @@ def _scores(b_k, b_q, scale):
 def piece(
     item, q, k, past_k, past_s, past_length, part, stat, scores, stride_kb, stride_kr, stride_sb, stride_sr, i_b, tokens, splits, capacity, width, scale,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, LATE: tl.constexpr = False, QUERIES: tl.constexpr = ROWS,
-    HOLD: tl.constexpr = False,
 ):  # fmt: skip
     """What program `item` of 1 + splits of sequence i_b computes: the first the scores (B,ROWS,ROWS) of the new rows, the others a split each.
 
     part (B,T,splits,D), stat (.., 2). A tile is (BLOCK_R, BLOCK_C, BLOCK_L): rows, chunks of D, lanes. T <= QUERIES, which are columns of the products: no bit
-    depends on how many. HOLD: a tile of s lies in registers while the one before it is added, and shared memory holds those of k alone: the same bits.
+    depends on how many.
     """
     i_split = item - 1
     length = tl.minimum(tl.load(past_length + i_b), capacity)
@@ -75,16 +74,10 @@ def piece(
             b_max = tl.full([BLOCK_C, QUERIES], float("-inf"), dtype=tl.float32)
             b_sum = tl.zeros([BLOCK_C, QUERIES], dtype=tl.float32)
             b_acc = tl.zeros([BLOCK_C, BLOCK_L, QUERIES], dtype=tl.float32)
-            if HOLD:
-                p_first = p_s + tl.cast(first, tl.int64) * stride_sr
-                b_next = tl.load(p_first + (tl.minimum(o_r, end - 1 - first)[None, None, :] * stride_sr + o_kd), mask=m_kd, other=0.0)
             for start in tl.range(first, end, BLOCK_R, num_stages=STAGES):
                 o_j, at = tl.minimum(o_r, end - 1 - start), tl.cast(start, tl.int64)  # the last row stands for those that there are not
                 b_k = tl.load(p_k + at * stride_kr + (o_j[None, :, None] * stride_kr + o_nd), mask=m_nd, other=0.0)
-                if HOLD:
-                    b_s = b_next
-                else:
-                    b_s = tl.load(p_s + at * stride_sr + (o_j[None, None, :] * stride_sr + o_kd), mask=m_kd, other=0.0)
+                b_s = tl.load(p_s + at * stride_sr + (o_j[None, None, :] * stride_sr + o_kd), mask=m_kd, other=0.0)
                 if LATE:  # noqa: SIM102
                     if start == first:
                         begin(True)
@@ -100,9 +93,6 @@ def piece(
                 b_acc = tl.dot(b_s, b_high, b_acc * b_fade[:, None, :], input_precision="ieee")
                 b_acc = tl.dot(b_s, b_low, b_acc, input_precision="ieee")
                 b_max = b_top
-                if HOLD:
-                    o_next = tl.minimum(o_r + BLOCK_R, end - 1 - start)  # behind the last tile nothing is read
-                    b_next = tl.load(p_s + at * stride_sr + (o_next[None, None, :] * stride_sr + o_kd), mask=m_kd & (start + BLOCK_R < end), other=0.0)
             o_part = (i_b * tokens + o_t) * splits + i_split
             tl.store(part + o_part[None, None, :] * width + o_kd, b_acc * BACK, mask=m_t[None, None, :] & m_kd)
             tl.store(stat + o_part * 2, tl.max(b_max, 0), mask=m_t)

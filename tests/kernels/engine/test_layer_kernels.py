@@ -8,8 +8,8 @@ from rule import EPS, check
 
 triton = pytest.importorskip("triton")
 
-from sessa_deploy.kernels.engine import layer, layer_rows  # noqa: E402
-from sessa_deploy.kernels.launch.jit import address, interpreted, launcher  # noqa: E402
+from sessa_deploy.kernels.engine import layer  # noqa: E402
+from sessa_deploy.kernels.launch.jit import interpreted  # noqa: E402
 from sessa_deploy.rope import _limbs, rotate  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
@@ -130,27 +130,6 @@ def test_norm_and_entrance(rows: int, depth: int, dtype: torch.dtype) -> None:
     found = layer.norm_enter(x, scale, shift, 1e-5, w, b)
     close(found, wanted, dtype, 16)
     assert (found == layer.enter(normal, w, b)).double().mean() > 0.9  # the norm is rounded before the product: nearly all elements agree to the bit
-
-
-@pytest.mark.parametrize("rows", [5, 11])
-def test_norm_and_entrance_of_rows_deeper_than_a_tile(rows: int) -> None:
-    """In parts: the numbers of norm and entrance one after the other; the bits of one step of weights ahead and of two, of few rows and of many."""
-    depth, kernel = 112, layer_rows.layer_norm_enter_rows
-    x, scale, shift = random(rows, depth, dtype=torch.float16, scale=3e-3), *(random(depth, dtype=torch.float16, seed=i) for i in (1, 2))
-    w, b = random(2 * depth, depth, dtype=torch.float16, scale=0.3), random(2 * depth, dtype=torch.float16)
-
-    def run(tile: int, ahead: int, count: int) -> torch.Tensor:
-        options = dict(BM=tile, BN=32, BK=64, KS=2, AHEAD=ahead, SPAN=64, num_warps=2) | ({} if DEVICE == "cpu" else {"PDL": 0})
-        out = torch.empty(count, 2 * depth, dtype=x.dtype, device=DEVICE)
-        tensors = [address(t) for t in (x[:count], scale, shift, w, b, out)]
-        launcher(kernel, x.device, x.dtype, options)((triton.cdiv(2 * depth, 32),), *tensors, count, depth, 1e-5)
-        return out
-
-    normal = layer.norm(x, scale, shift, 1e-5)
-    y = (normal.double() @ w.double().T + b.double()).half().double()
-    found = run(8 if rows <= 8 else 16, 2, rows)
-    close(found, torch.cat([torch.nn.functional.gelu(y[:, :depth]), y[:, depth:]], -1), torch.float16, 16)
-    assert torch.equal(run(16, 1, rows), found) and torch.equal(run(8, 2, 3), found[:3])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

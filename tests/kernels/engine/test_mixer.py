@@ -92,8 +92,8 @@ def test_programs_that_share_out_the_splits_change_no_bit(held: int, monkeypatch
     assert torch.equal(mixer.step(**a), every)
 
 
-def starts_early(kernel: str, begins: Callable[[], None], waits: Callable[[], None], monkeypatch: pytest.MonkeyPatch, **tiles: int) -> None:
-    """Let `kernel`, with such tiles, start early in the interpreter: begins is called as each program of any kernel begins, waits in the place of a wait."""
+def starts_early(kernel: str, begins: Callable[[], None], waits: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `kernel` start early in the interpreter: begins is called as each program of any kernel begins, waits in the place of a wait."""
     from triton.runtime import interpreter
 
     from sessa_deploy.kernels import device
@@ -101,7 +101,7 @@ def starts_early(kernel: str, begins: Callable[[], None], waits: Callable[[], No
     pinned, seat = mixer.pinned, interpreter.interpreter_builder.set_grid_idx
 
     def early(names: tuple[str, ...], *rest: Any) -> dict[str, Any]:
-        return {name: {**o, **tiles, "PDL": True} if name == kernel else o for name, o in pinned(names, *rest).items()}
+        return {name: {**o, "PDL": True} if name == kernel else o for name, o in pinned(names, *rest).items()}
 
     def seated(*at: int) -> None:
         seat(*at)
@@ -158,8 +158,8 @@ def combines_early(name: str, late: Sequence[torch.Tensor], monkeypatch: pytest.
 
 
 @pytest.mark.skipif(not interpreted(), reason="the interpreter alone shows who reads what before the wait")
-@pytest.mark.parametrize(("shape", "soon"), [((2, 2, 16, 40, [40, 0, 7]), 1), ((2, 2, 16, 20, [20, 0]), 0), ((4, 1, 16, 20, [20]), 0)], ids=str)
-def test_a_step_that_starts_early_reads_only_its_pasts_before_it_waits(shape: tuple[Any, ...], soon: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(2, 2, 16, 40, [40, 0, 7]), (4, 1, 16, 20, [20])], ids=str)
+def test_a_step_that_starts_early_reads_only_its_pasts_before_it_waits(shape: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the projections write is NaN whenever a program begins, and there once it has waited; every program waits; the bits are those of a plain start."""
     a = case(*shape)
     plain, written = mixer.step(**a), {name: a[name].clone() for name in ("q", "k", "v", "q_b")}
@@ -179,7 +179,7 @@ def test_a_step_that_starts_early_reads_only_its_pasts_before_it_waits(shape: tu
         programs[:] = shares(*sizes[:-1], 20)
         return programs[0], programs[1]
 
-    starts_early("mixer_step_partial", begins, waits, monkeypatch, SOON=soon)
+    starts_early("mixer_step_partial", begins, waits, monkeypatch)
     monkeypatch.setattr(mixer, "shares", shared)
     assert torch.equal(mixer.step(**a), plain)
     assert 0 < sum(programs) < len(waited) and all(waited[: sum(programs)])
@@ -275,17 +275,11 @@ def test_an_empty_past_adds_nothing() -> None:
 
 
 def test_splits_with_a_program_each_are_all_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 splits of one attention and 32 of the other, which are spread over programs: none is left out, and the bits are those of neighbours, and of few
-    programs that take them in turn."""
-    a, pinned = case(1, 1, 16, 256, [253]), mixer.pinned
+    """16 splits of one attention and 32 of the other, which are spread over programs: none is left out, and the bits are those of few programs that take them
+    in turn."""
+    a = case(1, 1, 16, 256, [253])
     every, wanted = mixer.step(**a), truth(a)
     assert float((every.double() - wanted).abs().max()) <= 4e-3 * float(wanted.abs().max())
-
-    def neighbours(*names: Any) -> dict[str, Any]:
-        return {name: {**o, "APART": 0} if "APART" in o else o for name, o in pinned(*names).items()}
-
-    monkeypatch.setattr(mixer, "pinned", neighbours)
-    assert torch.equal(mixer.step(**a), every)
     monkeypatch.setattr(mixer, "shares", lambda *sizes: shares(*sizes[:-1], 7))
     assert torch.equal(mixer.step(**a), every)
 

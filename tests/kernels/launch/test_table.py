@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sessa_deploy.cuda_arch import ARCHS
+from sessa_deploy.kernels.engine.spec import product_variant
 from sessa_deploy.kernels.launch import jit, table
 from sessa_deploy.kernels.launch.limits import SHARED_SHARE
 from sessa_deploy.kernels.launch.spec import QUANTISED
@@ -92,3 +93,16 @@ def test_an_early_start_belongs_to_a_call(monkeypatch: pytest.MonkeyPatch) -> No
         assert shares == [SHARED_SHARE, None]  # whoever asks: a share is the binary's
     finally:
         jit.pinned.cache_clear()
+
+
+def test_rows_that_start_early_have_binaries_that_can() -> None:
+    """A product's tiles follow from its rows: each that the plugin may start early waits for its predecessor; and nothing starts early that does not wait."""
+    for kernel in (k for k in table.kernels().values() if k.lowered):
+        for variant in (v for v in kernel.variants if v != "bwd"):
+            dtype = next(d for d in kernel.dtypes if variant not in kernel.optional or table.has(kernel.name, 90, d, variant))  # some have 8-bit weights alone
+            waits = bool(kernel.early) and table.tiles(kernel.name, 90, dtype, variant)["PDL"]
+            assert waits or table.early(kernel.name, 90, dtype, variant) == 0
+        if kernel.early and {"16", "64", "any"} <= set(kernel.variants):
+            for weights, most in (("", kernel.early_rows), (".i8", kernel.early_rows_8 or kernel.early_rows)):
+                found = {product_variant(rows, weights) for rows in range(1, most + 1)}
+                assert found & set(kernel.variants) <= set(kernel.early), kernel.name
