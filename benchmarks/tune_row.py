@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from bench_chain import Chain, kernels
 from products import EPS, FORMATS, Case, quantise
+from row_choices import ENTER, KERNELS, LOGITS, ONE, PROJECT, SETS, TRIALS, Choice, Tiles
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.kernels.engine import layer, mixer
@@ -33,62 +34,12 @@ from sessa_deploy.kernels.launch import jit, table
 from sessa_deploy.kernels.launch.spec import OPENS, WAITS
 
 BEGUN = time.perf_counter()
-Tiles = dict[str, Any]
-Choice = dict[str, Tiles]  # kernel -> tiles; beside them "code": a module, "opens": whether the next kernel is let in before the wait
-ENTER, PROJECT, OUT, TAIL, LOGITS = KERNELS = "layer_norm_enter", "layer_project_gain", "layer_out", "layer_tail", "layer_logits"
 SIZES = {2048: "1.1B", 1024: "350M"}
 HALF = torch.float16
 OWN = {name: getattr(layer, name) for name in KERNELS}
 _tiles, _opens = table.tiles, dict[tuple[str, str, str], bool]()
 _original: dict[Any, Any] = {}
 
-
-def matrix(columns: int, depth: int, warps: int, **more: Any) -> Tiles:
-    return {"BM": 1, "BN": columns, "BK": depth, "KS": warps, "AHEAD": 1, "FORM": 0, "num_warps": warps, "num_stages": 1, **more}
-
-
-def single(columns: int, depth: int, ahead: int, warps: int) -> Tiles:
-    return {**matrix(columns, depth, warps), "KS": 1, "AHEAD": ahead}
-
-
-LATE, FLAT = {"code": "q1_late_layer"}, {"code": "q1_flat_layer"}
-SMALL = dict.fromkeys((OUT, TAIL), matrix(16, 2048, 8, **LATE))
-BASE = {PROJECT: matrix(16, 2048, 4, maxnreg=96), ENTER: matrix(32, 2048, 8, maxnreg=96), TAIL: matrix(16, 2048, 8), OUT: matrix(16, 2048, 8),
-        LOGITS: matrix(16, 2048, 4, maxnreg=96)}  # fmt: skip
-FETCH = {PROJECT: matrix(16, 2048, 4, maxnreg=96, FORM=5)}
-# width -> name -> choices raced as a whole. Programs of out, tail, entrance and projections have room beside one another, or not: what one kernel gains depends
-# on the others' registers
-SETS: dict[int, dict[str, Choice]] = {
-    2048: {
-        "base": BASE,
-        "fetch": {**BASE, **FETCH},
-        "small": {**BASE, **SMALL},
-        "small fetch": {**BASE, **SMALL, **FETCH},
-        "small out fetch": {**BASE, OUT: SMALL[OUT], **FETCH},
-        "4 warps fetch": {**BASE, **dict.fromkeys((OUT, TAIL), matrix(16, 2048, 4, maxnreg=96)), **FETCH},
-        "small, entrance 2 x 16, fetch": {**BASE, **SMALL, ENTER: matrix(16, 2048, 8, maxnreg=64, **LATE), **FETCH},
-        "small fetch opens": {**BASE, **SMALL, PROJECT: {**FETCH[PROJECT], "opens": True}},
-    },
-    1024: {"base": {PROJECT: matrix(16, 1024, 4), LOGITS: matrix(16, 1024, 4), **dict.fromkeys((ENTER, TAIL, OUT), matrix(16, 1024, 8))}},
-}  # fmt: skip
-# width -> kernel -> what is tried in the best set's place
-TRIALS: dict[int, dict[str, list[Tiles]]] = {
-    2048: {
-        PROJECT: [matrix(16, 2048, 4, maxnreg=96, FORM=2), matrix(16, 2048, 4, maxnreg=96, FORM=5, **FLAT), matrix(32, 2048, 8, maxnreg=96, FORM=5),
-                  matrix(32, 2048, 8, maxnreg=96, FORM=5, **FLAT), matrix(16, 2048, 4, FORM=5), matrix(16, 2048, 4, maxnreg=96)],
-        ENTER: [matrix(16, 2048, 8), matrix(32, 2048, 8), matrix(32, 2048, 8, maxnreg=88), matrix(16, 2048, 8, maxnreg=64, **LATE)],
-        TAIL: [matrix(16, 2048, 8), matrix(16, 2048, 4, maxnreg=96), matrix(16, 2048, 8, **LATE), matrix(8, 2048, 8, **LATE)],
-        OUT: [matrix(16, 2048, 8), matrix(16, 2048, 4, maxnreg=96), matrix(16, 2048, 8, **LATE), matrix(8, 2048, 8, **LATE)],
-        LOGITS: [matrix(32, 2048, 8, maxnreg=96), matrix(16, 2048, 8, **LATE, maxnreg=64)],
-    },
-    1024: {
-        PROJECT: [matrix(16, 1024, 4, **LATE), matrix(16, 1024, 4, opens=False), matrix(16, 1024, 8), matrix(32, 1024, 8)],
-        ENTER: [matrix(16, 1024, 4), matrix(16, 1024, 8, **LATE), matrix(32, 1024, 8)],
-        TAIL: [matrix(16, 1024, 4), matrix(16, 1024, 8, **LATE), single(8, 1024, 1, 4)],
-        OUT: [matrix(16, 1024, 4), matrix(16, 1024, 8, **LATE), single(8, 1024, 1, 4)],
-        LOGITS: [matrix(32, 1024, 4), matrix(32, 1024, 8)],
-    },
-}  # fmt: skip
 
 def variant(kernel: str, width: int) -> str:
     return str(width) if kernel == ENTER else f"1.{width}"
@@ -143,7 +94,7 @@ def first_choice(width: int, kind: str, before: list[str] | None) -> Choice:
 
 def said(tiles: Tiles) -> str:
     """A few characters for tiles."""
-    code = {"q1_late_layer": " late", "q1_flat_layer": " flat"}.get(tiles.get("code", ""), " before" if "code" in tiles else "")
+    code = "" if "code" not in tiles else " one sum" if tiles["code"] == ONE["code"] else " before"
     opens = "" if "opens" not in tiles or code.endswith("before") else " opens" if tiles["opens"] else " waits"
     more = "".join(f" {letter}{tiles[key]}" for letter, key in (("r", "maxnreg"), ("f", "FORM")) if tiles.get(key))
     return f"{tiles['BN']}x{tiles['BK']}/{tiles['KS']} w{tiles['num_warps']}{more}{code}{opens}"
@@ -186,7 +137,7 @@ def compile_all(before: list[str] | None, workers: int) -> None:
         for kind in ("int8", "fp8"):
             choices = (first_choice(width, FORMATS[kind], before), *SETS[width].values())
             for name in KERNELS:
-                for tiles in (*(c[name] for c in choices if name in c), *TRIALS[width][name]):
+                for tiles in (*(c[name] for c in choices if name in c), *TRIALS[width].get(name, ())):
                     jobs += [job] if (job := (name, tiles, width, FORMATS[kind])) not in jobs else []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         beside = pool.map(compile_beside, BESIDE)
@@ -226,6 +177,14 @@ class Racer:
             finally:
                 graph.capture_end()
         return graph, out
+
+    def fails(self, format: str, choice: Choice) -> str:
+        """What a choice that cannot be captured says."""
+        try:
+            self.capture(format, choice)
+        except Exception:
+            return traceback.format_exc().splitlines()[-1][:60]
+        return ""
 
     def cached(self, format: str, choice: Choice) -> float:
         """Milliseconds where all layers have one's weights, which a cache of 50 MB holds: what a step takes besides the memory's bandwidth."""
@@ -276,6 +235,11 @@ class Racer:
         return f"early against plain: {wrong} of 6 differ; from the first choice {worst:.1e} of the largest; finite {finite}"
 
 
+def is_other(kernel: str, tiles: Tiles, best: Tiles, kind: str) -> bool:
+    """Whether tiles are worth a binary: what FORM has of int8 is nothing with others, nor in the logits."""
+    return tiles != best and not (tiles["FORM"] % 4 == 2 and (kind != ".i8" or kernel == LOGITS))
+
+
 def numbers(width: int, format: str, choice: Choice) -> str:
     """The 2x rule for each kernel of a choice, and for the entrance with rows far off zero."""
     apply(choice, width, FORMATS[format])
@@ -286,6 +250,12 @@ def numbers(width: int, format: str, choice: Choice) -> str:
         err, plain = case.error(options)
         floor = 8 * 2.0**-23 if name == LOGITS else 2.0**-10
         found.append(f"{name[6:]} {err:.1e}/{plain:.1e}{'' if err <= 2 * plain + floor else ' FAILS'}")
+        if choice[name].get("FORM", 0) % 4 == 2:
+            case.x += 3.0
+            case.h += 3.0
+            case.gated = case.x * case.h[:, width:]
+            err, plain = case.error(options)
+            found.append(f"far off zero {err:.1e}/{plain:.1e}{'' if err <= 2 * plain + floor else ' FAILS'}")
         if name == ENTER:
             w, scale = quantise(torch.randn(2 * width, width, device="cuda"), format)
             exact, one = w.double() * scale.double()[:, None], torch.ones(width, device="cuda", dtype=HALF)
@@ -302,33 +272,54 @@ def numbers(width: int, format: str, choice: Choice) -> str:
     return "; ".join(found)
 
 
+def one_kernel(racer: Racer, format: str, best: Choice, name: str, trials: list[Tiles], until: float) -> tuple[Choice, list[Tiles], str]:
+    """(the best choice then, the trials that came near, a line of times over the best's). Few captures of all, more of those that may be better."""
+    line, times = [], list[tuple[float, Tiles]]()
+    for i in range(0, len(trials), 8):
+        if time.perf_counter() - BEGUN > until:
+            break
+        some = trials[i : i + 8]
+        try:
+            now, *found = racer.race([(format, best), *((format, {**best, name: tiles}) for tiles in some)], 2, 10)
+        except Exception:
+            said_by = [racer.fails(format, {**best, name: tiles}) for tiles in some]
+            line += [f"{said(tiles)}: {wrong}" for tiles, wrong in zip(some, said_by, strict=True) if wrong]
+            some = [tiles for tiles, wrong in zip(some, said_by, strict=True) if not wrong]
+            now, *found = racer.race([(format, best), *((format, {**best, name: tiles}) for tiles in some)], 2, 10)
+        line += [f"{said(tiles)} {t / now:.3f}" for t, tiles in zip(found, some, strict=True)]
+        times += [(t / now, tiles) for t, tiles in zip(found, some, strict=True)]
+    times.sort(key=lambda pair: pair[0])
+    held, near = said(best[name]), [tiles for t, tiles in times if t < 1.012][:5]
+    if candidates := [tiles for t, tiles in times if t < 1.002][:2]:
+        now, *found = racer.race([(format, best), *((format, {**best, name: tiles}) for tiles in candidates)], 4, 14)
+        line.append("again: " + ", ".join(f"{said(tiles)} {t / now:.3f}" for t, tiles in zip(found, candidates, strict=True)))
+        if (least := min(found)) < 0.997 * now:
+            tiles = candidates[found.index(least)]
+            right = "FAILS" not in numbers(racer.width, format, {name: tiles})
+            near += [best[name]] if right else []
+            best = {**best, name: tiles} if right else best
+            line[-1] += "*" if right else " WRONG"
+    return best, near, f"now {held}: " + ", ".join(line)
+
+
 def tune(racer: Racer, format: str, before: list[str] | None, until: float) -> Choice:
     width, kind = racer.width, FORMATS[format]
     first = first_choice(width, kind, before)
     head, sets = f"{SIZES[width]} {format}", SETS[width]
     runners = [(format, first), ("", {}), *((format, choice) for choice in sets.values())]
     racer.race(runners, 1, 4)  # loads the binaries
-    a, c, *found = racer.race(runners, 3, 16)
+    a, c, *found = racer.race(runners, 2, 14)
     said_sets = ", ".join(f"{name} {t:.4f}" for name, t in zip(sets, found, strict=True))
     print(f"{head}: 16 bits {c:.4f}, before {a:.4f} ({c / a:.3f}x); {said_sets} [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
     best = dict(list(sets.values())[found.index(min(found))])
-    for name, trials in TRIALS[width].items():
-        line, held = [], said(best[name])
-        for tiles in (t for t in trials if t != best[name]):
-            if time.perf_counter() - BEGUN > until:
-                break
-            try:
-                now, other = racer.race([(format, best), (format, {**best, name: tiles})], 3, 14)
-            except Exception:
-                line.append(f"{said(tiles)}: {traceback.format_exc().splitlines()[-1][:60]}")
+    best = first if first and a < min(found) else best
+    left = {name: list(trials) for name, trials in TRIALS[width].items()}
+    for turn in range(3):
+        for name, trials in left.items():
+            if time.perf_counter() - BEGUN > until or not trials:
                 continue
-            line.append(f"{said(tiles)} {other / now:.3f}")
-            if other < 0.996 * now:
-                right = "FAILS" not in numbers(width, format, {name: tiles})
-                best = {**best, name: tiles} if right else best
-                line[-1] += "*" if right else " WRONG"
-        if line:
-            print(f"  {name[6:]} now {held}: " + ", ".join(line), flush=True)
+            best, left[name], line = one_kernel(racer, format, best, name, [t for t in trials if is_other(name, t, best[name], kind)], until)
+            print(f"  {turn} {name[6:]} {line} [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
     a, b, c = racer.race([(format, first), (format, best), ("", {})], 5, 20)
     racer.length.fill_(4128)
     d, e, f = racer.race([(format, first), (format, best), ("", {})], 2, 14)
@@ -346,7 +337,7 @@ def tune(racer: Racer, format: str, before: list[str] | None, until: float) -> C
 def profile(racer: Racer, formats: list[tuple[str, Choice]]) -> None:
     """Microseconds of each kernel of a layer, started plainly (its own work) and early (its waiting too). Last: it spoils later graphs."""
     for format, choice in formats:
-        for early in (0, 1):
+        for early in (0,):
             found = {name: us * count / 24 for name, (us, count) in kernels(racer.capture(format, choice, early)[0]).items() if count >= 24 or "logits" in name}
             layers = sum(us for name, us in found.items() if "logits" not in name)
             each = ", ".join(f"{name.removeprefix('layer_').removeprefix('mixer_step_')} {us:.2f}" for name, us in found.items())
@@ -368,6 +359,8 @@ def main() -> None:
     racers: dict[int, Racer] = {}
     chosen: dict[int, list[tuple[str, Choice]]] = {}
     for what in args.what:
+        if racers and time.perf_counter() - BEGUN > 0.88 * args.seconds:
+            break
         width, format, share = (cast(part) for cast, part in zip((int, str, float), what.split(":"), strict=True))
         try:
             racers[width] = racers.get(width) or Racer(width)
@@ -376,11 +369,10 @@ def main() -> None:
             print(f"  the same with one layer's weights for all: {racers[width].cached(format, best):.4f}", flush=True)
         except Exception:
             print(f"{SIZES[width]} {format} failed: " + " | ".join(traceback.format_exc().splitlines()[-4:])[-600:], flush=True)
-        if time.perf_counter() - BEGUN > args.seconds:
-            break
     for width, formats in chosen.items():
-        before = first_choice(width, FORMATS[formats[-1][0]], args.before)
-        profile(racers[width], [*formats, (formats[-1][0], before)])
+        if time.perf_counter() - BEGUN < args.seconds:
+            before = first_choice(width, FORMATS[formats[-1][0]], args.before)
+            profile(racers[width], [*formats, (formats[-1][0], before)])
 
 
 if __name__ == "__main__":
