@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sessa_deploy import contract
+from sessa_deploy.kernels.route import is_exporting
 
 BASE = 10000.0
 # A position's product with a limb below is exact in float32: 18 bits times at most 6.
@@ -49,7 +50,7 @@ def rope_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[T
         steps = torch.arange(head_dim // 2, dtype=torch.float64, device=positions.device)
         angle = positions.to(torch.float64)[..., None, None] * BASE ** (-2.0 * steps / head_dim)
         return torch.cos(angle), torch.sin(angle)
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not is_exporting():
         # numbers of the host inside a compiled graph would keep it from being captured as a CUDA graph
         compiled: tuple[Tensor, Tensor] = _tables(positions, head_dim)
         return compiled

@@ -148,11 +148,9 @@ class Run:
 
     def evaluate(self) -> float:
         """Held-out bits per byte of the weights as they are."""
-        self.model.eval()
-        bits = held_out_bits(self.model, self.held_tokens, self.corpus.held_out_bytes, self.options.context, self.options.batch_size,
-                             self.options.precision, stride=self.options.context, group=self.group)
-        self.model.train()
-        return bits
+        with self.stepped.measured():
+            return held_out_bits(self.model, self.held_tokens, self.corpus.held_out_bytes, self.options.context, self.options.batch_size,
+                                 self.options.precision, stride=self.options.context, group=self.group)
 
     def keep_best(self, bits: float) -> None:
         """Write checkpoint-best/ if the weights as they are, with these held-out bits, are the best so far. Raises UserError where it cannot be written."""
@@ -265,9 +263,9 @@ class Run:
         """Measure what was stored, write report.json and loss.png, return the report; {} in other processes than number 0."""
         with told_of_memory():
             if self.stepped.sharded:  # one process alone may not hold what was stored: the weights as they are, before they were rounded to `store`
-                self.model.eval()
-                bits = held_out_bits(self.model, self.held_tokens, self.corpus.held_out_bytes, self.options.context, self.options.batch_size, group=self.group)
-                self.model.train()
+                with self.stepped.measured():
+                    bits = held_out_bits(self.model, self.held_tokens, self.corpus.held_out_bytes, self.options.context, self.options.batch_size,
+                                         group=self.group)
             else:
                 stored = load_checkpoint(self.folder / CHECKPOINT_DIR, device=self.device)
                 bits = held_out_bits(stored, self.held_tokens, self.corpus.held_out_bytes, self.options.context, self.options.batch_size, group=self.group)

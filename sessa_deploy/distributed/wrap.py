@@ -47,6 +47,16 @@ class Stepped:
         else:
             yield
 
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """Around what runs the model without a backward. FSDP leaves it to the backward to deal out again what belongs to no layer: until then those are
+        other parameters, of which the optimizer has no moments to save."""
+        self.model.eval()
+        yield
+        if self.sharded:
+            self.model.reshard()  # type: ignore[operator]
+        self.model.train()
+
     def clip(self, most: float) -> Tensor:
         """Scale the gradients so that their norm over all parameters is at most `most`; returns the norm before."""
         if not self.sharded:

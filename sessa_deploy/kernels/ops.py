@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sessa_deploy.kernels import blocked, route
-from sessa_deploy.kernels.route import has_tangents, is_eager
+from sessa_deploy.kernels.route import has_tangents, is_eager, is_exporting
 
 STORAGE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TRAINING_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -260,7 +260,7 @@ def no_past(q: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def _wants_other_backend(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
     """Whether SDPA left to itself would not take cuDNN on a GPU; asking costs less than setting an order that is there already."""
-    if not q.is_cuda or torch.compiler.is_exporting():
+    if not q.is_cuda or is_exporting():
         return False
     if torch.compiler.is_compiling():  # which cannot trace the question, and sets the order while it traces alone
         return True

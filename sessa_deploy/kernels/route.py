@@ -67,6 +67,13 @@ def is_eager(*tensors: Tensor) -> bool:
     )
 
 
+def is_exporting() -> bool:
+    """Whether a graph is exported, and not compiled. Up to torch 2.11 Dynamo answers PyTorch's own question with yes in every graph that it traces; the flag
+    behind it is right."""
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
 def has_tangents(*tensors: Tensor) -> bool:
     """Whether a forward-mode derivative is taken through one of them. Kernels and registered operators would drop it without a word."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)

@@ -29,7 +29,7 @@ SEEN: dict[str, Any] = {}
 
 def options(text: str, out: Path, **changes: Any) -> TrainOptions:
     """Two windows a micro-batch, two micro-batches a step: of two processes a step of eight windows."""
-    base: dict[str, Any] = {"steps": 8, "batch_size": 2, "global_batch": 8, "context": 16, "device": "cpu", "held_out": 0.3, "eval_every": 3, "save_every": 4}
+    base: dict[str, Any] = {"steps": 8, "batch_size": 2, "global_batch": 8, "context": 16, "device": "cpu", "held_out": 0.3, "eval_every": 4, "save_every": 4}
     return TrainOptions(data=text, out=str(out), **(base | changes))
 
 

@@ -42,6 +42,33 @@ def test_compile_has_no_graph_break_and_the_same_gradients(device: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.fixture(params=["own", "older"])
+def dynamo(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo as it is, and as it is up to torch 2.11: it takes every graph for an exported one."""
+    from torch._dynamo.variables import ConstantVariable
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+    if request.param == "older":
+        answers = TorchInGraphFunctionVariable._get_handlers()  # type: ignore[no-untyped-call]
+        monkeypatch.setitem(answers, torch.compiler.is_exporting, lambda *_: ConstantVariable.create(True))
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_a_compiled_graph_is_no_exported_one() -> None:
+    def asks(x: Tensor) -> Tensor:
+        return x + 1 if route.is_exporting() else x - 1
+
+    class Asks(torch.nn.Module):
+        forward = staticmethod(asks)
+
+    x = torch.zeros(3)
+    assert not route.is_exporting() and torch.equal(torch.compile(asks, fullgraph=True, backend="eager")(x), x - 1)
+    for strict in (False, True):
+        assert torch.equal(torch.export.export(Asks(), (x,), strict=strict).module()(x), x + 1)
+
+
+@pytest.mark.usefixtures("dynamo")
 def test_a_compiled_graph_takes_no_numbers_from_the_host() -> None:
     """They would keep it from being captured as a CUDA graph."""
     model, ids = small("cpu")
@@ -51,7 +78,6 @@ def test_a_compiled_graph_takes_no_numbers_from_the_host() -> None:
         calls.extend(node.target for node in graph.graph.nodes if node.op in ("call_function", "get_attr"))
         return graph.forward
 
-    torch._dynamo.reset()
     torch.compile(model, fullgraph=True, backend=look)(ids, ids)
     assert torch.ops.sessa.rope_tables.default in calls and torch.tensor not in calls
     assert not any("constant" in str(call) for call in calls)

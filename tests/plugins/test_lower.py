@@ -17,7 +17,7 @@ import pytest
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, SHARED_LIMIT, SHARED_SHARE, WIDE_SHARE
+from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, OWN_SHARE, SHARED_LIMIT, SHARED_SHARE, WIDE_SHARE
 from sessa_deploy.kernels.launch.spec import DTYPES, OPENS, QUANTISED, WAITS
 from sessa_deploy.plugins import lower
 
@@ -276,25 +276,26 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
                 arch: rows if may and arch >= 90 else 0 for arch in held}
             how = OPENS if variant in k.opens else WAITS
             assert [table.tiles(k.name, arch, dtype, variant)["PDL"] for arch in held] == [how if may and arch >= 90 else 0 for arch in held]
-    # who lets the next kernel in at once: of a single row, or ahead of the head's product, and of none that reads what a kernel of a layer has written before
+    # who lets the next kernel in at once: of a single row, or behind the last layer; and ahead of none that reads what a kernel of a layer has written before
     # its own wait
     ones = ("1.wide", "1.1024", "1.2048")
     assert {k.name: k.opens for k in early if k.opens} == {
         "layer_out": ("1", *ones), "layer_tail": ("1", *ones), "layer_norm_enter": ("1024", "2048", "4096"), "mixer_step_combine": ("1", "1.wide"),
-        "layer_project_gain": ("1.1024",), "layer_norm_last": ("1024", "2048", "4096")}
+        "layer_norm_last": ("1024", "2048", "4096"), "layer_project_gain": ("1.1024",)}
     # the kernels of one row's layer have one share of shared memory, and no kernel another, as those around the attentions of a few wide rows; those of a wide
-    # row all of it
+    # row all of it, and the attentions of a few rows what they need
     held = [(k, v) for k in early for v in k.variants if table.has(k.name, 90, k.dtypes[0], v)]
     shares = {(k.name, v): table.shared_share(k.name, 90, k.dtypes[0], v) for k, v in held}
     small = {"layer_norm_enter", "layer_project_gain", "mixer_step_combine", "layer_out", "layer_tail", "layer_logits"}
     assert {one for one, share in shares.items() if share == SHARED_SHARE} == {
-        ("mixer_step_partial", "1024.64.1"), ("layer_project_gain", "1.1024"), ("mixer_rows_combine", "wide"),
-        *((name, "2048") for name in ("layer_norm", "layer_norm_last")),
+        ("mixer_step_partial", "1024.64.1"), ("layer_project_gain", "1.1024"), ("layer_norm", "2048"), ("layer_norm_last", "2048"),
+        ("mixer_rows_combine", "wide"),
         *((name, "8.wide") for name in ("layer_enter", "layer_project_gain", "mixer_rows_out", "layer_tail")),
         *((name, "1024" if name == "layer_norm_enter" else "1") for name in small)}
     wide = {one for one, share in shares.items() if share == WIDE_SHARE}
     assert {name for name, v in wide if v == "1.wide"} == small - {"layer_norm_enter"} and {n for n, v in wide} >= {"layer_norm_enter", "mixer_step_partial"}
-    assert all(share in (0, SHARED_SHARE, WIDE_SHARE) for share in shares.values()) and not [v for _, v in wide if v.startswith(("1024", "any"))]
+    assert {one for one, share in shares.items() if share == OWN_SHARE} == {("mixer_rows_partial", v) for v in table.kernel("mixer_rows_partial").variants}
+    assert all(share in (0, SHARED_SHARE, WIDE_SHARE, OWN_SHARE) for share in shares.values()) and not [v for _, v in wide if v.startswith(("1024", "any"))]
     assert {table.shared_share("layer_norm_enter", arch, "fp16", "2048") for arch in (80, 100)} == {0, SHARED_SHARE}
     for name in small - {"layer_norm_enter", "mixer_step_combine"}:  # with 8-bit weights too
         held = [(v, "fp16" + kind) for v in ("1.1024", "1.2048", "1.wide") for kind in QUANTISED if table.has(name, 90, "fp16" + kind, v)]
