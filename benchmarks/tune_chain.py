@@ -29,7 +29,7 @@ from sessa_deploy.runtime import traffic
 
 BEGUN = time.perf_counter()
 # "kernel:variant" -> tiles, "kernel:variant.i8" those of 8-bit weights (spec.QUANTISED); "rows:kernel" -> early_rows;
-# "share:kernel" -> percent of shared memory, -1: what it needs ("share:": of every other kernel); "opens:kernel" -> whether it lets the next kernel
+# "share:kernel" -> percent of shared memory, -1: as the driver likes ("share:": of every other kernel); "opens:kernel" -> whether it lets the next kernel
 # in before it waits
 Change = dict[str, Any]
 STEP, ALONE = "mixer_step_partial:1024.64", "mixer_step_partial:1024.64.1"
@@ -52,8 +52,8 @@ def of_weights(name: str) -> tuple[str, str]:
 
 
 def _changed_share(name: str, arch: int, dtype: str, variant: str) -> int:
-    """A binary that a trial told the driver something of keeps that in later ones that say nothing: trials of shares come last."""
-    return _shares.get(name, _shares.get("", _share(name, arch, dtype, variant)))
+    """Where the tables have none it is said too: another trial may have told the driver of a binary that it left loaded."""
+    return _shares.get(name, _shares.get("", _share(name, arch, dtype, variant) or -1))
 
 
 def _changed_tiles(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:

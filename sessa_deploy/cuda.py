@@ -153,7 +153,7 @@ def new_stream(priority: int = 0) -> int:
 def prefer_shared(function: int, percent: int) -> None:
     """Ask the driver to set apart `percent` of a multiprocessor's shared memory while a loaded kernel runs. A wish: a driver without it goes without.
 
-    function: its handle. percent: -1 for what the kernel needs.
+    function: its handle.
     """
     attribute = getattr(open_driver(), "cuFuncSetAttribute", None)
     if attribute is not None:

@@ -28,7 +28,7 @@ struct Cubin
     int32_t scratch; // bytes of global memory that a program makes tensor descriptors in, at Triton's first hidden pointer
     int32_t params; // number of parameters, Triton's two hidden pointers included
     int32_t earlyRows; // rows B T up to which it may start before its predecessor ends (launch/table.py, early); 0: never
-    int32_t sharedShare; // percent of a multiprocessor's shared memory that it wishes for: launch/table.py, shared_share
+    int32_t sharedShare; // percent of a multiprocessor's shared memory that it wishes for (launch/table.py, shared_share); 0: what the driver chooses
     std::array<Tile, 16> tiles;
     unsigned char const* data;
     size_t size;

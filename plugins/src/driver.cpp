@@ -218,7 +218,7 @@ bool getKernel(Cubin const& cubin, Kernel& kernel, std::string& error)
         // until a multiprocessor is empty. A wish too.
         driver().funcSetCacheConfig(kernel.function, kMostShared);
     }
-    if (cubin.sharedShare != 0)
+    if (cubin.sharedShare > 0)
     {
         driver().funcSetAttribute(kernel.function, kPreferredShared, cubin.sharedShare); // a wish: a driver that refuses goes without
     }

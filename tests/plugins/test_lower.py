@@ -17,7 +17,7 @@ import pytest
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, OWN_SHARE, SHARED_LIMIT, SHARED_SHARE, WIDE_SHARE
+from sessa_deploy.kernels.launch.limits import FLOAT8_ARCH, SHARED_LIMIT, SHARED_SHARE, WIDE_SHARE
 from sessa_deploy.kernels.launch.spec import DTYPES, OPENS, QUANTISED, WAITS
 from sessa_deploy.plugins import lower
 
@@ -283,7 +283,7 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
         "layer_out": ("1", *ones), "layer_tail": ("1", *ones), "layer_norm_enter": ("1024", "2048", "4096"), "mixer_step_combine": ("1", "1.wide"),
         "layer_norm_last": ("1024", "2048", "4096"), "layer_project_gain": ("1.1024",)}
     # the kernels of one row's layer have one share of shared memory, and no kernel another, as those around the attentions of a few wide rows; those of a wide
-    # row all of it, and the attentions of a few rows what they need
+    # row all of it
     held = [(k, v) for k in early for v in k.variants if table.has(k.name, 90, k.dtypes[0], v)]
     shares = {(k.name, v): table.shared_share(k.name, 90, k.dtypes[0], v) for k, v in held}
     small = {"layer_norm_enter", "layer_project_gain", "mixer_step_combine", "layer_out", "layer_tail", "layer_logits"}
@@ -294,8 +294,7 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
         *((name, "1024" if name == "layer_norm_enter" else "1") for name in small)}
     wide = {one for one, share in shares.items() if share == WIDE_SHARE}
     assert {name for name, v in wide if v == "1.wide"} == small - {"layer_norm_enter"} and {n for n, v in wide} >= {"layer_norm_enter", "mixer_step_partial"}
-    assert {one for one, share in shares.items() if share == OWN_SHARE} == {("mixer_rows_partial", v) for v in table.kernel("mixer_rows_partial").variants}
-    assert all(share in (0, SHARED_SHARE, WIDE_SHARE, OWN_SHARE) for share in shares.values()) and not [v for _, v in wide if v.startswith(("1024", "any"))]
+    assert all(share in (0, SHARED_SHARE, WIDE_SHARE) for share in shares.values()) and not [v for _, v in wide if v.startswith(("1024", "any"))]
     assert {table.shared_share("layer_norm_enter", arch, "fp16", "2048") for arch in (80, 100)} == {0, SHARED_SHARE}
     for name in small - {"layer_norm_enter", "mixer_step_combine"}:  # with 8-bit weights too
         held = [(v, "fp16" + kind) for v in ("1.1024", "1.2048", "1.wide") for kind in QUANTISED if table.has(name, 90, "fp16" + kind, v)]

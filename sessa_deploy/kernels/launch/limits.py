@@ -20,8 +20,6 @@ FLOAT8_ARCH = 89  # the first that reads weights of E4M3
 SHARED_SHARE = 43
 # The same where rows are wider than AHEAD_DEPTH, whose attentions want all of it and are long: they wish for it too. On WIDE_ARCH alone, where it was measured.
 WIDE_SHARE, WIDE_ARCH = 100, 90
-# And the attentions of a few rows, which need more than the others' share: what they need, as the driver sets it apart, not all that there is.
-OWN_SHARE = -1  # CU_SHAREDMEM_CARVEOUT_DEFAULT
 # Largest dynamic shared memory one block may ask for, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 

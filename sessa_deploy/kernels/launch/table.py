@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_deploy.cuda_arch import ARCHS
-from sessa_deploy.kernels.launch.limits import DEPENDENT_ARCH, OWN_SHARE, SHARED_SHARE, WIDE_ARCH, WIDE_SHARE
+from sessa_deploy.kernels.launch.limits import DEPENDENT_ARCH, SHARED_SHARE, WIDE_ARCH, WIDE_SHARE
 from sessa_deploy.kernels.launch.spec import DTYPES, OPENS, WAITS, Kernel, resolve
 
 TUNED_WITH = (3, 6)  # the Triton that tiles were measured with
@@ -119,10 +119,9 @@ def early(name: str, arch: int, dtype: str, variant: str) -> int:
 
 
 def shared_share(name: str, arch: int, dtype: str, variant: str) -> int:
-    """Percent of shared memory that a binary wishes for, see `limits.SHARED_SHARE` and OWN_SHARE; 0: all of it where it needs more than 48 KiB."""
-    k = kernel(name)
-    fills = variant in k.fills and arch == WIDE_ARCH
-    share = WIDE_SHARE if fills else SHARED_SHARE if variant in k.shares else OWN_SHARE if variant in k.owns else 0
+    """Percent of shared memory that a binary wishes for, see `limits.SHARED_SHARE`; 0 where the driver chooses."""
+    fills = variant in kernel(name).fills and arch == WIDE_ARCH
+    share = WIDE_SHARE if fills else SHARED_SHARE if variant in kernel(name).shares else 0
     return share if early(name, arch, dtype, variant) else 0
 
 
