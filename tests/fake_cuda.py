@@ -25,6 +25,7 @@ class HostCuda:
         if arch != self.arch:
             self.arch = arch
         self.blocks: dict[int, Any] = {}
+        self.sizes: dict[int, int] = {}
         self.host: set[int] = set()
         self.recording: list[Callable[[], None]] | None = None
         self.graphs: dict[int, list[Callable[[], None]]] = {}
@@ -45,7 +46,7 @@ class HostCuda:
         block = (ctypes.c_char * (max(size, 1) + 256))(*b"")
         ctypes.memset(block, 0xFF, len(block))
         address = -(-ctypes.addressof(block) // 256) * 256
-        self.blocks[address] = block
+        self.blocks[address], self.sizes[address] = block, size
         return address
 
     def allocate_host(self, size: int) -> int:
@@ -72,6 +73,7 @@ class HostCuda:
             self.do(lambda at=row: ctypes.memmove(target + at * target_pitch, source + at * source_pitch, width))
 
     def fill(self, target: int, word: int, count: int) -> None:
+        assert any(a <= target and target + 4 * count <= a + size for a, size in self.sizes.items()), "beyond what was allocated"
         self.do(lambda: view(target, np.uint32, count).fill(word))
 
     def read(self, source: int, size: int) -> bytes:

@@ -23,6 +23,7 @@ from sessa_deploy.plugins import ops
 
 _EIGHT = {f.onnx for f in contract.WEIGHT_FORMATS.values()}
 _MESSAGE_LIMIT = 2_000_000_000  # bytes; protobuf refuses 2 GiB
+_PICKED = ["GatherElements", "Expand", "Unsqueeze", "Clip", "Sub", "Cast"]  # upwards from the last tokens' rows to new_length
 
 
 class Unavailable(Exception):
@@ -277,15 +278,14 @@ def _logits(work: _Rewrite) -> None:
 
 def _picked(work: _Rewrite, squeeze: NodeProto) -> str:
     """The rows (B,T,D) of which a gather takes the last of each sequence: new_length - 1, and 0 where that is -1."""
-    gather = work.maker.get(squeeze.input[0])
-    above, at = list[NodeProto](), gather.input[1] if gather is not None and gather.op_type == "GatherElements" else ""
-    while at in work.maker:
+    above, at = list[NodeProto](), squeeze.input[0]
+    while at in work.maker and len(above) < len(_PICKED):
         above.append(work.maker[at])
-        at = above[-1].input[0]
-    kinds, numbers = [n.op_type for n in above[-3:]], [work.array(n.input[1]).tolist() for n in above[-3:-1] if len(n.input) > 1]
-    if gather is None or at != contract.NEW_LENGTH or (kinds, numbers) != (["Clip", "Sub", "Cast"], [0, 1]):
+        at = above[-1].input[0 if len(above) > 1 else -1]
+    kinds, axes = [n.op_type for n in above], [a.i for n in above[:1] for a in n.attribute]
+    if kinds != _PICKED or at != contract.NEW_LENGTH or axes != [1] or [work.array(x).tolist() for n in above[3:5] for x in n.input[1:]] != [0, 1]:
         raise Unavailable("the graph does not pick the last tokens as our exporter writes it")
-    return str(gather.input[0])
+    return str(above[0].input[0])
 
 
 def _set_sorted(graph: GraphProto, nodes: list[NodeProto]) -> None:

@@ -83,6 +83,11 @@ def _compile(source: str, folder: Path, flags: list[str]) -> None:
     subprocess.run(command, check=True)
 
 
+def operand(i: int) -> int:
+    """An address for an operand of a call that nobody makes, inputs before outputs."""
+    return (i + 1) << 36
+
+
 def create(built: Built, op: int, storage: int = -1, attribute: str | None = None, value: float = 0.0, weights: int = 0) -> int | None:
     """A plugin with these attributes, through its serialised form; None where the library refuses them."""
     return built[2].harness_create(str(built[1]).encode(), at(op, weights), storage, weights, attribute.encode() if attribute else None, value)

@@ -147,6 +147,15 @@ def test_kernels_that_read_8_bits_lower(tmp_path: Path, monkeypatch: pytest.Monk
         assert types["weight"] == {".i8": "*i8", ".f8": "*fp8e4nv"}[unit.dtype[4:]] and types.get("scale", "*fp32") == "*fp32"
 
 
+def compiled(program: str, cache: Path) -> str:
+    """What a program that compiles prints."""
+    env = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 WIDENED = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -161,14 +170,29 @@ print(ptx.count(word), ptx.split("griddepcontrol.wait")[0].count(word), ptx.spli
 def test_no_two_warps_widen_the_same_weights(variant: str, ahead: bool, tmp_path: Path) -> None:
     """Of 17 to 64 rows, whose products would else take as long to widen int8 as to read it, and of one by matrix instructions: a tile's words of four, each
     in one thread; that of one row before the wait, when the next kernel has been let in."""
-    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", WIDENED.format(variant=variant)], capture_output=True, text=True, env=env, timeout=250)
-    assert done.returncode == 0, done.stderr
     options = table.options("layer_out", 90, "fp16.i8", variant)
-    words, before, opened = map(int, done.stdout.split())
+    words, before, opened = map(int, compiled(WIDENED.format(variant=variant), tmp_path).split())
     assert words == options["BN"] * options["BK"] // 4 // (32 * options["num_warps"])
     assert (before, opened) == ((words, 1) if ahead else (0, opened))
+
+
+ENDED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from sessa_deploy.plugins import lower
+source, options = lower.source(lower.Unit("decode_end", 90, "fp32", "any"))
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+"""
+
+
+def test_who_ends_a_step_last_sees_what_all_did(tmp_path: Path) -> None:
+    """What the interpreter, one program and thread after another, cannot show: all threads are done before their program counts itself, the count publishes
+    what they wrote, and the last one reads past its own cache."""
+    before, count, after = compiled(ENDED, tmp_path).partition("atom.global.gpu.acq_rel.add")
+    assert count and "atom." not in before + after
+    between = before.rsplit("bar.sync", 1)[1]
+    assert "ld.global" not in between and "st.global" not in between
+    assert after.count("ld.global.cg") == 2 and "bar.sync" in after.split("ld.global")[0]
 
 
 def cubin(**change: Any) -> lower.Cubin:

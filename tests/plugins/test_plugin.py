@@ -127,10 +127,11 @@ def test_workspace(launching: Built) -> None:
 @pytest.mark.trt
 @pytest.mark.slow
 def test_workspace_of_a_layer(launching: Built) -> None:
-    """To the byte: what the kernels of a step of the mixer leave one another, what its chunks do, the normed rows of the entrance, the gated ones of the end,
-    and where the programs of a product of many rows make their descriptors."""
+    """To the byte: what the kernels of a step of the mixer leave one another, what its chunks do, the normed rows of the entrance and of the logits, the gated
+    ones of the end, and where the programs of a product of many rows make their descriptors."""
     harness, heads, d, p = launching[2], 12, 768, 4096
-    mixer, enter, tail, feedback = (create(launching, op, storage=HALF) for op in (ph.At.Mixer, ph.At.NormEnter, ph.At.Tail, FEEDBACK))
+    made = [create(launching, op, storage=HALF) for op in (ph.At.Mixer, ph.At.NormEnter, ph.At.Tail, FEEDBACK, ph.At.LastLogits)]
+    mixer, enter, tail, feedback, logits = made
     descriptors = MANY_PROGRAMS * table.kernel("layer_linear_many").scratch
 
     def needs(batch: int, tokens: int, capacity: int) -> int:
@@ -144,11 +145,12 @@ def test_workspace_of_a_layer(launching: Built) -> None:
     for smaller in ((1, 512, p), (2, 511, p), (2, 512, p - 1), (2, 1, p), (1, 64, 1)):
         assert needs(*smaller) <= chunk
     assert harness.harness_workspace(enter, ph.At.NormEnter, HALF, sizes(4, 5, 1, d)) == 4 * 5 * d * 2
+    assert harness.harness_workspace(logits, ph.At.LastLogits, HALF, sizes(4, 5, 1, d, columns=640)) == 4 * d * 2
     for rows in (MANY_ROWS, 2 * MANY_ROWS):
         many = rows > MANY_ROWS
         assert harness.harness_workspace(enter, ph.At.NormEnter, HALF, sizes(1, rows, 1, d)) == rows * d * 2 + many * descriptors
         assert harness.harness_workspace(tail, ph.At.Tail, HALF, sizes(1, rows, 1, d)) == many * (rows * d * 2 + descriptors)
-    for plugin in (mixer, enter, tail, feedback):
+    for plugin in made:
         harness.harness_destroy(plugin)
 
 

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ for op, weights, shape in json.loads(sys.stdin.read()):
     op = ph.at(op, weights)
     assert plugin and harness.harness_shape(plugin, op, storage, shape) == 0
     print("shaped", flush=True)
-    assert harness.harness_enqueue(plugin, op, storage, shape, ph.Pointers(*((i + 1) << 36 for i in range(20))), None) == 0
+    assert harness.harness_enqueue(plugin, op, storage, shape, ph.Pointers(*(ph.operand(i) for i in range(20))), None) == 0
     assert harness.harness_workspace(plugin, op, storage, shape) >= 0 # the last: to 8.6's plugins it may tell shapes
     print("next", flush=True)
 """
@@ -137,16 +138,17 @@ def read(line: str) -> Launch:
     return name, (int(x), int(y), int(z)), (int(threads), int(share)), early == "1", scalars, pointers
 
 
-def numbered(calls: list[Launch]) -> list[Launch]:
-    """The launches of one operation with its pointers numbered as they first appear: which kernel takes what from which."""
-    seen: dict[int, int] = {}
+def numbered(calls: list[Launch], operands: Sequence[int]) -> list[Launch]:
+    """The launches of one operation with its pointers numbered, first these of its operands, then others as they appear: which kernel takes what from which."""
+    seen = {p: i for i, p in enumerate(operands)}
     return [(*call[:5], [seen.setdefault(p, len(seen)) for p in call[5]]) for call in calls]
 
 
 def launches(
     monkeypatch: pytest.MonkeyPatch, storage: int, weights: int, held: int, batch: int, tokens: int, capacity: int, width: int, heads: int, kv_heads: int
 ) -> list[Any]:
-    """(operation, its attribute `weights`, its sizes, the launches of the Python side) for one shape of a layer, on a device that holds `held` programs.
+    """(operation, its attribute `weights`, its sizes, how many inputs are known, the launches of the Python side) for one shape of a layer, on a device that
+    holds `held` programs.
 
     tokens 1: decode steps; more: prefill (capacity 0, which only feedback attention is asked for) and chunks. In float32 only the attentions have kernels.
     """
@@ -214,7 +216,7 @@ def launches(
 
     length = torch.zeros(batch, dtype=torch.int32)
     around = layer_calls(lambda *shape, wide=False, scale=1.0: floats(*shape) if wide else half(*shape), batch, tokens, heads, kv_heads, d, weights)
-    calls: list[tuple[int, Any, Any]] = [(call.op, call.shape, call.compute) for call in around]
+    calls: list[tuple[Any, ...]] = [(call.op, call.shape, call.compute, *call.inputs) for call in around]
     past_b, (q_b, k_b, f) = [half(batch, capacity, width) for _ in range(2)], [half(batch, tokens, width) for _ in range(3)]
     square, row = matrix(half(width, width), weights), half(width)
     past, q, gamma = [half(batch, capacity, kv_heads, d) for _ in range(2)], half(batch, tokens, heads, d), floats(batch, tokens)
@@ -255,13 +257,13 @@ def launches(
             calls.append((ph.At.Mixer, sizes(batch, tokens, capacity, width, heads, kv_heads, d), lambda: mixer(True)))
         calls.append((ph.At.Mixer, sizes(batch, tokens, capacity, width, heads, kv_heads, d), mixer))
     found = []
-    for op, shape, call in calls if storage != ph.FLOAT else [x for x in calls if x[0] in (ph.FEEDBACK, ph.CAUSAL)]:
+    for op, shape, call, *inputs in calls if storage != ph.FLOAT else [x for x in calls if x[0] in (ph.FEEDBACK, ph.CAUSAL)]:
         if weights and ops.OPS[op].quantised is None:
             continue
         noted.clear()
         rows[0] = batch if op == ph.At.LastLogits else batch * tokens
         call()
-        found.append((op, weights, list(shape), numbered(noted)))
+        found.append((op, weights, list(shape), len(inputs), numbered(noted, [x.data_ptr() for x in inputs])))
     return found
 
 
@@ -322,8 +324,10 @@ def test_the_plugin_launches_what_the_python_side_does(
 
     held = EACH * MULTIPROCESSORS if says else STEP_PROGRAMS
     wanted = launches(monkeypatch, storage, weights, held, *shape)
-    lines = [[x for x in part if not x.startswith(EVENTS)] for part in driven(launching, storage, [one[:3] for one in wanted], says, tmp_path)]
-    found, expected = [x for part in lines for x in numbered([read(line) for line in part])], [one for *_, all_of in wanted for one in all_of]
+    parts = driven(launching, storage, [one[:3] for one in wanted], says, tmp_path)
+    lines = [[read(x) for x in part if not x.startswith(EVENTS)] for part in parts]
+    found = [x for part, one in zip(lines, wanted, strict=False) for x in numbered(part, [ph.operand(i) for i in range(one[3])])]
+    expected = [one for *_, all_of in wanted for one in all_of]
     assert [x[:4] for x in found] == [x[:4] for x in expected]
     for mine, theirs in zip(found, expected, strict=True):
         assert mine[4] == pytest.approx(theirs[4], rel=1e-6), mine[0]

@@ -1,4 +1,4 @@
-"""`product` of several rows and weights of 8 bits whose columns are the long side of the matrix instructions: no two warps widen the same weights."""
+"""`product` of several rows whose columns are the long side of the matrix instructions: of weights of 8 bits no two warps widen the same."""
 
 from __future__ import annotations
 

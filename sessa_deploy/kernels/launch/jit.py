@@ -185,11 +185,11 @@ class Launcher:
             with self._on(device):
                 binary = kernel.warmup(*examples, grid=(1,), **{k: v for k, v in options.items() if k not in (SHARE, EARLY)})
                 self._binary = binary.result() if hasattr(binary, "result") else binary
-                if SHARE in options:
-                    prefer_shared(self._binary.function, options[SHARE])
                 self._scratch = self._binary.metadata.global_scratch_size
                 self._bytes = partial(torch.empty, dtype=torch.uint8, device=device)
                 self._launch = _bind(kernel, self._binary, [options[name] for name in kernel.arg_names[len(examples) :]], options.get(EARLY, False))
+                if SHARE in options:  # behind what loads the binary: before it there is no function to wish for
+                    prefer_shared(self._binary.function, options[SHARE])
 
     @cached_property
     def resident(self) -> int:

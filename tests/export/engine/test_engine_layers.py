@@ -142,16 +142,25 @@ def test_every_reason_is_named(small: tuple[Path, bytes], monkeypatch: pytest.Mo
 
 def test_last_tokens_that_are_picked_otherwise_are_not_taken_for_them(small: tuple[Path, bytes]) -> None:
     """Where another index than new_length - 1, from 0 on, decides the row, the library's node would give another row's logits."""
-    for change in ("Clip", "Sub", "Cast", "GatherElements", "by another number"):
+    kinds = ("GatherElements", "Expand", "Unsqueeze", "Clip", "Sub", "Cast")
+    for change in (*kinds, "axis", "by another number", "at most", "of another input"):
         model = onnx.ModelProto.FromString(small[1])
         makers = {n.output[0]: n for n in model.graph.node}
-        by_kind = {n.op_type: n for n in makers.values() if n.op_type in ("Clip", "GatherElements")}
-        by_kind["Sub"] = makers[by_kind["Clip"].input[0]]
-        by_kind["Cast"] = makers[by_kind["Sub"].input[0]]
-        if change in by_kind:
-            by_kind[change].op_type = "Neg"
+        at, chain = makers[makers["norm/LayerNormalization.0:0"].input[0]].input[0], dict[str, onnx.NodeProto]()
+        for kind in kinds:
+            chain[kind] = makers[at]
+            at = chain[kind].input[kind == "GatherElements"]
+        assert at == contract.NEW_LENGTH and [n.op_type for n in chain.values()] == list(kinds)
+        if change in chain:
+            chain[change].op_type = "Identity"
+        elif change == "axis":
+            chain["GatherElements"].attribute[0].i = 2
+        elif change == "by another number":
+            chain["Sub"].input[1] = chain["Clip"].input[1]
+        elif change == "at most":
+            chain["Clip"].input.append(chain["Sub"].input[1])
         else:
-            by_kind["Sub"].input[1] = by_kind["Clip"].input[1]
+            chain["Cast"].input[0] = contract.PAST_LENGTH
         before = model.SerializeToString()
         with pytest.raises(engine_layers.Unavailable, match="does not pick the last tokens as our exporter writes it"):
             engine_layers.rewrite(model.graph, SMALL, onnx.TensorProto.FLOAT, small[0])

@@ -210,10 +210,11 @@ def test_columns_that_are_a_warps_own(tile: int, depth: int, monkeypatch: pytest
     close(q, turned.view(1, depth), dtype, depth * 4)
 
 
-FORMS = [dict(BN=16, BK=128, KS=4, FORM=1), dict(BN=16, BK=128, KS=4, FORM=2), dict(BN=64, BK=64, KS=1, FORM=3)]  # of product.py
+FORMS = [dict(BN=16, BK=128, KS=4, FORM=1), dict(BN=16, BK=128, KS=4, FORM=2), dict(BN=64, BK=64, KS=1, FORM=3),
+         dict(BM=8, BN=16, BK=128, KS=4, FORM=0)]  # of product.py, and that of 8 rows without weights ahead  # fmt: skip
 
 
-@pytest.mark.parametrize("tiles", FORMS, ids=lambda tiles: str(tiles["FORM"]))
+@pytest.mark.parametrize("tiles", FORMS, ids=lambda tiles: f"{tiles['FORM']} of {tiles.get('BM', 32)}")
 @pytest.mark.parametrize("dtype", DTYPES[:1])
 def test_forms_of_a_product_of_a_batch(tiles: dict[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the 2x rule, in a depth and columns that fill no tile: rows have the bits that fewer of them have; one of 1e4 and one of zeros harm no other."""
@@ -221,7 +222,7 @@ def test_forms_of_a_product_of_a_batch(tiles: dict[str, int], dtype: torch.dtype
 
     def other(names: tuple[str, ...], *rest: object) -> dict[str, dict[str, object]]:
         found = {name: dict(options) for name, options in pinned(names, *rest).items()}  # type: ignore[arg-type]
-        return {name: {**o, **tiles, "BM": 32, "AHEAD": 0} if "FORM" in o else o for name, o in found.items()}
+        return {name: {**o, "BM": 32, "AHEAD": 0, **tiles} if "FORM" in o else o for name, o in found.items()}
 
     rows, depth = 40, 208
     x, w, b = random(rows, depth, dtype=dtype), random(80, depth, dtype=dtype, scale=0.3), random(80, dtype=dtype)
@@ -233,7 +234,8 @@ def test_forms_of_a_product_of_a_batch(tiles: dict[str, int], dtype: torch.dtype
     assert torch.equal(found[6], b) and torch.equal(layer.linear(x[:17].contiguous(), w, b), found[:17])
     if tiles["FORM"] == 3:  # takes both operands as they are
         return
-    w, h, s = random(80, 80, dtype=dtype, scale=0.3), random(rows, 160, dtype=dtype), random(rows, 80, dtype=dtype)
-    gated = (s.double() * h[:, 80:].double()).to(dtype)
+    w, b = random(depth, depth, dtype=dtype, scale=0.3), random(depth, dtype=dtype)
+    h, s = random(rows, 2 * depth, dtype=dtype), random(rows, depth, dtype=dtype)
+    gated = (s.double() * h[:, depth:].double()).to(dtype)
     exact, plain = (s.to(t) + gated.to(t) @ w.to(t).T + b.to(t) for t in (torch.float64, torch.float32))
     check(layer.tail(s, h, w, b, s), exact, plain.to(dtype))

@@ -101,18 +101,32 @@ def test_a_launch_passes_what_tritons_own_launcher_passes(monkeypatch: pytest.Mo
 
 
 def test_the_driver_is_told_of_shared_memory_and_triton_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a kernel is loaded; a driver that refuses, or knows no such attribute, fails nothing. Nor is Triton told of an early start, which would compile the
-    same binary once more."""
-    early = list[bool]()
-    binary, told, answers = SimpleNamespace(function=77, metadata=SimpleNamespace(global_scratch_size=0)), list[tuple[int, int, int]](), iter((0, 801, 0))
+    """Once a kernel is loaded, which it is where its `run` is asked for; a driver that refuses, or knows no such attribute, fails nothing. Nor is Triton told
+    of an early start, which would compile the same binary once more."""
+    early, told, answers = list[bool](), list[tuple[int, int, int]](), iter((0, 801, 0))
+
+    class Binary:
+        function, metadata = None, SimpleNamespace(global_scratch_size=0)
+
+        @property
+        def run(self) -> None:
+            self.function = 77  # type: ignore[assignment]
+
+    def bind(kernel: Any, binary: Any, constants: list[Any], ahead: bool) -> None:
+        early.append(ahead)
+        assert binary.run is None
 
     def attribute(function: Any, what: int, percent: int) -> int:
         told.append((function.value, what, percent))
         return next(answers)
 
-    kernel = SimpleNamespace(arg_names=["x", "BD"], warmup=lambda *types, **options: told.append(tuple(options.items())) or binary)  # type: ignore[func-returns-value]
+    def warmup(*types: Any, **options: Any) -> Binary:
+        told.append(tuple(options.items()))  # type: ignore[arg-type]
+        return Binary()
+
+    kernel = SimpleNamespace(arg_names=["x", "BD"], warmup=warmup)
     monkeypatch.setattr(jit, "interpreted", lambda: False)
-    monkeypatch.setattr(jit, "_bind", lambda *of: early.append(of[3]))
+    monkeypatch.setattr(jit, "_bind", bind)
     for name in ("_cuda_getDevice", "_cuda_getCurrentRawStream"):
         monkeypatch.setattr(torch._C, name, None, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
