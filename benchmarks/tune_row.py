@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from bench_chain import Chain, kernels
 from products import EPS, FORMATS, Case, quantise
-from row_choices import ENTER, KERNELS, LOGITS, ONE, PROJECT, SETS, TRIALS, Choice, Tiles
+from row_choices import ENTER, KERNELS, LOGITS, PROJECT, SETS, TRIALS, Choice, Tiles
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.kernels.engine import layer, mixer
@@ -94,7 +94,7 @@ def first_choice(width: int, kind: str, before: list[str] | None) -> Choice:
 
 def said(tiles: Tiles) -> str:
     """A few characters for tiles."""
-    code = "" if "code" not in tiles else " one sum" if tiles["code"] == ONE["code"] else " before"
+    code = " before" if "code" in tiles else ""
     opens = "" if "opens" not in tiles or code.endswith("before") else " opens" if tiles["opens"] else " waits"
     more = "".join(f" {letter}{tiles[key]}" for letter, key in (("r", "maxnreg"), ("f", "FORM")) if tiles.get(key))
     return f"{tiles['BN']}x{tiles['BK']}/{tiles['KS']} w{tiles['num_warps']}{more}{code}{opens}"
@@ -235,11 +235,6 @@ class Racer:
         return f"early against plain: {wrong} of 6 differ; from the first choice {worst:.1e} of the largest; finite {finite}"
 
 
-def is_other(kernel: str, tiles: Tiles, best: Tiles, kind: str) -> bool:
-    """Whether tiles are worth a binary: what FORM has of int8 is nothing with others, nor in the logits."""
-    return tiles != best and not (tiles["FORM"] % 4 == 2 and (kind != ".i8" or kernel == LOGITS))
-
-
 def numbers(width: int, format: str, choice: Choice) -> str:
     """The 2x rule for each kernel of a choice, and for the entrance with rows far off zero."""
     apply(choice, width, FORMATS[format])
@@ -250,12 +245,6 @@ def numbers(width: int, format: str, choice: Choice) -> str:
         err, plain = case.error(options)
         floor = 8 * 2.0**-23 if name == LOGITS else 2.0**-10
         found.append(f"{name[6:]} {err:.1e}/{plain:.1e}{'' if err <= 2 * plain + floor else ' FAILS'}")
-        if choice[name].get("FORM", 0) % 4 == 2:
-            case.x += 3.0
-            case.h += 3.0
-            case.gated = case.x * case.h[:, width:]
-            err, plain = case.error(options)
-            found.append(f"far off zero {err:.1e}/{plain:.1e}{'' if err <= 2 * plain + floor else ' FAILS'}")
         if name == ENTER:
             w, scale = quantise(torch.randn(2 * width, width, device="cuda"), format)
             exact, one = w.double() * scale.double()[:, None], torch.ones(width, device="cuda", dtype=HALF)
@@ -318,7 +307,7 @@ def tune(racer: Racer, format: str, before: list[str] | None, until: float) -> C
         for name, trials in left.items():
             if time.perf_counter() - BEGUN > until or not trials:
                 continue
-            best, left[name], line = one_kernel(racer, format, best, name, [t for t in trials if is_other(name, t, best[name], kind)], until)
+            best, left[name], line = one_kernel(racer, format, best, name, [t for t in trials if t != best[name]], until)
             print(f"  {turn} {name[6:]} {line} [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
     a, b, c = racer.race([(format, first), (format, best), ("", {})], 5, 20)
     racer.length.fill_(4128)

@@ -81,7 +81,7 @@ def layer_norm_enter(
     b_w = ahead(weight + column * depth, m_n, depth, 1, BN, BK, KS, 1)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, 1, BN)
     b_gain, b_shift = tl.load(norm_weight + o_k, mask=m_k, other=0.0), tl.load(norm_bias + o_k, mask=m_k, other=0.0)
-    b_w = row_soon(weight, b_w, x.dtype.element_ty, BN, BK, KS, 0, PDL)
+    b_w = row_soon(weight, b_w, x.dtype.element_ty, BN, BK, KS, PDL)
     begin(PDL)
     if KS > 1:
         b_y = norm_product(x, b_w, b_gain, b_shift, depth, eps, BN, BK, KS)
@@ -121,7 +121,7 @@ def layer_logits(
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale = scale_of(scale, weight, column, m_n, BN)
     if BM == 1:
-        b_w = row_soon(weight, b_w, x.dtype.element_ty, BN, BK, KS, FORM, PDL)
+        b_w = row_soon(weight, b_w, x.dtype.element_ty, BN, BK, KS, PDL)
     begin(PDL)
     b_y = product(x + row * depth, x, weight + column * depth, b_w, rows - row.to(tl.int32), m_m, m_n, depth, depth, depth, False, BM, BN, BK, KS, AHEAD, FORM)
     put(out + row * columns + column, scaled(b_y, b_scale, scale, weight, column, m_n, BM, BN), m_m, m_n, columns, BM, BN)
@@ -151,7 +151,7 @@ def _square(
     b_w = ahead(weight + column * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     if BM == 1:
-        b_w = row_soon(weight, b_w, x.dtype.element_ty, BN, BK, KS, FORM, PDL)
+        b_w = row_soon(weight, b_w, x.dtype.element_ty, BN, BK, KS, PDL)
     begin(PDL)
     if BM * BN <= HELD:
         b_add = tl.load(add + row * depth + column + o_y, mask=m_m[:, None] & m_n[None, :], other=0.0)
@@ -230,7 +230,7 @@ def _project_tile(
     b_w = ahead(weight + (above + column) * depth, m_n, depth, BM, BN, BK, KS, AHEAD)
     b_scale, b_bias = scale_of(scale, weight, above + column, m_n, BN), bias_of(bias + column, m_n, BM, BN)
     if BM == 1:
-        b_w = row_soon(weight, b_w, a.dtype.element_ty, BN, BK, KS, FORM, PDL)
+        b_w = row_soon(weight, b_w, a.dtype.element_ty, BN, BK, KS, PDL)
     begin(PDL)
     if BM * BN <= HELD:
         b_cos, b_sin = angles(cos + row * pairs, sin + row * pairs, m_m & turns, i_n * BN, pairs, BM, BN)

@@ -153,7 +153,7 @@ def product(
     that wait for one another, and a warp's chain is 1 / KS as long. Of one row see product_row.py.
     """
     if BM == 1:
-        b_acc = row_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, KS, AHEAD, FORM)
+        b_acc = row_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, KS, AHEAD)
     elif BM > FEW:
         tl.static_assert(KS == 1, "large tiles have depth enough for every warp")
         b_acc = _large_product(x, gate, weight, m_m, m_n, depth, row, gate_row, GATED, BM, BN, BK)

@@ -15,10 +15,8 @@ from sessa_deploy.kernels.device import open_early
 from sessa_deploy.kernels.engine.pointwise import normal_once
 from sessa_deploy.kernels.engine.product_columns import together
 from sessa_deploy.kernels.engine.widen import BITS as PTX
-from sessa_deploy.kernels.engine.widen import raised, wide
+from sessa_deploy.kernels.engine.widen import wide
 
-# FORM of one row's matrix instructions is 0 or a sum of: 1, no weights are widened before the wait; 2, nor then, and int8 for a row of float16 takes three
-# instructions in place of five; 4, of more weights than SOON each half of the depth has sums of its own.
 SUMS = tl.constexpr(64)  # rows of a warp's matrix instructions that have sums of their own
 SOON = tl.constexpr(4096)  # bytes of a warp's weights up to which they are widened before the wait: 64 registers a thread then
 
@@ -38,10 +36,10 @@ def row_ahead(weight, m_n, depth, BN: tl.constexpr, BK: tl.constexpr, KS: tl.con
 
 
 @triton.jit
-def row_soon(weight, b_w, kind: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr):
+def row_soon(weight, b_w, kind: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr):
     """What `row_ahead` gave, in `kind` where it is for matrix instructions and little: such weights are here long before the row is, and what is done to them
     by then takes no time. Of more, the registers would keep other programs out. Called right before `begin`."""
-    if (SOON * KS >= BN * BK) & (FORM % 4 == 0) & (KS > 1) & (weight.dtype.element_ty.primitive_bitwidth == 8):
+    if (SOON * KS >= BN * BK) & (KS > 1) & (weight.dtype.element_ty.primitive_bitwidth == 8):
         open_early(PDL)
         b_w = wide(b_w, kind)
     return b_w
@@ -49,12 +47,12 @@ def row_soon(weight, b_w, kind: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 
 @triton.jit
 def row_product(
-    x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr, FORM: tl.constexpr
+    x, gate, weight, b_w, m_n, depth, GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, AHEAD: tl.constexpr
 ):
     """(1,BN) float32, as `product.product`. By matrix instructions depth is at most BK, and KS the number of warps, each of which has sums of its own (of
     more, Triton 3.6 gave wrong ones)."""
     if (KS > 1) & (weight.dtype.element_ty.primitive_bitwidth == 8):
-        b_y = _dot(_part(x, gate, depth, GATED, BK), b_w, BN, BK, KS, FORM)
+        b_y = _dot(_part(x, gate, depth, GATED, BK), b_w, BN, BK, KS)
     elif KS > 1:
         b_y = _fan_product(x, gate, weight, b_w, m_n, depth, GATED, BN, BK, KS)
     else:
@@ -118,7 +116,7 @@ def norm_product(x, b_w, b_gain, b_shift, depth, eps, BN: tl.constexpr, BK: tl.c
     """(1,BN) float32 of `layer_norm` of the row x times a `_piece` of weights, BK >= depth."""
     o_k = tl.arange(0, BK)
     b_x = normal_once(tl.load(x + o_k, mask=o_k < depth, other=0.0), tl.load(x), b_gain, b_shift, o_k < depth, depth, eps, BK, KS)
-    return _dot(_settled(b_x.to(x.dtype.element_ty)), b_w, BN, BK, KS, 0)
+    return _dot(_settled(b_x.to(x.dtype.element_ty)), b_w, BN, BK, KS)
 
 
 @triton.jit
@@ -151,22 +149,18 @@ def _settled(b_x):
 
 
 @triton.jit
-def _dot(b_x, b_w, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, FORM: tl.constexpr):
+def _dot(b_x, b_w, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
     """(1,BN): the row (BK,) times a `_piece`. The row goes through shared memory: it is asked for, and what was done to it was done, once, not by each warp.
     Columns change places in each 64 on both sides alike.
 
     A matrix instruction waits for the one before it that has the same sums. So a warp's part of the depth is N parts, whose weights are rows of their own and
     whose rows are the columns: of each part's sums its own column is taken. And of the row a thread then has an N-th.
     """
-    MOST: tl.constexpr = SUMS // BN if SOON * KS >= BN * BK else FORM // 4 + 1
+    MOST: tl.constexpr = SUMS // BN if SOON * KS >= BN * BK else 1
     N: tl.constexpr = MOST if MOST * 64 * KS <= BK else BK // (64 * KS)
     C: tl.constexpr = BK // (64 * KS * N)
-    RAISED: tl.constexpr = (FORM % 4 == 2) & (b_w.dtype == tl.int8) & (b_x.dtype == tl.float16)
     PAIRS: tl.constexpr = b_w.dtype == tl.int8
-    if RAISED:
-        b_w, total = raised(b_w), tl.sum(b_x.to(tl.float32), 0)
-    else:
-        b_w = wide(b_w, b_x.dtype)
+    b_w = wide(b_w, b_x.dtype)
     b_w, b_x = tl.reshape(b_w, [4, 8, KS, BN // 8, C, N, 2, 2, 2, 2]), tl.reshape(b_x, [C, N, KS, 4, 2, 2, 2, 2])
     if PAIRS:
         b_w, b_x = tl.permute(b_w, [2, 5, 3, 1, 4, 6, 7, 0, 8, 9]), tl.permute(b_x, [2, 0, 4, 5, 3, 6, 7, 1])
@@ -179,7 +173,4 @@ def _dot(b_x, b_w, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, FORM: t
         b_y = tl.sum(tl.sum(tl.where(b_own, tl.reshape(b_y, [KS, N, BN, N]), 0.0), 1), 2)
     else:
         b_y = tl.max(b_y, 2)
-    b_y = together(tl.reshape(tl.trans(b_y), [1, BN, KS]), 1, BN, KS)
-    if RAISED:
-        b_y = b_y * 16777216.0 - 128.0 * total
-    return b_y
+    return together(tl.reshape(tl.trans(b_y), [1, BN, KS]), 1, BN, KS)

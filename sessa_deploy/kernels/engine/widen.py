@@ -30,13 +30,6 @@ prmt.b32 b, u, 0x64646464, 0x4342;
 sub.f16x2 $0, a, m;
 sub.f16x2 $1, b, m;
 }""")
-# u alone is the fraction of a float16 without a leading one: (q + 128) 2^-24.
-_RAISED = tl.constexpr("""{
-.reg .b32 u;
-xor.b32 u, $2, 0x80808080;
-prmt.b32 $0, u, 0, 0x4140;
-prmt.b32 $1, u, 0, 0x4342;
-}""")
 # 8 bits do not fit below bfloat16's exponent of 128: 128 + the low seven, less 128, or less 256 where the sign is set.
 _BFLOAT16 = tl.constexpr("""{
 .reg .b32 a, b, c, d, m;
@@ -83,14 +76,4 @@ def wide(b_w, kind: tl.constexpr):
         b_w = tl.inline_asm_elementwise(_BFLOAT16_E4M3, "=r,=r,r", [b_w], tl.bfloat16, True, 4)
     else:
         b_w = b_w.to(kind)
-    return b_w
-
-
-@triton.jit
-def raised(b_w):
-    """(b_w + 128) 2^-24 of int8 b_w in float16, which holds it exactly: three instructions for four where `wide` takes five."""
-    if BITS:
-        b_w = tl.inline_asm_elementwise(_RAISED, "=r,=r,r", [b_w], tl.float16, True, 4)
-    else:
-        b_w = ((b_w.to(tl.float32) + 128.0) * 5.9604644775390625e-08).to(tl.float16)
     return b_w

@@ -117,18 +117,18 @@ def test_operations(operation: Any, factor: int, rows: int, kind: str, dtype: to
 
 @pytest.mark.parametrize("operation", [tail, out_add, norm_enter, project], ids=lambda x: x.__name__)
 @pytest.mark.parametrize(
-    ("d", "tile", "kind", "dtype", "form"),
-    [(80, (16, 128), "int8", HALF, 0), (80, (16, 128), "fp8", BFLOAT, 1), (144, (64, 256), "fp8", HALF, 0), (240, (16, 512), "int8", HALF, 2),
-     (144, (64, 256), "int8", BFLOAT, 6)],
+    ("d", "tile", "kind", "dtype"),
+    [(80, (16, 128), "int8", HALF), (80, (16, 128), "fp8", BFLOAT), (144, (64, 256), "fp8", HALF), (240, (16, 512), "int8", HALF),
+     (144, (64, 256), "int8", BFLOAT)],
 )  # fmt: skip
 def test_a_row_by_matrix_instructions(
-    operation: Any, d: int, tile: tuple[int, int], kind: str, dtype: torch.dtype, form: int, monkeypatch: pytest.MonkeyPatch
+    operation: Any, d: int, tile: tuple[int, int], kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few weights, which are widened before the wait where their form lets them, and more; with a warp's sums in one, two and four parts of the depth."""
+    """Few weights, which are widened before the wait, and more; with a warp's sums in one, two and four parts of the depth."""
     pinned = layer.pinned
 
     def other(names: tuple[str, ...], *rest: Any) -> Any:
-        changed, more = dict(zip(("BN", "BK", "KS", "num_warps"), (*tile, 2, 2), strict=True)), {"AHEAD": 1, "FORM": form}
+        changed, more = dict(zip(("BN", "BK", "KS", "num_warps"), (*tile, 2, 2), strict=True)), {"AHEAD": 1}
         return {name: o if name == "layer_norm" else {**o, **changed, **(more if "AHEAD" in o else {})} for name, o in pinned(names, *rest).items()}
 
     factor = {"norm_enter": 2, "project": 4}.get(operation.__name__, 1)
