@@ -111,11 +111,12 @@ def test_tiles_of_few_rows_sum_as_those_of_many() -> None:
 
 def test_few_rows_as_the_short_side_without_weights_ahead() -> None:
     a = case(2, 2, 64, 40, [40], 8, DEVICE)
-    few = {**(small(8) or {}), "mixer_rows_out": dict(BM=8, BN=32, BK=64, KS=2, AHEAD=0, FORM=0, num_warps=2, num_stages=2)}
+    out = dict(BM=8, BN=32, BK=64, KS=2, AHEAD=0, FORM=0, num_warps=2, num_stages=2) | ({} if DEVICE == "cpu" else {"PDL": 0})
+    few = {**(small(8) or {}), "mixer_rows_out": out}
     if DEVICE == "cpu":
         check(mixer_rows.step(**a, tiles=few), mixed(a, torch.float64), mixed(a, torch.float32))
         return
-    found, many = (mixer_rows.step(**a, tiles={"mixer_rows_out": {**few["mixer_rows_out"], "BM": rows}}) for rows in (8, 16))
+    found, many = (mixer_rows.step(**a, tiles={"mixer_rows_out": {**out, "BM": rows}}) for rows in (8, 16))
     check(found, mixed(a, torch.float64), mixed(a, torch.float32))
     assert torch.equal(found, many)
 
