@@ -2,11 +2,12 @@
 
     python benchmarks/tune_row.py [--seconds 41] [--compile] [--before MODULE TILES] [--what 2048:int8:0.4 ...]
 
-One sequence at 160 of 32768 (the middle of a run at 128), 1.1B and 350M, int8 and fp8, most important first. For each kernel a line: every choice's time over
-that of the best before it, from several captures by turns (captures of one chain lie 2 to 4% apart); what gains 0.4% with right numbers is kept. Then the
-winner as a whole against the first choice and 16 bits, its numbers (2x rule against float64 of the dequantised weights; early starts against plain ones, bit
-for bit), and lines for tiles.json. --compile: only compile, in processes. A choice may name a module that has the kernel ("code"); --before: one whose
-kernels, with the entries of that tiles.json, are the first choice.
+One sequence at 160 of 32768 (the middle of a run at 128), of each width and format that --what names: 1.1B (2048) if it is not given; 350M is 1024. What is
+tried stands in row_choices.py: sets as a whole, then for each kernel a line: every choice's time over that of the best set with one of its own, from several
+captures by turns (captures of one chain lie 2 to 4% apart); what gains 0.3% with right numbers is kept. Then the winner as a whole against the first choice
+and 16 bits, its numbers (2x rule against float64 of the dequantised weights; early starts against plain ones, bit for bit), lines for tiles.json and each
+kernel's own time. --compile: only compile, in processes. A choice may name a module that has the kernel ("code"); --before: one whose kernels, with the
+entries of that tiles.json, are the first choice, which is else the tables'.
 """
 
 from __future__ import annotations
@@ -324,13 +325,12 @@ def tune(racer: Racer, format: str, before: list[str] | None, until: float) -> C
 
 
 def profile(racer: Racer, formats: list[tuple[str, Choice]]) -> None:
-    """Microseconds of each kernel of a layer, started plainly (its own work) and early (its waiting too). Last: it spoils later graphs."""
+    """Microseconds of each kernel of a layer, none started early: its own work. Last: it spoils later graphs."""
     for format, choice in formats:
-        for early in (0,):
-            found = {name: us * count / 24 for name, (us, count) in kernels(racer.capture(format, choice, early)[0]).items() if count >= 24 or "logits" in name}
-            layers = sum(us for name, us in found.items() if "logits" not in name)
-            each = ", ".join(f"{name.removeprefix('layer_').removeprefix('mixer_step_')} {us:.2f}" for name, us in found.items())
-            print(f"{SIZES[racer.width]} {format or '16 bits'} {'early' if early else 'plain'}: {layers:.1f} us a layer: {each} (logits of 24)", flush=True)
+        found = {name: us * count / 24 for name, (us, count) in kernels(racer.capture(format, choice, 0)[0]).items() if count >= 24 or "logits" in name}
+        layers = sum(us for name, us in found.items() if "logits" not in name)
+        each = ", ".join(f"{name.removeprefix('layer_').removeprefix('mixer_step_')} {us:.2f}" for name, us in found.items())
+        print(f"{SIZES[racer.width]} {format or '16 bits'} plain: {layers:.1f} us a layer: {each} (logits of 24)", flush=True)
 
 
 def main() -> None:

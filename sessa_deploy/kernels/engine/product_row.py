@@ -1,9 +1,9 @@
 """`product` of one row, in three forms.
 
 With KS = 1 single multiplications, each column's by all warps; with KS > 1 and 16-bit weights by one warp, which has KS columns. With KS > 1 and 8-bit weights
-matrix instructions, whose 8 columns are parts of the row: they take less than half of the instructions that single multiplications take with the conversions to
-float32 before them, and those are not hidden behind the weights' way from memory. Weights are then held as `strip` in product.py holds them, 16 at a time: a
-thread reads 16 bytes and has what its matrix instructions take.
+matrix instructions, of whose 8 columns each is a part of the row: they take less than half of the instructions that single multiplications take with the
+conversions to float32 before them, and those are not hidden behind the weights' way from memory. Weights are then held as `strip` in product.py holds them, 16
+at a time: a thread reads 16 bytes and has what its matrix instructions take.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from sessa_deploy.kernels.engine.product_columns import together
 from sessa_deploy.kernels.engine.widen import BITS as PTX
 from sessa_deploy.kernels.engine.widen import wide
 
-SUMS = tl.constexpr(64)  # rows of a warp's matrix instructions that have sums of their own
 SOON = tl.constexpr(4096)  # bytes of a warp's weights up to which they are widened before the wait: 64 registers a thread then
 
 
@@ -154,10 +153,10 @@ def _dot(b_x, b_w, BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr):
     Columns change places in each 64 on both sides alike.
 
     A matrix instruction waits for the one before it that has the same sums. So a warp's part of the depth is N parts, whose weights are rows of their own and
-    whose rows are the columns: of each part's sums its own column is taken. And of the row a thread then has an N-th.
+    whose rows are the columns: of each part's sums its own column is taken. And of the row a thread then has an N-th. Weights up to SOON have a part for each
+    64 of a warp's columns: no more than 8, and no more than 64 rows with sums of their own. Of more weights the sums would take the registers.
     """
-    MOST: tl.constexpr = SUMS // BN if SOON * KS >= BN * BK else 1
-    N: tl.constexpr = MOST if MOST * 64 * KS <= BK else BK // (64 * KS)
+    N: tl.constexpr = BK // (64 * KS) if SOON * KS >= BN * BK else 1
     C: tl.constexpr = BK // (64 * KS * N)
     PAIRS: tl.constexpr = b_w.dtype == tl.int8
     b_w = wide(b_w, b_x.dtype)
