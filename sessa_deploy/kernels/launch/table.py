@@ -119,7 +119,7 @@ def early(name: str, arch: int, dtype: str, variant: str) -> int:
 
 
 def shared_share(name: str, arch: int, dtype: str, variant: str) -> int:
-    """Percent of shared memory that a binary wishes for, see `limits.SHARED_SHARE`; 0 where the driver chooses."""
+    """Percent of shared memory that a binary wishes for, see `limits.SHARED_SHARE`; 0: all of it where it needs more than 48 KiB."""
     fills = variant in kernel(name).fills and arch == WIDE_ARCH
     share = WIDE_SHARE if fills else SHARED_SHARE if variant in kernel(name).shares else 0
     return share if early(name, arch, dtype, variant) else 0
