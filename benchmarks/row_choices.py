@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 Tiles = dict[str, Any]
-Choice = dict[str, Tiles]  # kernel -> tiles; beside them "code": a module, "opens": whether the next kernel is let in before the wait
+Choice = dict[str, Tiles]  # kernel -> tiles; beside them "opens": whether the next kernel is let in before the wait
 ENTER, PROJECT, OUT, TAIL, LOGITS = KERNELS = "layer_norm_enter", "layer_project_gain", "layer_out", "layer_tail", "layer_logits"
 
 

@@ -1,13 +1,12 @@
 """Products of one row with 8-bit weights tried within the chain of bench_chain.py, by turns with the tables' and with 16-bit weights.
 
-    python benchmarks/tune_row.py [--seconds 41] [--compile] [--before MODULE TILES] [--what 2048:int8:0.4 ...]
+    python benchmarks/tune_row.py [--seconds 41] [--compile] [--what 2048:int8:0.4 ...]
 
 One sequence at 160 of 32768 (the middle of a run at 128), of each width and format that --what names: 1.1B (2048) if it is not given; 350M is 1024. What is
 tried stands in row_choices.py: sets as a whole, then for each kernel a line: every choice's time over that of the best set with one of its own, from several
-captures by turns (captures of one chain lie 2 to 4% apart); what gains 0.3% with right numbers is kept. Then the winner as a whole against the first choice
-and 16 bits, its numbers (2x rule against float64 of the dequantised weights; early starts against plain ones, bit for bit), lines for tiles.json and each
-kernel's own time. --compile: only compile, in processes. A choice may name a module that has the kernel ("code"); --before: one whose kernels, with the
-entries of that tiles.json, are the first choice, which is else the tables'.
+captures by turns (captures of one chain lie 2 to 4% apart); what gains 0.3% with right numbers is kept. Then the winner as a whole against the tables' and
+16 bits, its numbers (2x rule against float64 of the dequantised weights; early starts against plain ones, bit for bit), lines for tiles.json and each
+kernel's own time. --compile: only compile, in processes.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ import statistics
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
-from importlib import import_module
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +34,6 @@ from sessa_deploy.kernels.launch.spec import OPENS, WAITS
 BEGUN = time.perf_counter()
 SIZES = {2048: "1.1B", 1024: "350M"}
 HALF = torch.float16
-OWN = {name: getattr(layer, name) for name in KERNELS}
 _tiles, _opens = table.tiles, dict[tuple[str, str, str], bool]()
 _original: dict[Any, Any] = {}
 
@@ -53,7 +49,7 @@ def _changed_tiles(name: str, arch: int, dtype: str, variant: str) -> Tiles:
 
 
 def apply(choice: Choice, width: int, kind: str) -> None:
-    """Make the tables and layer.py's kernels those of a choice; kind: of `jit.weights_name`."""
+    """Make the tables those of a choice; kind: of `jit.weights_name`."""
     entries = table._entries()
     if not _original:
         _original.update(entries)
@@ -61,44 +57,23 @@ def apply(choice: Choice, width: int, kind: str) -> None:
     entries.clear()
     entries.update(_original)
     _opens.clear()
-    for name, own in OWN.items():
-        setattr(layer, name, own)
     for name, tiles in choice.items():
         at, dtype = variant(name, width), "fp16" + kind
-        wanted = {k: v for k, v in tiles.items() if k not in ("code", "opens", "arch", "dtype", "variant", "tuned", "spills")}
+        wanted = {k: v for k, v in tiles.items() if k != "opens"}
         if name == ENTER:
             wanted = {k: v for k, v in wanted.items() if k not in ("BM", "AHEAD", "FORM")}
         entries[(name, 90, dtype, at)] = {**wanted, "arch": [90], "dtype": [dtype], "variant": at, "tuned": True}
         if "opens" in tiles:
             _opens[(name, dtype, at)] = tiles["opens"]
-        if "code" in tiles:
-            setattr(layer, name, getattr(import_module(tiles["code"]), name))
     jit.pinned.cache_clear()
     jit.available.cache_clear()
 
 
-def first_choice(width: int, kind: str, before: list[str] | None) -> Choice:
-    """What the tables have; before: (module, tiles.json) of other kernels."""
-    if not before:
-        return {}
-    tables = json.loads(Path(before[1]).read_text(encoding="utf-8"))["kernels"]
-    found: Choice = {}
-    for name in KERNELS:
-        at = variant(name, width)
-        its = {e["variant"]: e for e in tables[name] if 90 in e["arch"] and "fp16" + kind in e["dtype"]}
-        entry = its.get(at) or its["1"]
-        opens = entry["variant"] in table.kernel(name).opens
-        its_tiles = {k: v for k, v in entry.items() if k not in ("arch", "dtype", "variant", "tuned", "spills")}
-        found[name] = {"FORM": 0, **its_tiles, "code": before[0], "opens": opens}
-    return found
-
-
 def said(tiles: Tiles) -> str:
     """A few characters for tiles."""
-    code = " before" if "code" in tiles else ""
-    opens = "" if "opens" not in tiles or code.endswith("before") else " opens" if tiles["opens"] else " waits"
-    more = "".join(f" {letter}{tiles[key]}" for letter, key in (("r", "maxnreg"), ("f", "FORM")) if tiles.get(key))
-    return f"{tiles['BN']}x{tiles['BK']}/{tiles['KS']} w{tiles['num_warps']}{more}{code}{opens}"
+    opens = "" if "opens" not in tiles else " opens" if tiles["opens"] else " waits"
+    registers = f" r{tiles['maxnreg']}" if "maxnreg" in tiles else ""
+    return f"{tiles['BN']}x{tiles['BK']}/{tiles['KS']} w{tiles['num_warps']}{registers}{opens}"
 
 
 def compile_one(job: tuple[str, Tiles, int, str]) -> str:
@@ -131,14 +106,13 @@ BESIDE = [
 ]  # fmt: skip
 
 
-def compile_all(before: list[str] | None, workers: int) -> None:
+def compile_all(workers: int) -> None:
     """One job a binary that a trial makes."""
     jobs = []
     for width in SIZES:
         for kind in ("int8", "fp8"):
-            choices = (first_choice(width, FORMATS[kind], before), *SETS[width].values())
             for name in KERNELS:
-                for tiles in (*(c[name] for c in choices if name in c), *TRIALS[width].get(name, ())):
+                for tiles in (*(choice[name] for choice in SETS[width].values()), *TRIALS[width].get(name, ())):
                     jobs += [job] if (job := (name, tiles, width, FORMATS[kind])) not in jobs else []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         beside = pool.map(compile_beside, BESIDE)
@@ -213,8 +187,8 @@ class Racer:
                 times.append(statistics.median(a.elapsed_time(b) for a, b in its[3:]))
         return [statistics.mean(times) for times in found]
 
-    def same(self, format: str, first: Choice, best: Choice) -> str:
-        """Whether early starts have the bits of plain ones, row by row, and how far logits are from the first choice's."""
+    def same(self, format: str, best: Choice) -> str:
+        """Whether early starts have the bits of plain ones, row by row, and how far logits are from the tables'."""
         graph, out = self.capture(format, best)
         generator, wrong, worst, early = torch.Generator("cuda").manual_seed(7), 0, 0.0, []
         kept, xs = self.x.clone(), [torch.randn(self.x.shape, device="cuda", generator=generator).half() for _ in range(6)]
@@ -223,7 +197,7 @@ class Racer:
             self.length.fill_((160, 4128, 1)[i % 3])
             graph.replay()
             early.append(out.clone())
-        for choice in (best, first):
+        for choice in (best, Choice()):
             apply(choice, self.width, FORMATS[format])
             for i, x in enumerate(xs):
                 self.length.fill_((160, 4128, 1)[i % 3])
@@ -233,7 +207,7 @@ class Racer:
         self.x.copy_(kept)
         self.length.fill_(160)
         finite = all(bool(torch.isfinite(y).all()) for y in early)
-        return f"early against plain: {wrong} of 6 differ; from the first choice {worst:.1e} of the largest; finite {finite}"
+        return f"early against plain: {wrong} of 6 differ; from the tables {worst:.1e} of the largest; finite {finite}"
 
 
 def numbers(width: int, format: str, choice: Choice) -> str:
@@ -292,17 +266,15 @@ def one_kernel(racer: Racer, format: str, best: Choice, name: str, trials: list[
     return best, near, f"now {held}: " + ", ".join(line)
 
 
-def tune(racer: Racer, format: str, before: list[str] | None, until: float) -> Choice:
+def tune(racer: Racer, format: str, until: float) -> Choice:
     width, kind = racer.width, FORMATS[format]
-    first = first_choice(width, kind, before)
     head, sets = f"{SIZES[width]} {format}", SETS[width]
-    runners = [(format, first), ("", {}), *((format, choice) for choice in sets.values())]
+    runners = [(format, Choice()), ("", Choice()), *((format, choice) for choice in sets.values())]
     racer.race(runners, 1, 4)  # loads the binaries
     a, c, *found = racer.race(runners, 2, 14)
     said_sets = ", ".join(f"{name} {t:.4f}" for name, t in zip(sets, found, strict=True))
-    print(f"{head}: 16 bits {c:.4f}, before {a:.4f} ({c / a:.3f}x); {said_sets} [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
+    print(f"{head}: 16 bits {c:.4f}, tables {a:.4f} ({c / a:.3f}x); {said_sets} [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
     best = dict(list(sets.values())[found.index(min(found))])
-    best = first if first and a < min(found) else best
     left = {name: list(trials) for name, trials in TRIALS[width].items()}
     for turn in range(3):
         for name, trials in left.items():
@@ -310,17 +282,17 @@ def tune(racer: Racer, format: str, before: list[str] | None, until: float) -> C
                 continue
             best, left[name], line = one_kernel(racer, format, best, name, [t for t in trials if t != best[name]], until)
             print(f"  {turn} {name[6:]} {line} [{time.perf_counter() - BEGUN:.0f} s]", flush=True)
-    a, b, c = racer.race([(format, first), (format, best), ("", {})], 5, 20)
+    a, b, c = racer.race([(format, {}), (format, best), ("", {})], 5, 20)
     racer.length.fill_(4128)
-    d, e, f = racer.race([(format, first), (format, best), ("", {})], 2, 14)
+    d, e, f = racer.race([(format, {}), (format, best), ("", {})], 2, 14)
     racer.length.fill_(160)
-    print(f"{head} WINNER at 160: {b:.4f}, before {a:.4f}, 16 bits {c:.4f}: {c / b:.3f}x, was {c / a:.3f}x; 4128: {e:.4f}, {d:.4f}, {f:.4f}", flush=True)
-    print("  " + racer.same(format, first, best), flush=True)
+    print(f"{head} WINNER at 160: {b:.4f}, tables {a:.4f}, 16 bits {c:.4f}: {c / b:.3f}x, was {c / a:.3f}x; 4128: {e:.4f}, {d:.4f}, {f:.4f}", flush=True)
+    print("  " + racer.same(format, best), flush=True)
     print("  2x rule: " + numbers(width, format, best), flush=True)
     for name, tiles in best.items():
-        row = {k: v for k, v in tiles.items() if k not in ("code", "opens") and not (name == ENTER and k in ("BM", "AHEAD", "FORM"))}
+        row = {k: v for k, v in tiles.items() if k != "opens" and not (name == ENTER and k in ("BM", "AHEAD", "FORM"))}
         entry = {"arch": [90], "dtype": [f"fp16{kind}", f"bf16{kind}"], "variant": variant(name, width), **row, "tuned": True}
-        print(f"  {name}: {json.dumps(entry)}" + (f"  # {said(tiles)}" if "code" in tiles or "opens" in tiles else ""), flush=True)
+        print(f"  {name}: {json.dumps(entry)}" + (f"  # {said(tiles)}" if "opens" in tiles else ""), flush=True)
     return best
 
 
@@ -338,11 +310,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=41.0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--workers", type=int, default=5)
-    parser.add_argument("--before", nargs=2, metavar=("MODULE", "TILES"))
     parser.add_argument("--what", nargs="+", default=["2048:int8:0.4", "2048:fp8:0.75"], help="width:format:share of the seconds at which its trials end")
     args = parser.parse_args()
     if args.compile:
-        compile_all(args.before, args.workers)
+        compile_all(args.workers)
         return
     gc.disable()
     racers: dict[int, Racer] = {}
@@ -353,15 +324,14 @@ def main() -> None:
         width, format, share = (cast(part) for cast, part in zip((int, str, float), what.split(":"), strict=True))
         try:
             racers[width] = racers.get(width) or Racer(width)
-            best = tune(racers[width], format, args.before, share * args.seconds)
+            best = tune(racers[width], format, share * args.seconds)
             chosen.setdefault(width, [("", {})]).append((format, best))
             print(f"  the same with one layer's weights for all: {racers[width].cached(format, best):.4f}", flush=True)
         except Exception:
             print(f"{SIZES[width]} {format} failed: " + " | ".join(traceback.format_exc().splitlines()[-4:])[-600:], flush=True)
     for width, formats in chosen.items():
         if time.perf_counter() - BEGUN < args.seconds:
-            before = first_choice(width, FORMATS[formats[-1][0]], args.before)
-            profile(racers[width], [*formats, (formats[-1][0], before)])
+            profile(racers[width], [*formats, (formats[-1][0], {})])
 
 
 if __name__ == "__main__":
