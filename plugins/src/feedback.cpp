@@ -71,6 +71,8 @@ struct Forward final : Plan
         narrow = findCubin(solver, arch, dtype, "fwd");
         pack = findCubin("feedback_pack", arch, dtype, wide ? "wide" : "fwd");
         scores = findCubin("feedback_scores", arch, dtype, p.capacity > 0 ? "past" : "fwd");
+        bool const large = p.capacity > 0 && p.tokens >= kPastRows && rowsOf(p) >= kPastWork; // feedback/spec.py, scores_past
+        shared = large ? findCubin("feedback_scores_past", arch, dtype, "fwd") : nullptr;
         bool const half = p.storage == Storage::kHalf;
         nearPrograms = half ? 2 : 4; // a block: for each of the two nearest tiles one, or one for half of its rows
         combination = {findCubin(half ? "feedback_inverse_half" : "feedback_inverse", arch, dtype, "fwd"),
@@ -87,6 +89,7 @@ struct Forward final : Plan
     {
         std::vector<Cubin const*> all{pack, scores, solve};
         all.insert(all.end(), combination.begin(), combination.end());
+        all.insert(all.end(), shared == nullptr ? 0 : 1, shared);
         return all;
     }
 
@@ -186,16 +189,21 @@ struct Forward final : Plan
             return groupedSize(rowTiles, (past + row0 / tile) / group, scoreRows, tile * group, scores->tile("GROUP"));
         };
         int64_t const grid = std::min(programs(pastTiles), std::max(programs(0), kScorePrograms));
+        bool const many = shared != nullptr && (panels == 1 || rows % kScoreColumns == 0); // feedback/forward.py, score_launches
         Arguments a;
-        a.add(t.in[kQ]).add(t.in[kK]).add(pastTiles > 0 ? t.in[kPastK] : t.in[kK]).add(t.in[kPastLength]).add(lse).add(sync).add(e).add(peak);
-        a.add(total).add(sync);
+        a.add(t.in[kQ]).add(t.in[kK]).add(pastTiles > 0 ? t.in[kPastK] : t.in[kK]).add(t.in[kPastLength]).add(lse);
+        if (!many)
+        {
+            a.add(sync);
+        }
+        a.add(e).add(peak).add(total).add(sync);
         a.add(i32(p.tokens)).add(i32(p.capacity)).add(i32(p.width)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles));
         a.add(i32(row0)).add(i32(panel > 0 ? 0 : syncs)).add(static_cast<float>(scaleOf(p.width, p.numbers.scale)));
         Arguments b;
         b.add(e).add(peak).add(total).add(t.in[kGamma]).add(t.in[kPastLength]).add(rowPeak).add(gain).add(lse).add(x).add(inverse).add(inverseLow);
         b.add(near).add(nearLow).add(nearScale).add(i32(p.tokens)).add(i32(columns)).add(i32(rows)).add(i32(pastTiles)).add(i32(tiles)).add(i32(row0));
         b.add(i32(p.batch)).add(i32(blocks));
-        bool good = launch(*scores, {grid, p.batch, 1}, a, stream, error);
+        bool good = many ? shareScores(p, row0, blocks, a, stream, error) : launch(*scores, {grid, p.batch, 1}, a, stream, error);
         for (size_t i = 0; good && i < combination.size(); ++i)
         {
             Arguments same = b; // a launch adds to them
@@ -204,8 +212,22 @@ struct Forward final : Plan
         return good;
     }
 
+    // feedback/many.py, ManyScores: the programs that the device holds share the tiles, of 128 rows in pairs. Their descriptors are made where the inverses
+    // will be: x has more than kManyPrograms rows.
+    bool shareScores(Problem const& p, int64_t row0, int64_t blocks, Arguments& a, CUstream_st* stream, std::string& error) const
+    {
+        int64_t const pairs = ceilDiv(blocks, 2);
+        int64_t const base = row0 / kScoreColumns;
+        int64_t const each = pairs * (pairs + 1) + 2 * base * pairs;
+        int64_t const most = p.batch * (each + blocks * ceilDiv(p.capacity, kScoreColumns));
+        a.add(i32(p.batch)).add(i32(each)).add(i32(base));
+        a.scratch(x);
+        return launch(*shared, {std::min({most, heldPrograms(*shared), kManyPrograms}), 1, 1}, a, stream, error);
+    }
+
     Cubin const* pack{};
     Cubin const* scores{};
+    Cubin const* shared{}; // in place of `scores`, where there is much work
     Cubin const* solve{};
     Cubin const* narrow{}; // the solve of fewer rows
     std::vector<Cubin const*> combination;
@@ -229,6 +251,7 @@ std::vector<Problem> everyFeedback(Storage storage)
         p.width = width;
         all.push_back(p);
     };
+    add(std::max(kPastRows, kPastWork), 256); // scores whose programs share the tiles
     add(kStepRows + 1, 256); // narrow tiles of the solve, which in halves are those of few
     add(kFewWork / 256, 256);
     add(kWideWork / 256, 256);

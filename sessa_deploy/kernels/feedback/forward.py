@@ -20,10 +20,10 @@ from sessa_deploy.kernels.feedback import parts
 from sessa_deploy.kernels.feedback.halves import feedback_solve_halves
 from sessa_deploy.kernels.feedback.inverse import feedback_inverse, feedback_near
 from sessa_deploy.kernels.feedback.inverse_half import feedback_inverse_half, feedback_near_half
-from sessa_deploy.kernels.feedback.many import ManyScores, feedback_scores_many
+from sessa_deploy.kernels.feedback.many import ManyScores, feedback_scores_many, feedback_scores_past
 from sessa_deploy.kernels.feedback.pack import feedback_pack
 from sessa_deploy.kernels.feedback.shape import Shape, live_grid, plan, score_grid, workspace_sizes
-from sessa_deploy.kernels.feedback.spec import MANY, all_pinned, pack_variant, scores_many, solve_variant, solver
+from sessa_deploy.kernels.feedback.spec import MANY, MANY_PAST, all_pinned, pack_variant, scores_many, scores_past, solve_variant, solver
 from sessa_deploy.kernels.feedback.tiles import (
     apply_inverse,
     feedback_combine,
@@ -36,7 +36,7 @@ from sessa_deploy.kernels.feedback.tiles import (
 )
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Launcher, Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
-from sessa_deploy.kernels.launch.limits import PACK_PROGRAMS, PANEL_BYTES
+from sessa_deploy.kernels.launch.limits import PACK_PROGRAMS, PANEL_BYTES, SCORE_COLUMNS
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_solve"))
@@ -149,8 +149,10 @@ def combination(device: torch.device, dtype: torch.dtype, options: Options) -> l
 
 def score_launches(device: torch.device, dtype: torch.dtype, options: Options, shape: Shape) -> tuple[Callable[..., None], bool]:
     """What launches the scores, and whether it is the kernel by descriptors, which takes (rows, sequences) for a grid."""
-    if MANY in options and shape.past == 0 and (shape.panels == 1 or shape.rows % 256 == 0):
-        return ManyScores(launcher(feedback_scores_many, device, dtype, options[MANY])), True
+    name = MANY_PAST if shape.past else MANY
+    if name in options and (shape.panels == 1 or shape.rows % SCORE_COLUMNS == 0):
+        kernel = feedback_scores_past if shape.past else feedback_scores_many
+        return ManyScores(launcher(kernel, device, dtype, options[name]), shape.past > 0), True
     return launcher(feedback_scores, device, dtype, options["feedback_scores"]), False
 
 
@@ -161,8 +163,9 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, p
     found = pinned(FORWARD[1:2], device, dtype, "past" if past else "fwd") | pinned(FORWARD[2:3], device, dtype, "fwd")
     found |= pinned(FORWARD[:1], device, dtype, pack_variant(solve)) | pinned((solver(arch, kind, "fwd", width),), device, dtype, solve)
     apart = next((names for names in (APART, APART_HALF) if all_pinned(names, arch, kind, "fwd")), ())
-    many = rows > 0 and past == 0 and scores_many(arch, kind, "fwd", batch, rows // batch)
-    return found | pinned((*apart, *(MANY,) * many), device, dtype, "fwd")
+    tokens = rows // batch
+    many = scores_past(arch, kind, batch, tokens) if past else rows > 0 and scores_many(arch, kind, "fwd", batch, tokens)
+    return found | pinned((*apart, *(MANY_PAST if past else MANY,) * many), device, dtype, "fwd")
 
 
 class Plan:

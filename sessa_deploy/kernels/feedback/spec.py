@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import FEEDBACK_WIDTHS, FEW_WORK, ROWS_WIDTHS, WIDE, WIDE_COLUMNS, WIDE_WORK
+from sessa_deploy.kernels.launch.limits import FEEDBACK_WIDTHS, FEW_WORK, PAST_ROWS, PAST_WORK, ROWS_WIDTHS, WIDE, WIDE_COLUMNS, WIDE_WORK
 from sessa_deploy.kernels.launch.spec import Kernel, Param, by_name, integers, pointers
 
 _PACKAGE = "sessa_deploy.kernels.feedback"
@@ -12,6 +12,7 @@ _WIDTHS = tuple(map(str, FEEDBACK_WIDTHS))
 _ROWS_STEPS = tuple(map(str, ROWS_WIDTHS))
 HALVES = ("feedback_solve_halves", "feedback_solve_halves_transposed")  # which stand in for the solves
 MANY = "feedback_scores_many"  # which stands in for feedback_scores in training
+MANY_PAST = "feedback_scores_past"  # the same behind a past
 _HALF = ("fp16", "bf16")  # storage that matrix instructions take
 
 _STRIDES = (Param("stride_kb", "i64", True), Param("stride_kr", "i32", True), Param("stride_sb", "i64", True), Param("stride_sr", "i32", True))
@@ -197,6 +198,16 @@ KERNELS = by_name((
         ("BK", "BACKWARD"), ("fwd", "bwd"), lowered=False, dtypes=("bf16",), optional=("fwd", "bwd"), scratch=384,
     ),
     Kernel(
+        MANY_PAST,
+        f"{_PACKAGE}.many",
+        (
+            *pointers("q", "k", "past_k"), Param("past_length", "*i32"), *pointers("lse", type="*fp32"), *pointers("e", type="*work"),
+            *pointers("peak", "total", type="*fp32"), Param("sync", "*i32"), *integers("T", "P"), *(Param(n, "i32", True) for n in ("D", "C", "R")),
+            *integers("NP", "NT", "row0", "n_sync"), Param("scale", "fp32"), *integers("B", "each", "base"),
+        ),
+        ("BK",), ("fwd",), dtypes=_HALF, optional=("fwd",), scratch=512, scalar_loads=2,
+    ),
+    Kernel(
         "feedback_combine",
         f"{_PACKAGE}.tiles",
         _COMBINE,
@@ -379,6 +390,11 @@ def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0, b
 def scores_many(arch: int, dtype: str, side: str, batch: int, tokens: int) -> bool:
     """Whether MANY makes the scores of so many rows without a past, of a side ("fwd" or "bwd"): the same bits, so B and T may decide."""
     return batch * tokens * tokens >= MANY_WORK and all_pinned((MANY,), arch, dtype, side)
+
+
+def scores_past(arch: int, dtype: str, batch: int, tokens: int) -> bool:
+    """Whether MANY_PAST makes the scores of so many rows behind a past: likewise."""
+    return tokens >= PAST_ROWS and batch * tokens >= PAST_WORK and all_pinned((MANY_PAST,), arch, dtype, "fwd")
 
 
 def pack_variant(solve: str) -> str:

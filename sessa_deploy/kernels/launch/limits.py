@@ -38,6 +38,9 @@ PANEL_BYTES = 1 << 30  # of the routing tiles of one panel
 # Programs of the kernels that walk the rows of a past there may be: one for each tile of a capacity costs a microsecond for every few hundred that are empty.
 PACK_PROGRAMS = 64
 SCORE_PROGRAMS = 1024
+SCORE_COLUMNS = 256  # of a tile of scores whose programs share the tiles
+# New rows of a sequence, and of all of them, from which they do behind a past, whose length only the device knows.
+PAST_ROWS, PAST_WORK = 1024, 2048
 
 # --- causal attention; heads of width d
 HEAD_MULTIPLE = 8  # of d and of every stride, which are passed in these units: what 16-byte loads of 16-bit storage need
