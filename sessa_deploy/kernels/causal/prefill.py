@@ -22,6 +22,8 @@ from sessa_deploy.kernels.launch.jit import address, aligned, launcher, pinned
 from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E
 
 SUMS = tl.constexpr(8)  # columns of the ones, the fewest that a product has
+PLACES = tl.constexpr(1024)  # programs of a set of heads at least: some more than a GPU holds at once
+SETS = tl.constexpr(1024)
 
 
 @triton.jit
@@ -90,6 +92,22 @@ def _attend(
     return b_acc, b_max, b_sum
 
 
+@triton.jit
+def _place():
+    """(row tile, head) of a program: the longest rows first, of a set of heads at a time.
+
+    Head by head, the last one's longest rows would begin when most others are done; of all heads at once, more keys and values would be read than the L2
+    cache holds.
+    """
+    tiles, heads = tl.num_programs(0), tl.num_programs(1)
+    sets = tl.maximum(tl.minimum(tl.minimum(tiles * heads // PLACES, heads), SETS), 1)
+    i_s = ((tl.program_id(1) + 1) * sets - 1) // heads
+    first = i_s * heads // sets
+    count = (i_s + 1) * heads // sets - first
+    i = (tl.program_id(1) - first) * tiles + tl.program_id(0)
+    return tiles - 1 - i // count, first + i % count
+
+
 @triton.jit(do_not_specialize=table.do_not_specialize("causal_prefill"))
 def causal_prefill(
     q, k, v, past_k, past_v, past_length, out,
@@ -100,8 +118,7 @@ def causal_prefill(
 
     BN keys a tile, and BE where not all of them count: those are few, and their masks would else set the registers of all. Both divide BM.
     """
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
-    i_h = tl.program_id(1)
+    i_m, i_h = _place()
     i_b = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
     width = units * 8
