@@ -291,7 +291,7 @@ SHAPES = [
     (3, 5, 1, 768, 12, 12), (1, 16, 4096, 2048, 16, 16), (32, 2, 700, 256, 8, 2), (1, 9, 50, 4096, 32, 8),  # several rows; the last has no kernels for them
     (1, 70, 1, 64, 2, 2), (2, 100, 0, 256, 4, 1), (1, 513, 0, 2048, 16, 4),  # prefill
     (2, 130, 300, 1024, 16, 4), (3, 17, 4096, 192, 8, 2), (1, 64, 65, 4096, 32, 8), (1, 9300, 40, 1024, 16, 4),  # chunks, the last with wide tiles
-    (1, 34000, 40, 64, 2, 1),  # and one in panels
+    (1, 34000, 40, 64, 2, 1), (1, 34000, 500, 64, 2, 1),  # and in panels, whose rows are no whole tiles of scores by descriptors in the second
     (1, 1025, 8, 320, 5, 5), (3, 1100, 9, 1040, 13, 1), (2, 256, 9, 96, 3, 1),  # products by tensor descriptors, and just too few rows for them
     (3, 1, 1000, 2048, 16, 16), (1, 8, 4096, 2048, 16, 4), (1, 1, 4096, 2048, 16, 4),  # steps of wide rows, in a short cache and of one sequence
     (2, 4, 300, 1024, 16, 16),  # so few rows that they have tiles of their own, as one above
@@ -320,7 +320,7 @@ def test_the_plugin_launches_what_the_python_side_does(
     """
     from sessa_deploy.kernels.engine.spec import rows_early
     from sessa_deploy.kernels.launch import table
-    from sessa_deploy.kernels.launch.limits import MANY_ROWS, STEP_PROGRAMS
+    from sessa_deploy.kernels.launch.limits import MANY_ROWS, PAST_ROWS, PAST_WORK, STEP_PROGRAMS
 
     held = EACH * MULTIPROCESSORS if says else STEP_PROGRAMS
     wanted = launches(monkeypatch, storage, weights, held, *shape)
@@ -335,6 +335,8 @@ def test_the_plugin_launches_what_the_python_side_does(
             assert mine[5] == theirs[5], mine[0]
     many = {name for name, *_ in found if name.endswith(("_many", "_gate"))}
     assert len(many) == (5 if shape[0] * shape[1] > MANY_ROWS and storage != ph.FLOAT else 0)
+    shares = storage != ph.FLOAT and shape[1] >= PAST_ROWS and shape[0] * shape[1] >= PAST_WORK and shape[2] not in (0, 500)
+    assert shares == ("feedback_scores_past" in {name for name, *_ in found})
     if shape[1] == 34000 and storage == ph.HALF:
         assert [name for name, *_ in found].count("feedback_solve") > 2 * 2, "rows in panels"
     behind = [(found[i - 1][0], early) for i, (name, _, _, early, *_) in enumerate(found) if name in ("mixer_step_partial", "mixer_rows_partial")]

@@ -1,4 +1,4 @@
-"""`feedback_scores` without a past by tensor descriptors: the programs that a device holds walk over tiles of 128 x 256, the same bits.
+"""`feedback_scores` by tensor descriptors: the programs that a device holds walk over tiles of 128 x 256, the same bits.
 
 A program's steps are those of all its tiles in one loop (engine/layer_many.py), so that the first columns of the next tile are on their way while this one's
 weights are formed. A product of that size reads a quarter less than one of 128 x 128, and the L2 cache is what those wait for.
@@ -153,7 +153,7 @@ def feedback_scores_past(
     d_p, d_e = tl.make_tensor_descriptor(past_k, [B * P, D], [D, 1], [WIDE, BK]), tl.make_tensor_descriptor(e, [B * R, C], [C, 1], [BLOCK, BLOCK])
     _walk(program, each * B, 0, each, base, d_q, d_k, d_e, lse, lse, peak, total, T, T, D, R, NT, row0, scale, T, NP, BK, False, False)
     before, blocks = each * B, tl.cdiv(tl.minimum(R, T - row0), BLOCK)
-    for i_b in range(0, B):
+    for i_b in range(B):
         length = tl.minimum(tl.load(past_length + i_b), P)
         count = blocks * tl.cdiv(length, WIDE)
         begin = (program + programs - before % programs) % programs

@@ -10,9 +10,14 @@ from torch import Tensor
 
 from sessa_deploy.kernels import reference, route
 from sessa_deploy.kernels.causal import spec
+from sessa_deploy.kernels.causal.prefill import _place
 from sessa_deploy.kernels.launch import table
 
 pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
@@ -145,6 +150,28 @@ def test_a_length_beyond_the_capacity_reads_nothing_beyond_it(tokens: int) -> No
     expected = run(*inputs)
     inputs[-1] = torch.tensor([1000], dtype=torch.int32)
     assert torch.equal(run(*inputs), expected)
+
+
+@triton.jit
+def places(to):
+    """(row tile, head) of each program, in the order in which they begin."""
+    i_m, i_h = _place()
+    to += 2 * (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
+    tl.store(to, i_m)
+    tl.store(to + 1, i_h)
+
+
+@pytest.mark.parametrize(("tiles", "heads", "sets"), [(1, 3, 1), (128, 16, 2), (40, 6, 1), (301, 12, 3), (1100, 2, 2)])
+def test_each_tile_of_each_head_is_one_program_s_the_longest_of_a_set_of_heads_first(tiles: int, heads: int, sets: int) -> None:
+    to = torch.full((tiles * heads, 2), -1, dtype=torch.int32, device=DEVICE)
+    places[(tiles, heads)](to)
+    found = [tuple(x) for x in to.tolist()]
+    assert len(set(found)) == tiles * heads and {i_m for i_m, _ in found} == set(range(tiles)) and {i_h for _, i_h in found} == set(range(heads))
+    for i in range(sets):
+        begin, end = (j * heads // sets * tiles for j in (i, i + 1))
+        lengths = [i_m for i_m, _ in found[begin:end]]
+        assert lengths == sorted(lengths, reverse=True)
+        assert {i_h for _, i_h in found[begin:end]} == set(range(i * heads // sets, (i + 1) * heads // sets))
 
 
 def test_what_the_kernels_take() -> None:

@@ -16,36 +16,59 @@ from feedback_cases import DEVICE, make
 
 from sessa_deploy.kernels.feedback import forward as fwd
 from sessa_deploy.kernels.feedback.many import ManyScores, _place, tiles_of
-from sessa_deploy.kernels.feedback.spec import MANY, MANY_WORK, scores_many
+from sessa_deploy.kernels.feedback.spec import MANY, MANY_PAST, MANY_WORK, scores_many, scores_past
 from sessa_deploy.kernels.launch.jit import Launcher, address, pinned
+from sessa_deploy.kernels.launch.limits import PAST_ROWS, PAST_WORK
 
 WIDTH = 40  # not a multiple of the columns that are summed at a time
 
 
-def scores(tokens: int, row0: int, side: str, many: bool) -> tuple[Tensor, ...]:
-    """(e, sums, maxima, lse) of rows row0 .. of two sequences, in memory of zeros; row 7 of the first holds an infinity."""
-    q, k, *_ = make("random", 2, tokens, 0, WIDTH, torch.bfloat16)
+def scores(
+    tokens: int, row0: int, side: str, many: bool, past: int = 0, lengths: tuple[int, int] = (0, 0), dtype: torch.dtype = torch.bfloat16, rows: int = 0
+) -> tuple[Tensor, ...]:
+    """(e, sums, maxima, lse, counters) of rows row0 .. of two sequences, in memory of zeros; row 7 of the first holds an infinity, past rows beyond their
+    lengths NaN. Of numbers whose sums are exact: where there is no GPU, the order of a sum is the library's."""
+    q, k, _, _, past_k, _, _ = make("random", 2, tokens, past, WIDTH, dtype)
+    q, k, past_k = ((8 * x).round() / 8 for x in (q, k, past_k))
     q[0, 7] = torch.inf
-    rows = tiles = -(-tokens // 128)
-    device, shape = q.device, fwd.Shape(2, tokens, 0, WIDTH, 128, 1, 128 * rows)
-    e, (peak, total) = torch.zeros(2, shape.rows, shape.columns, dtype=torch.float16, device=device), torch.zeros(2, 2, tiles, shape.rows, device=device)
+    for of, length in zip(past_k, lengths, strict=True):
+        of[length:] = torch.nan
+    device, shape = q.device, fwd.Shape(2, tokens, past, WIDTH, 128, 1, rows or 128 * -(-tokens // 128))
+    rows = shape.rows
+    e, (peak, total) = torch.zeros(2, rows, shape.columns, dtype=torch.float16, device=device), torch.zeros(2, 2, shape.tiles, rows, device=device)
     lse, bad = torch.full((2, tokens), 2.5, device=device), torch.tensor([0, 9], dtype=torch.int32, device=device)
-    none = torch.zeros_like(bad)
-    options = pinned((MANY, "feedback_scores"), device, q.dtype, side)
-    run, by_descriptors = fwd.score_launches(device, q.dtype, options if many else {"feedback_scores": options["feedback_scores"]}, shape)
+    sync, length = torch.full_like(bad, 3), torch.tensor(lengths, dtype=torch.int32, device=device)
+    single = pinned(("feedback_scores",), device, q.dtype, "past" if past else side)
+    more = pinned((MANY_PAST if past else MANY,), device, q.dtype, side)
+    run, by_descriptors = fwd.score_launches(device, q.dtype, {**single, **more} if many else single, shape)
     assert by_descriptors == many
-    grid = (tokens - row0, 2) if many else fwd.score_grid(tokens - row0, row0 // 128, 2, options["feedback_scores"])
-    sizes = (tokens, 0, WIDTH, shape.columns, shape.rows, 0, tiles, row0, 0, 1 / math.sqrt(WIDTH))
-    run(grid, *map(address, (q, k, k, none, lse, bad, e, peak, total, none)), *sizes)
-    return e, total, peak, lse
+    here, past_tiles = min(rows, tokens - row0), shape.past_tiles
+    grid = (here, 2) if many else fwd.live_grid(here, past_tiles, row0 // 128, 2, single["feedback_scores"])
+    sizes = (tokens, past, WIDTH, shape.columns, rows, past_tiles, shape.tiles, row0, 2, 1 / math.sqrt(WIDTH))
+    run(grid, *map(address, (q, k, past_k if past else k, length, lse, bad, e, peak, total, sync)), *sizes)
+    return e, total, peak, lse, sync
+
+
+def same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+    assert wanted[1].any() and wanted[0].isfinite().any()
+    assert not wanted[4].any()
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0))
 
 
 @pytest.mark.parametrize("tokens, row0, side", [(300, 0, "fwd"), (300, 0, "bwd"), (400, 256, "fwd")])
 def test_bits_are_those_of_single_tiles(tokens: int, row0: int, side: str) -> None:
-    found, wanted = (scores(tokens, row0, side, many) for many in (True, False))
-    assert wanted[1].any() and wanted[0].isfinite().any()
-    for a, b in zip(found, wanted, strict=True):
-        assert torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0))
+    same(*(scores(tokens, row0, side, many) for many in (True, False)))
+
+
+@pytest.mark.parametrize(
+    "tokens, row0, rows, past, lengths, dtype",
+    [(300, 0, 0, 300, (130, 300), torch.float16), (500, 256, 256, 130, (0, 1), torch.float16), (130, 0, 0, 1, (1, 0), torch.float16),
+     (129, 0, 0, 520, (520, 257), torch.bfloat16)],
+)  # fmt: skip
+def test_so_they_are_behind_a_past(tokens: int, row0: int, rows: int, past: int, lengths: tuple[int, int], dtype: torch.dtype) -> None:
+    """Of ragged lengths, none too, in a tile's first half and in its second; of a later panel."""
+    same(*(scores(tokens, row0, "fwd", many, past, lengths, dtype, rows) for many in (True, False)))
 
 
 def test_each_tile_under_the_diagonal_is_one_program_s() -> None:
@@ -86,3 +109,15 @@ def test_they_stand_in_where_there_is_work_for_large_tiles() -> None:
     assert [MANY in fwd.tiles(device, torch.bfloat16, 64, *of) for of in rows_past_batch] == [True, False, False, False]
     plans = [fwd.Plan(device, torch.bfloat16, 2, tokens, 0, 64, None, 2**30) for tokens in (5000, 1024)]
     assert [type(plan.run_scores) for plan in plans] == [ManyScores, Launcher]
+
+
+def test_behind_a_past_they_do_for_many_rows_whatever_it_holds() -> None:
+    known = ((90, "fp16"), (90, "bf16"), (90, "fp32"), (80, "fp16"), (100, "bf16"))
+    assert [scores_past(*of, 1, 8192) for of in known] == [True, True, False, False, False]
+    assert scores_past(90, "fp16", PAST_WORK // PAST_ROWS, PAST_ROWS) and not scores_past(90, "fp16", 64, PAST_ROWS - 1)
+    assert not scores_past(90, "fp16", 1, PAST_WORK - 1)
+    device = torch.empty(0, device=DEVICE).device
+    assert [MANY_PAST in fwd.tiles(device, torch.float16, 64, 8192, past) for past in (1, 0)] == [True, False]
+    panels = (2**30, 2 * 2560 * 256 * 2, 2 * 2560 * 384 * 2)  # the last of 384 rows, which are no whole tiles of columns
+    plans = [fwd.Plan(device, torch.float16, 2, 2048, 512, 64, None, panel_bytes) for panel_bytes in panels]
+    assert [(type(p.run_scores), p.shape.rows) for p in plans] == [(ManyScores, 2048), (ManyScores, 256), (Launcher, 384)]
