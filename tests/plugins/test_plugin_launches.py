@@ -244,10 +244,9 @@ def launches(
         else:
             o = causal()  # kept until the end, so that no other tensor takes its place
             feedback(layer.linear(o.view(n, width), square.weight, row, scale=square.scale).view(batch, tokens, width))
-            # The plugin begins with what of feedback attention needs no f, on a stream of its own.
+            # Behind causal attention the plugin launches what of feedback attention needs no f, on a stream of its own.
             solve = next((i for i, (name, *_) in enumerate(noted) if name.startswith("feedback_solve")), 0)
-            ahead = [x for x in noted[:solve] if x[0].startswith("feedback_")]
-            noted[:solve] = ahead + [x for x in noted[:solve] if x not in ahead]
+            noted[:solve] = sorted(noted[:solve], key=lambda x: (not x[0].startswith("causal_"), not x[0].startswith("feedback_")))
 
     calls.append((ph.FEEDBACK, sizes(batch, tokens, capacity, width), lambda: feedback(f)))
     if capacity:
@@ -292,6 +291,7 @@ SHAPES = [
     (1, 70, 1, 64, 2, 2), (2, 100, 0, 256, 4, 1), (1, 513, 0, 2048, 16, 4),  # prefill
     (2, 130, 300, 1024, 16, 4), (3, 17, 4096, 192, 8, 2), (1, 64, 65, 4096, 32, 8), (1, 9300, 40, 1024, 16, 4),  # chunks, the last with wide tiles
     (1, 34000, 40, 64, 2, 1), (1, 34000, 500, 64, 2, 1),  # and in panels, whose rows are no whole tiles of scores by descriptors in the second
+    (2, 4096, 8, 64, 2, 1), (1, 8191, 8, 64, 2, 1), (3, 4095, 8, 64, 2, 1),  # scores by descriptors, and just too few rows for them
     (1, 1025, 8, 320, 5, 5), (3, 1100, 9, 1040, 13, 1), (2, 256, 9, 96, 3, 1),  # products by tensor descriptors, and just too few rows for them
     (3, 1, 1000, 2048, 16, 16), (1, 8, 4096, 2048, 16, 4), (1, 1, 4096, 2048, 16, 4),  # steps of wide rows, in a short cache and of one sequence
     (2, 4, 300, 1024, 16, 16),  # so few rows that they have tiles of their own, as one above
@@ -355,8 +355,12 @@ def test_the_plugin_launches_what_the_python_side_does(
 @pytest.mark.parametrize("launching", (8, 10, 11, ph.ORT), indirect=True)
 @pytest.mark.parametrize("says", [True, False], ids=["streams", "one stream"])
 def test_both_attentions_of_a_chunk_run_side_by_side(launching: Built, says: bool, tmp_path: Path) -> None:
-    """A second stream takes what of feedback attention needs no f: begun behind all before it, over before what comes after. Twice, on the same streams."""
+    """A second stream takes what of feedback attention needs no f: begun behind all before it, over before what comes after. Twice, on the same streams.
+
+    It is forked before causal attention, which it does not wait for, and launched behind it.
+    """
     chunk = ph.At.Mixer, 0, list(sizes(2, 130, 300, 1024, 16, 16, 64))
+    ahead = ("feedback_pack", "feedback_scores", "feedback_inverse_half", "feedback_near_half")
     ended: dict[str, set[str]] = {"0": set()}  # stream -> what has ended when the next kernel there begins
     events, streams, all_of = dict[str, set[str]](), dict[str, str](), set[str]()
     for turn, part in enumerate(driven(launching, ph.HALF, [chunk] * 2, says, tmp_path)[:2]):
@@ -371,11 +375,12 @@ def test_both_attentions_of_a_chunk_run_side_by_side(launching: Built, says: boo
                 needs = {"feedback_inverse_half": {"feedback_scores"}, "feedback_near_half": {"feedback_inverse_half"}, "layer_linear": {"causal_prefill"},
                          "feedback_solve": {"feedback_pack", "feedback_near_half", "layer_linear"}}.get(what, set())
                 assert ended[stream] >= before | {f"{x} {turn}" for x in needs}, name
+                assert not (says and what in ahead and f"causal_prefill {turn}" in ended[stream]), name
                 ended[stream].add(name)
                 all_of.add(name)
                 streams[what] = stream
     assert len(all_of) == 14 and {streams[x] for x in ("causal_prefill", "layer_linear", "feedback_solve")} == {"0"}
-    ahead = ("feedback_pack", "feedback_scores", "feedback_inverse_half", "feedback_near_half")
+    assert list(streams) == ["causal_prefill", *ahead, "layer_linear", "feedback_solve"], "the order of launches"
     assert ({streams[x] for x in ahead} == {"0"}) == (not says) and len(set(streams.values())) == 1 + says
 
 

@@ -40,7 +40,7 @@ PACK_PROGRAMS = 64
 SCORE_PROGRAMS = 1024
 SCORE_COLUMNS = 256  # of a tile of scores whose programs share the tiles
 # New rows of a sequence, and of all of them, from which they do behind a past, whose length only the device knows.
-PAST_ROWS, PAST_WORK = 1024, 2048
+PAST_ROWS, PAST_WORK = 4096, 8192
 
 # --- causal attention; heads of width d
 HEAD_MULTIPLE = 8  # of d and of every stride, which are passed in these units: what 16-byte loads of 16-bit storage need

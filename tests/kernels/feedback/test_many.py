@@ -118,6 +118,7 @@ def test_behind_a_past_they_do_for_many_rows_whatever_it_holds() -> None:
     assert not scores_past(90, "fp16", 1, PAST_WORK - 1)
     device = torch.empty(0, device=DEVICE).device
     assert [MANY_PAST in fwd.tiles(device, torch.float16, 64, 8192, past) for past in (1, 0)] == [True, False]
-    panels = (2**30, 2 * 2560 * 256 * 2, 2 * 2560 * 384 * 2)  # the last of 384 rows, which are no whole tiles of columns
-    plans = [fwd.Plan(device, torch.float16, 2, 2048, 512, 64, None, panel_bytes) for panel_bytes in panels]
-    assert [(type(p.run_scores), p.shape.rows) for p in plans] == [(ManyScores, 2048), (ManyScores, 256), (Launcher, 384)]
+    assert MANY_PAST not in fwd.tiles(device, torch.float16, 1024, 2048, 32768), "a chunk behind a long past, whatever may be cached"
+    panels = (2**30, 2 * 4608 * 256 * 2, 2 * 4608 * 384 * 2)  # the last of 384 rows, which are no whole tiles of columns
+    plans = [fwd.Plan(device, torch.float16, 2, 4096, 512, 64, None, panel_bytes) for panel_bytes in panels]
+    assert [(type(p.run_scores), p.shape.rows) for p in plans] == [(ManyScores, 4096), (ManyScores, 256), (Launcher, 384)]
