@@ -35,6 +35,21 @@ def top(b_a, b_b, TWO: tl.constexpr):
 
 
 @triton.jit
+def reach(b_a, b_b, TWO: tl.constexpr):
+    """The largest magnitude in both halves of what is no NaN: columns do not mix, so a bad one is nothing to the others."""
+    b_x = tl.abs(b_a)
+    if TWO:
+        b_x = tl.maximum(b_x, tl.abs(b_b))
+    return tl.max(tl.max(b_x, axis=1), axis=0)
+
+
+@triton.jit
+def number(b_x):
+    """x with NaN in place of infinities."""
+    return tl.where(finite(b_x), b_x, float("nan"))
+
+
+@triton.jit
 def part(acc, b_e, p_w, m_n, b_r):
     """acc + r (e @ w), w at p_w."""
     return acc + tl.dot(b_e, tl.load(p_w, mask=m_n, other=0.0, cache_modifier=".cg")) * b_r
@@ -188,7 +203,7 @@ def feedback_solve_halves(
             b_s = (b_s * tl.load(p_scale + i_t * tiles_n))[:, None]
             p_tile = p_w + i_t.to(tl.int64) * BT * D + o_f
             b_a = near_parts(b_a, b_0, b_1, p_tile, BK * D, m_a, b_s)
-    c, inv = power_scale(top(b_a, b_b, TWO))
+    c, inv = power_scale(reach(b_a, b_b, TWO))
     p_tile = p_w + (NP + block).to(tl.int64) * BT * D + o_w
     tl.store(p_tile, (b_a * c).to(tl.float16), mask=m_a)
     if TWO:
@@ -268,7 +283,7 @@ def feedback_solve_halves_transposed(
         b_a = b_a * b_c
         if TWO:
             b_b = b_b * b_c
-        c, inv = power_scale(top(b_a, b_b, TWO))
+        c, inv = power_scale(reach(number(b_a), number(b_b), TWO))
         b_a = tl.dot(b_inverse, (b_a * c).to(tl.float16)) * inv
         if TWO:
             b_b = tl.dot(b_inverse, (b_b * c).to(tl.float16)) * inv
@@ -301,7 +316,7 @@ def feedback_solve_halves_transposed(
                 p_tile = p_w + i_l.to(tl.int64) * BT * D + o_f
                 b_a = near_parts(b_a, b_0, b_1, p_tile, BK * D, m_a, b_s)
         b_factor = tl.load(factor + p_row)[:, None]
-        c, inv = power_scale(top(b_a * b_factor, b_b * b_factor, TWO))
+        c, inv = power_scale(reach(number(b_a * b_factor), number(b_b * b_factor), TWO))
         p_tile = p_w + i_r.to(tl.int64) * BT * D + o_w
         tl.store(p_tile, (b_a * (b_factor * c)).to(tl.float16), mask=m_a)
         if TWO:

@@ -1,0 +1,56 @@
+"""Columns of D are systems of their own: what is not finite in one moves no bit of another, forward and backward, whichever kernel solves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from feedback_cases import DEVICE, make, side, small_options, with_stand_ins
+
+from sessa_deploy.kernels.feedback import backward as bwd
+from sessa_deploy.kernels.feedback import forward as fwd
+from sessa_deploy.kernels.launch.jit import Options
+
+TOKENS, WIDTH, ROW, COLUMN = 520, 24, 130, 3  # more blocks behind the bad row than the nearest two; a few columns share a tile
+KINDS = [(torch.float32, False), (torch.float16, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+
+
+def options_of(dtype: torch.dtype, stand_ins: bool, two: bool, backward: bool) -> Options | None:
+    small = small_options(dtype, 128, 128) if stand_ins else small_options(dtype, 64, 64)
+    found = side(with_stand_ins(small) if stand_ins else small, backward)
+    for name, options in (found or {}).items():
+        if "TWO" in options and found:
+            found[name] = {**options, "TWO": two}
+    return found
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("two", [False, True])
+@pytest.mark.parametrize("dtype, stand_ins", KINDS)
+def test_a_bad_value_stays_in_its_column(dtype: torch.dtype, stand_ins: bool, two: bool, value: float) -> None:
+    if two and not stand_ins:
+        pytest.skip("one kind of tiles")
+    q, k, gamma, f, *behind = make("random", 1, TOKENS, 0, WIDTH, dtype)
+    others = torch.arange(WIDTH, device=DEVICE) != COLUMN
+
+    def whole(f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        return fwd.forward(q, k, gamma, f, *behind, options=options_of(dtype, stand_ins, two, False))
+
+    def df(ds: torch.Tensor) -> torch.Tensor:
+        return bwd.backward(ds, q, k, gamma, f, s, lse, low, *behind, options=options_of(dtype, stand_ins, two, True))[3]
+
+    s, lse, low = whole(f)
+    bad = f.clone()
+    bad[0, ROW, COLUMN] = value
+    found = whole(bad)[0]
+    assert not found[0, ROW:, COLUMN].isfinite().any() and torch.equal(found[0, :ROW], s[0, :ROW])
+    assert torch.equal(found[..., others], s[..., others])
+
+    ds = torch.randn(s.shape, generator=torch.Generator().manual_seed(1)).to(s)
+    clean, bad = df(ds), ds.clone()
+    bad[0, -ROW, COLUMN] = value
+    found = df(bad)
+    assert not found[0, -ROW, COLUMN].isfinite()
+    assert torch.equal(found[..., others], clean[..., others])
