@@ -141,16 +141,21 @@ struct Forward final : Plan
 
     bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
-        return runAhead(p, t, stream, error) && runRest(p, t, stream, error);
+        return runFirst(p, t, stream, error) && runAhead(p, t, stream, error) && runRest(p, t, stream, error);
+    }
+
+    // What the solve reads of the past.
+    bool runFirst(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
+    {
+        Arguments packing;
+        packing.add(t.in[kPastS]).add(t.in[kPastLength]).add(w).add(wLow).add(scales).add(i32(p.capacity)).add(i32(p.width)).add(i32(columns));
+        return pastTiles == 0 || launch(*pack, {std::min(pastTiles, kPackPrograms), tilesN, p.batch}, packing, stream, error);
     }
 
     // Of the first panel all but the solve, the only kernel that reads f.
     bool runAhead(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override
     {
-        Arguments packing;
-        packing.add(t.in[kPastS]).add(t.in[kPastLength]).add(w).add(wLow).add(scales).add(i32(p.capacity)).add(i32(p.width)).add(i32(columns));
-        return (pastTiles == 0 || launch(*pack, {std::min(pastTiles, kPackPrograms), tilesN, p.batch}, packing, stream, error))
-            && route(p, t, 0, stream, error);
+        return route(p, t, 0, stream, error);
     }
 
     bool runRest(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const override

@@ -282,7 +282,12 @@ public:
     // After `layout`.
     virtual bool run(Problem const& p, Tensors const& t, CUstream_st* stream, std::string& error) const = 0;
 
-    // `run` in two parts, the first of which is what does not need an operand that another plan computes (feedback attention's f).
+    // `run` in three parts. The first is small; the second is what else does not need an operand that another plan computes (feedback attention's f).
+    virtual bool runFirst(Problem const&, Tensors const&, CUstream_st*, std::string&) const
+    {
+        return true;
+    }
+
     virtual bool runAhead(Problem const&, Tensors const&, CUstream_st*, std::string&) const
     {
         return true;

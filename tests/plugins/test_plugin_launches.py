@@ -244,9 +244,9 @@ def launches(
         else:
             o = causal()  # kept until the end, so that no other tensor takes its place
             feedback(layer.linear(o.view(n, width), square.weight, row, scale=square.scale).view(batch, tokens, width))
-            # Behind causal attention the plugin launches what of feedback attention needs no f, on a stream of its own.
+            # Around causal attention the plugin launches what of feedback attention needs no f, on a stream of its own: the packing of a past before it.
             solve = next((i for i, (name, *_) in enumerate(noted) if name.startswith("feedback_solve")), 0)
-            noted[:solve] = sorted(noted[:solve], key=lambda x: (not x[0].startswith("causal_"), not x[0].startswith("feedback_")))
+            noted[:solve] = sorted(noted[:solve], key=lambda x: (x[0] != "feedback_pack", not x[0].startswith("causal_"), not x[0].startswith("feedback_")))
 
     calls.append((ph.FEEDBACK, sizes(batch, tokens, capacity, width), lambda: feedback(f)))
     if capacity:
@@ -357,7 +357,7 @@ def test_the_plugin_launches_what_the_python_side_does(
 def test_both_attentions_of_a_chunk_run_side_by_side(launching: Built, says: bool, tmp_path: Path) -> None:
     """A second stream takes what of feedback attention needs no f: begun behind all before it, over before what comes after. Twice, on the same streams.
 
-    It is forked before causal attention, which it does not wait for, and launched behind it.
+    It is forked before causal attention, which it does not wait for, and launched behind it but for the packing of a past.
     """
     chunk = ph.At.Mixer, 0, list(sizes(2, 130, 300, 1024, 16, 16, 64))
     ahead = ("feedback_pack", "feedback_scores", "feedback_inverse_half", "feedback_near_half")
@@ -380,7 +380,7 @@ def test_both_attentions_of_a_chunk_run_side_by_side(launching: Built, says: boo
                 all_of.add(name)
                 streams[what] = stream
     assert len(all_of) == 14 and {streams[x] for x in ("causal_prefill", "layer_linear", "feedback_solve")} == {"0"}
-    assert list(streams) == ["causal_prefill", *ahead, "layer_linear", "feedback_solve"], "the order of launches"
+    assert list(streams) == [ahead[0], "causal_prefill", *ahead[1:], "layer_linear", "feedback_solve"], "the order of launches"
     assert ({streams[x] for x in ahead} == {"0"}) == (not says) and len(set(streams.values())) == 1 + says
 
 
