@@ -238,7 +238,8 @@ def test_what_is_saved_may_come_back_from_somewhere_else(fused: bool, monkeypatc
     want = step()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, moved):
         got = step()
-    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    for g, w in zip(got, want, strict=True):  # a CPU's library may add in another order where rows begin elsewhere
+        torch.testing.assert_close(g, w, **(dict(rtol=0.0, atol=0.0) if DEVICE == "cuda" else dict(rtol=1e-5, atol=1e-6)))
 
 
 def test_replicas_of_a_layer_have_no_parameters_of_their_own() -> None:
