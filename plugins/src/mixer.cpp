@@ -183,7 +183,7 @@ struct Chunk final : Plan
         void const* const forLinear[] = {o, t.in[kWeight], t.in[kBias], p.weights == Weights::kStorage ? nullptr : t.in[kWeightScale]};
         void const* const forFeedback[] = {t.in[kQB], t.in[kKB], t.in[kGamma], f, t.in[kPastKb], t.in[kPastS], t.in[kPastLength]};
         // What feedback attention does before it needs f is large kernels with few programs at their ends and small ones: they fill causal attention's end,
-        // which is launched ahead of them and so has all multiprocessors until then. The packing of a past is over before it has any.
+        // which is launched ahead of them and so has all multiprocessors until then. The packing of a past, few programs, is launched first.
         CUstream_st* const side = fork(stream);
         void* const outs[] = {t.out};
         Tensors const feedbacks{forFeedback, t.out, outs};
