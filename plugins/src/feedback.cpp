@@ -218,7 +218,7 @@ struct Forward final : Plan
     }
 
     // feedback/many.py, ManyScores: the programs that the device holds share the tiles, of 128 rows in pairs. Their descriptors are made where the inverses
-    // will be: x has more than kManyPrograms rows.
+    // will be: in x, of kManyPrograms rows but for a panel of very many columns, then in both halves of the inverses behind it too.
     bool shareScores(Problem const& p, int64_t row0, int64_t blocks, Arguments& a, CUstream_st* stream, std::string& error) const
     {
         int64_t const pairs = ceilDiv(blocks, 2);

@@ -255,6 +255,8 @@ std::vector<Problem> everyMixer(Storage storage)
     p.batch = 1; // and those in between
     p.tokens = kFewWork / p.width;
     all.push_back(p);
+    p.tokens = std::max(kPastRows, kPastWork); // scores whose programs share the tiles
+    all.push_back(p);
     return all;
 }
 

@@ -24,14 +24,14 @@ def _use_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
-    _round_sums_once(interpreter)
+    _as_on_a_gpu(interpreter)
     _give_bfloat16(interpreter)
     _patch_once_a_launch(interpreter)
 
 
-def _round_sums_once(interpreter: Any) -> None:
-    """NumPy's library sums in an order of its own, by a product's shape and by the processor. In float64 and rounded once, tiles of any shape give the same
-    bits, as they do on a GPU."""
+def _as_on_a_gpu(interpreter: Any) -> None:
+    """NumPy's library sums in an order of its own, by a product's shape and by the processor. In float64 and rounded once, tiles of any rows and columns give
+    the same bits, as they do on a GPU; so that errors within a product are for a GPU to judge. And a maximum drops NaN, as a GPU's does."""
     import numpy as np
 
     dot = interpreter.InterpreterBuilder.create_dot
@@ -43,7 +43,11 @@ def _round_sums_once(interpreter: Any) -> None:
             sums = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)) + d.data
             return interpreter.TensorHandle(sums.astype(np.float32), d.dtype.scalar)
 
+    def create_maxnumf(self: Any, a: Any, b: Any) -> Any:
+        return self.binary_op(a, b, np.fmax)
+
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.create_maxnumf = create_maxnumf
 
 
 def _give_bfloat16(interpreter: Any) -> None:

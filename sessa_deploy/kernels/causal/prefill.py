@@ -22,8 +22,8 @@ from sessa_deploy.kernels.launch.jit import address, aligned, launcher, pinned
 from sessa_deploy.kernels.launch.limits import HEAD_MULTIPLE, LOG2E
 
 SUMS = tl.constexpr(8)  # columns of the ones, the fewest that a product has
-PLACES = tl.constexpr(1024)  # programs of a set of heads at least: some more than a GPU holds at once
-SETS = tl.constexpr(1024)
+PLACES = tl.constexpr(1024)  # programs of a set of heads at least: some more than a GPU holds at once (measured on an H200 at 8192 rows)
+SETS = tl.constexpr(1024)  # at most, so that their products with heads fit 32 bits
 
 
 @triton.jit
@@ -96,8 +96,7 @@ def _attend(
 def _place():
     """(row tile, head) of a program: the longest rows first, of a set of heads at a time.
 
-    Head by head, the last one's longest rows would begin when most others are done; of all heads at once, more keys and values would be read than the L2
-    cache holds.
+    Head by head, the last one's longest rows would begin when most others are done. All heads at once are within 2% of it, and read keys and values of all.
     """
     tiles, heads = tl.num_programs(0), tl.num_programs(1)
     sets = tl.maximum(tl.minimum(tl.minimum(tiles * heads // PLACES, heads), SETS), 1)

@@ -15,6 +15,7 @@ import triton.language as tl
 from feedback_cases import DEVICE, make
 
 from sessa_deploy.kernels.feedback import forward as fwd
+from sessa_deploy.kernels.feedback import many as many_scores
 from sessa_deploy.kernels.feedback.many import ManyScores, _place, tiles_of
 from sessa_deploy.kernels.feedback.spec import MANY, MANY_PAST, MANY_WORK, scores_many, scores_past
 from sessa_deploy.kernels.launch.jit import Launcher, address, pinned
@@ -69,6 +70,14 @@ def test_bits_are_those_of_single_tiles(tokens: int, row0: int, side: str) -> No
 def test_so_they_are_behind_a_past(tokens: int, row0: int, rows: int, past: int, lengths: tuple[int, int], dtype: torch.dtype) -> None:
     """Of ragged lengths, none too, in a tile's first half and in its second; of a later panel."""
     same(*(scores(tokens, row0, "fwd", many, past, lengths, dtype, rows) for many in (True, False)))
+
+
+@pytest.mark.parametrize("programs", [1, 5])
+@pytest.mark.parametrize("past", [0, 300])
+def test_so_they_are_where_programs_have_many_tiles(programs: int, past: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = scores(600, 0, "fwd", False, past, (130, past) if past else (0, 0), torch.bfloat16)
+    monkeypatch.setattr(many_scores, "MANY_PROGRAMS", programs)
+    same(scores(600, 0, "fwd", True, past, (130, past) if past else (0, 0), torch.bfloat16), wanted)
 
 
 def test_each_tile_under_the_diagonal_is_one_program_s() -> None:
