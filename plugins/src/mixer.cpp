@@ -252,10 +252,8 @@ std::vector<Problem> everyMixer(Storage storage)
     p.tokens = kWideWork / p.width;
     p.batch = kWideColumns / p.width;
     all.push_back(p);
-    p.batch = 1; // and those in between
-    p.tokens = kFewWork / p.width;
-    all.push_back(p);
-    p.tokens = std::max(kPastRows, kPastWork); // scores whose programs share the tiles
+    p.batch = 1; // and those in between, with scores whose programs share the tiles
+    p.tokens = std::max({kFewWork / p.width, kPastRows, kPastWork});
     all.push_back(p);
     return all;
 }

@@ -164,8 +164,8 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, p
     found |= pinned(FORWARD[:1], device, dtype, pack_variant(solve)) | pinned((solver(arch, kind, "fwd", width),), device, dtype, solve)
     apart = next((names for names in (APART, APART_HALF) if all_pinned(names, arch, kind, "fwd")), ())
     tokens = rows // batch
-    many = scores_past(arch, kind, batch, tokens) if past else rows > 0 and scores_many(arch, kind, "fwd", batch, tokens)
-    return found | pinned((*apart, *(MANY_PAST if past else MANY,) * many), device, dtype, "fwd")
+    many, taken = (MANY_PAST, scores_past(arch, kind, batch, tokens)) if past else (MANY, scores_many(arch, kind, "fwd", batch, tokens))
+    return found | pinned((*apart, *(many,) * taken), device, dtype, "fwd")
 
 
 class Plan:

@@ -26,15 +26,6 @@ def row_top(b_x):
 
 
 @triton.jit
-def top(b_a, b_b, TWO: tl.constexpr):
-    """The largest magnitude in both halves, NaN where they hold one."""
-    b_x = tl.abs(b_a)
-    if TWO:
-        b_x = larger(b_x, tl.abs(b_b))
-    return tl.reduce(row_top(b_x), 0, larger)
-
-
-@triton.jit
 def reach(b_a, b_b, TWO: tl.constexpr):
     """The largest magnitude in both halves of what is no NaN: columns do not mix, so a bad one is nothing to the others."""
     b_x = tl.abs(b_a)
@@ -164,7 +155,7 @@ def feedback_solve_halves(
         b_a = cleaned(b_a, m_row, s + p_f + o_w, m_f & m_a)
         if TWO:
             b_b = cleaned(b_b, m_row, s + p_f + o_w + H, m_f & m_b)
-        amax = top(b_a, b_b, TWO)
+        amax = reach(b_a, b_b, TWO)
     c, inv = power_scale(amax)
     b_r = (tl.load(near_scale + INVERSE * deep + p_row) * inv)[:, None]
     b_a = tl.dot(b_inverse, (b_a * c).to(tl.float16)) * b_r

@@ -11,7 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from sessa_deploy.kernels.feedback.tiles import LOG2E, finite
+from sessa_deploy.kernels.feedback.tiles import LOG2E, clear, finite
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Launcher
 from sessa_deploy.kernels.launch.limits import MANY_PROGRAMS, SCORE_COLUMNS
@@ -119,22 +119,14 @@ def _walk(
             acc = tl.zeros([BLOCK, WIDE], dtype=tl.float32)
 
 
-@triton.jit
-def _clear(sync, n_sync):
-    """Zeros in `sync`, by the first program."""
-    if tl.program_id(0) == 0:
-        for i in range(0, n_sync, 1024):
-            o_i = i + tl.arange(0, 1024)
-            tl.store(sync + o_i, tl.zeros([1024], dtype=tl.int32), mask=o_i < n_sync)
-
-
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_scores_many"))
 def feedback_scores_many(
     q, k, lse, bad, e, peak, total, sync, T, D, C, R, NT, row0, n_sync, scale, B, each, base, BK: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,): `feedback_scores` of B sequences without a past. each: `tiles_of` a sequence; base: column tiles of 256 before row0, which is a
     multiple of 256."""
-    _clear(sync, n_sync)
+    if tl.program_id(0) == 0:
+        clear(sync, n_sync)
     d_q, d_k = tl.make_tensor_descriptor(q, [B * T, D], [D, 1], [BLOCK, BK]), tl.make_tensor_descriptor(k, [B * T, D], [D, 1], [WIDE, BK])
     d_e = tl.make_tensor_descriptor(e, [B * R, C], [C, 1], [BLOCK, BLOCK])
     _walk(
@@ -147,7 +139,8 @@ def feedback_scores_past(
     q, k, past_k, past_length, lse, e, peak, total, sync, T, P, D, C, R, NP, NT, row0, n_sync, scale, B, each, base, BK: tl.constexpr,
 ):  # fmt: skip
     """The same behind a past of capacity P, of which the tiles are walked that there are: first those of new columns, then each sequence's past."""
-    _clear(sync, n_sync)
+    if tl.program_id(0) == 0:
+        clear(sync, n_sync)
     program, programs = tl.program_id(0), tl.num_programs(0)
     d_q, d_k = tl.make_tensor_descriptor(q, [B * T, D], [D, 1], [BLOCK, BK]), tl.make_tensor_descriptor(k, [B * T, D], [D, 1], [WIDE, BK])
     d_p, d_e = tl.make_tensor_descriptor(past_k, [B * P, D], [D, 1], [WIDE, BK]), tl.make_tensor_descriptor(e, [B * R, C], [C, 1], [BLOCK, BLOCK])

@@ -88,6 +88,14 @@ def grouped_count(row_tiles, base, BM: tl.constexpr, BT: tl.constexpr, GROUP: tl
 
 
 @triton.jit
+def clear(sync, n_sync):
+    """Zeros in the counters of a solve, for one program to write."""
+    for i in range(0, n_sync, 1024):
+        o_i = i + tl.arange(0, 1024)
+        tl.store(sync + o_i, tl.zeros([1024], dtype=tl.int32), mask=o_i < n_sync)
+
+
+@triton.jit
 def _score_tile(
     pid, i_b, length, live, q, k, past_k, lse, bad, e, peak, total, T, P, D, C, R, NP, NT, row0, scale,
     BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, NB: tl.constexpr, GROUP: tl.constexpr, BACKWARD: tl.constexpr,
@@ -150,9 +158,7 @@ def feedback_scores(
     """
     i_b = tl.program_id(1)
     if (tl.program_id(0) == 0) & (i_b == 0):
-        for i in range(0, n_sync, 1024):
-            o_i = i + tl.arange(0, 1024)
-            tl.store(sync + o_i, tl.zeros([1024], dtype=tl.int32), mask=o_i < n_sync)
+        clear(sync, n_sync)
     length = tl.load(past_length + i_b)
     if PAST:
         live = tl.cdiv(tl.minimum(length, P), NB * BT) * NB
