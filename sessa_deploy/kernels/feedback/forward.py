@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -203,7 +203,8 @@ class Plan:
                 (blocks * batch * tiles_n,),
                 (tokens, width, columns, rows, past_tiles, all_tiles, row0, batch, panel, panels),
             ))  # fmt: skip
-        rows_of = parts.cuts(batch, tokens) if APART[0] in opt and panels == 1 and past == 0 else ()
+        self.scores_whole = parts.scores_whole(tokens, many)
+        rows_of = parts.cuts(batch, tokens, many) if APART[0] in opt and panels == 1 and past == 0 else ()
         self.parts = list(itertools.pairwise((*rows_of, tokens))) if rows_of else []
         self.in_parts = {name: parts.beside_others(name, opt[name]) for name in ("feedback_scores", *APART, solving.__name__)} if self.parts else {}
         if self.parts:
@@ -275,18 +276,30 @@ class Call:
         p = self._plan
         if p.pack and panel == 0:
             p.run_pack(p.pack[0], *self._pack, *p.pack[1])
-        score_programs, score_sizes, combine_programs, combine_sizes, _, _ = p.panels[panel]
-        p.run_scores(score_programs, *self._scores, *score_sizes)
+        self._score(panel)
+        combine_programs, combine_sizes = p.panels[panel][2:4]
         for each, run in p.combination:
             run((*combine_programs, each), *self._combine, *combine_sizes)
+
+    def _score(self, panel: int = 0) -> None:
+        p = self._plan
+        p.run_scores(p.panels[panel][0], *self._scores, *p.panels[panel][1])
 
     def whole(self, f: Tensor) -> None:
         """Queue all of it: in parts where a CUDA graph is captured."""
         if self._plan.parts and parts.capturing(f.device):
-            parts.queue(self._plan.parts, self._score_part, self._combine_part, lambda part: self._solve_part(part, address(f)))
+            self._in_parts(address(f))
         else:
             self.route()
             self.solve(f)
+
+    def _in_parts(self, f: Any) -> None:
+        p = self._plan
+        if p.scores_whole:
+            self._score()
+        inverse, near = (partial(self._combine_part, which=which) for which in range(2))
+        scores, joint = None if p.scores_whole else self._score_part, p.shape.tokens > parts.JOINT
+        parts.queue(p.parts, scores, inverse, near, partial(self._solve_part, f=f), joint=joint)
 
     def _from(self, row: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """`_routing` of the rows from `row` on."""
@@ -301,12 +314,12 @@ class Call:
         grid = score_grid(end - row, row // p.shape.tile, p.shape.batch, p.in_parts["feedback_scores"])
         p.run_parts(grid, *self._from(row)[0], *sizes, row, 0 if row else syncs, scale)
 
-    def _combine_part(self, part: tuple[int, int]) -> None:
+    def _combine_part(self, part: tuple[int, int], which: int) -> None:
         p, (row, end) = self._plan, part
         tokens, columns, rows, past_tiles, all_tiles, _, batch, _ = p.panels[0][3]
         blocks = -(-(end - row) // p.shape.tile)
-        for each, run in p.combination:
-            run((blocks, batch, each), *self._from(row)[1], tokens, columns, rows, past_tiles, all_tiles, row, batch, blocks)
+        each, run = p.combination[which]
+        run((blocks, batch, each), *self._from(row)[1], tokens, columns, rows, past_tiles, all_tiles, row, batch, blocks)
 
     def _solve_part(self, part: tuple[int, int], f: Any) -> None:
         p, (row, end) = self._plan, part

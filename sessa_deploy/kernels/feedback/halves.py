@@ -57,12 +57,14 @@ def near_parts(acc, b_0, b_1, p_w, step, m_n, b_r):
 
 
 @triton.jit
-def store_rounded(b_x, p_x, p_low, m_x, m_low):
-    """Store x rounded to the storage type, and what that took from it: by integers, as a single conversion is sixteen times slower than a pair of them."""
-    b_i = b_x.to(tl.int32, bitcast=True)
-    b_high = ((b_i + 32767 + ((b_i >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+def store_rounded(b_x, p_x, p_low, m_x, keep):
+    """Store x rounded to the storage type and, unless keep is 0, what that took from it: by integers, as a single conversion is sixteen times slower than a
+    pair of them."""
     tl.store(p_x, b_x.to(p_x.dtype.element_ty), mask=m_x)
-    tl.store(p_low, (b_x - b_high).to(p_low.dtype.element_ty), mask=m_low)
+    if keep != 0:
+        b_i = b_x.to(tl.int32, bitcast=True)
+        b_high = ((b_i + 32767 + ((b_i >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        tl.store(p_low, (b_x - b_high).to(p_low.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
@@ -202,9 +204,9 @@ def feedback_solve_halves(
     tl.store(p_scale + (NP + block) * tiles_n, inv)
     tl.debug_barrier()
     tl.atomic_xchg(p_done, block + 1, sem="release", scope="gpu")
-    store_rounded(b_a, s + p_f + o_w, s_low + p_f + o_w, m_f & m_a, m_f & m_a & (keep != 0))
+    store_rounded(b_a, s + p_f + o_w, s_low + p_f + o_w, m_f & m_a, keep)
     if TWO:
-        store_rounded(b_b, s + p_f + o_w + H, s_low + p_f + o_w + H, m_f & m_b, m_f & m_b & (keep != 0))
+        store_rounded(b_b, s + p_f + o_w + H, s_low + p_f + o_w + H, m_f & m_b, keep)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_solve_halves_transposed"))
@@ -315,9 +317,9 @@ def feedback_solve_halves_transposed(
         tl.store(p_scale + i_r * tiles_n, inv)
         tl.debug_barrier()
         tl.atomic_xchg(p_done, rank + 1, sem="release", scope="gpu")
-        store_rounded(b_a, u + p_f, u_low + p_f, m_f & m_a, m_f & m_a)
+        store_rounded(b_a, u + p_f, u_low + p_f, m_f & m_a, 1)
         if TWO:
-            store_rounded(b_b, u + p_f + H, u_low + p_f + H, m_f & m_b, m_f & m_b)
+            store_rounded(b_b, u + p_f + H, u_low + p_f + H, m_f & m_b, 1)
     elif (i_t < NP) & (row0 == 0):
         row = i_t * BT
         p_past = dpast_s + (i_b * P + row) * D + o_w

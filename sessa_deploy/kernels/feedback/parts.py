@@ -1,4 +1,5 @@
 """A forward in parts of its rows, on several streams of a CUDA graph: the solve begins while scores of later rows are still made. The same bits.
+Where large tiles make the scores of a long sequence, in one launch, it begins while later inverses are made.
 
 Behind the scores of a part come its inverses and near tiles, and then as many programs of the solve as it has tiles. Those draw their tickets from one counter,
 whichever launch they came with, and a launch starts behind the inverses of all parts before it: a program waits for none that does not run.
@@ -17,16 +18,25 @@ from sessa_deploy.kernels.launch.jit import SHARE, interpreted
 
 GROUP = 2  # row tiles of 128 in a group of score tiles: parts are multiples of it
 FIRST, LARGE_FIRST = 256, 512  # rows of the first part, each further one twice as many (measured on an H200)
-LEAST, MOST = 512, 4096  # rows beyond which there are parts, and up to which
+LEAST, MOST = 512, 4096  # rows beyond which there are parts, and up to which scores go in parts though large tiles could make them
+LONG_FIRST = 2048  # rows of the first of two parts where one launch makes all scores
+JOINT = 2048  # rows beyond which near tiles go in one stream
 SHORT, FEW, FEW_ROWS = 1024, 2048, 8192  # rows up to which the first part is of FIRST; the same where fewer than FEW_ROWS are those of all sequences
 
 _LANES: dict[tuple[int, int], tuple[list[Any], list[Any]]] = {}  # device and captured stream: for scores beside it, and for what waits for them
 
 
-def cuts(batch: int, tokens: int) -> tuple[int, ...]:
+def scores_whole(tokens: int, many: bool) -> bool:
+    """Whether one launch makes the scores of all parts. many: whether large tiles can make them, which take every multiprocessor."""
+    return many and tokens > MOST
+
+
+def cuts(batch: int, tokens: int, many: bool) -> tuple[int, ...]:
     """The rows where parts begin; () where there is but one."""
-    if not LEAST < tokens <= MOST:
+    if tokens <= LEAST:
         return ()
+    if scores_whole(tokens, many):
+        return 0, LONG_FIRST
     rows, step = [0], FIRST if tokens <= SHORT or (tokens <= FEW and batch * tokens < FEW_ROWS) else LARGE_FIRST
     while rows[-1] + step < tokens:
         rows.append(rows[-1] + step)
@@ -58,27 +68,41 @@ def _lanes(main: Any, count: int) -> tuple[list[Any], list[Any]]:
     return beside, behind
 
 
-def queue(parts: Sequence[Any], scores: Callable[[Any], None], combine: Callable[[Any], None], solve: Callable[[Any], None]) -> None:
-    """Queue all parts into the graph that the current stream captures; each function queues one step of a part on the current stream."""
+Step = Callable[[Any], None]  # queues one step of a part on the current stream
+
+
+def queue(parts: Sequence[Any], scores: Step | None, inverse: Step, near: Step, solve: Step, joint: bool = False) -> None:
+    """Queue all parts into the graph that the current stream captures. scores: None where those of all parts are queued there.
+
+    joint: near tiles of all parts in one stream. A solve then has one edge, where else it has one from each part before it.
+    """
     main = torch.cuda.current_stream()
-    beside, behind = _lanes(main, len(parts))
+    beside, (shared, *behind) = _lanes(main, len(parts) + 1)
+    ways = [main, *beside] if scores is not None else [main]
     begun, before = main.record_event(), None
-    for lane in beside:
+    for lane in ways[1:]:
         lane.wait_event(begun)
     ends = []
     for i, (part, lane) in enumerate(zip(parts, behind, strict=False)):
-        ahead = (main, *beside)[i % 3]
-        with torch.cuda.stream(ahead):
-            scores(part)
-            lane.wait_event(ahead.record_event())
+        ahead, last = ways[i % len(ways)], shared if joint else lane
+        if scores is not None:
+            with torch.cuda.stream(ahead):
+                scores(part)
+        lane.wait_event(ahead.record_event())
         with torch.cuda.stream(lane):
-            combine(part)
-            if before is not None:
-                lane.wait_event(before)
-            before = lane.record_event()
+            inverse(part)
+        if joint:
+            shared.wait_event(lane.record_event())
+        with torch.cuda.stream(last):
+            near(part)
+        if joint:
+            lane.wait_event(shared.record_event())
+        elif before is not None:
+            lane.wait_event(before)
+        before = lane.record_event()
+        with torch.cuda.stream(lane):
             solve(part)
-            ends.append(lane.record_event())
-    for lane in beside:
         ends.append(lane.record_event())
+    ends += [lane.record_event() for lane in ways[1:]]
     for end in ends:
         main.wait_event(end)

@@ -52,17 +52,23 @@ def test_a_solve_begins_behind_the_inverses_of_all_parts_before_it(monkeypatch: 
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(parts, "new_stream", new_stream)
     monkeypatch.setattr(parts, "_LANES", {})
-    for every in (range(4), range(2)):
+    for every, whole, joint in ((range(4), False, False), (range(2), False, True), (range(2), True, True), (range(2), True, False)):
         main.over = {"begun"}
         for lane in (x for kind in parts._LANES.values() for lanes in kind for x in lanes):
             lane.over = set()  # another graph
         before.clear()
-        parts.queue(every, *(lambda part, name=name: step(name, part) for name in ("scores", "combine", "solve")))
-        lanes = {f"stream {x.cuda_stream}" for kind in parts._LANES.values() for lanes in kind for x in lanes[: len(every)]}
-        assert len(before) == 3 * len(every) and main.over >= {"begun", *before, *lanes}
+        if whole:
+            main.over.add("scores")
+        scores, *rest = (lambda part, name=name: step(name, part) for name in ("scores", "inverse", "near", "solve"))
+        parts.queue(every, None if whole else scores, *rest, joint=joint)
+        lanes = {x.split()[1] for over in before.values() for x in over if x.startswith("stream")}
+        assert len(before) == (3 if whole else 4) * len(every) and main.over >= {"begun", *before, *(f"stream {x}" for x in lanes)}
         for i in every:
-            assert "begun" in before[f"scores {i}"] and not any(x.startswith(("combine", "solve")) for x in before[f"scores {i}"])
-            assert i > 2 or not any(x.startswith("scores") for x in before[f"scores {i}"])
-            assert f"scores {i}" in before[f"combine {i}"] and {f"combine {j}" for j in range(i + 1)} <= before[f"solve {i}"]
-            assert not any(x.startswith("solve") for x in before[f"solve {i}"]), "they run at once"
-    assert sorted(priorities) == [-1] * 4 + [0] * 2  # what waits for scores goes first; the second graph has the streams of the first
+            if not whole:
+                assert "begun" in before[f"scores {i}"] and not any(x.startswith(("inverse", "near", "solve")) for x in before[f"scores {i}"])
+                assert i > 2 or not any(x.startswith("scores") for x in before[f"scores {i}"])
+            assert ("scores" if whole else f"scores {i}") in before[f"inverse {i}"]
+            assert not any(x.startswith(("near", "solve")) for x in before[f"inverse {i}"]), "it waits for its scores alone"
+            assert f"inverse {i}" in before[f"near {i}"] and {f"near {j}" for j in range(i + 1)} <= before[f"solve {i}"]
+            assert not any(x.startswith("solve") for x in before[f"solve {i}"] | before[f"near {i}"]), "they run at once"
+    assert sorted(priorities) == [-1] * 5 + [0] * 2  # what waits for scores goes first; later graphs have the streams of the first

@@ -120,18 +120,22 @@ def test_tiles_of_the_solve_in_halves_follow_its_chains() -> None:
         assert table.tiles("feedback_solve_halves", 90, "bf16", variant)["BN"] == table.tiles("feedback_pack", 90, "bf16", pack_variant(variant))["BN"]
 
 
-def test_a_forward_in_parts_has_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scores", ["whole", "in parts"])
+def test_a_forward_in_parts_has_the_bits_of_one(scores: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the interpreter one after the other; on a GPU as a graph captures them."""
     monkeypatch.setattr(parts, "LEAST", 256)
+    monkeypatch.setattr(parts, "LONG_FIRST", 256)
+    monkeypatch.setattr(parts, "scores_whole", lambda *_: scores == "whole")
     x = make("random", 1, 300, 0, 24, torch.bfloat16)
     plan = fwd.Plan(x[0].device, torch.bfloat16, 1, 300, 0, 24, side(with_stand_ins(small_options(torch.bfloat16, 128, 128)), False), 2**30)
     assert plan.parts == [(0, 256), (256, 300)]
     whole, queued = fwd.forward(*x, made=plan), []
 
-    def queue(every: list[tuple[int, int]], *steps: Callable[[tuple[int, int]], None]) -> None:
+    def queue(every: list[tuple[int, int]], first: Callable[..., None] | None, *steps: Callable[..., None], joint: bool) -> None:
+        assert (first is None) == (scores == "whole")
         for part in every:
             queued.append(part)
-            for step in steps:
+            for step in steps if first is None else (first, *steps):
                 step(part)
 
     if DEVICE == "cuda":
@@ -147,8 +151,10 @@ def test_a_forward_in_parts_has_the_bits_of_one(monkeypatch: pytest.MonkeyPatch)
     assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True) if a is not None and b is not None)
 
 
-def test_rows_go_in_parts_up_to_a_length() -> None:
+def test_rows_go_in_parts_by_their_number() -> None:
+    """Of a long sequence whose scores large tiles make, the inverses alone."""
     small, large = (0, 256, 768), (0, 512, 1536)
-    assert [parts.cuts(1, tokens) for tokens in (512, 513, 1024, 2048, 2049, 4097)] == [(), (0, 256), small, (*small, 1792), large, ()]
-    assert [parts.cuts(*of) for of in ((8, 2048), (16, 1024), (2, 4096))] == [large, small, (*large, 3584)]
-    assert all(row % (128 * parts.GROUP) == 0 for tokens in range(513, 4097, 97) for row in parts.cuts(2, tokens))
+    assert [parts.cuts(1, tokens, False) for tokens in (512, 513, 1024, 2048, 2049)] == [(), (0, 256), small, (*small, 1792), large]
+    assert [parts.cuts(*of, False) for of in ((8, 2048), (16, 1024), (2, 4096), (1, 6144))] == [large, small, (*large, 3584), (*large, 3584)]
+    assert parts.cuts(2, 4096, True) == (*large, 3584) and parts.cuts(2, 4097, True) == parts.cuts(1, 16384, True) == (0, 2048)
+    assert all(row % (128 * parts.GROUP) == 0 for many in (False, True) for tokens in range(513, 8297, 97) for row in parts.cuts(2, tokens, many))
