@@ -143,10 +143,14 @@ class DeviceBackend(Backend):
             self._flying = 0
 
     def _forward(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
-        logits = np.zeros((self.batch, self.config.vocab_size), np.float32)
+        logits: NDArray[np.float32] | None = None
         for _, part in self._parts(ids, new):
             found = self._own().get_logits(part, int(part.max()))
-            logits[part > 0] = found[part > 0]
+            if logits is None:
+                logits = found  # every sequence has its first token in the first part
+            else:
+                logits[part > 0] = found[part > 0]
+        assert logits is not None
         return logits
 
     def _forward_all(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:

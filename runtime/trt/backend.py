@@ -35,6 +35,7 @@ class TrtBackend(DeviceBackend):
     _cache: Any = None  # of kernels compiled on this card
     _prefill_row: int | None
     _prefill_behind: int | None
+    _prefill_tokens: int
 
     def __init__(self, bundle: Bundle, batch: int = 1, capacity: int | None = None, graph: bool = True, plugin: Path | None = None,
                  kernels: Path | None = None, cuda: Any = None) -> None:
@@ -70,7 +71,8 @@ class TrtBackend(DeviceBackend):
             self._config, self._cache = trt_api.runtime_config(self._trt, self.engine, self._kept)
             size = trt_api.scratch_size(self.engine)
             scratch = self._cuda.allocate(size)
-            self._prefill_row, self._prefill_behind = None, None  # whose cache addresses that context has, and what its new rows lie behind
+            # whose cache addresses that context has, what its new rows lie behind, and how many its shapes are for
+            self._prefill_row, self._prefill_behind, self._prefill_tokens = None, None, self.info.max_prompt
             self._scratch = scratch, size
             self._prefill, self._decode = (self._context(*of) for of in ((trt_plan.PREFILL, self.info.max_prompt), (trt_plan.DECODE, 1)))
 
@@ -87,9 +89,12 @@ class TrtBackend(DeviceBackend):
             if step.row != self._prefill_row:
                 self._prefill_row = -1  # nobody's, should that fail halfway
                 self._bind(context, step)
-                self._prefill_row, self._prefill_behind = step.row, step.behind
-            elif not context.set_input_shape(INPUT_IDS, (step.batch, step.tokens)):
-                raise self._failure(f"a prefill step of {step.tokens} tokens")
+                self._prefill_row, self._prefill_behind, self._prefill_tokens = step.row, step.behind, step.tokens
+            elif step.tokens != self._prefill_tokens:
+                self._prefill_tokens = -1
+                if not context.set_input_shape(INPUT_IDS, (step.batch, step.tokens)):
+                    raise self._failure(f"a prefill step of {step.tokens} tokens")
+                self._prefill_tokens = step.tokens
             if step.behind != self._prefill_behind:
                 self._prefill_behind = -1
                 self._address(context, self._own().new_addresses(step))
