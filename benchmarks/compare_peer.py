@@ -6,7 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sessa_deploy.config import SessaConfig
+
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,12 @@ class Peer(ABC):
         """Feed each sequence its last token; the next ones, on the host. last: no step follows on this one."""
 
     @abstractmethod
-    def prompt(self, tokens: int) -> list[int]:
-        """Forget everything, feed every sequence a prompt of `tokens` tokens; the first new ones, on the host."""
+    def prompt(self, ids: IntArray) -> list[int]:
+        """Forget everything, feed sequence b the prompt ids[b] (B,T), from the host; the first new tokens, on the host."""
+
+    def drawn(self, tokens: int, batch: int) -> IntArray:
+        """Random prompts (batch, tokens), the same for every peer."""
+        return np.random.default_rng(0).integers(0, self.config.vocab_size, (batch, tokens))
 
     def notes(self) -> dict[str, Any]:
         """What else the figures must be read with."""

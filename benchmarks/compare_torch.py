@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import torch
-from compare_peer import Peer
+from compare_peer import IntArray, Peer
 from gpu import capture
 from torch import Tensor, nn
 
@@ -55,11 +55,10 @@ class Torch(Peer):
         return self.ids[:, 0].tolist()
 
     @torch.inference_mode()
-    def prompt(self, tokens: int) -> list[int]:
+    def prompt(self, ids: IntArray) -> list[int]:
         for cache in self.caches:
             cache.reset()
-        ids = torch.randint(self.config.vocab_size, (len(self.ids), tokens), device=self.device, generator=torch.Generator(self.device).manual_seed(0))
-        return self.model.prefill(ids, self.caches).argmax(-1).tolist()
+        return self.model.prefill(torch.from_numpy(ids).to(self.device), self.caches).argmax(-1).tolist()
 
     def close(self) -> None:
         self.caches = self.captured = None
@@ -123,9 +122,8 @@ class Official(Peer):
         return self.ids[:, 0].tolist()
 
     @torch.inference_mode()
-    def prompt(self, tokens: int) -> list[int]:
-        ids = torch.randint(self.config.vocab_size, (len(self.ids), tokens), device=self.device, generator=torch.Generator(self.device).manual_seed(0))
-        x = self.shell.embedding(ids)
+    def prompt(self, ids: IntArray) -> list[int]:
+        x = self.shell.embedding(torch.from_numpy(ids).to(self.device))
         for i, layer in enumerate(self.layers):
             self.caches[i]["t"] = 0
             x, self.caches[i] = layer.prefill(x, self.caches[i])

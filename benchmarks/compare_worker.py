@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from common import greedy_step
-from compare_peer import Peer, Point
+from compare_peer import IntArray, Peer, Point
 
 from sessa_deploy.contract import PRECISIONS
 from sessa_deploy.cuda import used_memory
@@ -70,7 +70,7 @@ class Runtime(Peer):
         self.backend.reset()
         self.contexts, on_device = contexts, getattr(self.backend, "_device", None)
         if on_device is None:
-            self._feed(np.array(contexts), max(1, min(self.backend.best_chunk, FILL_TOKENS // len(contexts))))
+            self._feed(self.drawn(max(contexts), len(contexts)), np.array(contexts), max(1, min(self.backend.best_chunk, FILL_TOKENS // len(contexts))))
             return
         # ONNX Runtime would take long to prefill a batch: it reads the whole capacity at every step.
         rows = np.random.default_rng(0).standard_normal((max(contexts), self.config.d_model), np.float32)
@@ -87,17 +87,16 @@ class Runtime(Peer):
         self.ids[:, 0] = greedy_step(self.backend, self.ids, self.new, last)
         return self.ids[:, 0].tolist()
 
-    def prompt(self, tokens: int) -> list[int]:
+    def prompt(self, ids: IntArray) -> list[int]:
         self.backend.reset()
-        return np.argmax(self._feed(np.full(self.backend.batch, tokens), self.backend.best_chunk), axis=-1).tolist()
+        return np.argmax(self._feed(ids, np.full(len(ids), ids.shape[1]), self.backend.best_chunk), axis=-1).tolist()
 
-    def _feed(self, lengths: np.ndarray, chunk: int) -> np.ndarray:
-        ids = np.random.default_rng(0).integers(0, self.config.vocab_size, (self.backend.batch, int(lengths.max())))
-        logits = np.zeros((self.backend.batch, self.config.vocab_size), np.float32)
+    def _feed(self, ids: IntArray, lengths: np.ndarray, chunk: int) -> np.ndarray:
+        logits: Any = None
         for start in range(0, int(lengths.max()), chunk):
             new = np.clip(lengths - start, 0, chunk).astype(np.int32)
             found = self.backend.step(ids[:, start : start + int(new.max())], new)
-            logits[new > 0] = found[new > 0]
+            logits = found if logits is None else np.where(new[:, None] > 0, found, logits)
         return logits
 
     def close(self) -> None:
@@ -181,12 +180,13 @@ def decode(peer: Peer, point: Point, job: dict[str, Any]) -> np.ndarray:
 
 
 def prefill(peer: Peer, point: Point, job: dict[str, Any]) -> np.ndarray:
-    """Seconds from prompt to first token, the first prompt not counted."""
-    peer.prompt(point.prompt)
+    """Seconds from prompt to first token, the first prompt not counted. What is asked is there before the clock starts, on the host for every peer."""
+    ids = peer.drawn(point.prompt, point.batch)
+    peer.prompt(ids)
     times: list[float] = []
     while len(times) < job["prefills"] and (sum(times) < job["max_seconds"] or not times):
         start = time.perf_counter()
-        peer.prompt(point.prompt)
+        peer.prompt(ids)
         times.append(time.perf_counter() - start)
     return np.array(times)
 
