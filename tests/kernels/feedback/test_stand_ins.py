@@ -35,17 +35,18 @@ def test_a_bad_row_spoils_no_earlier_one() -> None:
         assert torch.isfinite(grad).all() and grad[:, : first_bad - 1].any() and not grad[:, first_bad:].any(), name
 
 
-def test_a_solve_in_halves_has_the_bits_of_one_in_one() -> None:
+def test_every_form_of_the_solve_in_halves_has_the_same_bits() -> None:
     x = make("random", 1, 200, 40, 24, torch.bfloat16)
     q, k, gamma, f, *behind = x
     small, device = with_stand_ins(small_options(torch.bfloat16, 128, 128)), torch.device(DEVICE)
     ahead, back = side(small, False) or fwd.tiles(device, x[0].dtype, 24, 200, 40), side(small, True) or bwd.tiles(device, x[0].dtype, 24, 200)
     found = []
-    for two in (True, False):
-        options, transposed = ({**o, name: {**o[name], "TWO": two}} for o, name in ((ahead, fwd.SOLVES[0].__name__), (back, bwd.SOLVES[0].__name__)))
+    for two, early in ((True, False), (False, False), (False, True)):
+        forms = ((ahead, fwd.SOLVES[0].__name__, {"TWO": two, "EARLY": early}), (back, bwd.SOLVES[0].__name__, {"TWO": two}))
+        options, transposed = ({**o, name: {**o[name], **form}} for o, name, form in forms)
         s, lse, low = fwd.forward(*x, options=options)
         found.append((s, low, *bwd.backward(f, q, k, gamma, f, s, lse, low, *behind, options=transposed)))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def test_both_gradients_go_together_without_a_past_in_one_panel() -> None:
