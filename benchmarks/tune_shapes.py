@@ -44,7 +44,7 @@ def arrangements(back: bool) -> dict[str, Change]:
     found: dict[str, Change] = {"today": {}}
     for bn, two, more in ((32, False, {}), (64, False, {}), (128, False, {}), (128, True, {}), (64, False, {"STAGES": 3, "maxnreg": 128}),
                           (64, False, {"STAGES": 3, "num_warps": 4, "maxnreg": 168})):
-        form = {"BN": bn, "TWO": two, **more} | ({} if back else {"EARLY": False})
+        form = {"BN": bn, "TWO": two, **more} | ({} if back else {"ALONE": False})
         found[f"{bn} columns{' in two' * two}" + "".join(f" {k} {v}" for k, v in more.items())] = {solve: form}
     if back:
         found["two gradients"] = {backward.TOGETHER: {}}
@@ -54,7 +54,7 @@ def arrangements(back: bool) -> dict[str, Change]:
         for what in ({"maxnreg": 128}, {"num_warps": 16}):
             found[f"grad_scores {what}"] = {"feedback_grad_scores": what}
     else:
-        found["64 columns early"] = {solve: {"BN": 64, "TWO": False, "EARLY": True}}
+        found["64 columns alone"] = {solve: {"BN": 64, "TWO": False, "ALONE": True}}
         found["scores 64"] = {"feedback_scores": {"BM": 64, "num_warps": 4}}
     return found
 

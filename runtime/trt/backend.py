@@ -89,7 +89,8 @@ class TrtBackend(DeviceBackend):
             if step.row != self._prefill_row:
                 self._prefill_row = -1  # nobody's, should that fail halfway
                 self._bind(context, step)
-                self._prefill_row, self._prefill_behind, self._prefill_tokens = step.row, step.behind, step.tokens
+                self._prefill_behind, self._prefill_tokens = step.behind, step.tokens
+                self._prefill_row = step.row  # last: what Ctrl-C leaves undone is bound anew
             elif step.tokens != self._prefill_tokens:
                 self._prefill_tokens = -1
                 if not context.set_input_shape(INPUT_IDS, (step.batch, step.tokens)):

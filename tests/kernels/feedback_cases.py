@@ -44,7 +44,7 @@ def with_stand_ins(options: dict[str, dict[str, Any]] | None) -> dict[str, dict[
     if options is None:
         return None
     solve = dict(BT=128, BN=32, BK=64, STAGES=1)
-    solves = {"feedback_solve_halves": {**solve, "TWO": True, "EARLY": False}, "feedback_solve_halves_transposed": {**solve, "TWO": False}}
+    solves = {"feedback_solve_halves": {**solve, "TWO": True, "ALONE": False}, "feedback_solve_halves_transposed": {**solve, "TWO": False}}
     return {**options, **solves, "feedback_inverse": dict(CHUNK=4), "feedback_near": {}, "feedback_grad_qk": options["feedback_grad_q"]}
 
 

@@ -195,6 +195,26 @@ def test_who_ends_a_step_last_sees_what_all_did(tmp_path: Path) -> None:
     assert after.count("ld.global.cg") == 2 and "bar.sync" in after.split("ld.global")[0]
 
 
+ALONE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from sessa_deploy.plugins import lower
+source, options = lower.source(lower.Unit("feedback_solve_halves", 90, "bf16", "few"))
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+"""
+
+
+def test_threads_that_wait_for_themselves_wait_for_the_tile(tmp_path: Path) -> None:
+    """What the interpreter, one program after another, cannot show: each looks again while the counter is below, by a load that nothing behind it passes."""
+    _, *waits = compiled(ALONE, tmp_path).split("again:\n")
+    assert waits
+    for wait in waits:
+        load, test, jump, *_ = wait.split("\n")
+        assert load.startswith("ld.global.gpu.acquire.b32") and test.startswith("setp.lt.s32") and jump == "@p bra again;"
+        word, read = load.split()[1].rstrip(","), wait.split("ld.global.cg")[0]
+        assert test.split()[2].rstrip(",") == word and "mma" not in read, "what the neighbour wrote is read behind it"
+
+
 def cubin(**change: Any) -> lower.Cubin:
     good: dict[str, Any] = {
         "kernel": "feedback_step_partial", "arch": 86, "dtype": "bf16", "variant": "1024", "file": "x.cubin", "sha256": "", "size": 1, "entry": "e",

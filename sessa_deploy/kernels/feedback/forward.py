@@ -208,7 +208,8 @@ class Plan:
         self.parts = list(itertools.pairwise((*rows_of, tokens))) if rows_of else []
         self.in_parts = {name: parts.beside_others(name, opt[name]) for name in ("feedback_scores", *APART, solving.__name__)} if self.parts else {}
         if self.parts:
-            self.run_parts = launcher(feedback_scores, device, dtype, self.in_parts["feedback_scores"])
+            if not self.scores_whole:
+                self.run_parts = launcher(feedback_scores, device, dtype, self.in_parts["feedback_scores"])
             self.run_solve = launcher(solving, device, dtype, self.in_parts[solving.__name__])
             self.combination = combination(device, dtype, self.in_parts)
 

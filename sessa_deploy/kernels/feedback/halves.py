@@ -87,7 +87,9 @@ def poisoned(b_x, p_bad, m_x, o_r):
 
 @triton.jit
 def wait_each(p_done, tiles):
-    """Spin until the counter reaches `tiles`, every thread for itself, so that no barrier stands between it and what follows; returns `tiles`."""
+    """Spin until the counter reaches `tiles`, every thread for itself, so that no barrier stands between it and what follows.
+
+    Returns `tiles`: by what each of them reads, threads would part ways at a later barrier."""
     if ASKS:
         tl.inline_asm_elementwise(
             "{\n.reg .pred p;\nagain:\nld.global.gpu.acquire.b32 $0, [$1];\nsetp.lt.s32 p, $0, $2;\n@p bra again;\n}", "=&r,l,r",
@@ -113,9 +115,9 @@ def places(i_b, i_r, o_r, row0, T, D, R, B, BT: tl.constexpr):
 def feedback_solve_halves(
     e, peak, row_peak, factor, inverse, inverse_low, near, near_low, near_scale, f, s, s_low, w, w_low, scales, past_length, sync,
     T, D, C, R, NP, NT, row0, B, panel, panels, keep,
-    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, TWO: tl.constexpr, EARLY: tl.constexpr = False,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, TWO: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    """`forward.feedback_solve`; inverse, near_low and w_low are not used. EARLY, where a program has a multiprocessor to itself: what needs no other block is
+    """`forward.feedback_solve`; inverse, near_low and w_low are not used. ALONE, where a program has a multiprocessor to itself: what needs no other block is
     asked for before the far products, and every thread waits for the neighbours itself."""
     H: tl.constexpr = BN // 2 if TWO else BN
     PARTS: tl.constexpr = BT // BK
@@ -141,7 +143,7 @@ def feedback_solve_halves(
     b_factor = tl.load(factor + p_row)
     bad_rows = tl.max(tl.where(finite(b_factor), 0.0, 1.0), axis=0)
 
-    if EARLY:
+    if ALONE:
         tl.static_assert(not TWO)
         m_f, p_f, p_i, o_i, deep = places(i_b, i_r, o_r, row0, T, D, R, B, BT)
         b_inverse = tl.load(near + INVERSE * deep * BT + p_i + o_i)
@@ -167,13 +169,13 @@ def feedback_solve_halves(
                 b_b = part(b_b, b_e, p_tile + H, m_b, b_r[:, None])
         i = stop
 
-    if not EARLY:
+    if not ALONE:
         m_f, p_f, p_i, o_i, deep = places(i_b, i_r, o_r, row0, T, D, R, B, BT)
         b_inverse = tl.load(near + INVERSE * deep * BT + p_i + o_i)
     m_row = finite(b_factor)[:, None]
     # a bound of what x can be is as good as its largest magnitude
     b_top = row_top(larger(tl.abs(b_a), tl.abs(b_b))) if TWO else row_top(b_a)
-    if not EARLY:
+    if not ALONE:
         b_f = tl.load(f + p_f + o_w, mask=m_f & m_a, other=0.0)
     b_top += row_top(b_f.to(tl.float32))
     b_a += b_f.to(tl.float32)
@@ -189,7 +191,7 @@ def feedback_solve_halves(
             b_b = cleaned(b_b, m_row, s + p_f + o_w + H, m_f & m_b)
         amax = reach(b_a, b_b, TWO)
     c, inv = power_scale(amax)
-    if not EARLY:
+    if not ALONE:
         b_c = tl.load(near_scale + INVERSE * deep + p_row)
     b_r = (b_c * inv)[:, None]
     b_a = tl.dot(b_inverse, (b_a * c).to(tl.float16)) * b_r
@@ -224,11 +226,11 @@ def feedback_solve_halves(
             b_0, b_1 = tl.load(p_near), tl.load(p_near + BK)
             b_s = tl.load(near_scale + (back - 1) * deep + p_row)
             if ready < block - back + 1:
-                ready = wait_each(p_done, block - back + 1) if EARLY else wait_for(p_done, block - back + 1)
+                ready = wait_each(p_done, block - back + 1) if ALONE else wait_for(p_done, block - back + 1)
             b_s = (b_s * tl.load(p_scale + i_t * tiles_n))[:, None]
             p_tile = p_w + i_t.to(tl.int64) * BT * D + o_f
             b_a = near_parts(b_a, b_0, b_1, p_tile, BK * D, m_a, b_s)
-    c, inv = power_scale(tl.max(tl.abs(b_a)) if EARLY else reach(b_a, b_b, TWO))
+    c, inv = power_scale(tl.max(tl.abs(b_a)) if ALONE else reach(b_a, b_b, TWO))
     p_tile = p_w + (NP + block).to(tl.int64) * BT * D + o_w
     tl.store(p_tile, (b_a * c).to(tl.float16), mask=m_a)
     if TWO:

@@ -16,6 +16,8 @@ import torch
 from sessa_deploy.cuda import new_stream
 from sessa_deploy.kernels.launch.jit import SHARE, interpreted
 
+Step = Callable[[Any], None]  # queues one step of a part on the current stream
+
 GROUP = 2  # row tiles of 128 in a group of score tiles: parts are multiples of it
 FIRST, LARGE_FIRST = 256, 512  # rows of the first part, each further one twice as many (measured on an H200)
 LEAST, MOST = 512, 4096  # rows beyond which there are parts, and up to which scores go in parts though large tiles could make them
@@ -68,9 +70,6 @@ def _lanes(main: Any, count: int) -> tuple[list[Any], list[Any]]:
     return beside, behind
 
 
-Step = Callable[[Any], None]  # queues one step of a part on the current stream
-
-
 def queue(parts: Sequence[Any], scores: Step | None, inverse: Step, near: Step, solve: Step, joint: bool = False) -> None:
     """Queue all parts into the graph that the current stream captures. scores: None where those of all parts are queued there.
 
@@ -83,7 +82,7 @@ def queue(parts: Sequence[Any], scores: Step | None, inverse: Step, near: Step, 
     for lane in ways[1:]:
         lane.wait_event(begun)
     ends = []
-    for i, (part, lane) in enumerate(zip(parts, behind, strict=False)):
+    for i, (part, lane) in enumerate(zip(parts, behind[: len(parts)], strict=True)):
         ahead, last = ways[i % len(ways)], shared if joint else lane
         if scores is not None:
             with torch.cuda.stream(ahead):

@@ -219,7 +219,7 @@ KERNELS = by_name((
         ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"), ("bwd", "wide"), lowered=False, optional=("wide",),
     ),
     Kernel(
-        HALVES[0], f"{_PACKAGE}.halves", _SOLVE, ("BT", "BN", "BK", "STAGES", "TWO", "EARLY"), ("fwd", "few", "wide"), dtypes=("bf16",), scalar_loads=64,
+        HALVES[0], f"{_PACKAGE}.halves", _SOLVE, ("BT", "BN", "BK", "STAGES", "TWO", "ALONE"), ("fwd", "few", "wide"), dtypes=("bf16",), scalar_loads=64,
         optional=("fwd", "few", "wide"),
     ),
     Kernel(

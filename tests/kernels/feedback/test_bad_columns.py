@@ -16,12 +16,12 @@ from sessa_deploy.kernels.launch.jit import Options, arch_of
 
 TOKENS, ROW, COLUMN = 520, 130, 3  # more blocks behind the bad row than the nearest two
 WIDTH, WIDE = 24, 4096  # columns that share a tile; on a GPU those of the solve in two halves
-KINDS = [(torch.float32, ""), (torch.float16, ""), (torch.bfloat16, ""), (torch.bfloat16, "one"), (torch.bfloat16, "two"), (torch.bfloat16, "early")]
+KINDS = [(torch.float32, ""), (torch.float16, ""), (torch.bfloat16, ""), (torch.bfloat16, "one"), (torch.bfloat16, "two"), (torch.bfloat16, "alone")]
 
 
 def options_of(dtype: torch.dtype, form: str, backward: bool) -> Options | None:
     """form: of the solve in halves; "": other kernels solve."""
-    stand_ins, changes = form != "", {"TWO": form == "two", "EARLY": form == "early"}
+    stand_ins, changes = form != "", {"TWO": form == "two", "ALONE": form == "alone"}
     small = small_options(dtype, 128, 128) if stand_ins else small_options(dtype, 64, 64)
     found = side(with_stand_ins(small) if stand_ins else small, backward)
     return found and {name: {**o, **{n: value for n, value in changes.items() if n in o}} for name, o in found.items()}

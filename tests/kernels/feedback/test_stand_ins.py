@@ -36,15 +36,17 @@ def test_a_bad_row_spoils_no_earlier_one() -> None:
 
 
 def test_every_form_of_the_solve_in_halves_has_the_same_bits() -> None:
-    x = make("random", 1, 200, 40, 24, torch.bfloat16)
+    x = make("random", 1, 400, 40, 24, torch.bfloat16)
     q, k, gamma, f, *behind = x
+    f.copy_(torch.where(torch.arange(24, device=f.device) == 5, f.abs(), -1000 * f.abs()))  # the largest magnitude is no maximum
     small, device = with_stand_ins(small_options(torch.bfloat16, 128, 128)), torch.device(DEVICE)
-    ahead, back = side(small, False) or fwd.tiles(device, x[0].dtype, 24, 200, 40), side(small, True) or bwd.tiles(device, x[0].dtype, 24, 200)
+    ahead, back = side(small, False) or fwd.tiles(device, x[0].dtype, 24, 400, 40), side(small, True) or bwd.tiles(device, x[0].dtype, 24, 400)
     found = []
     for two, early in ((True, False), (False, False), (False, True)):
-        forms = ((ahead, fwd.SOLVES[0].__name__, {"TWO": two, "EARLY": early}), (back, bwd.SOLVES[0].__name__, {"TWO": two}))
+        forms = ((ahead, fwd.SOLVES[0].__name__, {"TWO": two, "ALONE": early}), (back, bwd.SOLVES[0].__name__, {"TWO": two}))
         options, transposed = ({**o, name: {**o[name], **form}} for o, name, form in forms)
         s, lse, low = fwd.forward(*x, options=options)
+        assert torch.equal(fwd.forward(*x, need_lse=False, options=options)[0], s)
         found.append((s, low, *bwd.backward(f, q, k, gamma, f, s, lse, low, *behind, options=transposed)))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
@@ -127,13 +129,17 @@ def test_a_forward_in_parts_has_the_bits_of_one(scores: str, monkeypatch: pytest
     monkeypatch.setattr(parts, "LEAST", 256)
     monkeypatch.setattr(parts, "LONG_FIRST", 256)
     monkeypatch.setattr(parts, "scores_whole", lambda *_: scores == "whole")
+    monkeypatch.setattr(parts, "JOINT", 299 if scores == "whole" else 300)
     x = make("random", 1, 300, 0, 24, torch.bfloat16)
     plan = fwd.Plan(x[0].device, torch.bfloat16, 1, 300, 0, 24, side(with_stand_ins(small_options(torch.bfloat16, 128, 128)), False), 2**30)
     assert plan.parts == [(0, 256), (256, 300)]
-    whole, queued = fwd.forward(*x, made=plan), []
+    whole, queued, cleared = fwd.forward(*x, made=plan), [], []
+    if scores != "whole":
+        run, counters = plan.run_parts, plan.workspace.buffers["sync"][0]
+        monkeypatch.setattr(plan, "run_parts", lambda *launch: (cleared.append(launch[-2]), run(*launch)))
 
     def queue(every: list[tuple[int, int]], first: Callable[..., None] | None, *steps: Callable[..., None], joint: bool) -> None:
-        assert (first is None) == (scores == "whole")
+        assert (first is None) == (scores == "whole") == joint
         for part in every:
             queued.append(part)
             for step in steps if first is None else (first, *steps):
@@ -150,6 +156,7 @@ def test_a_forward_in_parts_has_the_bits_of_one(scores: str, monkeypatch: pytest
         found = fwd.forward(*x, made=plan)
         assert queued == plan.parts
     assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True) if a is not None and b is not None)
+    assert scores == "whole" or cleared == [counters, 0], "the first part's scores clear the solve's counters"
 
 
 def test_rows_go_in_parts_by_their_number() -> None:

@@ -150,8 +150,28 @@ def test_a_long_prompt_s_rows_are_laid_in_the_caches(build: Callable[..., Any], 
     backend = build()[0]
     reference = OrtBackend(bundles("fp32"), batch=BATCH, capacity=CAPACITY, threads=1)
     check_laid(backend, reference, 1, 256)
-    calls = [(type(backend._prefill), "set_tensor_address", 8), (type(backend._prefill), "set_input_shape", 1), (buffers.Buffers, "finish", 0)]
+    calls = [(type(backend._prefill), "set_tensor_address", 8), (type(backend._prefill), "set_input_shape", 1),
+             (type(backend._prefill), "set_input_shape", 0), (buffers.Buffers, "finish", 0)]  # fmt: skip
     check_torn(backend, reference, monkeypatch, calls)
+
+
+def test_a_prompt_of_as_many_tokens_as_the_one_before_sets_no_shape(
+    build: Callable[..., Any], bundles: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, reference = build()[0], OrtBackend(bundles("fp32"), batch=BATCH, capacity=CAPACITY, threads=1)
+    kind, shapes, rng = type(backend._prefill), list[str](), np.random.default_rng(5)
+    plain = kind.set_input_shape
+    monkeypatch.setattr(kind, "set_input_shape", lambda self, name, shape: (shapes.append(name), plain(self, name, shape))[1])
+    for tokens, told in ((5, 1), (5, 0), (CHUNK, 1)):  # of all sequences
+        ids, new = rng.integers(0, 257, (BATCH, tokens)), np.full(BATCH, tokens, np.int32)
+        np.testing.assert_allclose(backend.step(ids, new), reference.step(ids, new), rtol=1e-5, atol=1e-5)
+        assert len(shapes) == told
+        shapes.clear()
+    for row, tokens, told in ((0, 8, 2), (0, 6, 1), (1, 5, 2), (1, 6, 1), (1, 6, 0), (0, 6, 2), (0, 5, 1)):  # of one: 2 where it is another
+        ids = rng.integers(0, 257, tokens)
+        np.testing.assert_allclose(backend.step_row(row, ids), reference.step_row(row, ids), rtol=1e-5, atol=1e-5)
+        assert min(len(shapes), 2) == told, (row, tokens)
+        shapes.clear()
 
 
 def test_a_greedy_step_is_one_copy_in_and_none_out(build: Callable[..., Any]) -> None:
