@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sessa_deploy.config import SessaConfig
-
-IntArray = NDArray[np.int64]
+from sessa_deploy.runtime.backend import IntArray
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ import functools
 from typing import Any
 
 import torch
-from compare_peer import IntArray, Peer
+from compare_peer import Peer
 from gpu import capture
 from torch import Tensor, nn
 
 from sessa_deploy.contract import CACHE_FIELDS, PRECISIONS
 from sessa_deploy.model import SessaLayer, SessaLM
+from sessa_deploy.runtime.backend import IntArray
 
 
 class Torch(Peer):

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 from common import greedy_step
-from compare_peer import IntArray, Peer, Point
+from compare_peer import Peer, Point
 
 from sessa_deploy.contract import PRECISIONS
 from sessa_deploy.cuda import used_memory
 from sessa_deploy.files import write_whole
 from sessa_deploy.runtime import environment, traffic
+from sessa_deploy.runtime.backend import IntArray
 
 WINDOW = 64  # steps before the context is rewound to where it began
 WARM_STEPS = 3
@@ -92,11 +93,11 @@ class Runtime(Peer):
         return np.argmax(self._feed(ids, np.full(len(ids), ids.shape[1]), self.backend.best_chunk), axis=-1).tolist()
 
     def _feed(self, ids: IntArray, lengths: np.ndarray, chunk: int) -> np.ndarray:
-        logits: Any = None
+        logits = np.empty(0, np.float32)
         for start in range(0, int(lengths.max()), chunk):
             new = np.clip(lengths - start, 0, chunk).astype(np.int32)
             found = self.backend.step(ids[:, start : start + int(new.max())], new)
-            logits = found if logits is None else np.where(new[:, None] > 0, found, logits)
+            logits = found if start == 0 else np.where(new[:, None] > 0, found, logits)
         return logits
 
     def close(self) -> None:

@@ -52,16 +52,16 @@ def check_laid(backend: Any, reference: Any, row: int, alignment: int) -> None:
         _check_cached(backend, reference, each)
 
 
-def check_torn(backend: Any, reference: Any, patch: pytest.MonkeyPatch, calls: Sequence[tuple[Any, str, int]]) -> None:
+def check_torn(backend: Any, reference: Any, patch: pytest.MonkeyPatch, calls: Sequence[tuple[Any, str, int, int]]) -> None:
     """A prompt's step that Ctrl-C ends in a call of a function leaves nothing behind: what is fed then gives `reference`'s logits and cached rows.
 
-    calls: (owner, name, which call; 0: behind the first). The torn step has fewer rows than the one before it and lays them elsewhere, in the same sequence or,
-    where there are others, in another; then the first goes on, or begins anew.
+    calls: (owner, name, which call; 0: behind the first, rows of the torn step). It lays its rows elsewhere than the one before it, of 16, in the same sequence
+    or, where there are others, in another; then the first goes on, or begins anew.
     """
     rng, other = np.random.default_rng(6), backend.batch - 1
     ids, one = np.ones((backend.batch, 1), np.int64), np.ones(backend.batch, np.int32)
-    for (owner, name, count), torn, goes_on in itertools.product(calls, (0, other), (True, False)):
-        said = f"{name} {torn} {goes_on}"
+    for (owner, name, count, rows), torn, goes_on in itertools.product(calls, (0, other), (True, False)):
+        said = f"{name} {count} {torn} {goes_on}"
         for each in (backend, reference):
             each.reset()
         backend.poison()
@@ -73,7 +73,7 @@ def check_torn(backend: Any, reference: Any, patch: pytest.MonkeyPatch, calls: S
         with patch.context() as during:
             during.setattr(owner, name, _cut_short(getattr(owner, name), count))
             with pytest.raises(KeyboardInterrupt):
-                backend.step_row(torn, cut[:12])
+                backend.step_row(torn, cut[:rows])
         np.testing.assert_array_equal(backend.length, reference.length)
         for each in (backend, reference):
             each.reset([] if goes_on else None)

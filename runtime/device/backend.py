@@ -143,14 +143,11 @@ class DeviceBackend(Backend):
             self._flying = 0
 
     def _forward(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] | None = None
-        for _, part in self._parts(ids, new):
+        logits = np.empty(0, np.float32)
+        for start, part in self._parts(ids, new):
             found = self._own().get_logits(part, int(part.max()))
-            if logits is None:
-                logits = found  # every sequence has its first token in the first part
-            else:
-                logits[part > 0] = found[part > 0]
-        assert logits is not None
+            # every sequence has its first token in the first part
+            logits = found if start == 0 else np.where(part[:, None] > 0, found, logits)
         return logits
 
     def _forward_all(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -176,11 +176,11 @@ def test_no_two_warps_widen_the_same_weights(variant: str, ahead: bool, tmp_path
     assert (before, opened) == ((words, 1) if ahead else (0, opened))
 
 
-ENDED = """
+PTX = """
 import triton
 from triton.backends.compiler import GPUTarget
 from sessa_deploy.plugins import lower
-source, options = lower.source(lower.Unit("decode_end", 90, "fp32", "any"))
+source, options = lower.source(lower.Unit{unit})
 print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
 """
 
@@ -188,25 +188,16 @@ print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).
 def test_who_ends_a_step_last_sees_what_all_did(tmp_path: Path) -> None:
     """What the interpreter, one program and thread after another, cannot show: all threads are done before their program counts itself, the count publishes
     what they wrote, and the last one reads past its own cache."""
-    before, count, after = compiled(ENDED, tmp_path).partition("atom.global.gpu.acq_rel.add")
+    before, count, after = compiled(PTX.format(unit=("decode_end", 90, "fp32", "any")), tmp_path).partition("atom.global.gpu.acq_rel.add")
     assert count and "atom." not in before + after
     between = before.rsplit("bar.sync", 1)[1]
     assert "ld.global" not in between and "st.global" not in between
     assert after.count("ld.global.cg") == 2 and "bar.sync" in after.split("ld.global")[0]
 
 
-ALONE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from sessa_deploy.plugins import lower
-source, options = lower.source(lower.Unit("feedback_solve_halves", 90, "bf16", "few"))
-print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
-"""
-
-
 def test_threads_that_wait_for_themselves_wait_for_the_tile(tmp_path: Path) -> None:
     """What the interpreter, one program after another, cannot show: each looks again while the counter is below, by a load that nothing behind it passes."""
-    _, *waits = compiled(ALONE, tmp_path).split("again:\n")
+    _, *waits = compiled(PTX.format(unit=("feedback_solve_halves", 90, "bf16", "few")), tmp_path).split("again:\n")
     assert waits
     for wait in waits:
         load, test, jump, *_ = wait.split("\n")

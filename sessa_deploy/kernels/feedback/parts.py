@@ -70,7 +70,7 @@ def _lanes(main: Any, count: int) -> tuple[list[Any], list[Any]]:
     return beside, behind
 
 
-def queue(parts: Sequence[Any], scores: Step | None, inverse: Step, near: Step, solve: Step, joint: bool = False) -> None:
+def queue(parts: Sequence[Any], scores: Step | None, inverse: Step, near: Step, solve: Step, joint: bool) -> None:
     """Queue all parts into the graph that the current stream captures. scores: None where those of all parts are queued there.
 
     joint: near tiles of all parts in one stream. A solve then has one edge, where else it has one from each part before it.

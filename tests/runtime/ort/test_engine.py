@@ -64,7 +64,8 @@ def test_ctrl_c_in_a_step_that_lays_its_rows_leaves_nothing_behind(build: Build,
     monkeypatch.setattr(buffers, "_LEAST_BEHIND", 1)
     backend = build(batch=2, chunk=48)[0]
     reference = OrtBackend(bundles("fp32"), batch=2, capacity=CAPACITY, threads=1)
-    check_torn(backend, reference, monkeypatch, [(Binding, "bind_output", 3), (Buffers, "feed", 1), (Buffers, "finish", 1), (Buffers, "finish", 0)])
+    calls = [(Binding, "bind_output", 3, 16), (Buffers, "feed", 1, 16), (Buffers, "finish", 1, 16), (Buffers, "finish", 0, 16)]
+    check_torn(backend, reference, monkeypatch, calls)
 
 
 def test_every_number_of_rows_has_its_own_graph(build: Build) -> None:
