@@ -88,11 +88,12 @@ def below(p_e, C, N: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def store_quarter(b_x, c, high, low, half, p_i):
-    """Store a quarter of an inverse as a pair, and times c as one float16."""
-    b_h, b_l = pair_of(b_x)
-    tl.store(high + p_i, b_h)
-    tl.store(low + p_i, b_l)
+def store_quarter(b_x, c, high, low, half, p_i, PAIR: tl.constexpr):
+    """Store a quarter of an inverse times c as one float16 and, with PAIR, as a pair."""
+    if PAIR:
+        b_h, b_l = pair_of(b_x)
+        tl.store(high + p_i, b_h)
+        tl.store(low + p_i, b_l)
     tl.store(half + p_i, (b_x * c).to(half.dtype.element_ty))
 
 
@@ -101,7 +102,7 @@ def feedback_inverse(
     e, peak, total, gamma, past_length, row_peak, factor, lse, x, inverse, inverse_low, near, near_low, near_scale, T, C, R, NP, NT, row0, B, blocks,
     CHUNK: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """The first half of `feedback_combine`: row statistics, and the inverses of blocks. x and near are not used."""
+    """The first half of `feedback_combine`: row statistics, and the inverses of blocks, in near for the solves in halves; backward as pairs too, for the other."""
     i_r, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     block = row0 // BLOCK + i_r
     o_r = tl.arange(0, BLOCK)
@@ -136,10 +137,10 @@ def feedback_inverse(
     tl.store(near_scale + deep + p_row, tl.full([BLOCK], 1.0, dtype=tl.float32) * inv)
     p_i = (i_b * R + i_r * BLOCK) * BLOCK + o_64[:, None] * BLOCK + o_64[None, :]
     p_half = near + deep * BLOCK
-    store_quarter(b_11, c, inverse, inverse_low, p_half, p_i)
-    store_quarter(tl.zeros([64, 64], dtype=tl.float32), c, inverse, inverse_low, p_half, p_i + 64)
-    store_quarter(b_21, c, inverse, inverse_low, p_half, p_i + 64 * BLOCK)
-    store_quarter(b_22, c, inverse, inverse_low, p_half, p_i + 64 * BLOCK + 64)
+    store_quarter(b_11, c, inverse, inverse_low, p_half, p_i, BACKWARD)
+    store_quarter(tl.zeros([64, 64], dtype=tl.float32), c, inverse, inverse_low, p_half, p_i + 64, BACKWARD)
+    store_quarter(b_21, c, inverse, inverse_low, p_half, p_i + 64 * BLOCK, BACKWARD)
+    store_quarter(b_22, c, inverse, inverse_low, p_half, p_i + 64 * BLOCK + 64, BACKWARD)
 
 
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_near"))
@@ -148,7 +149,8 @@ def feedback_near(
     BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """The second half, grid (blocks, B, 4): near[d] of a block, its high half alone, which is all that the solves read of it in bfloat16. A program
-    makes 64 of its rows, backward 64 columns: half of the shared memory, so that there is room for another kernel's programs beside it."""
+    makes 64 of its rows, backward 64 columns: half of the shared memory, so that there is room for another kernel's programs beside it. The inverse is taken
+    as the float16 that near holds: one product in place of a pair's three, whose last bits near's own rounding takes away."""
     i_r, i_b, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) // 2
     block = row0 // BLOCK + i_r
     sides = blocks - 1 - i_r if BACKWARD else block
@@ -156,18 +158,20 @@ def feedback_near(
         o_r, o_m = tl.arange(0, BLOCK), tl.program_id(2) % 2 * 64 + tl.arange(0, 64)
         p_row, p_m = i_b * R + i_r * BLOCK + o_r, i_b * R + i_r * BLOCK + o_m
         p_i = p_row[:, None] * BLOCK + o_m[None, :] if BACKWARD else p_m[:, None] * BLOCK + o_r[None, :]
-        b_h, b_l = tl.load(inverse + p_i), tl.load(inverse_low + p_i)
+        deep = (B * R).to(tl.int64)
+        b_i = tl.load(near + INVERSE * deep * BLOCK + p_i)
+        unit = tl.load(near_scale + INVERSE * deep + i_b * R + i_r * BLOCK)
         p_e = e + p_row[:, None] * C + (NP + block) * BLOCK + o_r[None, :]
         if BACKWARD:
-            b_eh, b_el = pair_of(tl.load(p_e + (1 + d) * BLOCK * C).to(tl.float32))
-            b_m = pair_product(tl.trans(b_h), tl.trans(b_l), tl.trans(b_eh), tl.trans(b_el))  # transposed: its scales are those of rows
+            b_m = tl.dot(tl.trans(b_i), tl.trans(tl.load(p_e + (1 + d) * BLOCK * C))) * unit  # transposed: its scales are those of rows
         else:
+            b_e, b_factor = tl.load(p_e - (1 + d) * BLOCK), tl.load(factor + p_row)
             p_peak = peak + (i_b * NT + NP + block - 1 - d) * R + i_r * BLOCK + o_r
-            b_eh, b_el = routed_pair(p_e - (1 + d) * BLOCK, p_peak, row_peak, factor, p_row)
-            b_m = pair_product(b_h, b_l, b_eh, b_el)
-        deep = d * (B * R).to(tl.int64)
+            b_own = tl.where(finite(b_factor), b_factor * tl.exp(tl.load(p_peak) - tl.load(row_peak + p_row)), 0.0)
+            c, inv = power_scale(tl.max(tl.abs(b_own)))
+            b_m = tl.dot(b_i, routed(b_e, (b_own * c)[:, None]).to(near.dtype.element_ty)) * (inv * unit)
         b_c = tl.max(tl.abs(b_m), axis=1)
         b_c = tl.where(finite(b_c) & (b_c > 1e-30), b_c, 1.0)
         b_m = (b_m * (1.0 / b_c)[:, None]).to(near.dtype.element_ty)
-        tl.store(near + deep * BLOCK + p_i, tl.trans(b_m) if BACKWARD else b_m)
-        tl.store(near_scale + deep + p_m, b_c)
+        tl.store(near + d * deep * BLOCK + p_i, tl.trans(b_m) if BACKWARD else b_m)
+        tl.store(near_scale + d * deep + p_m, b_c)

@@ -3,7 +3,8 @@ Where large tiles make the scores of a long sequence, in one launch, it begins w
 
 Behind the scores of a part come its inverses and near tiles, and then as many programs of the solve as it has tiles. Those draw their tickets from one counter,
 whichever launch they came with, and a launch starts behind the inverses of all parts before it: a program waits for none that does not run.
-What waits for a part's scores has a higher priority than further scores, so that places that become free are the chain's first.
+What waits for a part's scores has a higher priority than further scores, so that places that become free are the chain's first. Inverses and near tiles have
+a higher one than solves: programs of a solve that are not placed yet would else go before the inverses that later rows wait for.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LONG_FIRST = 2048  # rows of the first of two parts where one launch makes all s
 JOINT = 2048  # rows beyond which near tiles go in one stream
 SHORT, FEW, FEW_ROWS = 1024, 2048, 8192  # rows up to which the first part is of FIRST; the same where fewer than FEW_ROWS are those of all sequences
 
-_LANES: dict[tuple[int, int], tuple[list[Any], list[Any]]] = {}  # device and captured stream: for scores beside it, and for what waits for them
+_LANES: dict[tuple[int, int], tuple[list[Any], list[Any], list[Any]]] = {}  # device and captured stream: for scores beside it, for combinations, for solves
 
 
 def scores_whole(tokens: int, many: bool) -> bool:
@@ -61,13 +62,13 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch._C._cuda_isCurrentStreamCapturing() and torch._C._cuda_getDevice() == device.index
 
 
-def _lanes(main: Any, count: int) -> tuple[list[Any], list[Any]]:
-    """Two streams for scores and `count` for what waits for them, all of their own: one of PyTorch's may be in use elsewhere."""
-    beside, behind = _LANES.setdefault((main.device_index, main.cuda_stream), ([], []))
-    for lanes, wanted, priority in ((beside, 2, 0), (behind, count, -1)):
+def _lanes(main: Any, count: int) -> tuple[list[Any], list[Any], list[Any]]:
+    """Two streams for scores, `count` and one for combinations and `count` for solves, all of their own: one of PyTorch's may be in use elsewhere."""
+    kinds = _LANES.setdefault((main.device_index, main.cuda_stream), ([], [], []))
+    for lanes, wanted, priority in zip(kinds, (2, count + 1, count), (0, -2, -1), strict=True):
         while len(lanes) < wanted:
             lanes.append(torch.cuda.ExternalStream(new_stream(priority), main.device))
-    return beside, behind
+    return kinds
 
 
 def queue(parts: Sequence[Any], scores: Step | None, inverse: Step, near: Step, solve: Step, joint: bool) -> None:
@@ -76,13 +77,12 @@ def queue(parts: Sequence[Any], scores: Step | None, inverse: Step, near: Step, 
     joint: near tiles of all parts in one stream. A solve then has one edge, where else it has one from each part before it.
     """
     main = torch.cuda.current_stream()
-    beside, (shared, *behind) = _lanes(main, len(parts) + 1)
+    beside, (shared, *combining), solving = _lanes(main, len(parts))
     ways = [main, *beside] if scores is not None else [main]
-    begun, before = main.record_event(), None
+    begun, known = main.record_event(), list[Any]()
     for lane in ways[1:]:
         lane.wait_event(begun)
-    ends = []
-    for i, (part, lane) in enumerate(zip(parts, behind[: len(parts)], strict=True)):
+    for i, (part, lane) in enumerate(zip(parts, combining, strict=False)):
         ahead, last = ways[i % len(ways)], shared if joint else lane
         if scores is not None:
             with torch.cuda.stream(ahead):
@@ -94,11 +94,12 @@ def queue(parts: Sequence[Any], scores: Step | None, inverse: Step, near: Step, 
             shared.wait_event(lane.record_event())
         with torch.cuda.stream(last):
             near(part)
-        if joint:
-            lane.wait_event(shared.record_event())
-        elif before is not None:
-            lane.wait_event(before)
-        before = lane.record_event()
+        if known and not joint:
+            lane.wait_event(known[-1])
+        known.append(last.record_event())
+    ends = []
+    for part, lane, event in zip(parts, solving, known, strict=False):
+        lane.wait_event(event)
         with torch.cuda.stream(lane):
             solve(part)
         ends.append(lane.record_event())

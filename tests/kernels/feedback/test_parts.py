@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -35,7 +36,7 @@ class Lane:
 def test_a_solve_begins_behind_the_inverses_of_all_parts_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its programs wait for rows of other launches, which must be able to run by then. Scores of later parts wait for no solve, and nothing is left behind."""
     main, before, priorities = Lane(1, {"begun"}), dict[str, set[str]](), list[int]()
-    seen = SimpleNamespace(current=main)
+    seen, taken = SimpleNamespace(current=main), defaultdict[str, set[int]](set)
 
     @contextlib.contextmanager
     def stream(lane: Lane) -> Iterator[None]:
@@ -49,6 +50,7 @@ def test_a_solve_begins_behind_the_inverses_of_all_parts_before_it(monkeypatch: 
 
     def step(name: str, part: int) -> None:
         before[f"{name} {part}"] = set(seen.current.over)
+        taken[name].add(seen.current.cuda_stream)
         seen.current.over.add(f"{name} {part}")
 
     for name, value in {"current_stream": lambda: seen.current, "stream": stream, "ExternalStream": lambda number, device: Lane(number)}.items():
@@ -74,4 +76,7 @@ def test_a_solve_begins_behind_the_inverses_of_all_parts_before_it(monkeypatch: 
             assert not any(x.startswith(("near", "solve")) for x in before[f"inverse {i}"]), "it waits for its scores alone"
             assert f"inverse {i}" in before[f"near {i}"] and {f"near {j}" for j in range(i + 1)} <= before[f"solve {i}"]
             assert not any(x.startswith("solve") for x in before[f"solve {i}"] | before[f"near {i}"]), "they run at once"
-    assert sorted(priorities) == [-1] * 5 + [0] * 2  # what waits for scores goes first; later graphs have the streams of the first
+    streams = {101 + i: priority for i, priority in enumerate(priorities)} | {1: 0}
+    assert {name: {streams[x] for x in lanes} for name, lanes in taken.items()} == {"scores": {0}, "inverse": {-2}, "near": {-2}, "solve": {-1}}
+    # what waits for scores goes first, inverses before solves; later graphs have the streams of the first
+    assert sorted(priorities) == [-2] * 5 + [-1] * 4 + [0] * 2

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from feedback_cases import DEVICE, make, side, small_options, with_stand_ins
 
+from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.feedback import backward as bwd
 from sessa_deploy.kernels.feedback import forward as fwd
 from sessa_deploy.kernels.feedback import inverse, parts
@@ -68,18 +69,64 @@ def test_kernels_are_compiled_only_where_they_run() -> None:
         assert [run.kernel.__name__ for _, run in plan.combination] == (list(fwd.APART) if fwd.APART[0] in options else ["feedback_combine"])
 
 
-def test_inverses_keep_sixteen_bits_without_a_bias() -> None:
+@pytest.mark.parametrize("backward", [False, True])
+def test_inverses_keep_sixteen_bits_without_a_bias(backward: bool) -> None:
     """A chain of gain 0.999: a product that loses something of one sign every time is off by ten times as much as this allows."""
     device = torch.empty(0, device=DEVICE).device
     one, e = torch.ones(128, device=device), torch.diag(torch.ones(127, device=device), -1).half()
     length = torch.zeros(1, dtype=torch.int32, device=device)
-    out, (high, low) = [torch.empty_like(one) for _ in range(3)], (torch.empty_like(e, dtype=torch.bfloat16) for _ in range(2))
+    out, (high, low) = [torch.empty_like(one) for _ in range(3)], (torch.full_like(e, torch.nan, dtype=torch.bfloat16) for _ in range(2))
     near, scale = torch.empty(3, 128, 128, dtype=e.dtype, device=device), torch.empty(3, 128, device=device)
-    run = launcher(inverse.feedback_inverse, device, torch.bfloat16, INVERSE)
+    run = launcher(inverse.feedback_inverse, device, torch.bfloat16, {**INVERSE, "BACKWARD": backward})
     run((1, 1, 1), *map(address, (e, 0 * one, one, 0.999 * one, length, *out, one, high, low, near, e, scale)), 128, 128, 128, 0, 1, 0, 1, 1)
     exact = torch.linalg.inv(torch.eye(128).double() - 0.999 * e.double().cpu())
-    assert float((high.double() + low.double()).cpu().sub(exact).abs().max()) < 2**-13
-    assert float((near[2].double() * scale[2].double()[:, None]).cpu().sub(exact).abs().max()) < 2**-11  # what the solves read
+    assert float((near[2].double() * scale[2].double()[:, None]).cpu().sub(exact).abs().max()) < 2**-11  # what the solves in halves read
+    if backward:  # the other solve reads a pair, forward there is none
+        assert float((high.double() + low.double()).cpu().sub(exact).abs().max()) < 2**-13
+    else:
+        assert bool(high.isnan().all()) and bool(low.isnan().all())
+
+
+def test_no_solve_reads_a_pair_that_the_forward_does_not_make() -> None:
+    """`feedback_inverse` makes the pair backward alone, where wide rows have the other solve."""
+    for arch in ARCHS:
+        assert not all_pinned(fwd.APART, arch, "bf16", "fwd") or solver(arch, "bf16", "fwd") == "feedback_solve_halves"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_near_tiles_are_products_of_inverses_and_routing_tiles(backward: bool) -> None:
+    """Of three blocks, with gains far beyond 1, weights far below the row's largest, and a bad row, which counts for nothing whatever it holds."""
+    device, g = torch.empty(0, device=DEVICE).device, torch.Generator().manual_seed(0)
+    rows, blocks = 384, 3
+    e = torch.rand(rows, rows, generator=g).half()
+    exact = torch.tril(torch.rand(blocks, 128, 128, generator=g) - 0.5, -1) + torch.eye(128)
+    near, scale = torch.full((3, rows, 128), torch.nan).half(), torch.full((3, rows), torch.nan)
+    near[2], scale[2] = (exact * 2.0**14).reshape(rows, 128).half(), 2.0**-14
+    held = near[2].double().reshape(blocks, 128, 128) * 2.0**-14
+    factor, row_peak = torch.rand(rows, generator=g) - 0.5, torch.rand(rows, generator=g)
+    peak = row_peak - 4 * torch.rand(blocks, rows, generator=g)
+    factor[200], factor[256:320] = 40.0, factor[256:320] * 1e-6
+    if not backward:
+        factor[300], e[300] = torch.nan, torch.nan
+    keep = [x.to(device) for x in (e, peak, factor, row_peak, near, scale, torch.zeros(1, dtype=torch.int32))]
+    a_e, a_peak, a_factor, a_top, a_near, a_scale, a_length = map(address, keep)
+    run = launcher(inverse.feedback_near, device, torch.bfloat16, {"BACKWARD": backward, "num_warps": 4, "num_stages": 1})
+    first = (a_e, a_peak, a_peak, a_factor, a_length, a_top, a_factor, a_top, a_top, a_e, a_e, a_near, a_e, a_scale)  # the pair is not read
+    run((blocks, 1, 4), *first, rows, rows, rows, 0, blocks, 0, 1, blocks)
+    got, units = keep[4].double().cpu().reshape(3, blocks, 128, 128), keep[5].double().cpu().reshape(3, blocks, 128)
+    own = (factor * torch.exp(peak - row_peak)).double().reshape(blocks, blocks, 128)  # (tile, block, row)
+    for d in range(2):
+        for i in range(blocks):
+            j = i + 1 + d if backward else i - 1 - d
+            if not 0 <= j < blocks:
+                assert bool(got[d, i].isnan().all()), "nothing is stored where there is no tile"
+                continue
+            row, column = (j, i) if backward else (i, j)
+            tile = e[row * 128 : row * 128 + 128, column * 128 : column * 128 + 128].double()
+            want = tile @ held[i] if backward else held[i] @ torch.where(own[j, i].isnan()[:, None], 0.0, tile * own[j, i][:, None])
+            value = got[d, i] * (units[d, i] if backward else units[d, i][:, None])
+            size = want.abs().amax(0 if backward else 1, keepdim=True)
+            assert float(((value - want).abs() / size).max()) < 2**-10, (d, i)
 
 
 def test_a_combination_without_low_halves_serves_solves_that_read_none() -> None:
