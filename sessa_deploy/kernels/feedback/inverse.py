@@ -102,7 +102,7 @@ def feedback_inverse(
     e, peak, total, gamma, past_length, row_peak, factor, lse, x, inverse, inverse_low, near, near_low, near_scale, T, C, R, NP, NT, row0, B, blocks,
     CHUNK: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """The first half of `feedback_combine`: row statistics, and the inverses of blocks, in near for the solves in halves; backward as pairs too, for the other."""
+    """The first half of `feedback_combine`: row statistics, and the inverses of blocks, in near. Backward as pairs too, which the solve of wide rows reads."""
     i_r, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     block = row0 // BLOCK + i_r
     o_r = tl.arange(0, BLOCK)
@@ -149,7 +149,7 @@ def feedback_near(
     BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """The second half, grid (blocks, B, 4): near[d] of a block, its high half alone, which is all that the solves read of it in bfloat16. A program
-    makes 64 of its rows, backward 64 columns: half of the shared memory, so that there is room for another kernel's programs beside it. The inverse is taken
+    makes 64 of its rows, backward 64 columns: little shared memory, so that there is room for another kernel's programs beside it. Forward the inverse is taken
     as the float16 that near holds: one product in place of a pair's three, whose last bits near's own rounding takes away."""
     i_r, i_b, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) // 2
     block = row0 // BLOCK + i_r
@@ -158,20 +158,23 @@ def feedback_near(
         o_r, o_m = tl.arange(0, BLOCK), tl.program_id(2) % 2 * 64 + tl.arange(0, 64)
         p_row, p_m = i_b * R + i_r * BLOCK + o_r, i_b * R + i_r * BLOCK + o_m
         p_i = p_row[:, None] * BLOCK + o_m[None, :] if BACKWARD else p_m[:, None] * BLOCK + o_r[None, :]
-        deep = (B * R).to(tl.int64)
-        b_i = tl.load(near + INVERSE * deep * BLOCK + p_i)
-        unit = tl.load(near_scale + INVERSE * deep + i_b * R + i_r * BLOCK)
         p_e = e + p_row[:, None] * C + (NP + block) * BLOCK + o_r[None, :]
         if BACKWARD:
-            b_m = tl.dot(tl.trans(b_i), tl.trans(tl.load(p_e + (1 + d) * BLOCK * C))) * unit  # transposed: its scales are those of rows
+            b_h, b_l = tl.load(inverse + p_i), tl.load(inverse_low + p_i)
+            b_eh, b_el = pair_of(tl.load(p_e + (1 + d) * BLOCK * C).to(tl.float32))
+            b_m = pair_product(tl.trans(b_h), tl.trans(b_l), tl.trans(b_eh), tl.trans(b_el))  # transposed: its scales are those of rows
         else:
+            deep = INVERSE * (B * R).to(tl.int64)
+            b_i = tl.load(near + deep * BLOCK + p_i)
+            unit = tl.load(near_scale + deep + i_b * R + i_r * BLOCK)
             b_e, b_factor = tl.load(p_e - (1 + d) * BLOCK), tl.load(factor + p_row)
             p_peak = peak + (i_b * NT + NP + block - 1 - d) * R + i_r * BLOCK + o_r
             b_own = tl.where(finite(b_factor), b_factor * tl.exp(tl.load(p_peak) - tl.load(row_peak + p_row)), 0.0)
             c, inv = power_scale(tl.max(tl.abs(b_own)))
             b_m = tl.dot(b_i, routed(b_e, (b_own * c)[:, None]).to(near.dtype.element_ty)) * (inv * unit)
+        deep = d * (B * R).to(tl.int64)
         b_c = tl.max(tl.abs(b_m), axis=1)
         b_c = tl.where(finite(b_c) & (b_c > 1e-30), b_c, 1.0)
         b_m = (b_m * (1.0 / b_c)[:, None]).to(near.dtype.element_ty)
-        tl.store(near + d * deep * BLOCK + p_i, tl.trans(b_m) if BACKWARD else b_m)
-        tl.store(near_scale + d * deep + p_m, b_c)
+        tl.store(near + deep * BLOCK + p_i, tl.trans(b_m) if BACKWARD else b_m)
+        tl.store(near_scale + deep + p_m, b_c)

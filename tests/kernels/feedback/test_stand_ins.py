@@ -95,23 +95,32 @@ def test_no_solve_reads_a_pair_that_the_forward_does_not_make() -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_near_tiles_are_products_of_inverses_and_routing_tiles(backward: bool) -> None:
-    """Of three blocks, with gains far beyond 1, weights far below the row's largest, and a bad row, which counts for nothing whatever it holds."""
+    """Of three blocks, with gains far beyond 1, weights far below the row's largest, and a bad row, which counts for nothing whatever it holds.
+
+    The inverse is the float16 in near forward, a bfloat16 pair backward; the other one is not read."""
     device, g = torch.empty(0, device=DEVICE).device, torch.Generator().manual_seed(0)
     rows, blocks = 384, 3
     e = torch.rand(rows, rows, generator=g).half()
     exact = torch.tril(torch.rand(blocks, 128, 128, generator=g) - 0.5, -1) + torch.eye(128)
     near, scale = torch.full((3, rows, 128), torch.nan).half(), torch.full((3, rows), torch.nan)
-    near[2], scale[2] = (exact * 2.0**14).reshape(rows, 128).half(), 2.0**-14
-    held = near[2].double().reshape(blocks, 128, 128) * 2.0**-14
+    high = torch.full((rows, 128), torch.nan).bfloat16()
+    low = high.clone()
+    if backward:
+        high = exact.reshape(rows, 128).bfloat16()
+        low = (exact.reshape(rows, 128) - high.float()).bfloat16()
+        held = exact.double()
+    else:
+        near[2], scale[2] = (exact * 2.0**14).reshape(rows, 128).half(), 2.0**-14
+        held = near[2].double().reshape(blocks, 128, 128) * 2.0**-14
     factor, row_peak = torch.rand(rows, generator=g) - 0.5, torch.rand(rows, generator=g)
     peak = row_peak - 4 * torch.rand(blocks, rows, generator=g)
     factor[200], factor[256:320] = 40.0, factor[256:320] * 1e-6
     if not backward:
         factor[300], e[300] = torch.nan, torch.nan
-    keep = [x.to(device) for x in (e, peak, factor, row_peak, near, scale, torch.zeros(1, dtype=torch.int32))]
-    a_e, a_peak, a_factor, a_top, a_near, a_scale, a_length = map(address, keep)
+    keep = [x.to(device) for x in (e, peak, factor, row_peak, near, scale, torch.zeros(1, dtype=torch.int32), high, low)]
+    a_e, a_peak, a_factor, a_top, a_near, a_scale, a_length, a_high, a_low = map(address, keep)
     run = launcher(inverse.feedback_near, device, torch.bfloat16, {"BACKWARD": backward, "num_warps": 4, "num_stages": 1})
-    first = (a_e, a_peak, a_peak, a_factor, a_length, a_top, a_factor, a_top, a_top, a_e, a_e, a_near, a_e, a_scale)  # the pair is not read
+    first = (a_e, a_peak, a_peak, a_factor, a_length, a_top, a_factor, a_top, a_top, a_high, a_low, a_near, a_e, a_scale)
     run((blocks, 1, 4), *first, rows, rows, rows, 0, blocks, 0, 1, blocks)
     got, units = keep[4].double().cpu().reshape(3, blocks, 128, 128), keep[5].double().cpu().reshape(3, blocks, 128)
     own = (factor * torch.exp(peak - row_peak)).double().reshape(blocks, blocks, 128)  # (tile, block, row)
