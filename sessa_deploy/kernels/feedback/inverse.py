@@ -1,7 +1,7 @@
 """Inverses of blocks in registers, and what they make of the nearest routing tiles: the combination in two kernels, for bfloat16 and blocks of 128 rows.
 
-Products are of bfloat16 pairs on tensor cores, three each, 16 bits with float32's range. A pair's high half is rounded: where it was cut off, low halves were
-of one sign, and their product, which is left out, added up along a chain.
+Products are of bfloat16 pairs on tensor cores, three each, 16 bits with float32's range, but for near forward. A pair's high half is rounded: where it was cut
+off, low halves were of one sign, and their product, which is left out, added up along a chain.
 """
 
 import triton
@@ -72,12 +72,11 @@ def inverted(b_e16, b_e21, b_e32, b_e64, b_own16, b_own21, b_own32, b_own64, HAL
 
 
 @triton.jit
-def routed_pair(p_e, p_peak, row_peak, factor, p_row):
-    """The routing tile at p_e by its rows' factors, its peaks at p_peak, as a bfloat16 pair."""
-    b_e = tl.load(p_e)
+def tile_factors(p_peak, row_peak, factor, p_row):
+    """What a routing tile's rows are multiplied by, its peaks at p_peak; 0 for a bad row."""
     b_factor = tl.load(factor + p_row)
     b_own = b_factor * tl.exp(tl.load(p_peak) - tl.load(row_peak + p_row))
-    return pair_of(routed(b_e, tl.where(finite(b_factor), b_own, 0.0)[:, None]))
+    return tl.where(finite(b_factor), b_own, 0.0)
 
 
 @triton.jit
@@ -167,9 +166,8 @@ def feedback_near(
             deep = INVERSE * (B * R).to(tl.int64)
             b_i = tl.load(near + deep * BLOCK + p_i)
             unit = tl.load(near_scale + deep + i_b * R + i_r * BLOCK)
-            b_e, b_factor = tl.load(p_e - (1 + d) * BLOCK), tl.load(factor + p_row)
-            p_peak = peak + (i_b * NT + NP + block - 1 - d) * R + i_r * BLOCK + o_r
-            b_own = tl.where(finite(b_factor), b_factor * tl.exp(tl.load(p_peak) - tl.load(row_peak + p_row)), 0.0)
+            b_e = tl.load(p_e - (1 + d) * BLOCK)
+            b_own = tile_factors(peak + (i_b * NT + NP + block - 1 - d) * R + i_r * BLOCK + o_r, row_peak, factor, p_row)
             c, inv = power_scale(tl.max(tl.abs(b_own)))
             b_m = tl.dot(b_i, routed(b_e, (b_own * c)[:, None]).to(near.dtype.element_ty)) * (inv * unit)
         deep = d * (B * R).to(tl.int64)

@@ -7,7 +7,7 @@ block's inverse then holds nothing larger than 1, nor does any product on the wa
 import triton
 import triton.language as tl
 
-from sessa_deploy.kernels.feedback.inverse import BLOCK, below, inverted, joined, pair_of, routed_pair
+from sessa_deploy.kernels.feedback.inverse import BLOCK, below, inverted, joined, pair_of, routed, tile_factors
 from sessa_deploy.kernels.feedback.tiles import finite, pair_product, row_factors, row_sums
 from sessa_deploy.kernels.launch import table
 
@@ -73,7 +73,7 @@ def feedback_near_half(
         b_h, b_l = tl.load(inverse + p_i), tl.load(inverse_low + p_i)
         p_e = e + p_row[:, None] * C + (NP + block - 1 - d) * BT + o_r[None, :]
         p_peak = peak + (i_b * NT + NP + block - 1 - d) * R + i_r * BT + o_r
-        b_eh, b_el = routed_pair(p_e, p_peak, row_peak, factor, p_row)
+        b_eh, b_el = pair_of(routed(tl.load(p_e), tile_factors(p_peak, row_peak, factor, p_row)[:, None]))
         b_m = pair_product(b_h, b_l, b_eh, b_el)
         b_c = tl.max(tl.abs(b_m), axis=1)
         b_c = tl.where(finite(b_c) & (b_c > 1e-30), b_c, 1.0)
