@@ -275,7 +275,7 @@ def limits_h() -> str:
         "MaxLimits": max(len(o.limits) for o in OPS), "StateVersion": STATE_VERSION, "OrtApi": contract.ORT_API,
         "Tegra": cuda_arch.TEGRA, "Accelerated": cuda_arch.ACCELERATED,
         "StepPrograms": limits.STEP_PROGRAMS, "StepMaxSplits": limits.STEP_MAX_SPLITS, "WideWork": limits.WIDE_WORK, "PanelBytes": limits.PANEL_BYTES,
-        "WideColumns": limits.WIDE_COLUMNS, "FewWork": limits.FEW_WORK,
+        "WideColumns": limits.WIDE_COLUMNS, "LongWork": limits.LONG_WORK, "FewWork": limits.FEW_WORK,
         "PackPrograms": limits.PACK_PROGRAMS, "ScorePrograms": limits.SCORE_PROGRAMS, "ScoreColumns": limits.SCORE_COLUMNS,
         "PastRows": limits.PAST_ROWS, "PastWork": limits.PAST_WORK,
         "StepRows": contract.STEP_ROWS, "FewRows": limits.FEW_ROWS, "HeadMultiple": limits.HEAD_MULTIPLE, "Group": limits.GROUP, "Single": limits.SINGLE_ROWS,

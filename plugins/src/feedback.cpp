@@ -66,7 +66,7 @@ struct Forward final : Plan
         bool const halved = findCubin(halves, arch, dtype, "fwd") != nullptr;
         char const* const solver = halved ? halves : "feedback_solve";
         bool const few = halved && rowsOf(p) * p.width < kFewWork && findCubin(solver, arch, dtype, "few") != nullptr;
-        bool const many = halved ? p.batch * p.width >= kWideColumns : rowsOf(p) * p.width >= kWideWork;
+        bool const many = rowsOf(p) * p.width >= (halved ? kLongWork : kWideWork) || (halved && p.batch * p.width >= kWideColumns);
         bool const wide = !few && many && findCubin(solver, arch, dtype, "wide") != nullptr;
         narrow = findCubin(solver, arch, dtype, "fwd");
         pack = findCubin("feedback_pack", arch, dtype, wide ? "wide" : "fwd");

@@ -44,6 +44,13 @@ def open_early(PDL: tl.constexpr):
 
 
 @triton.jit
+def wait_early(PDL: tl.constexpr):
+    """What `begin` waits for, for a kernel that reads much before that which the one before it does not write."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
 def rows_each(length, splits, rows, UNIT: tl.constexpr = 1):
     """Rows a split takes of a sequence: `rows` at least, so that a short one has few splits, and else an even share in whole UNITs, which divide `rows`."""
     return tl.maximum(tl.cdiv(tl.cdiv(length, splits), UNIT) * UNIT, rows)

@@ -26,7 +26,8 @@ from sessa_deploy.kernels.feedback.gradients import (
 )
 from sessa_deploy.kernels.feedback.halves import feedback_solve_halves_transposed
 from sessa_deploy.kernels.feedback.spec import MANY, all_pinned, scores_many, solve_variant, solver, together_variant
-from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, near_product, store_split, take_ticket, wait_for
+from sessa_deploy.kernels.feedback.tiles import apart, apply_inverse, feedback_combine, feedback_scores, near_product, store_split
+from sessa_deploy.kernels.feedback.waits import take_ticket, wait_for
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.jit import Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
 from sessa_deploy.kernels.launch.limits import PANEL_BYTES

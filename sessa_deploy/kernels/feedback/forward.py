@@ -23,7 +23,7 @@ from sessa_deploy.kernels.feedback.inverse_half import feedback_inverse_half, fe
 from sessa_deploy.kernels.feedback.many import ManyScores, feedback_scores_many, feedback_scores_past
 from sessa_deploy.kernels.feedback.pack import feedback_pack
 from sessa_deploy.kernels.feedback.shape import Shape, live_grid, plan, score_grid, workspace_sizes
-from sessa_deploy.kernels.feedback.spec import MANY, MANY_PAST, all_pinned, pack_variant, scores_many, scores_past, solve_variant, solver
+from sessa_deploy.kernels.feedback.spec import HALVES, MANY, MANY_PAST, all_pinned, pack_variant, scores_many, scores_past, solve_variant, solver
 from sessa_deploy.kernels.feedback.tiles import (
     apply_inverse,
     feedback_combine,
@@ -31,11 +31,10 @@ from sessa_deploy.kernels.feedback.tiles import (
     finite,
     near_product,
     store_split,
-    take_ticket,
-    wait_for,
 )
+from sessa_deploy.kernels.feedback.waits import take_ticket, wait_for
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import Launcher, Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned
+from sessa_deploy.kernels.launch.jit import EARLY, Launcher, Options, Workspace, address, aligned, arch_of, dtype_name, launcher, pinned, varied
 from sessa_deploy.kernels.launch.limits import PACK_PROGRAMS, PANEL_BYTES, SCORE_COLUMNS
 
 
@@ -165,7 +164,8 @@ def tiles(device: torch.device, dtype: torch.dtype, width: int, rows: int = 0, p
     apart = next((names for names in (APART, APART_HALF) if all_pinned(names, arch, kind, "fwd")), ())
     tokens = rows // batch
     many, taken = (MANY_PAST, scores_past(arch, kind, batch, tokens)) if past else (MANY, scores_many(arch, kind, "fwd", batch, tokens))
-    return found | pinned((*apart, *(many,) * taken), device, dtype, "fwd")
+    found |= pinned((*apart, *(many,) * taken), device, dtype, "fwd")
+    return found | {name: varied(found[name], PAST=past > 0) for name in HALVES[:1] if name in found}
 
 
 class Plan:
@@ -206,12 +206,17 @@ class Plan:
         self.scores_whole = parts.scores_whole(tokens, many)
         rows_of = parts.cuts(batch, tokens, many) if APART[0] in opt and panels == 1 and past == 0 else ()
         self.parts = list(itertools.pairwise((*rows_of, tokens))) if rows_of else []
-        self.in_parts = {name: parts.beside_others(name, opt[name]) for name in ("feedback_scores", *APART, solving.__name__)} if self.parts else {}
+        few = opt[solving.__name__].get("ALONE", False)
+        self.in_parts = {name: parts.beside_others(name, opt[name], few) for name in ("feedback_scores", *APART, solving.__name__)} if self.parts else {}
         if self.parts:
-            if not self.scores_whole:
-                self.run_parts = launcher(feedback_scores, device, dtype, self.in_parts["feedback_scores"])
-            self.run_solve = launcher(solving, device, dtype, self.in_parts[solving.__name__])
+            own = self.in_parts[solving.__name__]
+            self.run_solve = launcher(solving, device, dtype, own)
             self.combination = combination(device, dtype, self.in_parts)
+            if not self.scores_whole:
+                first = self.in_parts["feedback_scores"]
+                self.run_parts = [launcher(feedback_scores, device, dtype, o) for o in (first, varied(first, **{EARLY: True}))]
+            # with near tiles, where no scores of later rows want its places
+            self.run_first = launcher(solving, device, dtype, varied(own, **{EARLY: True})) if few or self.scores_whole else self.run_solve
 
 
 P = TypeVar("P")
@@ -313,7 +318,7 @@ class Call:
         p, (row, end) = self._plan, part
         *sizes, _, syncs, scale = p.panels[0][1]
         grid = score_grid(end - row, row // p.shape.tile, p.shape.batch, p.in_parts["feedback_scores"])
-        p.run_parts(grid, *self._from(row)[0], *sizes, row, 0 if row else syncs, scale)
+        p.run_parts[row > 0](grid, *self._from(row)[0], *sizes, row, 0 if row else syncs, scale)
 
     def _combine_part(self, part: tuple[int, int], which: int) -> None:
         p, (row, end) = self._plan, part
@@ -326,7 +331,7 @@ class Call:
         p, (row, end) = self._plan, part
         (programs,), sizes = p.panels[0][4:]
         blocks, all_blocks = -(-(end - row) // p.shape.tile), p.panels[0][2][0]
-        p.run_solve((programs // all_blocks * blocks,), *self._first, f, *self._last, *sizes, self._keep)
+        (p.run_solve if row else p.run_first)((programs // all_blocks * blocks,), *self._first, f, *self._last, *sizes, self._keep)
 
     def solve(self, f: Tensor) -> None:
         """Queue the rest, for f (B,T,D)."""

@@ -8,11 +8,11 @@ The inverse is one float16 over a power of two, and so is what it multiplies.
 import triton
 import triton.language as tl
 
+from sessa_deploy.kernels.device import wait_early
 from sessa_deploy.kernels.feedback.inverse import INVERSE
-from sessa_deploy.kernels.feedback.tiles import finite, power_scale, take_ticket, wait_for
+from sessa_deploy.kernels.feedback.tiles import finite, power_scale
+from sessa_deploy.kernels.feedback.waits import take_ticket, wait_each, wait_for, wait_one
 from sessa_deploy.kernels.launch import table
-
-ASKS = tl.constexpr(not triton.knobs.runtime.interpret)  # whether there are threads that can look for themselves: the interpreter knows no assembly
 
 
 @triton.jit
@@ -70,11 +70,21 @@ def store_rounded(b_x, p_x, p_low, m_x, keep):
 
 
 @triton.jit
-def cleaned(b_x, m_row, p_bad, m_x):
-    """x with zeros in place of what is not finite; p_bad, in the storage type, keeps NaN where that was, so that no register has to."""
-    m_ok = finite(b_x) & m_row
-    tl.store(p_bad, tl.where(m_ok, 0.0, float("nan")).to(p_bad.dtype.element_ty), mask=m_x)
-    return tl.where(m_ok, b_x, 0.0)
+def summit(b_a, b_b, m_row, TWO: tl.constexpr):
+    """The largest magnitude in both halves, NaN where one is or a row is bad; infinite where that is the largest."""
+    b_x = tl.abs(b_a)
+    if TWO:
+        b_x = larger(b_x, tl.abs(b_b))
+    return tl.reduce(tl.where(m_row, b_x, float("nan")), None, larger)
+
+
+@triton.jit
+def cleaned(b_x, b_zero, p_bad, m_x):
+    """x with zeros in place of what is not finite and of bad rows, whose b_zero is NaN and else 0; p_bad, in the storage type, keeps NaN where that was, so
+    that no register has to."""
+    b_mark = b_x * b_zero[:, None]
+    tl.store(p_bad, b_mark.to(p_bad.dtype.element_ty), mask=m_x)
+    return tl.where(b_mark == 0.0, b_x, 0.0)
 
 
 @triton.jit
@@ -83,21 +93,6 @@ def poisoned(b_x, p_bad, m_x, o_r):
     b_bad = tl.load(p_bad, mask=m_x, other=0.0).to(tl.float32)
     b_first = tl.min(tl.where(finite(b_bad), o_r.shape[0], o_r[:, None]), axis=0)
     return tl.where(o_r[:, None] >= b_first[None, :], float("nan"), b_x)
-
-
-@triton.jit
-def wait_each(p_done, tiles):
-    """Spin until the counter reaches `tiles`, every thread for itself, so that no barrier stands between it and what follows.
-
-    Returns `tiles`: by what each of them reads, threads would part ways at a later barrier."""
-    if ASKS:
-        tl.inline_asm_elementwise(
-            "{\n.reg .pred p;\nagain:\nld.global.gpu.acquire.b32 $0, [$1];\nsetp.lt.s32 p, $0, $2;\n@p bra again;\n}", "=&r,l,r",
-            [p_done.to(tl.int64, bitcast=True), tiles], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        wait_for(p_done, tiles)
-    return tiles
 
 
 @triton.jit
@@ -115,10 +110,12 @@ def places(i_b, i_r, o_r, row0, T, D, R, B, BT: tl.constexpr):
 def feedback_solve_halves(
     e, peak, row_peak, factor, inverse, inverse_low, near, near_low, near_scale, f, s, s_low, w, w_low, scales, past_length, sync,
     T, D, C, R, NP, NT, row0, B, panel, panels, keep,
-    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, TWO: tl.constexpr, ALONE: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, TWO: tl.constexpr, ALONE: tl.constexpr, PAST: tl.constexpr = True,
+    PDL: tl.constexpr = 0,
 ):  # fmt: skip
     """`forward.feedback_solve`; inverse, near_low and w_low are not used. ALONE, where a program has a multiprocessor to itself: what needs no other block is
-    asked for before the far products, and every thread waits for the neighbours itself."""
+    asked for before the far products, and every thread waits for the neighbours itself. PAST: whether there may be one. With PDL only near tiles are what the
+    kernel before this one makes: it may be launched while that one runs."""
     H: tl.constexpr = BN // 2 if TWO else BN
     PARTS: tl.constexpr = BT // BK
     tl.static_assert(PARTS == 2)
@@ -126,7 +123,7 @@ def feedback_solve_halves(
     i_n, i_b, i_r = take_ticket(sync + panel, tiles_n, B)
     block = row0 // BT + i_r
     p_done = sync + panels + i_b * tiles_n + i_n
-    past_tiles = tl.cdiv(tl.load(past_length + i_b), BT)
+    past_tiles = tl.cdiv(tl.load(past_length + i_b), BT) if PAST else 0
     far = past_tiles + tl.maximum(block - 2, 0)
 
     o_r, o_p, o_n = tl.arange(0, BT), tl.arange(0, BK), i_n * BN + tl.arange(0, H)
@@ -139,31 +136,32 @@ def feedback_solve_halves(
     p_peak = peak + i_b * NT * R + i_r * BT + o_r
     p_scale = scales + i_b * NT * tiles_n + i_n
     p_row = i_b * R + i_r * BT + o_r
-    b_top = tl.load(row_peak + p_row)
+    b_most = tl.load(row_peak + p_row)
     b_factor = tl.load(factor + p_row)
-    bad_rows = tl.max(tl.where(finite(b_factor), 0.0, 1.0), axis=0)
 
     if ALONE:
         tl.static_assert(not TWO)
         m_f, p_f, p_i, o_i, deep = places(i_b, i_r, o_r, row0, T, D, R, B, BT)
         b_inverse = tl.load(near + INVERSE * deep * BT + p_i + o_i)
-        b_f = tl.load(f + p_f + o_w, mask=m_f & m_a, other=0.0)
         b_c = tl.load(near_scale + INVERSE * deep + p_row)
+        b_f = tl.load(f + p_f + o_w, mask=m_f & m_a, other=0.0)
+        b_top = row_top(b_f.to(tl.float32))
     b_a = tl.zeros([BT, H], dtype=tl.float32)
     b_b = b_a
     i = 0
     ready = 0
     while i < far:
         stop = past_tiles
-        if i >= past_tiles:
+        own = i >= past_tiles if PAST else True
+        if own:
             ready = wait_for(p_done, i - past_tiles + 1)
             stop = tl.minimum(past_tiles + ready, far)
         for j in tl.range(i * PARTS, stop * PARTS, num_stages=STAGES):
             tile = j // PARTS
-            i_t = tl.where(tile < past_tiles, tile, tile - past_tiles + NP)
+            i_t = tl.where(tile < past_tiles, tile, tile - past_tiles + NP) if PAST else tile + NP
             b_e = tl.load(p_e + i_t * BT + j % PARTS * BK + o_e)
             p_tile = p_w + (i_t.to(tl.int64) * BT + j % PARTS * BK) * D + o_f
-            b_r = b_factor * tl.exp(tl.load(p_peak + i_t.to(tl.int64) * R) - b_top) * tl.load(p_scale + i_t * tiles_n)
+            b_r = b_factor * tl.exp(tl.load(p_peak + i_t.to(tl.int64) * R) - b_most) * tl.load(p_scale + i_t * tiles_n)
             b_a = part(b_a, b_e, p_tile, m_a, b_r[:, None])
             if TWO:
                 b_b = part(b_b, b_e, p_tile + H, m_b, b_r[:, None])
@@ -172,36 +170,39 @@ def feedback_solve_halves(
     if not ALONE:
         m_f, p_f, p_i, o_i, deep = places(i_b, i_r, o_r, row0, T, D, R, B, BT)
         b_inverse = tl.load(near + INVERSE * deep * BT + p_i + o_i)
-    m_row = finite(b_factor)[:, None]
-    # a bound of what x can be is as good as its largest magnitude
-    b_top = row_top(larger(tl.abs(b_a), tl.abs(b_b))) if TWO else row_top(b_a)
-    if not ALONE:
-        b_f = tl.load(f + p_f + o_w, mask=m_f & m_a, other=0.0)
-    b_top += row_top(b_f.to(tl.float32))
-    b_a += b_f.to(tl.float32)
-    if TWO:
-        b_f = tl.load(f + p_f + o_w + H, mask=m_f & m_b, other=0.0)
-        b_top += row_top(b_f.to(tl.float32))
-        b_b += b_f.to(tl.float32)
-    amax = tl.reduce(b_top, 0, larger)
-    bad = (bad_rows > 0) | (not finite(amax))
-    if bad:  # rare
-        b_a = cleaned(b_a, m_row, s + p_f + o_w, m_f & m_a)
+    if ALONE:  # a bound of what x can be is as good as its largest magnitude
+        b_top = row_top(b_a) + b_top
+        b_a += b_f.to(tl.float32)
+        amax = tl.reduce(tl.where(finite(b_factor), b_top, float("nan")), 0, larger)
+    else:
+        b_a += tl.load(f + p_f + o_w, mask=m_f & m_a, other=0.0).to(tl.float32)
         if TWO:
-            b_b = cleaned(b_b, m_row, s + p_f + o_w + H, m_f & m_b)
-        amax = reach(b_a, b_b, TWO)
+            b_b += tl.load(f + p_f + o_w + H, mask=m_f & m_b, other=0.0).to(tl.float32)
+        amax = summit(b_a, b_b, finite(b_factor)[:, None], TWO)
+    bad = not finite(amax)
+    if bad:  # rare, and of few registers: what it needs is stored and loaded wherever it is
+        b_zero = 0.0 * b_factor
+        b_a = cleaned(b_a, b_zero, s + p_f + o_w, m_f & m_a)
+        if TWO:
+            b_b = cleaned(b_b, b_zero, s + p_f + o_w + H, m_f & m_b)
+        amax = tl.max(tl.maximum(tl.abs(b_a), tl.abs(b_b)) if TWO else tl.abs(b_a))
     c, inv = power_scale(amax)
     if not ALONE:
         b_c = tl.load(near_scale + INVERSE * deep + p_row)
     b_r = (b_c * inv)[:, None]
-    b_a = tl.dot(b_inverse, (b_a * c).to(tl.float16)) * b_r
+    b_x, b_y = (b_a * c).to(tl.float16), (b_b * c).to(tl.float16)
+    b_a = tl.dot(b_inverse, b_x)
     if TWO:
-        b_b = tl.dot(b_inverse, (b_b * c).to(tl.float16)) * b_r
+        b_b = tl.dot(b_inverse, b_y) * b_r
+    b_a *= b_r
     if bad:
         tl.debug_barrier()
         b_a = poisoned(b_a, s + p_f + o_w, m_f & m_a, o_r)
         if TWO:
             b_b = poisoned(b_b, s + p_f + o_w + H, m_f & m_b, o_r)
+    if PDL:  # noqa: SIM102
+        if block > 0:  # near tiles of the first there are none
+            wait_early(PDL)
     o_i = o_r[:, None] * BT + o_p[None, :]
     if TWO:  # as above: fewer registers, where the way from block to block is not what the solve waits for
         i = tl.maximum(block - 2, 0)
@@ -225,10 +226,17 @@ def feedback_solve_halves(
             p_near = near + (back - 1) * deep * BT + p_i + o_i
             b_0, b_1 = tl.load(p_near), tl.load(p_near + BK)
             b_s = tl.load(near_scale + (back - 1) * deep + p_row)
-            if ready < block - back + 1:
-                ready = wait_each(p_done, block - back + 1) if ALONE else wait_for(p_done, block - back + 1)
-            b_s = (b_s * tl.load(p_scale + i_t * tiles_n))[:, None]
-            p_tile = p_w + i_t.to(tl.int64) * BT * D + o_f
+            if ALONE:
+                if ready < block - back + 1:
+                    ready = wait_each(p_done, block - back + 1)
+                b_s = (b_s * tl.load(p_scale + i_t * tiles_n))[:, None]
+                p_tile = p_w + i_t.to(tl.int64) * BT * D + o_f
+            else:
+                at = i_t.to(tl.int64) * BT * D
+                if ready < block - back + 1:
+                    at = wait_one(p_done, block - back + 1, at)
+                b_s = (b_s * tl.load(p_scale + i_t * tiles_n))[:, None]
+                p_tile = p_w + tl.multiple_of(at, 16) + o_f
             b_a = near_parts(b_a, b_0, b_1, p_tile, BK * D, m_a, b_s)
     c, inv = power_scale(tl.max(tl.abs(b_a)) if ALONE else reach(b_a, b_b, TWO))
     p_tile = p_w + (NP + block).to(tl.int64) * BT * D + o_w

@@ -7,6 +7,7 @@ off, low halves were of one sign, and their product, which is left out, added up
 import triton
 import triton.language as tl
 
+from sessa_deploy.kernels.device import open_early
 from sessa_deploy.kernels.feedback.tiles import finite, pair_product, power_scale, row_factors, row_sums
 from sessa_deploy.kernels.launch import table
 
@@ -145,11 +146,13 @@ def feedback_inverse(
 @triton.jit(do_not_specialize=table.do_not_specialize("feedback_near"))
 def feedback_near(
     e, peak, total, gamma, past_length, row_peak, factor, lse, x, inverse, inverse_low, near, near_low, near_scale, T, C, R, NP, NT, row0, B, blocks,
-    BACKWARD: tl.constexpr,
+    BACKWARD: tl.constexpr, PDL: tl.constexpr = 0,
 ):  # fmt: skip
     """The second half, grid (blocks, B, 4): near[d] of a block, its high half alone, which is all that the solves read of it in bfloat16. A program
     makes 64 of its rows, backward 64 columns: little shared memory, so that there is room for another kernel's programs beside it. Forward the inverse is taken
-    as the float16 that near holds: one product in place of a pair's three, whose last bits near's own rounding takes away."""
+    as the float16 that near holds: one product in place of a pair's three, whose last bits near's own rounding takes away. With PDL the solve may start when
+    all programs have."""
+    open_early(PDL)
     i_r, i_b, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) // 2
     block = row0 // BLOCK + i_r
     sides = blocks - 1 - i_r if BACKWARD else block

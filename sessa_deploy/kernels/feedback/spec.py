@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.limits import FEEDBACK_WIDTHS, FEW_WORK, PAST_ROWS, PAST_WORK, ROWS_WIDTHS, WIDE, WIDE_COLUMNS, WIDE_WORK
+from sessa_deploy.kernels.launch.limits import FEEDBACK_WIDTHS, FEW_WORK, LONG_WORK, PAST_ROWS, PAST_WORK, ROWS_WIDTHS, WIDE, WIDE_COLUMNS, WIDE_WORK
 from sessa_deploy.kernels.launch.spec import Kernel, Param, by_name, integers, pointers
 
 _PACKAGE = "sessa_deploy.kernels.feedback"
@@ -14,6 +16,7 @@ HALVES = ("feedback_solve_halves", "feedback_solve_halves_transposed")  # which 
 MANY = "feedback_scores_many"  # which stands in for feedback_scores in training
 MANY_PAST = "feedback_scores_past"  # the same behind a past
 _HALF = ("fp16", "bf16")  # storage that matrix instructions take
+_AHEAD: dict[str, Any] = {"early": ("fwd",), "opens": ("fwd",), "early_rows": 0}  # lets the next kernel in at once; in the plugin nobody is
 
 _STRIDES = (Param("stride_kb", "i64", True), Param("stride_kr", "i32", True), Param("stride_sb", "i64", True), Param("stride_sr", "i32", True))
 
@@ -173,9 +176,10 @@ KERNELS = by_name((
             *integers("NP", "NT", "row0", "n_sync"),
             Param("scale", "fp32"),
         ),
-        ("BM", "BT", "BK", "NB", "GROUP", "BACKWARD", "PAST"),
+        ("BM", "BT", "BK", "NB", "GROUP", "BACKWARD", "PAST", "PDL"),
         ("fwd", "past", "bwd"),
         scalar_loads=8,
+        **_AHEAD,
     ),
     Kernel(
         MANY,
@@ -197,20 +201,9 @@ KERNELS = by_name((
         ),
         ("BK",), ("fwd",), dtypes=_HALF, optional=("fwd",), scratch=512, scalar_loads=2,
     ),
+    Kernel("feedback_combine", f"{_PACKAGE}.tiles", _COMBINE, ("BT", "CHUNK", "BACKWARD", "SPLIT"), ("fwd", "bwd"), scalar_loads=128),
     Kernel(
-        "feedback_combine",
-        f"{_PACKAGE}.tiles",
-        _COMBINE,
-        ("BT", "CHUNK", "BACKWARD", "SPLIT"), ("fwd", "bwd"), scalar_loads=128,
-    ),
-    Kernel(
-        "feedback_solve",
-        f"{_PACKAGE}.forward",
-        _SOLVE,
-        ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"),
-        ("fwd", "wide"),
-        scalar_loads=64,
-        optional=("wide",),
+        "feedback_solve", f"{_PACKAGE}.forward", _SOLVE, ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"), ("fwd", "wide"), scalar_loads=64, optional=("wide",)
     ),
     Kernel(
         "feedback_solve_transposed",
@@ -219,8 +212,8 @@ KERNELS = by_name((
         ("BT", "BN", "STAGES", "SPLIT", "FULL", "LOW"), ("bwd", "wide"), lowered=False, optional=("wide",),
     ),
     Kernel(
-        HALVES[0], f"{_PACKAGE}.halves", _SOLVE, ("BT", "BN", "BK", "STAGES", "TWO", "ALONE"), ("fwd", "few", "wide"), dtypes=("bf16",), scalar_loads=64,
-        optional=("fwd", "few", "wide"),
+        HALVES[0], f"{_PACKAGE}.halves", _SOLVE, ("BT", "BN", "BK", "STAGES", "TWO", "ALONE", "PAST", "PDL"), ("fwd", "few", "wide"), dtypes=("bf16",),
+        scalar_loads=64, optional=("fwd", "few", "wide"), early=("fwd", "few", "wide"), early_rows=0,
     ),
     Kernel(
         HALVES[1], f"{_PACKAGE}.halves", _TRANSPOSED, ("BT", "BN", "BK", "STAGES", "TWO"), ("bwd", "few", "wide"), lowered=False, dtypes=("bf16",),
@@ -229,7 +222,8 @@ KERNELS = by_name((
     Kernel(
         "feedback_inverse", f"{_PACKAGE}.inverse", _COMBINE, ("CHUNK", "BACKWARD"), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd")
     ),
-    Kernel("feedback_near", f"{_PACKAGE}.inverse", _COMBINE, ("BACKWARD",), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd")),
+    Kernel("feedback_near", f"{_PACKAGE}.inverse", _COMBINE, ("BACKWARD", "PDL"), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd"),
+           **_AHEAD),
     Kernel("feedback_inverse_half", f"{_PACKAGE}.inverse_half", _COMBINE, ("CHUNK",), ("fwd",), dtypes=("fp16",), scalar_loads=128, optional=("fwd",)),
     Kernel("feedback_near_half", f"{_PACKAGE}.inverse_half", _COMBINE, ("BT",), ("fwd",), dtypes=("fp16",), scalar_loads=128, optional=("fwd",)),
     Kernel(
@@ -366,7 +360,8 @@ def solve_variant(arch: int, dtype: str, width: int, side: str, rows: int = 0, b
     name = solver(arch, dtype, side, width)
     resolved = max((a for a in ARCHS if a <= arch and table.has(name, a, dtype, side)), default=arch)
     if name in HALVES:
-        chosen = "few" if 0 < rows * width < FEW_WORK else "wide" if batch * width >= WIDE_COLUMNS else side
+        many = batch * width >= WIDE_COLUMNS or (side == "fwd" and rows * width >= LONG_WORK)
+        chosen = "few" if 0 < rows * width < FEW_WORK else "wide" if many else side
     else:
         chosen = "wide" if (rows * width >= WIDE_WORK if rows else width >= WIDE) else side
     return chosen if table.has(name, resolved, dtype, chosen) else side

@@ -1,12 +1,13 @@
 """What the forward and the backward of feedback attention share: tile products, the reduced-precision split, row statistics, block inverses.
 
-Names: b_ a block's values, p_ a pointer, o_ offsets, m_ a mask, i_ an index. BM rows, BT columns of a routing tile (and rows of a diagonal block),
-BN columns of D. The routing matrix has columns [past | new], each part padded to a multiple of BT. See README.md for the algorithm.
+b_ a block's values, p_ a pointer, o_ offsets, m_ a mask, i_ an index. BM rows, BT columns of a routing tile (and rows of a diagonal block), BN columns of D.
+The routing matrix has columns [past | new], each part padded to a multiple of BT. See README.md for the algorithm.
 """
 
 import triton
 import triton.language as tl
 
+from sessa_deploy.kernels.device import open_early
 from sessa_deploy.kernels.launch import table
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp four for the sake of numbers below the normal ones
@@ -147,15 +148,17 @@ def _score_tile(
 def feedback_scores(
     q, k, past_k, past_length, lse, bad, e, peak, total, sync, T, P, D, C, R, NP, NT, row0, n_sync, scale,
     BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, NB: tl.constexpr, GROUP: tl.constexpr, BACKWARD: tl.constexpr,
-    PAST: tl.constexpr = False,
+    PAST: tl.constexpr = False, PDL: tl.constexpr = 0,
 ):  # fmt: skip
     """Routing weights of rows row0 .. row0 + R, not yet normalised, in the work type, and their sums per row and column tile.
 
     Forward: e = exp(score - peak), peak the row's maximum within the column tile, stored beside; lse is 0, or NaN where q or k may hold NaN or Inf.
     Backward: e = 2^15 exp(score - lse), zero in rows and columns from the sequence's first bad row on (bad = T - row). A program makes NB column tiles;
     NP and NT are multiples of NB.
-    `total` sums the rounded values, so normalisation is exact. PAST: the programs take the tiles that there are in turns, whatever the capacity.
+    `total` sums the rounded values, so normalisation is exact. PAST: the programs take the tiles that there are in turns, whatever the capacity. PDL: the
+    next kernel may start when all programs have: the scores of other rows, which read and write nothing of these.
     """
+    open_early(PDL)
     i_b = tl.program_id(1)
     if (tl.program_id(0) == 0) & (i_b == 0):
         clear(sync, n_sync)
@@ -176,9 +179,7 @@ def feedback_scores(
 @triton.jit
 def pair_product(b_ah, b_al, b_bh, b_bl):
     """a @ b of two bfloat16 pairs in three products: 16 bits, float32's range."""
-    acc = tl.dot(b_ah, b_bl)
-    acc = tl.dot(b_al, b_bh, acc)
-    return tl.dot(b_ah, b_bh, acc)
+    return tl.dot(b_ah, b_bh, tl.dot(b_al, b_bh, tl.dot(b_ah, b_bl)))
 
 
 @triton.jit
@@ -186,8 +187,7 @@ def pair_dot(b_a, b_b, SPLIT: tl.constexpr):
     """b_a @ b_b for float32 operands: bfloat16 pairs in three products (16 bits, float32's range), or float32 products."""
     if SPLIT:
         b_ah, b_bh = b_a.to(tl.bfloat16), b_b.to(tl.bfloat16)
-        b_al, b_bl = (b_a - b_ah.to(tl.float32)).to(tl.bfloat16), (b_b - b_bh.to(tl.float32)).to(tl.bfloat16)
-        acc = pair_product(b_ah, b_al, b_bh, b_bl)
+        acc = pair_product(b_ah, (b_a - b_ah.to(tl.float32)).to(tl.bfloat16), b_bh, (b_b - b_bh.to(tl.float32)).to(tl.bfloat16))
     else:
         acc = tl.dot(b_a, b_b, input_precision="ieee")
     return acc
@@ -355,22 +355,6 @@ def store_split(b_x, amax, high, low, scales, p_tile, p_scale, m_tile, SPLIT: tl
         tl.store(scales + p_scale, inv)
     else:
         tl.store(high + p_tile, b_x, mask=m_tile)
-
-
-@triton.jit
-def take_ticket(p_ticket, tiles_n, B):
-    """(column tile, sequence, rank of the row block) of the next tile of a solve, in the order of the counter at p_ticket."""
-    ticket = tl.atomic_add(p_ticket, 1, sem="relaxed", scope="gpu")
-    return ticket % tiles_n, ((ticket // tiles_n) % B).to(tl.int64), ticket // (tiles_n * B)
-
-
-@triton.jit
-def wait_for(p_done, tiles):
-    """Spin until the counter reaches `tiles`; returns what it reads."""
-    ready = tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
-    while ready < tiles:
-        ready = tl.atomic_add(p_done, 0, sem="acquire", scope="gpu")
-    return ready
 
 
 @triton.jit

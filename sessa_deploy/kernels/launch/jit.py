@@ -105,6 +105,18 @@ def pinned(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, var
     return {name: {**o, **extra[name]} for name, o in found.items()}
 
 
+_VARIED: dict[tuple[Any, ...], tuple[dict[str, Any], dict[str, Any]]] = {}  # options, kept since their identity stands for them, and those made of them
+
+
+def varied(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A kernel's options with changes: one object for each that is given, and that itself where nothing changes. The interpreter's have no EARLY and SHARE."""
+    if interpreted():
+        changes = {name: value for name, value in changes.items() if name not in (EARLY, SHARE)}
+    if all(options.get(name) == value for name, value in changes.items()):
+        return options
+    return _VARIED.setdefault((id(options), *sorted(changes.items())), (options, {**options, **changes}))[1]
+
+
 @lru_cache(maxsize=64)
 def available(name: str, device: torch.device, dtype: torch.dtype, variant: str, weights: str = "") -> bool:
     """Whether a device has this variant, where its kernel may lack it (`Kernel.optional`). weights: of `weights_name`."""

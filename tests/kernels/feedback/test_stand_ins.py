@@ -17,8 +17,9 @@ from sessa_deploy.kernels.feedback import forward as fwd
 from sessa_deploy.kernels.feedback import inverse, parts
 from sessa_deploy.kernels.feedback.spec import FEW_WORK, all_pinned, pack_variant, solve_variant, solver, together_variant
 from sessa_deploy.kernels.launch import table
-from sessa_deploy.kernels.launch.jit import address, launcher
+from sessa_deploy.kernels.launch.jit import EARLY, address, launcher
 
+EAGER: dict[str, int] = {} if DEVICE == "cpu" else {"PDL": 0}  # which the interpreter does not know
 INVERSE = {"CHUNK": 4, "BACKWARD": False, "num_warps": 8, "num_stages": 1}
 
 
@@ -119,7 +120,7 @@ def test_near_tiles_are_products_of_inverses_and_routing_tiles(backward: bool) -
         factor[300], e[300] = torch.nan, torch.nan
     keep = [x.to(device) for x in (e, peak, factor, row_peak, near, scale, torch.zeros(1, dtype=torch.int32), high, low)]
     a_e, a_peak, a_factor, a_top, a_near, a_scale, a_length, a_high, a_low = map(address, keep)
-    run = launcher(inverse.feedback_near, device, torch.bfloat16, {"BACKWARD": backward, "num_warps": 4, "num_stages": 1})
+    run = launcher(inverse.feedback_near, device, torch.bfloat16, {"BACKWARD": backward, "num_warps": 4, "num_stages": 1} | EAGER)
     first = (a_e, a_peak, a_peak, a_factor, a_length, a_top, a_factor, a_top, a_top, a_high, a_low, a_near, a_e, a_scale)
     run((blocks, 1, 4), *first, rows, rows, rows, 0, blocks, 0, 1, blocks)
     got, units = keep[4].double().cpu().reshape(3, blocks, 128, 128), keep[5].double().cpu().reshape(3, blocks, 128)
@@ -171,12 +172,48 @@ def test_wide_tiles_follow_the_work_where_both_were_timed() -> None:
 
 def test_tiles_of_the_solve_in_halves_follow_its_chains() -> None:
     for way in ("fwd", "bwd"):
-        cases = ((768, 2048, 1), (512, 8192, 4), (1024, 16384, 1), (1536, 8192, 2), (1024, 32768, 4), (768, 16384, 16))
-        assert [solve_variant(90, "bf16", width, way, rows, batch) for width, rows, batch in cases] == ["few", way, way, way, "wide", "wide"]
+        cases = ((768, 2048, 1), (512, 8192, 4), (1024, 10000, 2), (1024, 32768, 4), (768, 16384, 16), (1024, 16384, 1), (1536, 8192, 2))
+        found = [solve_variant(90, "bf16", width, way, rows, batch) for width, rows, batch in cases]
+        assert found == ["few", way, way, "wide", "wide", *["wide" if way == "fwd" else way] * 2]
     assert [solver(90, "bf16", "bwd", width) for width in (1536, 2048)] == ["feedback_solve_halves_transposed", "feedback_solve_transposed"]
     assert solve_variant(90, "bf16", 2048, "bwd", 8192) == "wide"
     for variant in ("fwd", "few", "wide"):
         assert table.tiles("feedback_solve_halves", 90, "bf16", variant)["BN"] == table.tiles("feedback_pack", 90, "bf16", pack_variant(variant))["BN"]
+
+
+def test_a_solve_looks_for_a_past_only_where_there_is_one() -> None:
+    """The same bits; behind none a program knows what is far without having read a length."""
+    device = torch.device(DEVICE)
+    for past in (0, 64):
+        found = fwd.tiles(device, torch.bfloat16, 1024, 8192, past)
+        if fwd.SOLVES[0].__name__ in found:
+            assert found[fwd.SOLVES[0].__name__] is fwd.tiles(device, torch.bfloat16, 1024, 8192, past)[fwd.SOLVES[0].__name__]
+            assert found[fwd.SOLVES[0].__name__]["PAST"] == (past > 0)
+    x, small = make("random", 1, 400, 0, 24, torch.bfloat16), with_stand_ins(small_options(torch.bfloat16, 128, 128))
+    options, name = side(small, False) or fwd.tiles(device, torch.bfloat16, 24, 400), fwd.SOLVES[0].__name__
+    found = [fwd.forward(*x, options={**options, name: {**options[name], "PAST": past}}) for past in (False, True)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None)
+
+
+def test_the_first_solve_begins_with_near_tiles_where_nothing_else_wants_its_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where programs are few, or all scores are made; further scores are launched early, the first part's are not: who is before them is not known."""
+    early = list[tuple[str, bool]]()
+    launched = fwd.launcher
+    monkeypatch.setattr(fwd, "launcher", lambda kernel, device, dtype, o: early.append((kernel.__name__, EARLY in o)) or launched(kernel, device, dtype, {
+        name: value for name, value in o.items() if DEVICE == "cuda" or name != EARLY}))
+    monkeypatch.setattr(fwd, "varied", lambda o, **changes: {**o, **changes})
+    monkeypatch.setattr(parts, "LEAST", 256)
+    small = side(with_stand_ins(small_options(torch.bfloat16, 128, 128)), False) or fwd.tiles(torch.device(DEVICE), torch.bfloat16, 24, 300)
+    device, solve = make("random", 1, 1, 0, 24, torch.bfloat16)[0].device, fwd.SOLVES[0].__name__
+    for alone, whole in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(parts, "scores_whole", lambda *_, whole=whole: whole)
+        monkeypatch.setattr(parts, "LONG_FIRST", 256)
+        early.clear()
+        options = {**small, solve: {**small[solve], "ALONE": alone, "TWO": False}}
+        plan = fwd.Plan(device, torch.bfloat16, 1, 300, 0, 24, options, 2**30)
+        assert len(plan.parts) == 2 and [x for name, x in early if name == solve][-2:] == ([False, True] if alone or whole else [False, False])
+        assert whole or [x for name, x in early if name == "feedback_scores"][-2:] == [False, True]
+        assert not any(x for name, x in early if name in fwd.APART)
 
 
 @pytest.mark.parametrize("scores", ["whole", "in parts"])
@@ -191,8 +228,8 @@ def test_a_forward_in_parts_has_the_bits_of_one(scores: str, monkeypatch: pytest
     assert plan.parts == [(0, 256), (256, 300)]
     whole, queued, cleared = fwd.forward(*x, made=plan), [], []
     if scores != "whole":
-        run, counters = plan.run_parts, plan.workspace.buffers["sync"][0]
-        monkeypatch.setattr(plan, "run_parts", lambda *launch: (cleared.append(launch[-2]), run(*launch)))
+        runs, counters = plan.run_parts, plan.workspace.buffers["sync"][0]
+        monkeypatch.setattr(plan, "run_parts", [lambda *launch, run=run: (cleared.append(launch[-2]), run(*launch)) for run in runs])
 
     def queue(every: list[tuple[int, int]], first: Callable[..., None] | None, *steps: Callable[..., None], joint: bool) -> None:
         assert (first is None) == (scores == "whole") == joint
@@ -217,8 +254,9 @@ def test_a_forward_in_parts_has_the_bits_of_one(scores: str, monkeypatch: pytest
 
 def test_rows_go_in_parts_by_their_number() -> None:
     """Of a long sequence whose scores large tiles make, the inverses alone."""
-    small, large = (0, 256, 768), (0, 512, 1536)
+    small, large, many = (0, 256, 768), (0, 512, 1536), (0, 512, 1024)
     assert [parts.cuts(1, tokens, False) for tokens in (512, 513, 1024, 2048, 2049)] == [(), (0, 256), small, (*small, 1792), large]
-    assert [parts.cuts(*of, False) for of in ((8, 2048), (16, 1024), (2, 4096), (1, 6144))] == [large, small, (*large, 3584), (*large, 3584)]
+    assert [parts.cuts(*of, False) for of in ((4, 2048), (8, 2048), (16, 1024), (16, 2100))] == [large, many, small, large]
+    assert [parts.cuts(*of, False) for of in ((2, 4096), (1, 6144))] == [(*large, 3584), (*large, 3584)]
     assert parts.cuts(2, 4096, True) == (*large, 3584) and parts.cuts(2, 4097, True) == parts.cuts(1, 16384, True) == (0, 2048)
     assert all(row % (128 * parts.GROUP) == 0 for many in (False, True) for tokens in range(513, 8297, 97) for row in parts.cuts(2, tokens, many))

@@ -65,9 +65,8 @@ def refused(call):
     except UserError as error:
         print(error)
 refused(lambda: __import__("sessa_deploy.kernels.device"))
+refused(lambda: __import__("sessa_deploy.kernels.feedback.forward"))
 x = torch.zeros(1, 1, 16)
-from sessa_deploy.kernels.feedback import forward
-refused(lambda: forward.forward(x, x, x[..., 0], x, x[:, :0], x[:, :0], torch.zeros(1, dtype=torch.int32), False))
 from sessa_deploy.kernels.causal import rows
 refused(lambda: rows.poison_rows(x[None], torch.zeros(1, dtype=torch.int32)))
 """
@@ -163,3 +162,15 @@ def test_how_many_programs_a_device_holds(monkeypatch: pytest.MonkeyPatch) -> No
     assert jit._resident(binary, torch.device("cuda", 0)) == 792 and asked == [(77, 64, 32800)]
     monkeypatch.setattr(cuda, "open_driver", lambda: SimpleNamespace())
     assert jit._resident(binary, torch.device("cuda", 0)) == 0
+
+
+def test_options_with_changes_are_one_object_for_each_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher is found by the identity of its options."""
+    monkeypatch.setattr(jit, "interpreted", lambda: False)
+    one, like = {"BN": 64, "PAST": True}, {"BN": 64, "PAST": True}
+    changed = jit.varied(one, PAST=False, **{jit.EARLY: True})
+    assert changed == {"BN": 64, "PAST": False, jit.EARLY: True} and one == like
+    assert jit.varied(one, **{jit.EARLY: True, "PAST": False}) is changed and jit.varied(like, PAST=False, **{jit.EARLY: True}) is not changed
+    assert jit.varied(one, PAST=True) is one and jit.varied(one, PAST=False) is not changed
+    monkeypatch.setattr(jit, "interpreted", lambda: True)
+    assert jit.varied(one, **{jit.EARLY: True, jit.SHARE: 30}) is one  # which knows neither
