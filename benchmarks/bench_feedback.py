@@ -2,9 +2,10 @@
 
     python benchmarks/bench_feedback.py [--no-compile] [--no-official] [--no-curves] [--out DIR]
 
-bf16, medians over CUDA events, ours and the yardstick's by turns. Official: einsum, softmax, gamma, one float32 triangular solve, eager and under
-torch.compile. Yardstick: scaled_dot_product_attention(is_causal=True) with D/128 heads of width 128, the faster of the FLASH_ATTENTION and CUDNN_ATTENTION
-backends. Random routing and the predecessor chain are both timed. Copy bandwidth and bf16 matrix rate are measured in the same run. Needs a CUDA GPU.
+bf16, medians over CUDA events, ours and the yardstick's by turns but for the curves. Official: einsum, softmax, gamma, one float32 triangular solve, eager
+and under torch.compile. Yardstick: scaled_dot_product_attention(is_causal=True) with D/128 heads of width 128, the faster of the FLASH_ATTENTION and
+CUDNN_ATTENTION backends. Random routing and the predecessor chain are both timed. Copy bandwidth and bf16 matrix rate are measured in the same run. Needs a
+CUDA GPU.
 """
 
 from __future__ import annotations
@@ -83,13 +84,13 @@ def training(call: Callable[..., Tensor], leaves: tuple[Tensor, ...]) -> Callabl
 
 
 def by_turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median microseconds of each call, of as many rounds as there are calls, each of which begins with another: long kernels bring a card to its power limit,
-    and who comes first would have the higher clock."""
+    """Median microseconds of each call, of as many rounds as there are calls, each of which begins with another, every second one backwards: long kernels
+    bring a card to its power limit, and who comes first, or behind a short one, would have the higher clock."""
     names, found = list(calls), dict[str, list[float]]()
     for call in calls.values():
         median_us(call, 1)  # until it is replayed, where it is
     for turn in range(len(names)):
-        for name in names[turn:] + names[:turn]:
+        for name in (names[turn:] + names[:turn])[:: -1 if turn % 2 else 1]:
             found.setdefault(name, []).append(median_us(calls[name], 7, 3))
     return {name: statistics.median(found[name]) for name in names}
 
@@ -125,17 +126,17 @@ def row(batch: int, tokens: int, width: int, compiled: Callable[..., Tensor] | N
     result: dict[str, Any] = {"B": batch, "T": tokens, "D": width}
     with sdpa_kernel(backend):
         with torch.no_grad():
-            graph = capture([lambda: ops.feedback_attention(*x)])
+            graphs = [capture([lambda call=call: call()]) for call in (lambda: ops.feedback_attention(*x), lambda: causal(*y))]
             forward = {
                 "sdpa": lambda: causal(*y), "forward": lambda: ops.feedback_attention(*x), "forward_chain": lambda: ops.feedback_attention(*chain),
-                "forward_graph": graph.replay}  # fmt: skip
+                "forward_graph": graphs[0].replay, "sdpa_graph": graphs[1].replay}  # fmt: skip
             times = by_turns(forward)
             if peer and tokens <= OFFICIAL_UP_TO:
                 result["official"] = median_us(lambda: official(*x), 5)
                 if compiled is not None:
                     result["official_compiled"] = median_us(lambda: compiled(*x), 5)
         both = by_turns({"sdpa": training(causal, y), "both": training(ops.feedback_attention, x), "both_chain": training(ops.feedback_attention, chain)})
-    sdpa = {"backend": backend.name, "forward": times.pop("sdpa"), "both": both.pop("sdpa")}
+    sdpa = {"backend": backend.name, "forward": times.pop("sdpa"), "graph": times.pop("sdpa_graph"), "both": both.pop("sdpa")}
     return {**result, "sdpa": sdpa, **times, **both}
 
 
@@ -165,9 +166,11 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
         return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
 
     forward, both = ([r[what] / r["sdpa"][what] for r in rows] for what in ("forward", "both"))
+    graph = [r["forward_graph"] / r["sdpa"]["graph"] for r in rows]
     official = [r["official"] / r["forward"] for r in rows if "official" in r]
     return {
         "forward_over_yardstick": mean(forward), "forward_over_yardstick_worst": max(forward),
+        "graph_over_yardstick": mean(graph), "graph_over_yardstick_worst": max(graph),
         "both_over_yardstick": mean(both), "both_over_yardstick_worst": max(both),
         "official_over_forward": mean(official), "official_over_forward_least": min(official, default=math.nan),
         "chain_over_random": mean([r["forward_chain"] / r["forward"] for r in rows]),
