@@ -54,6 +54,7 @@ def arrangements(back: bool) -> dict[str, Change]:
         for what in ({"maxnreg": 128}, {"num_warps": 16}):
             found[f"grad_scores {what}"] = {"feedback_grad_scores": what}
     else:
+        # which in a forward's parts also has scores of more stages, and a first solve that starts early
         found["64 columns alone"] = {solve: {"BN": 64, "TWO": False, "ALONE": True}}
         found["scores 64"] = {"feedback_scores": {"BM": 64, "num_warps": 4}}
     return found

@@ -22,7 +22,7 @@ def begin(PDL: tl.constexpr):
 
     Earlier, nothing may be written and nothing read but weights, which no kernel writes.
     Launched with CUDA's programmatic dependent launch (programming guide, "Programmatic Dependent Launch and Synchronization"), a kernel's programs are
-    in place when its predecessor ends; launched without, this does nothing. Every program waits, so a kernel that ended means that all before it did.
+    in place when its predecessor ends; launched without, this does nothing. Every program waits, so where this has ended all before it has.
     The next one is let in only after the wait: in a chain of short kernels those that come much too early take the place of those that are due, and what
     has ended by then it may read ahead of its own wait. With OPENS it is let in at once: short kernels, the next of which reads nothing but weights, and
     pasts, which no kernel of a layer writes.

@@ -214,16 +214,21 @@ def test_later_minors_are_served_where_they_are_pinned_alike(monkeypatch: pytest
 def test_early_starts_are_for_gpus_that_know_them() -> None:
     """A GPU before sm_90 has no griddepcontrol; where there is one, a decode step's kernels ask for it, but no product of more than 64 rows."""
     early = [k for k in table.kernels().values() if k.early]
-    assert {k.name for k in early} == {k.name for k in table.kernels().values() if "PDL" in k.constexprs}
+    opening = [k for k in table.kernels().values() if k.opens and not k.early]  # which only let another in, in PyTorch alone
+    assert {k.name for k in early + opening} == {k.name for k in table.kernels().values() if "PDL" in k.constexprs}
+    assert {k.name: k.opens for k in opening} == {"feedback_scores": ("fwd",), "feedback_near": ("fwd",)}
+    for k in opening:
+        assert not any(table.early(k.name, arch, "bf16", v) for arch in (80, 90, 120) for v in k.variants if v not in k.optional or arch == 90)
+        assert [table.tiles(k.name, 90, "bf16", v)["PDL"] for v in k.variants] == [OPENS if v == "fwd" else 0 for v in k.variants]
+    assert table.tiles("feedback_scores", 80, "bf16", "fwd")["PDL"] == 0
     steps = {n for n in table.kernels() if n.startswith(("feedback_step", "causal_step", "mixer_", "layer_", "decode_")) or "_rows_" in n}
-    # behind which PyTorch launches another early, and which it launches so: in the plugin nobody does
-    torch_alone = {"feedback_scores", "feedback_near", "feedback_solve_halves"}
+    torch_alone = {"feedback_solve_halves"}  # which PyTorch launches early, the plugin never
     assert {k.name for k in early} == {n for n in steps - {"layer_widen", "layer_gate"} if not n.endswith("_many")} | torch_alone
     assert all((k.early_rows == k.early_rows_8 == 0) == (k.name in torch_alone) for k in early)
     for k in early:
         for variant in k.variants:
             may = variant in k.early
-            assert may or variant == "any" or k.name in torch_alone
+            assert may or variant == "any"
             dtype = next(d for d in k.dtypes if variant not in k.optional or table.has(k.name, 90, d, variant))  # some are of 8-bit weights alone
             held = [arch for arch in ARCHS if variant not in k.optional or table.has(k.name, arch, dtype, variant)]
             rows = k.rows_of(variant) if dtype in DTYPES else k.early_rows_8 or k.rows_of(variant)
@@ -236,7 +241,7 @@ def test_early_starts_are_for_gpus_that_know_them() -> None:
     ones = ("1.wide", "1.1024", "1.2048")
     assert {k.name: k.opens for k in early if k.opens} == {
         "layer_out": ("1", *ones), "layer_tail": ("1", *ones), "layer_norm_enter": ("1024", "2048", "4096"), "mixer_step_combine": ("1", "1.wide"),
-        "layer_norm_last": ("1024", "2048", "4096"), "layer_project_gain": ("1.1024",), "feedback_scores": ("fwd",), "feedback_near": ("fwd",)}
+        "layer_norm_last": ("1024", "2048", "4096"), "layer_project_gain": ("1.1024",)}
     # the kernels of one row's layer have one share of shared memory, and no kernel another, as those around the attentions of a few wide rows; those of a wide
     # row all of it
     held = [(k, v) for k in early for v in k.variants if table.has(k.name, 90, k.dtypes[0], v)]

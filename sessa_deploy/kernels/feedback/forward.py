@@ -215,8 +215,9 @@ class Plan:
             if not self.scores_whole:
                 first = self.in_parts["feedback_scores"]
                 self.run_parts = [launcher(feedback_scores, device, dtype, o) for o in (first, varied(first, **{EARLY: True}))]
-            # with near tiles, where no scores of later rows want its places
-            self.run_first = launcher(solving, device, dtype, varied(own, **{EARLY: True})) if few or self.scores_whole else self.run_solve
+            # with near tiles, where no scores of later rows want its places, by a kernel that waits for them
+            self.early = bool(own.get("PDL")) and (few or self.scores_whole)
+            self.run_first = launcher(solving, device, dtype, varied(own, **{EARLY: True})) if self.early else self.run_solve
 
 
 P = TypeVar("P")
@@ -305,7 +306,7 @@ class Call:
             self._score()
         inverse, near = (partial(self._combine_part, which=which) for which in range(2))
         scores, joint = None if p.scores_whole else self._score_part, p.shape.tokens > parts.JOINT
-        parts.queue(p.parts, scores, inverse, near, partial(self._solve_part, f=f), joint=joint)
+        parts.queue(p.parts, scores, inverse, near, partial(self._solve_part, f=f), joint=joint, early=p.early)
 
     def _from(self, row: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """`_routing` of the rows from `row` on."""

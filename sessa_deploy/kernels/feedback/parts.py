@@ -74,11 +74,12 @@ def _lanes(main: Any, count: int) -> tuple[list[Any], list[Any]]:
     return kinds
 
 
-def queue(parts: Sequence[Any], scores: Step | None, inverse: Step, near: Step, solve: Step, joint: bool) -> None:
+def queue(parts: Sequence[Any], scores: Step | None, inverse: Step, near: Step, solve: Step, joint: bool, early: bool) -> None:
     """Queue all parts into the graph that the current stream captures. scores: None where those of all parts are queued there.
 
-    joint: near tiles of all parts in one stream. A solve then has one edge, where else it has one from each part before it. The first has one in any case,
-    from its near tiles: where its kernel is launched early, it begins with them.
+    joint: near tiles of all parts but the first in one stream. A solve then has one edge, where else it has one from each part before it.
+    early: whether the first solve is launched early. It goes into the stream of its near tiles, which are then all that it is behind: one edge, between two
+    kernels of one stream, is what the driver is known to make an early one, and a stream of solves may hold those of a call before in the same graph.
     """
     main = torch.cuda.current_stream()
     (shared, *combining), solving = _lanes(main, len(parts))
@@ -88,20 +89,24 @@ def queue(parts: Sequence[Any], scores: Step | None, inverse: Step, near: Step, 
             scores(part)
         made.append(main.record_event())
     for part, lane, event in zip(parts, combining, made, strict=False):
-        last = shared if joint else lane
+        last = shared if joint and known else lane
         lane.wait_event(event)
         with torch.cuda.stream(lane):
             inverse(part)
-        if joint:
+        if last is shared:
             shared.wait_event(lane.record_event())
+            shared.wait_event(known[-1])
         with torch.cuda.stream(last):
             near(part)
         if known and not joint:
             lane.wait_event(known[-1])
         known.append(last.record_event())
     ends = []
-    for part, lane, event in zip(parts, solving, known, strict=False):
-        lane.wait_event(event)
+    for i, (part, lane, event) in enumerate(zip(parts, solving, known, strict=False)):
+        if early and i == 0:
+            lane = combining[0]
+        else:
+            lane.wait_event(event)
         with torch.cuda.stream(lane):
             solve(part)
         ends.append(lane.record_event())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sessa_deploy.cuda_arch import ARCHS
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import FEEDBACK_WIDTHS, FEW_WORK, LONG_WORK, PAST_ROWS, PAST_WORK, ROWS_WIDTHS, WIDE, WIDE_COLUMNS, WIDE_WORK
@@ -16,7 +14,6 @@ HALVES = ("feedback_solve_halves", "feedback_solve_halves_transposed")  # which 
 MANY = "feedback_scores_many"  # which stands in for feedback_scores in training
 MANY_PAST = "feedback_scores_past"  # the same behind a past
 _HALF = ("fp16", "bf16")  # storage that matrix instructions take
-_AHEAD: dict[str, Any] = {"early": ("fwd",), "opens": ("fwd",), "early_rows": 0}  # lets the next kernel in at once; in the plugin nobody is
 
 _STRIDES = (Param("stride_kb", "i64", True), Param("stride_kr", "i32", True), Param("stride_sb", "i64", True), Param("stride_sr", "i32", True))
 
@@ -179,7 +176,7 @@ KERNELS = by_name((
         ("BM", "BT", "BK", "NB", "GROUP", "BACKWARD", "PAST", "PDL"),
         ("fwd", "past", "bwd"),
         scalar_loads=8,
-        **_AHEAD,
+        opens=("fwd",),
     ),
     Kernel(
         MANY,
@@ -223,7 +220,7 @@ KERNELS = by_name((
         "feedback_inverse", f"{_PACKAGE}.inverse", _COMBINE, ("CHUNK", "BACKWARD"), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd")
     ),
     Kernel("feedback_near", f"{_PACKAGE}.inverse", _COMBINE, ("BACKWARD", "PDL"), ("fwd", "bwd"), dtypes=("bf16",), scalar_loads=128, optional=("fwd", "bwd"),
-           **_AHEAD),
+           opens=("fwd",)),
     Kernel("feedback_inverse_half", f"{_PACKAGE}.inverse_half", _COMBINE, ("CHUNK",), ("fwd",), dtypes=("fp16",), scalar_loads=128, optional=("fwd",)),
     Kernel("feedback_near_half", f"{_PACKAGE}.inverse_half", _COMBINE, ("BT",), ("fwd",), dtypes=("fp16",), scalar_loads=128, optional=("fwd",)),
     Kernel(

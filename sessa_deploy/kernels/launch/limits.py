@@ -33,7 +33,7 @@ FEEDBACK_WIDTHS = (256, 512, 1024, 2048, MAX_WIDTH)  # a row of the decode step 
 WIDE = 1024  # D from which a solve of any number of rows takes the tiles of variant "wide", where an architecture has them
 WIDE_WORK = 9 << 20  # B T D from which it does: shorter chains matter below, reads above (measured on an H200, in bf16 both ways, in fp16 the forward)
 WIDE_COLUMNS = 4096  # B D from which the solve in halves takes them: there are chains enough to fill the GPU (measured on an H200)
-LONG_WORK = 12 << 20  # B T D from which it does whatever B D: its products take longer than a chain's way from block to block (measured on an H200)
+LONG_WORK = 12 << 20  # B T D from which it does, forward, whatever B D: its products take longer than a chain's way from block to block (on an H200)
 FEW_WORK = 2 << 20  # B T D below which tiles are small, or there are fewer than multiprocessors (measured on an H200 in bf16)
 PANEL_BYTES = 1 << 30  # of the routing tiles of one panel
 # Programs of the kernels that walk the rows of a past there may be: one for each tile of a capacity costs a microsecond for every few hundred that are empty.

@@ -31,10 +31,10 @@ class Kernel:
     """A @triton.jit function: where it lives, its run-time parameters in order, then its constexpr names.
 
     variants: the keys of its pinned tiles, one binary for each (a number stands for a width, "bwd" for the backward). early: those whose binary may start
-    before its predecessor ends, by the constexpr "PDL", which is no tile; opens: those of them that let the next kernel in at once (OPENS), which must read
-    nothing but weights and pasts before its own wait; shares: those of them that wish for `limits.SHARED_SHARE` of shared memory, fills: that wish for
-    `limits.WIDE_SHARE` on the architecture that it is for; early_rows, early_rows_8: up to how many rows (B T) the plugin has it do so. lowered: whether the
-    plugin runs it; it never runs a "bwd" variant.
+    before its predecessor ends, by the constexpr "PDL", which is no tile; opens: those that let the next kernel in at once (OPENS), which must read nothing
+    but weights and pasts before its own wait, or what neither they nor those before them write; shares: those of them that wish for `limits.SHARED_SHARE` of
+    shared memory, fills: that wish for `limits.WIDE_SHARE` on the architecture that it is for; early_rows, early_rows_8: up to how many rows (B T) the plugin
+    has it do so. lowered: whether the plugin runs it; it never runs a "bwd" variant.
     dtypes: the storage dtypes it is compiled for, those of QUANTISED weights too; a kernel that sees no storage type has ("fp32",). scalar_loads: how many
     global loads narrower than 16 bytes its PTX may hold (a length, a bias, a statistic); lowering refuses more. wide: it must hold 16-byte loads too;
     not so where nobody promises that a row begins aligned. optional: variants that an architecture has only where its own tiles are pinned, since the shared

@@ -103,9 +103,9 @@ def tiles(name: str, arch: int, dtype: str, variant: str) -> dict[str, Any]:
     """The constexprs alone, in the kernel's order."""
     entry = pinned(name, arch, dtype, variant)
     values = {k: v for k, v in entry.items() if k not in NOT_TILES}
-    if kernel(name).early:
-        may = arch >= DEPENDENT_ARCH and variant in kernel(name).early
-        values["PDL"] = (OPENS if variant in kernel(name).opens else WAITS) if may else 0
+    if kernel(name).early or kernel(name).opens:
+        how = OPENS if variant in kernel(name).opens else WAITS if variant in kernel(name).early else 0
+        values["PDL"] = how if arch >= DEPENDENT_ARCH else 0
     if set(values) != set(kernel(name).constexprs):
         raise ValueError(f"{name} takes {kernel(name).constexprs}, the table gives {tuple(values)}")
     return {k: values[k] for k in kernel(name).constexprs}

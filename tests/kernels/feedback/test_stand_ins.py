@@ -205,13 +205,15 @@ def test_the_first_solve_begins_with_near_tiles_where_nothing_else_wants_its_pla
     monkeypatch.setattr(parts, "LEAST", 256)
     small = side(with_stand_ins(small_options(torch.bfloat16, 128, 128)), False) or fwd.tiles(torch.device(DEVICE), torch.bfloat16, 24, 300)
     device, solve = make("random", 1, 1, 0, 24, torch.bfloat16)[0].device, fwd.SOLVES[0].__name__
-    for alone, whole in ((False, False), (True, False), (False, True)):
+    for alone, whole, waits in ((False, False, 1), (True, False, 1), (False, True, 1), (True, True, 0)):  # waits: whether the binary would
         monkeypatch.setattr(parts, "scores_whole", lambda *_, whole=whole: whole)
         monkeypatch.setattr(parts, "LONG_FIRST", 256)
         early.clear()
-        options = {**small, solve: {**small[solve], "ALONE": alone, "TWO": False}}
+        options = {**small, solve: {**small[solve], "ALONE": alone, "TWO": False, "PDL": waits}}
         plan = fwd.Plan(device, torch.bfloat16, 1, 300, 0, 24, options, 2**30)
-        assert len(plan.parts) == 2 and [x for name, x in early if name == solve][-2:] == ([False, True] if alone or whole else [False, False])
+        assert len(plan.parts) == 2 and plan.early == ((alone or whole) and waits == 1)
+        assert [x for name, x in early if name == solve][-1] == plan.early and (plan.run_first is plan.run_solve) == (not plan.early)
+        assert (plan.in_parts["feedback_scores"].get("num_stages") == parts.FEW_STAGES) == alone
         assert whole or [x for name, x in early if name == "feedback_scores"][-2:] == [False, True]
         assert not any(x for name, x in early if name in fwd.APART)
 
@@ -226,13 +228,15 @@ def test_a_forward_in_parts_has_the_bits_of_one(scores: str, monkeypatch: pytest
     x = make("random", 1, 300, 0, 24, torch.bfloat16)
     plan = fwd.Plan(x[0].device, torch.bfloat16, 1, 300, 0, 24, side(with_stand_ins(small_options(torch.bfloat16, 128, 128)), False), 2**30)
     assert plan.parts == [(0, 256), (256, 300)]
-    whole, queued, cleared = fwd.forward(*x, made=plan), [], []
+    whole, queued, cleared, solved = fwd.forward(*x, made=plan), [], [], list[str]()
     if scores != "whole":
         runs, counters = plan.run_parts, plan.workspace.buffers["sync"][0]
-        monkeypatch.setattr(plan, "run_parts", [lambda *launch, run=run: (cleared.append(launch[-2]), run(*launch)) for run in runs])
+        monkeypatch.setattr(plan, "run_parts", [lambda *launch, i=i, run=run: (cleared.append((i, launch[-2])), run(*launch)) for i, run in enumerate(runs)])
+    for name, solve in (("run_first", plan.run_first), ("run_solve", plan.run_solve)):
+        monkeypatch.setattr(plan, name, lambda *launch, name=name, run=solve: (solved.append(name), run(*launch)))
 
-    def queue(every: list[tuple[int, int]], first: Callable[..., None] | None, *steps: Callable[..., None], joint: bool) -> None:
-        assert (first is None) == (scores == "whole") == joint
+    def queue(every: list[tuple[int, int]], first: Callable[..., None] | None, *steps: Callable[..., None], joint: bool, early: bool) -> None:
+        assert (first is None) == (scores == "whole") == joint and early == plan.early
         for part in every:
             queued.append(part)
             for step in steps if first is None else (first, *steps):
@@ -249,7 +253,8 @@ def test_a_forward_in_parts_has_the_bits_of_one(scores: str, monkeypatch: pytest
         found = fwd.forward(*x, made=plan)
         assert queued == plan.parts
     assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True) if a is not None and b is not None)
-    assert scores == "whole" or cleared == [counters, 0], "the first part's scores clear the solve's counters"
+    assert scores == "whole" or cleared == [(0, counters), (1, 0)], "the first part's scores clear the solve's counters"
+    assert solved == ["run_first", "run_solve"]
 
 
 def test_rows_go_in_parts_by_their_number() -> None:
