@@ -257,6 +257,24 @@ def test_a_forward_in_parts_has_the_bits_of_one(scores: str, monkeypatch: pytest
     assert solved == ["run_first", "run_solve"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "width"), [(1500, 64), (6500, 64), (8192, 512)])
+def test_forwards_of_one_graph_have_the_bits_of_calls(tokens: int, width: int) -> None:
+    """Three in a row, with streams in common, of few programs and of scores in one launch: what starts early in one waits for nothing of another's."""
+    x = make("random", 1, tokens, 0, width, torch.bfloat16)
+    calls = [(*x[:3], x[3] * scale, *x[4:]) for scale in (1, 0.5, 2)]
+    expected = [fwd.forward(*call, need_lse=False)[0] for call in calls]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [fwd.forward(*call, need_lse=False)[0] for call in calls]
+    for _ in range(20):
+        for s in found:
+            s.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
 def test_rows_go_in_parts_by_their_number() -> None:
     """Of a long sequence whose scores large tiles make, the inverses alone."""
     small, large, many = (0, 256, 768), (0, 512, 1536), (0, 512, 1024)
