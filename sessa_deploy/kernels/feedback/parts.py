@@ -78,8 +78,8 @@ def queue(parts: Sequence[Any], scores: Step | None, inverse: Step, near: Step, 
     """Queue all parts into the graph that the current stream captures. scores: None where those of all parts are queued there.
 
     joint: near tiles of all parts but the first in one stream. A solve then has one edge, where else it has one from each part before it.
-    early: whether the first solve is launched early. It goes into the stream of its near tiles, which are then all that it is behind: one edge, between two
-    kernels of one stream, is what the driver is known to make an early one, and a stream of solves may hold those of a call before in the same graph.
+    early: whether the first solve is launched early. Its near tiles then go into its stream, and are all that it is behind: one edge, between two kernels of
+    one stream, is what the driver is known to make an early one, and a stream of solves may hold those of a call before in the same graph.
     """
     main = torch.cuda.current_stream()
     (shared, *combining), solving = _lanes(main, len(parts))
@@ -89,13 +89,14 @@ def queue(parts: Sequence[Any], scores: Step | None, inverse: Step, near: Step, 
             scores(part)
         made.append(main.record_event())
     for part, lane, event in zip(parts, combining, made, strict=False):
-        last = shared if joint and known else lane
+        last = solving[0] if early and not known else shared if joint and known else lane
         lane.wait_event(event)
         with torch.cuda.stream(lane):
             inverse(part)
-        if last is shared:
-            shared.wait_event(lane.record_event())
-            shared.wait_event(known[-1])
+        if last is not lane:
+            last.wait_event(lane.record_event())
+            if known:
+                last.wait_event(known[-1])
         with torch.cuda.stream(last):
             near(part)
         if known and not joint:
@@ -103,9 +104,7 @@ def queue(parts: Sequence[Any], scores: Step | None, inverse: Step, near: Step, 
         known.append(last.record_event())
     ends = []
     for i, (part, lane, event) in enumerate(zip(parts, solving, known, strict=False)):
-        if early and i == 0:
-            lane = combining[0]
-        else:
+        if i > 0 or not early:
             lane.wait_event(event)
         with torch.cuda.stream(lane):
             solve(part)

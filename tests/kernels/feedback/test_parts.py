@@ -83,6 +83,6 @@ def test_a_solve_begins_behind_the_inverses_of_all_parts_before_it(monkeypatch: 
             assert f"inverse {i}" in before[f"near {i}"] and {f"near {j}" for j in range(i + 1)} <= before[f"solve {i}"]
             assert not any(x.startswith("solve") for x in before[f"solve {i}"] | before[f"near {i}"]), "they run at once"
     streams = {101 + i: priority for i, priority in enumerate(priorities)} | {1: 0}
-    assert {name: {streams[x] for x in lanes} for name, lanes in taken.items()} == {"scores": {0}, "inverse": {-2}, "near": {-2}, "solve": {-1, -2}}
+    assert {name: {streams[x] for x in lanes} for name, lanes in taken.items()} == {"scores": {0}, "inverse": {-2}, "near": {-2, -1}, "solve": {-1}}
     # what waits for scores goes first, inverses before solves; later graphs have the streams of the first
     assert sorted(priorities) == [-2] * 5 + [-1] * 4
