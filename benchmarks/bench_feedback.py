@@ -16,6 +16,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,10 @@ def row(batch: int, tokens: int, width: int, compiled: Callable[..., Tensor] | N
     result: dict[str, Any] = {"B": batch, "T": tokens, "D": width}
     with sdpa_kernel(backend):
         with torch.no_grad():
-            graphs = [capture([lambda call=call: call()]) for call in (lambda: ops.feedback_attention(*x), lambda: causal(*y))]
-            forward = {
-                "sdpa": lambda: causal(*y), "forward": lambda: ops.feedback_attention(*x), "forward_chain": lambda: ops.feedback_attention(*chain),
-                "forward_graph": graphs[0].replay, "sdpa_graph": graphs[1].replay}  # fmt: skip
-            times = by_turns(forward)
+            theirs, ours = partial(causal, *y), partial(ops.feedback_attention, *x)
+            times = by_turns({
+                "sdpa": theirs, "forward": ours, "forward_chain": partial(ops.feedback_attention, *chain),
+                "forward_graph": capture([ours]).replay, "sdpa_graph": capture([theirs]).replay})  # fmt: skip
             if peer and tokens <= OFFICIAL_UP_TO:
                 result["official"] = median_us(lambda: official(*x), 5)
                 if compiled is not None:

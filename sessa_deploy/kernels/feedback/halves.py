@@ -229,14 +229,14 @@ def feedback_solve_halves(
             if ALONE:
                 if ready < block - back + 1:
                     ready = wait_each(p_done, block - back + 1)
-                b_s = (b_s * tl.load(p_scale + i_t * tiles_n))[:, None]
-                p_tile = p_w + i_t.to(tl.int64) * BT * D + o_f
+                at = i_t.to(tl.int64) * BT * D
             else:
                 at = i_t.to(tl.int64) * BT * D
                 if ready < block - back + 1:
                     at = wait_one(p_done, block - back + 1, at)
-                b_s = (b_s * tl.load(p_scale + i_t * tiles_n))[:, None]
-                p_tile = p_w + tl.multiple_of(at, 16) + o_f
+                at = tl.multiple_of(at, 16)
+            b_s = (b_s * tl.load(p_scale + i_t * tiles_n))[:, None]
+            p_tile = p_w + at + o_f
             b_a = near_parts(b_a, b_0, b_1, p_tile, BK * D, m_a, b_s)
     c, inv = power_scale(tl.max(tl.abs(b_a)) if ALONE else reach(b_a, b_b, TWO))
     p_tile = p_w + (NP + block).to(tl.int64) * BT * D + o_w

@@ -1,7 +1,7 @@
 """What the forward and the backward of feedback attention share: tile products, the reduced-precision split, row statistics, block inverses.
 
-b_ a block's values, p_ a pointer, o_ offsets, m_ a mask, i_ an index. BM rows, BT columns of a routing tile (and rows of a diagonal block), BN columns of D.
-The routing matrix has columns [past | new], each part padded to a multiple of BT. See README.md for the algorithm.
+Names: b_ a block's values, p_ a pointer, o_ offsets, m_ a mask, i_ an index. BM rows, BT columns of a routing tile (and rows of a diagonal block),
+BN columns of D. The routing matrix has columns [past | new], each part padded to a multiple of BT. See README.md for the algorithm.
 """
 
 import triton
@@ -179,7 +179,9 @@ def feedback_scores(
 @triton.jit
 def pair_product(b_ah, b_al, b_bh, b_bl):
     """a @ b of two bfloat16 pairs in three products: 16 bits, float32's range."""
-    return tl.dot(b_ah, b_bh, tl.dot(b_al, b_bh, tl.dot(b_ah, b_bl)))
+    acc = tl.dot(b_ah, b_bl)
+    acc = tl.dot(b_al, b_bh, acc)
+    return tl.dot(b_ah, b_bh, acc)
 
 
 @triton.jit
@@ -187,7 +189,8 @@ def pair_dot(b_a, b_b, SPLIT: tl.constexpr):
     """b_a @ b_b for float32 operands: bfloat16 pairs in three products (16 bits, float32's range), or float32 products."""
     if SPLIT:
         b_ah, b_bh = b_a.to(tl.bfloat16), b_b.to(tl.bfloat16)
-        acc = pair_product(b_ah, (b_a - b_ah.to(tl.float32)).to(tl.bfloat16), b_bh, (b_b - b_bh.to(tl.float32)).to(tl.bfloat16))
+        b_al, b_bl = (b_a - b_ah.to(tl.float32)).to(tl.bfloat16), (b_b - b_bh.to(tl.float32)).to(tl.bfloat16)
+        acc = pair_product(b_ah, b_al, b_bh, b_bl)
     else:
         acc = tl.dot(b_a, b_b, input_precision="ieee")
     return acc
