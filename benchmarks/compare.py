@@ -32,7 +32,7 @@ from rich.table import Table
 from sessa_deploy.config import SessaConfig
 
 PEERS = {"official": "official layers, eager", "eager": "ours, eager", "compile": "ours, compiled", "graph": "ours, CUDA graph",
-         "compile-graph": "ours, compiled, CUDA graph", "ort": "ONNX Runtime, plain", "ort-cuda": "ort-cuda (library)", "trt": "TensorRT"}  # fmt: skip
+         "compile-graph": "ours, compiled, CUDA graph", "ort": "ONNX Runtime, plain", "ort-cuda": "ONNX Runtime, our kernels", "trt": "TensorRT"}  # fmt: skip
 ORDER = ("trt", "ort-cuda", "graph", "official", "eager", "ort", "compile-graph", "compile")  # of running: if the budget ends, it ends with the least
 COLOURS = dict(zip(PEERS, ("#8c8c8c", "#9ecae1", "#6baed6", "#3182bd", "#08519c", "#fdbe85", "#fd8d3c", "#31a354"), strict=True))
 HERE = Path(__file__).parent
@@ -195,7 +195,7 @@ def plot(table: dict[str, Rows], given: argparse.Namespace, title: str, path: Pa
     shown = points(given)
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.3 * lines), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.5 * lines), squeeze=False, layout="constrained")
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
     peers = [peer for peer in PEERS if peer in given.peers]
@@ -214,7 +214,7 @@ def plot(table: dict[str, Rows], given: argparse.Namespace, title: str, path: Pa
         axis.set_title(describe(p) + (f"\nfloor {floor:.3g} ms (dashed)" if floor else ""), fontsize=9)
         axis.set(yscale="log", ylabel="ms", xlim=(-0.6, len(peers) - 0.4))
         axis.margins(y=0.15)
-        axis.set_xticks(range(len(peers)), [PEERS[peer].replace(", ", "\n") for peer in peers], fontsize=6.5)
+        axis.set_xticks(range(len(peers)), [PEERS[peer] for peer in peers], fontsize=7, rotation=25, ha="right", rotation_mode="anchor")
         axis.grid(True, axis="y", alpha=0.25)
         axis.set_axisbelow(True)
     figure.suptitle(title, fontsize=10)
