@@ -31,7 +31,7 @@ from sessa_deploy.runtime.sampling import SamplingParams
 from sessa_deploy.runtime.session import Session
 
 FILES = ("argparse", "json/decoder", "textwrap", "heapq", "dataclasses", "shutil", "random", "csv", "queue", "typing", "ast", "copy", "enum", "inspect",
-         "logging/__init__", "pathlib", "tarfile", "zipfile", "statistics", "optparse")
+         "logging", "subprocess", "tarfile", "zipfile", "statistics", "optparse")
 KINDS = {"code, greedy": SamplingParams(), "code, temperature 1": SamplingParams(1.0, seed=0), "noise": SamplingParams(5.0, seed=0)}
 GAP_FACTOR = 10  # design: a step whose two best logits are closer than this many times the logits' error may go either way
 SLOWEST = 0.97
@@ -56,11 +56,17 @@ class Kind:
                 "differ_where_close": self.close, "wrong": self.wrong}
 
 
+def source(name: str, library: Path) -> str:
+    """The text of a module of the standard library, which may be a package in one Python and a file in another."""
+    found = library / f"{name}.py"
+    return (found if found.is_file() else library / name / "__init__.py").read_text(encoding="utf-8")
+
+
 def prompts(session: Session, tokens: int) -> list[list[int]]:
     """A piece of each file of the standard library, in its own tokens."""
     library, found, rng = Path(sysconfig.get_paths()["stdlib"]), [], np.random.default_rng(0)
     for name in FILES:
-        text = (library / f"{name}.py").read_text(encoding="utf-8")
+        text = source(name, library)
         at = int(rng.integers(0, max(1, len(text) - 8 * tokens)))
         found.append(session.tokenizer.encode_first(text[at : at + 8 * tokens], session.config.bos_token_id)[:tokens])
     return found
