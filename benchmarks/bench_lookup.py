@@ -133,7 +133,7 @@ def compare(session: Session, kind: Kind, prompt: list[int], new: int, params: S
     if at is not None:
         session.reset()
         best = np.sort(session.prefill([[*prompt, *theirs[:at]]])[0].astype(np.float64))[-2:]
-        close = best[1] - best[0] < GAP_FACTOR * max(error, 1e-6) or params.temperature > 0  # a draw may fall between two tokens that are far apart
+        close = bool(best[1] - best[0] < GAP_FACTOR * max(error, 1e-6)) or params.temperature > 0  # a draw may fall between two tokens that are far apart
         kind.close, kind.wrong = kind.close + close, kind.wrong + (not close)
 
 

@@ -16,7 +16,6 @@ from sessa_deploy.runtime.begun import Begun
 from sessa_deploy.runtime.sampling import finite_tokens, most_likely_tokens
 
 IntArray = NDArray[np.integer]
-_MOST_LOGITS = 256 << 20  # bytes
 
 
 class Backend(ABC):
@@ -49,6 +48,7 @@ class Backend(ABC):
         self.bytes_moved = 0
         self._begun: deque[Begun] = deque()
         self._picked: NDArray[np.int64] | None = None  # by the step ended last
+        self._verifying: tuple[int, NDArray[np.int64]] | None = None  # sequence and ids of a step of one sequence that was begun
 
     def step(self, input_ids: IntArray, new_length: IntArray) -> NDArray[np.float32]:
         """Feed the first new_length[b] of input_ids[b] (B,T) to each row; logits (B,V) float32 after its last new token.
@@ -153,6 +153,8 @@ class Backend(ABC):
 
     def call_off(self, row: int | None = None) -> None:
         """Let a sequence (None: every one) have had no part in the steps that were begun and are not ended."""
+        if self._verifying and row in (None, self._verifying[0]):
+            self._verifying = None
         if row is None:
             self._begun.clear()
         elif self._begun:
@@ -189,7 +191,22 @@ class Backend(ABC):
 
     def step_row_picks(self, row: int, ids: IntArray) -> NDArray[np.int64]:
         """Like `step_row_all`, returning the most likely token after every one of ids (T,) alone, -1 where the logits there are NaN or Inf."""
+        self.begin_row_picks(row, ids)
+        return self.end_row_picks()
+
+    def begin_row_picks(self, row: int, ids: IntArray) -> None:
+        """Begin what `step_row_picks` does: `end_row_picks` gives the tokens, and only then does the length advance. Any other step calls it off."""
         row, fed = self._checked_row(row, ids)
+        self.call_off()
+        if self.all_logits:
+            self._begin_row_picks(row, fed)
+        self._verifying = row, fed
+
+    def end_row_picks(self) -> NDArray[np.int64]:
+        """The tokens (T,) of the step that `begin_row_picks` began. Raises UserError where there is none, or it was called off."""
+        if self._verifying is None:
+            raise UserError("there is no step of one sequence to end", fix="begin_row_picks first")
+        (row, fed), self._verifying = self._verifying, None
         if not self.all_logits:
             return most_likely_tokens(self.step_row_all(row, fed))
         picked = self._pick_row_all(row, fed)
@@ -285,6 +302,9 @@ class Backend(ABC):
         """Like `_forward_row_all`; the most likely tokens (T,), -1 where the largest logit is not finite. Only called where `all_logits` is true."""
         return most_likely_tokens(self._forward_row_all(row, ids))
 
+    def _begin_row_picks(self, row: int, ids: NDArray[np.int64]) -> None:  # noqa: B027 - a backend that cannot run behind the host need do nothing
+        """Launch what `_pick_row_all` gives."""
+
     @property
     def copies_rows(self) -> bool:
         """Whether `copy_row` works here."""
@@ -358,7 +378,7 @@ class Backend(ABC):
             raise outside_vocabulary(ids[:, :tokens][fed.view(np.uint64) >= self.config.vocab_size][0], self.config.vocab_size)
         if self._resting.any():
             self._resting[new > 0] = 0
-        self._begun.clear()
+        self.call_off()
         return fed, new.astype(np.int32, copy=False)
 
     def _checked_row(self, row: int, input_ids: IntArray) -> tuple[int, NDArray[np.int64]]:
@@ -378,13 +398,3 @@ class Backend(ABC):
     def _full(self, row: int, new: int) -> UserError:
         return UserError("the context is full", got=f"{int(self.length[row])} cached and {new} new tokens in sequence {row}",
                          allowed=f"a capacity of {self.capacity} tokens", fix="raise the capacity (--capacity) or shorten the prompt")
-
-
-def last_rows(logits: NDArray[np.float32], new: NDArray[np.int32]) -> NDArray[np.float32]:
-    """(B,V) of each sequence's last new row, from (B,T,V) of all or from (B,V), which is that already."""
-    return logits if logits.ndim == 2 else logits[np.arange(len(new)), np.maximum(new - 1, 0)]
-
-
-def bounded_chunk(chunk: int, batch: int, vocab_size: int) -> int:
-    """Tokens a step may take of a graph that gives all their logits (B,T,V) float32, so that these stay below 256 MiB."""
-    return max(1, min(chunk, _MOST_LOGITS // (4 * batch * vocab_size)))

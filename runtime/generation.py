@@ -197,6 +197,18 @@ def verify(backend: Backend, row: Row, draft: Sequence[int]) -> list[Found]:
     return list(backend.step_row_all(row.index, ids))
 
 
+def settled(found: Sequence[Found], draft: Sequence[int]) -> list[int]:
+    """The tokens that a step settles, known before they are taken: what it picked behind as much of the draft as it agreed with, and behind the next.
+
+    Empty where something else than its picks decides: logits, or none that were finite.
+    """
+    picks = [what for what in found if isinstance(what, int) and what >= 0]
+    if len(picks) < len(found):
+        return []
+    agreed = next((at for at, token in enumerate(draft) if picks[at] != token), len(draft))
+    return picks[: agreed + 1]
+
+
 def look_all(rows: Sequence[Row], found: Sequence[Found]) -> list[Look | Exception]:
     """What each row makes of what a step gave it."""
     if all(isinstance(what, int) for what in found):  # a decode step waits for this

@@ -62,7 +62,7 @@ class Drafter:
     """
 
     def __init__(self, tokens: list[int], most: int, cost: tuple[float, float]) -> None:
-        self._tokens, self.most, self._cost = tokens, most, cost
+        self.tokens, self.most, self._cost = tokens, most, cost
         self._after: list[dict[tuple[int, ...], int]] = [{} for _ in _SIZES]  # tokens -> where what followed them last stands
         self._known = 0
         self._at, self._match = -1, 0  # where the next token would stand if the text went on as before (-1: nowhere), and how many tokens agree
@@ -70,6 +70,14 @@ class Drafter:
         self._tries = [4.0] * (_DEEP + 1)
         self._hits = [4.0 * m / (m + 4) for m in range(_DEEP + 1)]
         self.drafting = False
+
+    def follow(self, tokens: list[int]) -> bool:
+        """Take the conversation for one that goes on from the known one; False where it does not."""
+        known = len(self.tokens)
+        if self.tokens != tokens[:known]:
+            return False
+        self.tokens += tokens[known:]
+        return True
 
     def draft(self, room: int) -> list[int]:
         """What is worth betting on behind the conversation as it stands, at most `room` tokens; empty where it is not worth it."""
@@ -89,12 +97,12 @@ class Drafter:
                 elif chance < each:
                     break
         self.drafting = length > 0
-        tokens, at, period = self._tokens, self._at, len(self._tokens) - self._at
+        tokens, at, period = self.tokens, self._at, len(self.tokens) - self._at
         return [tokens[at + i % period] for i in range(length)]  # a text that repeats itself goes on repeating
 
     def sees_more(self) -> bool:
         """Whether something followed the conversation's last tokens before. Takes note of the tokens that came since the last time."""
-        tokens, start = self._tokens, self._known
+        tokens, start = self.tokens, self._known
         if len(tokens) == start + 1:
             self._take(start)
             self._known = start + 1
@@ -104,7 +112,7 @@ class Drafter:
 
     def _catch_up(self, start: int) -> None:
         """Take note of the tokens from `start` on."""
-        tokens = self._tokens
+        tokens = self.tokens
         rehearsed = max(start, len(tokens) - _REHEARSED)
         if rehearsed > start:
             for size, after in zip(_SIZES, self._after, strict=True):
@@ -118,7 +126,7 @@ class Drafter:
 
     def _take(self, at: int) -> None:
         """Take note of the token at `at`. A decode step waits for this: few passes over small lists."""
-        tokens, match, end, known = self._tokens, self._match, at + 1, self._at
+        tokens, match, end, known = self.tokens, self._match, at + 1, self._at
         if known >= 0:
             hit = tokens[known] == tokens[at]
             keep = min(1.0, (_LATELY - 1.0) / self._tries[match])

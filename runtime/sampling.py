@@ -204,6 +204,11 @@ def log_probabilities(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     return result
 
 
+def last_rows(logits: NDArray[np.float32], new: NDArray[np.int32]) -> NDArray[np.float32]:
+    """(B,V) of each sequence's last new row, from (B,T,V) of all or from (B,V), which is that already."""
+    return logits if logits.ndim == 2 else logits[np.arange(len(new)), np.maximum(new - 1, 0)]
+
+
 def most_likely_tokens(logits: NDArray[np.float32]) -> NDArray[np.int64]:
     """The most likely tokens (...) of logits (..., V), -1 where the largest is NaN or Inf."""
     return np.where(np.isfinite(logits.max(axis=-1)), logits.argmax(axis=-1), -1)

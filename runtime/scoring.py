@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from sessa_deploy.checks import integer
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.backend import bounded_chunk
 from sessa_deploy.runtime.sampling import log_probabilities
 from sessa_deploy.runtime.session import Prompt, Session
+from sessa_deploy.runtime.sizes import bounded_chunk
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.engines import open_backend
-from sessa_deploy.runtime.generation import Found, Row, Steps, check_fits, take_all, verify
+from sessa_deploy.runtime.generation import Found, Row, Steps, check_fits, settled, take_all, verify
 from sessa_deploy.runtime.lookup import MOST_DRAFTED, Drafter, DraftStats
 from sessa_deploy.runtime.sampling import Sampler, SamplingParams
 from sessa_deploy.runtime.tokenizer import Tokenizer
@@ -229,13 +229,21 @@ class Session:
                 self._slots[row.index].pending = 0
 
     def _stream_drafts(self, turn: int, row: Row, logits: NDArray[np.float32]) -> Iterator[Chunk]:
-        """Generate in the one sequence, its first token from logits (V,), the others by steps that verify a draft where there is one."""
-        slot, drafts = self._slots[row.index], self.drafts
-        drafter = slot.drafter = slot.drafter or Drafter(slot.tokens, self.lookup, self.backend.draft_cost)
-        steps = Steps(self.backend)
+        """Generate in the one sequence, its first token from logits (V,), the others by steps that verify a draft where there is one.
+
+        Where the backend looks ahead and the tokens that a step settles are known before they are taken, the next draft is on its way meanwhile.
+        """
+        slot, drafts, backend = self._slots[row.index], self.drafts, self.backend
+        drafter, steps = self._drafter(slot), Steps(backend)
         found: list[Found] = [logits]
         draft: list[int] = []
         while True:
+            coming = settled(found, draft) if backend.looks_ahead else []
+            after = self._draft_after(drafter, row, coming) if coming else []
+            begun = bool(after) and not backend.under_way
+            if begun:
+                self._forget(row.index, len(drafter.tokens) - 1)
+                backend.begin_row_picks(row.index, np.array([coming[-1], *after]))
             for at, what in enumerate(found):
                 look = row.look(what)
                 if isinstance(look, Exception):
@@ -244,28 +252,49 @@ class Session:
                 accepted = at < len(draft) and one.token == draft[at]
                 drafts.tokens += drafts.steps > 0  # the first is the prompt's
                 drafts.accepted += accepted
-                last = one.finish is not None or not accepted
-                if last and draft:
+                over = one.finish is not None
+                if over and begun:
+                    backend.call_off(row.index)
+                if (over or not accepted) and draft and (over or not begun):
                     self._forget_drafts(row.index)
                 yield Chunk(row.index, one.token, one.text, one.finish)
-                if one.finish is not None:
+                if over:
                     return
                 self._check_turn(turn)
-                if last:
+                if not accepted:
                     break
-            draft = drafter.draft(min(self.backend.room(row.index), row.left) - 1) if drafter.sees_more() else []
-            worth = bool(draft)
-            if worth and self.backend.under_way:  # first what is under way already
-                draft = []
-            found = verify(self.backend, row, draft) if draft else steps([row], ahead=not worth)[1]
+            if not coming:
+                drafter.tokens += slot.tokens[len(drafter.tokens) :]
+                after = self._draft_after(drafter, row, [])
+            draft = after if begun or not backend.under_way else []  # first what is under way already
+            if begun:
+                found = backend.end_row_picks().tolist()
+            else:
+                found = verify(backend, row, draft) if draft else steps([row], ahead=not after)[1]
             drafts.steps += 1
             drafts.drafted += len(draft)
 
-    def _forget_drafts(self, row: int) -> None:
-        """Shorten a sequence's cache to the conversation, less what is pending."""
-        held = len(self._slots[row].tokens) - self._slots[row].pending
+    def _drafter(self, slot: _Slot) -> Drafter:
+        """What drafts behind a conversation: the one that knows it already, or a new one."""
+        if slot.drafter is None or not slot.drafter.follow(slot.tokens):
+            slot.drafter = Drafter(list(slot.tokens), self.lookup, self.backend.draft_cost)
+        return slot.drafter
+
+    def _draft_after(self, drafter: Drafter, row: Row, coming: list[int]) -> list[int]:
+        """What is worth betting on behind tokens that are still to be taken."""
+        drafter.tokens += coming
+        if row.left <= len(coming) or not drafter.sees_more():
+            return []
+        return drafter.draft(min(self.capacity + 1 - len(drafter.tokens), row.left - len(coming)) - 1)
+
+    def _forget(self, row: int, held: int) -> None:
+        """Shorten a sequence's cache to `held` rows, where it has more."""
         if self.backend.length[row] > held:
             self.backend.rewind(row, held)
+
+    def _forget_drafts(self, row: int) -> None:
+        """Shorten a sequence's cache to the conversation, less what is pending."""
+        self._forget(row, len(self._slots[row].tokens) - self._slots[row].pending)
 
     def _check_turn(self, turn: int) -> None:
         if turn != self._turn:

@@ -1,4 +1,4 @@
-"""What weights take, by arithmetic on a model's shape: in a file, in a plan, in a device's memory. Standard library only."""
+"""What weights and logits take, by arithmetic on a model's shape: in a file, in a plan, in a device's memory. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import HEAD, PRECISIONS, Weights
 
 _FLOAT32 = 4
+_MOST_LOGITS = 256 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,8 @@ def weight_sizes(config: SessaConfig, precision: str, weights: Weights | None = 
         wide[HEAD] = 0
         stored[HEAD] = stored[HEAD] if HEAD in eight else 0
     return WeightBytes(sum(stored[name] for name in eight), instead_of, sum(stored.values()) + embedding + others, sum(wide.values()) + embedding + others)
+
+
+def bounded_chunk(chunk: int, batch: int, vocab_size: int) -> int:
+    """Tokens a step may take of a graph that gives all their logits (B,T,V) float32, so that these stay below 256 MiB."""
+    return max(1, min(chunk, _MOST_LOGITS // (_FLOAT32 * batch * vocab_size)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sessa_deploy.runtime.backend import Backend, bounded_chunk
+from sessa_deploy.runtime.backend import Backend
+from sessa_deploy.runtime.sizes import bounded_chunk
 
 
 @dataclass(eq=False)

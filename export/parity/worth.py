@@ -28,11 +28,12 @@ from sessa_deploy.export.parity.models import to_numpy
 from sessa_deploy.files import write_whole
 from sessa_deploy.model import SessaLM
 from sessa_deploy.reading import read_json, read_plain
-from sessa_deploy.runtime.backend import Backend, bounded_chunk, last_rows
+from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
-from sessa_deploy.runtime.sampling import log_probabilities
+from sessa_deploy.runtime.sampling import last_rows, log_probabilities
 from sessa_deploy.runtime.scoring import score
 from sessa_deploy.runtime.session import Session
+from sessa_deploy.runtime.sizes import bounded_chunk
 from sessa_deploy.runtime.tokenizer import Tokenizer
 
 SAMPLE_BYTES = 1 << 16  # of a text that are read

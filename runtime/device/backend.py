@@ -169,12 +169,19 @@ class DeviceBackend(Backend):
             return super()._forward_row_all(row, ids)
         return np.concatenate([self._own().every_logits(1, int(part[0]))[0] for part in self._row_parts(row, ids)])
 
+    def _begin_row_picks(self, row: int, ids: NDArray[np.int64]) -> None:
+        if self.batch == 1 and len(ids) <= self._own().picked_rows:
+            fed, new = self._alone(row, ids)
+            self._enqueue(fed, new, self.length)
+            self._flying += 1
+
     def _pick_row_all(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         if self.batch > 1 or len(ids) > self._own().picked_rows:
             return super()._pick_row_all(row, ids)
-        fed, new = self._alone(row, ids)
-        self._enqueue(fed, new, self.length)
-        return self._own().picked(len(ids))[0]
+        self._cuda.enter()
+        picked: NDArray[np.int64] = self._own().picked(len(ids))[0]
+        self._flying = 0
+        return picked
 
     def _copy_row(self, source: int, target: int, length: int) -> None:
         buffers = self._own()
@@ -217,9 +224,8 @@ class DeviceBackend(Backend):
         self._land()
         if self._on_device != length.tobytes():
             self._cuda.wait()  # for a step that was interrupted and may not have read what the host gave it
-            buffers.set_length(length)
         self._on_device = self._new_there = None
-        buffers.put(ids, new)
+        buffers.put(ids, new, length)
         self._launch(step, 0, True)
         # after the launch, so that the host's time is the device's too
         self._on_device, self._new_there = (length + new).tobytes(), new.tobytes()

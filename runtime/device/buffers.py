@@ -101,10 +101,11 @@ class Buffers:
         self.row_bytes = sum(entry.row for entry in self.entries)
         self.id_type = np.dtype(id_dtype)
         self._splits = kernels[END].splits
-        # new_length and ids side by side, so that one copy brings both
-        self._ids_at = -(-4 * batch // _TENSOR_ALIGNMENT) * _TENSOR_ALIGNMENT
-        self.new, self.length = cuda.allocate(self._ids_at + batch * chunk * self.id_type.itemsize), cuda.allocate(4 * batch)
-        self.ids = self.new + self._ids_at
+        # lengths, new_length and ids side by side, so that one copy brings them
+        apart = -(-4 * batch // _TENSOR_ALIGNMENT) * _TENSOR_ALIGNMENT
+        self._ids_at = 2 * apart
+        self.length = cuda.allocate(self._ids_at + batch * chunk * self.id_type.itemsize)
+        self.new, self.ids = self.length + apart, self.length + self._ids_at
         self._logits_size = 4 * batch * config.vocab_size * (chunk if all_logits else 1)
         self.logits, self._all_logits = cuda.allocate(self._logits_size), all_logits
         self.picked_rows = min(chunk, STEP_ROWS) if all_logits else 1
@@ -113,8 +114,8 @@ class Buffers:
         self._ended = cuda.allocate(4 * batch)
         cuda.fill(self._ended, 0, batch)
         self._host_fed = self._host(self._ids_at + batch * chunk * self.id_type.itemsize, np.uint8)
-        self._host_new, self._host_ids = self._host_fed[: 4 * batch].view(np.int32), self._host_fed[self._ids_at :].view(self.id_type)
-        self._host_length, self._host_picked = self._host(batch, np.int32), self._host(most + batch, np.int32)
+        self._host_length, self._host_new = (self._host_fed[at : at + 4 * batch].view(np.int32) for at in (0, apart))
+        self._host_ids, self._host_picked = self._host_fed[self._ids_at :].view(self.id_type), self._host(most + batch, np.int32)
         self._host_moved = self._host(2 * batch, np.int32).reshape(2, batch)
         self._picked_at = (0, most)  # of the two slots, by turns, so that a step that runs does not write over what the one before it picked
         self._over = [cuda.event() for _ in self._picked_at]
@@ -157,19 +158,14 @@ class Buffers:
         """Whether every sequence's rows of every cache begin at a multiple of `alignment` bytes, as an engine asks of an input of its own."""
         return all(self.capacity * e.row % alignment == 0 for e in self.entries)
 
-    def set_length(self, length: NDArray[np.int32]) -> None:
-        """Tell the device the lengths (N,) of the sequences of a step; only needed where they did not come about by steps."""
-        self._host_length[: len(length)] = length
-        self.cuda.to_device(self.length, self._host_length.ctypes.data, 4 * len(length))
-
-    def put(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> None:
-        """Lay ids (N,T) and new_length (N,) where `feed` takes them from. The step before must be over."""
+    def put(self, ids: NDArray[np.int64], new: NDArray[np.int32], length: NDArray[np.int32]) -> None:
+        """Lay ids (N,T), new_length (N,) and lengths (N,) where `feed` takes them from. The step before must be over."""
         self._host_ids[: ids.size] = ids.reshape(-1)
-        self._host_new[: len(new)] = new
+        self._host_new[: len(new)], self._host_length[: len(length)] = new, length
 
     def feed(self, step: Extent) -> None:
         """Enqueue what was put to the device."""
-        self.cuda.to_device(self.new, self._host_fed.ctypes.data, self._ids_at + step.batch * step.tokens * self.id_type.itemsize)
+        self.cuda.to_device(self.length, self._host_fed.ctypes.data, self._ids_at + step.batch * step.tokens * self.id_type.itemsize)
 
     def set_new(self, new: NDArray[np.int32], slot: int) -> None:
         """Enqueue new_length (B,) to the device, for steps that nothing is fed to. The step of that slot before must be over."""

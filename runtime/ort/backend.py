@@ -17,11 +17,13 @@ from sessa_deploy.contract import (
     past_name,
 )
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.backend import Backend, bounded_chunk, last_rows
+from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.ort.device_cache import DeviceCache
 from sessa_deploy.runtime.ort.host_cache import HostCache
 from sessa_deploy.runtime.ort.session import has_all_logits, open_session
+from sessa_deploy.runtime.sampling import last_rows
+from sessa_deploy.runtime.sizes import bounded_chunk
 
 _DEVICE_CHUNK = 2048
 

@@ -23,13 +23,13 @@ from sessa_deploy.cuda import Cuda, devices
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.plugins import library
 from sessa_deploy.process import command
-from sessa_deploy.runtime.backend import bounded_chunk
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.device.backend import DeviceBackend
 from sessa_deploy.runtime.device.buffers import Buffers, Extent, check_rows, most_tokens
 from sessa_deploy.runtime.device.kernels import images
 from sessa_deploy.runtime.ort import prepared as ort_prepared
 from sessa_deploy.runtime.ort.session import element_type, has_all_logits, load, preload, session_options, start
+from sessa_deploy.runtime.sizes import bounded_chunk
 
 _BUILD = library.build_command(None, ORT_ENGINE)
 _UPGRADE = "pip install -U onnxruntime-gpu"

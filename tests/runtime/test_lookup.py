@@ -91,6 +91,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[SessaConfig], 
     return get
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["waiting", "ahead"])
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the toy looks ahead: the next draft is then on its way before the tokens of a step are shown."""
+    monkeypatch.setattr(Context, "looks_ahead", request.param)
+    return bool(request.param)
+
+
 def pair(bundle: Callable[[SessaConfig], Bundle], config: SessaConfig = WORDS, most: int = 8, **toy: Any) -> tuple[Session, Session]:
     """A session that looks up and one that does not, on two toys alike."""
     return tuple(Session(bundle(config), Context(config, **toy), lookup=n) for n in (most, 0))  # type: ignore[return-value]

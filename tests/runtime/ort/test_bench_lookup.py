@@ -40,8 +40,8 @@ def test_it_says_what_drafts_bring_on_the_demo(tmp_path: Path) -> None:
     bundle, out = tmp_path / "demo", tmp_path / "found.json"
     command = [sys.executable, "-m", "sessa_deploy", "export", str(ROOT / "checkpoints" / "demo"), "--out", str(bundle), "--precision", "fp32", "--all-logits"]
     subprocess.run(command, check=True, capture_output=True, timeout=100)
-    command = [sys.executable, str(BENCHMARKS / "bench_lookup.py"), str(bundle), "--backend", "ort", "--seconds", "0.01", "--new", "60", "--prompt-tokens", "100",
-               "--out", str(out)]  # fmt: skip
+    command = [sys.executable, str(BENCHMARKS / "bench_lookup.py"), str(bundle), "--backend", "ort", "--seconds", "0.01", "--new", "60",
+               "--prompt-tokens", "100", "--out", str(out)]  # fmt: skip
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
     [found] = json.loads(out.read_text())
     assert set(found["kinds"]) == {"code, greedy", "code, temperature 1", "noise"} and found["backend"] == "ort"

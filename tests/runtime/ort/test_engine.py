@@ -215,7 +215,7 @@ def test_what_is_kept_for_a_step_s_shape_is_bounded(build: Build, monkeypatch: p
     for tokens in (1, 2, 3, 4, 5, 1, 2):
         backend.step(np.ones((BATCH, tokens), np.int64), np.full(BATCH, tokens, np.int32))
     assert [step.tokens for step in backend._bindings] == [5, 1, 2]
-    monkeypatch.setattr("sessa_deploy.runtime.backend._MOST_LOGITS", 4 * BATCH * 257 * 2)
+    monkeypatch.setattr("sessa_deploy.runtime.sizes._MOST_LOGITS", 4 * BATCH * 257 * 2)
     assert (build(all_logits=True)[0].best_chunk, build()[0].best_chunk) == (2, 8)
 
 

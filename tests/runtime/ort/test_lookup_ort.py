@@ -50,6 +50,35 @@ def test_verifying_is_one_graph_of_each_number_of_rows_and_reads_no_logits(build
     assert backend.step_greedy(ids[None, :1], np.ones(1, np.int32)) == reference.step_greedy(ids[None, :1], np.ones(1, np.int32))
 
 
+def test_a_step_that_is_begun_runs_at_once_and_one_that_is_called_off_spoils_nothing(build: Callable[..., Any], all_logits_bundle: Bundle) -> None:
+    backend, cuda, _ = build(all_logits=True, batch=1, capacity=40, chunk=16)
+    reference = OrtBackend(all_logits_bundle, 1, 40, threads=1)
+    ids, other = np.array([5, 6, 7]), np.array([9, 8, 7])
+    for _ in range(3):  # until it is replayed
+        backend.step_row_picks(0, ids)
+        backend.rewind(0, 0)
+    replays, read = cuda.replays, cuda.read_back
+    backend.begin_row_picks(0, ids)
+    assert cuda.replays == replays + 1 and backend.length[0] == 0
+    np.testing.assert_array_equal(backend.end_row_picks(), reference.step_row_picks(0, ids))
+    assert (cuda.replays, cuda.read_back, backend.length[0]) == (replays + 1, read, 3)
+    for follows in (backend.step_row_picks, lambda row, fed: backend.step_row_all(row, fed).argmax(axis=-1)):
+        backend.begin_row_picks(0, ids)
+        backend.call_off()
+        np.testing.assert_array_equal(follows(0, other), reference.step_row_picks(0, other))
+    one, new = np.array([[4]]), np.ones(1, np.int32)
+    for called_off in (False, True):
+        backend.begin_greedy(one, new)
+        assert backend.begin_next(new)
+        if called_off:
+            backend.begin_row_picks(0, ids)  # behind two steps that ran for nothing
+            np.testing.assert_array_equal(backend.end_row_picks(), reference.step_row_picks(0, ids))
+        else:
+            first = reference.step_greedy(one, new)
+            assert (backend.end_greedy(), backend.end_greedy()) == (first, reference.step_greedy(first[None], new))
+    assert backend.length[0] == reference.length[0]
+
+
 @pytest.mark.parametrize("kind", ["ours", "plain"])
 def test_a_token_behind_logits_that_are_not_finite(build: Callable[..., Any], all_logits_bundle: Bundle, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "ours":

@@ -183,7 +183,7 @@ def test_a_greedy_step_is_one_copy_in_and_none_out(build: Callable[..., Any]) ->
     assert (cuda.read_back, cuda.sent) == (before, sent + 1) and backend.device_bytes() == 8 << 30
     backend.rewind(0, 1)
     backend.step_greedy(ids, new)
-    assert cuda.sent == sent + 3  # the lengths too, as the device's are others now
+    assert cuda.sent == sent + 2, "lengths go along, whatever the device has"
 
 
 def test_a_row_that_stands_still_may_have_bad_logits(build: Callable[..., Any]) -> None:
