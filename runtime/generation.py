@@ -150,6 +150,11 @@ class Steps:
             raise
         return among, [picked[row.index] for row in among]
 
+    def begin(self, row: Row, token: int) -> None:
+        """Begin the step of the backend's one row behind a token that the row is still to take; it is the next one then."""
+        self._backend.begin_greedy(np.array([[token]]), np.ones(1, np.int32))
+        self._begun = deque([frozenset([row])])
+
     def _begin_next(self, rows: list[Row]) -> None:
         """Begin the step behind the one under way, of the rows that it cannot be the last for."""
         going = [row for row in rows if row.left > 1] if len(self._begun) == 1 else []

@@ -240,10 +240,13 @@ class Session:
         while True:
             coming = settled(found, draft) if backend.looks_ahead else []
             after = self._draft_after(drafter, row, coming) if coming else []
-            begun = bool(after) and not backend.under_way
+            begun = bool(coming) and row.left > len(coming) and not backend.under_way
             if begun:
                 self._forget(row.index, len(drafter.tokens) - 1)
-                backend.begin_row_picks(row.index, np.array([coming[-1], *after]))
+                if after:
+                    backend.begin_row_picks(row.index, np.array([coming[-1], *after]))
+                else:
+                    steps.begin(row, coming[-1])
             for at, what in enumerate(found):
                 look = row.look(what)
                 if isinstance(look, Exception):
@@ -267,7 +270,7 @@ class Session:
                 drafter.tokens += slot.tokens[len(drafter.tokens) :]
                 after = self._draft_after(drafter, row, [])
             draft = after if begun or not backend.under_way else []  # first what is under way already
-            if begun:
+            if begun and draft:
                 found = backend.end_row_picks().tolist()
             else:
                 found = verify(backend, row, draft) if draft else steps([row], ahead=not after)[1]
