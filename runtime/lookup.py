@@ -81,23 +81,41 @@ class Drafter:
 
     def draft(self, room: int) -> list[int]:
         """What is worth betting on behind the conversation as it stands, at most `room` tokens; empty where it is not worth it."""
-        if not self.sees_more():
-            return []
+        return self._bet(self._at, self._match, room) if self.sees_more() else []
+
+    def draft_behind(self, coming: list[int], room: int) -> list[int]:
+        """Append tokens and draft behind them, before note is taken of what they teach: `sees_more` does that, when a step is on its way."""
+        self.sees_more()
+        tokens, at, match = self.tokens, self._at, self._match
+        for token in coming:
+            at, match = (at + 1, min(match + 1, _DEEP)) if at >= 0 and tokens[at] == token else (-1, 0)
+            tokens.append(token)
+        for size, after in zip(_SIZES, self._after, strict=True):
+            if match < size and (found := after.get(tuple(tokens[-size:]))) is not None:
+                at, match = found, self._agreeing(found, size)
+        return self._bet(at, match, room) if at >= 0 else []
+
+    def _bet(self, at: int, match: int, room: int) -> list[int]:
+        """As many tokens from `at` on, where `match` tokens agree, as are worth their cost."""
+        most, tries, hits = min(self.most, room), self._tries, self._hits
         first, each = self._cost
         best, length = _STAY if self.drafting else _START, 0
-        chance, expected = 1.0, 1.0
-        for count in range(1, min(self.most, room) + 1):
-            match = min(self._match + count - 1, _DEEP)
-            chance *= self._hits[match] / self._tries[match]
-            expected += chance
-            if count == self.most or count in _LENGTHS:
-                worth = expected / (1.0 + first + each * count)
-                if worth > best:
-                    best, length = worth, count
-                elif chance < each:
-                    break
+        chance, expected, count = 1.0, 1.0, 0
+        for end in (*_LENGTHS, self.most):
+            if end > most:
+                continue
+            while count < end:
+                chance *= hits[match] / tries[match]
+                expected += chance
+                count += 1
+                match = min(match + 1, _DEEP)
+            worth = expected / (1.0 + first + each * end)
+            if worth > best:
+                best, length = worth, end
+            elif chance < each:
+                break
         self.drafting = length > 0
-        tokens, at, period = self.tokens, self._at, len(self.tokens) - self._at
+        tokens, period = self.tokens, len(self.tokens) - at
         return [tokens[at + i % period] for i in range(length)]  # a text that repeats itself goes on repeating
 
     def sees_more(self) -> bool:
@@ -140,7 +158,13 @@ class Drafter:
             found = after.get(key) if match < size else None
             after[key] = end
             if found is not None:
-                known, match = found, size
-                while match < min(_DEEP, found) and tokens[found - 1 - match] == tokens[at - match]:
-                    match += 1
+                known, match = found, self._agreeing(found, size, end)
         self._at, self._match = known, match
+
+    def _agreeing(self, found: int, match: int, end: int | None = None) -> int:
+        """How many tokens before `found` agree with those before `end` (None: all), `match` at least."""
+        tokens = self.tokens
+        at = (len(tokens) if end is None else end) - 1
+        while match < min(_DEEP, found) and tokens[found - 1 - match] == tokens[at - match]:
+            match += 1
+        return match

@@ -238,15 +238,17 @@ class Session:
         found: list[Found] = [logits]
         draft: list[int] = []
         while True:
-            coming = settled(found, draft) if backend.looks_ahead else []
-            after = self._draft_after(drafter, row, coming) if coming else []
-            begun = bool(coming) and row.left > len(coming) and not backend.under_way
+            coming = settled(found, draft) if row.greedy and backend.looks_ahead else []
+            room = min(self.capacity + 1 - len(drafter.tokens), row.left) - len(coming) - 1
+            after = drafter.draft_behind(coming, room) if coming else []
+            begun = bool(coming) and room >= 0 and not backend.under_way
             if begun:
                 self._forget(row.index, len(drafter.tokens) - 1)
                 if after:
                     backend.begin_row_picks(row.index, np.array([coming[-1], *after]))
                 else:
                     steps.begin(row, coming[-1])
+                drafter.sees_more()  # while that runs
             for at, what in enumerate(found):
                 look = row.look(what)
                 if isinstance(look, Exception):
@@ -268,7 +270,7 @@ class Session:
                     break
             if not coming:
                 drafter.tokens += slot.tokens[len(drafter.tokens) :]
-                after = self._draft_after(drafter, row, [])
+                after = drafter.draft(min(self.capacity + 1 - len(drafter.tokens), row.left) - 1)
             draft = after if begun or not backend.under_way else []  # first what is under way already
             if begun and draft:
                 found = backend.end_row_picks().tolist()
@@ -282,13 +284,6 @@ class Session:
         if slot.drafter is None or not slot.drafter.follow(slot.tokens):
             slot.drafter = Drafter(list(slot.tokens), self.lookup, self.backend.draft_cost)
         return slot.drafter
-
-    def _draft_after(self, drafter: Drafter, row: Row, coming: list[int]) -> list[int]:
-        """What is worth betting on behind tokens that are still to be taken."""
-        drafter.tokens += coming
-        if row.left <= len(coming) or not drafter.sees_more():
-            return []
-        return drafter.draft(min(self.capacity + 1 - len(drafter.tokens), row.left - len(coming)) - 1)
 
     def _forget(self, row: int, held: int) -> None:
         """Shorten a sequence's cache to `held` rows, where it has more."""

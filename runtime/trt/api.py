@@ -362,6 +362,12 @@ def cache_file(kind: str, gpu: str, arch: str, version: str) -> Path:
     return Path(platformdirs.user_cache_dir("sessa-deploy", appauthor=False)) / kind / f"{name}-{arch}-{version}.cache"
 
 
+def shares_profiles(trt: Any) -> bool:
+    """Whether contexts may share an optimisation profile, as they may from TensorRT 10 on. 8.6 gives a profile to one context alone; asking for another
+    one is nothing to try, as a process that did ended in a segmentation fault (8.6.0 on an H200)."""
+    return hasattr(trt, "ExecutionContextAllocationStrategy")
+
+
 def context(trt: Any, engine: Any, profile: int, stream: int, scratch: int, size: int, log: Any = None, config: Any = None) -> Any:
     """An execution context on optimisation profile `profile` whose scratch is the `size` bytes at address `scratch`.
 

@@ -77,7 +77,8 @@ class TrtBackend(DeviceBackend):
             self._prefill, self._decode = (self._context(*of) for of in ((trt_plan.PREFILL, self.info.max_prompt), (trt_plan.DECODE, 1)))
 
     def expect_rows(self, rows: int) -> None:
-        self.recorded_tokens = min(rows, STEP_ROWS)
+        if trt_api.shares_profiles(self._trt):
+            self.recorded_tokens = min(rows, STEP_ROWS)
 
     def _run(self, step: Extent) -> None:
         context = self._decode
@@ -104,8 +105,8 @@ class TrtBackend(DeviceBackend):
             raise self._failure("a step")
 
     def _few(self, tokens: int) -> Any:
-        """The context of steps of so many rows, which a CUDA graph may be of: its shapes never change. None where TensorRT gives a profile to one context
-        alone (8.6); such steps are then enqueued piece by piece."""
+        """The context of steps of so many rows, which a CUDA graph may be of: its shapes never change. None where TensorRT gives none; such steps are then
+        enqueued piece by piece, as they are by 8.6."""
         if tokens not in self._few_rows:
             try:
                 self._few_rows[tokens] = self._context(self.info.rows_profile, tokens)

@@ -13,6 +13,7 @@ from test_lookup import SOURCE, WORDS, Context
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.bundle import write_bundle
 from sessa_deploy.runtime.generation import settled
+from sessa_deploy.runtime.lookup import MOST_DRAFTED, Drafter
 from sessa_deploy.runtime.session import Session
 
 
@@ -123,3 +124,38 @@ def test_what_is_begun_advances_nothing_and_another_step_calls_it_off() -> None:
 ])  # fmt: skip
 def test_what_a_step_settles(found: list[Any], draft: list[int], expected: list[int]) -> None:
     assert settled(found, draft) == expected
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_drafting_before_note_is_taken_teaches_the_same(seed: int) -> None:
+    """Texts that repeat themselves, in steps of what was drafted and one token more: what is known afterwards is what it is token by token."""
+    rng = np.random.default_rng(seed)
+    phrases = [rng.integers(0, 9, rng.integers(4, 20)).tolist() for _ in range(4)]
+    text = [int(t) for _ in range(60) for t in (*phrases[rng.integers(4)], *rng.integers(0, 9, rng.integers(0, 3)))]
+    early, late = Drafter(text[:40], MOST_DRAFTED, (0.2, 0.05)), Drafter(text[:40], MOST_DRAFTED, (0.2, 0.05))
+    draft, agreed, drafted, same, steps = early.draft(MOST_DRAFTED), 0, 0, 0, 0
+    while len(early.tokens) < len(text) - MOST_DRAFTED - 1:
+        ahead = text[len(early.tokens) :]
+        right = next((i for i, token in enumerate(draft) if ahead[i] != token), len(draft))
+        agreed, drafted = agreed + right, drafted + len(draft)
+        coming = ahead[: right + 1]
+        draft = early.draft_behind(coming, MOST_DRAFTED)
+        late.tokens += coming
+        expected = late.draft(MOST_DRAFTED)
+        same, steps = same + (draft == expected), steps + 1
+        early.sees_more()
+        assert {k: v for k, v in vars(early).items() if k != "drafting"} == {k: v for k, v in vars(late).items() if k != "drafting"}
+        assert early.tokens == text[: len(early.tokens)]
+    assert agreed > 0.3 * drafted > 50 and same > 0.9 * steps, "and so are most drafts"
+
+
+def test_a_draft_behind_a_wrong_token_is_found_anew_and_one_behind_a_loop_goes_round() -> None:
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12] * 3 + [20, 21, 22, 23, 24, 25, 26, 27] * 3
+    made = Drafter([*text, 1, 2, 3, 4, 5, 6, 7], 7, (0.0, 0.0))
+    assert made.draft(7)[0] == 8
+    assert made.draft_behind([8, 9, 20], 7) == [], "nobody knows what follows these"
+    made.sees_more()
+    assert made.draft_behind([21, 22, 23, 24, 25], 3) == [26, 27, 1], "known again"
+    loop = Drafter([5, 6, 7] * 6, 8, (0.0, 0.0))
+    assert loop.draft_behind([5, 6], 8)[:4] == [7, 5, 6, 7]
+    assert loop.draft_behind([], 0) == []

@@ -32,7 +32,11 @@ def test_texts_are_those_of_plain_decoding(build: Callable[..., Any], tiny_bundl
     drafting, plain = Session(bundle, backend, lookup=5), Session(tiny_bundle, OrtBackend(tiny_bundle, threads=1))
     assert close_to_plain(drafting, plain, PROMPTS[:5], 28) == 0
     assert drafting.drafts.drafted > 0
-    assert (len(backend._few_rows) > 1 and {step.tokens for step, *_ in backend._graphs} > {1}) if shared else {s.tokens for s, *_ in backend._graphs} == {1}
+    recorded = {step.tokens for step, *_ in backend._graphs}
+    if backend._trt.__version__ == "8.6.0":
+        assert backend._few_rows == {} and recorded == {1}, "it gives a profile to one context alone, and must not be asked for another"
+    else:
+        assert (len(backend._few_rows) > 1 and recorded > {1}) if shared else recorded == {1}
     read = cuda.read_back
     backend.step_row_picks(0, np.array([1, 2, 3]))
     assert cuda.read_back == read
