@@ -26,6 +26,7 @@ class Backend(ABC):
     all_logits: whether the graph gives the logits of every new row (`export --all-logits`); else it gives each sequence's last.
     packed_weights: whether matrices in 8 bits stay so in memory; else they are made wide as the graph is opened.
     draft_cost: what a step of several rows of one sequence takes beyond one of a single row, and what each row more adds, as shares of the latter.
+    verifying: sequence and ids of a step of one sequence that was begun and neither ended nor called off.
     looks_ahead: whether a step that was begun runs while the host works, so that it is worth while to begin the next one before it has ended; may be set
     to False.
     A subclass runs the graph in `_forward` (and `_pick`, `_forward_all`) and appends; lengths, checks and resets are here, so that no backend differs in them.
@@ -48,7 +49,7 @@ class Backend(ABC):
         self.bytes_moved = 0
         self._begun: deque[Begun] = deque()
         self._picked: NDArray[np.int64] | None = None  # by the step ended last
-        self._verifying: tuple[int, NDArray[np.int64]] | None = None  # sequence and ids of a step of one sequence that was begun
+        self.verifying: tuple[int, NDArray[np.int64]] | None = None
 
     def step(self, input_ids: IntArray, new_length: IntArray) -> NDArray[np.float32]:
         """Feed the first new_length[b] of input_ids[b] (B,T) to each row; logits (B,V) float32 after its last new token.
@@ -153,8 +154,8 @@ class Backend(ABC):
 
     def call_off(self, row: int | None = None) -> None:
         """Let a sequence (None: every one) have had no part in the steps that were begun and are not ended."""
-        if self._verifying and row in (None, self._verifying[0]):
-            self._verifying = None
+        if self.verifying and row in (None, self.verifying[0]):
+            self.verifying = None
         if row is None:
             self._begun.clear()
         elif self._begun:
@@ -195,18 +196,17 @@ class Backend(ABC):
         return self.end_row_picks()
 
     def begin_row_picks(self, row: int, ids: IntArray) -> None:
-        """Begin what `step_row_picks` does: `end_row_picks` gives the tokens, and only then does the length advance. Any other step calls it off."""
+        """Begin what `step_row_picks` does: `end_row_picks` gives the tokens, and only then does the length advance. What feeds the sequence calls it off."""
         row, fed = self._checked_row(row, ids)
-        self.call_off()
         if self.all_logits:
             self._begin_row_picks(row, fed)
-        self._verifying = row, fed
+        self.verifying = row, fed
 
     def end_row_picks(self) -> NDArray[np.int64]:
         """The tokens (T,) of the step that `begin_row_picks` began. Raises UserError where there is none, or it was called off."""
-        if self._verifying is None:
+        if self.verifying is None:
             raise UserError("there is no step of one sequence to end", fix="begin_row_picks first")
-        (row, fed), self._verifying = self._verifying, None
+        (row, fed), self.verifying = self.verifying, None
         if not self.all_logits:
             return most_likely_tokens(self.step_row_all(row, fed))
         picked = self._pick_row_all(row, fed)

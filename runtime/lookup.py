@@ -2,8 +2,8 @@
 
 No second model: where the last tokens stand somewhere before, what followed them there is the draft. How much of it to bet on is decided by what such
 matches were worth in this very conversation: for each length of a match, how often the next token was the one that followed before. That is counted whether
-a draft was made or not, so that drafting costs nothing where nothing repeats, and begins by itself where something does. It follows from the tokens alone:
-the same tokens give the same drafts.
+a draft was made or not, so that drafting costs nothing where nothing repeats, and begins by itself where something does. It follows from the tokens, and from
+the steps in which they came, alone.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class DraftStats:
 class Drafter:
     """Drafts behind one conversation that only grows.
 
-    tokens: the conversation, which the caller appends to. most: tokens of a draft at most. cost: what a step of several rows takes beyond one of a single row,
-    and what each drafted row adds to that, both as shares of a step of one row.
+    tokens: the conversation, to which `draft_behind` and `follow` append, and the caller may. most: tokens of a draft at most. cost: what a step of several
+    rows takes beyond one of a single row, and what each drafted row adds to that, both as shares of a step of one row.
     """
 
     def __init__(self, tokens: list[int], most: int, cost: tuple[float, float]) -> None:
@@ -72,11 +72,11 @@ class Drafter:
         self.drafting = False
 
     def follow(self, tokens: list[int]) -> bool:
-        """Take the conversation for one that goes on from the known one; False where it does not."""
-        known = len(self.tokens)
-        if self.tokens != tokens[:known]:
+        """Take `tokens` for the conversation; False, with nothing changed, where they are not what note was taken of and more, or that was interrupted."""
+        known = self._known
+        if known > len(self.tokens) or self.tokens[:known] != tokens[:known]:
             return False
-        self.tokens += tokens[known:]
+        self.tokens[known:] = tokens[known:]
         return True
 
     def draft(self, room: int) -> list[int]:
@@ -98,6 +98,8 @@ class Drafter:
     def _bet(self, at: int, match: int, room: int) -> list[int]:
         """As many tokens from `at` on, where `match` tokens agree, as are worth their cost."""
         most, tries, hits = min(self.most, room), self._tries, self._hits
+        if most < 1 or at >= len(self.tokens):
+            return []
         first, each = self._cost
         best, length = _STAY if self.drafting else _START, 0
         chance, expected, count = 1.0, 1.0, 0
@@ -120,12 +122,14 @@ class Drafter:
 
     def sees_more(self) -> bool:
         """Whether something followed the conversation's last tokens before. Takes note of the tokens that came since the last time."""
-        tokens, start = self.tokens, self._known
-        if len(tokens) == start + 1:
-            self._take(start)
-            self._known = start + 1
-        elif len(tokens) > start:
-            self._catch_up(start)
+        start, end = self._known, len(self.tokens)
+        if end > start:
+            self._known = end + 1  # beyond what there is, until note is taken of all: who is interrupted knows nothing for certain (`follow`)
+            if end == start + 1:
+                self._take(start)
+            else:
+                self._catch_up(start)
+            self._known = end
         return self._at >= 0
 
     def _catch_up(self, start: int) -> None:
@@ -140,7 +144,6 @@ class Drafter:
             self._at, self._match = -1, 0
         for at in range(rehearsed, len(tokens)):
             self._take(at)
-        self._known = len(tokens)
 
     def _take(self, at: int) -> None:
         """Take note of the token at `at`. A decode step waits for this: few passes over small lists."""

@@ -53,7 +53,7 @@ class Generation:
 @dataclass
 class _Slot:
     """tokens: all of the conversation so far. The last `pending` of them are not in the cache yet; what it holds beyond the others is of a draft that
-    nobody took. drafter: what knows where the conversation repeats itself, once it was asked."""
+    nobody took, or of tokens that are still to be shown. drafter: what knows where the conversation repeats itself, once it was asked."""
 
     tokens: list[int] = field(default_factory=list)
     pending: int = 0
@@ -215,18 +215,20 @@ class Session:
         steps = Steps(self.backend)
         found: list[Found] = [logits[row.index] for row in rows]
         while rows:
-            drawn = take_all(rows, found)
+            self._expect(rows, 1)  # first: who is interrupted in the next line feeds a token again at worst
+            try:
+                drawn = take_all(rows, found)
+            except Exception:  # no row is a token further
+                self._expect(rows, 0)
+                raise
             chunks = [Chunk(row.index, one.token, one.text, one.finish) for row, one in zip(rows, drawn, strict=True)]
-            for row in rows:
-                self._slots[row.index].pending += 1
             rows = [row for row, one in zip(rows, drawn, strict=True) if one.finish is None]
             yield from chunks
             if not rows:
                 break
             self._check_turn(turn)
             rows, found = steps(rows)
-            for row in rows:
-                self._slots[row.index].pending = 0
+            self._expect(rows, 0)
 
     def _stream_drafts(self, turn: int, row: Row, logits: NDArray[np.float32]) -> Iterator[Chunk]:
         """Generate in the one sequence, its first token from logits (V,), the others by steps that verify a draft where there is one.
@@ -248,19 +250,19 @@ class Session:
                     backend.begin_row_picks(row.index, np.array([coming[-1], *after]))
                 else:
                     steps.begin(row, coming[-1])
-                drafter.sees_more()  # while that runs
             for at, what in enumerate(found):
                 look = row.look(what)
                 if isinstance(look, Exception):
                     raise look
-                one, slot.pending = row.take(look), 1
+                slot.pending = 1  # first: who is interrupted in the next line feeds a token again at worst
+                one = row.take(look)
                 accepted = at < len(draft) and one.token == draft[at]
                 drafts.tokens += drafts.steps > 0  # the first is the prompt's
                 drafts.accepted += accepted
                 over = one.finish is not None
                 if over and begun:
                     backend.call_off(row.index)
-                if (over or not accepted) and draft and (over or not begun):
+                if draft and (over or not accepted):
                     self._forget_drafts(row.index)
                 yield Chunk(row.index, one.token, one.text, one.finish)
                 if over:
@@ -268,16 +270,23 @@ class Session:
                 self._check_turn(turn)
                 if not accepted:
                     break
-            if not coming:
+            if coming:
+                drafter.sees_more()  # while the step that was begun runs, and of no token that was not taken
+            else:
                 drafter.tokens += slot.tokens[len(drafter.tokens) :]
                 after = drafter.draft(min(self.capacity + 1 - len(drafter.tokens), row.left) - 1)
             draft = after if begun or not backend.under_way else []  # first what is under way already
-            if begun and draft:
+            if begun and draft and backend.verifying:
                 found = backend.end_row_picks().tolist()
-            else:
+            else:  # also where somebody else was at the backend
                 found = verify(backend, row, draft) if draft else steps([row], ahead=not after)[1]
             drafts.steps += 1
             drafts.drafted += len(draft)
+
+    def _expect(self, rows: list[Row], pending: int) -> None:
+        """Say how many of the last tokens of some sequences are not in the cache."""
+        for row in rows:
+            self._slots[row.index].pending = pending
 
     def _drafter(self, slot: _Slot) -> Drafter:
         """What drafts behind a conversation: the one that knows it already, or a new one."""

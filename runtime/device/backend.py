@@ -283,6 +283,8 @@ class DeviceBackend(Backend):
         buffers = self._own()
         self._cuda.enter()
         ahead = self.length + sum(begun.new for begun in self._begun)  # rows of steps that are under way are in the cache already
+        if self.verifying:
+            ahead[self.verifying[0]] += len(self.verifying[1])
         buffers.poison(np.maximum(self.kept(), ahead))
 
     def device_bytes(self) -> int:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from drafting import PROMPTS, close_to_plain
+from fake_cuda import HostCuda, LateCuda
 
+from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.ort.backend import OrtBackend
 from sessa_deploy.runtime.ort.device_cache import DeviceCache
@@ -77,6 +79,53 @@ def test_a_step_that_is_begun_runs_at_once_and_one_that_is_called_off_spoils_not
             first = reference.step_greedy(one, new)
             assert (backend.end_greedy(), backend.end_greedy()) == (first, reference.step_greedy(first[None], new))
     assert backend.length[0] == reference.length[0]
+
+
+@pytest.mark.parametrize("cuda", [HostCuda, LateCuda])
+def test_poison_spares_the_rows_of_a_step_that_was_begun(build: Callable[..., Any], all_logits_bundle: Bundle, cuda: type[HostCuda]) -> None:
+    backend, _, _ = build(all_logits=True, batch=1, capacity=40, chunk=16, cuda=cuda())
+    reference = OrtBackend(all_logits_bundle, 1, 40, threads=1)
+    ids, one, new = np.array([5, 6, 7]), np.array([[4]]), np.ones(1, np.int32)
+    backend.begin_row_picks(0, ids)
+    backend.poison()
+    np.testing.assert_array_equal(backend.end_row_picks(), reference.step_row_picks(0, ids))
+    np.testing.assert_array_equal(backend.step_greedy(one, new), reference.step_greedy(one, new))
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_the_next_step_waits_for_one_that_nobody_waited_for(build: Callable[..., Any], all_logits_bundle: Bundle, interrupted: bool) -> None:
+    cuda = LateCuda()
+    backend, _, _ = build(all_logits=True, batch=1, capacity=40, chunk=16, cuda=cuda)
+    reference = OrtBackend(all_logits_bundle, 1, 40, threads=1)
+    backend.begin_row_picks(0, np.array([5, 6, 7]))
+    assert cuda.queue, "not run yet"
+    if interrupted:
+        cuda.interrupts = 1
+        with pytest.raises(KeyboardInterrupt):
+            backend.end_row_picks()
+    else:
+        backend.call_off()
+    put, backend._buffers.put = backend._buffers.put, lambda *given: put(*given) if not cuda.queue else pytest.fail("it reads the host's memory still")
+    other = np.array([9, 8, 7])
+    np.testing.assert_array_equal(backend.step_row_picks(0, other), reference.step_row_picks(0, other))
+    np.testing.assert_allclose(backend.cached(0)["past.0.k_f"], reference.cached(0)["past.0.k_f"], rtol=1e-4, atol=1e-4)
+    assert backend._flying == 0
+
+
+def test_a_session_that_is_closed_in_the_middle_says_so(build: Callable[..., Any], all_logits_bundle: Bundle, eager: None) -> None:
+    said = set()
+    for shown in range(1, 12):
+        backend, _, _ = build(all_logits=True, batch=1, capacity=64, chunk=16)
+        backend.draft_cost = (-0.5, -0.02)
+        session = Session(all_logits_bundle, backend, lookup=5)
+        stream = session.stream([PROMPTS[3]], 40, stop_tokens=())
+        for _ in range(shown):
+            next(stream)
+        session.close()
+        with pytest.raises(UserError) as caught:
+            list(stream)
+        said.add(str(caught.value))
+    assert all("the session is closed" in text for text in said)
 
 
 @pytest.mark.parametrize("kind", ["ours", "plain"])
