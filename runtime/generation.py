@@ -138,8 +138,7 @@ class Steps:
                     backend.call_off(row.index)
             else:
                 among = rows
-                backend.begin_greedy(*_feed(backend, rows))
-                self._begun = deque([frozenset(rows)])
+                self._start(rows, *_feed(backend, rows))
             if ahead and len(among) == len(rows):
                 self._begin_next(among)
             picked = backend.end_greedy().tolist()
@@ -152,8 +151,12 @@ class Steps:
 
     def begin(self, row: Row, token: int) -> None:
         """Begin the step of the backend's one row behind a token that the row is still to take; it is the next one then."""
-        self._backend.begin_greedy(np.array([[token]]), np.ones(1, np.int32))
-        self._begun = deque([frozenset([row])])
+        self._start([row], np.array([[token]]), np.ones(1, np.int32))
+
+    def _start(self, rows: list[Row], ids: NDArray[np.int64], new: NDArray[np.int32]) -> None:
+        """Begin a step of these rows, behind none."""
+        self._backend.begin_greedy(ids, new)
+        self._begun = deque([frozenset(rows)])
 
     def _begin_next(self, rows: list[Row]) -> None:
         """Begin the step behind the one under way, of the rows that it cannot be the last for."""
@@ -203,7 +206,7 @@ def verify(backend: Backend, row: Row, draft: Sequence[int]) -> list[Found]:
 
 
 def settled(found: Sequence[Found], draft: Sequence[int]) -> list[int]:
-    """The tokens that a step settles, known before they are taken: what it picked behind as much of the draft as it agreed with, and behind the next.
+    """The tokens that a step settles, known before they are taken: as much of the draft as it agreed with, and what it picked behind that.
 
     Empty where something else than its picks decides: logits, or none that were finite.
     """

@@ -241,7 +241,7 @@ class Session:
         draft: list[int] = []
         while True:
             coming = settled(found, draft) if row.greedy and backend.looks_ahead else []
-            room = min(self.capacity + 1 - len(drafter.tokens), row.left) - len(coming) - 1
+            room = row.left - len(coming) - 1
             after = drafter.draft_behind(coming, room) if coming else []
             begun = bool(coming) and room >= 0 and not backend.under_way
             if begun:
@@ -274,7 +274,7 @@ class Session:
                 drafter.sees_more()  # while the step that was begun runs, and of no token that was not taken
             else:
                 drafter.tokens += slot.tokens[len(drafter.tokens) :]
-                after = drafter.draft(min(self.capacity + 1 - len(drafter.tokens), row.left) - 1)
+                after = drafter.draft(row.left - 1)
             draft = after if begun or not backend.under_way else []  # first what is under way already
             if begun and draft and backend.verifying:
                 found = backend.end_row_picks().tolist()

@@ -170,18 +170,22 @@ class DeviceBackend(Backend):
         return np.concatenate([self._own().every_logits(1, int(part[0]))[0] for part in self._row_parts(row, ids)])
 
     def _begin_row_picks(self, row: int, ids: NDArray[np.int64]) -> None:
-        if self.batch == 1 and len(ids) <= self._own().picked_rows:
+        if self._finds_picks(ids):
             fed, new = self._alone(row, ids)
             self._enqueue(fed, new, self.length)
             self._flying += 1
 
     def _pick_row_all(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        if self.batch > 1 or len(ids) > self._own().picked_rows:
+        if not self._finds_picks(ids):
             return super()._pick_row_all(row, ids)
         self._cuda.enter()
         picked: NDArray[np.int64] = self._own().picked(len(ids))[0]
         self._flying = 0
         return picked
+
+    def _finds_picks(self, ids: NDArray[np.int64]) -> bool:
+        """Whether the device finds the tokens behind all ids of a step of one sequence."""
+        return self.batch == 1 and len(ids) <= self._own().picked_rows
 
     def _copy_row(self, source: int, target: int, length: int) -> None:
         buffers = self._own()

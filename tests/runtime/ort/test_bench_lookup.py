@@ -47,5 +47,5 @@ def test_it_says_what_drafts_bring_on_the_demo(tmp_path: Path) -> None:
     assert set(found["kinds"]) == {"code, greedy", "code, temperature 1", "noise"} and found["backend"] == "ort"
     for name, kind in found["kinds"].items():
         assert kind["texts"] == 1 and kind["wrong"] == 0 and kind["tokens"] == 59, name
-        assert (done.returncode == 0) == ("WRONG" not in done.stdout), done.stdout
+    assert (done.returncode == 0) == ("WRONG" not in done.stdout), done.stdout
     assert "tokens a step" in done.stdout
