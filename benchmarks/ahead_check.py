@@ -5,7 +5,7 @@
 Needs a GPU and what runs the bundle there (an engine for TensorRT, a graph prepared for ONNX Runtime), no torch. The decode kernels come from that engine's
 library; --kernels takes them from a folder instead, which any machine with Triton makes:
 
-    python -m sessa_deploy.plugins.lower --arch 90 --out DIR --kernel decode_append --kernel decode_end
+    python -m sessa_deploy.plugins.lower --arch 90 --out DIR --kernel decode_append --kernel decode_end --kernel decode_draft
 
 Tokens by `Session.generate`, figures by what `sessa-deploy bench` measures, both ways by turns. `chain`: the GPU's part alone, steps replayed with nobody
 between them. Exits with 1 where tokens differ or something failed.

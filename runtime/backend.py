@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 
 from sessa_deploy.checks import as_integer, integer, outside_vocabulary
 from sessa_deploy.config import SessaConfig
+from sessa_deploy.contract import STEP_ROWS
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.begun import Begun
+from sessa_deploy.runtime.begun import Beginning, Begun
 from sessa_deploy.runtime.sampling import finite_tokens, most_likely_tokens
 
 IntArray = NDArray[np.integer]
 
 
-class Backend(ABC):
+class Backend(Beginning, ABC):
     """B sequences ("rows") of at most `capacity` cached tokens each.
 
     length: (B,) int32, tokens cached of each row. bytes_moved: bytes of cache rows that were copied since the start, appending included.
@@ -26,16 +27,14 @@ class Backend(ABC):
     all_logits: whether the graph gives the logits of every new row (`export --all-logits`); else it gives each sequence's last.
     packed_weights: whether matrices in 8 bits stay so in memory; else they are made wide as the graph is opened.
     draft_cost: what a step of several rows of one sequence takes beyond one of a single row, and what each row more adds, as shares of the latter.
-    verifying: sequence and ids of a step of one sequence that was begun and neither ended nor called off.
-    looks_ahead: whether a step that was begun runs while the host works, so that it is worth while to begin the next one before it has ended; may be set
-    to False.
+    most_rows: of a step that verifies a draft.
     A subclass runs the graph in `_forward` (and `_pick`, `_forward_all`) and appends; lengths, checks and resets are here, so that no backend differs in them.
     """
 
     name = "none"
     all_logits = False
-    looks_ahead = False
     packed_weights = False
+    most_rows = STEP_ROWS
     turn_chunk = 512
     draft_cost = (0.2, 0.05)  # the demo at 300 tokens on two cores: 1.2 for 2 rows, 1.3 for 4, 1.4 for 8, 1.65 for 16
     best_chunk = 256  # on a CPU the demo's 4096 tokens take 3.3 s in chunks of 64 to 256, 4.3 s of 512, 14.6 s at once
@@ -48,8 +47,7 @@ class Backend(ABC):
         self._resting: NDArray[np.int32] = np.zeros(batch, dtype=np.int32)  # tokens of sequences that rest, whose length is 0
         self.bytes_moved = 0
         self._begun: deque[Begun] = deque()
-        self._picked: NDArray[np.int64] | None = None  # by the step ended last
-        self.verifying: tuple[int, NDArray[np.int64]] | None = None
+        self._picked: NDArray[np.int64] | None = None
 
     def step(self, input_ids: IntArray, new_length: IntArray) -> NDArray[np.float32]:
         """Feed the first new_length[b] of input_ids[b] (B,T) to each row; logits (B,V) float32 after its last new token.
@@ -100,69 +98,6 @@ class Backend(ABC):
         self.length += new
         return found
 
-    def begin_greedy(self, input_ids: IntArray, new_length: IntArray) -> None:
-        """Begin what `step_greedy` does and do not wait for it: `end_greedy` gives the tokens, and only then do lengths advance.
-
-        What was begun before and not ended is called off. So it is by `step`, `step_all` and `step_greedy`, and for one sequence by whatever feeds or changes
-        it alone. Raises UserError as `step` does, with nothing changed.
-        """
-        ids, new = self._checked(input_ids, new_length)
-        begun = Begun(ids, new.copy())
-        self._begin(begun)
-        self._begun.append(begun)
-
-    def begin_next(self, new_length: IntArray) -> bool:
-        """Begin, behind the step that was begun last, one that feeds each sequence what that one picks, which nobody need have seen.
-
-        new_length (B,): 1 for sequences that go on, 0 for others. False, with nothing begun, where that cannot be: no step is under way or two are, another
-        came between, a sequence had no part in it or was changed since, or has no room left.
-        """
-        if len(self._begun) != 1:
-            return False
-        new, before = (np.asarray(new_length) > 0).astype(np.int32), self._begun[0].new.tolist()
-        going = [(fed, held + fed < self.capacity) for goes, fed, held in zip(new.tolist(), before, self.length.tolist(), strict=True) if goes]
-        if not going or not all(fed and room for fed, room in going):
-            return False
-        begun = Begun(None, new)
-        if not self._begin_next(begun):
-            return False
-        self._begun.append(begun)
-        return True
-
-    def end_greedy(self) -> NDArray[np.int64]:
-        """The tokens (B,) of the step that was begun first, unspecified for sequences that it did not feed or that were called off; lengths advance by it.
-
-        Raises NotFinite, a SessaError, as `step_greedy` does: lengths are then unchanged, and what was begun behind it is called off. Raises UserError where
-        nothing is under way.
-        """
-        if not self._begun:
-            raise UserError("there is no greedy step to end", fix="begin_greedy first")
-        begun = self._begun[0]
-        try:
-            self._picked = finite_tokens(self._end(begun), begun.new)
-            self.length += begun.new
-        except BaseException:
-            self._begun.clear()
-            raise
-        self._begun.popleft()
-        return self._picked
-
-    @property
-    def under_way(self) -> int:
-        """Greedy steps that were begun and neither ended nor called off."""
-        return len(self._begun)
-
-    def call_off(self, row: int | None = None) -> None:
-        """Let a sequence (None: every one) have had no part in the steps that were begun and are not ended."""
-        if self.verifying and row in (None, self.verifying[0]):
-            self.verifying = None
-        if row is None:
-            self._begun.clear()
-        elif self._begun:
-            for begun in self._begun:
-                begun.new[row] = 0
-            self._begun = deque(begun for begun in self._begun if begun.new.any())
-
     def step_row(self, row: int, ids: IntArray) -> NDArray[np.float32]:
         """Feed ids (T,) to one sequence alone, while the others stand still and cost nothing; logits (V,) float32 after the last of them.
 
@@ -192,29 +127,15 @@ class Backend(ABC):
 
     def step_row_picks(self, row: int, ids: IntArray) -> NDArray[np.int64]:
         """Like `step_row_all`, returning the most likely token after every one of ids (T,) alone, -1 where the logits there are NaN or Inf."""
-        self.begin_row_picks(row, ids)
-        return self.end_row_picks()
-
-    def begin_row_picks(self, row: int, ids: IntArray) -> None:
-        """Begin what `step_row_picks` does: `end_row_picks` gives the tokens, and only then does the length advance. What feeds the sequence calls it off."""
-        row, fed = self._checked_row(row, ids)
-        if self.all_logits:
-            self._begin_row_picks(row, fed)
-        self.verifying = row, fed
-
-    def end_row_picks(self) -> NDArray[np.int64]:
-        """The tokens (T,) of the step that `begin_row_picks` began. Raises UserError where there is none, or it was called off."""
-        if self.verifying is None:
-            raise UserError("there is no step of one sequence to end", fix="begin_row_picks first")
-        (row, fed), self.verifying = self.verifying, None
         if not self.all_logits:
-            return most_likely_tokens(self.step_row_all(row, fed))
+            return most_likely_tokens(self.step_row_all(row, ids))
+        row, fed = self._checked_row(row, ids)
         picked = self._pick_row_all(row, fed)
         self.length[row] += len(fed)
         return picked
 
-    def expect_rows(self, rows: int) -> None:  # noqa: B027 - nothing need be done
-        """Be told that steps of 2 to `rows` rows will come again and again, to verify drafts."""
+    def expect_rows(self, rows: int) -> None:
+        """Be told that steps of 2 to `rows` rows will come again and again, to verify drafts. It decides `draft_rows`, `draft_cost` and `most_rows`."""
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Make sequence `target` hold the first `length` tokens of sequence `source`, which may rest, and forget what it held.
@@ -302,9 +223,6 @@ class Backend(ABC):
         """Like `_forward_row_all`; the most likely tokens (T,), -1 where the largest logit is not finite. Only called where `all_logits` is true."""
         return most_likely_tokens(self._forward_row_all(row, ids))
 
-    def _begin_row_picks(self, row: int, ids: NDArray[np.int64]) -> None:  # noqa: B027 - a backend that cannot run behind the host need do nothing
-        """Launch what `_pick_row_all` gives."""
-
     @property
     def copies_rows(self) -> bool:
         """Whether `copy_row` works here."""
@@ -328,21 +246,6 @@ class Backend(ABC):
         """Like `_forward`; what `_pick` gives, and logits (len(rows),V)."""
         logits = self._forward(ids, new)
         return most_likely_tokens(logits), logits[rows]
-
-    def _begin(self, begun: Begun) -> None:  # noqa: B027 - a backend that cannot run behind the host need do nothing
-        """Launch a step that is fed ids; here it waits until somebody wants its tokens."""
-
-    def _begin_next(self, begun: Begun) -> bool:
-        """Launch a step that is fed what the one before it picks; whether that can be."""
-        return True
-
-    def _end(self, begun: Begun) -> NDArray[np.int64]:
-        """The tokens of a step as `_pick` gives them."""
-        ids = begun.ids
-        if ids is None:
-            assert self._picked is not None  # the step before it has ended
-            ids = self._picked[:, None]
-        return self._pick(np.ascontiguousarray(ids[:, : int(begun.new.max())]), begun.new)
 
     @abstractmethod
     def cached(self, row: int) -> dict[str, NDArray[np.generic]]:

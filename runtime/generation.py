@@ -138,7 +138,8 @@ class Steps:
                     backend.call_off(row.index)
             else:
                 among = rows
-                self._start(rows, *_feed(backend, rows))
+                backend.begin_greedy(*_feed(backend, rows))
+                self._begun = deque([frozenset(rows)])
             if ahead and len(among) == len(rows):
                 self._begin_next(among)
             picked = backend.end_greedy().tolist()
@@ -148,15 +149,6 @@ class Steps:
             backend.call_off()
             raise
         return among, [picked[row.index] for row in among]
-
-    def begin(self, row: Row, token: int) -> None:
-        """Begin the step of the backend's one row behind a token that the row is still to take; it is the next one then."""
-        self._start([row], np.array([[token]]), np.ones(1, np.int32))
-
-    def _start(self, rows: list[Row], ids: NDArray[np.int64], new: NDArray[np.int32]) -> None:
-        """Begin a step of these rows, behind none."""
-        self._backend.begin_greedy(ids, new)
-        self._begun = deque([frozenset(rows)])
 
     def _begin_next(self, rows: list[Row]) -> None:
         """Begin the step behind the one under way, of the rows that it cannot be the last for."""
@@ -203,18 +195,6 @@ def verify(backend: Backend, row: Row, draft: Sequence[int]) -> list[Found]:
         picks: list[Found] = backend.step_row_picks(row.index, ids).tolist()
         return picks
     return list(backend.step_row_all(row.index, ids))
-
-
-def settled(found: Sequence[Found], draft: Sequence[int]) -> list[int]:
-    """The tokens that a step settles, known before they are taken: as much of the draft as it agreed with, and what it picked behind that.
-
-    Empty where something else than its picks decides: logits, or none that were finite.
-    """
-    picks = [what for what in found if isinstance(what, int) and what >= 0]
-    if len(picks) < len(found):
-        return []
-    agreed = next((at for at, token in enumerate(draft) if picks[at] != token), len(draft))
-    return picks[: agreed + 1]
 
 
 def look_all(rows: Sequence[Row], found: Sequence[Found]) -> list[Look | Exception]:

@@ -57,7 +57,7 @@ class DraftStats:
 class Drafter:
     """Drafts behind one conversation that only grows.
 
-    tokens: the conversation, to which `draft_behind` and `follow` append, and the caller may. most: tokens of a draft at most. cost: what a step of several
+    tokens: the conversation, to which the caller appends. most: tokens of a draft at most. cost: what a step of several
     rows takes beyond one of a single row, and what each drafted row adds to that, both as shares of a step of one row.
     """
 
@@ -82,18 +82,6 @@ class Drafter:
     def draft(self, room: int) -> list[int]:
         """What is worth betting on behind the conversation as it stands, at most `room` tokens; empty where it is not worth it."""
         return self._bet(self._at, self._match, room) if self.sees_more() else []
-
-    def draft_behind(self, coming: list[int], room: int) -> list[int]:
-        """Append tokens and draft behind them, before note is taken of what they teach: `sees_more` does that, when a step is on its way."""
-        self.sees_more()
-        tokens, at, match = self.tokens, self._at, self._match
-        for token in coming:
-            at, match = (at + 1, min(match + 1, _DEEP)) if at >= 0 and tokens[at] == token else (-1, 0)
-            tokens.append(token)
-        for size, after in zip(_SIZES, self._after, strict=True):
-            if match < size and (found := after.get(tuple(tokens[-size:]))) is not None:
-                at, match = found, self._agreeing(found, size)
-        return self._bet(at, match, room) if at >= 0 else []
 
     def _bet(self, at: int, match: int, room: int) -> list[int]:
         """As many tokens from `at` on, where `match` tokens agree, as are worth their cost."""

@@ -15,8 +15,9 @@ from sessa_deploy.contract import TOKENIZER_FILE
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
+from sessa_deploy.runtime.drafted import Drafted, Step, Verified, drafted_rows
 from sessa_deploy.runtime.engines import open_backend
-from sessa_deploy.runtime.generation import Found, Row, Steps, check_fits, settled, take_all, verify
+from sessa_deploy.runtime.generation import Found, Row, Steps, check_fits, take_all
 from sessa_deploy.runtime.lookup import MOST_DRAFTED, Drafter, DraftStats
 from sessa_deploy.runtime.sampling import Sampler, SamplingParams
 from sessa_deploy.runtime.tokenizer import Tokenizer
@@ -86,11 +87,11 @@ class Session:
         if self.lookup:
             try:
                 self._check_lookup()
-            except UserError:
+                self.backend.expect_rows(1 + self.lookup)
+            except BaseException:
                 if self.backend is not backend:
                     self.close()
                 raise
-            self.backend.expect_rows(1 + self.lookup)
         self._slots = [_Slot() for _ in range(self.max_batch)]
         self._turn = 0  # counts uses, so that a stream that was overtaken notices
 
@@ -231,38 +232,23 @@ class Session:
             self._expect(rows, 0)
 
     def _stream_drafts(self, turn: int, row: Row, logits: NDArray[np.float32]) -> Iterator[Chunk]:
-        """Generate in the one sequence, its first token from logits (V,), the others by steps that verify a draft where there is one.
-
-        Where the backend looks ahead and the tokens that a step settles are known before they are taken, the next draft is on its way meanwhile.
-        """
+        """Generate in the one sequence, its first token from logits (V,), the others by steps with drafts where those are worth it."""
         slot, drafts, backend = self._slots[row.index], self.drafts, self.backend
-        drafter, steps = self._drafter(slot), Steps(backend)
-        found: list[Found] = [logits]
-        draft: list[int] = []
+        drafter = self._drafter(slot)
+        steps = (Drafted if row.greedy and drafted_rows(backend, drafter.most) else Verified)(backend, drafter)
+        step = Step([logits], [], 0)
         while True:
-            coming = settled(found, draft) if row.greedy and backend.looks_ahead else []
-            room = row.left - len(coming) - 1
-            after = drafter.draft_behind(coming, room) if coming else []
-            begun = bool(coming) and room >= 0 and not backend.under_way
-            if begun:
-                self._forget(row.index, len(drafter.tokens) - 1)
-                if after:
-                    backend.begin_row_picks(row.index, np.array([coming[-1], *after]))
-                else:
-                    steps.begin(row, coming[-1])
-            for at, what in enumerate(found):
+            for at, what in enumerate(step.found):
                 look = row.look(what)
                 if isinstance(look, Exception):
                     raise look
                 slot.pending = 1  # first: who is interrupted in the next line feeds a token again at worst
                 one = row.take(look)
-                accepted = at < len(draft) and one.token == draft[at]
+                accepted = at < len(step.draft) and one.token == step.draft[at]
                 drafts.tokens += drafts.steps > 0  # the first is the prompt's
                 drafts.accepted += accepted
                 over = one.finish is not None
-                if over and begun:
-                    backend.call_off(row.index)
-                if draft and (over or not accepted):
+                if step.draft and (over or not accepted):
                     self._forget_drafts(row.index)
                 yield Chunk(row.index, one.token, one.text, one.finish)
                 if over:
@@ -270,18 +256,9 @@ class Session:
                 self._check_turn(turn)
                 if not accepted:
                     break
-            if coming:
-                drafter.sees_more()  # while the step that was begun runs, and of no token that was not taken
-            else:
-                drafter.tokens += slot.tokens[len(drafter.tokens) :]
-                after = drafter.draft(row.left - 1)
-            draft = after if begun or not backend.under_way else []  # first what is under way already
-            if begun and draft and backend.verifying:
-                found = backend.end_row_picks().tolist()
-            else:  # also where somebody else was at the backend
-                found = verify(backend, row, draft) if draft else steps([row], ahead=not after)[1]
+            step = steps(row)
             drafts.steps += 1
-            drafts.drafted += len(draft)
+            drafts.drafted += step.drafted
 
     def _expect(self, rows: list[Row], pending: int) -> None:
         """Say how many of the last tokens of some sequences are not in the cache."""
@@ -291,17 +268,14 @@ class Session:
     def _drafter(self, slot: _Slot) -> Drafter:
         """What drafts behind a conversation: the one that knows it already, or a new one."""
         if slot.drafter is None or not slot.drafter.follow(slot.tokens):
-            slot.drafter = Drafter(list(slot.tokens), self.lookup, self.backend.draft_cost)
+            slot.drafter = Drafter(list(slot.tokens), min(self.lookup, self.backend.most_rows - 1), self.backend.draft_cost)
         return slot.drafter
-
-    def _forget(self, row: int, held: int) -> None:
-        """Shorten a sequence's cache to `held` rows, where it has more."""
-        if self.backend.length[row] > held:
-            self.backend.rewind(row, held)
 
     def _forget_drafts(self, row: int) -> None:
         """Shorten a sequence's cache to the conversation, less what is pending."""
-        self._forget(row, len(self._slots[row].tokens) - self._slots[row].pending)
+        held = len(self._slots[row].tokens) - self._slots[row].pending
+        if self.backend.length[row] > held:
+            self.backend.rewind(row, held)
 
     def _check_turn(self, turn: int) -> None:
         if turn != self._turn:

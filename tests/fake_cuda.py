@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sessa_deploy.runtime.device.kernels import APPEND, END
+from sessa_deploy.contract import STEP_ROWS
+from sessa_deploy.runtime.device.kernels import APPEND, DRAFT, END
 
 SPLITS = 4
 
@@ -88,7 +89,8 @@ class HostCuda:
         self.launches += 1
         values = [value for _, value in arguments]
         assert entry != END or self.on_host(values[7]), "the tokens are written to the host's memory"
-        work = {APPEND: _append, END: _end}[entry]
+        assert entry != DRAFT or self.on_host(values[2]), "and so is the draft"
+        work = {APPEND: _append, END: _end, DRAFT: draft}[entry]
         self.do(lambda: work(grid, *values))
 
     def capture(self, enqueue: Callable[[], None]) -> int:
@@ -211,10 +213,34 @@ def _end(grid: tuple[int, int, int], table: int, logits: int, best: int, where: 
     view(past, np.int32, batch)[:] += view(new, np.int32, batch)
 
 
+def draft(grid: tuple[int, int, int], text: int, drafted: int, told: int, past: int, new: int, ids: int, words: int, rows: int) -> None:
+    """The kernel decode_draft, by lists."""
+    assert grid == (1, 1, 1) and 1 <= rows <= STEP_ROWS
+    length, count = view(past, np.int32, 1), view(new, np.int32, 1)
+    fed, row = int(count[0]), view(ids, np.int32 if words == 1 else np.int64, STEP_ROWS)
+    start, picks, bets = int(length[0]) - fed, row[:fed].tolist(), view(drafted, np.int32, STEP_ROWS)
+    settled = next((at for at in range(1, fed) if bets[at] != picks[at - 1]), fed)
+    known = view(text, np.int32, start + settled + 1)
+    known[start + 1 :] = picks[:settled]
+    found = likely(known.tolist(), rows - 1)
+    row[: 1 + len(found)], bets[: 1 + len(found)] = [picks[settled - 1], *found], [picks[settled - 1], *found]
+    length[0], count[0] = start + settled, 1 + len(found)
+    view(told, np.int32, 1 + len(found))[:] = [1 + len(found), *found]
+
+
+def likely(text: list[int], count: int) -> list[int]:
+    """What followed the latest of the places in a text where the most tokens, 16 at most, agree with its end; a text that runs out there goes round."""
+    best, at = 0, 0
+    for place in range(1, len(text)):
+        run = next((back for back in range(min(16, place)) if text[place - 1 - back] != text[-1 - back]), min(16, place))
+        best, at = (run, place) if run >= max(best, 1) else (best, at)
+    return [text[at + i % (len(text) - at)] for i in range(count)] if best else []
+
+
 def fake_cubins(folder: Path, arch: int = 90) -> Path:
     """A folder like the one that lowering writes, with the decode kernels for one architecture."""
     rows = []
-    for name, params, tiles in ((APPEND, 5, {"BLOCK": 512}), (END, 13, {"SPLITS": SPLITS, "BLOCK": 512})):
+    for name, params, tiles in ((APPEND, 5, {"BLOCK": 512}), (END, 13, {"SPLITS": SPLITS, "BLOCK": 512}), (DRAFT, 8, {"BLOCK": 512})):
         data = name.encode()
         (folder / f"{name}.cubin").write_bytes(data)
         rows.append({"kernel": name, "arch": arch, "dtype": "fp32", "variant": "any", "file": f"{name}.cubin", "sha256": hashlib.sha256(data).hexdigest(),

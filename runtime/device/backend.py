@@ -5,7 +5,8 @@ more tokens than are picked are appended by a kernel of their own; a long prompt
 Lengths are read on the device, so steps of one extent (how many sequences, how many new rows of each) are the same work on the same addresses, whatever the
 sequences hold: it is recorded once and replayed. The host reads the ids, or the logits where somebody samples.
 The last kernel also leaves the ids where the engine reads its own, so that the next greedy step can be enqueued before the host has seen them. Two such
-steps take turns at two places for their ids on the host, each with an event behind it.
+steps take turns at two places for their ids on the host, each with an event behind it. A step that verifies a draft can be enqueued so too: a kernel before
+it settles what the one before found and makes the draft (drafts.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import contextlib
 import threading
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,11 @@ from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.begun import Begun
 from sessa_deploy.runtime.device.buffers import Buffers, Extent
+from sessa_deploy.runtime.device.drafts import MOST_PLACES, Drafts
 from sessa_deploy.runtime.report import note
+
+_FED, _KEPT, _DRAFTED = "fed", "kept", "drafted"  # what a step is fed: what the host put, what the one before picked, that and a draft behind it
+FEW_ROWS = 8  # of a step with a draft: kernels for few rows are for so many, and twice as many take half as long again
 
 
 class DeviceBackend(Backend):
@@ -35,12 +40,16 @@ class DeviceBackend(Backend):
     recorded_tokens: steps of all sequences over at most so many tokens are replayed as a CUDA graph. warm_runs: of one extent, before it is recorded, on the
     thread that records: what an engine allocates or loads at its first run must be there by then. row_alignment: bytes at whose multiples the engine's
     inputs and outputs must begin: a sequence's cache rows for it to run that sequence alone, and the row behind them for it to lay new ones there.
+    padded_rows: where an engine can have only one size of steps recorded beside those of one row, steps of one sequence over fewer are computed over so many.
+    drafting_precisions: with kernels for few rows, so that drafts made on the device are worth it.
     """
 
     looks_ahead = True
     packed_weights = True
     recorded_tokens: int = 1
-    draft_cost = (0.7, 0.03)  # on an H200: the demo 2.0 for 2 to 8 rows, of which half waits for the host; kernels of a layer of 350M 1.2 to 1.4 for 8
+    padded_rows = 0
+    drafting_precisions: tuple[str, ...] = ("fp16", "bf16")
+    draft_cost = (0.7, 0.03)  # fp32 on an H200, which has no kernels for few rows, and every draft waits for the host
     warm_runs = 1
     row_alignment = 16
     engine_name = "the engine"
@@ -52,9 +61,10 @@ class DeviceBackend(Backend):
         self._on_device: bytes | None = None  # lengths the device holds, as an int32 array's bytes; None: unknown
         self._new_there: bytes | None = None  # new_length on the device, likewise
         self._slot: int | None = None  # of the greedy step that was enqueued last; None: something is behind it, and its ids are the device's no more
+        self._drafts: Drafts | None = None
         self._flying = 0  # steps that were begun and nobody has waited for
         self._use_graph = graph
-        self._graphs: dict[tuple[Extent, int, bool], int] = {}  # step, slot, whether it is fed by what was put
+        self._graphs: dict[tuple[Extent, int, str], int] = {}  # step, slot, what it is fed
         self._warm: Counter[tuple[Extent, int]] = Counter()
 
     @abstractmethod
@@ -76,6 +86,15 @@ class DeviceBackend(Backend):
             with contextlib.suppress(SessaError):  # the error on its way says more
                 cuda.close()
             raise
+
+    def expect_rows(self, rows: int) -> None:
+        buffers = self._own()
+        most = min(rows, self.most_rows, buffers.picked_rows)
+        if self.batch == 1 and most > 1 and buffers.precision in self.drafting_precisions and buffers.capacity < MOST_PLACES:
+            self._cuda.enter()
+            self._drafts = self._drafts or Drafts(buffers)
+            self.draft_rows = (most,) if most <= FEW_ROWS else (FEW_ROWS, most)
+            self.draft_cost = (0.1, 0.02)  # on an H200: the demo 1.1 for 8 rows and 1.8 for 16, kernels of a layer of 350M 1.2 to 1.4 for 8
 
     def _pick(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.int64]:
         if ids.shape[1] == 1:  # nothing between the step and its ids
@@ -105,20 +124,55 @@ class DeviceBackend(Backend):
         self._begun_in(0)
 
     def _begin_next(self, begun: Begun) -> bool:
-        if self._slot is None or self._on_device is None:
+        if self._slot is None:
             return False
-        buffers, length, new, begun.slot = self._own(), np.frombuffer(self._on_device, np.int32), begun.new.tobytes(), 1 - self._slot
+        if self._begun and self._begun[-1].rows > 1:  # nobody has settled it yet
+            begun.rows = 1
+            self.bytes_moved += self._own().row_bytes
+            return self._begin_drafted(begun)
+        buffers, length, new = self._own(), self._on_device, begun.new.tobytes()
+        begun.slot = 1 - self._slot
         self._slot = self._on_device = None
         self._cuda.enter()
         if new != self._new_there:
             self._new_there = None
             buffers.set_new(begun.new, begun.slot)
             self._new_there = new
-        self._launch(Extent(self.batch, 1), begun.slot, False)
-        self._on_device = (length + begun.new).tobytes()
+        self._launch(Extent(self.batch, 1), begun.slot, _KEPT)
+        self._on_device = None if length is None else (np.frombuffer(length, np.int32) + begun.new).tobytes()
         self.bytes_moved += int(begun.new.sum()) * buffers.row_bytes
         self._begun_in(begun.slot)
         return True
+
+    def _tell(self, tokens: Sequence[int], since: int) -> None:
+        self._own()
+        assert self._drafts is not None
+        self._cuda.enter()
+        self._drafts.put(tokens, since)
+
+    def _begin_drafted(self, begun: Begun) -> bool:
+        if self._slot is None:
+            return False
+        begun.slot = 1 - self._slot
+        self._slot = self._on_device = self._new_there = None
+        self._cuda.enter()
+        self._launch(Extent(1, begun.rows), begun.slot, _DRAFTED)
+        self._begun_in(begun.slot)
+        if begun.rows == 1:
+            self._new_there = begun.new.tobytes()
+        return True
+
+    def _end_drafted(self, begun: Begun) -> tuple[list[int], list[int]]:
+        if begun.rows < 2:
+            return super()._end_drafted(begun)
+        assert self._drafts is not None
+        buffers = self._own()
+        self._cuda.enter()
+        picked = buffers.picked_in(begun.slot, begun.rows).tolist()
+        self._flying -= 1
+        draft = self._drafts.told(begun.slot)
+        self.bytes_moved += (1 + len(draft)) * buffers.row_bytes
+        return picked, draft
 
     def _begun_in(self, slot: int) -> None:
         self._flying += 1
@@ -169,23 +223,12 @@ class DeviceBackend(Backend):
             return super()._forward_row_all(row, ids)
         return np.concatenate([self._own().every_logits(1, int(part[0]))[0] for part in self._row_parts(row, ids)])
 
-    def _begin_row_picks(self, row: int, ids: NDArray[np.int64]) -> None:
-        if self._finds_picks(ids):
-            fed, new = self._alone(row, ids)
-            self._enqueue(fed, new, self.length)
-            self._flying += 1
-
     def _pick_row_all(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        if not self._finds_picks(ids):
+        if self.batch > 1 or len(ids) > self._own().picked_rows:
             return super()._pick_row_all(row, ids)
-        self._cuda.enter()
+        self._enqueue(ids[None], np.array([len(ids)], np.int32), self.length)
         picked: NDArray[np.int64] = self._own().picked(len(ids))[0]
-        self._flying = 0
         return picked
-
-    def _finds_picks(self, ids: NDArray[np.int64]) -> bool:
-        """Whether the device finds the tokens behind all ids of a step of one sequence."""
-        return self.batch == 1 and len(ids) <= self._own().picked_rows
 
     def _copy_row(self, source: int, target: int, length: int) -> None:
         buffers = self._own()
@@ -222,6 +265,8 @@ class DeviceBackend(Backend):
 
     def _enqueue(self, ids: NDArray[np.int64], new: NDArray[np.int32], length: NDArray[np.int32], row: int | None = None) -> None:
         """One step over ids (N,T) on the stream, T within what a step takes; its sequences stand at `length` (N,) before it."""
+        if self.batch == 1 and 1 < ids.shape[1] < self.padded_rows:
+            ids = np.pad(ids, ((0, 0), (0, self.padded_rows - ids.shape[1])))
         buffers, step = self._own(), self._extent(ids.shape[1], length, row)
         self._cuda.enter()
         self._slot = None
@@ -230,7 +275,7 @@ class DeviceBackend(Backend):
             self._cuda.wait()  # for a step that was interrupted and may not have read what the host gave it
         self._on_device = self._new_there = None
         buffers.put(ids, new, length)
-        self._launch(step, 0, True)
+        self._launch(step, 0, _FED)
         # after the launch, so that the host's time is the device's too
         self._on_device, self._new_there = (length + new).tobytes(), new.tobytes()
         self.bytes_moved += int(new.sum()) * buffers.row_bytes
@@ -238,39 +283,46 @@ class DeviceBackend(Backend):
     def _extent(self, tokens: int, length: NDArray[np.int32], row: int | None) -> Extent:
         """The step of `tokens` new rows of sequences that stand at `length` (N,); a large one of one sequence lays them behind its cached rows itself."""
         step, at = Extent(len(length), tokens, row), int(length[0])
-        recorded = row is None and tokens <= self.recorded_tokens  # whose addresses do not move
+        recorded = row is None and self._records(tokens)  # whose addresses do not move
         return step._replace(behind=at) if not recorded and self._own().fits_behind(step, at, self.row_alignment) else step
 
-    def _launch(self, step: Extent, slot: int, fed: bool) -> None:
-        """Enqueue a step, fed by what was put or by what is on the device; its tokens go to a slot."""
-        graph = self._graph(step, slot, fed)
+    def _records(self, tokens: int) -> bool:
+        """Whether steps of all sequences over so many rows are replayed as a CUDA graph."""
+        return tokens <= self.recorded_tokens or tokens == self.padded_rows
+
+    def _launch(self, step: Extent, slot: int, feed: str) -> None:
+        """Enqueue a step, fed by what was put, what is on the device or a draft that is made there; its tokens go to a slot."""
+        graph = self._graph(step, slot, feed)
         if graph:
             self._cuda.replay(graph)
         else:
-            self._record(step, slot, fed)
+            self._record(step, slot, feed)
 
-    def _record(self, step: Extent, slot: int, fed: bool) -> None:
+    def _record(self, step: Extent, slot: int, feed: str) -> None:
         buffers = self._own()
-        if fed:
+        if feed == _FED:
             buffers.feed(step)
+        elif feed == _DRAFTED:
+            assert self._drafts is not None
+            self._drafts.make(step.tokens, slot)
         self._run(step)
         buffers.finish(step, slot)
 
-    def _graph(self, step: Extent, slot: int, fed: bool) -> int:
+    def _graph(self, step: Extent, slot: int, feed: str) -> int:
         """The CUDA graph that is this step, recorded now if it is time; 0 where it is to be enqueued piece by piece."""
-        found = self._graphs.get((step, slot, fed))
-        if found is not None or not self._use_graph or step.row is not None or step.tokens > self.recorded_tokens:
+        found = self._graphs.get((step, slot, feed))
+        if found is not None or not self._use_graph or step.row is not None or not self._records(step.tokens):
             return found or 0
         key = (step, threading.get_ident())
         if self._warm[key] < self.warm_runs:
             self._warm[key] += 1
             return 0
         try:
-            made = self._cuda.capture(lambda: self._record(step, slot, fed))
+            made = self._cuda.capture(lambda: self._record(step, slot, feed))
         except SessaError as error:
             self._record_no_more(str(error))
             return 0
-        self._graphs[step, slot, fed] = made
+        self._graphs[step, slot, feed] = made
         return int(made)
 
     def _record_no_more(self, why: str) -> None:
@@ -287,8 +339,6 @@ class DeviceBackend(Backend):
         buffers = self._own()
         self._cuda.enter()
         ahead = self.length + sum(begun.new for begun in self._begun)  # rows of steps that are under way are in the cache already
-        if self.verifying:
-            ahead[self.verifying[0]] += len(self.verifying[1])
         buffers.poison(np.maximum(self.kept(), ahead))
 
     def device_bytes(self) -> int:

@@ -100,6 +100,7 @@ class Buffers:
             entry.fresh = cuda.allocate(batch * chunk * entry.row)
         self.row_bytes = sum(entry.row for entry in self.entries)
         self.id_type = np.dtype(id_dtype)
+        self.id_words = self.id_type.itemsize // _WORD
         self._splits = kernels[END].splits
         # lengths, new_length and ids side by side, so that one copy brings them
         apart = -(-4 * batch // _TENSOR_ALIGNMENT) * _TENSOR_ALIGNMENT
@@ -115,7 +116,7 @@ class Buffers:
         cuda.fill(self._ended, 0, batch)
         self._host_fed = self._host(self._ids_at + batch * chunk * self.id_type.itemsize, np.uint8)
         self._host_length, self._host_new = (self._host_fed[at : at + 4 * batch].view(np.int32) for at in (0, apart))
-        self._host_ids, self._host_picked = self._host_fed[self._ids_at :].view(self.id_type), self._host(most + batch, np.int32)
+        self._host_ids, self._host_picked = self._host_fed[self._ids_at :].view(self.id_type), self._host(2 * most, np.int32)
         self._host_moved = self._host(2 * batch, np.int32).reshape(2, batch)
         self._picked_at = (0, most)  # of the two slots, by turns, so that a step that runs does not write over what the one before it picked
         self._over = [cuda.event() for _ in self._picked_at]
@@ -127,7 +128,7 @@ class Buffers:
         tables[:] = [word for row in (None, *range(batch)) for e in self.entries for word in (e.fresh, self._cache(e, row), e.row // _WORD)]
         cuda.to_device(self._table, tables.ctypes.data, tables.nbytes)
         cuda.wait()
-        self._kernels = {name: cuda.kernel(k.data, k.entry, k.warps, k.shared, k.params, k.early) for name, k in kernels.items()}
+        self.kernels = {name: cuda.kernel(k.data, k.entry, k.warps, k.shared, k.params, k.early) for name, k in kernels.items()}
 
     def addresses(self, step: Extent) -> dict[str, int]:
         """Graph name -> device address, of every input and output; of a step of one sequence alone its caches'."""
@@ -177,29 +178,30 @@ class Buffers:
 
         The kernel writes the tokens to the host's memory itself: a copy of its own would cost a decode step some microseconds. It also lays them where
         the engine takes its ids from, which is what a step of one row each that is fed nothing goes on from. With all logits and more than `picked_rows`
-        rows what is picked means nothing. slot: 0 or 1, where the tokens of a step of one row go; of others always 0.
+        rows what is picked means nothing. slot: 0 or 1, where the tokens go of a step that another
+        may stand behind; of others always 0.
         """
         ptr, batch, lengths = "ptr", step.batch, (("ptr", self.length), ("ptr", self.new))
         table = ptr, self._table + (0 if step.row is None else (1 + step.row) * self._table_size)
         rows = step.tokens if self._all_logits and step.tokens <= self.picked_rows else 1
         entries = len(self.entries) if step.behind is None else 0
         if entries and rows < step.tokens:  # more rows are appended than picked
-            self.cuda.launch(self._kernels[APPEND], (step.tokens, batch, entries), (table, *lengths, ("i32", step.tokens), ("i32", self.capacity)))
+            self.cuda.launch(self.kernels[APPEND], (step.tokens, batch, entries), (table, *lengths, ("i32", step.tokens), ("i32", self.capacity)))
             entries = 0
         parts = (ptr, self.logits), (ptr, self._best), (ptr, self._where), (ptr, self._ended)
-        ids = (ptr, self._host_picked.ctypes.data + 4 * self._picked_at[slot]), (ptr, self.ids), ("i32", self.id_type.itemsize // _WORD)
+        ids = (ptr, self._host_picked.ctypes.data + 4 * self._picked_at[slot]), (ptr, self.ids), ("i32", self.id_words)
         sizes = ("i32", entries), ("i32", self.capacity), ("i32", self.config.vocab_size)
-        self.cuda.launch(self._kernels[END], (entries + self._splits, rows, batch), (table, *parts, *lengths, *ids, *sizes))
+        self.cuda.launch(self.kernels[END], (entries + self._splits, rows, batch), (table, *parts, *lengths, *ids, *sizes))
 
     def mark(self, slot: int) -> None:
         """Enqueue the mark that `picked_in` waits for, behind a step of that slot."""
         self.cuda.record(self._over[slot])
 
-    def picked_in(self, slot: int) -> NDArray[np.int64]:
-        """Wait for the step that was marked in a slot, and for none behind it; its most likely tokens (B,), -1 where the logits were not finite."""
+    def picked_in(self, slot: int, rows: int = 1) -> NDArray[np.int64]:
+        """Wait for the step that was marked in a slot, and for none behind it; its most likely tokens (B rows,), -1 where the logits were not finite."""
         self.cuda.wait_event(self._over[slot])
         at = self._picked_at[slot]
-        return self._host_picked[at : at + self.batch].astype(np.int64)
+        return self._host_picked[at : at + self.batch * rows].astype(np.int64)
 
     def picked(self, tokens: int = 1) -> NDArray[np.int64]:
         """Wait for the step; the most likely tokens (B,T) after each of its `tokens` rows (of a graph without all logits 1: the last of each sequence),
@@ -263,7 +265,11 @@ class Buffers:
         return entry.cache + (row or 0) * self.capacity * entry.row
 
     def _host(self, count: int, kind: Any) -> NDArray[Any]:
-        """A page-locked array; it lives as long as `cuda`."""
-        size = count * np.dtype(kind).itemsize
-        memory = (ctypes.c_char * size).from_address(self.cuda.allocate_host(size))
-        return np.frombuffer(memory, kind)
+        return page_locked(self.cuda, count, kind)
+
+
+def page_locked(cuda: Any, count: int, kind: Any) -> NDArray[Any]:
+    """A page-locked array; it lives as long as `cuda`."""
+    size = count * np.dtype(kind).itemsize
+    memory = (ctypes.c_char * size).from_address(cuda.allocate_host(size))
+    return np.frombuffer(memory, kind)

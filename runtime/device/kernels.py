@@ -12,8 +12,8 @@ from sessa_deploy.cuda_arch import mend, nearest
 from sessa_deploy.errors import UserError
 from sessa_deploy.reading import load_library
 
-APPEND, END = "decode_append", "decode_end"
-_APPEND_PARAMS, _END_PARAMS = 5, 13
+APPEND, END, DRAFT = "decode_append", "decode_end", "decode_draft"
+_PARAMS = {APPEND: 5, END: 13, DRAFT: 8}
 _BUILD = "sessa-deploy plugin build"
 
 
@@ -44,16 +44,18 @@ def images(source: Path, arch: int, build: str = _BUILD) -> dict[str, Image]:
     """
     find = _from_folder if source.is_dir() else _from_library
     found = {APPEND: find(source, APPEND, arch, build)}
-    try:
-        found[END] = find(source, END, arch, build)
-    except _NoBinary:  # the other is there
-        raise UserError("the decode kernels are of another version", got=f"no {END} in {source}", allowed="kernels of this version", fix=build) from None
+    for name in (END, DRAFT):
+        try:
+            found[name] = find(source, name, arch, build)
+        except _NoBinary:  # the other is there
+            raise UserError("the decode kernels are of another version", got=f"no {name} in {source}", allowed="kernels of this version", fix=build) from None
     if found[END].splits < 1:
         raise UserError(f"the binary of {END} has no tile SPLITS", got=str(source), allowed="kernels of this version", fix=build)
-    more = found[END].params - found[APPEND].params  # Triton's hidden ones are as many in each
-    if more != _END_PARAMS - _APPEND_PARAMS:
-        raise UserError(f"the binary of {END} is of another version", got=f"{more:+d} parameters against {APPEND} in {source}",
-                        allowed=f"{_END_PARAMS - _APPEND_PARAMS:+d}", fix=build)
+    for name, count in _PARAMS.items():
+        more, wanted = found[name].params - found[APPEND].params, count - _PARAMS[APPEND]  # Triton's hidden ones are as many in each
+        if more != wanted:
+            raise UserError(f"the binary of {name} is of another version", got=f"{more:+d} parameters against {APPEND} in {source}", allowed=f"{wanted:+d}",
+                            fix=build)
     return found
 
 

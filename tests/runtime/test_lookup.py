@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from batching import Toy
-from drafting import PROMPTS, close_to_plain, settled
+from drafting import PROMPTS, DraftsItself, close_to_plain, settled
 from numpy_model import NumpyBackend, NumpyModel
 
 from sessa_deploy.cli import main
@@ -31,7 +31,7 @@ COST = (0.2, 0.05)
 SOURCE = list(b"for item in items:\n    total += item.value\nfor item in items:\n    count += item.number\nfor item in items:\n    ")
 
 
-class Context(Toy):
+class Context(DraftsItself, Toy):
     """A toy with all logits whose next token depends on the last few alone, so that its texts repeat themselves. sharp: how sure it is; broken: tokens
     behind which there are no finite logits. fed: tokens a step."""
 
@@ -91,11 +91,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[SessaConfig], 
     return get
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["waiting", "ahead"])
-def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the toy looks ahead: the next draft is then on its way before the tokens of a step are shown."""
-    monkeypatch.setattr(Context, "looks_ahead", request.param)
-    return bool(request.param)
+@pytest.fixture(autouse=True, params=["waiting", "ahead", "itself"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether the toy looks ahead, and whether it then makes drafts itself: the next one is on its way before the tokens of a step are shown."""
+    monkeypatch.setattr(Context, "looks_ahead", request.param != "waiting")
+    monkeypatch.setattr(Context, "itself", request.param == "itself")
+    return str(request.param)
 
 
 def pair(bundle: Callable[[SessaConfig], Bundle], config: SessaConfig = WORDS, most: int = 8, **toy: Any) -> tuple[Session, Session]:

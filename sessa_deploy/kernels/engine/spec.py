@@ -28,7 +28,7 @@ from sessa_deploy.kernels.launch.limits import (
 )  # fmt: skip
 from sessa_deploy.kernels.launch.spec import QUANTISED, Kernel, Param, by_name, integers, pointers
 
-_LAYER, _MIXER, _DECODE = (f"sessa_deploy.kernels.engine.{name}" for name in ("layer", "mixer", "decode_io"))
+_LAYER, _MIXER, _DECODE, _DRAFT = (f"sessa_deploy.kernels.engine.{name}" for name in ("layer", "mixer", "decode_io", "decode_draft"))
 _ANY = ("any",)
 _HALF = ("fp16", "bf16")  # a float32 engine keeps TensorRT's own layers
 _QUANTISED = tuple(dtype + kind for kind in QUANTISED for dtype in _HALF)
@@ -177,6 +177,9 @@ _DECODES = (
            (Param("table", "*i64"), Param("logits", "*fp32"), *pointers("best", type="*fp32"), *pointers("where", type="*i32"), Param("ended", "*i32"),
             *_LENGTHS, Param("ids", "*i32"), Param("next_ids", "*i32"), *integers("words", "entries", "capacity", "vocabulary")),
            ("SPLITS", "BLOCK", "PDL"), _ANY, dtypes=("fp32",), scalar_loads=64, early=_ANY, early_rows=_EARLY_ROWS),
+    Kernel("decode_draft", _DRAFT,
+           (Param("text", "*i32"), Param("drafted", "*i32"), Param("told", "*i32"), *_LENGTHS, Param("ids", "*i32"), *integers("words", "rows")),
+           ("BLOCK",), _ANY, dtypes=("fp32",), scalar_loads=64, wide=False),
 )  # fmt: skip
 
 KERNELS = by_name((*_LAYERS, *_LAYERS_MANY, *_MIXERS, *_MIXER_BATCH, *_MIXER_ROWS, *_DECODES))

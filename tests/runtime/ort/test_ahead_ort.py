@@ -249,3 +249,9 @@ def test_kernels_of_another_version_are_refused(tmp_path: Any) -> None:
     table.write_text(text.replace('"kernel": "decode_end"', '"kernel": "decode_argmax"'))  # as libraries had it before
     with pytest.raises(UserError, match=r"the decode kernels are of another version: got no decode_end in .*; fix: sessa-deploy plugin build$"):
         images(folder, 90)
+    table.write_text(text.replace(json.dumps([{}] * 10), json.dumps([{}] * 11)))
+    with pytest.raises(UserError, match=r"decode_draft is of another version: got \+4 parameters against decode_append .*; allowed: \+3; fix: "):
+        images(folder, 90)
+    table.write_text(text.replace('"kernel": "decode_draft"', '"kernel": "decode_guess"'))
+    with pytest.raises(UserError, match=r"the decode kernels are of another version: got no decode_draft in .*; fix: sessa-deploy plugin build$"):
+        images(folder, 90)
