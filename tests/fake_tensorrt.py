@@ -185,6 +185,8 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), copied: Seque
             trt.calls.contexts.append(self)
 
         def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+            assert major >= 10 or index not in self.engine.taken, "8.6 gives a profile to one context alone, and may end the process that asks for another"
+            self.engine.taken.add(index)
             self.profile = self.engine.plan["profiles"][index]
             return stream == cuda.stream
 
@@ -220,6 +222,7 @@ def make(version: str, cuda: HostCuda, reject: Sequence[str] = (), copied: Seque
             self.plan, self.session = plan, onnxruntime.InferenceSession(plan["model"], providers=["CPUExecutionProvider"])
             self.inputs, self.outputs = ([x.name for x in values] for values in (self.session.get_inputs(), self.session.get_outputs()))
             self.names = [*self.inputs, *self.outputs]
+            self.taken: set[int] = set()
             self.kinds = {x.name: x.type for x in [*self.session.get_inputs(), *self.session.get_outputs()]}
 
         def get_tensor_name(self, i: int) -> str:

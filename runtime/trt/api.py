@@ -363,8 +363,8 @@ def cache_file(kind: str, gpu: str, arch: str, version: str) -> Path:
 
 
 def shares_profiles(trt: Any) -> bool:
-    """Whether contexts may share an optimisation profile, as they may from TensorRT 10 on; 8.6 gives a profile to one context alone. A process that asked
-    it for another ended in a segmentation fault (8.6.0, H200; its cause was not looked into)."""
+    """Whether contexts may share an optimisation profile, as they may from TensorRT 10 on; 8.6 gives a profile to one context alone, and a process that
+    asked it for another ended in a segmentation fault (8.6.0, H200)."""
     return hasattr(trt, "ExecutionContextAllocationStrategy")
 
 

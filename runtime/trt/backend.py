@@ -13,9 +13,10 @@ from sessa_deploy.files import write_whole
 from sessa_deploy.plugins import library
 from sessa_deploy.process import command
 from sessa_deploy.runtime.bundle import Bundle
-from sessa_deploy.runtime.device.backend import DeviceBackend
+from sessa_deploy.runtime.device.backend import FEW_ROWS, DeviceBackend
 from sessa_deploy.runtime.device.buffers import Buffers, Extent
 from sessa_deploy.runtime.device.kernels import images
+from sessa_deploy.runtime.report import note
 from sessa_deploy.runtime.trt import api as trt_api
 from sessa_deploy.runtime.trt import plan as trt_plan
 
@@ -36,6 +37,7 @@ class TrtBackend(DeviceBackend):
     _prefill_row: int | None
     _prefill_behind: int | None
     _prefill_tokens: int
+    draft_rows: tuple[int, ...]
 
     def __init__(self, bundle: Bundle, batch: int = 1, capacity: int | None = None, graph: bool = True, plugin: Path | None = None,
                  kernels: Path | None = None, cuda: Any = None) -> None:
@@ -77,12 +79,26 @@ class TrtBackend(DeviceBackend):
             self._prefill, self._decode = (self._context(*of) for of in ((trt_plan.PREFILL, self.info.max_prompt), (trt_plan.DECODE, 1)))
 
     def expect_rows(self, rows: int) -> None:
+        most = min(rows, STEP_ROWS, self._own().chunk)
+        self._cuda.enter()
         if trt_api.shares_profiles(self._trt):
-            self.recorded_tokens = min(rows, STEP_ROWS)
+            self.recorded_tokens, self.most_rows = most, STEP_ROWS
+        else:
+            if self.info.rows_profile == trt_plan.ROWS and not self._few_rows:  # one context for all such steps, and so one size
+                self.padded_rows = min(most, FEW_ROWS)
+            self.most_rows = most = max(1, self.padded_rows)
+        super().expect_rows(rows)
+        if self.padded_rows and self.draft_rows:
+            self.draft_rows = (self.padded_rows,)
+        sizes = {most, *self.draft_rows} - {1}
+        if most == 1 or any(self._few(size) is None for size in sizes):  # steps enqueued piece by piece take many times as long
+            self.most_rows = 1
+            self.draft_rows = ()
+            note("prompt lookup drafts nothing, as this engine has no fast steps of several rows; fix: sessa-deploy build BUNDLE --force")
 
     def _run(self, step: Extent) -> None:
         context = self._decode
-        few = self._few(step.tokens) if step.row is None and 1 < step.tokens <= self.recorded_tokens else None
+        few = self._few(step.tokens) if step.row is None and step.tokens > 1 and self._records(step.tokens) else None
         if few is not None:
             context = few
         elif step.tokens > 1 or step.row is not None:
@@ -106,13 +122,13 @@ class TrtBackend(DeviceBackend):
 
     def _few(self, tokens: int) -> Any:
         """The context of steps of so many rows, which a CUDA graph may be of: its shapes never change. None where TensorRT gives none; such steps are then
-        enqueued piece by piece, as they are by 8.6."""
+        enqueued piece by piece."""
         if tokens not in self._few_rows:
-            try:
+            self._few_rows[tokens] = None  # not asked for again, should that be refused
+            with contextlib.suppress(SessaError):
                 self._few_rows[tokens] = self._context(self.info.rows_profile, tokens)
-            except SessaError:
-                self.recorded_tokens = 1
-                return None
+        if self._few_rows[tokens] is None:
+            self.recorded_tokens, self.padded_rows = 1, 0
         return self._few_rows[tokens]
 
     def _release(self) -> None:
