@@ -94,7 +94,7 @@ class DeviceBackend(Backend):
             self._cuda.enter()
             self._drafts = self._drafts or Drafts(buffers)
             self.draft_rows = (most,) if most <= FEW_ROWS else (FEW_ROWS, most)
-            self.draft_cost = (0.1, 0.02)  # on an H200: the demo 1.1 for 8 rows and 1.8 for 16, kernels of a layer of 350M 1.2 to 1.4 for 8
+            self.draft_cost = (0.1, 0.04)  # on an H200: 8 rows 1.25 for the demo, 1.3 to 1.5 for layers of 350M and 1.1B; 16 rows 1.8
 
     def _pick(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.int64]:
         if ids.shape[1] == 1:  # nothing between the step and its ids
