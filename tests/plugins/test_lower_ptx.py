@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,3 +91,10 @@ def test_a_thread_that_waits_for_all_waits_for_the_tile(tmp_path: Path) -> None:
         assert load.startswith("ld.global.gpu.acquire.b32") and test.startswith("setp.lt.s32") and (jump, over) == ("@p bra again;", "over:")
         word, (between, reached, _) = load.split()[1].rstrip(","), wait.split("over:")[1].partition("bar.sync")
         assert test.split()[2].rstrip(",") == word and reached and "ld." not in between.replace(".loc", "") and "bra" not in between
+
+
+def test_threads_of_a_draft_wait_for_one_another(tmp_path: Path) -> None:
+    """Before they read the text that all have written, and before the new length lets others read the rest."""
+    kinds = re.findall(r"bar\.sync|st\.global|ld\.global|atom\.", ptx_of("decode_draft", "fp32", "any", tmp_path))
+    first = kinds.index("st.global")
+    assert kinds[first : first + 3] == ["st.global", "bar.sync", "ld.global"] and kinds[-3:] == ["st.global", "bar.sync", "atom."]

@@ -68,3 +68,23 @@ def test_the_longest_match_counts_and_of_equals_the_latest() -> None:
     assert check([1, 7, 7], picks, 0, 1, 5) == (1, [7, 7, 7, 7]), "what runs out goes round"
     assert check([7], picks, 3, 4, 4) == (4, [7, 7, 7]), "the draft's own tokens are part of the conversation by then"
     assert check([8, 1, *range(20, 36), 9, 2, *range(20, 35)], [35] * STEP_ROWS, 0, 1, 2, block=16) == (1, [9])
+
+
+def test_how_deep_places_are_told_apart() -> None:
+    """By up to 16 tokens, and no further; 15 do not end the search."""
+    long = list(range(100, 120))
+    assert check([*long, 1, 200, *long[4:], 2, 201, *long[:-1]], [long[-1]] * STEP_ROWS, 0, 1, 2) == (1, [2])
+    long = list(range(100, 116))
+    assert check([*long, 1, 200, *long[4:], 2, 201, *long[:-1]], [long[-1]] * STEP_ROWS, 0, 1, 2) == (1, [1])
+    assert check([*long, 1, *range(300, 340), *long[1:], 2, 201, *long[:-1]], [long[-1]] * STEP_ROWS, 0, 1, 2, block=16) == (1, [1])
+    assert check([7, 1, 2], [7] * STEP_ROWS, 0, 1, 4) == (1, [1, 2, 7]), "behind the first token alone"
+
+
+def test_high_words_of_ids_are_zeroed() -> None:
+    text = torch.tensor([1, 7, 2, 3, *[-5] * 20], dtype=torch.int32, device=DEVICE)
+    drafted, told = (torch.full((STEP_ROWS,), -9, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    past, new = (torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (4, 1))
+    ids = torch.full((STEP_ROWS,), -1, dtype=torch.int64, device=DEVICE)  # memory that nobody has written
+    ids[0] = 7
+    decode_draft.decode_draft[(1,)](text, drafted, told, past, new, ids.view(torch.int32), 2, 4, **options(64))
+    assert ids.tolist() == [7, 2, 3, 7, *[-1] * (STEP_ROWS - 4)]

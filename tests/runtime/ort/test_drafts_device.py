@@ -15,6 +15,7 @@ from fake_cuda import HostCuda, LateCuda, view
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.runtime import session as session_module
 from sessa_deploy.runtime.bundle import Bundle
+from sessa_deploy.runtime.device import backend as device_backend
 from sessa_deploy.runtime.device.backend import DeviceBackend
 from sessa_deploy.runtime.ort.backend import OrtBackend
 from sessa_deploy.runtime.ort.engine import OrtCudaBackend
@@ -99,6 +100,58 @@ def test_another_thread_may_make_the_session(build: Build, all_logits_bundle: Bu
     thread.start()
     thread.join()
     assert found == [(8,)]
+
+
+class Entered(HostCuda):
+    """Wants `enter` in each call of the backend, as each may be another thread's."""
+
+    inside = True
+
+    def enter(self) -> None:
+        self.inside = True
+
+    def launch(self, *given: Any) -> None:
+        assert self.inside, "no context in this thread"
+        super().launch(*given)
+
+    def replay(self, *given: Any) -> None:
+        assert self.inside, "no context in this thread"
+        super().replay(*given)
+
+    def to_device(self, *given: Any) -> None:
+        assert self.inside, "no context in this thread"
+        super().to_device(*given)
+
+    def wait_event(self, *given: Any) -> None:
+        assert self.inside, "no context in this thread"
+        super().wait_event(*given)
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "plain"])
+def test_each_call_may_be_another_threads(build: Build, graph: bool) -> None:
+    backend, cuda, _ = build(all_logits=True, batch=1, capacity=60, chunk=16, cuda=Entered(), graph=graph)
+    backend.expect_rows(4)
+    backend.step(np.array([[1, 2, 3]]), np.array([3]))
+
+    def call(what: Callable[..., Any], *given: Any) -> Any:
+        cuda.inside = False  # type: ignore[attr-defined]
+        return what(*given)
+
+    call(backend.begin_greedy, np.array([[1]]), ONE)
+    call(backend.tell, [1, 2, 3, 1], 0)
+    for step in range(8):
+        assert call(backend.begin_drafted, 4) if step % 3 else call(backend.begin_next, ONE)
+        call(backend.end_drafted)
+    call(backend.end_drafted)
+
+
+@pytest.mark.parametrize("capacity", [59, 60])
+def test_a_conversation_longer_than_the_kernel_tells_apart(build: Build, monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
+    monkeypatch.setattr(device_backend, "MOST_PLACES", 60)
+    backend, _, _ = build(all_logits=True, batch=1, capacity=capacity, chunk=16)
+    backend.expect_rows(8)
+    assert backend.draft_rows == ((8,) if capacity < 60 else ())
+    assert backend._drafts is None or not view(backend._drafts._text, np.int32, capacity + 1).any(), "a place that nobody told of holds a token"
 
 
 def test_no_memory_for_drafts_closes_what_was_opened(build: Build, all_logits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,35 @@ def test_steps_have_no_more_rows_than_a_prompt_may(build: Callable[..., Any], ch
     assert backend.draft_rows == (chunk,) and session.generate([PROMPTS[3]], 20, stop_tokens=())[0].finish == "length"
 
 
+@pytest.mark.parametrize(("build", "rows"), [("8.6.0", (8,)), ("10.9.0", (8, 16))], indirect=["build"])
+def test_each_size_is_asked_for_before_the_first_step(build: Callable[..., Any], rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(DeviceBackend, "drafting_precisions", ("fp32",))
+    monkeypatch.setattr(test_trt, "CHUNK", 16)
+    backend, _, bundle = build(all_logits=True, batch=1)
+    Session(bundle, backend, lookup=15)
+    assert backend.draft_rows == rows and set(backend._few_rows) == set(rows) and backend.padded_rows == (8 if rows == (8,) else 0)
+    run, seen = backend._run, []
+    monkeypatch.setattr(backend, "_run", lambda step: (seen.append(step.tokens), run(step)))
+    backend.step_greedy(np.array([[5]]), np.ones(1, np.int32))
+    assert seen == [1], "a plain step has one row still"
+
+
+@VERSIONS
+@pytest.mark.parametrize("precisions", [(), ("fp32",)], ids=["host", "device"])
+def test_another_thread_may_make_the_session(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, precisions: tuple[str, ...]) -> None:  # noqa: F811
+    monkeypatch.setattr(DeviceBackend, "drafting_precisions", precisions)
+    backend, cuda, bundle = build(all_logits=True, batch=1)
+    inside, wait = [], cuda.wait
+
+    def entered() -> None:
+        assert inside, "no context in this thread"
+        wait()
+
+    monkeypatch.setattr(cuda, "enter", lambda: inside.append(1))
+    monkeypatch.setattr(cuda, "wait", entered)
+    Session(bundle, backend, lookup=5)
+
+
 @pytest.mark.parametrize("build", ["8.6.0"], indirect=True)
 @pytest.mark.parametrize("left", range(1, 9))
 def test_padded_rows_at_the_end_of_the_cache(build: Callable[..., Any], all_logits_bundle: Bundle, left: int) -> None:  # noqa: F811

@@ -1,0 +1,109 @@
+"""When drafts are made where the backend makes them itself, how long, and until when; what its steps do at their edges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_lookup import WORDS
+from test_lookup_ahead import ONE, Watched
+
+from sessa_deploy.errors import SessaError
+from sessa_deploy.runtime.bundle import Bundle, write_bundle
+from sessa_deploy.runtime.drafted import Verified
+from sessa_deploy.runtime.generation import Row
+from sessa_deploy.runtime.sampling import Sampler, SamplingParams
+from sessa_deploy.runtime.session import Session
+
+REST = np.random.default_rng(0).permutation(np.arange(30, 250)).tolist()  # in which nothing repeats
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return write_bundle(tmp_path / "b", {"model.onnx": b"unused"}, WORDS, "fp32", {})
+
+
+def recited(bundle: Bundle, text: list[int]) -> Session:
+    """A session that has drawn a text from its 50th token on."""
+
+    class Recited(Watched):
+        draft_cost = (0.1, 0.02)
+
+        def _after(self, tokens: list[int]) -> np.ndarray:
+            logits = np.zeros(257, np.float32)
+            logits[text[len(tokens)] if len(tokens) < len(text) else 0] = 1.0
+            return logits
+
+    session = Session(bundle, Recited(WORDS, 700), lookup=15)
+    assert session.generate([text[:50]], len(text) - 50, stop_tokens=())[0].tokens == text[50:]
+    return session
+
+
+def test_what_comes_to_an_end_is_soon_known(bundle: Bundle) -> None:
+    session = recited(bundle, [*list(range(20)) * 15, *REST])
+    assert 16 < len(session.backend.ended_rows) < 40
+    drafter = session._slots[0].drafter
+    assert drafter is not None and not drafter.drafting, "it would begin anew by the stricter measure"
+
+
+def test_a_step_that_was_wrong_makes_the_next_ones_narrow(bundle: Bundle) -> None:
+    text = list(range(20)) * 15
+    text[150] = 99
+    rows = recited(bundle, text).backend.ended_rows
+    assert 8 in rows[rows.index(16) :] and rows.count(16) > 4
+
+
+def test_what_is_under_way_comes_before_a_draft_of_the_host() -> None:
+    class Always:
+        tokens, most, more = list[int](), 3, False
+
+        def draft(self, room: int) -> list[int]:
+            return [1, 2] if self.more else []
+
+        def sees_more(self) -> bool:
+            return self.more
+
+    drafter: Any = Always()
+    backend, tokens = Watched(WORDS, 64, seed=2), [1, 2, 3]
+    backend.step(np.array([[1, 2]]), np.array([2]))
+    row = Row(0, tokens, Sampler(SamplingParams(), 257, tokens), None, capacity=64)
+    steps = Verified(backend, drafter)
+    tokens.append(int(steps(row).found[0]))
+    assert backend.under_way == 1
+    drafter.more = True
+    step = steps(row)
+    assert step.drafted == 0 and backend.under_way == 0
+    tokens.append(int(step.found[0]))
+    assert steps(row).drafted == 2
+
+
+@pytest.mark.parametrize("capacity", [19, 20])
+def test_a_step_for_which_there_is_just_room(capacity: int) -> None:
+    backend, text = Watched(WORDS, capacity, seed=2), [1, 2, 3] * 4
+    backend.expect_rows(8)
+    backend.step(np.array([text[:-1]]), np.array([len(text) - 1]))
+    backend.begin_greedy(np.array([text[-1:]]), ONE)
+    backend.tell(text, 0)
+    assert backend.begin_drafted(8) == (capacity == 20)
+
+
+def test_an_error_leaves_nothing_under_way(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(bundle, Watched(WORDS, seed=2), lookup=8)
+
+    def fails(begun: Any) -> bool:
+        raise SessaError("no more")
+
+    monkeypatch.setattr(session.backend, "_begin_next", fails)
+    with pytest.raises(SessaError, match="no more"):
+        session.generate([list(range(30))], 20, stop_tokens=())
+    assert session.backend.under_way == 0
+
+
+def test_a_length_does_not_advance_by_what_is_not_finite() -> None:
+    backend = Watched(WORDS, 64, seed=2, broken=(5,))
+    backend.expect_rows(4)
+    backend.step(np.array([[1, 2]]), np.array([2]))
+    backend.begin_greedy(np.array([[5]]), ONE)
+    assert backend.end_drafted() == ([-1], 0) and backend.length[0] == 2
