@@ -38,6 +38,8 @@ class Verified:
 
     def __call__(self, row: Row) -> Step:
         backend, drafter = self._backend, self._drafter
+        if drafter.rests(len(row.tokens)):
+            return Step(self._steps([row])[1], [], 0)
         drafter.tokens += row.tokens[len(drafter.tokens) :]
         draft = [] if backend.under_way else drafter.draft(row.left - 1)  # first what is under way already
         found = verify(backend, row, draft) if draft else self._steps([row], ahead=drafter.most < 1 or not drafter.sees_more())[1]
@@ -97,6 +99,8 @@ class Drafted:
             drafter.drafting = False
             return 1
         if not self._drafting:
+            if drafter.rests(len(row.tokens)):
+                return 1
             drafter.tokens += row.tokens[len(drafter.tokens) :]
             if not drafter.draft(row.left - 1):
                 return 1

@@ -18,6 +18,7 @@ _LENGTHS = (1, 3, 7)  # of drafts, beside the longest: steps of 2, 4 and 8 rows,
 _DEEP = 16  # tokens agreeing beyond which more mean nothing
 _LATELY = 32.0  # matches that a rate looks back on
 _REHEARSED = 256  # tokens at a prompt's end on which the rates are learnt; what stands before them is only remembered
+_IDLE, _DOZE = 64, 16  # tokens behind none of which stood a match, after which note is taken of so many together: a step waits for a note
 _START, _STAY = 1.15, 1.02  # expected tokens for the cost of one, above which drafting begins and goes on
 
 
@@ -69,6 +70,7 @@ class Drafter:
         # As if a match of m tokens had been right in a share m / (m + 4) of four cases.
         self._tries = [4.0] * (_DEEP + 1)
         self._hits = [4.0 * m / (m + 4) for m in range(_DEEP + 1)]
+        self._idle, self._pause = 0, 1  # tokens since a match; how many it takes to take note
         self.drafting = False
 
     def follow(self, tokens: list[int]) -> bool:
@@ -108,28 +110,36 @@ class Drafter:
         tokens, period = self.tokens, len(self.tokens) - at
         return [tokens[at + i % period] for i in range(length)]  # a text that repeats itself goes on repeating
 
+    def rests(self, count: int) -> bool:
+        """Whether it takes no note of a conversation of `count` tokens yet, as nothing was said twice for long."""
+        return 1 < self._pause > count - self._known
+
     def sees_more(self) -> bool:
-        """Whether something followed the conversation's last tokens before. Takes note of the tokens that came since the last time."""
+        """Whether something followed the conversation's last tokens before. Takes note of the tokens that came since the last time; where nothing was said
+        twice for long, of some tokens at a time, and what stands before is no match until then."""
         start, end = self._known, len(self.tokens)
-        if end > start:
+        if end - start >= self._pause:
             self._known = end + 1  # beyond what there is, until note is taken of all: who is interrupted knows nothing for certain (`follow`)
             if end == start + 1:
                 self._take(start)
             else:
                 self._catch_up(start)
             self._known = end
+            self._pause = _DOZE if self._idle >= _IDLE else 1
         return self._at >= 0
 
     def _catch_up(self, start: int) -> None:
         """Take note of the tokens from `start` on."""
         tokens = self.tokens
-        rehearsed = max(start, len(tokens) - _REHEARSED)
+        dozes = self._pause > 1 and len(tokens) - start < 2 * _DOZE
+        rehearsed = max(start, len(tokens) - (1 if dozes else _REHEARSED))
         if rehearsed > start:
             for size, after in zip(_SIZES, self._after, strict=True):
                 first = max(start + 1, size) - size
                 last = max(first, rehearsed + 1 - size)
                 after.update(zip(zip(*(tokens[first + i : last + i] for i in range(size)), strict=True), range(first + size, last + size), strict=True))
             self._at, self._match = -1, 0
+            self._idle += rehearsed - start if dozes else 0
         for at in range(rehearsed, len(tokens)):
             self._take(at)
 
@@ -151,6 +161,7 @@ class Drafter:
             if found is not None:
                 known, match = found, self._agreeing(found, size, end)
         self._at, self._match = known, match
+        self._idle = 0 if known >= 0 else self._idle + 1
 
     def _agreeing(self, found: int, match: int, end: int | None = None) -> int:
         """How many tokens before `found` agree with those before `end` (None: all), `match` at least."""

@@ -1,4 +1,4 @@
-"""When drafts are made where the backend makes them itself, how long, and until when; what its steps do at their edges."""
+"""When drafts are made, how long, and until when, where the backend makes them itself or the host does; what its steps do at their edges."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_lookup import WORDS
+from test_lookup import SOURCE, WORDS
 from test_lookup_ahead import ONE, Watched
 
 from sessa_deploy.errors import SessaError
 from sessa_deploy.runtime.bundle import Bundle, write_bundle
 from sessa_deploy.runtime.drafted import Verified
 from sessa_deploy.runtime.generation import Row
+from sessa_deploy.runtime.lookup import Drafter
 from sessa_deploy.runtime.sampling import Sampler, SamplingParams
 from sessa_deploy.runtime.session import Session
 
@@ -55,6 +56,37 @@ def test_a_step_that_was_wrong_makes_the_next_ones_narrow(bundle: Bundle) -> Non
     assert 8 in rows[rows.index(16) :] and rows.count(16) > 4
 
 
+def test_where_nothing_repeats_note_is_taken_of_many_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And yet of all of them: what comes again is soon seen to, and what was said meanwhile is remembered."""
+    rng = np.random.default_rng(5)
+    noise = rng.permutation(100000)[:400].tolist()
+    text, notes = list[int](), list[int]()
+    made = Drafter(text, 8, (0.2, 0.05))
+    take = made._take
+    monkeypatch.setattr(made, "_take", lambda at: (notes.append(at), take(at))[1])
+    for at, token in enumerate(noise):
+        text.append(token)
+        rests = made.rests(len(text))
+        assert made.draft(8) == [] and (not rests or len(notes) <= at)
+    assert len(notes) < 64 + (400 - 64) / 12 and notes[:60] == list(range(60)) and made._known > 380
+    at = -1
+    while not (draft := made.draft(8)):
+        at += 1
+        text.append(noise[200 + at])  # said while it rested
+    assert 3 <= at < 20 and draft == noise[201 + at :][: len(draft)]
+    known, taken = made._known, len(notes)
+    text.append(noise[201 + at])
+    assert not made.rests(len(text)) and made.draft(1) == [noise[202 + at]] and made._known == known + 1 == len(text) and len(notes) == taken + 1
+    text += rng.permutation(np.arange(200000, 200100)).tolist()
+    made.draft(8)
+    for token in range(300000, 300070):
+        text.append(token)
+        made.draft(8)
+    assert made.rests(made._known + 1) and made.follow([*text[: made._known], *SOURCE * 2]), "a turn that is long is learnt from"
+    notes.clear()
+    assert made.draft(8) and len(notes) > 100
+
+
 def test_what_is_under_way_comes_before_a_draft_of_the_host() -> None:
     class Always:
         tokens, most, more = list[int](), 3, False
@@ -64,6 +96,9 @@ def test_what_is_under_way_comes_before_a_draft_of_the_host() -> None:
 
         def sees_more(self) -> bool:
             return self.more
+
+        def rests(self, count: int) -> bool:
+            return False
 
     drafter: Any = Always()
     backend, tokens = Watched(WORDS, 64, seed=2), [1, 2, 3]

@@ -133,7 +133,7 @@ def test_a_seed_draws_what_it_draws_without_drafts(bundle, params, eager):
         drafting, plain = pair(bundle, seed=seed, sharp=4.0)
         assert drafting.generate([SOURCE], 150, params)[0] == plain.generate([SOURCE], 150, params)[0]
         drafted += drafting.drafts.drafted
-    assert drafted > 10
+    assert drafted > 5
 
 
 def test_drawn_tokens_have_the_distribution_of_plain_decoding(bundle, eager):
