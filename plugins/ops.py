@@ -278,7 +278,7 @@ def limits_h() -> str:
         "WideColumns": limits.WIDE_COLUMNS, "LongWork": limits.LONG_WORK, "FewWork": limits.FEW_WORK,
         "PackPrograms": limits.PACK_PROGRAMS, "ScorePrograms": limits.SCORE_PROGRAMS, "ScoreColumns": limits.SCORE_COLUMNS,
         "PastRows": limits.PAST_ROWS, "PastWork": limits.PAST_WORK,
-        "StepRows": contract.STEP_ROWS, "FewRows": limits.FEW_ROWS, "HeadMultiple": limits.HEAD_MULTIPLE, "Group": limits.GROUP, "Single": limits.SINGLE_ROWS,
+        "StepRows": contract.STEP_ROWS, "FewRows": contract.FEW_ROWS, "HeadMultiple": limits.HEAD_MULTIPLE, "Group": limits.GROUP, "Single": limits.SINGLE_ROWS,
         "WidthMultiple": contract.WIDTH_MULTIPLE, "ManyProduct": limits.MANY_ROWS, "ManyWork": limits.MANY_WORK,
         "ManyPrograms": limits.MANY_PROGRAMS,
         "Float8Arch": limits.FLOAT8_ARCH, "MixerBroad": limits.MIXER_BROAD, "MixerShort": limits.MIXER_SHORT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -13,13 +13,11 @@ from sessa_deploy.checks import as_integer, integer, outside_vocabulary
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.contract import STEP_ROWS
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.begun import Beginning, Begun
+from sessa_deploy.runtime.begun import Beginning, Begun, IntArray
 from sessa_deploy.runtime.sampling import finite_tokens, most_likely_tokens
 
-IntArray = NDArray[np.integer]
 
-
-class Backend(Beginning, ABC):
+class Backend(Beginning):
     """B sequences ("rows") of at most `capacity` cached tokens each.
 
     length: (B,) int32, tokens cached of each row. bytes_moved: bytes of cache rows that were copied since the start, appending included.

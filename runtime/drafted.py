@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,11 +26,6 @@ class Step(NamedTuple):
     drafted: int
 
 
-def drafted_rows(backend: Backend, most: int) -> tuple[int, ...]:
-    """Rows of the steps that a backend makes drafts of at most `most` tokens for itself."""
-    return tuple(rows for rows in backend.draft_rows if rows <= 1 + most) if backend.looks_ahead else ()
-
-
 class Verified:
     """Steps that verify what `drafter` drafts, where it does, of any backend and for any row."""
 
@@ -38,9 +34,8 @@ class Verified:
 
     def __call__(self, row: Row) -> Step:
         backend, drafter = self._backend, self._drafter
-        if drafter.rests(len(row.tokens)):
+        if not drafter.keeps_up(row.tokens):
             return Step(self._steps([row])[1], [], 0)
-        drafter.tokens += row.tokens[len(drafter.tokens) :]
         draft = [] if backend.under_way else drafter.draft(row.left - 1)  # first what is under way already
         found = verify(backend, row, draft) if draft else self._steps([row], ahead=drafter.most < 1 or not drafter.sees_more())[1]
         return Step(found, draft, len(draft))
@@ -50,12 +45,12 @@ class Drafted:
     """Steps of a greedy row on a backend that makes drafts itself: each is begun before the one before it has ended, as in plain decoding, so that neither
     waits for the host. Here it is decided alone how many rows they have: one, where drafts bring less than they cost.
 
-    `drafter` says where they would begin to; whether they still do is told by how many tokens the latest steps brought.
+    `drafter` says where they would begin to; whether they still do is told by how many tokens the latest steps brought. sizes: the rows that they may have,
+    ascending.
     """
 
-    def __init__(self, backend: Backend, drafter: Drafter) -> None:
-        self._backend, self._drafter = backend, drafter
-        self._sizes = drafted_rows(backend, drafter.most)
+    def __init__(self, backend: Backend, drafter: Drafter, sizes: Sequence[int]) -> None:
+        self._backend, self._drafter, self._sizes = backend, drafter, sizes
         self._begun: deque[int] = deque()  # rows of each step that is under way
         self._told = 0  # tokens of the conversation
         self._drafting, self._mean, self._full = False, 0.0, 0
@@ -99,12 +94,15 @@ class Drafted:
             drafter.drafting = False
             return 1
         if not self._drafting:
-            if drafter.rests(len(row.tokens)):
-                return 1
-            drafter.tokens += row.tokens[len(drafter.tokens) :]
-            if not drafter.draft(row.left - 1):
+            if not (drafter.keeps_up(row.tokens) and drafter.draft(row.left - 1)):
                 return 1
             self._backend.tell(row.tokens, self._told)
             self._told = len(row.tokens)
             self._drafting, self._mean, self._full = True, _AT_FIRST, 0
         return many if self._full >= _WIDE else few
+
+
+def steps_with_drafts(backend: Backend, drafter: Drafter, greedy: bool) -> Drafted | Verified:
+    """The steps of a row, greedy or not, with drafts of at most `drafter.most` tokens: the backend's own where it makes such and need not wait."""
+    sizes = [rows for rows in backend.draft_rows if rows <= 1 + drafter.most] if greedy and backend.looks_ahead else []
+    return Drafted(backend, drafter, sizes) if sizes else Verified(backend, drafter)

@@ -58,8 +58,8 @@ class DraftStats:
 class Drafter:
     """Drafts behind one conversation that only grows.
 
-    tokens: the conversation, to which the caller appends. most: tokens of a draft at most. cost: what a step of several
-    rows takes beyond one of a single row, and what each drafted row adds to that, both as shares of a step of one row.
+    tokens: the conversation, to which `keeps_up` and `follow` append, and the caller may. most: tokens of a draft at most. cost: what a step of several rows
+    takes beyond one of a single row, and what each drafted row adds to that, both as shares of a step of one row.
     """
 
     def __init__(self, tokens: list[int], most: int, cost: tuple[float, float]) -> None:
@@ -83,16 +83,12 @@ class Drafter:
 
     def draft(self, room: int) -> list[int]:
         """What is worth betting on behind the conversation as it stands, at most `room` tokens; empty where it is not worth it."""
-        return self._bet(self._at, self._match, room) if self.sees_more() else []
-
-    def _bet(self, at: int, match: int, room: int) -> list[int]:
-        """As many tokens from `at` on, where `match` tokens agree, as are worth their cost."""
         most, tries, hits = min(self.most, room), self._tries, self._hits
-        if most < 1 or at >= len(self.tokens):
+        if not self.sees_more() or most < 1:
             return []
         first, each = self._cost
         best, length = _STAY if self.drafting else _START, 0
-        chance, expected, count = 1.0, 1.0, 0
+        chance, expected, count, match = 1.0, 1.0, 0, self._match
         for end in (*_LENGTHS, self.most):
             if end > most:
                 continue
@@ -107,18 +103,25 @@ class Drafter:
             elif chance < each:
                 break
         self.drafting = length > 0
-        tokens, period = self.tokens, len(self.tokens) - at
+        tokens, at, period = self.tokens, self._at, len(self.tokens) - self._at
         return [tokens[at + i % period] for i in range(length)]  # a text that repeats itself goes on repeating
 
     def rests(self, count: int) -> bool:
         """Whether it takes no note of a conversation of `count` tokens yet, as nothing was said twice for long."""
         return 1 < self._pause > count - self._known
 
+    def keeps_up(self, tokens: list[int]) -> bool:
+        """Append what a conversation has more, unless it rests; whether it did."""
+        rests = self.rests(len(tokens))
+        if not rests:
+            self.tokens += tokens[len(self.tokens) :]
+        return not rests
+
     def sees_more(self) -> bool:
         """Whether something followed the conversation's last tokens before. Takes note of the tokens that came since the last time; where nothing was said
         twice for long, of some tokens at a time, and what stands before is no match until then."""
         start, end = self._known, len(self.tokens)
-        if end - start >= self._pause:
+        if end > start and not self.rests(end):
             self._known = end + 1  # beyond what there is, until note is taken of all: who is interrupted knows nothing for certain (`follow`)
             if end == start + 1:
                 self._take(start)
@@ -159,14 +162,8 @@ class Drafter:
             found = after.get(key) if match < size else None
             after[key] = end
             if found is not None:
-                known, match = found, self._agreeing(found, size, end)
+                known, match = found, size
+                while match < min(_DEEP, found) and tokens[found - 1 - match] == tokens[at - match]:
+                    match += 1
         self._at, self._match = known, match
         self._idle = 0 if known >= 0 else self._idle + 1
-
-    def _agreeing(self, found: int, match: int, end: int | None = None) -> int:
-        """How many tokens before `found` agree with those before `end` (None: all), `match` at least."""
-        tokens = self.tokens
-        at = (len(tokens) if end is None else end) - 1
-        while match < min(_DEEP, found) and tokens[found - 1 - match] == tokens[at - match]:
-            match += 1
-        return match

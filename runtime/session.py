@@ -15,7 +15,7 @@ from sessa_deploy.contract import TOKENIZER_FILE
 from sessa_deploy.errors import UserError
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.bundle import Bundle
-from sessa_deploy.runtime.drafted import Drafted, Step, Verified, drafted_rows
+from sessa_deploy.runtime.drafted import Step, steps_with_drafts
 from sessa_deploy.runtime.engines import open_backend
 from sessa_deploy.runtime.generation import Found, Row, Steps, check_fits, take_all
 from sessa_deploy.runtime.lookup import MOST_DRAFTED, Drafter, DraftStats
@@ -233,9 +233,8 @@ class Session:
 
     def _stream_drafts(self, turn: int, row: Row, logits: NDArray[np.float32]) -> Iterator[Chunk]:
         """Generate in the one sequence, its first token from logits (V,), the others by steps with drafts where those are worth it."""
-        slot, drafts, backend = self._slots[row.index], self.drafts, self.backend
-        drafter = self._drafter(slot)
-        steps = (Drafted if row.greedy and drafted_rows(backend, drafter.most) else Verified)(backend, drafter)
+        slot, drafts = self._slots[row.index], self.drafts
+        steps = steps_with_drafts(self.backend, self._drafter(slot), row.greedy)
         step = Step([logits], [], 0)
         while True:
             for at, what in enumerate(step.found):

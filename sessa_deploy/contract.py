@@ -28,6 +28,8 @@ ATTR_STORAGE = "storage"
 ATTR_WEIGHTS = "weights"  # of an op with a matrix of weights: their ONNX type number (WEIGHT_FORMATS), 0 or left out where it is `storage`
 WEIGHT, WEIGHT_SCALE = "weight", "weight_scale"  # operands: the matrix, and behind all others its scales
 STEP_ROWS = 16  # of a sequence, in a step that verifies a draft: one CUDA graph for each number of rows
+FEW_ROWS = 8  # rows up to which an architecture may have binaries of their own, of the same bits: tiles of 8 rows take half the registers
+PLACE_BITS = 24  # of a place in a conversation, as the kernel that drafts has it
 WIDTH_MULTIPLE, MAX_WIDTH = 16, 4096  # of D, for the kernels of feedback attention
 
 FEEDBACK_INPUTS = ("q", "k", "gamma", "f", "past_k", "past_s", "past_length")

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sessa_deploy.config import SessaConfig
+from sessa_deploy.contract import FEW_ROWS
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.begun import Begun
@@ -30,7 +31,6 @@ from sessa_deploy.runtime.device.drafts import MOST_PLACES, Drafts
 from sessa_deploy.runtime.report import note
 
 _FED, _KEPT, _DRAFTED = "fed", "kept", "drafted"  # what a step is fed: what the host put, what the one before picked, that and a draft behind it
-FEW_ROWS = 8  # of a step with a draft: kernels for few rows are for so many, and twice as many take half as long again
 
 
 class DeviceBackend(Backend):
@@ -93,7 +93,7 @@ class DeviceBackend(Backend):
         if self.batch == 1 and most > 1 and buffers.precision in self.drafting_precisions and buffers.capacity < MOST_PLACES:
             self._cuda.enter()
             self._drafts = self._drafts or Drafts(buffers)
-            self.draft_rows = (most,) if most <= FEW_ROWS else (FEW_ROWS, most)
+            self.draft_rows = (most,) if most <= FEW_ROWS else (FEW_ROWS, most)  # which take half as long again
             self.draft_cost = (0.1, 0.04)  # on an H200: 8 rows 1.25 for the demo, 1.3 to 1.5 for layers of 350M and 1.1B; 16 rows 1.8
 
     def _pick(self, ids: NDArray[np.int64], new: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -226,7 +226,8 @@ class DeviceBackend(Backend):
     def _pick_row_all(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         if self.batch > 1 or len(ids) > self._own().picked_rows:
             return super()._pick_row_all(row, ids)
-        self._enqueue(ids[None], np.array([len(ids)], np.int32), self.length)
+        fed, new = self._alone(row, ids)
+        self._enqueue(fed, new, self.length)
         picked: NDArray[np.int64] = self._own().picked(len(ids))[0]
         return picked
 

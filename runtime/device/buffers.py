@@ -178,8 +178,7 @@ class Buffers:
 
         The kernel writes the tokens to the host's memory itself: a copy of its own would cost a decode step some microseconds. It also lays them where
         the engine takes its ids from, which is what a step of one row each that is fed nothing goes on from. With all logits and more than `picked_rows`
-        rows what is picked means nothing. slot: 0 or 1, where the tokens go of a step that another
-        may stand behind; of others always 0.
+        rows what is picked means nothing. slot: 0 or 1, where the tokens go of a step that another may stand behind; of others always 0.
         """
         ptr, batch, lengths = "ptr", step.batch, (("ptr", self.length), ("ptr", self.new))
         table = ptr, self._table + (0 if step.row is None else (1 + step.row) * self._table_size)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sessa_deploy.contract import STEP_ROWS
+from sessa_deploy.contract import PLACE_BITS, STEP_ROWS
 from sessa_deploy.runtime.device.buffers import Buffers, page_locked
 from sessa_deploy.runtime.device.kernels import DRAFT
 
-MOST_PLACES = 1 << 24  # of a conversation, that the kernel tells apart
+MOST_PLACES = 1 << PLACE_BITS  # of a conversation, that the kernel tells apart
 
 
 class Drafts:

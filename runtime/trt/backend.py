@@ -6,14 +6,14 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from sessa_deploy.contract import ALL_LOGITS_RANK, INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, STEP_ROWS, graph_inputs, graph_outputs
+from sessa_deploy.contract import ALL_LOGITS_RANK, FEW_ROWS, INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, STEP_ROWS, graph_inputs, graph_outputs
 from sessa_deploy.cuda import Cuda, devices
 from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.files import write_whole
 from sessa_deploy.plugins import library
 from sessa_deploy.process import command
 from sessa_deploy.runtime.bundle import Bundle
-from sessa_deploy.runtime.device.backend import FEW_ROWS, DeviceBackend
+from sessa_deploy.runtime.device.backend import DeviceBackend
 from sessa_deploy.runtime.device.buffers import Buffers, Extent
 from sessa_deploy.runtime.device.kernels import images
 from sessa_deploy.runtime.report import note

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drafting import WORDS
 from numpy_model import NumpyModel, random_weights
 from small_bundle import write
 
 from sessa_deploy.config import SessaConfig
 from sessa_deploy.runtime import lookup
-from sessa_deploy.runtime.bundle import Bundle, BundleWriter
+from sessa_deploy.runtime.bundle import Bundle, BundleWriter, write_bundle
+from sessa_deploy.runtime.device.backend import DeviceBackend
 from sessa_deploy.runtime.tokenizer import byte_level_tokenizer
 
 TINY = SessaConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=257, max_context=64)
@@ -70,3 +72,15 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bet on every match, whatever it is worth."""
     monkeypatch.setattr(lookup, "_START", 0.0)
     monkeypatch.setattr(lookup, "_STAY", 0.0)
+
+
+@pytest.fixture
+def words_bundle(tmp_path: Path) -> Bundle:
+    """A bundle for toys with drafting.WORDS, whose graph nobody opens."""
+    return write_bundle(tmp_path / "b", {"model.onnx": b"unused"}, WORDS, "fp32", {})
+
+
+@pytest.fixture
+def itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts are made on the device in fp32 too, in which ours are compared here."""
+    monkeypatch.setattr(DeviceBackend, "drafting_precisions", ("fp32",))

@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 from fake_cuda import likely
 
+from sessa_deploy.config import SessaConfig
 from sessa_deploy.runtime.backend import Backend
 from sessa_deploy.runtime.sampling import most_likely_tokens
 from sessa_deploy.runtime.session import Session
 
+WORDS = SessaConfig(d_model=8, n_layers=1, n_heads=2, vocab_size=257, max_context=400)
 PROMPTS = [[int(t) for t in np.random.default_rng(i).integers(0, 257, 4)] * (1 + i % 4) for i in range(8)]
 
 
 class DraftsItself(Backend):
-    """A backend with all logits that makes drafts itself, when a step is waited for: `itself` says whether. begun, ended: rows of such steps; told: how many
+    """A backend with all logits that makes drafts itself, when a step is waited for: `itself` says whether. ended_rows: rows of such steps; told: how many
     tokens it was told each time."""
 
     itself = False
@@ -23,7 +25,6 @@ class DraftsItself(Backend):
     def __init__(self, *given: Any, **options: Any) -> None:
         super().__init__(*given, **options)
         self.text: list[int] = []
-        self.begun_rows: list[int] = []
         self.ended_rows: list[int] = []
         self.told: list[int] = []
         self.settled_last = 1
@@ -37,7 +38,6 @@ class DraftsItself(Backend):
         self.text[since:] = tokens[since:]
 
     def _begin_drafted(self, begun: Any) -> bool:
-        self.begun_rows.append(begun.rows)
         return True
 
     def _end_drafted(self, begun: Any) -> tuple[list[int], list[int]]:

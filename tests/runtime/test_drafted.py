@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_lookup import SOURCE, WORDS
-from test_lookup_ahead import ONE, Watched
+from drafting import WORDS
+from test_lookup import SOURCE
+from test_lookup_ahead import ONE, Reciting, Watched
 
 from sessa_deploy.errors import SessaError
-from sessa_deploy.runtime.bundle import Bundle, write_bundle
+from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.drafted import Verified
 from sessa_deploy.runtime.generation import Row
 from sessa_deploy.runtime.lookup import Drafter
@@ -21,38 +21,26 @@ from sessa_deploy.runtime.session import Session
 REST = np.random.default_rng(0).permutation(np.arange(30, 250)).tolist()  # in which nothing repeats
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Bundle:
-    return write_bundle(tmp_path / "b", {"model.onnx": b"unused"}, WORDS, "fp32", {})
-
-
-def recited(bundle: Bundle, text: list[int]) -> Session:
+def recited(words_bundle: Bundle, text: list[int]) -> Session:
     """A session that has drawn a text from its 50th token on."""
-
-    class Recited(Watched):
-        draft_cost = (0.1, 0.02)
-
-        def _after(self, tokens: list[int]) -> np.ndarray:
-            logits = np.zeros(257, np.float32)
-            logits[text[len(tokens)] if len(tokens) < len(text) else 0] = 1.0
-            return logits
-
-    session = Session(bundle, Recited(WORDS, 700), lookup=15)
+    toy = Reciting(text, WORDS, 700)
+    toy.draft_cost = (0.1, 0.02)
+    session = Session(words_bundle, toy, lookup=15)
     assert session.generate([text[:50]], len(text) - 50, stop_tokens=())[0].tokens == text[50:]
     return session
 
 
-def test_what_comes_to_an_end_is_soon_known(bundle: Bundle) -> None:
-    session = recited(bundle, [*list(range(20)) * 15, *REST])
+def test_what_comes_to_an_end_is_soon_known(words_bundle: Bundle) -> None:
+    session = recited(words_bundle, [*list(range(20)) * 15, *REST])
     assert 16 < len(session.backend.ended_rows) < 40
     drafter = session._slots[0].drafter
     assert drafter is not None and not drafter.drafting, "it would begin anew by the stricter measure"
 
 
-def test_a_step_that_was_wrong_makes_the_next_ones_narrow(bundle: Bundle) -> None:
+def test_a_step_that_was_wrong_makes_the_next_ones_narrow(words_bundle: Bundle) -> None:
     text = list(range(20)) * 15
     text[150] = 99
-    rows = recited(bundle, text).backend.ended_rows
+    rows = recited(words_bundle, text).backend.ended_rows
     assert 8 in rows[rows.index(16) :] and rows.count(16) > 4
 
 
@@ -97,8 +85,8 @@ def test_what_is_under_way_comes_before_a_draft_of_the_host() -> None:
         def sees_more(self) -> bool:
             return self.more
 
-        def rests(self, count: int) -> bool:
-            return False
+        def keeps_up(self, tokens: list[int]) -> bool:
+            return True
 
     drafter: Any = Always()
     backend, tokens = Watched(WORDS, 64, seed=2), [1, 2, 3]
@@ -124,8 +112,8 @@ def test_a_step_for_which_there_is_just_room(capacity: int) -> None:
     assert backend.begin_drafted(8) == (capacity == 20)
 
 
-def test_an_error_leaves_nothing_under_way(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = Session(bundle, Watched(WORDS, seed=2), lookup=8)
+def test_an_error_leaves_nothing_under_way(words_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(words_bundle, Watched(WORDS, seed=2), lookup=8)
 
     def fails(begun: Any) -> bool:
         raise SessaError("no more")

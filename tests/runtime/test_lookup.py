@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from batching import Toy
-from drafting import PROMPTS, DraftsItself, close_to_plain, settled
+from drafting import PROMPTS, WORDS, DraftsItself, close_to_plain, settled
 from numpy_model import NumpyBackend, NumpyModel
 
 from sessa_deploy.cli import main
@@ -25,7 +25,6 @@ from sessa_deploy.runtime.sampling import NotFinite, SamplingParams
 from sessa_deploy.runtime.session import Session
 from sessa_deploy.runtime.tokenizer import byte_level_tokenizer
 
-WORDS = SessaConfig(d_model=8, n_layers=1, n_heads=2, vocab_size=257, max_context=400)
 FEW = SessaConfig(d_model=8, n_layers=1, n_heads=2, vocab_size=6, max_context=64)
 COST = (0.2, 0.05)
 SOURCE = list(b"for item in items:\n    total += item.value\nfor item in items:\n    count += item.number\nfor item in items:\n    ")

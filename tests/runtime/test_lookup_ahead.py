@@ -5,17 +5,17 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from batching import Toy
+from drafting import WORDS
 from fake_cuda import likely
-from test_lookup import SOURCE, WORDS, Context
+from test_lookup import SOURCE, Context
 
 from sessa_deploy.errors import UserError
-from sessa_deploy.runtime.bundle import Bundle, write_bundle
+from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.sampling import NotFinite, SamplingParams
 from sessa_deploy.runtime.session import Session
 
@@ -47,6 +47,19 @@ class Watched(Context):
         return super()._end_drafted(begun)
 
 
+class Reciting(Watched):
+    """Says text[n] behind n tokens, whatever they are."""
+
+    def __init__(self, text: list[int], *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.recited = text
+
+    def _after(self, tokens: list[int]) -> np.ndarray:
+        logits = np.zeros(self.config.vocab_size, np.float32)
+        logits[self.recited[len(tokens)] if len(tokens) < len(self.recited) else 0] = 1.0
+        return logits
+
+
 class Two(Toy):
     """Two sequences with the logits of every token."""
 
@@ -62,13 +75,8 @@ class Two(Toy):
 
 
 @pytest.fixture
-def bundle(tmp_path: Path) -> Bundle:
-    return write_bundle(tmp_path / "b", {"model.onnx": b"unused"}, WORDS, "fp32", {})
-
-
-@pytest.fixture
-def session(bundle: Bundle, eager: None) -> Session:
-    return Session(bundle, Watched(WORDS, seed=2), lookup=8)
+def session(words_bundle: Bundle, eager: None) -> Session:
+    return Session(words_bundle, Watched(WORDS, seed=2), lookup=8)
 
 
 def shown(session: Session, prompt: list[int] = SOURCE, **end: Any) -> Iterator[int]:
@@ -100,19 +108,12 @@ def test_only_what_is_new_is_told(session: Session) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_drafting_begins_and_ends_by_what_it_brings(bundle: Bundle, seed: int) -> None:
+def test_drafting_begins_and_ends_by_what_it_brings(words_bundle: Bundle, seed: int) -> None:
     """Texts that go round, or nowhere, by turns; what is drawn is what plain decoding draws."""
     rng = np.random.default_rng(seed)
     loop, noise = rng.integers(0, 257, 40).tolist(), rng.integers(0, 257, 70).tolist()
     text = [*loop * 3, *noise, *loop * 2, *noise[:30], *loop, *rng.integers(0, 257, 50).tolist()]
-
-    class Recited(Watched):
-        def _after(self, tokens: list[int]) -> np.ndarray:
-            logits = np.zeros(257, np.float32)
-            logits[text[len(tokens)] if len(tokens) < len(text) else 0] = 1.0
-            return logits
-
-    session = Session(bundle, Recited(WORDS, 400), lookup=15)
+    session = Session(words_bundle, Reciting(text, WORDS, 400), lookup=15)
     found = session.generate([text[:50]], len(text) - 50, stop_tokens=())[0].tokens
     assert found == text[50:]
     backend, stats = session.backend, session.drafts
@@ -123,14 +124,14 @@ def test_drafting_begins_and_ends_by_what_it_brings(bundle: Bundle, seed: int) -
     assert len(backend.told) > 1 and sum(backend.told) < 2 * len(text)
 
 
-def test_nothing_is_drafted_where_nothing_repeats(bundle: Bundle) -> None:
-    session = Session(bundle, Watched(WORDS, seed=2, order=400), lookup=8)  # a text in which every token depends on all before it
+def test_nothing_is_drafted_where_nothing_repeats(words_bundle: Bundle) -> None:
+    session = Session(words_bundle, Watched(WORDS, seed=2, order=400), lookup=8)  # a text in which every token depends on all before it
     session.generate([list(range(40))], 120, stop_tokens=())
     assert session.drafts.drafted == 0 and not session.backend.told
 
 
-def test_rows_that_are_drawn_are_verified_here(bundle: Bundle, eager: None) -> None:
-    session, plain = Session(bundle, Watched(WORDS, seed=2, sharp=4.0), lookup=8), Session(bundle, Context(WORDS, seed=2, sharp=4.0))
+def test_rows_that_are_drawn_are_verified_here(words_bundle: Bundle, eager: None) -> None:
+    session, plain = Session(words_bundle, Watched(WORDS, seed=2, sharp=4.0), lookup=8), Session(words_bundle, Context(WORDS, seed=2, sharp=4.0))
     params = SamplingParams(0.8, seed=3)
     assert session.generate([SOURCE], 60, params, ())[0] == plain.generate([SOURCE], 60, params, ())[0]
     assert session.drafts.drafted and not session.backend.seen
@@ -238,8 +239,8 @@ def test_a_stream_that_is_dropped_leaves_what_was_learnt(session: Session, token
 
 
 @pytest.mark.parametrize("capacity", range(111, 130))
-def test_no_step_is_begun_for_which_there_is_no_room(bundle: Bundle, eager: None, capacity: int) -> None:
-    made = [Session(bundle, toy, lookup=n) for toy, n in ((Watched(WORDS, capacity, seed=2), 8), (Context(WORDS, capacity, seed=2), 0))]
+def test_no_step_is_begun_for_which_there_is_no_room(words_bundle: Bundle, eager: None, capacity: int) -> None:
+    made = [Session(words_bundle, toy, lookup=n) for toy, n in ((Watched(WORDS, capacity, seed=2), 8), (Context(WORDS, capacity, seed=2), 0))]
     found, expected = (session.generate([SOURCE], stop_tokens=())[0] for session in made)
     assert found == expected and found.finish == "context" and made[0].backend.under_way == 0 and made[0].backend.length[0] == capacity
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sessa_deploy.contract import STEP_ROWS
+from sessa_deploy.contract import PLACE_BITS, STEP_ROWS
 from sessa_deploy.kernels.launch import table
 
 MOST = tl.constexpr(STEP_ROWS)
-DEEP, TOGETHER = tl.constexpr(16), tl.constexpr(4)  # tokens agreeing beyond which more mean nothing; looked at together
-_PLACE, _PLACES = tl.constexpr(24), tl.constexpr((1 << 24) - 1)  # bits of a place in the conversation
-FULL = tl.constexpr(16 << 24)  # no place agrees better
+_DEEP = 16  # tokens agreeing beyond which more mean nothing
+DEEP, TOGETHER = tl.constexpr(_DEEP), tl.constexpr(4)  # looked at together
+_PLACE, _PLACES = tl.constexpr(PLACE_BITS), tl.constexpr((1 << PLACE_BITS) - 1)
+FULL = tl.constexpr(_DEEP << PLACE_BITS)  # no place agrees better
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def decode_draft(text, drafted, told, past_length, new_length, ids, words, rows,
     length = start + settled
     count = length + 1
     best = _best_place(text, tl.where(rows > 1, count, 0), BLOCK)
-    place = best & (_PLACES)
+    place = best & _PLACES
     new = tl.where(best > 0, rows, 1)
     drafts = (o_r > 0) & (o_r < new)
     b_draft = tl.load(text + place + (o_r - 1) % (count - place), mask=drafts, other=0)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sessa_deploy.contract import WIDTH_MULTIPLE
+from sessa_deploy.contract import FEW_ROWS, WIDTH_MULTIPLE
 from sessa_deploy.kernels.causal.spec import head_variant
 from sessa_deploy.kernels.launch import table
 from sessa_deploy.kernels.launch.limits import (
     AHEAD_DEPTH,
-    FEW_ROWS,
     GROUP,
     LAYER_WIDTHS,
     MANY_ROWS,

@@ -77,4 +77,3 @@ MIXER_UNIT_F, MIXER_UNIT_B = 2, 4  # of whose multiples a split takes rows, of c
 # --- a step of 2 to STEP_ROWS rows of a sequence; wider models take the kernels of prefill
 ROWS_WIDTHS = MIXER_WIDTHS[:2]
 ROWS_HEADS = MIXER_HEADS
-FEW_ROWS = 8  # rows up to which an architecture may have binaries of their own, of the same bits: tiles of 8 rows take half the registers

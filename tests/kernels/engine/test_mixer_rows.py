@@ -13,11 +13,11 @@ from feedback_cases import make  # noqa: E402
 from rows_cases import SHARED, case, first, mixed  # noqa: E402
 from rule import check  # noqa: E402
 
+from sessa_deploy.contract import FEW_ROWS  # noqa: E402
 from sessa_deploy.kernels.engine import mixer_rows  # noqa: E402
 from sessa_deploy.kernels.engine.spec import few_variant, mixer_rows_variants, rows_combines, rows_early  # noqa: E402
 from sessa_deploy.kernels.launch import table  # noqa: E402
 from sessa_deploy.kernels.launch.jit import interpreted  # noqa: E402
-from sessa_deploy.kernels.launch.limits import FEW_ROWS  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU or TRITON_INTERPRET=1")

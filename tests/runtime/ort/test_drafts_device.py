@@ -16,7 +16,6 @@ from sessa_deploy.errors import SessaError, UserError
 from sessa_deploy.runtime import session as session_module
 from sessa_deploy.runtime.bundle import Bundle
 from sessa_deploy.runtime.device import backend as device_backend
-from sessa_deploy.runtime.device.backend import DeviceBackend
 from sessa_deploy.runtime.ort.backend import OrtBackend
 from sessa_deploy.runtime.ort.engine import OrtCudaBackend
 from sessa_deploy.runtime.sampling import SamplingParams
@@ -24,11 +23,7 @@ from sessa_deploy.runtime.session import Session
 
 Build = Callable[..., tuple[OrtCudaBackend, HostCuda, Any]]
 ONE = np.ones(1, np.int32)
-
-
-@pytest.fixture(autouse=True)
-def itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DeviceBackend, "drafting_precisions", ("fp32",))
+pytestmark = pytest.mark.usefixtures("itself")
 
 
 def recite(backend: OrtCudaBackend, text: list[int]) -> list[Any]:
@@ -83,48 +78,36 @@ def test_a_text_that_stops_repeating_itself_takes_plain_steps_again(build: Build
     assert 2 < sum(count > 1 for count in rows) < 40 and sum(count == 1 for count in rows) <= 2
 
 
+class Entered(HostCuda):
+    """Wants `enter` of the thread that calls, and of each call of the backend where a test clears `current`, as each may be another thread's."""
+
+    current: int | None = None
+
+    def enter(self) -> None:
+        self.current = threading.get_ident()
+
+
+def _where_entered(name: str) -> Callable[..., Any]:
+    """That method of HostCuda, where the thread has a context."""
+
+    def call(self: Entered, *given: Any) -> Any:
+        assert self.current == threading.get_ident(), "no context in this thread"
+        return getattr(HostCuda, name)(self, *given)
+
+    return call
+
+
+for _name in ("allocate", "launch", "replay", "to_device", "wait_event"):
+    setattr(Entered, _name, _where_entered(_name))
+
+
 def test_another_thread_may_make_the_session(build: Build, all_logits_bundle: Bundle) -> None:
-    class Strict(HostCuda):
-        current: int | None = None
-
-        def enter(self) -> None:
-            self.current = threading.get_ident()
-
-        def allocate(self, size: int) -> int:
-            assert self.current == threading.get_ident(), "no context in this thread"
-            return super().allocate(size)
-
-    backend, _, _ = build(all_logits=True, batch=1, capacity=60, chunk=16, cuda=Strict())
+    backend, _, _ = build(all_logits=True, batch=1, capacity=60, chunk=16, cuda=Entered())
     found = list[tuple[int, ...]]()
     thread = threading.Thread(target=lambda: found.append(Session(all_logits_bundle, backend, lookup=7).backend.draft_rows))
     thread.start()
     thread.join()
     assert found == [(8,)]
-
-
-class Entered(HostCuda):
-    """Wants `enter` in each call of the backend, as each may be another thread's."""
-
-    inside = True
-
-    def enter(self) -> None:
-        self.inside = True
-
-    def launch(self, *given: Any) -> None:
-        assert self.inside, "no context in this thread"
-        super().launch(*given)
-
-    def replay(self, *given: Any) -> None:
-        assert self.inside, "no context in this thread"
-        super().replay(*given)
-
-    def to_device(self, *given: Any) -> None:
-        assert self.inside, "no context in this thread"
-        super().to_device(*given)
-
-    def wait_event(self, *given: Any) -> None:
-        assert self.inside, "no context in this thread"
-        super().wait_event(*given)
 
 
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "plain"])
@@ -134,7 +117,7 @@ def test_each_call_may_be_another_threads(build: Build, graph: bool) -> None:
     backend.step(np.array([[1, 2, 3]]), np.array([3]))
 
     def call(what: Callable[..., Any], *given: Any) -> Any:
-        cuda.inside = False  # type: ignore[attr-defined]
+        cuda.current = None  # type: ignore[attr-defined]
         return what(*given)
 
     call(backend.begin_greedy, np.array([[1]]), ONE)

@@ -54,12 +54,6 @@ def test_verifying_is_one_graph_of_each_number_of_rows_and_reads_no_logits(build
     assert backend.step_greedy(ids[None, :1], np.ones(1, np.int32)) == reference.step_greedy(ids[None, :1], np.ones(1, np.int32))
 
 
-@pytest.fixture
-def itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts are made on the device in fp32 too, in which ours are compared here."""
-    monkeypatch.setattr(DeviceBackend, "drafting_precisions", ("fp32",))
-
-
 @pytest.mark.parametrize("cuda", [HostCuda, LateCuda])
 @pytest.mark.parametrize("lookup", [1, 5, 7, 15])
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "plain"])

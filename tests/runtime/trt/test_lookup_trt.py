@@ -97,10 +97,9 @@ def test_an_engine_of_before_has_no_profile_for_them_and_drafts_nothing(build: C
 
 @pytest.mark.parametrize("build", ["8.6.0"], indirect=True)
 @pytest.mark.parametrize("lookups", [(3, 7), (7, 3), (15, 1, 15)])
-def test_one_session_after_another_on_one_backend(build: Callable[..., Any], tiny_bundle: Bundle, eager: None, lookups: tuple[int, ...],  # noqa: F811
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_session_after_another_on_one_backend(build: Callable[..., Any], tiny_bundle: Bundle, eager: None, itself: None,  # noqa: F811
+                                                  lookups: tuple[int, ...]) -> None:
     """The first decides how many rows are recorded; none asks 8.6 for a second context, or drafts more than it may."""
-    monkeypatch.setattr(DeviceBackend, "drafting_precisions", ("fp32",))
     backend, _, bundle = build(all_logits=True, batch=1)
     plain = Session(tiny_bundle, OrtBackend(tiny_bundle, threads=1))
     for lookup in lookups:
@@ -112,8 +111,7 @@ def test_one_session_after_another_on_one_backend(build: Callable[..., Any], tin
 
 @VERSIONS
 @pytest.mark.parametrize("chunk", [4, 8])
-def test_steps_have_no_more_rows_than_a_prompt_may(build: Callable[..., Any], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(DeviceBackend, "drafting_precisions", ("fp32",))
+def test_steps_have_no_more_rows_than_a_prompt_may(build: Callable[..., Any], itself: None, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(test_trt, "CHUNK", chunk)
     backend, _, bundle = build(all_logits=True, batch=1)
     session = Session(bundle, backend, lookup=15)
@@ -121,8 +119,8 @@ def test_steps_have_no_more_rows_than_a_prompt_may(build: Callable[..., Any], ch
 
 
 @pytest.mark.parametrize(("build", "rows"), [("8.6.0", (8,)), ("10.9.0", (8, 16))], indirect=["build"])
-def test_each_size_is_asked_for_before_the_first_step(build: Callable[..., Any], rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(DeviceBackend, "drafting_precisions", ("fp32",))
+def test_each_size_is_asked_for_before_the_first_step(build: Callable[..., Any], itself: None, rows: tuple[int, ...],  # noqa: F811
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_trt, "CHUNK", 16)
     backend, _, bundle = build(all_logits=True, batch=1)
     Session(bundle, backend, lookup=15)
